@@ -1,0 +1,1 @@
+"""Runnable demonstration of eupe, and the assets it uses."""

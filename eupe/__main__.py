@@ -1,0 +1,3 @@
+from eupe.cli import main
+
+main()

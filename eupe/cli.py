@@ -1,0 +1,336 @@
+"""The command line: a verb becomes a config and one call. Heavy imports stay inside the verbs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import eupe
+from eupe.errors import ConfigError, EupeError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=eupe.__doc__)
+eval_app = typer.Typer(no_args_is_help=True, help="Judge stores and runs; the encoder stays frozen.")
+store_app = typer.Typer(no_args_is_help=True, help="Look into a store.")
+app.add_typer(eval_app, name="eval")
+app.add_typer(store_app, name="store")
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line and no progress bar.")]
+CorpusPath = Annotated[
+    Path, typer.Option("--corpus", help="Folder of pictures (class subfolders become labels), or an index.")
+]
+PicturesPath = Annotated[
+    Path | None,
+    typer.Option("--corpus", help="Where the pictures are now; else the place noted in the store."),
+]
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one sentence, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except EupeError as error:
+        err.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(eupe.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def teachers(
+    name: Annotated[str | None, typer.Argument(help="A teacher; all of them where not given.")] = None,
+) -> None:
+    """List the known teachers, or show one card."""
+    from eupe.teachers.registry import REGISTRY
+    from eupe.teachers.resolve import resolve_teacher
+
+    if name is not None:
+        out.print_json(data=resolve_teacher(name).to_json())
+        return
+    table = Table("name", "backend", "model", "dense", "summary", "patch", "native", "licence", box=None)
+    for spec in REGISTRY.values():
+        summary = f"{spec.summary_dim} {spec.summary}" if spec.summary_dim else "none"
+        cells = (
+            spec.name,
+            spec.backend,
+            spec.model,
+            spec.dense_dim,
+            summary,
+            spec.patch,
+            spec.native_size,
+            spec.licence,
+        )
+        table.add_row(*map(str, cells))
+    out.print(table)
+
+
+@app.command()
+def index(
+    corpus: CorpusPath,
+    out_path: Annotated[Path, typer.Option("--out", help="The index to write (.parquet).")],
+    as_json: Json = False,
+) -> None:
+    """List and hash the pictures of a folder."""
+    from eupe.corpus.index import open_corpus, write_index
+    from eupe.progress import bar
+
+    if out_path.suffix != ".parquet":
+        raise ConfigError(f"--out {out_path} must end in .parquet")
+    with bar(err, "pictures", show=not as_json) as progress:
+        found = open_corpus(
+            corpus, previous=out_path, progress=lambda done, of: progress.update("indexing", done, of)
+        )
+    write_index(found, out_path)
+    _finish({"index": str(out_path), "pictures": len(found), "fingerprint": found.fingerprint}, as_json)
+
+
+@app.command()
+def extract(
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="Registry name, timm:ARCH, hf:REPO_OR_DIR, open_clip:ARCH[@TAG], or a run's directory."
+        ),
+    ],
+    corpus: CorpusPath,
+    out_path: Annotated[
+        Path | None, typer.Option("--out", help="The store; store/TEACHER.zarr where not given.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")
+    ] = None,
+    views: Annotated[
+        str, typer.Option(help="center, or rrc:K for K random resized crops per picture.")
+    ] = "center",
+    tokens: Annotated[str, typer.Option(help="summary, dense, or both.")] = "summary,dense",
+    dtype: Annotated[str, typer.Option(help="The teacher's arithmetic: auto, fp32, bf16, fp16.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Views per forward pass.")] = 16,
+    workers: Annotated[int, typer.Option(help="Ray actors, one teacher each.")] = 1,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="All GPUs shared evenly where not given.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster (auto, ray://...); else this machine.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first pictures.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides the random crops.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Run a teacher once over a corpus and cache its features."""
+    from eupe.corpus.views import parse_views
+    from eupe.extract.job import ExtractConfig
+    from eupe.extract.job import extract as run_extract
+    from eupe.progress import bar
+
+    config = ExtractConfig(
+        teacher=teacher,
+        corpus=corpus,
+        out=out_path or Path("store") / f"{Path(teacher).name.replace(':', '-')}.zarr",
+        weights=weights,
+        sizes=tuple(sorted(set(size or []))),
+        views=parse_views(views, seed=seed),
+        tokens=tuple(tokens.split(",")),
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        ray_address=ray_address,
+        limit=limit,
+    )
+    with bar(err, "views", show=not as_json) as progress:
+        report = run_extract(
+            config, on_status=lambda s: progress.update(s.stage, s.done, s.total, failed=s.failed)
+        )
+    _finish(dataclasses.asdict(report), as_json)
+    if not as_json:
+        what = "nothing to do: the store holds all of this already" if report.cached else "done"
+        out.print(
+            f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME"
+        )
+
+
+@store_app.command("info")
+def store_info(path: Path, as_json: Json = False) -> None:
+    """What a store holds, how complete it is, and which pictures failed."""
+    from eupe.store import open_store
+
+    store = open_store(path)
+    samples = store.samples
+    failures = [(row["key"], row["error"]) for row in samples.to_pylist() if row["status"] != "ok"]
+    _finish(
+        {
+            **{k: v for k, v in store.spec.to_json().items() if k != "versions"},
+            "finished": store.finished,
+            "missing_parts": len(store.missing_parts()),
+            "num_parts": store.spec.num_parts,
+            "failed": {key: error for key, error in failures},
+        },
+        as_json,
+    )
+
+
+@app.command()
+def train(
+    targets: Annotated[list[Path], typer.Option(help="A store to learn from; may be given again.")],
+    student: Annotated[str, typer.Option(help="Any timm ViT or CNN.")],
+    out_path: Annotated[Path, typer.Option("--out", help="The run's directory.")],
+    corpus: PicturesPath = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the student's input; the first store's where not given.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over all training views (one where neither is given).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates, in place of --epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Views per step. Default 128.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW. Default 1e-3.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default 1e-4.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps. Default 0.05.")] = None,
+    head_width: Annotated[
+        int | None, typer.Option(help="Hidden width of the adapter heads. Default 3072.")
+    ] = None,
+    holdout: Annotated[
+        float | None, typer.Option(help="Share of pictures kept for validation. Default 0.1.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16. Default auto.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default 0.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Distil cached targets into a student; no teacher is loaded."""
+    from eupe.progress import bar
+    from eupe.train.config import TrainConfig
+    from eupe.train.loop import train as run_train
+
+    given = {
+        "size": size,
+        "epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "head_width": head_width,
+        "holdout": holdout,
+        "dtype": dtype,
+        "seed": seed,
+        "checkpoint_every": checkpoint_every,
+        "validate_every": validate_every,
+    }
+    config = TrainConfig(
+        targets=tuple(targets),
+        student=student,
+        out=out_path,
+        corpus=corpus,
+        resume=resume,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    with bar(err, "steps", show=not as_json) as progress:
+        report = run_train(
+            config,
+            on_status=lambda s: progress.update(
+                "training",
+                s.step,
+                s.total_steps,
+                note=f"loss {s.loss:.3f}  {s.images_per_s:.0f} img/s  data-wait {s.data_wait:.1%}",
+            ),
+        )
+    _finish(dataclasses.asdict(report), as_json)
+    if not as_json and report.cached:
+        out.print("nothing to do: this run is finished already")
+
+
+@eval_app.command("agreement")
+def eval_agreement(
+    run: Annotated[Path, typer.Argument(help="A finished training run.")],
+    corpus: PicturesPath = None,
+    k: Annotated[int, typer.Option(help="Neighbours of the mutual-neighbour measure.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Cosine and neighbours in common with every target, on held-out pictures."""
+    from eupe.evaluate.agreement import agreement
+
+    report = agreement(run, corpus=corpus, neighbours=k)
+    if as_json:
+        _finish(dataclasses.asdict(report), as_json)
+        return
+    table = Table(
+        "target", "tokens", "cosine", "untrained", "mean feature", "normalised", "untrained", box=None
+    )
+    for target in report.targets:
+        for kind, a in target.kinds.items():
+            numbers = (
+                a.cosine,
+                a.cosine_untrained,
+                a.cosine_mean,
+                a.normalised_cosine,
+                a.normalised_untrained,
+            )
+            table.add_row(target.target, kind, *(f"{x:.4f}" for x in numbers))
+    out.print(table)
+    for target in report.targets:
+        if target.mutual_neighbours is not None:
+            out.print(
+                f"{target.target}: {target.mutual_neighbours:.1%} of {report.neighbours} nearest neighbours in common "
+                f"(untrained {target.mutual_neighbours_untrained:.1%}, chance {target.mutual_neighbours_chance:.1%})"
+            )
+
+
+@eval_app.command("knn")
+def eval_knn(
+    path: Annotated[Path, typer.Argument(help="A store with labels, or a training run.")],
+    corpus: Annotated[
+        Path | None, typer.Option(help="For a run: the labelled folder to judge it on.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Neighbours that vote.")] = 10,
+    metric: Annotated[str, typer.Option(help="l2 or cosine.")] = "l2",
+    as_json: Json = False,
+) -> None:
+    """k-NN accuracy of summaries, each picture against all others."""
+    from eupe.evaluate.knn import knn
+
+    report = knn(path, corpus=corpus, k=k, metric=metric)  # type: ignore[arg-type]
+    _finish(dataclasses.asdict(report), as_json)
+
+
+def _finish(report: dict[str, Any], as_json: bool) -> None:
+    """The verb's result: one JSON line, or readable lines."""
+    if as_json:
+        print(json.dumps(report))
+        return
+    for name, value in report.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        if isinstance(value, dict | list):
+            shown = json.dumps(value)
+        out.print(f"{name.replace('_', ' ')}: {_escaped(str(shown))}", soft_wrap=True)

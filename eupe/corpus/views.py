@@ -1,0 +1,113 @@
+"""What a view is: one crop of an upright picture, perhaps mirrored, rendered at any size with one fixed kernel.
+
+A view is *drawn* from a hash of (seed, key, k), so every teacher gets the same crops in any order on any machine, and
+is *stored* as its parameters, so that replaying it needs no generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from eupe.errors import ConfigError
+
+Box = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in pixels of the upright picture."""
+
+KERNEL = "pillow-bicubic"
+"""Crop and resize in one step, antialiased, on 8-bit samples: `PIL.Image.resize(..., BICUBIC, box=box)`."""
+
+MAX_ATTEMPTS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """How the views of every sample are drawn."""
+
+    policy: Literal["center", "rrc"] = "center"
+    """`center`: the largest centred square. `rrc`: random resized crops with a horizontal flip."""
+    num_views: int = 1
+    seed: int = 0
+    scale: tuple[float, float] = (0.08, 1.0)
+    """`rrc`: range of the crop's share of the picture's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """`rrc`: range of width over height, drawn log-uniformly."""
+    flip: float = 0.5
+    """`rrc`: probability of mirroring. A flip belongs to the view, for a teacher's map does not flip with its picture."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the views, and nothing that does not."""
+        if self.policy == "center":
+            return {"policy": "center", "num_views": 1, "kernel": KERNEL}
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {**fields, "kernel": KERNEL}
+
+
+def parse_views(text: str, *, seed: int) -> ViewSpec:
+    """`center` or `rrc:K` from the command line.
+
+    Raises: ConfigError.
+    """
+    if text == "center":
+        return ViewSpec(seed=seed)
+    match = re.fullmatch(r"rrc:([1-9]\d*)", text)
+    if not match:
+        raise ConfigError(
+            f"--views {text!r} is unknown; give center, or rrc:K with K views per picture (rrc:4)"
+        )
+    return ViewSpec(policy="rrc", num_views=int(match[1]), seed=seed)
+
+
+def draw_view(spec: ViewSpec, key: str, k: int, width: int, height: int) -> tuple[Box, bool]:
+    """Box and flip of view `k` of the sample `key`, whose upright picture is `width` x `height` pixels.
+
+    Source: `rrc` follows torchvision's RandomResizedCrop.get_params; deviation: a hash in place of a generator.
+    """
+    if spec.policy == "center":
+        side = min(width, height)
+        return _centred(side, side, width, height), False
+    for attempt in range(MAX_ATTEMPTS):
+        area, ratio, across, down, flip = _uniforms(spec.seed, key, k, attempt)
+        target = width * height * (spec.scale[0] + area * (spec.scale[1] - spec.scale[0]))
+        low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
+        aspect = math.exp(low + ratio * (high - low))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            x0, y0 = int(across * (width - w + 1)), int(down * (height - h + 1))
+            return (x0, y0, x0 + w, y0 + h), flip < spec.flip
+    flip = _uniforms(spec.seed, key, k, MAX_ATTEMPTS)[4]
+    w = max(1, min(width, round(height * spec.ratio[1])))
+    h = max(1, min(height, round(width / spec.ratio[0])))
+    return _centred(w, h, width, height), flip < spec.flip
+
+
+def _centred(w: int, h: int, width: int, height: int) -> Box:
+    x0, y0 = (width - w) // 2, (height - h) // 2
+    return x0, y0, x0 + w, y0 + h
+
+
+def _uniforms(seed: int, key: str, k: int, attempt: int) -> tuple[float, ...]:
+    """Five numbers in [0, 1), a pure function of the arguments on every machine."""
+    digest = hashlib.blake2b(f"{seed}\0{key}\0{k}\0{attempt}".encode(), digest_size=40).digest()
+    return tuple((word >> 11) * 2.0**-53 for word in struct.unpack("<5Q", digest))
+
+
+def render_view(image: Image.Image, box: Box, flip: bool, size: int) -> NDArray[np.uint8]:
+    """The view's pixels, uint8 [size, size, 3]: what every teacher and the student see, bit for bit."""
+    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    if flip:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(view)
+
+
+def view_digest(view: NDArray[np.uint8]) -> int:
+    """64 bits of BLAKE2b over a rendered view; equal only where every pixel is equal."""
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(view), digest_size=8).digest(), "little")

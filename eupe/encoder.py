@@ -1,0 +1,420 @@
+"""Any timm model as an encoder: a picture in, a summary vector and a grid of dense tokens out.
+
+The student is one of these, and so is every teacher that timm carries. Shapes: B batch, C channels, H W pixels,
+N tokens, h w cells of the dense grid, D width of a dense token, Ds width of the summary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from eupe.errors import ConfigError, RunError, StorageError, TeacherError
+from eupe.kinds import DenseKind, SummaryKind
+
+CARD_FILE = "student.json"
+WEIGHTS_FILE = "student.safetensors"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What an encoder says of a batch of pictures."""
+
+    summary: Tensor | None
+    """[B, Ds]; None where the encoder has no summary."""
+    dense: Tensor
+    """[B, h, w, D], row by row from the top left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderCard:
+    """All that is needed to build an encoder again, and to know its outputs without building it."""
+
+    arch: str
+    """timm architecture, with or without a pretrained tag."""
+    size: int
+    """Side in pixels of the square input that its position table is laid out for."""
+    patch: int
+    """Pixels of input per dense cell, along either side."""
+    dense_dim: int
+    summary_dim: int
+    prefix_tokens: int
+    """Class and register tokens ahead of the patch tokens."""
+    summary: SummaryKind
+    dense: DenseKind
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """Per-channel normalisation of RGB in [0, 1]."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as plain JSON, tuples as lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, card: Mapping[str, Any]) -> EncoderCard:
+        """The inverse of `to_json`.
+
+        Raises: ConfigError naming the fields that are missing, unknown, or hold an unknown word.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if wrong := sorted(names ^ set(card)):
+            raise ConfigError(f"an encoder card has fields missing or unknown: {', '.join(wrong)}")
+        if card["summary"] not in get_args(SummaryKind) or card["dense"] not in get_args(DenseKind):
+            raise ConfigError(f"an encoder card has unknown kinds: {card['summary']!r}, {card['dense']!r}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in card.items()})
+
+
+def timm_tokens(
+    model: Any, pixels_BCHW: Tensor, *, summary: SummaryKind, dense: DenseKind, class_tokens: int = 1
+) -> Tokens:
+    """Summary and dense tokens of any timm model, through `forward_features`, never `forward`.
+
+    Args:
+        model: a timm model: a ViT (its features are [B, prefix + N, D]) or a CNN (a map, channels first or last).
+        pixels_BCHW: normalised float, on the model's device.
+        summary: "attention_pool" and "pooled" are the library's `forward_head(..., pre_logits=True)`.
+        dense: "normed" includes ConvNeXt's norm, which timm keeps in the head, behind the pooling.
+        class_tokens: leading prefix tokens that "cls_concat" puts side by side.
+    Returns: Tokens in the dtype that the model computes in.
+    Raises: ConfigError where the model has nothing of the kind asked for, or its features are neither tokens nor a map.
+    """
+    features, last_stage = _features(model, pixels_BCHW, dense)
+    _check_summary(model, features, summary)
+    if features.ndim == 3:
+        prefix = model.num_prefix_tokens
+        grid = _token_grid(model, pixels_BCHW, features.shape[1] - prefix)
+        dense_BhwD = features[:, prefix:].unflatten(1, grid)
+    else:
+        dense_BhwD = _map_to_BhwD(model, features if last_stage is None else last_stage, dense)
+    return Tokens(summary=_summary(model, features, dense_BhwD, summary, class_tokens), dense=dense_BhwD)
+
+
+def timm_card(arch: str, size: int | None) -> EncoderCard:
+    """The card of a timm architecture as an encoder, from a build on the meta device: no weights, no memory.
+
+    Args:
+        arch: with or without a pretrained tag; the tag (or its default) decides mean and std.
+        size: side of the square input; None for the architecture's own.
+    Raises: ConfigError for an unknown architecture (names near ones), a size that the patch does not divide, or a
+        model whose features are neither tokens nor a map.
+    """
+    with torch.device("meta"):
+        native = create_timm(arch)
+        config = native.pretrained_cfg
+        size = size or config["input_size"][-1]
+        patch = _patch(native, arch)
+        _check_size(arch, size, patch)
+        model = create_timm(arch, size=size).eval()
+        summary = summary_kind(model)
+        pixels = torch.zeros(1, 3, size, size)
+        with torch.no_grad():
+            dense = dense_kind(model)
+            tokens = timm_tokens(model, pixels, summary=summary, dense=dense)
+    if tokens.dense.shape[1:3] != (size // patch, size // patch):
+        raise ConfigError(
+            f"{arch} gives a {tokens.dense.shape[1]}x{tokens.dense.shape[2]} map for {size} px, "
+            f"not the {size // patch}x{size // patch} that its stride of {patch} promises"
+        )
+    assert tokens.summary is not None
+    return EncoderCard(
+        arch=arch,
+        size=size,
+        patch=patch,
+        dense_dim=tokens.dense.shape[-1],
+        summary_dim=tokens.summary.shape[-1],
+        prefix_tokens=getattr(model, "num_prefix_tokens", 0),
+        summary=summary,
+        dense=dense,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def create_timm(arch: str, *, size: int | None = None, num_classes: int = 0, pretrained: bool = False) -> Any:
+    """A timm model, without classifier unless asked for, that takes other sizes than its own where its class can.
+
+    Args:
+        size: side for which position tables are laid out; None for the architecture's own.
+        num_classes: -1 for as many as the pretrained weights have.
+    Raises: ConfigError for an unknown architecture or tag.
+    """
+    if not timm.is_model(arch):
+        raise ConfigError(f"timm has no architecture {arch!r}{near(arch.split('.')[0], timm.list_models())}")
+    try:
+        config = timm.get_pretrained_cfg(arch)
+    except RuntimeError:
+        base = arch.split(".")[0]
+        raise ConfigError(f"timm has no weights {arch!r}{near(arch, timm.list_pretrained(base + '*'))}") from None
+    options: dict[str, Any] = {} if num_classes < 0 else {"num_classes": num_classes}
+    if size is not None and config is not None and config.fixed_input_size:
+        options["img_size"] = size
+    try:
+        return timm.create_model(arch, pretrained=pretrained, dynamic_img_size=True, **options)
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+    return timm.create_model(arch, pretrained=pretrained, **options)
+
+
+def summary_kind(model: Any) -> SummaryKind:
+    """The summary that a timm model was made to give."""
+    if getattr(model, "attn_pool", None) is not None:
+        return "attention_pool"
+    if not hasattr(model, "num_prefix_tokens") or _is_norm(getattr(model, "fc_norm", None)):
+        return "pooled"
+    return "cls" if _has_class_token(model) else "mean"
+
+
+def dense_kind(model: Any) -> DenseKind:
+    """The dense tokens that a timm model has to offer.
+
+    Features wider than the last stage come from a convolution that serves the classifier (EfficientNet);
+    narrower ones come from a neck (SAM), which is the output proper.
+    """
+    if hasattr(model, "num_prefix_tokens"):
+        return "normed" if _is_norm(getattr(model, "norm", None)) else "raw"
+    if _head_norm(model) is not None or _has_final_norm(model):
+        return "normed"
+    return "last_stage" if model.num_features > model.feature_info[-1]["num_chs"] else "raw"
+
+
+class Encoder(nn.Module):
+    """A timm model with its card: normalised pixels in, Tokens out."""
+
+    def __init__(self, card: EncoderCard, model: nn.Module) -> None:
+        super().__init__()
+        self.card = card
+        self.model = model
+
+    def forward(self, pixels_BCHW: Tensor) -> Tokens:
+        """Tokens of normalised float pixels, in the dtype that the model computes in."""
+        return timm_tokens(self.model, pixels_BCHW, summary=self.card.summary, dense=self.card.dense)
+
+
+def build_encoder(arch: str, *, size: int) -> Encoder:
+    """A timm architecture with the library's random initialisation, which draws from torch's global generator.
+
+    Inputs of other sizes than `size` work where the architecture can take them and the patch divides them.
+
+    Raises: ConfigError as `timm_card` does.
+    """
+    card = timm_card(arch, size)
+    return Encoder(card, create_timm(arch, size=size))
+
+
+def save_encoder(encoder: Encoder, directory: Path) -> None:
+    """Write the weights, then the card, each whole or not at all.
+
+    Raises: StorageError if the disk refuses.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.model.state_dict().items()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _replacing(directory / WEIGHTS_FILE) as temporary:
+            safetensors.torch.save_file(weights, temporary)
+        with _replacing(directory / CARD_FILE) as temporary:
+            temporary.write_text(json.dumps(encoder.card.to_json(), indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"the student cannot be written to {directory}: {error}") from error
+
+
+def load_card(directory: Path) -> EncoderCard:
+    """The card of the student in a run's directory.
+
+    Raises: RunError naming the directory if there is no readable card.
+    """
+    try:
+        return EncoderCard.from_json(json.loads((directory / CARD_FILE).read_text()))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{directory} is not a training run: no readable {CARD_FILE} ({error})") from error
+
+
+def load_encoder(directory: Path) -> Encoder:
+    """The student of a training run, on the CPU, with every weight from the file. Leaves the global generator as it was.
+
+    Raises: RunError naming the directory if card or weights are missing, unreadable or do not fit each other.
+    """
+    card = load_card(directory)
+    try:
+        weights = safetensors.torch.load_file(directory / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{directory} holds no readable {WEIGHTS_FILE} ({error})") from error
+    try:
+        with torch.random.fork_rng(devices=[]):
+            encoder = build_encoder(card.arch, size=card.size)
+        if encoder.card != card:
+            raise ConfigError(f"the installed timm {timm.__version__} builds another {card.arch}: {encoder.card}")
+        load_state_dict_strictly(encoder.model, weights, source=str(directory / WEIGHTS_FILE))
+    except (ConfigError, TeacherError) as error:
+        raise RunError(f"the student in {directory} cannot be rebuilt: {error}") from error
+    return encoder
+
+
+def normalise(views_u8_BHWC: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [B, H, W, C] pictures as normalised float32 [B, C, H, W], on the device that they are on."""
+    assert views_u8_BHWC.dtype == torch.uint8
+    device = views_u8_BHWC.device
+    pixels = views_u8_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
+    mean_C11 = torch.tensor(mean, device=device).view(-1, 1, 1)
+    std_C11 = torch.tensor(std, device=device).view(-1, 1, 1)
+    return (pixels - mean_C11) / std_C11
+
+
+def load_state_dict_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy every tensor of `state` into `model`, or none.
+
+    Raises: TeacherError with counts and up to three examples of missing, unexpected and wrongly shaped tensors.
+    """
+    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    have = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    misfits = {
+        "missing": sorted(want.keys() - have.keys()),
+        "unexpected": sorted(have.keys() - want.keys()),
+        "wrong shape": [
+            f"{name} {have[name]} for {want[name]}"
+            for name in sorted(want.keys() & have.keys())
+            if have[name] != want[name]
+        ],
+    }
+    if any(misfits.values()):
+        raise TeacherError(f"the weights in {source} do not fit the model: {describe_misfits(misfits)}")
+    model.load_state_dict(state, strict=True)
+
+
+def describe_misfits(misfits: Mapping[str, list[str]]) -> str:
+    """Counts and up to three examples of each kind that occurs: "2 missing (a, b), 1 unexpected (c)"."""
+    return ", ".join(
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in misfits.items()
+        if names
+    )
+
+
+def near(word: str, known: list[str]) -> str:
+    """The tail of a message about an unknown name: "; did you mean a, b?", or nothing."""
+    matches = difflib.get_close_matches(word, known, n=3)
+    return f"; did you mean {', '.join(matches)}?" if matches else ""
+
+
+def _features(model: Any, pixels_BCHW: Tensor, dense: DenseKind) -> tuple[Tensor, Tensor | None]:
+    """The library's feature forward, and the last stage's map where that is the dense kind asked for."""
+    last_stage = None
+    if dense == "last_stage":
+        features, (last_stage,) = model.forward_intermediates(pixels_BCHW, indices=1)
+    else:
+        features = model.forward_features(pixels_BCHW)
+    is_tokens = isinstance(features, Tensor) and features.ndim == 3 and hasattr(model, "num_prefix_tokens")
+    is_map = isinstance(features, Tensor) and features.ndim == 4
+    if not is_tokens and not is_map:
+        raise ConfigError(f"{type(model).__name__} gives neither patch tokens with a known prefix nor a feature map")
+    if is_tokens and dense != dense_kind(model):
+        raise ConfigError(f"{type(model).__name__} has no {dense!r} dense tokens, only {dense_kind(model)!r}")
+    return features, last_stage
+
+
+def _map_to_BhwD(model: Any, feature_map: Tensor, dense: DenseKind) -> Tensor:
+    """A CNN's map with its head's norm applied where asked for, channels last."""
+    head_norm = _head_norm(model)
+    if dense == "normed":
+        if head_norm is None and not _has_final_norm(model):
+            raise ConfigError(f"{type(model).__name__} has no final norm for 'normed' dense tokens")
+        feature_map = feature_map if head_norm is None else head_norm(feature_map)
+    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    return feature_map if channels_last else feature_map.permute(0, 2, 3, 1)
+
+
+def _check_summary(model: Any, features: Tensor, summary: SummaryKind) -> None:
+    """Raises: ConfigError if the model has no such summary."""
+    if summary == "attention_pool" and getattr(model, "attn_pool", None) is None:
+        raise ConfigError(f"{type(model).__name__} has no attention pool for its summary")
+    if summary in ("cls", "cls_concat") and (features.ndim != 3 or not _has_class_token(model)):
+        raise ConfigError(f"{type(model).__name__} has no class token for its summary")
+
+
+def _summary(
+    model: Any, features: Tensor, dense_BhwD: Tensor, summary: SummaryKind, class_tokens: int
+) -> Tensor | None:
+    match summary:
+        case "cls":
+            return features[:, 0]
+        case "cls_concat":
+            return features[:, :class_tokens].flatten(1)
+        case "attention_pool" | "pooled":
+            pooled: Tensor = model.forward_head(features, pre_logits=True)
+            return pooled
+        case "mean":
+            return dense_BhwD.mean(dim=(1, 2))
+        case "none":
+            return None
+
+
+def _token_grid(model: Any, pixels_BCHW: Tensor, num_tokens: int) -> tuple[int, int]:
+    patch = model.feature_info[-1]["reduction"]
+    grid = (pixels_BCHW.shape[-2] // patch, pixels_BCHW.shape[-1] // patch)
+    if grid[0] * grid[1] != num_tokens:
+        raise ConfigError(f"{type(model).__name__} gives {num_tokens} tokens, not a grid of {grid[0]}x{grid[1]}")
+    return grid
+
+
+def _has_class_token(model: Any) -> bool:
+    """Whether the first prefix token is a class token; timm says so in one of two ways."""
+    if hasattr(model, "has_class_token"):
+        return bool(model.has_class_token)
+    return getattr(model, "cls_token", None) is not None
+
+
+def _head_norm(model: Any) -> nn.Module | None:
+    """The norm that a ConvNeXt-like head applies behind its pooling."""
+    norm = getattr(getattr(model, "head", None), "norm", None)
+    return norm if _is_norm(norm) else None
+
+
+def _has_final_norm(model: Any) -> bool:
+    """Whether a CNN's feature forward ends in a norm (Swin, ConvNeXt with its norm ahead of the pooling)."""
+    return _is_norm(getattr(model, "norm", None)) or _is_norm(getattr(model, "norm_pre", None))
+
+
+def _is_norm(module: object) -> bool:
+    return isinstance(module, nn.Module) and not isinstance(module, nn.Identity)
+
+
+def _patch(model: Any, arch: str) -> int:
+    """Pixels per dense cell, from the model's own table of stages."""
+    if not getattr(model, "feature_info", None):
+        raise ConfigError(f"{arch} has no table of stages, so neither patch tokens nor a feature map to learn from")
+    return int(model.feature_info[-1]["reduction"])
+
+
+def _check_size(arch: str, size: int, patch: int) -> None:
+    if size < patch or size % patch:
+        below = max(size // patch, 1) * patch
+        raise ConfigError(
+            f"size {size} does not work for {arch}: its patch is {patch} pixels and must divide the size; "
+            f"use {below} or {below + patch}"
+        )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour to write to; on success it is flushed to disk and takes the name `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

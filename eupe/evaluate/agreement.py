@@ -1,0 +1,124 @@
+"""How far a student agrees with its targets on pictures that it never trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eupe.evaluate.run import Run, open_run
+from eupe.train.loop import held_out_batches, target_names
+from eupe.train.validate import Distiller, held_out_cosines
+
+NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class KindAgreement:
+    """Mean cosines over held-out views for one kind of token."""
+
+    cosine: float
+    """Between denormalised prediction and feature, as the teacher gives it."""
+    cosine_untrained: float
+    """The same student and heads before the first step."""
+    cosine_mean: float
+    """The predictor that always says the store's mean."""
+    normalised_cosine: float
+    """In the loss's space, where the mean predictor has 0."""
+    normalised_untrained: float
+
+
+@dataclass(frozen=True)
+class TargetAgreement:
+    """One target of a run."""
+
+    target: str
+    kinds: dict[str, KindAgreement]
+    mutual_neighbours: float | None
+    """Share of the nearest held-out views by summary that student and teacher have in common; None without summaries."""
+    mutual_neighbours_untrained: float | None
+    mutual_neighbours_chance: float | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """All targets of a run."""
+
+    run: str
+    num_views: int
+    neighbours: int
+    targets: list[TargetAgreement]
+
+
+def agreement(path: Path, *, corpus: Path | None = None, neighbours: int = NEIGHBOURS) -> Agreement:
+    """Judge a run on the views of its held-out pictures.
+
+    Raises: RunError, StoreError, CorpusError.
+    """
+    run = open_run(path, corpus=corpus)
+    trained, untrained = _measure(run, run.distiller, neighbours), _measure(run, run.untrained(), neighbours)
+    targets = []
+    for i, name in enumerate(target_names(run.card)):
+        kinds = {
+            kind: KindAgreement(
+                cosine=values["raw"],
+                cosine_untrained=untrained.cosines[i][kind]["raw"],
+                cosine_mean=values["mean_raw"],
+                normalised_cosine=values["normalised"],
+                normalised_untrained=untrained.cosines[i][kind]["normalised"],
+            )
+            for kind, values in trained.cosines[i].items()
+        }
+        has_summary = i in trained.mutual
+        chance = min(1.0, neighbours / (trained.num_views - 1)) if has_summary else None
+        targets.append(TargetAgreement(name, kinds, trained.mutual.get(i), untrained.mutual.get(i), chance))
+    return Agreement(str(path), trained.num_views, neighbours, targets)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    cosines: list[dict[str, dict[str, float]]]
+    mutual: dict[int, float]
+    num_views: int
+
+
+def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
+    predicted: dict[int, list[Tensor]] = {}
+    stored: dict[int, list[Tensor]] = {}
+
+    def keep(target: int, said: Tensor, truth: Tensor) -> None:
+        predicted.setdefault(target, []).append(said.cpu())
+        stored.setdefault(target, []).append(truth.cpu())
+
+    batches = held_out_batches(
+        run.targets, size=run.size, batch_size=run.card.config["batch_size"], device=run.device
+    )
+    totals = held_out_cosines(distiller, batches, run.device, on_summary=keep)
+    mutual = {
+        i: mutual_neighbours(torch.cat(predicted[i]), torch.cat(stored[i]), k=neighbours) for i in predicted
+    }
+    num_views = next(iter(totals[0].values())).views
+    return _Measured([{kind: c.means() for kind, c in kinds.items()} for kinds in totals], mutual, num_views)
+
+
+def mutual_neighbours(a_ND: Tensor, b_ND: Tensor, *, k: int) -> float:
+    """Mean share of the k nearest neighbours by cosine, oneself aside, that two spaces have in common.
+
+    Args:
+        a_ND, b_ND: [N, Da] and [N, Db], row i of both being the same view.
+    Source: Huh et al., "The Platonic Representation Hypothesis" (2024), mutual nearest-neighbour metric.
+    """
+    k = min(k, len(a_ND) - 1)
+    near_a, near_b = _nearest(a_ND, k), _nearest(b_ND, k)
+    shared = (near_a[:, :, None] == near_b[:, None, :]).any(dim=2).float().mean()
+    return float(shared)
+
+
+def _nearest(features_ND: Tensor, k: int) -> Tensor:
+    unit = F.normalize(features_ND.float(), dim=1)
+    similarity = unit @ unit.T
+    similarity.fill_diagonal_(-torch.inf)
+    return similarity.topk(k, dim=1).indices

@@ -1,0 +1,72 @@
+"""A training run opened for judging it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from eupe.device import pick_device
+from eupe.encoder import load_encoder
+from eupe.errors import RunError
+from eupe.train.config import CONFIG_FILE, RunCard
+from eupe.train.loop import HEADS_FILE, build
+from eupe.train.targets import TargetSet, open_targets
+from eupe.train.validate import Distiller
+
+
+@dataclass(frozen=True)
+class Run:
+    """The trained student with its heads, and the targets that it learned from."""
+
+    path: Path
+    card: RunCard
+    distiller: Distiller
+    targets: TargetSet
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        return int(self.card.config["size"])
+
+    def untrained(self) -> Distiller:
+        """Student and heads as they were before the first step."""
+        return build(self.card, self.targets, self.device)[0].eval()
+
+
+def read_card(path: Path) -> RunCard:
+    """The card of a training run.
+
+    Raises: RunError if there is none.
+    """
+    try:
+        plain: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
+        return RunCard(**{**plain, "targets": tuple(plain["targets"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{path} is not a training run: no readable {CONFIG_FILE} ({error})") from error
+
+
+def open_run(path: Path, *, corpus: Path | None = None) -> Run:
+    """Load student and heads, and open the stores that they learned from.
+
+    Raises: RunError if the run is not finished; StoreError or CorpusError if its targets or pictures are gone.
+    """
+    card = read_card(path)
+    stores = [Path(target["path"]) for target in card.targets]
+    targets = open_targets(stores, corpus=corpus, holdout=card.config["holdout"])
+    device = pick_device()
+    encoder = load_encoder(path)
+    distiller, _ = build(card, targets, device)
+    try:
+        distiller.encoder.load_state_dict(encoder.state_dict())
+        distiller.heads.load_state_dict(load_file(path / HEADS_FILE))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"run {path} has no usable heads ({error}); finish it with `eupe train ... --resume`"
+        ) from error
+    return Run(path, card, distiller.eval(), targets, device)

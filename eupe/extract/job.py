@@ -1,0 +1,438 @@
+"""The extraction job: the only place that schedules Ray.
+
+Each actor holds one teacher and pulls parts; results that come back are counts, never features. A worker that dies
+is restarted by Ray and its part done again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from eupe.corpus.index import Corpus, open_corpus, write_index
+from eupe.corpus.views import ViewSpec
+from eupe.errors import ConfigError, EupeError, IncompleteError, StoreError, TeacherError
+from eupe.extract.plan import PartTask, plan_parts
+from eupe.extract.worker import PartResult, Worker
+from eupe.store import Store, open_store
+from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, samples_per_part
+from eupe.store.reader import committed_parts
+from eupe.store.writer import create_store, finish_store, library_versions
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.teacher import compute_dtype, file_digest, load_teacher, weights_digest
+
+PARTS_IN_FLIGHT = 2
+"""Per worker: one has the teacher while the other is written."""
+TASK_RETRIES = 2
+POLL_SECONDS = 0.5
+INDEX_FILE = "corpus.parquet"
+RECORDED_LIBRARIES = (
+    "eupe",
+    "torch",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "pillow",
+    "numpy",
+    "zarr",
+    "tensorstore",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """One extraction, as asked for on the command line."""
+
+    teacher: str
+    """Registry name, `timm:ARCH`, `hf:REPO_OR_DIR`, `open_clip:ARCH[@TAG]`, or a training run's directory."""
+    corpus: Path
+    out: Path
+    weights: Path | None = None
+    """Local weights in place of the hub's."""
+    sizes: tuple[int, ...] = ()
+    """Sides of the square input in pixels; the teacher's native size where none is given."""
+    views: ViewSpec = field(default_factory=ViewSpec)
+    tokens: tuple[str, ...] = KINDS
+    dtype: str = "auto"
+    """`auto`, `fp32`, `bf16` or `fp16`: the teacher's arithmetic."""
+    batch_size: int = 16
+    workers: int = 1
+    gpus_per_worker: float | None = None
+    """All GPUs shared evenly where not given."""
+    ray_address: str | None = None
+    """`auto` or `ray://...`; a Ray of its own on this machine where not given."""
+    limit: int | None = None
+    """Only the first pictures of the corpus."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a running job stands."""
+
+    stage: str
+    done: int
+    total: int
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What an extraction made."""
+
+    store: str
+    cached: bool
+    """Everything was there already."""
+    num_samples: int
+    num_views: int
+    num_failed: int
+    stored_bytes: int
+    raw_bytes: int
+    """The same features as bare fp16."""
+    seconds: float
+    views_per_s: float | None
+    """None for a cache hit."""
+
+
+def extract(
+    config: ExtractConfig, *, on_status: Callable[[Status], None] = lambda status: None
+) -> ExtractReport:
+    """Run a teacher once over a corpus and leave its features in a store.
+
+    Raises: an EupeError for whatever the user can mend; IncompleteError if parts are missing at the end.
+    """
+    began = time.monotonic()
+    teacher = _checked_teacher(config)
+    previous = config.out / INDEX_FILE
+    corpus = open_corpus(
+        config.corpus, previous=previous, progress=lambda done, of: on_status(Status("indexing", done, of))
+    ).head(config.limit)
+    with JobActors(config, teacher, corpus) as actors:
+        spec = _store_spec(config, teacher, corpus, actors)
+        store = _open_or_create(config.out, spec, corpus)
+        was_finished = store.finished
+        views_before = _committed_views(store)
+        if not was_finished:
+            _run_parts(actors, store, on_status)
+            store = finish_store(config.out)
+    seconds = time.monotonic() - began
+    num_new = store.spec.num_samples * store.spec.num_views - views_before
+    return _report(store, cached=was_finished, seconds=seconds, num_new=num_new)
+
+
+def _checked_teacher(config: ExtractConfig) -> TeacherSpec:
+    """The teacher's card, with everything that can be wrong about the options said at once."""
+    teacher = resolve_teacher(config.teacher)
+    for size in config.sizes:
+        teacher.grid(size)
+    if config.weights is not None and not config.weights.exists():
+        raise TeacherError(f"weights {config.weights} do not exist")
+    unknown = set(config.tokens) - set(KINDS)
+    if unknown or not config.tokens:
+        raise ConfigError(
+            f"--tokens takes summary, dense, or both; got {','.join(config.tokens) or 'nothing'}"
+        )
+    for name, value in (
+        ("--batch-size", config.batch_size),
+        ("--workers", config.workers),
+        ("--limit", config.limit),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    return teacher
+
+
+def _store_spec(config: ExtractConfig, teacher: TeacherSpec, corpus: Corpus, actors: JobActors) -> StoreSpec:
+    sizes = config.sizes or (teacher.native_size,)
+    grids = tuple(teacher.grid(size) for size in sizes)
+    tokens = tuple(
+        k for k in KINDS if k in config.tokens and not (k == SUMMARY and teacher.summary == "none")
+    )
+    dense_dim = teacher.dense_dim if DENSE in tokens else 0
+    summary_dim = teacher.summary_dim if SUMMARY in tokens else 0
+    per_sample = config.views.num_views * bytes_per_view(grids, dense_dim, summary_dim)
+    if per_sample == 0:
+        raise ConfigError(f"teacher {teacher.name} has no summary; give --tokens dense")
+    return StoreSpec(
+        teacher={**teacher.to_json(), "weights_sha256": actors.weights_sha256, "dtype": actors.dtype_name},
+        corpus={"fingerprint": corpus.fingerprint, "num_samples": len(corpus), "root": str(corpus.root)},
+        views=config.views.to_json(),
+        sizes=sizes,
+        grids=grids,
+        tokens=tokens,
+        samples_per_part=samples_per_part(len(corpus), per_sample),
+        versions=library_versions(*RECORDED_LIBRARIES),
+    )
+
+
+def _open_or_create(out: Path, spec: StoreSpec, corpus: Corpus) -> Store:
+    if (out / "zarr.json").is_file():
+        _refuse_other_corpus(open_store(out), spec, corpus)
+    store = create_store(out, spec)
+    write_index(corpus, out / INDEX_FILE)
+    return store
+
+
+def _refuse_other_corpus(store: Store, spec: StoreSpec, corpus: Corpus) -> None:
+    if store.spec.corpus["fingerprint"] == spec.corpus["fingerprint"]:
+        return
+    stored = open_corpus(store.path / INDEX_FILE).samples
+    old = dict(zip(stored["key"].to_pylist(), stored["sha256"].to_pylist(), strict=True))
+    new = dict(zip(corpus.samples["key"].to_pylist(), corpus.samples["sha256"].to_pylist(), strict=True))
+    gained, lost = new.keys() - old.keys(), old.keys() - new.keys()
+    changed = {key for key in old.keys() & new.keys() if old[key] != new[key]}
+    example = min(gained or lost or changed)
+    raise StoreError(
+        f"{store.path} was made from another corpus than {corpus.root}: {len(gained)} pictures are new, {len(lost)} are gone, "
+        f"{len(changed)} have changed (for example {example}); give another --out"
+    )
+
+
+def _committed_views(store: Store) -> int:
+    rows = (store.spec.part_rows(part) for part in committed_parts(store.path))
+    return store.spec.num_views * sum(r.stop - r.start for r in rows)
+
+
+class JobActors:
+    """The Ray actors of a job, started when first needed and gone when the block ends."""
+
+    def __init__(self, config: ExtractConfig, teacher: TeacherSpec, corpus: Corpus) -> None:
+        self._config = config
+        self._teacher = teacher
+        self._corpus = corpus
+        self._weights = (
+            Path(teacher.model) / "student.safetensors" if teacher.backend == "run" else config.weights
+        )
+
+    def __enter__(self) -> JobActors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "handles" in self.__dict__:
+            for actor in self.handles:
+                ray.kill(actor)
+            ray.shutdown()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of a local file without loading it; of the loaded tensors where the hub gives the weights."""
+        if self._weights is not None:
+            return file_digest(self._weights)
+        return str(_get(self.handles[0].weights_sha256.remote()))
+
+    @cached_property
+    def dtype_name(self) -> str:
+        """The arithmetic in words, decided by the machine that does the work."""
+        if self._config.dtype != "auto":
+            return self._config.dtype
+        if self._config.ray_address is None:
+            return _dtype_word("auto", _device())
+        return str(_get(self.handles[0].dtype_name.remote()))
+
+    @cached_property
+    def handles(self) -> list[Any]:
+        self._start_ray()
+        config = self._config
+        num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // config.workers)
+        gpus = ray.cluster_resources().get("GPU", 0)
+        num_gpus = gpus / config.workers if config.gpus_per_worker is None else config.gpus_per_worker
+        actor = ray.remote(ExtractActor).options(
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            max_restarts=-1,
+            max_task_retries=TASK_RETRIES,
+            max_concurrency=PARTS_IN_FLIGHT + 1,
+        )
+        return [
+            actor.remote(config, self._teacher, self._corpus.root, num_cpus) for _ in range(config.workers)
+        ]
+
+    def _start_ray(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        address = self._config.ray_address
+        quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+        if address is not None:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, ValueError) as error:
+                raise ConfigError(f"no Ray cluster answers at --ray-address {address}: {error}") from error
+            return
+        cpus = max(os.cpu_count() or 1, self._config.workers)
+        ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
+
+
+class ExtractActor:
+    """One teacher in a process of its own."""
+
+    def __init__(self, config: ExtractConfig, teacher: TeacherSpec, corpus_root: Path, num_cpus: int) -> None:
+        torch.set_num_threads(num_cpus)
+        self._config = config
+        self._spec = teacher
+        self._corpus_root = corpus_root
+
+    @cached_property
+    def _teacher(self) -> Any:
+        config = self._config
+        device = _device()
+        sizes = config.sizes or (self._spec.native_size,)
+        dtype = compute_dtype(config.dtype, device)
+        return load_teacher(self._spec, weights=config.weights, device=device, dtype=dtype, sizes=sizes)
+
+    @cached_property
+    def _worker(self) -> Worker:
+        config = self._config
+        return Worker(
+            self._teacher,
+            config.out,
+            corpus_root=self._corpus_root,
+            views=config.views,
+            batch_size=config.batch_size,
+        )
+
+    def weights_sha256(self) -> str:
+        return weights_digest(self._teacher.module)
+
+    def dtype_name(self) -> str:
+        return _dtype_word(self._config.dtype, _device())
+
+    def prepare(self) -> None:
+        """Load the teacher, so that what is wrong with it is said before any part begins."""
+        assert self._worker
+
+    def run(self, task: PartTask) -> PartResult:
+        return self._worker.run(task)
+
+    def progress(self) -> tuple[int, int]:
+        """Views done and samples failed since this process started."""
+        if "_worker" not in self.__dict__:
+            return 0, 0
+        return self._worker.progress.views, self._worker.progress.failed
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype_word(word: str, device: torch.device) -> str:
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return names[compute_dtype(word, device)]
+
+
+def _get(reference: Any) -> Any:
+    """`ray.get` that raises what the actor raised, not Ray's wrapping of it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, EupeError):
+            raise error.cause from None
+        raise
+
+
+def _run_parts(actors: JobActors, store: Store, on_status: Callable[[Status], None]) -> None:
+    """Keep every actor busy until each part is committed or given up.
+
+    Raises: IncompleteError naming the gaps and their first reason; StorageError and TeacherError as they come.
+    """
+    corpus = actors._corpus
+    tasks = plan_parts(store.spec, corpus.samples, committed_parts(store.path))
+    num_views = store.spec.num_views
+    total = store.spec.num_samples * num_views
+    before = total - num_views * sum(len(task.samples) for task in tasks)
+    reasons: dict[int, str] = {}
+    with _interruptible(store):
+        on_status(Status("loading teacher", before, total))
+        _get([actor.prepare.remote() for actor in actors.handles])
+        queue = iter(tasks)
+        running: dict[Any, tuple[Any, PartTask]] = {}
+        for actor in actors.handles * PARTS_IN_FLIGHT:
+            _submit_next(actor, queue, running)
+        while running:
+            ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+            for reference in ready:
+                actor, task = running.pop(reference)
+                if reason := _failure(reference):
+                    reasons[task.index] = reason
+                _submit_next(actor, queue, running)
+            views, failed = _progress(actors.handles)
+            on_status(Status("extracting", min(before + views, total), total, failed))
+    if missing := store.missing_parts():
+        reason = next(iter(reasons.values()), "no reason was recorded")
+        raise IncompleteError(
+            f"{len(missing)} of {store.spec.num_parts} parts are missing from {store.path} (first reason: {reason}); "
+            "the others are committed: run the same command again to go on"
+        )
+
+
+def _submit_next(actor: Any, queue: Iterator[PartTask], running: dict[Any, tuple[Any, PartTask]]) -> None:
+    task = next(queue, None)
+    if task is not None:
+        running[actor.run.remote(task)] = (actor, task)
+
+
+def _failure(reference: Any) -> str | None:
+    """Why a part was not made; None if it was.
+
+    Raises: the worker's EupeError, which no other part would escape.
+    """
+    try:
+        _get(reference)
+    except EupeError:
+        raise
+    except ray.exceptions.RayTaskError as error:
+        return f"{type(error.cause).__name__}: {error.cause}"
+    except ray.exceptions.RayError as error:
+        return f"the worker died {TASK_RETRIES + 1} times: {str(error).splitlines()[0]}"
+    return None
+
+
+def _progress(handles: list[Any]) -> tuple[int, int]:
+    """Summed over the actors that answer; one that restarts counts from its part again."""
+    ready, _ = ray.wait(
+        [actor.progress.remote() for actor in handles], num_returns=len(handles), timeout=POLL_SECONDS
+    )
+    counts = []
+    for reference in ready:
+        try:
+            counts.append(ray.get(reference))
+        except ray.exceptions.RayError:
+            continue
+    return sum(views for views, _ in counts), sum(failed for _, failed in counts)
+
+
+@contextmanager
+def _interruptible(store: Store) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = len(committed_parts(store.path))
+        raise IncompleteError(
+            f"stopped: {done} of {store.spec.num_parts} parts of {store.path} are committed; run the same command again to go on"
+        ) from None
+
+
+def _report(store: Store, *, cached: bool, seconds: float, num_new: int) -> ExtractReport:
+    spec = store.spec
+    dense_dim = int(spec.teacher["dense_dim"]) if DENSE in spec.tokens else 0
+    summary_dim = int(spec.teacher["summary_dim"]) if SUMMARY in spec.tokens else 0
+    num_views = spec.num_samples * spec.num_views
+    status = store.samples["status"].to_pylist()
+    return ExtractReport(
+        store=str(store.path),
+        cached=cached,
+        num_samples=spec.num_samples,
+        num_views=num_views,
+        num_failed=sum(word != "ok" for word in status),
+        stored_bytes=sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+        raw_bytes=num_views * bytes_per_view(spec.grids, dense_dim, summary_dim),
+        seconds=seconds,
+        views_per_s=None if cached else num_new / seconds,
+    )

@@ -1,0 +1,239 @@
+"""One part from pictures to committed features: plain Python, no Ray.
+
+A pool of threads decodes and renders ahead of the teacher, at most two batches; the features of one part stay in memory
+until they are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eupe.corpus.decode import decode_image
+from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
+from eupe.errors import CorpusError
+from eupe.extract.plan import PartTask, Sample
+from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
+from eupe.store.writer import FP16_MAX, Part, Row, StoreWriter
+from eupe.teachers.teacher import Teacher
+
+MAX_DECODE_THREADS = 8
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """What became of a part that was committed."""
+
+    index: int
+    num_samples: int
+    num_failed: int
+
+
+@dataclass
+class Progress:
+    """Counted by the worker, read by whoever shows it."""
+
+    views: int = 0
+    failed: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, *, views: int = 0, failed: int = 0) -> None:
+        with self.lock:
+            self.views += views
+            self.failed += failed
+
+
+@dataclass(frozen=True)
+class LoadedSample:
+    """All views of one picture, rendered; none of them if it has an error."""
+
+    row: Row
+    boxes: NDArray[np.int32]
+    flips: NDArray[np.bool_]
+    digests: NDArray[np.uint64]
+    views: dict[int, list[NDArray[np.uint8]]]
+    """Size to K views of [size, size, 3]."""
+
+
+class Worker:
+    """A teacher, a store to write to, and the pictures to read.
+
+    Two parts may run at once from two threads: while one is compressed and written, the next has the teacher.
+    """
+
+    def __init__(
+        self, teacher: Teacher, store: Path, *, corpus_root: Path, views: ViewSpec, batch_size: int
+    ) -> None:
+        self.progress = Progress()
+        self._teacher = teacher
+        self._writer = StoreWriter(store)
+        self._root = corpus_root
+        self._views = views
+        self._batch_size = batch_size
+        self._teacher_turn = threading.Lock()
+
+    def run(self, task: PartTask) -> PartResult:
+        """Compute and commit one part.
+
+        Raises: StorageError if it cannot be written.
+        """
+        with self._teacher_turn:
+            part = self.compute(task)
+        self._writer.commit(part)
+        num_failed = sum(row.error is not None for row in part.rows)
+        return PartResult(task.index, len(part.rows), num_failed)
+
+    def compute(self, task: PartTask) -> Part:
+        """Everything of a part but the writing; a pure function of the spec, the corpus and the part's number."""
+        buffers = PartBuffers(self._writer.spec, task)
+        samples = self._load_ahead(task.samples)
+        for batch in _batches(buffers.take(samples, self.progress), self._batch_size):
+            self._run_batch(batch, buffers)
+            self.progress.add(views=len(batch))
+        return buffers.part(self.progress)
+
+    def _run_batch(self, batch: list[RenderedView], buffers: PartBuffers) -> None:
+        for size in self._writer.spec.sizes:
+            pixels = torch.from_numpy(np.stack([view.pixels[size] for view in batch]))
+            if self._teacher.device.type == "cuda":
+                pixels = pixels.pin_memory()
+            tokens = self._teacher(pixels)
+            for kind, values in ((SUMMARY, tokens.summary), (DENSE, tokens.dense)):
+                if kind in self._writer.spec.tokens:
+                    assert values is not None
+                    buffers.put(feature_path(size, kind), batch, values)
+
+    def _load_ahead(self, samples: Iterable[Sample]) -> Iterator[LoadedSample]:
+        """Rendered samples in order, decoded by a pool that runs two batches ahead at most."""
+        ahead = max(2, 2 * self._batch_size // self._writer.spec.num_views)
+        pending: deque[Future[LoadedSample]] = deque()
+        with ThreadPoolExecutor(min(MAX_DECODE_THREADS, os.cpu_count() or 1)) as pool:
+            for sample in samples:
+                pending.append(
+                    pool.submit(load_sample, sample, self._root, self._views, self._writer.spec.sizes)
+                )
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+
+def load_sample(sample: Sample, root: Path, spec: ViewSpec, sizes: tuple[int, ...]) -> LoadedSample:
+    """Read, check, decode and render one picture; whatever is wrong with it becomes its row's error."""
+    k = spec.num_views
+    boxes = np.zeros((k, 4), np.int32)
+    flips = np.zeros(k, np.bool_)
+    digests = np.zeros(k, np.uint64)
+    try:
+        data = (root / sample.key).read_bytes()
+        if sample.sha256 is not None and hashlib.sha256(data).hexdigest() != sample.sha256:
+            raise CorpusError("the file has changed since it was indexed")
+        image = decode_image(data)
+    except (CorpusError, OSError) as error:
+        row = Row(sample.key, sample.sha256, sample.label, error=str(error))
+        return LoadedSample(row, boxes, flips, digests, {})
+    views: dict[int, list[NDArray[np.uint8]]] = {size: [] for size in sizes}
+    for i in range(k):
+        box, flip = draw_view(spec, sample.key, i, image.width, image.height)
+        for size in sizes:
+            views[size].append(render_view(image, box, flip, size))
+        boxes[i], flips[i], digests[i] = box, flip, view_digest(views[sizes[0]][i])
+    row = Row(sample.key, sample.sha256, sample.label, image.width, image.height)
+    return LoadedSample(row, boxes, flips, digests, views)
+
+
+@dataclass(frozen=True)
+class RenderedView:
+    """One view on its way to the teacher, and its place in the part."""
+
+    sample: int
+    view: int
+    pixels: dict[int, NDArray[np.uint8]]
+
+
+class PartBuffers:
+    """A part's arrays while they fill up."""
+
+    def __init__(self, spec: StoreSpec, task: PartTask) -> None:
+        n, k = len(task.samples), spec.num_views
+        self._task = task
+        self._rows: list[Row] = []
+        self._boxes = np.zeros((n, k, 4), np.int32)
+        self._flips = np.zeros((n, k), np.bool_)
+        self._digests = np.zeros((n, k), np.uint64)
+        self._features: dict[str, NDArray[np.float16]] = {}
+        self._num_clipped = 0
+        for size, grid in zip(spec.sizes, spec.grids, strict=True):
+            shapes = {
+                SUMMARY: (n, k, spec.teacher["summary_dim"]),
+                DENSE: (n, k, grid, grid, spec.teacher["dense_dim"]),
+            }
+            for kind in spec.tokens:
+                self._features[feature_path(size, kind)] = np.full(shapes[kind], np.nan, np.float16)
+        self._versions = dict(spec.versions)
+
+    def take(self, samples: Iterable[LoadedSample], progress: Progress) -> Iterator[RenderedView]:
+        """Note every sample's row and view parameters, and hand on its views."""
+        for i, sample in enumerate(samples):
+            self._rows.append(sample.row)
+            self._boxes[i], self._flips[i], self._digests[i] = sample.boxes, sample.flips, sample.digests
+            if sample.row.error is not None:
+                progress.add(views=len(sample.flips), failed=1)
+                continue
+            for k in range(len(sample.flips)):
+                yield RenderedView(i, k, {size: views[k] for size, views in sample.views.items()})
+
+    def put(self, path: str, batch: list[RenderedView], values: torch.Tensor) -> None:
+        """Store a batch's float32 tokens as float16, counting what had to be clipped."""
+        clipped = values.clamp(-FP16_MAX, FP16_MAX)
+        self._num_clipped += int(((clipped != values) & values.isfinite()).sum())
+        halves = torch.where(values.isfinite(), clipped, torch.nan).to(torch.float16).cpu().numpy()
+        rows, views = [v.sample for v in batch], [v.view for v in batch]
+        self._features[path][rows, views] = halves
+
+    def part(self, progress: Progress) -> Part:
+        """The finished part; a sample with a non-finite feature fails as a whole."""
+        rows = [self._judged(i, row, progress) for i, row in enumerate(self._rows)]
+        return Part(
+            self._task.index,
+            rows,
+            self._boxes,
+            self._flips,
+            self._digests,
+            self._features,
+            self._num_clipped,
+            self._versions,
+        )
+
+    def _judged(self, i: int, row: Row, progress: Progress) -> Row:
+        bad = [path for path, values in self._features.items() if not np.isfinite(values[i]).all()]
+        if row.error is not None or not bad:
+            return row
+        progress.add(failed=1)
+        for values in self._features.values():
+            values[i] = np.nan
+        self._boxes[i], self._flips[i], self._digests[i] = 0, False, 0
+        return Row(
+            row.key, row.sha256, row.label, error=f"the teacher gave non-finite values in {', '.join(bad)}"
+        )
+
+
+def _batches(views: Iterable[RenderedView], size: int) -> Iterator[list[RenderedView]]:
+    batch: list[RenderedView] = []
+    for view in views:
+        batch.append(view)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,311 @@
+"""Teachers from the Hugging Face library, by model type."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eupe.encoder import Tokens, describe_misfits
+from eupe.errors import TeacherError
+from eupe.kinds import DenseKind, SummaryKind
+from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.weights import brief, hub_errors, read_state_dict
+
+Triple = tuple[float, float, float]
+
+IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+UNIT: tuple[Triple, Triple] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+UNUSED_WEIGHTS = re.compile(
+    r"text_model\.|text_projection|visual_projection|logit_scale|logit_bias|classifier\.|head\.(weight|bias)|pooler\."
+    r"|.*position_ids$|.*mask_token$"
+)
+"""What checkpoints hold beside the encoder: text towers, projections, classifiers, the token of masked training."""
+UNNEEDED_WEIGHTS = re.compile(r".*mask_token$")
+"""What the library's encoder has but never uses in a forward pass without masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What differs between the model types of the library."""
+
+    model_class: str
+    summary: SummaryKind
+    dense: DenseKind
+    normalisation: tuple[Triple, Triple]
+    """Used where the repository has no preprocessor_config.json."""
+    prefix: Callable[[Any], int] = lambda config: 1
+    patch: Callable[[Any], int] = lambda config: int(config.patch_size)
+    width: Callable[[Any], int] = lambda config: int(config.hidden_size)
+    build: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the model's constructor."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the forward pass."""
+
+
+_INTERPOLATE = {"interpolate_pos_encoding": True}
+
+FAMILIES: dict[str, Family] = {
+    "dinov2": Family(model_class="Dinov2Model", summary="cls", dense="normed", normalisation=IMAGENET),
+    "dinov2_with_registers": Family(
+        model_class="Dinov2WithRegistersModel",
+        summary="cls",
+        dense="normed",
+        normalisation=IMAGENET,
+        prefix=lambda config: 1 + int(config.num_register_tokens),
+    ),
+    "dinov3_vit": Family(
+        model_class="DINOv3ViTModel",
+        summary="cls",
+        dense="normed",
+        normalisation=IMAGENET,
+        prefix=lambda config: 1 + int(config.num_register_tokens),
+    ),
+    "dinov3_convnext": Family(
+        model_class="DINOv3ConvNextModel",
+        summary="pooled",
+        dense="normed",
+        normalisation=IMAGENET,
+        patch=lambda config: 32,
+        width=lambda config: int(config.hidden_sizes[-1]),
+    ),
+    "clip_vision_model": Family(
+        model_class="CLIPVisionModel", summary="cls", dense="normed", normalisation=OPENAI, run=_INTERPOLATE
+    ),
+    "siglip_vision_model": Family(
+        model_class="SiglipVisionModel",
+        summary="attention_pool",
+        dense="normed",
+        normalisation=HALF,
+        prefix=lambda config: 0,
+        run=_INTERPOLATE,
+    ),
+    "radio": Family(
+        model_class="RadioModel",
+        summary="cls_concat",
+        dense="raw",
+        normalisation=UNIT,
+        prefix=lambda config: int(config.num_summary_tokens),
+    ),
+    "vit": Family(
+        model_class="ViTModel",
+        summary="cls",
+        dense="normed",
+        normalisation=HALF,
+        build={"add_pooling_layer": False},
+        run=_INTERPOLATE,
+    ),
+}
+
+
+def describe(name: str) -> TeacherSpec:
+    """The spec of `hf:REPO_OR_DIR`, from its config.json and preprocessor_config.json.
+
+    Raises: TeacherError if the configuration cannot be had, or its model type is not supported.
+    """
+    model = name.removeprefix("hf:")
+    config = _vision_config(model)
+    family = FAMILIES[config.model_type]
+    mean, std = UNIT if config.model_type == "radio" else _normalisation(model, family)
+    width, patch = family.width(config), family.patch(config)
+    return TeacherSpec(
+        name=name,
+        backend="hf",
+        model=model,
+        patch=patch,
+        dense_dim=width,
+        summary_dim=_summary_dim(config, width),
+        prefix_tokens=family.prefix(config),
+        summary=family.summary,
+        dense=family.dense,
+        native_size=_native_size(model, config, patch),
+        mean=mean,
+        std=std,
+        licence="unknown",
+        note="licence: see the repository",
+    )
+
+
+def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> Any:
+    """The library's vision encoder with every weight from one place.
+
+    A weights file needs its config.json beside it, or at the repository or directory that the spec names.
+
+    Raises: TeacherError if the configuration is of another model than the spec's, or a weight is missing, of another
+        shape, or of no use.
+    """
+    source = _config_source(spec, weights)
+    config = _vision_config(source)
+    _check_fits(spec, config, source)
+    family = FAMILIES[config.model_type]
+    model_class = _library_class(family.model_class)
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True, **family.build}
+    with _quiet():
+        if weights is None:
+            with hub_errors(spec):
+                model, report = model_class.from_pretrained(spec.model, **options)
+        else:
+            model, report = _from_state_dict(model_class, read_state_dict(weights), weights, options)
+    _check_report(report, source=str(weights or spec.model))
+    return model
+
+
+def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
+    """Tokens of normalised pixels.
+
+    CLIP's dense tokens go through `post_layernorm`, which the library applies to the class token only: so they are
+    those of open_clip and timm.
+    """
+    family = FAMILIES[model.config.model_type]
+    output = model(pixel_values=pixels_BCHW, **family.run)
+    grid = (pixels_BCHW.shape[-2] // spec.patch, pixels_BCHW.shape[-1] // spec.patch)
+    if model.config.model_type == "radio":
+        return Tokens(summary=output.summary, dense=output.features.unflatten(1, grid))
+    hidden = output.last_hidden_state
+    if model.config.model_type == "clip_vision_model":
+        hidden = model.post_layernorm(hidden)
+    summary = output.pooler_output if spec.summary == "attention_pool" else hidden[:, 0]
+    return Tokens(summary=summary, dense=hidden[:, spec.prefix_tokens :].unflatten(1, grid))
+
+
+def _vision_config(source: str) -> Any:
+    """The configuration of a repository's or directory's vision tower.
+
+    Raises: TeacherError if it cannot be had or is of a type that is not supported.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise TeacherError(
+            f"the configuration of {source} cannot be fetched from the hub ({brief(error)}); "
+            f"give a directory that holds config.json and model.safetensors, as --weights DIR or hf:DIR"
+        ) from error
+    if config.model_type.startswith("siglip2"):
+        raise TeacherError(
+            f"{source} is a NaFlex SigLIP2, whose grid varies with the picture; "
+            f"use a fixed-resolution one (siglip2-b-256, say)"
+        )
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in FAMILIES:
+        raise TeacherError(
+            f"{source} is of model type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The library's reports and progress bars off: what matters of them is raised."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _library_class(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def _config_source(spec: TeacherSpec, weights: Path | None) -> str:
+    """Where the configuration is: with the weights if it is there, or else where the spec says."""
+    if weights is not None:
+        directory = weights if weights.is_dir() else weights.parent
+        if (directory / "config.json").exists():
+            return str(directory)
+    return spec.model
+
+
+def _check_fits(spec: TeacherSpec, config: Any, source: str) -> None:
+    """Raises: TeacherError where the configuration contradicts the spec."""
+    family = FAMILIES[config.model_type]
+    width = family.width(config)
+    have = {
+        "patch": family.patch(config),
+        "dense_dim": width,
+        "summary_dim": _summary_dim(config, width),
+        "prefix_tokens": family.prefix(config),
+        "summary": family.summary,
+        "dense": family.dense,
+    }
+    wrong = [f"{name} {value} for {getattr(spec, name)}" for name, value in have.items() if value != getattr(spec, name)]
+    if wrong:
+        raise TeacherError(f"{source} holds another model than {spec.name}: {', '.join(wrong)}")
+
+
+def _from_state_dict(
+    model_class: Any, state: dict[str, Tensor], weights: Path, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The library's own loading, with its renaming of old names, from tensors already read."""
+    try:
+        model, report = model_class.from_pretrained(None, state_dict=state, **options)
+    except (RuntimeError, ValueError) as error:
+        raise TeacherError(f"the weights in {weights} do not fit the model ({brief(error)})") from error
+    return model, report
+
+
+def _check_report(report: Any, *, source: str) -> None:
+    """Raises: TeacherError where the library filled in, resized or ignored a weight that matters."""
+    misfits = {
+        "missing": sorted(name for name in report["missing_keys"] if not UNNEEDED_WEIGHTS.fullmatch(name)),
+        "unexpected": sorted(name for name in report["unexpected_keys"] if not UNUSED_WEIGHTS.match(name)),
+        "wrong shape": [f"{name} {tuple(have)} for {tuple(want)}" for name, have, want in report["mismatched_keys"]],
+        "unreadable": list(report["error_msgs"]),
+    }
+    if any(misfits.values()):
+        raise TeacherError(f"the weights in {source} do not fit the model: {describe_misfits(misfits)}")
+
+
+def _summary_dim(config: Any, width: int) -> int:
+    return width * len(config.summary_idxs) if config.model_type == "radio" else width
+
+
+def _preprocessor(model: str) -> dict[str, Any]:
+    """preprocessor_config.json of a directory or repository; empty where there is none."""
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        model,
+        "preprocessor_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return {} if file is None else dict(json.loads(Path(file).read_text()))
+
+
+def _normalisation(model: str, family: Family) -> tuple[Triple, Triple]:
+    settings = _preprocessor(model)
+    if settings.get("do_normalize") is False:
+        return UNIT
+    if "image_mean" not in settings:
+        return family.normalisation
+    return tuple(settings["image_mean"]), tuple(settings["image_std"])  # type: ignore[return-value]
+
+
+def _native_size(model: str, config: Any, patch: int) -> int:
+    """The side that the repository's preprocessor produces, where the patch divides it; else the position table's."""
+    settings = _preprocessor(model)
+    size = settings.get("crop_size") or settings.get("size") or {}
+    side = size.get("height") if isinstance(size, dict) else size
+    return int(side) if side and side % patch == 0 else int(config.image_size) // patch * patch

@@ -1,0 +1,177 @@
+"""Teachers from open_clip: the vision towers of CLIP-like models, its own ViT and timm trunks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from eupe.encoder import Tokens, create_timm, load_state_dict_strictly, near, timm_card, timm_tokens
+from eupe.errors import ConfigError, TeacherError
+from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.weights import hub_errors, read_state_dict
+
+
+def describe(name: str) -> TeacherSpec:
+    """The spec of `open_clip:ARCH[@TAG]`, from open_clip's own tables.
+
+    Raises: TeacherError for an unknown architecture or tag, a tower that gives no grid of tokens, or weights whose
+        activation the architecture does not have.
+    """
+    model = name.removeprefix("open_clip:")
+    arch, _, tag = model.partition("@")
+    config, settings = _architecture(arch), _settings(arch, tag)
+    vision = config["vision_cfg"]
+    common: dict[str, Any] = {
+        "name": name,
+        "backend": "open_clip",
+        "model": model,
+        "native_size": vision["image_size"],
+        "mean": tuple(settings["mean"]),
+        "std": tuple(settings["std"]),
+        "licence": "unknown",
+        "note": "licence: see the weights' page",
+    }
+    if "timm_model_name" in vision:
+        return _describe_trunk(name, vision, common)
+    _check_native_tower(name, vision)
+    return TeacherSpec(
+        patch=vision["patch_size"],
+        dense_dim=vision["width"],
+        summary_dim=vision["width"],
+        prefix_tokens=1,
+        summary="cls",
+        dense="normed",
+        **common,
+    )
+
+
+def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> Any:
+    """open_clip's ViT without its projection, or the timm trunk of a tower that has one.
+
+    A weights file may hold the whole model (tensors of the vision tower under `visual.`) or the vision tower alone.
+    """
+    import open_clip
+
+    arch, _, tag = spec.model.partition("@")
+    vision = _architecture(arch)["vision_cfg"]
+    _settings(arch, tag)
+    if weights is None:
+        with hub_errors(spec):
+            visual = open_clip.create_model(arch, pretrained=tag or None, require_pretrained=True).visual
+        state, source = visual.state_dict(), spec.model
+    else:
+        visual = None
+        state, source = _visual_state(read_state_dict(weights)), str(weights)
+    if "timm_model_name" in vision:
+        return _trunk(vision, state, source)
+    if visual is None:
+        visual = open_clip.create_model(arch, load_weights=False, pretrained_text=False).visual
+        load_state_dict_strictly(visual, state, source=source)
+    visual.proj = None
+    visual.output_tokens = True
+    return visual
+
+
+def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
+    """Tokens of normalised pixels; summary and dense tokens of the native ViT are both `ln_post`-ed, not projected.
+
+    Off its own grid the ViT's position table is resampled as open_clip does when it loads for another size.
+    """
+    if hasattr(model, "num_features"):
+        return timm_tokens(model, pixels_BCHW, summary=spec.summary, dense=spec.dense)
+    grid = (pixels_BCHW.shape[-2] // spec.patch, pixels_BCHW.shape[-1] // spec.patch)
+    table = _resampled(model.positional_embedding, model.grid_size, grid)
+    summary, dense = functional_call(model, {"positional_embedding": table}, (pixels_BCHW,))
+    return Tokens(summary=summary, dense=dense.unflatten(1, grid))
+
+
+def _architecture(arch: str) -> dict[str, Any]:
+    """open_clip's configuration of an architecture.
+
+    Raises: TeacherError with near names if there is none.
+    """
+    import open_clip
+
+    config: dict[str, Any] | None = open_clip.get_model_config(arch) if arch in open_clip.list_models() else None
+    if config is None:
+        raise TeacherError(f"open_clip has no architecture {arch!r}{near(arch, open_clip.list_models())}")
+    return config
+
+
+def _settings(arch: str, tag: str) -> dict[str, Any]:
+    """mean, std and activation of pretrained weights; without a tag, of the architecture's first.
+
+    Raises: TeacherError for an unknown tag, or weights that were trained with the other kind of GELU.
+    """
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if tag and tag not in tags:
+        raise TeacherError(f"open_clip has no weights {tag!r} for {arch}; it has {', '.join(tags) or 'none'}")
+    if not tags:
+        raise TeacherError(f"open_clip has no weights for {arch}, so its normalisation is not known")
+    settings: dict[str, Any] = open_clip.get_pretrained_cfg(arch, tag or tags[0])
+    wants, has = settings.get("quick_gelu", False), _architecture(arch).get("quick_gelu") or False
+    if tag and wants != has:
+        right = f"{arch}-quickgelu" if wants else arch.removesuffix("-quickgelu")
+        raise TeacherError(
+            f"the weights {tag} were trained with {'QuickGELU' if wants else 'GELU'} and {arch} has "
+            f"{'QuickGELU' if has else 'GELU'}; use open_clip:{right}@{tag}"
+        )
+    return settings
+
+
+def _describe_trunk(name: str, vision: dict[str, Any], common: dict[str, Any]) -> TeacherSpec:
+    try:
+        card = timm_card(vision["timm_model_name"], vision["image_size"])
+    except ConfigError as error:
+        raise TeacherError(f"teacher {name}: {error}") from error
+    return TeacherSpec(
+        patch=card.patch,
+        dense_dim=card.dense_dim,
+        summary_dim=card.summary_dim,
+        prefix_tokens=card.prefix_tokens,
+        summary=card.summary,
+        dense=card.dense,
+        **common,
+    )
+
+
+def _check_native_tower(name: str, vision: dict[str, Any]) -> None:
+    """Raises: TeacherError for ResNets and for pools that leave no normed patch tokens."""
+    odd = [key for key in ("attentional_pool", "final_ln_after_pool") if vision.get(key)]
+    if isinstance(vision["layers"], list) or odd or vision.get("pool_type", "tok") != "tok":
+        raise TeacherError(
+            f"the vision tower of {name} gives no normed patch tokens beside a class token; supported are open_clip's "
+            f"ViTs with a class token, and timm trunks"
+        )
+
+
+def _visual_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    visual = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.")}
+    return visual or state
+
+
+def _trunk(vision: dict[str, Any], state: dict[str, Tensor], source: str) -> Any:
+    """The timm trunk on its own; the projection behind it, in open_clip's head or timm's, is left out."""
+    trunk = create_timm(vision["timm_model_name"], size=vision["image_size"])
+    own = trunk.state_dict().keys()
+    projection = {"head.weight", "head.bias", "head.fc.weight", "head.fc.bias"} - own
+    weights = {name.removeprefix("trunk."): t for name, t in state.items() if name.startswith("trunk.")}
+    fitting = {name: t for name, t in weights.items() if name not in projection}
+    load_state_dict_strictly(trunk, fitting, source=source)
+    return trunk
+
+
+def _resampled(table_ND: Tensor, have: tuple[int, int], want: tuple[int, int]) -> Tensor:
+    """A position table, class token first, for another grid: bicubic, antialiased."""
+    if have == want:
+        return table_ND
+    cells_1Dhw = table_ND[1:].T.unflatten(1, have)[None]
+    resized_1Dhw = F.interpolate(cells_1Dhw, size=want, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([table_ND[:1], resized_1Dhw[0].flatten(1).T])

@@ -1,0 +1,322 @@
+"""The table of teachers: name to spec. Rows of one family share a helper; a new row joins the tests by itself.
+
+Widths, patch, prefix, size, mean and std are checked row by row against the libraries' own definitions.
+"""
+
+from __future__ import annotations
+
+from eupe.teachers.spec import TeacherSpec
+
+Triple = tuple[float, float, float]
+
+IMAGENET: dict[str, Triple] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+OPENAI: dict[str, Triple] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+HALF: dict[str, Triple] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+SATELLITE: dict[str, Triple] = {"mean": (0.43, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
+UNIT: dict[str, Triple] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+APACHE = "Apache-2.0"
+DINOV3_LICENCE = "DINOv3-License"
+FAIR_LICENCE = "FAIR-Noncommercial-Research-License"
+NVIDIA_LICENCE = "NVIDIA-Open-Model-License"
+APPLE_LICENCE = "Apple-ASCL"
+
+
+def _dinov2(name: str, repository: str, width: int, registers: int = 0) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="hf",
+        model=f"facebook/{repository}",
+        patch=14,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=1 + registers,
+        summary="cls",
+        dense="normed",
+        native_size=224,
+        **IMAGENET,
+        licence=APACHE,
+        note="position table of 518 px (37x37), interpolated as transformers does, so off 518 px its tokens differ "
+        "slightly from timm's",
+    )
+
+
+def _dinov3(
+    name: str, model: str, width: int, pixels: dict[str, Triple], licence: str = DINOV3_LICENCE
+) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=model,
+        patch=16,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=5,
+        summary="cls",
+        dense="normed",
+        native_size=256,
+        **pixels,
+        licence=licence,
+        note="summary is the class token, as the authors use it; timm's own forward would give the mean of the patches",
+    )
+
+
+def _convnext(
+    name: str, model: str, width: int, licence: str, note: str, native_size: int = 224
+) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=model,
+        patch=32,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=0,
+        summary="pooled",
+        dense="normed",
+        native_size=native_size,
+        **IMAGENET,
+        licence=licence,
+        note=note,
+    )
+
+
+def _pe_core(name: str, model: str, width: int, patch: int, size: int, prefix: int, projected: int) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"vit_pe_core_{model}.fb",
+        patch=patch,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=prefix,
+        summary="attention_pool",
+        dense="normed",
+        native_size=size,
+        **HALF,
+        licence=APACHE,
+        note=f"summary is the attention pool before the projection to the text space ({projected} wide), which is a "
+        f"fixed linear map that can be applied later",
+    )
+
+
+def _pe_raw(name: str, model: str, width: int, patch: int, size: int, prefix: int) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"vit_pe_{model}",
+        patch=patch,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=prefix,
+        summary="mean",
+        dense="raw",
+        native_size=size,
+        **HALF,
+        licence=APACHE,
+        note="tokens are the bare residual stream (no final norm, large range: look at the clip counts); the model has "
+        "no summary of its own, the mean of the patch tokens stands in",
+    )
+
+
+def _clip(
+    name: str, model: str, width: int, patch: int, size: int, licence: str, pixels: dict[str, Triple] = OPENAI
+) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="open_clip",
+        model=model,
+        patch=patch,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=1,
+        summary="cls",
+        dense="normed",
+        native_size=size,
+        **pixels,
+        licence=licence,
+        note="summary and patch tokens after ln_post, before the projection to the text space; Hugging Face leaves "
+        "the patch tokens un-normed",
+    )
+
+
+def _siglip(name: str, model: str, width: int, patch: int, size: int) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"vit_{model}",
+        patch=patch,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=0,
+        summary="attention_pool",
+        dense="normed",
+        native_size=size,
+        **HALF,
+        licence=APACHE,
+        note="no class token: the summary is the attention pool, which is also the image embedding",
+    )
+
+
+def _radio(
+    name: str, model: str, width: int, class_tokens: int, prefix: int, backend: str = "timm"
+) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="hf" if backend == "hf" else "timm",
+        model=model,
+        patch=16,
+        dense_dim=width,
+        summary_dim=width * class_tokens,
+        prefix_tokens=prefix,
+        summary="cls_concat",
+        dense="raw",
+        native_size=512,
+        **(UNIT if backend == "hf" else OPENAI),
+        licence=NVIDIA_LICENCE,
+        note=f"summary is {class_tokens} class tokens side by side, as the authors' summary_idxs; "
+        + ("pixels are normalised inside the model" if backend == "hf" else "pixels are normalised outside the model"),
+    )
+
+
+def _sam(name: str, model: str) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=model,
+        patch=16,
+        dense_dim=256,
+        summary_dim=0,
+        prefix_tokens=0,
+        summary="none",
+        dense="raw",
+        native_size=1024,
+        **IMAGENET,
+        licence=APACHE,
+        note="dense is the neck's output, which ends in its own norm; there is no summary; off 1024 px the windows "
+        "are padded and the features degrade",
+    )
+
+
+def _efficientnet(name: str, model: str, pixels: dict[str, Triple]) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=model,
+        patch=32,
+        dense_dim=320,
+        summary_dim=1280,
+        prefix_tokens=0,
+        summary="pooled",
+        dense="last_stage",
+        native_size=224,
+        **pixels,
+        licence=APACHE,
+        note="dense is the map before the head convolution, summary the pooled vector behind it",
+    )
+
+
+_HEAD_NORM = "dense is the last map under the norm that timm keeps behind the pooling, as the authors define its tokens"
+_CLASSIFIER = "a classifier's features; dense is the last map under the norm that timm keeps behind the pooling"
+
+_ROWS = (
+    _dinov2("dinov2-s", "dinov2-small", 384),
+    _dinov2("dinov2-b", "dinov2-base", 768),
+    _dinov2("dinov2-l", "dinov2-large", 1024),
+    _dinov2("dinov2-g", "dinov2-giant", 1536),
+    _dinov2("dinov2-reg-s", "dinov2-with-registers-small", 384, registers=4),
+    _dinov2("dinov2-reg-b", "dinov2-with-registers-base", 768, registers=4),
+    _dinov2("dinov2-reg-l", "dinov2-with-registers-large", 1024, registers=4),
+    _dinov2("dinov2-reg-g", "dinov2-with-registers-giant", 1536, registers=4),
+    _dinov3("dinov3-s", "vit_small_patch16_dinov3.lvd1689m", 384, IMAGENET),
+    _dinov3("dinov3-s+", "vit_small_plus_patch16_dinov3.lvd1689m", 384, IMAGENET),
+    _dinov3("dinov3-b", "vit_base_patch16_dinov3.lvd1689m", 768, IMAGENET),
+    _dinov3("dinov3-l", "vit_large_patch16_dinov3.lvd1689m", 1024, IMAGENET),
+    _dinov3("dinov3-h+", "vit_huge_plus_patch16_dinov3.lvd1689m", 1280, IMAGENET),
+    _dinov3("dinov3-7b", "vit_7b_patch16_dinov3.lvd1689m", 4096, IMAGENET),
+    _dinov3("dinov3-sat-l", "vit_large_patch16_dinov3.sat493m", 1024, SATELLITE),
+    _dinov3("dinov3-sat-7b", "vit_7b_patch16_dinov3.sat493m", 4096, SATELLITE),
+    _convnext("dinov3-convnext-t", "convnext_tiny.dinov3_lvd1689m", 768, DINOV3_LICENCE, _HEAD_NORM),
+    _convnext("dinov3-convnext-s", "convnext_small.dinov3_lvd1689m", 768, DINOV3_LICENCE, _HEAD_NORM),
+    _convnext("dinov3-convnext-b", "convnext_base.dinov3_lvd1689m", 1024, DINOV3_LICENCE, _HEAD_NORM),
+    _convnext("dinov3-convnext-l", "convnext_large.dinov3_lvd1689m", 1536, DINOV3_LICENCE, _HEAD_NORM),
+    _dinov3("eupe-t", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", 192, IMAGENET, FAIR_LICENCE),
+    _dinov3("eupe-s", "vit_small_patch16_dinov3_qkvb.eupe_lvd1689m", 384, IMAGENET, FAIR_LICENCE),
+    _dinov3("eupe-b", "vit_base_patch16_dinov3_qkvb.eupe_lvd1689m", 768, IMAGENET, FAIR_LICENCE),
+    _pe_core("pe-core-t", "tiny_patch16_384", 192, 16, 384, prefix=1, projected=512),
+    _pe_core("pe-core-s", "small_patch16_384", 384, 16, 384, prefix=1, projected=512),
+    _pe_core("pe-core-b", "base_patch16_224", 768, 16, 224, prefix=1, projected=1024),
+    _pe_core("pe-core-l", "large_patch14_336", 1024, 14, 336, prefix=1, projected=1024),
+    _pe_core("pe-core-g", "gigantic_patch14_448", 1536, 14, 448, prefix=0, projected=1280),
+    _pe_raw("pe-lang-l", "lang_large_patch14_448.fb", 1024, 14, 448, prefix=1),
+    _pe_raw("pe-lang-g", "lang_gigantic_patch14_448.fb", 1536, 14, 448, prefix=0),
+    _pe_raw("pe-lang-l-tiling", "lang_large_patch14_448.fb_tiling", 1024, 14, 448, prefix=1),
+    _pe_raw("pe-lang-g-tiling", "lang_gigantic_patch14_448.fb_tiling", 1536, 14, 448, prefix=0),
+    _pe_raw("pe-spatial-t", "spatial_tiny_patch16_512.fb", 192, 16, 512, prefix=1),
+    _pe_raw("pe-spatial-s", "spatial_small_patch16_512.fb", 384, 16, 512, prefix=1),
+    _pe_raw("pe-spatial-b", "spatial_base_patch16_512.fb", 768, 16, 512, prefix=1),
+    _pe_raw("pe-spatial-l", "spatial_large_patch14_448.fb", 1024, 14, 448, prefix=1),
+    _pe_raw("pe-spatial-g", "spatial_gigantic_patch14_448.fb", 1536, 14, 448, prefix=0),
+    _clip("clip-b32", "ViT-B-32-quickgelu@openai", 768, 32, 224, "MIT"),
+    _clip("clip-b16", "ViT-B-16-quickgelu@openai", 768, 16, 224, "MIT"),
+    _clip("clip-l14", "ViT-L-14-quickgelu@openai", 1024, 14, 224, "MIT"),
+    _clip("clip-l14-336", "ViT-L-14-336-quickgelu@openai", 1024, 14, 336, "MIT"),
+    _clip("clip-laion-b16", "ViT-B-16@laion2b_s34b_b88k", 768, 16, 224, "MIT"),
+    _clip("clip-laion-l14", "ViT-L-14@laion2b_s32b_b82k", 1024, 14, 224, "MIT", HALF),
+    _clip("clip-laion-h14", "ViT-H-14@laion2b_s32b_b79k", 1280, 14, 224, "MIT"),
+    _clip("clip-dfn-l14", "ViT-L-14-quickgelu@dfn2b", 1024, 14, 224, APPLE_LICENCE),
+    _clip("clip-dfn-h14", "ViT-H-14-quickgelu@dfn5b", 1280, 14, 224, APPLE_LICENCE),
+    _clip("clip-dfn-h14-378", "ViT-H-14-378-quickgelu@dfn5b", 1280, 14, 378, APPLE_LICENCE),
+    _siglip("siglip-b-224", "base_patch16_siglip_224.webli", 768, 16, 224),
+    _siglip("siglip-b-256", "base_patch16_siglip_256.webli", 768, 16, 256),
+    _siglip("siglip-b-384", "base_patch16_siglip_384.webli", 768, 16, 384),
+    _siglip("siglip-b-512", "base_patch16_siglip_512.webli", 768, 16, 512),
+    _siglip("siglip-l-256", "large_patch16_siglip_256.webli", 1024, 16, 256),
+    _siglip("siglip-l-384", "large_patch16_siglip_384.webli", 1024, 16, 384),
+    _siglip("siglip-so400m-224", "so400m_patch14_siglip_224.webli", 1152, 14, 224),
+    _siglip("siglip-so400m-378", "so400m_patch14_siglip_378.webli", 1152, 14, 378),
+    _siglip("siglip2-b-224", "base_patch16_siglip_224.v2_webli", 768, 16, 224),
+    _siglip("siglip2-b-256", "base_patch16_siglip_256.v2_webli", 768, 16, 256),
+    _siglip("siglip2-b-384", "base_patch16_siglip_384.v2_webli", 768, 16, 384),
+    _siglip("siglip2-b-512", "base_patch16_siglip_512.v2_webli", 768, 16, 512),
+    _siglip("siglip2-l-256", "large_patch16_siglip_256.v2_webli", 1024, 16, 256),
+    _siglip("siglip2-l-384", "large_patch16_siglip_384.v2_webli", 1024, 16, 384),
+    _siglip("siglip2-l-512", "large_patch16_siglip_512.v2_webli", 1024, 16, 512),
+    _siglip("siglip2-so400m-224", "so400m_patch14_siglip_224.v2_webli", 1152, 14, 224),
+    _siglip("siglip2-so400m-256", "so400m_patch16_siglip_256.v2_webli", 1152, 16, 256),
+    _siglip("siglip2-so400m-384", "so400m_patch16_siglip_384.v2_webli", 1152, 16, 384),
+    _siglip("siglip2-so400m-512", "so400m_patch16_siglip_512.v2_webli", 1152, 16, 512),
+    _siglip("siglip2-g-256", "giantopt_patch16_siglip_256.v2_webli", 1536, 16, 256),
+    _siglip("siglip2-g-384", "giantopt_patch16_siglip_384.v2_webli", 1536, 16, 384),
+    _radio("radio-v3-b", "naflexvit_base_patch16_radio_v3.c_radio", 768, class_tokens=3, prefix=8),
+    _radio("radio-v3-l", "naflexvit_large_patch16_radio_v3.c_radio", 1024, class_tokens=3, prefix=8),
+    _radio("radio-v3-h", "naflexvit_huge_patch16_radio_v3.c_radio", 1280, class_tokens=3, prefix=8),
+    _radio("radio-v3-g", "naflexvit_giant_patch16_radio_v3.c_radio", 1536, class_tokens=3, prefix=8),
+    _radio("radio-v4-so400m", "naflexvit_so400m_patch16_radio_v4.c_radio", 1152, class_tokens=2, prefix=10),
+    _radio("radio-v4-h", "nvidia/C-RADIOv4-H", 1280, class_tokens=2, prefix=10, backend="hf"),
+    _sam("sam-b", "samvit_base_patch16.sa1b"),
+    _sam("sam-l", "samvit_large_patch16.sa1b"),
+    _sam("sam-h", "samvit_huge_patch16.sa1b"),
+    _convnext("convnext-t", "convnext_tiny.in12k_ft_in1k", 768, APACHE, _CLASSIFIER),
+    _convnext("convnext-s", "convnext_small.in12k_ft_in1k", 768, APACHE, _CLASSIFIER),
+    _convnext("convnext-b", "convnext_base.fb_in22k_ft_in1k", 1024, APACHE, _CLASSIFIER),
+    _convnext("convnext-l", "convnext_large.fb_in22k_ft_in1k", 1536, APACHE, _CLASSIFIER),
+    _efficientnet("efficientnet-b0", "efficientnet_b0.ra_in1k", IMAGENET),
+    _efficientnet("efficientnet-lite0", "tf_efficientnet_lite0.in1k", HALF),
+)
+
+REGISTRY: dict[str, TeacherSpec] = {row.name: row for row in _ROWS}
+
+ALIASES: dict[str, str] = {
+    "dinov2": "dinov2-s",
+    "dinov2-reg": "dinov2-reg-s",
+    "dinov3": "dinov3-h+",
+    "pe-core": "pe-core-g",
+    "pe-lang": "pe-lang-g",
+    "pe-spatial": "pe-spatial-g",
+    "clip": "clip-l14",
+    "siglip": "siglip-so400m-378",
+    "siglip2": "siglip2-so400m-384",
+    "radio": "radio-v4-h",
+    "sam": "sam-b",
+}

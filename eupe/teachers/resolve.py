@@ -1,0 +1,50 @@
+"""From what the user typed to a TeacherSpec; loads no weights."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from pathlib import Path
+
+from eupe.errors import TeacherError
+from eupe.teachers.registry import ALIASES, REGISTRY
+from eupe.teachers.spec import TeacherSpec
+
+RUN_CARD = "student.json"
+
+_DESCRIBERS = {
+    "timm": "eupe.teachers.timm_adapter",
+    "hf": "eupe.teachers.hf_adapter",
+    "open_clip": "eupe.teachers.open_clip_adapter",
+}
+
+
+def resolve_teacher(name: str) -> TeacherSpec:
+    """The spec of a registry name or alias, `timm:ARCH[.tag]`, `hf:REPO_OR_DIR`, `open_clip:ARCH[@TAG]`, or a run.
+
+    Raises: TeacherError for anything else, with near names; RunError for a run whose card is unreadable.
+    """
+    if name in ALIASES or name in REGISTRY:
+        return REGISTRY[ALIASES.get(name, name)]
+    backend, colon, rest = name.partition(":")
+    if colon and backend in _DESCRIBERS and rest:
+        return _described(_DESCRIBERS[backend], name)
+    if (Path(name) / RUN_CARD).is_file():
+        return _described("eupe.teachers.run_adapter", name.rstrip("/"))
+    raise TeacherError(_unknown(name))
+
+
+def _described(adapter: str, name: str) -> TeacherSpec:
+    spec: TeacherSpec = import_module(adapter).describe(name)
+    return spec
+
+
+def _unknown(name: str) -> str:
+    if Path(name).is_dir():
+        return (
+            f"{name} is a directory without {RUN_CARD}, so not a training run; "
+            f"for a Hugging Face model directory write hf:{name}"
+        )
+    near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], n=3)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    return f"there is no teacher {name!r}; {hint}`eupe teachers` lists them all"

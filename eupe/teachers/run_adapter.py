@@ -1,0 +1,49 @@
+"""A training run's student as the next teacher: this is how the proxy teaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from eupe.encoder import Encoder, Tokens, load_card, load_encoder, load_state_dict_strictly
+from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.weights import read_state_dict
+
+
+def describe(directory: str) -> TeacherSpec:
+    """The spec of the student in a run's directory.
+
+    Raises: RunError if there is no readable card.
+    """
+    card = load_card(Path(directory))
+    return TeacherSpec(
+        name=directory,
+        backend="run",
+        model=directory,
+        patch=card.patch,
+        dense_dim=card.dense_dim,
+        summary_dim=card.summary_dim,
+        prefix_tokens=card.prefix_tokens,
+        summary=card.summary,
+        dense=card.dense,
+        native_size=card.size,
+        mean=card.mean,
+        std=card.std,
+        licence="own",
+        note=f"trained here: {card.arch}",
+    )
+
+
+def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> Encoder:
+    """The run's encoder; `weights`, where given, replace the run's own."""
+    encoder = load_encoder(Path(spec.model))
+    if weights is not None:
+        load_state_dict_strictly(encoder.model, read_state_dict(weights), source=str(weights))
+    return encoder
+
+
+def tokens(model: nn.Module, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
+    """Tokens of normalised pixels."""
+    result: Tokens = model(pixels_BCHW)
+    return result

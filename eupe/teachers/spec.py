@@ -1,0 +1,59 @@
+"""What is known of a teacher without loading it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eupe.errors import TeacherError
+from eupe.kinds import DenseKind, SummaryKind
+
+__all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec"]
+
+Backend = Literal["timm", "hf", "open_clip", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """One row of the registry: data only, all of it stored beside the features it produced."""
+
+    name: str
+    """Registry name, or the spec the user typed (`timm:...`, `hf:...`, `open_clip:...`, a run's directory)."""
+    backend: Backend
+    model: str
+    """timm `arch.tag`, Hugging Face repository or directory, open_clip `arch@tag`, or a run's directory."""
+    patch: int
+    """Pixels of input per dense cell, along either side."""
+    dense_dim: int
+    summary_dim: int
+    """0 where there is no summary."""
+    prefix_tokens: int
+    """Class and register tokens ahead of the patch tokens."""
+    summary: SummaryKind
+    dense: DenseKind
+    native_size: int
+    """Side in pixels of the square input at which the model was trained or is meant to be used."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """Per-channel normalisation of RGB in [0, 1]."""
+    licence: str
+    note: str = ""
+    """What a user must know before choosing it: which library is followed where they disagree, and why."""
+
+    def grid(self, size: int) -> int:
+        """Cells along one side of the dense map for a `size` x `size` input.
+
+        Raises: TeacherError if the patch does not divide the size; names the nearest sizes that work.
+        """
+        if size < self.patch or size % self.patch:
+            below = max(size // self.patch, 1) * self.patch
+            raise TeacherError(
+                f"size {size} does not work for teacher {self.name}: its patch is {self.patch} pixels and must divide the size; "
+                f"use --size {below} or --size {below + self.patch}"
+            )
+        return size // self.patch
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as plain JSON, tuples as lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

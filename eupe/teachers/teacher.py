@@ -1,0 +1,124 @@
+"""A loaded teacher: uint8 pictures in, float32 tokens out, whatever library it comes from.
+
+Each adapter module has two functions: `load(spec, weights=, sizes=)` gives the library's own encoder on the CPU,
+`tokens(model, spec, pixels_BCHW)` runs it. All else that teachers have in common is here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eupe.encoder import Tokens, normalise
+from eupe.errors import ConfigError, TeacherError
+from eupe.teachers.spec import Backend, TeacherSpec
+from eupe.teachers.weights import file_digest, weights_digest
+
+__all__ = ["Teacher", "compute_dtype", "file_digest", "load_teacher", "weights_digest"]
+
+DtypeWord = Literal["auto", "fp32", "bf16", "fp16"]
+
+_ADAPTERS: dict[Backend, str] = {
+    "timm": "eupe.teachers.timm_adapter",
+    "hf": "eupe.teachers.hf_adapter",
+    "open_clip": "eupe.teachers.open_clip_adapter",
+    "run": "eupe.teachers.run_adapter",
+}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen encoder on its device; weights in float32, compute in `dtype`."""
+
+    spec: TeacherSpec
+    module: nn.Module
+    """The library's own encoder, in eval mode."""
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.inference_mode()
+    def __call__(self, views_u8_BHWC: Tensor) -> Tokens:
+        """Tokens of square uint8 RGB pictures [B, S, S, 3], which may be on any device.
+
+        Returns: float32 tokens on the teacher's device.
+        Raises: TeacherError if S is not a multiple of the patch, or the model's output is not what its spec says.
+        """
+        grid = self.spec.grid(views_u8_BHWC.shape[1])
+        pixels = normalise(views_u8_BHWC.to(self.device, non_blocking=True), self.spec.mean, self.spec.std)
+        adapter = importlib.import_module(_ADAPTERS[self.spec.backend])
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            tokens: Tokens = adapter.tokens(self.module, self.spec, pixels)
+        _check_shapes(tokens, self.spec, len(views_u8_BHWC), grid)
+        summary = None if tokens.summary is None else tokens.summary.float()
+        return Tokens(summary=summary, dense=tokens.dense.float())
+
+
+def load_teacher(
+    spec: TeacherSpec, *, weights: Path | None, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> Teacher:
+    """Build the teacher's encoder, load every weight of it, freeze it and move it to the device.
+
+    Args:
+        weights: a safetensors file, a torch state dict, or a directory as Hugging Face lays it out; None for the
+            library's own download.
+        dtype: what the matrix products compute in, under autocast; the weights stay float32.
+        sizes: sides in pixels of the inputs that it will be given.
+    Raises: TeacherError for a size it cannot take, weights that cannot be had or do not fit; nothing is half loaded.
+    """
+    for size in sizes:
+        spec.grid(size)
+    adapter = importlib.import_module(_ADAPTERS[spec.backend])
+    module: nn.Module = adapter.load(spec, weights=weights, sizes=sizes)
+    return Teacher(spec=spec, module=_frozen(module).to(device), device=device, dtype=dtype)
+
+
+def compute_dtype(word: DtypeWord, device: torch.device) -> torch.dtype:
+    """The dtype that a word asks for; "auto" is bfloat16 where the hardware multiplies it, float32 elsewhere.
+
+    Raises: ConfigError for fp16 on a CPU, and for an unknown word.
+    """
+    if word == "fp16" and device.type == "cpu":
+        raise ConfigError("--dtype fp16 does not work on a CPU; use bf16, fp32 or auto")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if word == "auto":
+        return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
+    if word not in dtypes:
+        raise ConfigError(f"--dtype {word} is unknown; use auto, {', '.join(dtypes)}")
+    return dtypes[word]
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    capabilities: Any = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    """The module in eval mode, without gradients.
+
+    Raises: TeacherError if a part of it stays in training mode: its features would be randomly disturbed.
+    """
+    module.eval().requires_grad_(False)
+    training = [name for name, part in module.named_modules() if part.training]
+    if training:
+        raise TeacherError(f"{len(training)} parts of the teacher stay in training mode ({', '.join(training[:3])})")
+    return module
+
+
+def _check_shapes(tokens: Tokens, spec: TeacherSpec, batch: int, grid: int) -> None:
+    summary = None if tokens.summary is None else tuple(tokens.summary.shape)
+    want_summary = None if spec.summary == "none" else (batch, spec.summary_dim)
+    want_dense = (batch, grid, grid, spec.dense_dim)
+    if summary != want_summary or tuple(tokens.dense.shape) != want_dense:
+        raise TeacherError(
+            f"{spec.name} gave summary {summary} and dense {tuple(tokens.dense.shape)}, "
+            f"where its spec promises {want_summary} and {want_dense}"
+        )

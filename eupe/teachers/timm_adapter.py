@@ -1,0 +1,122 @@
+"""Teachers that timm carries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from eupe.encoder import Tokens, create_timm, load_state_dict_strictly, timm_card, timm_tokens
+from eupe.errors import ConfigError, TeacherError
+from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.weights import hub_errors, read_state_dict
+
+
+def describe(name: str) -> TeacherSpec:
+    """The spec of `timm:ARCH[.tag]`.
+
+    Raises: TeacherError for an unknown architecture or tag, one whose features cannot be used, or CLIP weights under
+        an architecture with the wrong activation.
+    """
+    arch = name.removeprefix("timm:")
+    _check_activation(arch)
+    try:
+        card = timm_card(arch, None)
+    except ConfigError as error:
+        raise TeacherError(f"teacher {name}: {error}") from error
+    config = timm.get_pretrained_cfg(arch)
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=arch,
+        patch=card.patch,
+        dense_dim=card.dense_dim,
+        summary_dim=card.summary_dim,
+        prefix_tokens=card.prefix_tokens,
+        summary=card.summary,
+        dense=card.dense,
+        native_size=card.size,
+        mean=card.mean,
+        std=card.std,
+        licence=config.license or "unknown",
+    )
+
+
+def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> Any:
+    """timm's model without its classifier (or, for CLIP-like models, its projection)."""
+    size = _build_size(spec, sizes)
+    if weights is None:
+        with hub_errors(spec):
+            model = create_timm(spec.model, size=size, num_classes=-1, pretrained=True)
+        model.reset_classifier(0)
+        return model
+    model = create_timm(spec.model, size=size)
+    state = _without_classifier(model, read_state_dict(weights))
+    if size is not None or state.keys() != model.state_dict().keys():
+        state = _without_classifier(model, _in_timm_names(model, state))
+    load_state_dict_strictly(model, state, source=str(weights))
+    return model
+
+
+def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
+    """Tokens of normalised pixels."""
+    class_tokens = spec.summary_dim // spec.dense_dim
+    return timm_tokens(model, pixels_BCHW, summary=spec.summary, dense=spec.dense, class_tokens=class_tokens)
+
+
+def _build_size(spec: TeacherSpec, sizes: tuple[int, ...]) -> int | None:
+    """The size to build for: None, the architecture's own, wherever it takes all of `sizes` as it is.
+
+    Raises: TeacherError if no single build takes them all.
+    """
+    if all(_takes(spec, None, size) for size in sizes):
+        return None
+    if len(sizes) == 1 and _takes(spec, sizes[0], sizes[0]):
+        return sizes[0]
+    raise TeacherError(
+        f"{spec.name} cannot take inputs of {', '.join(map(str, sizes))} px; "
+        f"use its native --size {spec.native_size}, or one size at a time"
+    )
+
+
+def _takes(spec: TeacherSpec, build_size: int | None, size: int) -> bool:
+    """Whether a build takes inputs of `size`, tried on the meta device; libraries refuse in many ways."""
+    if build_size is None and size == spec.native_size:
+        return True
+    with torch.device("meta"), torch.no_grad():
+        try:
+            tokens(create_timm(spec.model, size=build_size).eval(), spec, torch.zeros(1, 3, size, size))
+        except Exception:
+            return False
+    return True
+
+
+def _without_classifier(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the classifier's tensors that the encoder does not have."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    dropped = {f"{name}.{part}" for name in names for part in ("weight", "bias")} - model.state_dict().keys()
+    return {name: tensor for name, tensor in state.items() if name not in dropped}
+
+
+def _in_timm_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An original author's state dict under timm's names and for the model's grid, by timm's own conversion."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        converted: dict[str, Tensor] = state if convert is None else convert(state, model)
+    except (KeyError, RuntimeError, ValueError, TypeError, IndexError):
+        return state
+    return converted
+
+
+def _check_activation(arch: str) -> None:
+    """Raises: TeacherError where timm marks the weights as trained with QuickGELU, and the architecture has GELU."""
+    config = timm.get_pretrained_cfg(arch) if timm.is_model(arch) and "." in arch else None
+    if config is not None and "quickgelu" not in arch and any("QuickGELU" in note for note in config.notes or ()):
+        right = arch.replace("_clip_", "_clip_quickgelu_")
+        raise TeacherError(f"the weights {arch} were trained with QuickGELU; use timm:{right}")

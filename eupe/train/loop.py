@@ -1,0 +1,328 @@
+"""The training run: read it from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from eupe.device import dtype_word, pick_device
+from eupe.encoder import build_encoder, save_encoder
+from eupe.errors import RunError, StorageError, TrainingError
+from eupe.train.checkpoint import Trainables, load_checkpoint, save_checkpoint, save_tensors
+from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve
+from eupe.train.heads import TargetHeads
+from eupe.train.schedule import learning_rate
+from eupe.train.targets import Batch, TargetSet, batch_at, open_targets, stream
+from eupe.train.validate import Distiller, held_out_cosines, normalisers
+
+REPORT_FILE = "report.json"
+METRICS_FILE = "metrics.jsonl"
+HEADS_FILE = "heads.safetensors"
+VALIDATION_VIEWS = 512
+
+
+@dataclass(frozen=True)
+class TrainStatus:
+    """Where a run stands."""
+
+    step: int
+    total_steps: int
+    loss: float
+    images_per_s: float
+    data_wait: float
+    """Share of the time since the last report that was spent waiting for data."""
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """How a run ended."""
+
+    run: str
+    cached: bool
+    """It was finished already."""
+    steps: int
+    seconds: float
+    images_per_s: float
+    data_wait: float
+    validation: dict[str, dict[str, dict[str, float]]]
+    """Target, kind of token, measure (see `eupe.train.validate.Cosines`)."""
+
+
+def train(
+    config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lambda status: None
+) -> TrainReport:
+    """Distil stores into a student.
+
+    Raises: an EupeError for whatever the user can mend; TrainingError before an update with a non-finite loss.
+    """
+    targets = open_targets(config.targets, corpus=config.corpus, holdout=config.holdout)
+    size = config.size or targets.stores[0].spec.sizes[0]
+    card = resolve(config, targets, size=size)
+    if (report := _claim_run(config, card)) is not None:
+        return report
+    targets.check_views()
+    device = pick_device()
+    distiller, optimizer = build(card, targets, device)
+    state = Trainables(distiller.encoder, distiller.heads, optimizer)
+    first_step = load_checkpoint(config.out, state)
+    with RunLog(config.out, first_step) as log:
+        meter = _run_steps(config, card, targets, distiller, state, device, first_step, log, on_status)
+        validation = _validate(config, card, targets, distiller, device)
+        log.validation(card.total_steps, validation)
+    _export(config.out, state, card.total_steps)
+    report = TrainReport(str(config.out), False, card.total_steps, *meter.totals(), validation)
+    _write_json(config.out / REPORT_FILE, asdict(report))
+    return report
+
+
+def build(card: RunCard, targets: TargetSet, device: torch.device) -> tuple[Distiller, torch.optim.Optimizer]:
+    """Student, heads and optimiser as at step 0; seeds torch's generators with the run's seed."""
+    torch.manual_seed(card.config["seed"])
+    encoder = build_encoder(card.config["student"], size=card.config["size"])
+    widths = (encoder.card.summary_dim, encoder.card.dense_dim)
+    heads = nn.ModuleList(
+        TargetHeads(widths, (target["summary_dim"], target["dense_dim"]), card.config["head_width"])
+        for target in card.targets
+    )
+    norms = [normalisers(store, device) for store in targets.stores]
+    distiller = Distiller(encoder, heads, norms, dtype=dtype_word(card.config["dtype"], device)).to(device)
+    parameters = [p for p in distiller.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": card.config["weight_decay"]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return distiller, torch.optim.AdamW(groups, lr=card.config["lr"])
+
+
+def _run_steps(
+    config: TrainConfig,
+    card: RunCard,
+    targets: TargetSet,
+    distiller: Distiller,
+    state: Trainables,
+    device: torch.device,
+    first_step: int,
+    log: RunLog,
+    on_status: Callable[[TrainStatus], None],
+) -> Meter:
+    views = targets.views_of(~targets.held_out)
+    steps = range(first_step, card.total_steps)
+    wanted = (batch_at(views, step, batch_size=config.batch_size, seed=config.seed) for step in steps)
+    meter = Meter(config.batch_size)
+    distiller.train()
+    for step, batch in zip(
+        steps, meter.waiting(stream(targets, wanted, size=card.config["size"], device=device)), strict=True
+    ):
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step,
+                peak=config.lr,
+                warmup_steps=round(config.warmup * card.total_steps),
+                total_steps=card.total_steps,
+            )
+        losses = distiller(batch.to(device))
+        loss = torch.stack([value for kinds in losses for value in kinds.values()]).sum()
+        _require_finite(loss, step, batch)
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        state.optimizer.step()
+        done = step + 1
+        if done % config.log_every == 0 or done == card.total_steps:
+            status = meter.status(done, card.total_steps, loss.item())
+            log.step(status, learning_rate=state.optimizer.param_groups[0]["lr"], losses=_named(losses, card))
+            on_status(status)
+        if done % config.validate_every == 0 and done != card.total_steps:
+            log.validation(done, _validate(config, card, targets, distiller, device))
+        if done % config.checkpoint_every == 0 or done == card.total_steps:
+            save_checkpoint(config.out, state, step=done)
+    return meter
+
+
+def _require_finite(loss: Tensor, step: int, batch: Batch) -> None:
+    if not torch.isfinite(loss):
+        raise TrainingError(
+            f"the loss of step {step} is {loss.item()}, so nothing was updated; its pictures are "
+            f"{', '.join(sorted(set(batch.keys))[:5])}, ...; a lower --lr or --dtype fp32 may help, then --resume"
+        )
+
+
+def target_names(card: RunCard) -> list[str]:
+    """One name per target: its teacher's, numbered where two are the same."""
+    names = [Path(target["teacher"]).name for target in card.targets]
+    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+
+
+def _named(losses: list[dict[str, Tensor]], card: RunCard) -> dict[str, float]:
+    return {
+        f"{name}/{kind}": value.item()
+        for name, kinds in zip(target_names(card), losses, strict=True)
+        for kind, value in kinds.items()
+    }
+
+
+def _validate(
+    config: TrainConfig, card: RunCard, targets: TargetSet, distiller: Distiller, device: torch.device
+) -> dict[str, dict[str, dict[str, float]]]:
+    size = card.config["size"]
+    batches = held_out_batches(
+        targets, size=size, batch_size=config.batch_size, device=device, limit=VALIDATION_VIEWS
+    )
+    totals = held_out_cosines(distiller, batches, device)
+    return {
+        name: {kind: cosines.means() for kind, cosines in kinds.items()}
+        for name, kinds in zip(target_names(card), totals, strict=True)
+    }
+
+
+def held_out_batches(
+    targets: TargetSet, *, size: int, batch_size: int, device: torch.device, limit: int | None = None
+) -> Iterator[Batch]:
+    """Views of held-out pictures in order, all of them or evenly chosen `limit`."""
+    views = targets.views_of(targets.held_out)
+    if limit is not None and len(views) > limit:
+        views = views[torch.linspace(0, len(views) - 1, limit).long().numpy()]
+    wanted = (views[i : i + batch_size] for i in range(0, len(views), batch_size))
+    return stream(targets, wanted, size=size, device=device)
+
+
+class Meter:
+    """Time spent on steps, and the share of it spent waiting for data."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._began = self._last = time.monotonic()
+        self._waited = self._waited_before = 0.0
+        self._steps = self._steps_before = 0
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; how long each is waited for is counted."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+            self._steps += 1
+
+    def status(self, step: int, total_steps: int, loss: float) -> TrainStatus:
+        """Rates since the last call."""
+        now = time.monotonic()
+        elapsed = now - self._last
+        images = (self._steps + 1 - self._steps_before) * self._batch_size
+        status = TrainStatus(
+            step, total_steps, loss, images / elapsed, (self._waited - self._waited_before) / elapsed
+        )
+        self._last, self._waited_before, self._steps_before = now, self._waited, self._steps + 1
+        return status
+
+    def totals(self) -> tuple[float, float, float]:
+        """Seconds, images per second, share of the time spent waiting, over the whole run."""
+        seconds = time.monotonic() - self._began
+        return seconds, self._steps * self._batch_size / seconds, self._waited / seconds
+
+
+class RunLog:
+    """`metrics.jsonl` and TensorBoard; lines of steps that will be done again are dropped."""
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        self._path = run / METRICS_FILE
+        if self._path.exists():
+            kept = [
+                line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= first_step
+            ]
+            self._path.write_text("".join(f"{line}\n" for line in kept))
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+
+    def __enter__(self) -> RunLog:
+        self._file = self._path.open("a")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def step(self, status: TrainStatus, *, learning_rate: float, losses: dict[str, float]) -> None:
+        rates = {
+            "images_per_s": status.images_per_s,
+            "data_wait": status.data_wait,
+            "learning_rate": learning_rate,
+        }
+        self._line({"step": status.step, "loss": status.loss, "losses": losses, **rates})
+        self._board.add_scalar("loss", status.loss, status.step)
+        for name, value in {**losses, **rates}.items():
+            self._board.add_scalar(name, value, status.step)
+
+    def validation(self, step: int, validation: dict[str, dict[str, dict[str, float]]]) -> None:
+        self._line({"step": step, "validation": validation})
+        for target, kinds in validation.items():
+            for kind, measures in kinds.items():
+                self._board.add_scalar(f"validation/{target}/{kind}", measures["normalised"], step)
+
+    def _line(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+
+def _claim_run(config: TrainConfig, card: RunCard) -> TrainReport | None:
+    """Make the run's directory, or recognise it: the report of a finished run, None for one to be trained.
+
+    Raises: RunError if the directory holds another run, or an unfinished one and `--resume` was not given.
+    """
+    path = config.out / CONFIG_FILE
+    if not path.exists():
+        if config.resume:
+            raise RunError(f"--resume: there is no run in {config.out}; leave --resume out to start it")
+        if config.out.exists() and any(config.out.iterdir()):
+            raise RunError(f"{config.out} holds something that is no training run; give another --out")
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+            _write_json(path, card.to_json())
+        except OSError as error:
+            raise StorageError(f"run {config.out} cannot be written: {error}") from error
+        return None
+    if different := _card_differences(json.loads(path.read_text()), card.to_json()):
+        raise RunError(
+            f"{config.out} holds another run ({'; '.join(different)}); give another --out, or the options it was made with"
+        )
+    if (config.out / REPORT_FILE).exists():
+        return TrainReport(**{**json.loads((config.out / REPORT_FILE).read_text()), "cached": True})
+    if not config.resume:
+        raise RunError(f"{config.out} holds this run unfinished; go on with --resume, or give another --out")
+    return None
+
+
+def _card_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One phrase for each thing that makes two runs different; a target's place is not such a thing."""
+    phrases = [
+        f"{name}: was {old['config'].get(name)}, now {new['config'].get(name)}"
+        for name in sorted({*old["config"], *new["config"]})
+        if old["config"].get(name) != new["config"].get(name)
+    ]
+    if old["total_steps"] != new["total_steps"]:
+        phrases.append(f"steps: was {old['total_steps']}, now {new['total_steps']}")
+    prints = [[target["fingerprint"] for target in card["targets"]] for card in (old, new)]
+    if prints[0] != prints[1]:
+        places = [", ".join(target["path"] for target in card["targets"]) for card in (old, new)]
+        phrases.append(f"targets: was {places[0]}, now {places[1]}, or stores made anew")
+    return phrases
+
+
+def _export(run: Path, state: Trainables, step: int) -> None:
+    """The student on its own, and its heads beside it."""
+    save_encoder(state.encoder, run)
+    save_tensors(dict(state.heads.state_dict()), run / HEADS_FILE, step=step)
+
+
+def _write_json(path: Path, plain: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(plain, indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,74 @@
+"""Shared by the teacher tests: libraries' models made small, with weights that leave no part of them idle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from eupe.encoder import Tokens
+from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.teacher import Teacher, load_teacher
+
+CPU = torch.device("cpu")
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Fill every parameter and statistic: initialisations with zero biases and tiny layer scales hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            around = 1.0 if parameter.ndim == 1 else 0.0
+            parameter.copy_(around + torch.randn(parameter.shape, generator=generator) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+
+
+def views(size: int, batch: int = 2) -> Tensor:
+    return torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+def by_hand(views_BHWC: Tensor, spec: TeacherSpec) -> Tensor:
+    """Normalised pixels, by the textbook."""
+    pixels = views_BHWC.double() / 255
+    return ((pixels - torch.tensor(spec.mean)) / torch.tensor(spec.std)).permute(0, 3, 1, 2).float()
+
+
+def assert_same_tokens(got: Tokens, dense_BND: Tensor, summary_BD: Tensor | None) -> None:
+    """Cosine within 1e-4 of 1 for every token, and equal magnitude: kernels differ in rounding only."""
+    _assert_same(got.dense.flatten(1, 2), dense_BND)
+    if summary_BD is None:
+        assert got.summary is None
+        return
+    assert got.summary is not None
+    _assert_same(got.summary, summary_BD)
+
+
+def _assert_same(got: Tensor, want: Tensor) -> None:
+    assert got.dtype == torch.float32 and got.shape == want.shape
+    assert nn.functional.cosine_similarity(got, want, dim=-1).min() >= 0.9999
+    torch.testing.assert_close(got.norm(dim=-1), want.norm(dim=-1), rtol=1e-3, atol=1e-4)
+    assert want.flatten(0, -2).std(dim=0).max() > 1e-3, "a constant output proves nothing"
+
+
+def load_state(spec: TeacherSpec, state: dict[str, Tensor], directory: Path, *, sizes: tuple[int, ...]) -> Teacher:
+    """Save tensors, load them as the teacher's weights."""
+    path = directory / "weights.safetensors"
+    safetensors.torch.save_file({k: v.contiguous().clone() for k, v in state.items()}, path)
+    return load_teacher(spec, weights=path, device=CPU, dtype=torch.float32, sizes=sizes)
+
+
+def resized(spec: TeacherSpec, width: int) -> TeacherSpec:
+    """The spec of the same model at another width."""
+    return dataclasses.replace(spec, dense_dim=width, summary_dim=spec.summary_dim // spec.dense_dim * width)
+
+
+def overriding(function: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+    """The function with these keyword arguments, whatever the caller gives."""
+    return lambda *args, **kwargs: function(*args, **{**kwargs, **fixed})

@@ -1,0 +1,149 @@
+"""Every row of the registry against what its library says of the model, without weights or memory."""
+
+import os
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import open_clip
+import pytest
+import timm
+import torch
+from torch import nn
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    RadioConfig,
+    RadioModel,
+)
+
+from eupe.teachers import hf_adapter, open_clip_adapter, timm_adapter
+from eupe.teachers.registry import ALIASES, REGISTRY
+from eupe.teachers.spec import TeacherSpec
+
+ROWS = {backend: [row for row in REGISTRY.values() if row.backend == backend] for backend in ("timm", "open_clip", "hf")}
+
+TIMM_TWINS = {
+    "facebook/dinov2-small": "vit_small_patch14_dinov2.lvd142m",
+    "facebook/dinov2-base": "vit_base_patch14_dinov2.lvd142m",
+    "facebook/dinov2-large": "vit_large_patch14_dinov2.lvd142m",
+    "facebook/dinov2-giant": "vit_giant_patch14_dinov2.lvd142m",
+    "facebook/dinov2-with-registers-small": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "facebook/dinov2-with-registers-base": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "facebook/dinov2-with-registers-large": "vit_large_patch14_reg4_dinov2.lvd142m",
+    "facebook/dinov2-with-registers-giant": "vit_giant_patch14_reg4_dinov2.lvd142m",
+    "nvidia/C-RADIOv4-H": "vit_huge_patch16_radio_v4.c_radio",
+}
+"""timm's version of the models that Hugging Face loads: the oracle for their widths where no configuration is at hand."""
+
+
+def by_name(rows: list[TeacherSpec]) -> Any:
+    return pytest.mark.parametrize("spec", rows, ids=[row.name for row in rows])
+
+
+def timm_on_meta(name: str, **options: Any) -> Any:
+    with torch.device("meta"):
+        return timm.create_model(name, **options).eval()
+
+
+def meta_tokens(adapter: Any, model: nn.Module, spec: TeacherSpec) -> tuple[Any, Any]:
+    """Shapes of summary and dense that the adapter gives at native size."""
+    with torch.no_grad():
+        tokens = adapter.tokens(model, spec, torch.zeros(2, 3, spec.native_size, spec.native_size, device="meta"))
+    return None if tokens.summary is None else tuple(tokens.summary.shape), tuple(tokens.dense.shape)
+
+
+def promised(spec: TeacherSpec) -> tuple[Any, Any]:
+    grid = spec.native_size // spec.patch
+    return (2, spec.summary_dim) if spec.summary_dim else None, (2, grid, grid, spec.dense_dim)
+
+
+@by_name(ROWS["timm"])
+def test_timm_rows(spec: TeacherSpec) -> None:
+    model = timm_on_meta(spec.model)
+    config = model.pretrained_cfg
+    assert spec.model in timm.list_pretrained()
+    assert (spec.mean, spec.std) == (tuple(config["mean"]), tuple(config["std"]))
+    assert config["input_size"] == (3, spec.native_size, spec.native_size)
+    assert spec.licence.lower() == config["license"]
+    assert spec.patch == model.feature_info[-1]["reduction"]
+    assert spec.prefix_tokens == getattr(model, "num_prefix_tokens", 0)
+    assert meta_tokens(timm_adapter, timm_on_meta(spec.model, num_classes=0), spec) == promised(spec)
+    assert_kinds(spec, model)
+
+
+def assert_kinds(spec: TeacherSpec, model: Any) -> None:
+    """The kinds are what the architecture has: a final norm, an attention pool, a trained class token."""
+    if spec.prefix_tokens or spec.model.startswith("vit_"):
+        assert (spec.dense == "normed") == isinstance(model.norm, nn.LayerNorm)
+    if spec.model.startswith("convnext"):
+        assert spec.dense == "normed" and type(model.head.norm).__name__.startswith("LayerNorm")
+    assert (spec.summary == "attention_pool") == (getattr(model, "attn_pool", None) is not None)
+    assert (spec.summary == "none") == (spec.summary_dim == 0)
+    if spec.summary in ("cls", "cls_concat"):
+        assert spec.prefix_tokens * spec.dense_dim >= spec.summary_dim
+
+
+@by_name(ROWS["open_clip"])
+def test_open_clip_rows(spec: TeacherSpec) -> None:
+    arch, tag = spec.model.split("@")
+    settings = open_clip.get_pretrained_cfg(arch, tag)
+    with torch.device("meta"):
+        visual = open_clip.create_model(arch, load_weights=False, device="meta").visual
+    assert (spec.mean, spec.std) == (tuple(settings["mean"]), tuple(settings["std"]))
+    assert visual.image_size == (spec.native_size, spec.native_size)
+    assert visual.patch_size == visual.conv1.kernel_size == (spec.patch, spec.patch)
+    assert visual.ln_post.normalized_shape == (spec.dense_dim,) and not visual.final_ln_after_pool
+    gelu = type(visual.transformer.resblocks[0].mlp.gelu).__name__
+    assert gelu == ("QuickGELU" if settings.get("quick_gelu") else "GELU")
+    visual.proj, visual.output_tokens = None, True
+    assert meta_tokens(open_clip_adapter, visual, spec) == promised(spec)
+
+
+@by_name(ROWS["hf"])
+def test_hf_rows(spec: TeacherSpec) -> None:
+    twin = timm_on_meta(TIMM_TWINS[spec.model])
+    assert spec.dense_dim == twin.num_features
+    assert spec.patch == twin.patch_embed.patch_size[0]
+    assert spec.prefix_tokens == twin.num_prefix_tokens
+    assert spec.licence.lower() == twin.pretrained_cfg["license"]
+    assert (spec.dense == "normed") == isinstance(twin.norm, nn.LayerNorm)
+    if spec.summary == "cls":
+        assert (spec.mean, spec.std) == (tuple(twin.pretrained_cfg["mean"]), tuple(twin.pretrained_cfg["std"]))
+    with torch.device("meta"):
+        model = hugging_face_model(spec, twin).eval()
+    assert meta_tokens(hf_adapter, model, spec) == promised(spec)
+
+
+def hugging_face_model(spec: TeacherSpec, twin: Any) -> nn.Module:
+    """The library's class for the repository, of the twin's dimensions."""
+    if spec.summary == "cls_concat":
+        config = RadioConfig()
+        assert (config.hidden_size, config.num_summary_tokens) == (spec.dense_dim, spec.prefix_tokens)
+        assert spec.summary_dim == len(config.summary_idxs) * config.hidden_size
+        assert (spec.mean, spec.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), "RadioModel normalises inside"
+        return RadioModel(config)
+    dimensions = {
+        "hidden_size": twin.num_features,
+        "num_hidden_layers": len(twin.blocks),
+        "num_attention_heads": twin.blocks[0].attn.num_heads,
+        "image_size": 518,
+        "patch_size": 14,
+        "use_swiglu_ffn": "giant" in spec.model,
+    }
+    if "registers" in spec.model:
+        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**dimensions, num_register_tokens=4))
+    return Dinov2Model(Dinov2Config(**dimensions))
+
+
+def test_rows_name_themselves_and_aliases_lead_to_rows() -> None:
+    assert all(name == row.name for name, row in REGISTRY.items())
+    assert set(ALIASES.values()) <= set(REGISTRY) and not set(ALIASES) & set(REGISTRY)
+    assert ALIASES["dinov2"] == "dinov2-s"
+
+
+def test_every_row_says_what_a_user_must_know() -> None:
+    assert all(row.note and row.licence for row in REGISTRY.values())
+    assert all(row.native_size % row.patch == 0 for row in REGISTRY.values())

@@ -1,0 +1,249 @@
+"""eupe/encoder.py against timm's own forward passes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from eupe import encoder as encoder_module
+from eupe.encoder import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    Encoder,
+    EncoderCard,
+    build_encoder,
+    load_encoder,
+    load_state_dict_strictly,
+    normalise,
+    save_encoder,
+    timm_card,
+    timm_tokens,
+)
+from eupe.errors import ConfigError, RunError, StorageError, TeacherError
+
+STUDENTS = {
+    # arch: (size, patch, dense width, summary width, prefix, summary kind, dense kind)
+    "vit_tiny_patch16_dinov3_qkvb": (64, 16, 192, 192, 5, "cls", "normed"),
+    "vit_small_patch16_224": (64, 16, 384, 384, 1, "cls", "normed"),
+    "vit_base_patch16_siglip_224": (64, 16, 768, 768, 0, "attention_pool", "normed"),
+    "deit_tiny_patch16_224": (64, 16, 192, 192, 1, "cls", "normed"),
+    "vit_base_patch16_rope_reg1_gap_256": (64, 16, 768, 768, 1, "pooled", "raw"),
+    "convnext_atto": (64, 32, 320, 320, 0, "pooled", "normed"),
+    "resnet18": (64, 32, 512, 512, 0, "pooled", "raw"),
+    "tf_efficientnet_lite0": (64, 32, 320, 1280, 0, "pooled", "last_stage"),
+    "swin_tiny_patch4_window7_224": (224, 32, 768, 768, 0, "pooled", "normed"),
+    "mobilenetv3_small_100": (64, 32, 576, 1024, 0, "pooled", "raw"),
+    "regnety_002": (64, 32, 368, 368, 0, "pooled", "raw"),
+}
+
+
+
+def pixels(size: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def built(arch: str) -> Encoder:
+    torch.manual_seed(0)
+    return build_encoder(arch, size=STUDENTS[arch][0]).eval()
+
+
+def library_tokens(model: nn.Module, x: Tensor, arch: str) -> tuple[Tensor, Tensor]:
+    """Dense [B, N, D] and summary, by other paths through timm than the code under test takes."""
+    with torch.no_grad():
+        dense = STUDENTS[arch][6]
+        if arch.startswith("convnext"):
+            norm = model.head.norm
+            dense_map = model.forward_features(x).permute(0, 2, 3, 1)
+            tokens = nn.functional.layer_norm(dense_map, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        elif arch.startswith("swin"):
+            tokens = model.norm(model.layers(model.patch_embed(x)))
+        else:
+            norm_last = {"norm": True} if dense == "normed" else {}
+            tokens = model.forward_intermediates(x, indices=1, intermediates_only=True, **norm_last)[0].permute(0, 2, 3, 1)
+        if STUDENTS[arch][5] == "cls":
+            return tokens.flatten(1, 2), model.forward_features(x)[:, 0]
+        return tokens.flatten(1, 2), model(x)
+
+
+@pytest.mark.parametrize("arch", STUDENTS)
+def test_tokens_are_the_library_s_own(arch: str) -> None:
+    size, patch, dense_dim, summary_dim, *_ = STUDENTS[arch]
+    encoder, x = built(arch), pixels(size)
+    with torch.no_grad():
+        tokens = encoder(x)
+    dense, summary = library_tokens(encoder.model, x, arch)
+    assert tokens.dense.shape == (2, size // patch, size // patch, dense_dim)
+    assert tokens.summary is not None and tokens.summary.shape == (2, summary_dim)
+    torch.testing.assert_close(tokens.dense.flatten(1, 2), dense)
+    torch.testing.assert_close(tokens.summary, summary)
+
+
+@pytest.mark.parametrize("arch", STUDENTS)
+def test_card_is_known_without_building(arch: str) -> None:
+    size, patch, dense_dim, summary_dim, prefix, summary, dense = STUDENTS[arch]
+    card = timm_card(arch, size)
+    config = timm.get_pretrained_cfg(arch)
+    assert (card.arch, card.size, card.patch, card.prefix_tokens) == (arch, size, patch, prefix)
+    assert (card.dense_dim, card.summary_dim, card.summary, card.dense) == (dense_dim, summary_dim, summary, dense)
+    assert (card.mean, card.std) == (config.mean, config.std)
+    assert EncoderCard.from_json(json.loads(json.dumps(card.to_json()))) == card
+
+
+@pytest.mark.parametrize("arch", STUDENTS)
+def test_other_sizes_that_the_patch_divides_work(arch: str) -> None:
+    size, patch, *_ = STUDENTS[arch]
+    with torch.no_grad():
+        tokens = built(arch)(pixels(size + 2 * patch, batch=1))
+    assert tokens.dense.shape[1:3] == (size // patch + 2, size // patch + 2)
+
+
+@pytest.mark.parametrize("arch", ["vit_small_patch16_224", "vit_tiny_patch16_dinov3_qkvb", "convnext_atto"])
+def test_every_parameter_learns(arch: str) -> None:
+    """A parameter that no output depends on would be decayed for nothing and stall distributed training."""
+    encoder = built(arch)
+    tokens = encoder(pixels(STUDENTS[arch][0]))
+    (tokens.dense.square().sum() + tokens.summary.square().sum()).backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
+
+
+def test_dense_grid_reads_row_by_row() -> None:
+    """A bright patch in row 1, column 3 must change cell [1, 3] of a patch-local model most."""
+    encoder = built("resnet18")
+    dark = torch.zeros(1, 3, 256, 256)
+    bright = dark.clone()
+    bright[:, :, 32:64, 96:128] = 5.0
+    with torch.no_grad():
+        change = (encoder(bright).dense - encoder(dark).dense).abs().sum(-1)[0]
+    assert divmod(int(change.argmax()), 8) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "summary", "dense"),
+    [
+        ("resnet18", "cls", "raw"),
+        ("resnet18", "attention_pool", "raw"),
+        ("resnet18", "pooled", "normed"),
+        ("vit_small_patch16_224", "cls", "raw"),
+        ("vit_small_patch16_224", "cls", "last_stage"),
+        ("vit_small_patch16_224", "attention_pool", "normed"),
+        ("vit_base_patch16_siglip_224", "cls", "normed"),
+        ("mixer_s32_224", "mean", "raw"),
+    ],
+)
+def test_what_a_model_lacks_is_refused(arch: str, summary: str, dense: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(arch, num_classes=0)
+        with pytest.raises(ConfigError):
+            timm_tokens(model, torch.zeros(1, 3, 224, 224), summary=summary, dense=dense)
+
+
+def test_unknown_architecture_names_near_ones() -> None:
+    with pytest.raises(ConfigError, match="did you mean .*vit_small_patch16_224"):
+        timm_card("vit_smal_patch16_224", 224)
+    with pytest.raises(ConfigError, match="no weights"):
+        timm_card("resnet18.nonsense", 224)
+
+
+@pytest.mark.parametrize("size", [250, 8])
+def test_size_that_the_patch_does_not_divide_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match="must divide"):
+        build_encoder("vit_small_patch16_224", size=size)
+
+
+def test_model_without_a_grid_is_refused() -> None:
+    with pytest.raises(ConfigError, match="neither"):
+        timm_card("mixer_s32_224", None)
+
+
+def test_same_seed_same_student() -> None:
+    first, second = built("resnet18"), built("resnet18")
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_save_and_load_give_the_same_tokens(tmp_path: Path) -> None:
+    encoder = built("vit_tiny_patch16_dinov3_qkvb")
+    save_encoder(encoder, tmp_path)
+    state = torch.get_rng_state()
+    again = load_encoder(tmp_path).eval()
+    assert torch.equal(torch.get_rng_state(), state), "loading must not disturb the generator"
+    assert again.card == encoder.card
+    with torch.no_grad():
+        assert torch.equal(again(pixels(64)).dense, encoder(pixels(64)).dense)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
+
+
+def test_failed_save_leaves_the_old_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_encoder(built("resnet18"), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full_disk(tensors: dict[str, Tensor], path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(encoder_module.safetensors.torch, "save_file", full_disk)
+    torch.manual_seed(9)
+    with pytest.raises(StorageError, match="No space left"):
+        save_encoder(build_encoder("resnet18", size=64), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_unusable_runs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=tmp_path.name):
+        load_encoder(tmp_path)
+    save_encoder(built("resnet18"), tmp_path)
+    weights = (tmp_path / WEIGHTS_FILE).read_bytes()
+    (tmp_path / WEIGHTS_FILE).write_bytes(weights[:1000])
+    with pytest.raises(RunError, match=tmp_path.name):
+        load_encoder(tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_bytes(weights)
+    card = json.loads((tmp_path / CARD_FILE).read_text())
+    (tmp_path / CARD_FILE).write_text(json.dumps(card | {"arch": "resnet34"}))
+    with pytest.raises(RunError, match="cannot be rebuilt"):
+        load_encoder(tmp_path)
+    (tmp_path / CARD_FILE).write_text(json.dumps(card | {"dense": "smooth"}))
+    with pytest.raises(RunError, match="smooth"):
+        load_encoder(tmp_path)
+
+
+def test_weights_load_whole_or_not_at_all() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    other = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).state_dict()
+    bad = {"0.weight": other["0.weight"], "0.bias": other["0.bias"][:2], "1.weight": other["1.weight"], "x": torch.ones(1)}
+    with pytest.raises(TeacherError, match=r"somewhere.*1 missing \(1.bias\), 1 unexpected \(x\), 1 wrong shape \(0.bias"):
+        load_state_dict_strictly(model, bad, source="somewhere")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    load_state_dict_strictly(model, other, source="somewhere")
+    assert all(torch.equal(v, other[k]) for k, v in model.state_dict().items())
+
+
+def test_normalise_is_the_textbook_formula() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    views = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    want = ((views.numpy().astype(np.float64) / 255 - mean) / std).transpose(0, 3, 1, 2)
+    got = normalise(views, mean, std)
+    assert got.dtype == torch.float32 and got.is_contiguous()
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_encoder_imports_no_teacher_library() -> None:
+    code = (
+        "import sys, eupe.encoder; "
+        "print([m for m in ('eupe.teachers', 'transformers', 'open_clip', 'ray') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_saved_weights_are_plain_safetensors(tmp_path: Path) -> None:
+    encoder = built("resnet18")
+    save_encoder(encoder, tmp_path)
+    plain = timm.create_model("resnet18", num_classes=0)
+    plain.load_state_dict(safetensors.torch.load_file(tmp_path / WEIGHTS_FILE), strict=True)
