@@ -132,9 +132,7 @@ def dinov2_tensors(onnx_bytes: bytes) -> Tensors:
     graph = onnx.load_model_from_string(onnx_bytes).graph
     constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     tensors = {
-        name.removeprefix("backbone."): value
-        for name, value in constants.items()
-        if name.startswith("backbone.")
+        name.removeprefix("backbone."): value for name, value in constants.items() if name.startswith("backbone.")
     }
     for node in graph.node:
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in constants:
@@ -246,9 +244,7 @@ def read_downscaled(photograph: Photograph) -> Image.Image:
     return picture
 
 
-def tile_boxes(
-    size: tuple[int, int], columns: int, rows: int
-) -> dict[tuple[int, int], tuple[int, int, int, int]]:
+def tile_boxes(size: tuple[int, int], columns: int, rows: int) -> dict[tuple[int, int], tuple[int, int, int, int]]:
     """(row, column) -> (left, top, right, bottom) of the largest square tiles, centred in the picture."""
     width, height = size
     side = min(width // columns, height // rows)

@@ -24,7 +24,7 @@ app.add_typer(store_app, name="store")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line and no progress bar.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
 CorpusPath = Annotated[
     Path, typer.Option("--corpus", help="Folder of pictures (class subfolders become labels), or an index.")
 ]
@@ -100,14 +100,12 @@ def index(
 ) -> None:
     """List and hash the pictures of a folder."""
     from eupe.corpus.index import open_corpus, write_index
-    from eupe.progress import bar
+    from eupe.progress import report_progress
 
     if out_path.suffix != ".parquet":
         raise ConfigError(f"--out {out_path} must end in .parquet")
-    with bar(err, "pictures", show=not as_json) as progress:
-        found = open_corpus(
-            corpus, previous=out_path, progress=lambda done, of: progress.update("indexing", done, of)
-        )
+    with report_progress(err, "pictures", quiet=as_json) as progress:
+        found = open_corpus(corpus, previous=out_path, progress=lambda done, of: progress.update("indexing", done, of))
     write_index(found, out_path)
     _finish({"index": str(out_path), "pictures": len(found), "fingerprint": found.fingerprint}, as_json)
 
@@ -116,9 +114,7 @@ def index(
 def extract(
     teacher: Annotated[
         str,
-        typer.Option(
-            help="Registry name, timm:ARCH, hf:REPO_OR_DIR, open_clip:ARCH[@TAG], or a run's directory."
-        ),
+        typer.Option(help="Registry name, timm:ARCH, hf:REPO_OR_DIR, open_clip:ARCH[@TAG], or a run's directory."),
     ],
     corpus: CorpusPath,
     out_path: Annotated[
@@ -128,19 +124,13 @@ def extract(
     size: Annotated[
         list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")
     ] = None,
-    views: Annotated[
-        str, typer.Option(help="center, or rrc:K for K random resized crops per picture.")
-    ] = "center",
+    views: Annotated[str, typer.Option(help="center, or rrc:K for K random resized crops per picture.")] = "center",
     tokens: Annotated[str, typer.Option(help="summary, dense, or both.")] = "summary,dense",
     dtype: Annotated[str, typer.Option(help="The teacher's arithmetic: auto, fp32, bf16, fp16.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Views per forward pass.")] = 16,
     workers: Annotated[int, typer.Option(help="Ray actors, one teacher each.")] = 1,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(help="All GPUs shared evenly where not given.")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="A Ray cluster (auto, ray://...); else this machine.")
-    ] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(help="All GPUs shared evenly where not given.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster (auto, ray://...); else this machine.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first pictures.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the random crops.")] = 0,
     as_json: Json = False,
@@ -149,7 +139,7 @@ def extract(
     from eupe.corpus.views import parse_views
     from eupe.extract.job import ExtractConfig
     from eupe.extract.job import extract as run_extract
-    from eupe.progress import bar
+    from eupe.progress import report_progress
 
     config = ExtractConfig(
         teacher=teacher,
@@ -166,16 +156,12 @@ def extract(
         ray_address=ray_address,
         limit=limit,
     )
-    with bar(err, "views", show=not as_json) as progress:
-        report = run_extract(
-            config, on_status=lambda s: progress.update(s.stage, s.done, s.total, failed=s.failed)
-        )
+    with report_progress(err, "views", quiet=as_json) as progress:
+        report = run_extract(config, on_status=lambda s: progress.update(s.stage, s.done, s.total, failed=s.failed))
     _finish(dataclasses.asdict(report), as_json)
     if not as_json:
         what = "nothing to do: the store holds all of this already" if report.cached else "done"
-        out.print(
-            f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME"
-        )
+        out.print(f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME")
 
 
 @store_app.command("info")
@@ -192,7 +178,7 @@ def store_info(path: Path, as_json: Json = False) -> None:
             "finished": store.finished,
             "missing_parts": len(store.missing_parts()),
             "num_parts": store.spec.num_parts,
-            "failed": {key: error for key, error in failures},
+            "failed": dict(failures),
         },
         as_json,
     )
@@ -215,12 +201,8 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW. Default 1e-3.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default 1e-4.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps. Default 0.05.")] = None,
-    head_width: Annotated[
-        int | None, typer.Option(help="Hidden width of the adapter heads. Default 3072.")
-    ] = None,
-    holdout: Annotated[
-        float | None, typer.Option(help="Share of pictures kept for validation. Default 0.1.")
-    ] = None,
+    head_width: Annotated[int | None, typer.Option(help="Hidden width of the adapter heads. Default 3072.")] = None,
+    holdout: Annotated[float | None, typer.Option(help="Share of pictures kept for validation. Default 0.1.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16. Default auto.")] = None,
     seed: Annotated[int | None, typer.Option(help="Default 0.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,
@@ -229,7 +211,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Distil cached targets into a student; no teacher is loaded."""
-    from eupe.progress import bar
+    from eupe.progress import report_progress
     from eupe.train.config import TrainConfig
     from eupe.train.loop import train as run_train
 
@@ -256,7 +238,7 @@ def train(
         resume=resume,
         **{name: value for name, value in given.items() if value is not None},
     )
-    with bar(err, "steps", show=not as_json) as progress:
+    with report_progress(err, "steps", quiet=as_json) as progress:
         report = run_train(
             config,
             on_status=lambda s: progress.update(
@@ -285,9 +267,7 @@ def eval_agreement(
     if as_json:
         _finish(dataclasses.asdict(report), as_json)
         return
-    table = Table(
-        "target", "tokens", "cosine", "untrained", "mean feature", "normalised", "untrained", box=None
-    )
+    table = Table("target", "tokens", "cosine", "untrained", "mean feature", "normalised", "untrained", box=None)
     for target in report.targets:
         for kind, a in target.kinds.items():
             numbers = (
@@ -310,9 +290,7 @@ def eval_agreement(
 @eval_app.command("knn")
 def eval_knn(
     path: Annotated[Path, typer.Argument(help="A store with labels, or a training run.")],
-    corpus: Annotated[
-        Path | None, typer.Option(help="For a run: the labelled folder to judge it on.")
-    ] = None,
+    corpus: Annotated[Path | None, typer.Option(help="For a run: the labelled folder to judge it on.")] = None,
     k: Annotated[int, typer.Option(help="Neighbours that vote.")] = 10,
     metric: Annotated[str, typer.Option(help="l2 or cosine.")] = "l2",
     as_json: Json = False,

@@ -74,7 +74,8 @@ class EncoderCard:
             raise ConfigError(f"an encoder card has fields missing or unknown: {', '.join(wrong)}")
         if card["summary"] not in get_args(SummaryKind) or card["dense"] not in get_args(DenseKind):
             raise ConfigError(f"an encoder card has unknown kinds: {card['summary']!r}, {card['dense']!r}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in card.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
+        return cls(**values)
 
 
 def timm_tokens(
@@ -96,7 +97,7 @@ def timm_tokens(
     if features.ndim == 3:
         prefix = model.num_prefix_tokens
         grid = _token_grid(model, pixels_BCHW, features.shape[1] - prefix)
-        dense_BhwD = features[:, prefix:].unflatten(1, grid)
+        dense_BhwD = features[:, prefix:].reshape(len(features), *grid, -1)
     else:
         dense_BhwD = _map_to_BhwD(model, features if last_stage is None else last_stage, dense)
     return Tokens(summary=_summary(model, features, dense_BhwD, summary, class_tokens), dense=dense_BhwD)
@@ -243,7 +244,7 @@ def load_card(directory: Path) -> EncoderCard:
 
 
 def load_encoder(directory: Path) -> Encoder:
-    """The student of a training run, on the CPU, with every weight from the file. Leaves the global generator as it was.
+    """The student of a training run, on the CPU, every weight from the file; the global generator stays as it was.
 
     Raises: RunError naming the directory if card or weights are missing, unreadable or do not fit each other.
     """
@@ -415,6 +416,6 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -13,11 +15,14 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+LOG_SECONDS = 30.0
 
 
 class _Rate(ProgressColumn):
@@ -29,27 +34,53 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:.0f} {self._unit}/s")
 
 
+class Reporter(Protocol):
+    """Told where a long verb stands."""
+
+    def update(self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "") -> None: ...
+
+
 class Bar:
-    """One task at a time; naming another stage begins a new one."""
+    """On a terminal: one bar per stage."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._stages: dict[str, int] = {}
+        self._stages: dict[str, TaskID] = {}
 
     def update(self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "") -> None:
         if stage not in self._stages:
             for earlier in self._stages.values():
-                self._progress.stop_task(earlier)  # type: ignore[arg-type]
+                self._progress.stop_task(earlier)
             self._stages[stage] = self._progress.add_task(stage, total=total, note="")
         words = [note] if note else []
         if failed:
             words.append(f"[red]{failed} failed[/]")
-        self._progress.update(self._stages[stage], completed=done, total=total, note="  ".join(words))  # type: ignore[arg-type]
+        self._progress.update(self._stages[stage], completed=done, total=total, note="  ".join(words))
+
+
+class Lines:
+    """In a log: a line when a stage begins, and one now and then."""
+
+    def __init__(self, console: Console, unit: str) -> None:
+        self._console = console
+        self._unit = unit
+        self._stage = ""
+        self._last = 0.0
+
+    def update(self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "") -> None:
+        now = time.monotonic()
+        if stage == self._stage and now - self._last < LOG_SECONDS:
+            return
+        self._stage, self._last = stage, now
+        self._console.print(f"{stage}: {done}/{total} {self._unit}, {failed} failed  {note}".rstrip(), soft_wrap=True)
 
 
 @contextmanager
-def bar(console: Console, unit: str, *, show: bool) -> Iterator[Bar]:
-    """A bar on a terminal; a plain line per stage where there is none; nothing with `show` off."""
+def report_progress(console: Console, unit: str, *, quiet: bool) -> Iterator[Reporter]:
+    """A bar on a terminal, a line now and then in a log; `quiet` leaves the log alone, not the terminal."""
+    if not console.is_terminal:
+        yield Lines(Console(quiet=True) if quiet else console, unit)
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -60,5 +91,5 @@ def bar(console: Console, unit: str, *, show: bool) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not show) as progress:
+    with Progress(*columns, console=console) as progress:
         yield Bar(progress)

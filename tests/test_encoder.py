@@ -34,7 +34,7 @@ STUDENTS = {
     "vit_small_patch16_224": (64, 16, 384, 384, 1, "cls", "normed"),
     "vit_base_patch16_siglip_224": (64, 16, 768, 768, 0, "attention_pool", "normed"),
     "deit_tiny_patch16_224": (64, 16, 192, 192, 1, "cls", "normed"),
-    "vit_base_patch16_rope_reg1_gap_256": (64, 16, 768, 768, 1, "pooled", "raw"),
+    "eva02_tiny_patch14_224": (56, 14, 192, 192, 1, "pooled", "raw"),
     "convnext_atto": (64, 32, 320, 320, 0, "pooled", "normed"),
     "resnet18": (64, 32, 512, 512, 0, "pooled", "raw"),
     "tf_efficientnet_lite0": (64, 32, 320, 1280, 0, "pooled", "last_stage"),
@@ -42,7 +42,6 @@ STUDENTS = {
     "mobilenetv3_small_100": (64, 32, 576, 1024, 0, "pooled", "raw"),
     "regnety_002": (64, 32, 368, 368, 0, "pooled", "raw"),
 }
-
 
 
 def pixels(size: int, batch: int = 2) -> Tensor:
@@ -66,7 +65,9 @@ def library_tokens(model: nn.Module, x: Tensor, arch: str) -> tuple[Tensor, Tens
             tokens = model.norm(model.layers(model.patch_embed(x)))
         else:
             norm_last = {"norm": True} if dense == "normed" else {}
-            tokens = model.forward_intermediates(x, indices=1, intermediates_only=True, **norm_last)[0].permute(0, 2, 3, 1)
+            tokens = model.forward_intermediates(x, indices=1, intermediates_only=True, **norm_last)[0].permute(
+                0, 2, 3, 1
+            )
         if STUDENTS[arch][5] == "cls":
             return tokens.flatten(1, 2), model.forward_features(x)[:, 0]
         return tokens.flatten(1, 2), model(x)
@@ -145,7 +146,7 @@ def test_what_a_model_lacks_is_refused(arch: str, summary: str, dense: str) -> N
 
 
 def test_unknown_architecture_names_near_ones() -> None:
-    with pytest.raises(ConfigError, match="did you mean .*vit_small_patch16_224"):
+    with pytest.raises(ConfigError, match=r"did you mean .*vit_small_patch16_224"):
         timm_card("vit_smal_patch16_224", 224)
     with pytest.raises(ConfigError, match="no weights"):
         timm_card("resnet18.nonsense", 224)
@@ -164,7 +165,9 @@ def test_model_without_a_grid_is_refused() -> None:
 
 def test_same_seed_same_student() -> None:
     first, second = built("resnet18"), built("resnet18")
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 def test_save_and_load_give_the_same_tokens(tmp_path: Path) -> None:
@@ -216,8 +219,15 @@ def test_weights_load_whole_or_not_at_all() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     other = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).state_dict()
-    bad = {"0.weight": other["0.weight"], "0.bias": other["0.bias"][:2], "1.weight": other["1.weight"], "x": torch.ones(1)}
-    with pytest.raises(TeacherError, match=r"somewhere.*1 missing \(1.bias\), 1 unexpected \(x\), 1 wrong shape \(0.bias"):
+    bad = {
+        "0.weight": other["0.weight"],
+        "0.bias": other["0.bias"][:2],
+        "1.weight": other["1.weight"],
+        "x": torch.ones(1),
+    }
+    with pytest.raises(
+        TeacherError, match=r"somewhere.*1 missing \(1.bias\), 1 unexpected \(x\), 1 wrong shape \(0.bias"
+    ):
         load_state_dict_strictly(model, bad, source="somewhere")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     load_state_dict_strictly(model, other, source="somewhere")

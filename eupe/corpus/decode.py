@@ -13,9 +13,7 @@ from eupe.errors import CorpusError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """The decoders a picture may reach; no interpreter (EPS, PDF) among them."""
 
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
-)
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 
 MAX_PIXELS = 178_956_970
 """Larger pictures are refused before their pixels are decoded (0.5 GB of RGB)."""

@@ -83,17 +83,11 @@ def open_corpus(
     if source.is_file() and source.suffix == ".parquet":
         return read_index(source)
     if not source.exists():
-        raise CorpusError(
-            f"corpus {source} does not exist; give a folder of pictures or an index made by `eupe index`"
-        )
-    raise CorpusError(
-        f"corpus {source} is neither a folder of pictures nor an index (.parquet) made by `eupe index`"
-    )
+        raise CorpusError(f"corpus {source} does not exist; give a folder of pictures or an index made by `eupe index`")
+    raise CorpusError(f"corpus {source} is neither a folder of pictures nor an index (.parquet) made by `eupe index`")
 
 
-def index_folder(
-    root: Path, *, previous: Path | None = None, progress: Progress = lambda done, of: None
-) -> Corpus:
+def index_folder(root: Path, *, previous: Path | None = None, progress: Progress = lambda done, of: None) -> Corpus:
     """Walk a folder (links to folders are not followed) and hash every picture.
 
     Raises: CorpusError if it holds no picture.
@@ -101,9 +95,7 @@ def index_folder(
     root = root.resolve()
     keys = sorted(_picture_keys(root))
     if not keys:
-        raise CorpusError(
-            f"corpus {root} holds no picture; looked for {', '.join(sorted(EXTENSIONS))} below it"
-        )
+        raise CorpusError(f"corpus {root} holds no picture; looked for {', '.join(sorted(EXTENSIONS))} below it")
     known = _known_hashes(previous) if previous is not None and previous.exists() else {}
     rows = []
     with ThreadPoolExecutor() as pool:
@@ -177,7 +169,5 @@ def read_index(path: Path) -> Corpus:
         )
     root = Path(metadata[ROOT_KEY].decode())
     if not root.is_dir():
-        raise CorpusError(
-            f"index {path} points to the folder {root}, which does not exist; index its new place again"
-        )
+        raise CorpusError(f"index {path} points to the folder {root}, which does not exist; index its new place again")
     return Corpus(root, table.replace_schema_metadata())

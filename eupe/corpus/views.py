@@ -23,7 +23,7 @@ Box = tuple[int, int, int, int]
 """x0, y0, x1, y1 in pixels of the upright picture."""
 
 KERNEL = "pillow-bicubic"
-"""Crop and resize in one step, antialiased, on 8-bit samples: `PIL.Image.resize(..., BICUBIC, box=box)`."""
+"""Crop, then resize what was cropped, antialiased, on 8-bit samples: nothing outside the box leaks in."""
 
 MAX_ATTEMPTS = 10
 
@@ -41,7 +41,7 @@ class ViewSpec:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """`rrc`: range of width over height, drawn log-uniformly."""
     flip: float = 0.5
-    """`rrc`: probability of mirroring. A flip belongs to the view, for a teacher's map does not flip with its picture."""
+    """`rrc`: probability of mirroring. Part of the view, for a teacher's map does not flip with its picture."""
 
     def to_json(self) -> dict[str, Any]:
         """What decides the views, and nothing that does not."""
@@ -60,9 +60,7 @@ def parse_views(text: str, *, seed: int) -> ViewSpec:
         return ViewSpec(seed=seed)
     match = re.fullmatch(r"rrc:([1-9]\d*)", text)
     if not match:
-        raise ConfigError(
-            f"--views {text!r} is unknown; give center, or rrc:K with K views per picture (rrc:4)"
-        )
+        raise ConfigError(f"--views {text!r} is unknown; give center, or rrc:K with K views per picture (rrc:4)")
     return ViewSpec(policy="rrc", num_views=int(match[1]), seed=seed)
 
 
@@ -102,7 +100,7 @@ def _uniforms(seed: int, key: str, k: int, attempt: int) -> tuple[float, ...]:
 
 def render_view(image: Image.Image, box: Box, flip: bool, size: int) -> NDArray[np.uint8]:
     """The view's pixels, uint8 [size, size, 3]: what every teacher and the student see, bit for bit."""
-    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
     if flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(view)

@@ -93,13 +93,9 @@ def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
         predicted.setdefault(target, []).append(said.cpu())
         stored.setdefault(target, []).append(truth.cpu())
 
-    batches = held_out_batches(
-        run.targets, size=run.size, batch_size=run.card.config["batch_size"], device=run.device
-    )
+    batches = held_out_batches(run.targets, size=run.size, batch_size=run.card.config["batch_size"], device=run.device)
     totals = held_out_cosines(distiller, batches, run.device, on_summary=keep)
-    mutual = {
-        i: mutual_neighbours(torch.cat(predicted[i]), torch.cat(stored[i]), k=neighbours) for i in predicted
-    }
+    mutual = {i: mutual_neighbours(torch.cat(predicted[i]), torch.cat(stored[i]), k=neighbours) for i in predicted}
     num_views = next(iter(totals[0].values())).views
     return _Measured([{kind: c.means() for kind, c in kinds.items()} for kinds in totals], mutual, num_views)
 

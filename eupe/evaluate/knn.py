@@ -70,9 +70,7 @@ def knn(path: Path, *, corpus: Path | None = None, k: int = 10, metric: Metric =
 def _labelled(corpus: Corpus) -> Corpus:
     samples = corpus.samples.filter(pc.is_valid(corpus.samples["label"]))
     if not samples.num_rows:
-        raise ConfigError(
-            f"no picture of {corpus.root} has a label; put the pictures in one folder per class"
-        )
+        raise ConfigError(f"no picture of {corpus.root} has a label; put the pictures in one folder per class")
     return Corpus(corpus.root, samples)
 
 

@@ -66,7 +66,5 @@ def open_run(path: Path, *, corpus: Path | None = None) -> Run:
         distiller.encoder.load_state_dict(encoder.state_dict())
         distiller.heads.load_state_dict(load_file(path / HEADS_FILE))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise RunError(
-            f"run {path} has no usable heads ({error}); finish it with `eupe train ... --resume`"
-        ) from error
+        raise RunError(f"run {path} has no usable heads ({error}); finish it with `eupe train ... --resume`") from error
     return Run(path, card, distiller.eval(), targets, device)

@@ -21,12 +21,12 @@ import torch
 from eupe.corpus.index import Corpus, open_corpus, write_index
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, EupeError, IncompleteError, StoreError, TeacherError
-from eupe.extract.plan import PartTask, plan_parts
+from eupe.extract.plan import PartTask, plan_parts, store_spec
 from eupe.extract.worker import PartResult, Worker
 from eupe.store import Store, open_store
-from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, samples_per_part
+from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view
 from eupe.store.reader import committed_parts
-from eupe.store.writer import create_store, finish_store, library_versions
+from eupe.store.writer import create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import compute_dtype, file_digest, load_teacher, weights_digest
@@ -36,17 +36,6 @@ PARTS_IN_FLIGHT = 2
 TASK_RETRIES = 2
 POLL_SECONDS = 0.5
 INDEX_FILE = "corpus.parquet"
-RECORDED_LIBRARIES = (
-    "eupe",
-    "torch",
-    "timm",
-    "transformers",
-    "open_clip_torch",
-    "pillow",
-    "numpy",
-    "zarr",
-    "tensorstore",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +92,7 @@ class ExtractReport:
     """None for a cache hit."""
 
 
-def extract(
-    config: ExtractConfig, *, on_status: Callable[[Status], None] = lambda status: None
-) -> ExtractReport:
+def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lambda status: None) -> ExtractReport:
     """Run a teacher once over a corpus and leave its features in a store.
 
     Raises: an EupeError for whatever the user can mend; IncompleteError if parts are missing at the end.
@@ -117,7 +104,15 @@ def extract(
         config.corpus, previous=previous, progress=lambda done, of: on_status(Status("indexing", done, of))
     ).head(config.limit)
     with JobActors(config, teacher, corpus) as actors:
-        spec = _store_spec(config, teacher, corpus, actors)
+        spec = store_spec(
+            teacher,
+            corpus,
+            views=config.views,
+            sizes=config.sizes,
+            tokens=config.tokens,
+            weights_sha256=actors.weights_sha256,
+            dtype=actors.dtype_name,
+        )
         store = _open_or_create(config.out, spec, corpus)
         was_finished = store.finished
         views_before = _committed_views(store)
@@ -138,9 +133,7 @@ def _checked_teacher(config: ExtractConfig) -> TeacherSpec:
         raise TeacherError(f"weights {config.weights} do not exist")
     unknown = set(config.tokens) - set(KINDS)
     if unknown or not config.tokens:
-        raise ConfigError(
-            f"--tokens takes summary, dense, or both; got {','.join(config.tokens) or 'nothing'}"
-        )
+        raise ConfigError(f"--tokens takes summary, dense, or both; got {','.join(config.tokens) or 'nothing'}")
     for name, value in (
         ("--batch-size", config.batch_size),
         ("--workers", config.workers),
@@ -149,29 +142,6 @@ def _checked_teacher(config: ExtractConfig) -> TeacherSpec:
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     return teacher
-
-
-def _store_spec(config: ExtractConfig, teacher: TeacherSpec, corpus: Corpus, actors: JobActors) -> StoreSpec:
-    sizes = config.sizes or (teacher.native_size,)
-    grids = tuple(teacher.grid(size) for size in sizes)
-    tokens = tuple(
-        k for k in KINDS if k in config.tokens and not (k == SUMMARY and teacher.summary == "none")
-    )
-    dense_dim = teacher.dense_dim if DENSE in tokens else 0
-    summary_dim = teacher.summary_dim if SUMMARY in tokens else 0
-    per_sample = config.views.num_views * bytes_per_view(grids, dense_dim, summary_dim)
-    if per_sample == 0:
-        raise ConfigError(f"teacher {teacher.name} has no summary; give --tokens dense")
-    return StoreSpec(
-        teacher={**teacher.to_json(), "weights_sha256": actors.weights_sha256, "dtype": actors.dtype_name},
-        corpus={"fingerprint": corpus.fingerprint, "num_samples": len(corpus), "root": str(corpus.root)},
-        views=config.views.to_json(),
-        sizes=sizes,
-        grids=grids,
-        tokens=tokens,
-        samples_per_part=samples_per_part(len(corpus), per_sample),
-        versions=library_versions(*RECORDED_LIBRARIES),
-    )
 
 
 def _open_or_create(out: Path, spec: StoreSpec, corpus: Corpus) -> Store:
@@ -209,9 +179,7 @@ class JobActors:
         self._config = config
         self._teacher = teacher
         self._corpus = corpus
-        self._weights = (
-            Path(teacher.model) / "student.safetensors" if teacher.backend == "run" else config.weights
-        )
+        self._weights = Path(teacher.model) / "student.safetensors" if teacher.backend == "run" else config.weights
 
     def __enter__(self) -> JobActors:
         return self
@@ -252,9 +220,7 @@ class JobActors:
             max_task_retries=TASK_RETRIES,
             max_concurrency=PARTS_IN_FLIGHT + 1,
         )
-        return [
-            actor.remote(config, self._teacher, self._corpus.root, num_cpus) for _ in range(config.workers)
-        ]
+        return [actor.remote(config, self._teacher, self._corpus.root, num_cpus) for _ in range(config.workers)]
 
     def _start_ray(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -396,9 +362,7 @@ def _failure(reference: Any) -> str | None:
 
 def _progress(handles: list[Any]) -> tuple[int, int]:
     """Summed over the actors that answer; one that restarts counts from its part again."""
-    ready, _ = ray.wait(
-        [actor.progress.remote() for actor in handles], num_returns=len(handles), timeout=POLL_SECONDS
-    )
+    ready, _ = ray.wait([actor.progress.remote() for actor in handles], num_returns=len(handles), timeout=POLL_SECONDS)
     counts = []
     for reference in ready:
         try:

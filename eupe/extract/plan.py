@@ -1,13 +1,30 @@
-"""What there is to do: a pure function of the spec, the corpus and the parts already committed."""
+"""What there is to do: pure functions of the teacher, the corpus and the parts already committed."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import pyarrow as pa
 
-from eupe.store.layout import StoreSpec
+from eupe.corpus.index import Corpus
+from eupe.corpus.views import ViewSpec
+from eupe.errors import ConfigError
+from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, samples_per_part
+from eupe.teachers.spec import TeacherSpec
+
+RECORDED_LIBRARIES = (
+    "eupe",
+    "torch",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "pillow",
+    "numpy",
+    "zarr",
+    "tensorstore",
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,43 @@ class PartTask:
 
     index: int
     samples: tuple[Sample, ...]
+
+
+def store_spec(
+    teacher: TeacherSpec,
+    corpus: Corpus,
+    *,
+    views: ViewSpec,
+    sizes: tuple[int, ...],
+    tokens: tuple[str, ...],
+    weights_sha256: str,
+    dtype: str,
+) -> StoreSpec:
+    """What a store of this teacher over this corpus is to hold.
+
+    Args:
+        sizes: empty for the teacher's native size.
+        tokens: a teacher without a summary leaves that out.
+    Raises: TeacherError for a size that the patch does not divide; ConfigError if nothing is left to store.
+    """
+    sizes = sizes or (teacher.native_size,)
+    grids = tuple(teacher.grid(size) for size in sizes)
+    kept = tuple(k for k in KINDS if k in tokens and not (k == SUMMARY and teacher.summary == "none"))
+    if not kept:
+        raise ConfigError(f"teacher {teacher.name} has no summary; give --tokens dense")
+    dense_dim = teacher.dense_dim if DENSE in kept else 0
+    summary_dim = teacher.summary_dim if SUMMARY in kept else 0
+    per_sample = views.num_views * bytes_per_view(grids, dense_dim, summary_dim)
+    return StoreSpec(
+        teacher={**teacher.to_json(), "weights_sha256": weights_sha256, "dtype": dtype},
+        corpus={"fingerprint": corpus.fingerprint, "num_samples": len(corpus), "root": str(corpus.root)},
+        views=views.to_json(),
+        sizes=sizes,
+        grids=grids,
+        tokens=kept,
+        samples_per_part=samples_per_part(len(corpus), per_sample),
+        versions={name: version(name) for name in RECORDED_LIBRARIES},
+    )
 
 
 def plan_parts(spec: StoreSpec, samples: pa.Table, done: Collection[int]) -> list[PartTask]:

@@ -71,9 +71,7 @@ class Worker:
     Two parts may run at once from two threads: while one is compressed and written, the next has the teacher.
     """
 
-    def __init__(
-        self, teacher: Teacher, store: Path, *, corpus_root: Path, views: ViewSpec, batch_size: int
-    ) -> None:
+    def __init__(self, teacher: Teacher, store: Path, *, corpus_root: Path, views: ViewSpec, batch_size: int) -> None:
         self.progress = Progress()
         self._teacher = teacher
         self._writer = StoreWriter(store)
@@ -119,9 +117,7 @@ class Worker:
         pending: deque[Future[LoadedSample]] = deque()
         with ThreadPoolExecutor(min(MAX_DECODE_THREADS, os.cpu_count() or 1)) as pool:
             for sample in samples:
-                pending.append(
-                    pool.submit(load_sample, sample, self._root, self._views, self._writer.spec.sizes)
-                )
+                pending.append(pool.submit(load_sample, sample, self._root, self._views, self._writer.spec.sizes))
                 if len(pending) > ahead:
                     yield pending.popleft().result()
             while pending:
@@ -223,9 +219,7 @@ class PartBuffers:
         for values in self._features.values():
             values[i] = np.nan
         self._boxes[i], self._flips[i], self._digests[i] = 0, False, 0
-        return Row(
-            row.key, row.sha256, row.label, error=f"the teacher gave non-finite values in {', '.join(bad)}"
-        )
+        return Row(row.key, row.sha256, row.label, error=f"the teacher gave non-finite values in {', '.join(bad)}")
 
 
 def _batches(views: Iterable[RenderedView], size: int) -> Iterator[list[RenderedView]]:

@@ -149,7 +149,13 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
     _check_fits(spec, config, source)
     family = FAMILIES[config.model_type]
     model_class = _library_class(family.model_class)
-    options = {"config": config, "dtype": torch.float32, "output_loading_info": True, **family.build}
+    options = {
+        "config": config,
+        "dtype": torch.float32,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # so that they are in the report, which is checked
+        **family.build,
+    }
     with _quiet():
         if weights is None:
             with hub_errors(spec):
@@ -187,7 +193,7 @@ def _vision_config(source: str) -> Any:
 
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise TeacherError(
             f"the configuration of {source} cannot be fetched from the hub ({brief(error)}); "
@@ -249,7 +255,9 @@ def _check_fits(spec: TeacherSpec, config: Any, source: str) -> None:
         "summary": family.summary,
         "dense": family.dense,
     }
-    wrong = [f"{name} {value} for {getattr(spec, name)}" for name, value in have.items() if value != getattr(spec, name)]
+    wrong = [
+        f"{name} {value} for {getattr(spec, name)}" for name, value in have.items() if value != getattr(spec, name)
+    ]
     if wrong:
         raise TeacherError(f"{source} holds another model than {spec.name}: {', '.join(wrong)}")
 
@@ -282,7 +290,10 @@ def _summary_dim(config: Any, width: int) -> int:
 
 
 def _preprocessor(model: str) -> dict[str, Any]:
-    """preprocessor_config.json of a directory or repository; empty where there is none."""
+    """preprocessor_config.json of a directory or repository; empty where there is none.
+
+    Raises: TeacherError if it is not JSON.
+    """
     from transformers.utils import cached_file
 
     file = cached_file(
@@ -291,7 +302,10 @@ def _preprocessor(model: str) -> dict[str, Any]:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return {} if file is None else dict(json.loads(Path(file).read_text()))
+    try:
+        return {} if file is None else dict(json.loads(Path(file).read_text()))
+    except ValueError as error:
+        raise TeacherError(f"{file} is not JSON that can be read ({brief(error)})") from error
 
 
 def _normalisation(model: str, family: Family) -> tuple[Triple, Triple]:
@@ -300,7 +314,7 @@ def _normalisation(model: str, family: Family) -> tuple[Triple, Triple]:
         return UNIT
     if "image_mean" not in settings:
         return family.normalisation
-    return tuple(settings["image_mean"]), tuple(settings["image_std"])  # type: ignore[return-value]
+    return tuple(settings["image_mean"]), tuple(settings["image_std"])
 
 
 def _native_size(model: str, config: Any, patch: int) -> int:

@@ -172,6 +172,6 @@ def _resampled(table_ND: Tensor, have: tuple[int, int], want: tuple[int, int]) -
     """A position table, class token first, for another grid: bicubic, antialiased."""
     if have == want:
         return table_ND
-    cells_1Dhw = table_ND[1:].T.unflatten(1, have)[None]
+    cells_1Dhw = table_ND[1:].T.reshape(1, -1, *have)
     resized_1Dhw = F.interpolate(cells_1Dhw, size=want, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([table_ND[:1], resized_1Dhw[0].flatten(1).T])

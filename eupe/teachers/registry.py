@@ -13,7 +13,6 @@ IMAGENET: dict[str, Triple] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.2
 OPENAI: dict[str, Triple] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 HALF: dict[str, Triple] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SATELLITE: dict[str, Triple] = {"mean": (0.43, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
-UNIT: dict[str, Triple] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 APACHE = "Apache-2.0"
 DINOV3_LICENCE = "DINOv3-License"
@@ -41,9 +40,7 @@ def _dinov2(name: str, repository: str, width: int, registers: int = 0) -> Teach
     )
 
 
-def _dinov3(
-    name: str, model: str, width: int, pixels: dict[str, Triple], licence: str = DINOV3_LICENCE
-) -> TeacherSpec:
+def _dinov3(name: str, model: str, width: int, pixels: dict[str, Triple], licence: str = DINOV3_LICENCE) -> TeacherSpec:
     return TeacherSpec(
         name=name,
         backend="timm",
@@ -61,9 +58,7 @@ def _dinov3(
     )
 
 
-def _convnext(
-    name: str, model: str, width: int, licence: str, note: str, native_size: int = 224
-) -> TeacherSpec:
+def _convnext(name: str, model: str, width: int, licence: str, note: str, native_size: int = 224) -> TeacherSpec:
     return TeacherSpec(
         name=name,
         backend="timm",
@@ -158,13 +153,11 @@ def _siglip(name: str, model: str, width: int, patch: int, size: int) -> Teacher
     )
 
 
-def _radio(
-    name: str, model: str, width: int, class_tokens: int, prefix: int, backend: str = "timm"
-) -> TeacherSpec:
+def _radio(name: str, model: str, width: int, class_tokens: int, prefix: int) -> TeacherSpec:
     return TeacherSpec(
         name=name,
-        backend="hf" if backend == "hf" else "timm",
-        model=model,
+        backend="timm",
+        model=f"naflexvit_{model}.c_radio",
         patch=16,
         dense_dim=width,
         summary_dim=width * class_tokens,
@@ -172,10 +165,10 @@ def _radio(
         summary="cls_concat",
         dense="raw",
         native_size=512,
-        **(UNIT if backend == "hf" else OPENAI),
+        **OPENAI,
         licence=NVIDIA_LICENCE,
-        note=f"summary is {class_tokens} class tokens side by side, as the authors' summary_idxs; "
-        + ("pixels are normalised inside the model" if backend == "hf" else "pixels are normalised outside the model"),
+        note=f"summary is {class_tokens} class tokens side by side, one per teacher that the authors' summary_idxs "
+        "name; pixels are normalised here, not inside the model as in the authors' code",
     )
 
 
@@ -243,6 +236,9 @@ _ROWS = (
     _dinov3("eupe-t", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", 192, IMAGENET, FAIR_LICENCE),
     _dinov3("eupe-s", "vit_small_patch16_dinov3_qkvb.eupe_lvd1689m", 384, IMAGENET, FAIR_LICENCE),
     _dinov3("eupe-b", "vit_base_patch16_dinov3_qkvb.eupe_lvd1689m", 768, IMAGENET, FAIR_LICENCE),
+    _convnext("eupe-convnext-t", "convnext_tiny.eupe_lvd1689m", 768, FAIR_LICENCE, _HEAD_NORM, native_size=256),
+    _convnext("eupe-convnext-s", "convnext_small.eupe_lvd1689m", 768, FAIR_LICENCE, _HEAD_NORM, native_size=256),
+    _convnext("eupe-convnext-b", "convnext_base.eupe_lvd1689m", 1024, FAIR_LICENCE, _HEAD_NORM, native_size=256),
     _pe_core("pe-core-t", "tiny_patch16_384", 192, 16, 384, prefix=1, projected=512),
     _pe_core("pe-core-s", "small_patch16_384", 384, 16, 384, prefix=1, projected=512),
     _pe_core("pe-core-b", "base_patch16_224", 768, 16, 224, prefix=1, projected=1024),
@@ -288,12 +284,12 @@ _ROWS = (
     _siglip("siglip2-so400m-512", "so400m_patch16_siglip_512.v2_webli", 1152, 16, 512),
     _siglip("siglip2-g-256", "giantopt_patch16_siglip_256.v2_webli", 1536, 16, 256),
     _siglip("siglip2-g-384", "giantopt_patch16_siglip_384.v2_webli", 1536, 16, 384),
-    _radio("radio-v3-b", "naflexvit_base_patch16_radio_v3.c_radio", 768, class_tokens=3, prefix=8),
-    _radio("radio-v3-l", "naflexvit_large_patch16_radio_v3.c_radio", 1024, class_tokens=3, prefix=8),
-    _radio("radio-v3-h", "naflexvit_huge_patch16_radio_v3.c_radio", 1280, class_tokens=3, prefix=8),
-    _radio("radio-v3-g", "naflexvit_giant_patch16_radio_v3.c_radio", 1536, class_tokens=3, prefix=8),
-    _radio("radio-v4-so400m", "naflexvit_so400m_patch16_radio_v4.c_radio", 1152, class_tokens=2, prefix=10),
-    _radio("radio-v4-h", "nvidia/C-RADIOv4-H", 1280, class_tokens=2, prefix=10, backend="hf"),
+    _radio("radio-v3-b", "base_patch16_radio_v3", 768, class_tokens=3, prefix=8),
+    _radio("radio-v3-l", "large_patch16_radio_v3", 1024, class_tokens=3, prefix=8),
+    _radio("radio-v3-h", "huge_patch16_radio_v3", 1280, class_tokens=3, prefix=8),
+    _radio("radio-v3-g", "giant_patch16_radio_v3", 1536, class_tokens=3, prefix=8),
+    _radio("radio-v4-so400m", "so400m_patch16_radio_v4", 1152, class_tokens=2, prefix=10),
+    _radio("radio-v4-h", "huge_patch16_radio_v4", 1280, class_tokens=2, prefix=10),
     _sam("sam-b", "samvit_base_patch16.sa1b"),
     _sam("sam-l", "samvit_large_patch16.sa1b"),
     _sam("sam-h", "samvit_huge_patch16.sa1b"),

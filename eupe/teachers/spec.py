@@ -49,7 +49,8 @@ class TeacherSpec:
         if size < self.patch or size % self.patch:
             below = max(size // self.patch, 1) * self.patch
             raise TeacherError(
-                f"size {size} does not work for teacher {self.name}: its patch is {self.patch} pixels and must divide the size; "
+                f"size {size} does not work for teacher {self.name}: its patch is {self.patch} pixels "
+                f"and must divide the size; "
                 f"use --size {below} or --size {below + self.patch}"
             )
         return size // self.patch

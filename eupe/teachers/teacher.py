@@ -94,7 +94,7 @@ def compute_dtype(word: DtypeWord, device: torch.device) -> torch.dtype:
 
 def _multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     capabilities: Any = torch.cpu.get_capabilities()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ def describe(name: str) -> TeacherSpec:
         an architecture with the wrong activation.
     """
     arch = name.removeprefix("timm:")
-    _check_activation(arch)
     try:
         card = timm_card(arch, None)
     except ConfigError as error:
         raise TeacherError(f"teacher {name}: {error}") from error
     config = timm.get_pretrained_cfg(arch)
+    _check_activation(arch, config.notes or ())
     return TeacherSpec(
         name=name,
         backend="timm",
@@ -114,9 +114,8 @@ def _in_timm_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _check_activation(arch: str) -> None:
-    """Raises: TeacherError where timm marks the weights as trained with QuickGELU, and the architecture has GELU."""
-    config = timm.get_pretrained_cfg(arch) if timm.is_model(arch) and "." in arch else None
-    if config is not None and "quickgelu" not in arch and any("QuickGELU" in note for note in config.notes or ()):
+def _check_activation(arch: str, notes: Sequence[str]) -> None:
+    """Raises: TeacherError where timm notes that the weights are QuickGELU's, and the architecture has GELU."""
+    if "quickgelu" not in arch and any("QuickGELU" in note for note in notes):
         right = arch.replace("_clip_", "_clip_quickgelu_")
         raise TeacherError(f"the weights {arch} were trained with QuickGELU; use timm:{right}")

@@ -55,7 +55,7 @@ def weights_files(path: Path) -> list[Path]:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a weights file, or of a directory's weights and configuration files (names and bytes, sorted by name)."""
+    """sha256 of a weights file, or of a directory's weights and configuration files, names included, sorted."""
     if path.is_file():
         return _sha256_of_files([path], with_names=False)
     return _sha256_of_files(sorted([*weights_files(path), *path.glob("*.json")]), with_names=True)
@@ -83,7 +83,8 @@ def hub_errors(spec: TeacherSpec) -> Iterator[None]:
         raise
     except Exception as error:
         raise TeacherError(
-            f"weights of {spec.name} ({spec.model}) cannot be fetched from the hub ({brief(error)}); give --weights PATH"
+            f"weights of {spec.name} ({spec.model}) cannot be fetched from the hub ({brief(error)}); "
+            f"give --weights PATH"
         ) from error
 
 

@@ -60,9 +60,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, *, step: int) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{path} cannot be written: {error}; free some space and go on with --resume"
-        ) from error
+        raise StorageError(f"{path} cannot be written: {error}; free some space and go on with --resume") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -101,16 +101,13 @@ def resolve(config: TrainConfig, targets: TargetSet, *, size: int) -> RunCard:
             f"--holdout {config.holdout:g} keeps out none of the {targets.num_joined} pictures; give a larger share"
         )
     if config.batch_size > num_train:
-        raise ConfigError(
-            f"--batch-size {config.batch_size} exceeds the {num_train} views there are to train on"
-        )
+        raise ConfigError(f"--batch-size {config.batch_size} exceeds the {num_train} views there are to train on")
     steps_per_epoch = num_train // config.batch_size
     total = config.steps or max(1, round((config.epochs or 1) * steps_per_epoch))
     decisive = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name
-        not in ("targets", "out", "corpus", "resume", "log_every", "checkpoint_every", "epochs", "steps")
+        if field.name not in ("targets", "out", "corpus", "resume", "log_every", "checkpoint_every", "epochs", "steps")
     }
     return RunCard(
         config={**decisive, "size": size},

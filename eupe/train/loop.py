@@ -56,9 +56,7 @@ class TrainReport:
     """Target, kind of token, measure (see `eupe.train.validate.Cosines`)."""
 
 
-def train(
-    config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lambda status: None
-) -> TrainReport:
+def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lambda status: None) -> TrainReport:
     """Distil stores into a student.
 
     Raises: an EupeError for whatever the user can mend; TrainingError before an update with a non-finite loss.
@@ -172,9 +170,7 @@ def _validate(
     config: TrainConfig, card: RunCard, targets: TargetSet, distiller: Distiller, device: torch.device
 ) -> dict[str, dict[str, dict[str, float]]]:
     size = card.config["size"]
-    batches = held_out_batches(
-        targets, size=size, batch_size=config.batch_size, device=device, limit=VALIDATION_VIEWS
-    )
+    batches = held_out_batches(targets, size=size, batch_size=config.batch_size, device=device, limit=VALIDATION_VIEWS)
     totals = held_out_cosines(distiller, batches, device)
     return {
         name: {kind: cosines.means() for kind, cosines in kinds.items()}
@@ -218,9 +214,7 @@ class Meter:
         now = time.monotonic()
         elapsed = now - self._last
         images = (self._steps + 1 - self._steps_before) * self._batch_size
-        status = TrainStatus(
-            step, total_steps, loss, images / elapsed, (self._waited - self._waited_before) / elapsed
-        )
+        status = TrainStatus(step, total_steps, loss, images / elapsed, (self._waited - self._waited_before) / elapsed)
         self._last, self._waited_before, self._steps_before = now, self._waited, self._steps + 1
         return status
 
@@ -236,9 +230,7 @@ class RunLog:
     def __init__(self, run: Path, first_step: int) -> None:
         self._path = run / METRICS_FILE
         if self._path.exists():
-            kept = [
-                line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= first_step
-            ]
+            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
             self._path.write_text("".join(f"{line}\n" for line in kept))
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 

@@ -30,9 +30,7 @@ def dense_loss(student_BhwD: Tensor, teacher_BhwD: Tensor) -> Tensor:
     Returns: float32 scalar.
     """
     cosine = cosine_distance(student_BhwD, teacher_BhwD).mean()
-    return COSINE_WEIGHT * cosine + SMOOTH_L1_WEIGHT * F.smooth_l1_loss(
-        student_BhwD.float(), teacher_BhwD.float()
-    )
+    return COSINE_WEIGHT * cosine + SMOOTH_L1_WEIGHT * F.smooth_l1_loss(student_BhwD.float(), teacher_BhwD.float())
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:

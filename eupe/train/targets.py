@@ -110,9 +110,7 @@ class TargetSet:
     def views_of(self, samples: NDArray[np.bool_]) -> Views:
         """All views of the samples that a mask picks, in order."""
         picked = np.flatnonzero(samples)
-        return np.stack(
-            [np.repeat(picked, self.num_views), np.tile(np.arange(self.num_views), len(picked))], axis=1
-        )
+        return np.stack([np.repeat(picked, self.num_views), np.tile(np.arange(self.num_views), len(picked))], axis=1)
 
     def read_image(self, sample: int) -> Image.Image:
         """The upright picture of a sample.
@@ -169,12 +167,8 @@ class TargetSet:
         numbers = np.arange(len(picked)) % self.num_views
         for store, rows in zip(self.stores, self._rows, strict=True):
             stored = store.read(rows[picked].tolist(), numbers.tolist())
-            for sample, box, flip, digest in zip(
-                picked, stored.boxes, stored.flips, stored.digests, strict=True
-            ):
-                view = render_view(
-                    self.read_image(int(sample)), tuple(box.tolist()), bool(flip), store.spec.sizes[0]
-                )
+            for sample, box, flip, digest in zip(picked, stored.boxes, stored.flips, stored.digests, strict=True):
+                view = render_view(self.read_image(int(sample)), tuple(box.tolist()), bool(flip), store.spec.sizes[0])
                 if view_digest(view) != int(digest):
                     raise CorpusError(
                         f"a view of {self.keys[int(sample)]} is not the one that the teacher of {store.path} saw: the "
@@ -266,9 +260,7 @@ def _epoch_order(num_views: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_views)
 
 
-def stream(
-    targets: TargetSet, batches: Iterator[Views], *, size: int, device: torch.device
-) -> Iterator[Batch]:
+def stream(targets: TargetSet, batches: Iterator[Views], *, size: int, device: torch.device) -> Iterator[Batch]:
     """Batches in order, loaded ahead of their use."""
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(PREFETCH_BATCHES) as loaders:

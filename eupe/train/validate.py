@@ -71,9 +71,7 @@ class Distiller(nn.Module):
         """Per target, the loss of each kind of token: float32 scalars."""
         return [
             target_losses(prediction, target, norms)
-            for prediction, target, norms in zip(
-                self.predict(batch.pixels), batch.targets, self.norms, strict=True
-            )
+            for prediction, target, norms in zip(self.predict(batch.pixels), batch.targets, self.norms, strict=True)
         ]
 
 
@@ -139,9 +137,7 @@ def held_out_cosines(
     totals: list[dict[str, Cosines]] = [{kind: Cosines() for kind in norms} for norms in distiller.norms]
     for batch in batches:
         moved = batch.to(device)
-        for i, (prediction, target) in enumerate(
-            zip(distiller.predict(moved.pixels), moved.targets, strict=True)
-        ):
+        for i, (prediction, target) in enumerate(zip(distiller.predict(moved.pixels), moved.targets, strict=True)):
             norms, (summary, dense) = distiller.norms[i], prediction
             if summary is not None and target.summary is not None:
                 totals[i][SUMMARY].add(summary, target.summary, norms[SUMMARY])

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
+import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -72,3 +74,16 @@ def resized(spec: TeacherSpec, width: int) -> TeacherSpec:
 def overriding(function: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
     """The function with these keyword arguments, whatever the caller gives."""
     return lambda *args, **kwargs: function(*args, **{**kwargs, **fixed})
+
+
+def shrink_open_clip(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """open_clip builds its ViTs narrow and shallow."""
+    real = open_clip.create_model
+
+    def create(arch: str, **options: Any) -> Any:
+        vision = open_clip.get_model_config(arch)["vision_cfg"]
+        size = options.get("force_image_size", vision["image_size"])
+        small = {**vision, "image_size": size, "layers": 2, "width": width, "head_width": 16}
+        return real(arch, vision_cfg=small, text_cfg={"layers": 1, "width": 16, "heads": 2}, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", create)

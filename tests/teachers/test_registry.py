@@ -1,9 +1,6 @@
 """Every row of the registry against what its library says of the model, without weights or memory."""
 
-import os
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import open_clip
 import pytest
@@ -16,14 +13,15 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     RadioConfig,
-    RadioModel,
 )
 
 from eupe.teachers import hf_adapter, open_clip_adapter, timm_adapter
 from eupe.teachers.registry import ALIASES, REGISTRY
 from eupe.teachers.spec import TeacherSpec
 
-ROWS = {backend: [row for row in REGISTRY.values() if row.backend == backend] for backend in ("timm", "open_clip", "hf")}
+ROWS = {
+    backend: [row for row in REGISTRY.values() if row.backend == backend] for backend in ("timm", "open_clip", "hf")
+}
 
 TIMM_TWINS = {
     "facebook/dinov2-small": "vit_small_patch14_dinov2.lvd142m",
@@ -34,9 +32,8 @@ TIMM_TWINS = {
     "facebook/dinov2-with-registers-base": "vit_base_patch14_reg4_dinov2.lvd142m",
     "facebook/dinov2-with-registers-large": "vit_large_patch14_reg4_dinov2.lvd142m",
     "facebook/dinov2-with-registers-giant": "vit_giant_patch14_reg4_dinov2.lvd142m",
-    "nvidia/C-RADIOv4-H": "vit_huge_patch16_radio_v4.c_radio",
 }
-"""timm's version of the models that Hugging Face loads: the oracle for their widths where no configuration is at hand."""
+"""timm's version of the models that Hugging Face loads: the oracle for their widths."""
 
 
 def by_name(rows: list[TeacherSpec]) -> Any:
@@ -109,9 +106,8 @@ def test_hf_rows(spec: TeacherSpec) -> None:
     assert spec.patch == twin.patch_embed.patch_size[0]
     assert spec.prefix_tokens == twin.num_prefix_tokens
     assert spec.licence.lower() == twin.pretrained_cfg["license"]
+    assert (spec.mean, spec.std) == (tuple(twin.pretrained_cfg["mean"]), tuple(twin.pretrained_cfg["std"]))
     assert (spec.dense == "normed") == isinstance(twin.norm, nn.LayerNorm)
-    if spec.summary == "cls":
-        assert (spec.mean, spec.std) == (tuple(twin.pretrained_cfg["mean"]), tuple(twin.pretrained_cfg["std"]))
     with torch.device("meta"):
         model = hugging_face_model(spec, twin).eval()
     assert meta_tokens(hf_adapter, model, spec) == promised(spec)
@@ -119,12 +115,6 @@ def test_hf_rows(spec: TeacherSpec) -> None:
 
 def hugging_face_model(spec: TeacherSpec, twin: Any) -> nn.Module:
     """The library's class for the repository, of the twin's dimensions."""
-    if spec.summary == "cls_concat":
-        config = RadioConfig()
-        assert (config.hidden_size, config.num_summary_tokens) == (spec.dense_dim, spec.prefix_tokens)
-        assert spec.summary_dim == len(config.summary_idxs) * config.hidden_size
-        assert (spec.mean, spec.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), "RadioModel normalises inside"
-        return RadioModel(config)
     dimensions = {
         "hidden_size": twin.num_features,
         "num_hidden_layers": len(twin.blocks),
@@ -136,6 +126,15 @@ def hugging_face_model(spec: TeacherSpec, twin: Any) -> nn.Module:
     if "registers" in spec.model:
         return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**dimensions, num_register_tokens=4))
     return Dinov2Model(Dinov2Config(**dimensions))
+
+
+def test_radio_rows_have_the_summary_of_the_authors_configuration() -> None:
+    config = RadioConfig()
+    row = REGISTRY["radio-v4-h"]
+    assert (row.dense_dim, row.prefix_tokens) == (config.hidden_size, config.num_summary_tokens)
+    assert row.summary_dim == len(config.summary_idxs) * config.hidden_size
+    assert config.summary_idxs == list(range(len(config.summary_idxs))), "the row takes leading class tokens"
+    assert (row.mean, row.std) == (tuple(config.norm_mean), tuple(config.norm_std))
 
 
 def test_rows_name_themselves_and_aliases_lead_to_rows() -> None:

@@ -1,0 +1,5 @@
+"""What is on disk. `FORMAT.md` beside this file is its specification; nothing here needs torch."""
+
+from eupe.store.reader import Features, Store, open_store
+
+__all__ = ["Features", "Store", "open_store"]

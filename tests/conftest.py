@@ -1,0 +1,84 @@
+"""What every test shares: real weights and pictures, tiny stores, the command line, no hub."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+from hypothesis import settings
+from making import TINY_TEACHER, make_corpus, make_store, random_weights
+
+from demo.assets import prepare_assets
+from eupe.cli import main
+from eupe.store import Store
+
+ROOT = Path(__file__).parents[1]
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Real weights, photographs and digits, fetched once into the checkout's `assets/`."""
+    folder = ROOT / "assets"
+    prepare_assets(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures in 3 class folders. Not to be changed."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def many_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """128 pictures: four parts of the tiny teacher's features at 16 views each. Not to be changed."""
+    return make_corpus(tmp_path_factory.mktemp("many"), count=128)
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the tiny teacher."""
+    return random_weights(TINY_TEACHER.removeprefix("timm:"), tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_weights: Path) -> Store:
+    """A finished store of the tiny corpus, two random crops each. Not to be changed."""
+    return make_store(tmp_path_factory.mktemp("store") / "tiny.zarr", tiny_corpus, tiny_weights)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_eupe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The command line in this process."""
+
+    def run(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["eupe", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run

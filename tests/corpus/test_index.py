@@ -1,0 +1,84 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+from making import make_corpus, picture
+
+from eupe.corpus.index import index_folder, open_corpus, read_index, write_index
+from eupe.errors import CorpusError
+
+
+def test_rows_are_the_pictures_sorted_with_their_hashes_and_labels(tmp_path: Path) -> None:
+    make_corpus(tmp_path, count=7, classes=2)
+    picture(9).save(tmp_path / "loose.PNG")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / ".hidden.png").write_bytes(b"x")
+    rows = index_folder(tmp_path).samples.to_pylist()
+    expected = sorted(p for p in tmp_path.rglob("*") if p.suffix.lower() == ".png" and p.name[0] != ".")
+    assert [row["key"] for row in rows] == sorted(p.relative_to(tmp_path).as_posix() for p in expected)
+    for row in rows:
+        data = (tmp_path / row["key"]).read_bytes()
+        assert row["sha256"] == hashlib.sha256(data).hexdigest()
+        assert row["num_bytes"] == len(data)
+    assert {row["label"] for row in rows} == {"class0", "class1", None}
+
+
+def test_the_fingerprint_changes_with_content_and_names_only(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "a", count=4)
+    first = index_folder(corpus).fingerprint
+    (corpus / "class0" / "0000.png").touch()
+    assert index_folder(corpus).fingerprint == first
+    assert index_folder(make_corpus(tmp_path / "b", count=4)).fingerprint == first
+    (corpus / "class0" / "0000.png").rename(corpus / "class0" / "renamed.png")
+    renamed = index_folder(corpus).fingerprint
+    picture(50).save(corpus / "class0" / "renamed.png")
+    assert len({first, renamed, index_folder(corpus).fingerprint}) == 3
+
+
+def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = make_corpus(tmp_path / "c", count=4)
+    index = tmp_path / "index.parquet"
+    write_index(index_folder(corpus), index)
+    picture(60).save(corpus / "class1" / "0001.png")
+    opened: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path.name) or read_bytes(path))
+    again = index_folder(corpus, previous=index)
+    assert opened == ["0001.png"]
+    monkeypatch.undo()
+    assert again.fingerprint == index_folder(corpus).fingerprint
+
+
+def test_an_index_stands_in_for_its_folder(tmp_path: Path) -> None:
+    corpus = index_folder(make_corpus(tmp_path / "c", count=5))
+    write_index(corpus, tmp_path / "i.parquet")
+    again = open_corpus(tmp_path / "i.parquet")
+    assert again.root == corpus.root
+    assert again.samples.equals(corpus.samples)
+    assert len(again.head(2)) == 2
+
+
+def test_an_unreadable_file_is_a_row_without_a_hash(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, count=2)
+    (corpus / "class0" / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    rows = {row["key"]: row for row in index_folder(corpus).samples.to_pylist()}
+    assert rows["class0/dangling.png"]["sha256"] is None
+    assert rows["class0/0000.png"]["sha256"] is not None
+
+
+def test_refusals_say_what_and_where(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="does not exist"):
+        open_corpus(tmp_path / "missing")
+    with pytest.raises(CorpusError, match="holds no picture"):
+        open_corpus(tmp_path)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(CorpusError, match="cannot be read as Parquet"):
+        open_corpus(tmp_path / "x.parquet")
+    (tmp_path / "x.tar").write_bytes(b"")
+    with pytest.raises(CorpusError, match="neither a folder"):
+        open_corpus(tmp_path / "x.tar")
+    corpus = make_corpus(tmp_path / "c", count=1)
+    write_index(index_folder(corpus), tmp_path / "i.parquet")
+    corpus.rename(tmp_path / "moved")
+    with pytest.raises(CorpusError, match="does not exist"):
+        read_index(tmp_path / "i.parquet")

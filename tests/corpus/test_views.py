@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from making import picture
+from PIL import Image
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as tvf
+
+from eupe.corpus.views import ViewSpec, draw_view, parse_views, render_view, view_digest
+from eupe.errors import ConfigError
+
+RRC = ViewSpec(policy="rrc", num_views=4)
+
+
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), key=st.text(max_size=8), k=st.integers(0, 9))
+def test_boxes_lie_in_the_picture_and_have_area(width: int, height: int, key: str, k: int) -> None:
+    for spec in (RRC, ViewSpec()):
+        (x0, y0, x1, y1), _ = draw_view(spec, key, k, width, height)
+        assert 0 <= x0 < x1 <= width
+        assert 0 <= y0 < y1 <= height
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 60), (60, 100), (61, 100), (50, 50), (1, 9)])
+def test_center_is_the_largest_centred_square(width: int, height: int) -> None:
+    (x0, y0, x1, y1), flip = draw_view(ViewSpec(), "key", 0, width, height)
+    side = min(width, height)
+    assert (x1 - x0, y1 - y0) == (side, side)
+    assert abs((x0 + x1) - width) <= 1
+    assert abs((y0 + y1) - height) <= 1
+    assert not flip
+
+
+def test_crops_are_distributed_as_torchvisions() -> None:
+    """Quantiles of area, aspect and position over many keys agree with RandomResizedCrop's own draws."""
+    n, width, height = 6000, 640, 480
+    torch.manual_seed(0)
+    blank = Image.new("RGB", (width, height))
+    theirs = [RandomResizedCrop.get_params(blank, list(RRC.scale), list(RRC.ratio)) for _ in range(n)]
+    top, left, h, w = np.array(theirs).T
+    boxes, flips = zip(*(draw_view(RRC, str(i), 0, width, height) for i in range(n)), strict=True)
+    x0, y0, x1, y1 = np.array(boxes).T
+    quantiles = np.linspace(0.05, 0.95, 7)
+    pairs = [
+        (w * h / (width * height), (x1 - x0) * (y1 - y0) / (width * height), 0.04),
+        (np.log(w / h), np.log((x1 - x0) / (y1 - y0)), 0.04),
+        (left / width, x0 / width, 0.03),
+        (top / height, y0 / height, 0.03),
+    ]
+    for expected, got, tolerance in pairs:
+        assert np.abs(np.quantile(expected, quantiles) - np.quantile(got, quantiles)).max() < tolerance
+    assert abs(np.mean(flips) - 0.5) < 0.03
+
+
+def test_a_view_depends_on_seed_key_and_number_alone() -> None:
+    def draw(seed: int, key: str, k: int) -> object:
+        return draw_view(ViewSpec(policy="rrc", num_views=4, seed=seed), key, k, 640, 480)
+
+    assert draw(0, "a", 1) == draw(0, "a", 1)
+    assert len({draw(0, "a", 1), draw(1, "a", 1), draw(0, "b", 1), draw(0, "a", 2)}) == 4
+    assert draw_view(RRC, "animals/cat.png", 3, 640, 480) == ((66, 16, 527, 437), True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 99), k=st.integers(0, 9), size=st.sampled_from([16, 56, 112]))
+def test_rendering_equals_torchvisions_crop_and_resize(seed: int, k: int, size: int) -> None:
+    image = picture(seed, 97, 61)
+    box, flip = draw_view(RRC, str(seed), k, *image.size)
+    x0, y0, x1, y1 = box
+    expected = tvf.resized_crop(
+        image, y0, x0, y1 - y0, x1 - x0, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
+    if flip:
+        expected = tvf.hflip(expected)
+    assert np.array_equal(render_view(image, box, flip, size), np.asarray(expected))
+
+
+def test_corners_stay_where_they_are() -> None:
+    """A picture with four coloured corners, wide: the centre view loses its sides and keeps its top and bottom."""
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:20, :40], pixels[:20, 40:] = (255, 0, 0), (0, 255, 0)
+    pixels[20:, :40], pixels[20:, 40:] = (0, 0, 255), (255, 255, 255)
+    image = Image.fromarray(pixels)
+    box, flip = draw_view(ViewSpec(), "k", 0, *image.size)
+    view = torch.from_numpy(render_view(image, box, flip, 32).copy())
+    corners = [view[0, 0], view[0, -1], view[-1, 0], view[-1, -1]]
+    assert [c.tolist() for c in corners] == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+    mirrored = render_view(image, box, True, 32)
+    assert mirrored[0, 0].tolist() == [0, 255, 0]
+
+
+def test_the_digest_sees_one_level_of_one_pixel() -> None:
+    view = render_view(picture(1), (0, 0, 64, 64), False, 32).copy()
+    before = view_digest(view)
+    assert before == view_digest(view.copy())
+    view[3, 4, 1] ^= 1
+    assert view_digest(view) != before
+
+
+@pytest.mark.parametrize("text", ["rrc", "rrc:0", "rrc:-1", "rrc:x", "centre", ""])
+def test_unknown_policies_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="rrc:K"):
+        parse_views(text, seed=0)
+
+
+def test_views_from_the_command_line() -> None:
+    assert parse_views("center", seed=3).num_views == 1
+    assert parse_views("rrc:5", seed=3) == ViewSpec(policy="rrc", num_views=5, seed=3)

@@ -1,0 +1,109 @@
+"""The whole job through the command line, on Ray."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from awkward import save_broken
+from making import make_corpus, picture, random_weights
+
+from eupe.store import Store, open_store
+
+pytestmark = pytest.mark.slow
+
+Run = Callable[..., Any]
+
+
+def extract_words(corpus: Path, weights: Path, out: Path, *more: object) -> list[object]:
+    words = ["extract", "--teacher", "timm:test_vit", "--weights", weights, "--corpus", corpus, "--out", out]
+    return [*words, "--size", 64, "--views", "rrc:2", "--dtype", "fp32", *more]
+
+
+def test_a_job_on_ray_makes_the_store_that_one_process_makes(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, tiny_store: Store, run_eupe: Run
+) -> None:
+    words = extract_words(tiny_corpus, tiny_weights, tmp_path / "s.zarr", "--batch-size", 8)
+    first = run_eupe(*words, "--json")
+    assert first.code == 0, first.err
+    report = json.loads(first.out)
+    assert (report["cached"], report["num_samples"], report["num_views"], report["num_failed"]) == (False, 24, 48, 0)
+    ours, theirs = store_files(tmp_path / "s.zarr"), store_files(tiny_store.path)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+    again = json.loads(run_eupe(*words, "--json").out)
+    assert again["cached"]
+    assert store_files(tmp_path / "s.zarr") == ours
+
+    other = run_eupe(*words, "--seed", 1)
+    assert other.code == 2
+    assert "views.seed: stored 0, asked 1" in flat(other.err)
+    assert store_files(tmp_path / "s.zarr") == ours
+
+    reseeded = random_weights("test_vit", tmp_path / "other.safetensors", seed=5)
+    other = run_eupe(*extract_words(tiny_corpus, reseeded, tmp_path / "s.zarr"))
+    assert other.code == 2
+    assert "teacher.weights_sha256" in flat(other.err)
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def store_files(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+
+
+def test_unreadable_pictures_are_counted_not_fatal(tmp_path: Path, tiny_weights: Path, run_eupe: Run) -> None:
+    corpus = make_corpus(tmp_path / "c", count=4)
+    save_broken(corpus)
+    outcome = run_eupe(*extract_words(corpus, tiny_weights, tmp_path / "s.zarr", "--json"))
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["num_failed"] == 4
+    info = json.loads(run_eupe("store", "info", tmp_path / "s.zarr", "--json").out)
+    assert info["finished"]
+    assert set(info["failed"]) == {"truncated.jpg", "empty.png", "text.jpg", "bomb.png"}
+
+
+def test_another_corpus_is_refused_with_what_differs(tmp_path: Path, tiny_weights: Path, run_eupe: Run) -> None:
+    corpus = make_corpus(tmp_path / "c", count=4)
+    words = extract_words(corpus, tiny_weights, tmp_path / "s.zarr")
+    assert run_eupe(*words).code == 0
+    before = store_files(tmp_path / "s.zarr")
+    picture(90).save(corpus / "class0" / "0000.png")
+    (corpus / "class1" / "0001.png").unlink()
+    outcome = run_eupe(*words)
+    assert outcome.code == 2
+    assert "0 pictures are new, 1 are gone, 1 have changed" in flat(outcome.err)
+    assert store_files(tmp_path / "s.zarr") == before
+
+
+def test_weights_that_do_not_fit_are_never_partly_loaded(tmp_path: Path, tiny_corpus: Path, run_eupe: Run) -> None:
+    wrong = random_weights("test_vit2", tmp_path / "wrong.safetensors")
+    outcome = run_eupe(*extract_words(tiny_corpus, wrong, tmp_path / "s.zarr"))
+    assert outcome.code == 2
+    assert "do not fit" in flat(outcome.err)
+    assert "Traceback" not in outcome.err
+    assert open_store(tmp_path / "s.zarr").missing_parts() == [0]
+
+
+def test_two_workers_make_the_store_that_one_makes(
+    tmp_path: Path, many_pictures: Path, tiny_weights: Path, run_eupe: Run
+) -> None:
+    """Several parts, shared by the workers in whatever order."""
+    stores = []
+    for workers in (1, 2):
+        out = tmp_path / f"{workers}.zarr"
+        words = extract_words(many_pictures, tiny_weights, out, "--views", "rrc:16", "--workers", workers)
+        outcome = run_eupe(*words, "--json")
+        assert outcome.code == 0, outcome.err
+        stores.append(open_store(out))
+    assert stores[0].spec.num_parts == 4
+    assert stores[0].samples.equals(stores[1].samples)
+    rows = list(range(len(stores[0].samples)))
+    a, b = (store.read(rows, [3] * len(rows)) for store in stores)
+    assert (a.boxes == b.boxes).all() and (a.digests == b.digests).all()
+    assert a.dense is not None and b.dense is not None
+    assert abs(a.dense.astype(float) - b.dense.astype(float)).max() < 0.01

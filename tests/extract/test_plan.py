@@ -1,0 +1,52 @@
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eupe.corpus.index import index_folder
+from eupe.corpus.views import ViewSpec
+from eupe.extract.plan import plan_parts, store_spec
+from eupe.store.layout import StoreSpec
+from eupe.teachers.resolve import resolve_teacher
+
+indexed = lru_cache(index_folder)
+
+
+@lru_cache
+def spec_of(
+    corpus: Path, *, tokens: tuple[str, ...] = ("summary", "dense"), teacher: str = "timm:test_vit"
+) -> StoreSpec:
+    return store_spec(
+        resolve_teacher(teacher),
+        indexed(corpus),
+        views=ViewSpec(),
+        sizes=(),
+        tokens=tokens,
+        weights_sha256="w",
+        dtype="fp32",
+    )
+
+
+@given(per_part=st.integers(1, 30), done=st.sets(st.integers(0, 23)))
+def test_every_sample_is_in_exactly_one_part_done_or_to_do(tiny_corpus: Path, per_part: int, done: set[int]) -> None:
+    samples = indexed(tiny_corpus).samples
+    spec = replace(spec_of(tiny_corpus), samples_per_part=per_part)
+    tasks = plan_parts(spec, samples, done)
+    keys = samples["key"].to_pylist()
+    planned = [sample.key for task in tasks for sample in task.samples]
+    skipped = [key for part in sorted(done) if part < spec.num_parts for key in keys[spec.part_rows(part)]]
+    assert sorted(planned + skipped) == keys
+    assert [task.index for task in tasks] == [i for i in range(spec.num_parts) if i not in done]
+    for task in tasks:
+        assert [sample.key for sample in task.samples] == keys[spec.part_rows(task.index)]
+
+
+def test_the_native_size_is_the_default(tiny_corpus: Path) -> None:
+    assert spec_of(tiny_corpus).sizes == (160,)
+    assert spec_of(tiny_corpus).grids == (10,)
+
+
+def test_a_teacher_without_a_summary_stores_dense_alone(tiny_corpus: Path) -> None:
+    assert spec_of(tiny_corpus, teacher="sam-b").tokens == ("dense",)

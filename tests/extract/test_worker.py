@@ -1,0 +1,250 @@
+"""What a store holds against each library's own forward pass, written out here on pixels prepared here."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from awkward import save_awkward, save_broken
+from making import TINY_TEACHER, make_corpus, make_store, picture, random_weights
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Dinov2Model
+
+from eupe.corpus.index import index_folder
+from eupe.corpus.views import ViewSpec
+from eupe.encoder import Tokens, build_encoder, save_encoder
+from eupe.extract.plan import plan_parts, store_spec
+from eupe.extract.worker import Worker
+from eupe.store import Store
+from eupe.store.reader import read_part_metadata
+from eupe.store.writer import create_store, finish_store
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.teacher import load_teacher
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CENTER = ViewSpec()
+
+Forward = Callable[[NDArray[np.uint8]], tuple[Tensor, Tensor]]
+"""Views uint8 [B, S, S, 3] to dense [B, h, w, D] and summary [B, Ds], by the library alone."""
+
+
+def pillow_center_view(path: Path, size: int) -> NDArray[np.uint8]:
+    """The centre view by plain Pillow: every awkward mode treated as the documentation says."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", rgba.size, "white")
+        image.paste(rgba, mask=rgba.getchannel("A"))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.convert("RGB").crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def normalised(views: NDArray[np.uint8], mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+    scaled = (views / 255.0 - np.array(mean_std[0])) / np.array(mean_std[1])
+    return torch.from_numpy(scaled.transpose(0, 3, 1, 2)).float()
+
+
+def grid_of(tokens_BND: Tensor) -> Tensor:
+    side = int(tokens_BND.shape[1] ** 0.5)
+    return tokens_BND.unflatten(1, (side, side))
+
+
+def dinov2(assets: Path, tmp_path: Path) -> tuple[str, Path, int, Forward]:
+    weights = assets / "weights" / "dinov2-small"
+    model = Dinov2Model.from_pretrained(weights).eval()
+
+    def forward(views: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        out = model(normalised(views, IMAGENET))
+        return grid_of(out.last_hidden_state[:, 1:]), out.pooler_output
+
+    return "dinov2", weights, 112, forward
+
+
+def efficientnet(assets: Path, tmp_path: Path) -> tuple[str, Path, int, Forward]:
+    weights = assets / "weights" / "efficientnet_lite0" / "model.safetensors"
+    model = timm.create_model("tf_efficientnet_lite0", checkpoint_path=str(weights)).eval()
+    stages = timm.create_model("tf_efficientnet_lite0", features_only=True)
+    stages.load_state_dict(model.state_dict(), strict=False)
+    stages.eval()
+
+    def forward(views: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        pixels = normalised(views, HALF)
+        return stages(pixels)[-1].permute(0, 2, 3, 1), model.forward_head(model.forward_features(pixels), True)
+
+    return "efficientnet-lite0", weights, 128, forward
+
+
+def clip(assets: Path, tmp_path: Path) -> tuple[str, Path, int, Forward]:
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    weights = tmp_path / "clip.safetensors"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights)
+    projection, model.visual.proj = model.visual.proj, None
+    assert projection is not None
+    model.visual.output_tokens = True
+
+    def forward(views: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        summary, tokens = model.visual(normalised(views, CLIP))
+        return grid_of(tokens), summary
+
+    return "open_clip:ViT-B-32-quickgelu@openai", weights, 224, forward
+
+
+def student_run(assets: Path, tmp_path: Path) -> tuple[str, Path, int, Forward]:
+    torch.manual_seed(1)
+    save_encoder(build_encoder("vit_tiny_patch16_dinov3_qkvb", size=96), tmp_path / "run")
+    model = timm.create_model("vit_tiny_patch16_dinov3_qkvb", num_classes=0).eval()
+    weights = tmp_path / "run" / "student.safetensors"
+    timm.models.load_checkpoint(model, str(weights))
+
+    def forward(views: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+        tokens = model.forward_features(normalised(views, IMAGENET))
+        return grid_of(tokens[:, 5:]), tokens[:, 0]
+
+    return str(tmp_path / "run"), weights, 96, forward
+
+
+@pytest.mark.parametrize("backend", [dinov2, efficientnet, clip, student_run])
+def test_stored_features_equal_the_librarys_forward_on_awkward_pictures(
+    assets: Path, tmp_path: Path, backend: Callable[[Path, Path], tuple[str, Path, int, Forward]]
+) -> None:
+    teacher, weights, size, forward = backend(assets, tmp_path)
+    pictures = save_awkward(tmp_path / "awkward")
+    store = make_store(tmp_path / "s.zarr", tmp_path / "awkward", weights, teacher=teacher, views=CENTER, sizes=(size,))
+    rows = store.samples.to_pylist()
+    assert sorted(row["key"] for row in rows) == sorted(pictures)
+    assert {row["status"] for row in rows} == {"ok"}
+    stored = store.read([row["row"] for row in rows], [0] * len(rows))
+    views = np.stack([pillow_center_view(pictures[row["key"]], size) for row in rows])
+    with torch.inference_mode():
+        dense, summary = forward(views)
+    assert stored.dense is not None and stored.summary is not None
+    assert cosines(stored.dense, dense).min() >= 0.9999
+    assert cosines(stored.summary, summary).min() >= 0.9999
+    np.testing.assert_allclose(stored.dense, dense.numpy(), rtol=2e-3, atol=2e-3 * float(dense.abs().max()))
+
+
+def cosines(stored: NDArray[np.float16], expected: Tensor) -> Tensor:
+    got = torch.from_numpy(stored).float()
+    assert got.shape == expected.shape
+    return torch.nn.functional.cosine_similarity(got, expected, dim=-1)
+
+
+def test_unreadable_pictures_are_rows_with_reasons(tmp_path: Path, tiny_weights: Path) -> None:
+    corpus = make_corpus(tmp_path / "c", count=5)
+    save_broken(corpus / "broken")
+    (corpus / "class0" / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    store = make_store(tmp_path / "s.zarr", corpus, tiny_weights)
+    rows = {row["key"]: row for row in store.samples.to_pylist()}
+    failed = {key for key, row in rows.items() if row["status"] != "ok"}
+    assert failed == {f"broken/{name}" for name in ("truncated.jpg", "empty.png", "text.jpg", "bomb.png")} | {
+        "class0/dangling.png"
+    }
+    assert all(len(rows[key]["error"]) > 10 for key in failed)
+    assert store.stats(64, "dense").count == 5 * 2 * 16
+
+
+def test_a_picture_changed_since_it_was_indexed_is_refused(tmp_path: Path, tiny_weights: Path) -> None:
+    corpus = make_corpus(tmp_path / "c", count=3)
+    index = index_folder(corpus)
+    picture(77).save(corpus / "class1" / "0001.png")
+    spec = resolve_teacher(TINY_TEACHER)
+    plan = store_spec(spec, index, views=CENTER, sizes=(64,), tokens=("dense",), weights_sha256="", dtype="fp32")
+    create_store(tmp_path / "s.zarr", plan)
+    loaded = load_teacher(spec, weights=tiny_weights, device=torch.device("cpu"), dtype=torch.float32, sizes=(64,))
+    worker = Worker(loaded, tmp_path / "s.zarr", corpus_root=index.root, views=CENTER, batch_size=2)
+    results = [worker.run(task) for task in plan_parts(plan, index.samples, done=())]
+    assert sum(result.num_failed for result in results) == 1
+    rows = finish_store(tmp_path / "s.zarr").samples.to_pylist()
+    assert [row["error"] for row in rows if row["status"] != "ok"] == ["the file has changed since it was indexed"]
+
+
+class Broken:
+    """A teacher whose features overflow fp16 on the first view of a batch and are NaN on the second."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, views: Tensor) -> Tokens:
+        dense = torch.ones(len(views), 4, 4, 64)
+        dense[0] = 1e5
+        dense[1:2, 0, 0, 0] = torch.nan
+        return Tokens(summary=torch.zeros(len(views), 64), dense=dense)
+
+
+def test_overflow_is_clipped_and_counted_and_nan_fails_the_sample(tmp_path: Path) -> None:
+    index = index_folder(make_corpus(tmp_path / "c", count=3))
+    plan = store_spec(
+        resolve_teacher(TINY_TEACHER),
+        index,
+        views=CENTER,
+        sizes=(64,),
+        tokens=("summary", "dense"),
+        weights_sha256="",
+        dtype="fp32",
+    )
+    create_store(tmp_path / "s.zarr", plan)
+    worker = Worker(Broken(), tmp_path / "s.zarr", corpus_root=index.root, views=CENTER, batch_size=8)  # type: ignore[arg-type]
+    worker.run(plan_parts(plan, index.samples, done=())[0])
+    store = finish_store(tmp_path / "s.zarr")
+    assert read_part_metadata(store.path, 0)["num_clipped"] == 4 * 4 * 64
+    dense = store.read([0], [0]).dense
+    assert dense is not None and (dense == 65504).all()
+    rows = store.samples.to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert "non-finite" in rows[1]["error"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_every_row_equals_its_single_picture_result(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, tiny_store: Store, batch_size: int
+) -> None:
+    """Batches that straddle samples and parts change nothing but rounding."""
+    spec, index = resolve_teacher(TINY_TEACHER), index_folder(tiny_corpus)
+    plan = tiny_store.spec
+    create_store(tmp_path / "s.zarr", plan)
+    loaded = load_teacher(spec, weights=tiny_weights, device=torch.device("cpu"), dtype=torch.float32, sizes=(64,))
+    views = ViewSpec(policy="rrc", num_views=2)
+    worker = Worker(loaded, tmp_path / "s.zarr", corpus_root=index.root, views=views, batch_size=batch_size)
+    for task in plan_parts(plan, index.samples, done=()):
+        worker.run(task)
+    rows, numbers = np.repeat(np.arange(24), 2).tolist(), [0, 1] * 24
+    ours, theirs = finish_store(tmp_path / "s.zarr").read(rows, numbers), tiny_store.read(rows, numbers)
+    assert np.array_equal(ours.boxes, theirs.boxes)
+    assert np.array_equal(ours.digests, theirs.digests)
+    assert ours.dense is not None and theirs.dense is not None
+    np.testing.assert_allclose(ours.dense.astype(float), theirs.dense.astype(float), rtol=2e-3, atol=2e-3)
+
+
+def test_several_sizes_are_the_same_views(tmp_path: Path, tiny_corpus: Path, tiny_weights: Path) -> None:
+    """Each size's features are those of a store made for that size alone."""
+    both = make_store(tmp_path / "both.zarr", tiny_corpus, tiny_weights, sizes=(64, 96))
+    alone = make_store(tmp_path / "alone.zarr", tiny_corpus, tiny_weights, sizes=(96,))
+    first, second = both.read([0, 5, 9], [0, 1, 0], size=96), alone.read([0, 5, 9], [0, 1, 0])
+    assert np.array_equal(first.boxes, second.boxes)
+    assert first.dense is not None and second.dense is not None
+    assert first.dense.shape[1:3] == (6, 6)
+    np.testing.assert_allclose(first.dense.astype(float), second.dense.astype(float), rtol=2e-3, atol=2e-3)
+
+
+def test_random_weights_of_another_seed_give_other_features(tmp_path: Path, tiny_corpus: Path) -> None:
+    stores = [
+        make_store(
+            tmp_path / f"{seed}.zarr", tiny_corpus, random_weights("test_vit", tmp_path / f"{seed}.safetensors", seed)
+        )
+        for seed in (1, 2)
+    ]
+    a, b = (store.read([0], [0]).summary for store in stores)
+    assert not np.array_equal(a, b)
+    assert stores[0].spec.teacher["weights_sha256"] != stores[1].spec.teacher["weights_sha256"]

@@ -1,0 +1,129 @@
+"""A reader that shares no code with ours, zarrita on Node, sees the bits that were written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from eupe.store.layout import StoreSpec
+from eupe.store.writer import Part, Row, StoreWriter, create_store, finish_store
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+
+SPEC = StoreSpec(
+    teacher={"name": "toy", "dense_dim": 48, "summary_dim": 32, "weights_sha256": "ab" * 32, "dtype": "fp32"},
+    corpus={"fingerprint": "cd" * 32, "num_samples": 6, "root": "/pictures"},
+    views={"policy": "rrc", "num_views": 2, "seed": 0},
+    sizes=(64, 96),
+    grids=(4, 6),
+    tokens=("summary", "dense"),
+    samples_per_part=4,
+)
+FAILED = 2
+
+
+def smooth_halves(shape: tuple[int, ...]) -> NDArray[np.float16]:
+    """Features that compress, as real ones do: blosc stores noise as it is, and would prove little."""
+    axes = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    halves = (np.sin(sum((i + 1) * axis for i, axis in enumerate(axes)) / 64) * 8).astype(np.float16)
+    special = np.array([0.0, -0.0, 65504, -65504, 2.0**-24], np.float16)
+    halves.reshape(-1)[: len(special)] = special
+    halves[FAILED] = np.nan
+    return halves
+
+
+@pytest.fixture(scope="session")
+def written() -> dict[str, NDArray[Any]]:
+    """Array path to what the store is to hold."""
+    n, k = SPEC.num_samples, SPEC.num_views
+    rng = np.random.default_rng(0)
+    arrays: dict[str, NDArray[Any]] = {
+        "boxes": rng.integers(-1, 2**31 - 1, (n, k, 4), dtype=np.int32),
+        "flips": np.array([[True, False], [False, True], [False, False]] * 2),
+        "digests": rng.integers(2**63, 2**64, (n, k), dtype=np.uint64),
+    }
+    for size, grid in zip(SPEC.sizes, SPEC.grids, strict=True):
+        arrays[f"{size}/summary"] = smooth_halves((n, k, 32))
+        arrays[f"{size}/dense"] = smooth_halves((n, k, grid, grid, 48))
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def store(written: dict[str, NDArray[Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("interop") / "toy.zarr"
+    create_store(path, SPEC)
+    writer = StoreWriter(path)
+    for index, part in enumerate([slice(0, 4), slice(4, 6)]):
+        rows = [
+            Row(f"{i}.png", None, None, error="broken" if i == FAILED else None)
+            for i in range(*part.indices(SPEC.num_samples))
+        ]
+        features = {name: values[part] for name, values in written.items() if "/" in name}
+        views = (written[name][part] for name in ("boxes", "flips", "digests"))
+        writer.commit(Part(index, rows, *views, features))
+    finish_store(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def read_by_zarrita(store: Path) -> dict[str, Any]:
+    """Installs into `node_modules` beside `package.json`, which git ignores."""
+    npm = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund"]
+    installed = subprocess.run(npm, cwd=HERE, capture_output=True, text=True)
+    assert installed.returncode == 0, f"npm install failed:\n{installed.stdout}{installed.stderr}"
+    ran = subprocess.run(["node", "read_store.mjs", store], cwd=HERE, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    result: dict[str, Any] = json.loads(ran.stdout)
+    return result
+
+
+def assert_same_bits(read: dict[str, Any], values: NDArray[Any]) -> None:
+    unsigned = np.dtype(f"u{values.dtype.itemsize}")
+    assert read["dtype"] == values.dtype.name
+    assert read["shape"] == list(values.shape)
+    bits = np.array([int(word) for word in read["bits"]], dtype=unsigned)
+    np.testing.assert_array_equal(bits.reshape(values.shape), np.ascontiguousarray(values).view(unsigned))
+
+
+def test_the_attributes_are_found(read_by_zarrita: dict[str, Any]) -> None:
+    assert read_by_zarrita["format"] == 1
+
+
+@pytest.mark.parametrize("path", ["boxes", "flips", "digests", *(f"{s}/{k}" for s in (64, 96) for k in SPEC.tokens)])
+def test_every_bit_is_read(read_by_zarrita: dict[str, Any], written: dict[str, NDArray[Any]], path: str) -> None:
+    """Through sharding, transpose, blosc (zstd, bit shuffle) and crc32c, failed sample and partial part included."""
+    assert_same_bits(read_by_zarrita["arrays"][path], written[path])
+
+
+@pytest.mark.parametrize("path", [f"{s}/{k}" for s in (64, 96) for k in SPEC.tokens])
+def test_one_view_alone_is_read(read_by_zarrita: dict[str, Any], written: dict[str, NDArray[Any]], path: str) -> None:
+    assert_same_bits(read_by_zarrita["arrays"][f"{path}[5,1]"], written[path][5, 1])
+
+
+@pytest.mark.parametrize("path", [f"{s}/{k}" for s in (64, 96) for k in SPEC.tokens])
+def test_the_statistics_are_read(read_by_zarrita: dict[str, Any], written: dict[str, NDArray[Any]], path: str) -> None:
+    """Tolerance: float64 rounding, relative to the largest value."""
+    vectors = np.delete(written[path], FAILED, axis=0).astype(np.float64).reshape(-1, written[path].shape[-1])
+    read = {
+        name: np.array([int(word) for word in read_by_zarrita["arrays"][f"stats/{path}/{name}"]["bits"]], np.uint64)
+        for name in ("count", "mean", "std")
+    }
+    atol = 1e-12 * np.abs(vectors).max()
+    assert read["count"].item() == len(vectors)
+    np.testing.assert_allclose(read["mean"].view(np.float64), vectors.mean(axis=0), rtol=1e-12, atol=atol)
+    np.testing.assert_allclose(read["std"].view(np.float64), vectors.std(axis=0), rtol=1e-12, atol=atol)
+
+
+def test_the_shards_of_this_store_are_compressed(store: Path, written: dict[str, NDArray[Any]]) -> None:
+    """The oracle's guard: a shard stored as it is would not exercise blosc."""
+    (shard,) = (file for file in (store / "96/dense/c/0").rglob("*") if file.is_file())
+    assert shard.stat().st_size < 0.7 * written["96/dense"][:4].nbytes
