@@ -215,7 +215,7 @@ def train(
     from eupe.train.config import TrainConfig
     from eupe.train.loop import train as run_train
 
-    given = {
+    given: dict[str, Any] = {
         "size": size,
         "epochs": epochs,
         "steps": steps,
@@ -299,6 +299,21 @@ def eval_knn(
     from eupe.evaluate.knn import knn
 
     report = knn(path, corpus=corpus, k=k, metric=metric)  # type: ignore[arg-type]
+    _finish(dataclasses.asdict(report), as_json)
+
+
+@app.command()
+def viz(
+    items: Annotated[list[str], typer.Argument(help="Stores, training runs, or teachers: one column each.")],
+    images: Annotated[Path, typer.Option(help="Folder of pictures, or an index.")],
+    out_path: Annotated[Path, typer.Option("--out", help="The page to write (.html).")],
+    limit: Annotated[int, typer.Option(help="How many pictures.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """One self-contained page: dense features as PCA maps side by side, and the runs' loss curves."""
+    from eupe.evaluate.viz import write_page
+
+    report = write_page(items, images=images, out=out_path, limit=limit)
     _finish(dataclasses.asdict(report), as_json)
 
 

@@ -14,27 +14,34 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def dtype_word(word: str, device: torch.device) -> str:
-    """Resolve `auto`: bf16 where the hardware multiplies it natively, else fp32.
+def compute_dtype(word: str, device: torch.device) -> torch.dtype:
+    """The dtype that a word asks for; "auto" is bfloat16 where the hardware multiplies it, float32 elsewhere.
 
-    Raises: ConfigError for an unknown word, or fp16 on a CPU.
+    Raises: ConfigError for fp16 on a CPU, and for an unknown word.
     """
-    if word == "auto":
-        return "bf16" if _has_fast_bf16(device) else "fp32"
-    if word not in DTYPES:
-        raise ConfigError(f"--dtype {word} is unknown; give auto, {', '.join(DTYPES)}")
     if word == "fp16" and device.type == "cpu":
-        raise ConfigError("--dtype fp16 needs a GPU; on a CPU give auto, fp32 or bf16")
-    return word
+        raise ConfigError("--dtype fp16 does not work on a CPU; use bf16, fp32 or auto")
+    if word == "auto":
+        return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
+    if word not in DTYPES:
+        raise ConfigError(f"--dtype {word} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[word]
 
 
-def _has_fast_bf16(device: torch.device) -> bool:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The word for a dtype: the inverse of `compute_dtype`."""
+    return next(word for word, known in DTYPES.items() if known == dtype)
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Matrix products in `dtype`, weights in float32; float32 turns it off."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
-
-
-def autocast(word: str, device: torch.device) -> torch.autocast:
-    """Autocast to a resolved dtype word; fp32 turns it off."""
-    return torch.autocast(device.type, DTYPES[word], enabled=word != "fp32")

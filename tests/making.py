@@ -22,6 +22,7 @@ from eupe.teachers.teacher import file_digest, load_teacher
 TINY_TEACHER = "timm:test_vit"
 TINY_STUDENT = "test_vit"
 TINY_SIZE = 64
+TWO_CROPS = ViewSpec(policy="rrc", num_views=2)
 
 
 def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:
@@ -57,7 +58,7 @@ def make_store(
     weights: Path,
     *,
     teacher: str = TINY_TEACHER,
-    views: ViewSpec = ViewSpec(policy="rrc", num_views=2),
+    views: ViewSpec = TWO_CROPS,
     sizes: tuple[int, ...] = (TINY_SIZE,),
     dtype: str = "fp32",
 ) -> Store:

@@ -108,4 +108,4 @@ def render_view(image: Image.Image, box: Box, flip: bool, size: int) -> NDArray[
 
 def view_digest(view: NDArray[np.uint8]) -> int:
     """64 bits of BLAKE2b over a rendered view; equal only where every pixel is equal."""
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(view), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(view.tobytes(), digest_size=8).digest(), "little")

@@ -38,7 +38,7 @@ class TargetAgreement:
     target: str
     kinds: dict[str, KindAgreement]
     mutual_neighbours: float | None
-    """Share of the nearest held-out views by summary that student and teacher have in common; None without summaries."""
+    """Share of the nearest held-out views that both spaces have in common; None without summaries."""
     mutual_neighbours_untrained: float | None
     mutual_neighbours_chance: float | None
 

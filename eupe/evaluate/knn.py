@@ -20,7 +20,7 @@ from torch import Tensor
 from eupe.corpus.decode import decode_image
 from eupe.corpus.index import Corpus, open_corpus
 from eupe.corpus.views import ViewSpec, draw_view, render_view
-from eupe.device import autocast, dtype_word, pick_device
+from eupe.device import autocast, compute_dtype, pick_device
 from eupe.encoder import CARD_FILE, Encoder, build_encoder, load_encoder, normalise
 from eupe.errors import ConfigError, CorpusError
 from eupe.store import Store, open_store
@@ -105,7 +105,7 @@ def embed(encoder: Encoder, corpus: Corpus) -> Tensor:
     """
     device = pick_device()
     encoder = encoder.to(device).eval()
-    dtype = dtype_word("auto", device)
+    dtype = compute_dtype("auto", device)
     size = encoder.card.size
     keys: list[str] = corpus.samples["key"].to_pylist()
     out = []

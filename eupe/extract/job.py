@@ -20,6 +20,7 @@ import torch
 
 from eupe.corpus.index import Corpus, open_corpus, write_index
 from eupe.corpus.views import ViewSpec
+from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, EupeError, IncompleteError, StoreError, TeacherError
 from eupe.extract.plan import PartTask, plan_parts, store_spec
 from eupe.extract.worker import PartResult, Worker
@@ -29,7 +30,7 @@ from eupe.store.reader import committed_parts
 from eupe.store.writer import create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.teacher import compute_dtype, file_digest, load_teacher, weights_digest
+from eupe.teachers.teacher import file_digest, load_teacher, weights_digest
 
 PARTS_IN_FLIGHT = 2
 """Per worker: one has the teacher while the other is written."""
@@ -162,14 +163,15 @@ def _refuse_other_corpus(store: Store, spec: StoreSpec, corpus: Corpus) -> None:
     changed = {key for key in old.keys() & new.keys() if old[key] != new[key]}
     example = min(gained or lost or changed)
     raise StoreError(
-        f"{store.path} was made from another corpus than {corpus.root}: {len(gained)} pictures are new, {len(lost)} are gone, "
-        f"{len(changed)} have changed (for example {example}); give another --out"
+        f"{store.path} was made from another corpus than {corpus.root}: {len(gained)} pictures are new, "
+        f"{len(lost)} are gone, {len(changed)} have changed (for example {example}); give another --out"
     )
 
 
 def _committed_views(store: Store) -> int:
     rows = (store.spec.part_rows(part) for part in committed_parts(store.path))
-    return store.spec.num_views * sum(r.stop - r.start for r in rows)
+    num_samples: int = sum(r.stop - r.start for r in rows)
+    return store.spec.num_views * num_samples
 
 
 class JobActors:
@@ -203,7 +205,7 @@ class JobActors:
         if self._config.dtype != "auto":
             return self._config.dtype
         if self._config.ray_address is None:
-            return _dtype_word("auto", _device())
+            return dtype_name(compute_dtype("auto", pick_device()))
         return str(_get(self.handles[0].dtype_name.remote()))
 
     @cached_property
@@ -248,7 +250,7 @@ class ExtractActor:
     @cached_property
     def _teacher(self) -> Any:
         config = self._config
-        device = _device()
+        device = pick_device()
         sizes = config.sizes or (self._spec.native_size,)
         dtype = compute_dtype(config.dtype, device)
         return load_teacher(self._spec, weights=config.weights, device=device, dtype=dtype, sizes=sizes)
@@ -268,7 +270,7 @@ class ExtractActor:
         return weights_digest(self._teacher.module)
 
     def dtype_name(self) -> str:
-        return _dtype_word(self._config.dtype, _device())
+        return dtype_name(compute_dtype(self._config.dtype, pick_device()))
 
     def prepare(self) -> None:
         """Load the teacher, so that what is wrong with it is said before any part begins."""
@@ -282,15 +284,6 @@ class ExtractActor:
         if "_worker" not in self.__dict__:
             return 0, 0
         return self._worker.progress.views, self._worker.progress.failed
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _dtype_word(word: str, device: torch.device) -> str:
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return names[compute_dtype(word, device)]
 
 
 def _get(reference: Any) -> Any:
@@ -379,7 +372,8 @@ def _interruptible(store: Store) -> Iterator[None]:
     except KeyboardInterrupt:
         done = len(committed_parts(store.path))
         raise IncompleteError(
-            f"stopped: {done} of {store.spec.num_parts} parts of {store.path} are committed; run the same command again to go on"
+            f"stopped: {done} of {store.spec.num_parts} parts of {store.path} are committed; "
+            "run the same command again to go on"
         ) from None
 
 

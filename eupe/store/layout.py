@@ -84,7 +84,7 @@ class StoreSpec:
                 f"{where} is written in format {attributes['format']}, this version of eupe reads format {FORMAT}; "
                 "upgrade eupe"
             )
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in attributes.items() if k != "format"}
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in attributes.items() if k != "format"}
         return cls(**plain)
 
 
@@ -142,7 +142,7 @@ class ArrayLayout:
     dtype: str
     dimensions: tuple[str, ...]
     order: tuple[int, ...] | None = None
-    """Order of the axes inside a chunk's bytes; a dense map lies channel by channel, which compresses a fifth better."""
+    """Order of the axes in a chunk's bytes; a dense map lies channel by channel, which compresses a fifth better."""
 
 
 def feature_path(size: int, kind: str) -> str:

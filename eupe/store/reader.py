@@ -90,7 +90,7 @@ class Store:
 
     @cached_property
     def samples(self) -> pa.Table:
-        """One row per sample of every committed part: `row` (its place in the arrays) and the columns of `ROW_SCHEMA`."""
+        """One row per sample of every committed part: `row`, its place in the arrays, and `ROW_SCHEMA`'s columns."""
         parts = committed_parts(self.path)
         with ThreadPoolExecutor() as pool:
             tables = list(pool.map(self._part_rows, parts))
@@ -113,7 +113,7 @@ class Store:
         """
         if not self.finished:
             raise StoreError(
-                f"{self.path} is not finished ({len(self.missing_parts())} of {self.spec.num_parts} parts are missing); "
+                f"{self.path} is not finished: {len(self.missing_parts())} of {self.spec.num_parts} parts are missing; "
                 "run its `eupe extract` again to go on"
             )
         group = zarr.open_group(self.path / STATS / feature_path(size, kind), mode="r")

@@ -9,19 +9,17 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from eupe.device import autocast
 from eupe.encoder import Tokens, normalise
-from eupe.errors import ConfigError, TeacherError
+from eupe.errors import TeacherError
 from eupe.teachers.spec import Backend, TeacherSpec
 from eupe.teachers.weights import file_digest, weights_digest
 
-__all__ = ["Teacher", "compute_dtype", "file_digest", "load_teacher", "weights_digest"]
-
-DtypeWord = Literal["auto", "fp32", "bf16", "fp16"]
+__all__ = ["Teacher", "file_digest", "load_teacher", "weights_digest"]
 
 _ADAPTERS: dict[Backend, str] = {
     "timm": "eupe.teachers.timm_adapter",
@@ -51,7 +49,7 @@ class Teacher:
         grid = self.spec.grid(views_u8_BHWC.shape[1])
         pixels = normalise(views_u8_BHWC.to(self.device, non_blocking=True), self.spec.mean, self.spec.std)
         adapter = importlib.import_module(_ADAPTERS[self.spec.backend])
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.dtype, self.device):
             tokens: Tokens = adapter.tokens(self.module, self.spec, pixels)
         _check_shapes(tokens, self.spec, len(views_u8_BHWC), grid)
         summary = None if tokens.summary is None else tokens.summary.float()
@@ -75,30 +73,6 @@ def load_teacher(
     adapter = importlib.import_module(_ADAPTERS[spec.backend])
     module: nn.Module = adapter.load(spec, weights=weights, sizes=sizes)
     return Teacher(spec=spec, module=_frozen(module).to(device), device=device, dtype=dtype)
-
-
-def compute_dtype(word: DtypeWord, device: torch.device) -> torch.dtype:
-    """The dtype that a word asks for; "auto" is bfloat16 where the hardware multiplies it, float32 elsewhere.
-
-    Raises: ConfigError for fp16 on a CPU, and for an unknown word.
-    """
-    if word == "fp16" and device.type == "cpu":
-        raise ConfigError("--dtype fp16 does not work on a CPU; use bf16, fp32 or auto")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if word == "auto":
-        return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
-    if word not in dtypes:
-        raise ConfigError(f"--dtype {word} is unknown; use auto, {', '.join(dtypes)}")
-    return dtypes[word]
-
-
-def _multiplies_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
-        return False
-    capabilities: Any = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
 
 
 def _frozen(module: nn.Module) -> nn.Module:

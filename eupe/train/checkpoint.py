@@ -1,6 +1,6 @@
 """A run's state on disk: one safetensors file a checkpoint, no pickle, written whole or not at all.
 
-Tensors are named `encoder.*`, `heads.*`, `optimizer.<parameter number>.<name>` and `rng`; the step stands in the metadata.
+Tensors are named `encoder.*`, `heads.*`, `optimizer.<parameter number>.<name>` and `rng`; the step is in the metadata.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from eupe.encoder import Encoder
 from eupe.errors import RunError, StorageError
 
 FOLDER = "checkpoints"
@@ -25,7 +26,7 @@ RNG = "rng"
 class Trainables:
     """All that training changes."""
 
-    encoder: nn.Module
+    encoder: Encoder
     heads: nn.ModuleList
     optimizer: torch.optim.Optimizer
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eupe.encoder import timm_card
 from eupe.errors import ConfigError
 from eupe.store import Store
 from eupe.train.targets import TargetSet
@@ -93,8 +94,10 @@ class RunCard:
 def resolve(config: TrainConfig, targets: TargetSet, *, size: int) -> RunCard:
     """Turn durations into steps and name the targets.
 
-    Raises: ConfigError if the batch exceeds what there is to train on, or nothing is held out.
+    Raises: ConfigError if the student is unknown or cannot take the size, the batch exceeds what there is to train on,
+        or nothing is held out.
     """
+    timm_card(config.student, size)
     num_train = int((~targets.held_out).sum()) * targets.num_views
     if not targets.held_out.any():
         raise ConfigError(

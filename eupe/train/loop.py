@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from eupe.device import dtype_word, pick_device
+from eupe.device import compute_dtype, pick_device
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import RunError, StorageError, TrainingError
 from eupe.train.checkpoint import Trainables, load_checkpoint, save_checkpoint, save_tensors
@@ -64,9 +64,10 @@ def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lam
     targets = open_targets(config.targets, corpus=config.corpus, holdout=config.holdout)
     size = config.size or targets.stores[0].spec.sizes[0]
     card = resolve(config, targets, size=size)
-    if (report := _claim_run(config, card)) is not None:
+    if (report := _recognise(config, card)) is not None:
         return report
     targets.check_views()
+    _begin(config.out, card)
     device = pick_device()
     distiller, optimizer = build(card, targets, device)
     state = Trainables(distiller.encoder, distiller.heads, optimizer)
@@ -91,7 +92,7 @@ def build(card: RunCard, targets: TargetSet, device: torch.device) -> tuple[Dist
         for target in card.targets
     )
     norms = [normalisers(store, device) for store in targets.stores]
-    distiller = Distiller(encoder, heads, norms, dtype=dtype_word(card.config["dtype"], device)).to(device)
+    distiller = Distiller(encoder, heads, norms, dtype=compute_dtype(card.config["dtype"], device)).to(device)
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": card.config["weight_decay"]},
@@ -130,7 +131,7 @@ def _run_steps(
         loss = torch.stack([value for kinds in losses for value in kinds.values()]).sum()
         _require_finite(loss, step, batch)
         state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         state.optimizer.step()
         done = step + 1
         if done % config.log_every == 0 or done == card.total_steps:
@@ -264,8 +265,8 @@ class RunLog:
         self._file.flush()
 
 
-def _claim_run(config: TrainConfig, card: RunCard) -> TrainReport | None:
-    """Make the run's directory, or recognise it: the report of a finished run, None for one to be trained.
+def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
+    """The report of a finished run; None for one to be trained.
 
     Raises: RunError if the directory holds another run, or an unfinished one and `--resume` was not given.
     """
@@ -273,23 +274,31 @@ def _claim_run(config: TrainConfig, card: RunCard) -> TrainReport | None:
     if not path.exists():
         if config.resume:
             raise RunError(f"--resume: there is no run in {config.out}; leave --resume out to start it")
-        if config.out.exists() and any(config.out.iterdir()):
+        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
             raise RunError(f"{config.out} holds something that is no training run; give another --out")
-        try:
-            config.out.mkdir(parents=True, exist_ok=True)
-            _write_json(path, card.to_json())
-        except OSError as error:
-            raise StorageError(f"run {config.out} cannot be written: {error}") from error
         return None
     if different := _card_differences(json.loads(path.read_text()), card.to_json()):
         raise RunError(
-            f"{config.out} holds another run ({'; '.join(different)}); give another --out, or the options it was made with"
+            f"{config.out} holds another run ({'; '.join(different)}); "
+            "give another --out, or the options it was made with"
         )
     if (config.out / REPORT_FILE).exists():
         return TrainReport(**{**json.loads((config.out / REPORT_FILE).read_text()), "cached": True})
     if not config.resume:
         raise RunError(f"{config.out} holds this run unfinished; go on with --resume, or give another --out")
     return None
+
+
+def _begin(run: Path, card: RunCard) -> None:
+    """Make the run's directory and leave its card there.
+
+    Raises: StorageError.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        _write_json(run / CONFIG_FILE, card.to_json())
+    except OSError as error:
+        raise StorageError(f"run {run} cannot be written: {error}") from error
 
 
 def _card_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -172,8 +173,8 @@ class TargetSet:
                 if view_digest(view) != int(digest):
                     raise CorpusError(
                         f"a view of {self.keys[int(sample)]} is not the one that the teacher of {store.path} saw: the "
-                        "picture has changed, or another version of Pillow decodes it (the store was made with "
-                        f"{store.spec.versions.get('pillow')}, here is {Image.__version__}); restore it or extract again"
+                        "picture has changed, or another Pillow decodes it (the store was made with "
+                        f"{store.spec.versions.get('pillow')}, this is {PIL.__version__}); restore it, or extract again"
                     )
 
 

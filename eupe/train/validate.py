@@ -52,7 +52,7 @@ class Distiller(nn.Module):
     """The student, one pair of heads per target, and the targets' normalisers: from a batch to losses."""
 
     def __init__(
-        self, encoder: Encoder, heads: nn.ModuleList, norms: list[dict[str, Normaliser]], *, dtype: str
+        self, encoder: Encoder, heads: nn.ModuleList, norms: list[dict[str, Normaliser]], *, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.encoder = encoder

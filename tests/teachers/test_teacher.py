@@ -13,13 +13,14 @@ from teacher_checks import CPU, load_state, overriding, randomise, resized, shri
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
+from eupe.device import compute_dtype
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, TeacherError
 from eupe.teachers import teacher as teacher_module
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.teacher import Teacher, compute_dtype, file_digest, load_teacher, weights_digest
+from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
 
 SMALL_VIT = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -236,7 +237,7 @@ def test_words_for_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="fp16"):
         compute_dtype("fp16", CPU)
     with pytest.raises(ConfigError, match="fp8"):
-        compute_dtype("fp8", CPU)  # type: ignore[arg-type]
+        compute_dtype("fp8", CPU)
     for capabilities, want in (({"amx_bf16": True}, torch.bfloat16), ({"avx512_f": True}, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert compute_dtype("auto", CPU) == want

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,5 +34,5 @@ def test_warm_up_rises_to_the_peak_and_cosine_falls_to_nothing() -> None:
     assert max(rates) == rates[9] == rates[10] == pytest.approx(2.0)
     assert rates[60] == pytest.approx(1.0)
     assert rates[-1] < 0.001
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=True))
-    assert all(a >= b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:10]))
+    assert all(a >= b for a, b in pairwise(rates[10:]))

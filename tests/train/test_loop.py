@@ -1,0 +1,228 @@
+"""Whole training runs on tiny stores."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from making import TINY_STUDENT, make_store
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from eupe.corpus.views import ViewSpec
+from eupe.encoder import load_encoder
+from eupe.errors import ConfigError, RunError, TrainingError
+from eupe.store import Store
+from eupe.train.checkpoint import checkpoints
+from eupe.train.config import TrainConfig
+from eupe.train.loop import TrainStatus, train
+
+
+@pytest.fixture
+def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        targets=(tiny_store.path,),
+        student=TINY_STUDENT,
+        out=tmp_path / "run",
+        steps=12,
+        batch_size=8,
+        head_width=32,
+        holdout=0.3,
+        dtype="fp32",
+        checkpoint_every=5,
+        validate_every=6,
+        log_every=1,
+    )
+
+
+def lines(run: Path, key: str) -> list[dict[str, object]]:
+    return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if key in line]
+
+
+def test_a_run_leaves_a_student_heads_metrics_and_a_report(config: TrainConfig) -> None:
+    seen: list[TrainStatus] = []
+    report = train(config, on_status=seen.append)
+    assert not report.cached
+    assert [status.step for status in seen] == list(range(1, 13))
+    assert all(0 <= status.data_wait <= 1 and status.images_per_s > 0 for status in seen)
+    assert [line["step"] for line in lines(config.out, "loss")] == list(range(1, 13))
+    assert [line["step"] for line in lines(config.out, "validation")] == [6, 12]
+    assert load_encoder(config.out).card.arch == TINY_STUDENT
+    heads = load_file(config.out / "heads.safetensors")
+    assert {name.split(".")[1] for name in heads} == {"summary", "dense"}
+    board = EventAccumulator(str(config.out / "tensorboard"))
+    board.Reload()
+    assert len(board.Scalars("loss")) == 12
+    assert [path.stem for path in checkpoints(config.out)] == ["00000010", "00000012"]
+
+
+@pytest.mark.parametrize("stopped_at", [3, 7, 11])
+def test_a_stopped_run_resumed_equals_the_uninterrupted_one_bit_for_bit(config: TrainConfig, stopped_at: int) -> None:
+    whole = replace(config, out=config.out.with_name("whole"))
+    train(whole)
+
+    class Stop(Exception):
+        pass
+
+    def stop(status: TrainStatus) -> None:
+        if status.step == stopped_at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, on_status=stop)
+    with pytest.raises(RunError, match="--resume"):
+        train(config)
+    train(replace(config, resume=True))
+    for name in ("student.safetensors", "heads.safetensors", "checkpoints/00000012.safetensors"):
+        ours, theirs = load_file(config.out / name), load_file(whole.out / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    losses = [[line["loss"] for line in lines(run, "loss")] for run in (config.out, whole.out)]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_is_a_cache_hit_and_another_one_is_refused(config: TrainConfig) -> None:
+    first = train(config)
+    files = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
+    again = train(config)
+    assert again == replace(first, cached=True)
+    assert {path: path.stat().st_mtime_ns for path in config.out.rglob("*")} == files
+    with pytest.raises(RunError, match=r"lr: was 0.001, now 0.01"):
+        train(replace(config, lr=0.01))
+    with pytest.raises(RunError, match=r"steps: was 12, now 13"):
+        train(replace(config, steps=13, resume=True))
+
+
+def test_targets_made_anew_are_not_the_same_run(
+    config: TrainConfig, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path
+) -> None:
+    train(config)
+    other = make_store(tmp_path / "o.zarr", tiny_corpus, tiny_weights, dtype="bf16")
+    with pytest.raises(RunError, match="targets: was"):
+        train(replace(config, targets=(other.path,)))
+
+
+def test_a_damaged_checkpoint_is_named(config: TrainConfig) -> None:
+    train(config)
+    (config.out / "report.json").unlink()
+    last = checkpoints(config.out)[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(RunError, match=last.name):
+        train(replace(config, resume=True))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eupe.train import validate
+
+    calls = []
+
+    def poisoned(*args: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return args[0].sum() * (math.nan if len(calls) > 7 else 0.0)
+
+    monkeypatch.setattr(validate, "summary_loss", poisoned)
+    with pytest.raises(TrainingError, match=r"loss of step 7 is nan.*class\d/"):
+        train(config)
+    saved = load_file(checkpoints(config.out)[-1])
+    assert checkpoints(config.out)[-1].stem == "00000005"
+    assert all(value.isfinite().all() for value in saved.values() if value.is_floating_point())
+
+
+def test_gradients_reach_every_parameter_of_student_and_heads(config: TrainConfig) -> None:
+    """AdamW keeps a second moment for every parameter that ever had a gradient; all of them changed something."""
+    train(config)
+    saved = load_file(checkpoints(config.out)[-1])
+    moments = [value for name, value in saved.items() if name.endswith("exp_avg_sq")]
+    trained = [n for n in saved if n.startswith(("encoder.", "heads."))]
+    assert len(moments) == len(trained)
+    assert all(value.abs().sum() > 0 for value in moments)
+
+
+def test_any_number_of_targets_has_its_own_heads(
+    config: TrainConfig, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path
+) -> None:
+    """Two sizes of one teacher as two targets: two grids, one of them coarser than the student's."""
+    views = ViewSpec(policy="rrc", num_views=2)
+    coarse = make_store(tmp_path / "coarse.zarr", tiny_corpus, tiny_weights, views=views, sizes=(32,))
+    fine = make_store(tmp_path / "fine.zarr", tiny_corpus, tiny_weights, views=views, sizes=(96,))
+    report = train(replace(config, targets=(fine.path, coarse.path), size=64))
+    assert len(report.validation) == 2
+    heads = load_file(config.out / "heads.safetensors")
+    assert {name.split(".")[0] for name in heads} == {"0", "1"}
+
+
+def test_what_cannot_work_is_said_together(tiny_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        TrainConfig(targets=(), student="x", out=tmp_path, epochs=1, steps=2, lr=0, batch_size=0, holdout=1)
+    for word in ("--targets", "not both", "--lr", "--batch-size", "--holdout"):
+        assert word in str(refusal.value)
+    fine = TrainConfig(targets=(tiny_store.path,), student=TINY_STUDENT, out=tmp_path / "r", holdout=0.3)
+    with pytest.raises(ConfigError, match="--batch-size 128 exceeds the"):
+        train(fine)
+    with pytest.raises(ConfigError, match="keeps out none"):
+        train(replace(fine, holdout=1e-9))
+    with pytest.raises(ConfigError, match="did you mean"):
+        train(replace(fine, student="test_vitt", batch_size=4, steps=1))
+    with pytest.raises(ConfigError, match="must divide"):
+        train(replace(fine, size=50, batch_size=4, steps=1))
+
+
+FRESH = """
+import socket, sys
+def refuse(*args):
+    raise OSError("the network is off")
+socket.socket.connect = socket.socket.connect_ex = refuse
+import eupe.train.loop
+from eupe.cli import main
+sys.argv = ["eupe", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+loaded = {name.split(".")[0] for name in sys.modules} & {"transformers", "open_clip", "ray"}
+loaded |= {name for name in sys.modules if name.startswith(("eupe.teachers", "eupe.extract"))}
+assert not loaded, loaded
+"""
+
+
+def test_training_loads_no_teacher_and_needs_no_network(tiny_store: Store, tmp_path: Path) -> None:
+    words = ["train", "--targets", tiny_store.path, "--student", TINY_STUDENT, "--out", tmp_path / "run"]
+    words += ["--steps", 2, "--batch-size", 4, "--head-width", 16, "--holdout", 0.3, "--json"]
+    done = subprocess.run([sys.executable, "-c", FRESH, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+
+
+def test_a_student_of_real_features_beats_the_mean_feature_on_held_out_pictures(assets: Path, tmp_path: Path) -> None:
+    store = make_store(
+        tmp_path / "dinov2.zarr",
+        assets / "photos",
+        assets / "weights" / "dinov2-small",
+        teacher="dinov2",
+        views=ViewSpec(policy="rrc", num_views=2),
+        sizes=(56,),
+    )
+    config = TrainConfig(
+        targets=(store.path,),
+        student="vit_tiny_patch16_dinov3_qkvb",
+        out=tmp_path / "run",
+        size=64,
+        steps=80,
+        batch_size=32,
+        head_width=256,
+        holdout=0.15,
+        lr=2e-3,
+    )
+    report = train(config)
+    logged = [line["loss"] for line in lines(config.out, "loss")]
+    assert logged[-1] < 0.8 * logged[0]
+    for kind in ("summary", "dense"):
+        measures = report.validation["dinov2-s"][kind]
+        assert measures["raw"] > measures["mean_raw"] + 0.01
+        assert measures["normalised"] > 0.15
