@@ -166,8 +166,9 @@ def write_page(
     stores = [item for item in opened if isinstance(item, StoreItem)]
     runs = {item.name: item.run for item in opened if isinstance(item, EncoderItem) and item.run}
     pictures = choose_pictures(_pictures_in_common(corpus, stores, list(runs.values())), limit)
+    decoded = [_read_image(corpus, picture.key) for picture in pictures]
     stored = {item.name: item.read(pictures) for item in stores}
-    views = _views(corpus, pictures, [(item, stored[item.name]) for item in stores])
+    views = _views(pictures, decoded, [(item, stored[item.name]) for item in stores])
     columns = [_column(item, views, stored.get(item.name)) for item in opened]
     histories = [(name, read_history(run)) for name, run in runs.items()]
     page = render_page([_cell(view) for view in views], columns, histories)
@@ -256,12 +257,11 @@ def choose_pictures(pictures: Sequence[Picture], limit: int) -> list[Picture]:
     return [picture for *_, picture in sorted(ranked, key=lambda rank: rank[:2])][:limit]
 
 
-def _views(corpus: Corpus, pictures: Sequence[Picture], stored: Stored) -> list[View]:
+def _views(pictures: Sequence[Picture], images: Sequence[Image.Image], stored: Stored) -> list[View]:
     """View 0 of the stores, which must agree on it, or the centre where there is no store.
 
-    Raises: CorpusError for a picture that cannot be read; ConfigError if two stores differ.
+    Raises: ConfigError if two stores differ.
     """
-    images = [_read_image(corpus, picture.key) for picture in pictures]
     if stored:
         _require_same_views(pictures, stored)
         features = stored[0][1]

@@ -77,12 +77,17 @@ def _count(number: int, noun: str) -> str:
 
 
 def _head(model: ModelColumn) -> str:
-    about = f'<span class="about">{escape(model.about)}</span>' if model.about else ""
+    facts = (
+        f"{model.size} px",
+        f"{model.grid}×{model.grid} cells",
+        f"{model.dim} channels",
+        f"{model.explained:.0%} of variance",
+    )
+    about = [f'<span class="about">{escape(model.about)}</span>'] if model.about else []
+    spans = " ".join([*about, *(f"<span>{fact}</span>" for fact in facts)])
     return (
         f'<div class="head"><b title="{escape(model.name)}">{escape(model.name)}</b>'
-        f'<span class="kind {escape(model.kind)}">{escape(model.kind)}</span>'
-        f"<p>{about}<span>{model.size} px</span><span>{model.grid}×{model.grid} cells</span>"
-        f"<span>{model.dim} channels</span><span>{model.explained:.0%} of variance</span></p></div>"
+        f'<span class="kind {model.kind}">{model.kind}</span><p>{spans}</p></div>'
     )
 
 

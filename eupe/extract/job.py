@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,10 @@ class ExtractConfig:
     dtype: str = "auto"
     """`auto`, `fp32`, `bf16` or `fp16`: the teacher's arithmetic."""
     batch_size: int = 16
-    workers: int = 1
+    workers: int | None = None
+    """Ray actors with one teacher each; one per GPU, or one, where not given."""
     gpus_per_worker: float | None = None
-    """All GPUs shared evenly where not given."""
+    """The GPUs shared evenly, one per worker at most, where not given."""
     ray_address: str | None = None
     """`auto` or `ray://...`; a Ray of its own on this machine where not given."""
     limit: int | None = None
@@ -90,7 +91,7 @@ class ExtractReport:
     """The same features as bare fp16."""
     seconds: float
     views_per_s: float | None
-    """None for a cache hit."""
+    """Since the teacher was loaded; None for a cache hit."""
 
 
 def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lambda status: None) -> ExtractReport:
@@ -99,6 +100,7 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
     Raises: an EupeError for whatever the user can mend; IncompleteError if parts are missing at the end.
     """
     began = time.monotonic()
+    config = _with_absolute_paths(config)
     teacher = _checked_teacher(config)
     previous = config.out / INDEX_FILE
     corpus = open_corpus(
@@ -115,14 +117,17 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
             dtype=actors.dtype_name,
         )
         store = _open_or_create(config.out, spec, corpus)
-        was_finished = store.finished
-        views_before = _committed_views(store)
-        if not was_finished:
-            _run_parts(actors, store, on_status)
+        views_per_s = None
+        if not (cached := store.finished):
+            views_per_s = _run_parts(actors, store, corpus, on_status)
             store = finish_store(config.out)
-    seconds = time.monotonic() - began
-    num_new = store.spec.num_samples * store.spec.num_views - views_before
-    return _report(store, cached=was_finished, seconds=seconds, num_new=num_new)
+    return _report(store, cached=cached, seconds=time.monotonic() - began, views_per_s=views_per_s)
+
+
+def _with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
+    """Workers have working directories of their own."""
+    weights = None if config.weights is None else config.weights.absolute()
+    return replace(config, corpus=config.corpus.absolute(), out=config.out.absolute(), weights=weights)
 
 
 def _checked_teacher(config: ExtractConfig) -> TeacherSpec:
@@ -142,6 +147,8 @@ def _checked_teacher(config: ExtractConfig) -> TeacherSpec:
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
+    if Path(teacher.model).exists():
+        return replace(teacher, model=str(Path(teacher.model).absolute()))
     return teacher
 
 
@@ -166,12 +173,6 @@ def _refuse_other_corpus(store: Store, spec: StoreSpec, corpus: Corpus) -> None:
         f"{store.path} was made from another corpus than {corpus.root}: {len(gained)} pictures are new, "
         f"{len(lost)} are gone, {len(changed)} have changed (for example {example}); give another --out"
     )
-
-
-def _committed_views(store: Store) -> int:
-    rows = (store.spec.part_rows(part) for part in committed_parts(store.path))
-    num_samples: int = sum(r.stop - r.start for r in rows)
-    return store.spec.num_views * num_samples
 
 
 class JobActors:
@@ -202,19 +203,19 @@ class JobActors:
     @cached_property
     def dtype_name(self) -> str:
         """The arithmetic in words, decided by the machine that does the work."""
-        if self._config.dtype != "auto":
-            return self._config.dtype
         if self._config.ray_address is None:
-            return dtype_name(compute_dtype("auto", pick_device()))
+            return dtype_name(compute_dtype(self._config.dtype, pick_device()))
         return str(_get(self.handles[0].dtype_name.remote()))
 
     @cached_property
     def handles(self) -> list[Any]:
         self._start_ray()
         config = self._config
-        num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // config.workers)
-        gpus = ray.cluster_resources().get("GPU", 0)
-        num_gpus = gpus / config.workers if config.gpus_per_worker is None else config.gpus_per_worker
+        resources = ray.cluster_resources()
+        gpus = resources.get("GPU", 0)
+        num_workers = config.workers or max(1, int(gpus))
+        num_cpus = max(1, int(resources.get("CPU", 1)) // num_workers)
+        num_gpus = min(1, gpus / num_workers) if config.gpus_per_worker is None else config.gpus_per_worker
         actor = ray.remote(ExtractActor).options(
             num_cpus=num_cpus,
             num_gpus=num_gpus,
@@ -222,7 +223,7 @@ class JobActors:
             max_task_retries=TASK_RETRIES,
             max_concurrency=PARTS_IN_FLIGHT + 1,
         )
-        return [actor.remote(config, self._teacher, self._corpus.root, num_cpus) for _ in range(config.workers)]
+        return [actor.remote(config, self._teacher, self._corpus.root, num_cpus) for _ in range(num_workers)]
 
     def _start_ray(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -234,7 +235,7 @@ class JobActors:
             except (ConnectionError, ValueError) as error:
                 raise ConfigError(f"no Ray cluster answers at --ray-address {address}: {error}") from error
             return
-        cpus = max(os.cpu_count() or 1, self._config.workers)
+        cpus = max(os.cpu_count() or 1, self._config.workers or 1)
         ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
 
 
@@ -296,12 +297,12 @@ def _get(reference: Any) -> Any:
         raise
 
 
-def _run_parts(actors: JobActors, store: Store, on_status: Callable[[Status], None]) -> None:
+def _run_parts(actors: JobActors, store: Store, corpus: Corpus, on_status: Callable[[Status], None]) -> float:
     """Keep every actor busy until each part is committed or given up.
 
+    Returns: views per second since the teachers were loaded.
     Raises: IncompleteError naming the gaps and their first reason; StorageError and TeacherError as they come.
     """
-    corpus = actors._corpus
     tasks = plan_parts(store.spec, corpus.samples, committed_parts(store.path))
     num_views = store.spec.num_views
     total = store.spec.num_samples * num_views
@@ -310,6 +311,7 @@ def _run_parts(actors: JobActors, store: Store, on_status: Callable[[Status], No
     with _interruptible(store):
         on_status(Status("loading teacher", before, total))
         _get([actor.prepare.remote() for actor in actors.handles])
+        began = time.monotonic()
         queue = iter(tasks)
         running: dict[Any, tuple[Any, PartTask]] = {}
         for actor in actors.handles * PARTS_IN_FLIGHT:
@@ -329,6 +331,7 @@ def _run_parts(actors: JobActors, store: Store, on_status: Callable[[Status], No
             f"{len(missing)} of {store.spec.num_parts} parts are missing from {store.path} (first reason: {reason}); "
             "the others are committed: run the same command again to go on"
         )
+    return (total - before) / (time.monotonic() - began)
 
 
 def _submit_next(actor: Any, queue: Iterator[PartTask], running: dict[Any, tuple[Any, PartTask]]) -> None:
@@ -377,7 +380,7 @@ def _interruptible(store: Store) -> Iterator[None]:
         ) from None
 
 
-def _report(store: Store, *, cached: bool, seconds: float, num_new: int) -> ExtractReport:
+def _report(store: Store, *, cached: bool, seconds: float, views_per_s: float | None) -> ExtractReport:
     spec = store.spec
     dense_dim = int(spec.teacher["dense_dim"]) if DENSE in spec.tokens else 0
     summary_dim = int(spec.teacher["summary_dim"]) if SUMMARY in spec.tokens else 0
@@ -392,5 +395,5 @@ def _report(store: Store, *, cached: bool, seconds: float, num_new: int) -> Extr
         stored_bytes=sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
         raw_bytes=num_views * bytes_per_view(spec.grids, dense_dim, summary_dim),
         seconds=seconds,
-        views_per_s=None if cached else num_new / seconds,
+        views_per_s=views_per_s,
     )

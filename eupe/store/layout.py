@@ -84,8 +84,9 @@ class StoreSpec:
                 f"{where} is written in format {attributes['format']}, this version of eupe reads format {FORMAT}; "
                 "upgrade eupe"
             )
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in attributes.items() if k != "format"}
-        return cls(**plain)
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in attributes.items()}
+        del fields["format"]
+        return cls(**fields)
 
 
 def differences(stored: StoreSpec, asked: StoreSpec) -> list[str]:

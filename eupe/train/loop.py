@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from eupe.device import compute_dtype, pick_device
 from eupe.encoder import build_encoder, save_encoder
-from eupe.errors import RunError, StorageError, TrainingError
+from eupe.errors import EupeError, IncompleteError, RunError, StorageError, TrainingError
 from eupe.train.checkpoint import Trainables, load_checkpoint, save_checkpoint, save_tensors
 from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve
 from eupe.train.heads import TargetHeads
@@ -72,13 +75,18 @@ def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lam
     distiller, optimizer = build(card, targets, device)
     state = Trainables(distiller.encoder, distiller.heads, optimizer)
     first_step = load_checkpoint(config.out, state)
-    with RunLog(config.out, first_step) as log:
-        meter = _run_steps(config, card, targets, distiller, state, device, first_step, log, on_status)
-        validation = _validate(config, card, targets, distiller, device)
-        log.validation(card.total_steps, validation)
-    _export(config.out, state, card.total_steps)
-    report = TrainReport(str(config.out), False, card.total_steps, *meter.totals(), validation)
-    _write_json(config.out / REPORT_FILE, asdict(report))
+    try:
+        with RunLog(config.out, first_step) as log:
+            meter = _run_steps(config, card, targets, distiller, state, device, first_step, log, on_status)
+            validation = _validate(config, card, targets, distiller, device)
+            log.validation(card.total_steps, validation)
+        _export(config.out, state, card.total_steps)
+        report = TrainReport(str(config.out), False, card.total_steps, *meter.totals(), validation)
+        _write_json(config.out / REPORT_FILE, asdict(report))
+    except EupeError:
+        raise
+    except OSError as error:
+        raise StorageError(f"run {config.out} cannot be written: {error}; free some space and --resume") from error
     return report
 
 
@@ -117,32 +125,57 @@ def _run_steps(
     wanted = (batch_at(views, step, batch_size=config.batch_size, seed=config.seed) for step in steps)
     meter = Meter(config.batch_size)
     distiller.train()
-    for step, batch in zip(
-        steps, meter.waiting(stream(targets, wanted, size=card.config["size"], device=device)), strict=True
-    ):
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(
-                step,
-                peak=config.lr,
-                warmup_steps=round(config.warmup * card.total_steps),
-                total_steps=card.total_steps,
-            )
-        losses = distiller(batch.to(device))
-        loss = torch.stack([value for kinds in losses for value in kinds.values()]).sum()
-        _require_finite(loss, step, batch)
-        state.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        state.optimizer.step()
-        done = step + 1
-        if done % config.log_every == 0 or done == card.total_steps:
-            status = meter.status(done, card.total_steps, loss.item())
-            log.step(status, learning_rate=state.optimizer.param_groups[0]["lr"], losses=_named(losses, card))
-            on_status(status)
-        if done % config.validate_every == 0 and done != card.total_steps:
-            log.validation(done, _validate(config, card, targets, distiller, device))
-        if done % config.checkpoint_every == 0 or done == card.total_steps:
-            save_checkpoint(config.out, state, step=done)
+    with stop_signals() as stop_asked:
+        for step, batch in zip(
+            steps, meter.waiting(stream(targets, wanted, size=card.config["size"], device=device)), strict=True
+        ):
+            for group in state.optimizer.param_groups:
+                group["lr"] = learning_rate(
+                    step,
+                    peak=config.lr,
+                    warmup_steps=round(config.warmup * card.total_steps),
+                    total_steps=card.total_steps,
+                )
+            losses = distiller(batch.to(device))
+            loss = torch.stack([value for kinds in losses for value in kinds.values()]).sum()
+            _require_finite(loss, step, batch)
+            state.optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            state.optimizer.step()
+            done = step + 1
+            if done % config.log_every == 0 or done == card.total_steps:
+                status = meter.status(done, card.total_steps, loss.item())
+                log.step(status, learning_rate=state.optimizer.param_groups[0]["lr"], losses=_named(losses, card))
+                on_status(status)
+            if done % config.validate_every == 0 and done != card.total_steps:
+                log.validation(done, _validate(config, card, targets, distiller, device))
+            stopping = stop_asked() and done < card.total_steps
+            if done % config.checkpoint_every == 0 or done == card.total_steps or stopping:
+                save_checkpoint(config.out, state, step=done)
+            if stopping:
+                raise IncompleteError(f"stopped after step {done} of {card.total_steps}; go on with --resume")
     return meter
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM has asked for an end, to be obeyed between steps; a second one is not waited for."""
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _require_finite(loss: Tensor, step: int, batch: Batch) -> None:

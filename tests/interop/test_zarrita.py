@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from eupe.store import layout
 from eupe.store.layout import StoreSpec
 from eupe.store.writer import Part, Row, StoreWriter, create_store, finish_store
 
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is no
 
 SPEC = StoreSpec(
     teacher={"name": "toy", "dense_dim": 48, "summary_dim": 32, "weights_sha256": "ab" * 32, "dtype": "fp32"},
-    corpus={"fingerprint": "cd" * 32, "num_samples": 6, "root": "/pictures"},
+    corpus={"fingerprint": "cd" * 32, "num_samples": 7, "root": "/pictures"},
     views={"policy": "rrc", "num_views": 2, "seed": 0},
     sizes=(64, 96),
     grids=(4, 6),
@@ -48,7 +50,7 @@ def written() -> dict[str, NDArray[Any]]:
     rng = np.random.default_rng(0)
     arrays: dict[str, NDArray[Any]] = {
         "boxes": rng.integers(-1, 2**31 - 1, (n, k, 4), dtype=np.int32),
-        "flips": np.array([[True, False], [False, True], [False, False]] * 2),
+        "flips": np.array([[True, False], [False, True], [False, False], [True, True]] * 2)[:n],
         "digests": rng.integers(2**63, 2**64, (n, k), dtype=np.uint64),
     }
     for size, grid in zip(SPEC.sizes, SPEC.grids, strict=True):
@@ -62,7 +64,7 @@ def store(written: dict[str, NDArray[Any]], tmp_path_factory: pytest.TempPathFac
     path = tmp_path_factory.mktemp("interop") / "toy.zarr"
     create_store(path, SPEC)
     writer = StoreWriter(path)
-    for index, part in enumerate([slice(0, 4), slice(4, 6)]):
+    for index, part in enumerate([slice(0, 4), slice(4, 7)]):
         rows = [
             Row(f"{i}.png", None, None, error="broken" if i == FAILED else None)
             for i in range(*part.indices(SPEC.num_samples))
@@ -127,3 +129,17 @@ def test_the_shards_of_this_store_are_compressed(store: Path, written: dict[str,
     """The oracle's guard: a shard stored as it is would not exercise blosc."""
     (shard,) = (file for file in (store / "96/dense/c/0").rglob("*") if file.is_file())
     assert shard.stat().st_size < 0.7 * written["96/dense"][:4].nbytes
+
+
+def test_the_example_of_the_format_page_runs(
+    read_by_zarrita: dict[str, Any], store: Path, written: dict[str, NDArray[Any]]
+) -> None:
+    """After the fixture has installed zarrita."""
+    page = Path(layout.__file__).with_name("FORMAT.md").read_text("utf-8")
+    (example,) = re.findall(r"```js\n(.*?)```", page, re.DOTALL)
+    script = example.replace('"dinov2.zarr"', json.dumps(str(store))) + "console.log(at(3, 1, 40), at(0, 2, 5));"
+    command = ["node", "--input-type=module", "--eval", script]
+    ran = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    dense = written["64/dense"][4 + 2, 0]
+    assert [float(word) for word in ran.stdout.split()] == [float(dense[3, 1, 40]), float(dense[0, 2, 5])]

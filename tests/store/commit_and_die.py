@@ -27,7 +27,7 @@ class Dying:
     write = die
 
 
-def write_half(table: object, file: IO[bytes]) -> None:
+def write_half(table: object, file: IO[bytes], **options: object) -> None:
     file.write(b"PAR1 half a file")
     file.flush()
     die()

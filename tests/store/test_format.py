@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import zarr
 from numpy.typing import NDArray
 from store_cases import Case, make_case, make_spec, write_store
 
+from eupe.store import layout
+from eupe.store.layout import StoreSpec
 from eupe.store.stats import Moments, merge_all
+from eupe.store.writer import create_store
 
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 CRC32C = {"name": "crc32c"}
@@ -224,3 +228,35 @@ def test_statistics_are_the_parts_merged_in_order_to_the_last_bit(case: Case, wh
         assert mean.dtype == std.dtype == np.float64
         assert mean[:].tobytes() == merged.mean.tobytes()
         assert std[:].tobytes() == merged.std.tobytes()
+
+
+# The page itself
+
+PAGE = Path(layout.__file__).with_name("FORMAT.md")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+
+
+def test_the_page_shows_what_is_written(tmp_path: Path) -> None:
+    root, dense, *_ = map(json.loads, blocks("json"))
+    spec = StoreSpec.from_json(root["attributes"]["eupe"], where="FORMAT.md")
+    create_store(tmp_path / "store.zarr", spec)
+    assert json.loads((tmp_path / "store.zarr/zarr.json").read_text()) == root
+    assert json.loads((tmp_path / "store.zarr/112/dense/zarr.json").read_text()) == dense
+
+
+def test_the_page_shows_a_part(whole: Path) -> None:
+    row, metadata = map(json.loads, blocks("json")[2:])
+    table = pq.read_table(whole / "parts/00000.parquet")
+    assert list(row) == table.schema.names
+    assert metadata.keys() == json.loads(table.schema.metadata[b"eupe.part"]).keys()
+
+
+def test_the_python_example_runs(case: Case, whole: Path) -> None:
+    (example,) = blocks("python")
+    names: dict[str, Any] = {}
+    exec(example.replace("dinov2.zarr", str(whole)), names)
+    assert names["sample"]["key"] == case.rows[6].key
+    assert names["dense"].tobytes() == case.arrays["32/dense"][6, 0].tobytes()

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eupe.corpus.views import ViewSpec
 from eupe.encoder import load_encoder
-from eupe.errors import ConfigError, RunError, TrainingError
+from eupe.errors import ConfigError, IncompleteError, RunError, TrainingError
 from eupe.store import Store
 from eupe.train.checkpoint import checkpoints
 from eupe.train.config import TrainConfig
@@ -58,6 +60,23 @@ def test_a_run_leaves_a_student_heads_metrics_and_a_report(config: TrainConfig) 
     board.Reload()
     assert len(board.Scalars("loss")) == 12
     assert [path.stem for path in checkpoints(config.out)] == ["00000010", "00000012"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_obeyed_after_the_step_with_a_checkpoint(config: TrainConfig, number: signal.Signals) -> None:
+    def interrupt(status: TrainStatus) -> None:
+        if status.step == 3:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(IncompleteError, match="after step 3 of 12; go on with --resume"):
+        train(config, on_status=interrupt)
+    assert [path.stem for path in checkpoints(config.out)] == ["00000003"]
+    train(replace(config, resume=True))
+    whole = replace(config, out=config.out.with_name("whole"))
+    train(whole)
+    ours, theirs = (load_file(run / "student.safetensors") for run in (config.out, whole.out))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("stopped_at", [3, 7, 11])

@@ -1,0 +1,497 @@
+"""The page of PCA maps: its arithmetic, what it shows of each kind of item, and in a browser."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from making import TINY_SIZE, TINY_STUDENT, TINY_TEACHER, make_corpus, make_store, picture, random_weights
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.decomposition import PCA
+
+from eupe.corpus.decode import decode_image
+from eupe.corpus.views import ViewSpec, render_view
+from eupe.encoder import load_encoder, normalise
+from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageError
+from eupe.evaluate.viz import SHOWN_PX, Picture, VizReport, choose_pictures, write_page
+from eupe.evaluate.viz_chart import MAX_POINTS, Series, linear_axis, log_axis, svg_chart, thin, value_axis
+from eupe.evaluate.viz_history import read_history
+from eupe.evaluate.viz_pca import pca_rgb, pca_scores
+from eupe.store import Features, open_store
+from eupe.train.config import TrainConfig
+from eupe.train.loop import train
+from eupe.train.targets import is_held_out
+
+Pixels = NDArray[np.uint8]
+
+HOSTILE = "<img src=x onerror=alert(1)>&\"'${names}.png"
+HOLDOUT = 0.25
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What the pages are made of. Not to be changed."""
+
+    corpus: Path
+    weights: Path
+    store: Path
+    other: Path
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Pictures with a hostile name among them, two stores of the same crops, and a student of the first."""
+    folder = tmp_path_factory.mktemp("viz")
+    corpus = make_corpus(folder / "pictures", count=23)
+    (corpus / "<b>bold").mkdir()
+    picture(99).save(corpus / "<b>bold" / HOSTILE)
+    weights = random_weights(TINY_TEACHER.removeprefix("timm:"), folder / "teacher.safetensors")
+    store = make_store(folder / "first.zarr", corpus, weights).path
+    other = make_store(folder / "second.zarr", corpus, weights, sizes=(TINY_SIZE // 2, 2 * TINY_SIZE)).path
+    run = folder / "run"
+    config = TrainConfig(
+        targets=(store,),
+        student=TINY_STUDENT,
+        out=run,
+        steps=4,
+        batch_size=4,
+        head_width=16,
+        holdout=HOLDOUT,
+        log_every=1,
+        validate_every=2,
+    )
+    train(config)
+    return World(corpus, weights, store, other, run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A page that was written, as a parser sees it."""
+
+    report: VizReport
+    path: Path
+    text: str
+    images: list[dict[str, str]]
+    """Attributes of every `img` element, in order."""
+    titles: list[str]
+    """Text of each picture's row heading."""
+
+    @property
+    def models(self) -> int:
+        return len(self.report.models)
+
+    @property
+    def keys(self) -> list[str]:
+        return [title.split("|")[0] for title in self.titles]
+
+    def maps(self, model: int) -> list[Pixels]:
+        """A model's maps, decoded, one per picture."""
+        return [_decoded(image["src"]) for image in self.images[1 + model :: 1 + self.models]]
+
+    def views(self) -> list[Pixels]:
+        return [_decoded(image["src"]) for image in self.images[:: 1 + self.models]]
+
+
+def _decoded(uri: str) -> Pixels:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2]))))
+
+
+class _Parser(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[dict[str, str]] = []
+        self.tags: set[str] = set()
+        self.titles: list[str] = []
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag in ("article", "h3"):
+            self._open.append(tag)
+            if self._open == ["article", "h3"]:
+                self.titles.append("")
+        if tag == "img":
+            self.images.append({name: value or "" for name, value in attrs})
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("article", "h3"):
+            self._open.remove(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self._open == ["article", "h3"]:
+            self.titles[-1] += f"{data}|"
+
+
+def make_page(world: World, out: Path, *items: Path | str, limit: int = 8, **options: Any) -> Page:
+    report = write_page([str(item) for item in items], images=world.corpus, out=out, limit=limit, **options)
+    text = out.read_text()
+    parser = _Parser()
+    parser.feed(text)
+    return Page(report, out, text, parser.images, parser.titles)
+
+
+@pytest.fixture(scope="module")
+def page(world: World, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Every picture, by both stores, the run, and the teacher run anew."""
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    items = (world.store, world.other, world.run, TINY_TEACHER)
+    return make_page(world, out, *items, limit=24, weights={TINY_TEACHER: world.weights})
+
+
+class TestPca:
+    @pytest.mark.parametrize("shape", [(3, 5, 4, 8), (2, 2, 2, 40)], ids=["more tokens", "more channels"])
+    def test_scores_are_those_of_scikit_learn_up_to_sign(self, shape: tuple[int, ...]) -> None:
+        dense = np.random.default_rng(0).normal(size=shape) * np.linspace(3, 1, shape[-1]) + 7
+        scores, explained = pca_scores(dense)
+        oracle = PCA(3, svd_solver="full").fit(dense.reshape(-1, shape[-1]))
+        expected = oracle.transform(dense.reshape(-1, shape[-1])).reshape(*shape[:-1], 3)
+        np.testing.assert_allclose(np.abs(scores), np.abs(expected), atol=1e-9)
+        assert explained == pytest.approx(oracle.explained_variance_ratio_.sum())
+
+    def test_sign_and_colours_do_not_depend_on_the_solver(self) -> None:
+        """A turned basis of the channels gives the same scores, by either of the square products."""
+        rng = np.random.default_rng(1)
+        dense = rng.normal(size=(2, 4, 4, 6)) * np.array([9, 6, 4, 1, 1, 1])
+        turn = np.linalg.qr(rng.normal(size=(50, 6)))[0]
+        np.testing.assert_allclose(pca_scores(dense)[0], pca_scores(dense @ turn.T)[0], atol=1e-9)
+        largest = np.abs(pca_scores(dense)[0]).reshape(-1, 3).argmax(axis=0)
+        assert (pca_scores(dense)[0].reshape(-1, 3)[largest, [0, 1, 2]] > 0).all()
+
+    def test_one_projection_for_all_pictures(self) -> None:
+        rng = np.random.default_rng(2)
+        dense = rng.normal(size=(4, 3, 3, 8))
+        dense[2] = dense[0]
+        rgb, _ = pca_rgb(dense)
+        np.testing.assert_array_equal(rgb[0], rgb[2])
+        assert (rgb[0] != rgb[1]).any()
+        alone = np.concatenate([pca_rgb(one[None])[0] for one in dense])
+        assert (alone != rgb).any()
+
+    def test_one_scale_for_all_pictures_and_places(self) -> None:
+        """Over every token of every picture, a larger score is never a darker shade."""
+        dense = np.random.default_rng(5).normal(size=(3, 4, 6, 8)) * np.arange(1, 4)[:, None, None, None]
+        scores, rgb = pca_scores(dense)[0].reshape(-1, 3), pca_rgb(dense)[0].reshape(-1, 3).astype(int)
+        for component in range(3):
+            assert (np.diff(rgb[scores[:, component].argsort(), component]) >= 0).all()
+
+    def test_colours_span_the_percentiles_and_outliers_are_clipped(self) -> None:
+        dense = np.random.default_rng(3).normal(size=(2, 16, 16, 3))
+        dense[0, 0, 0] = 1e6
+        rgb, _ = pca_rgb(dense)
+        assert rgb[..., 1:].min() == 0 and rgb[..., 1:].max() == 255
+        assert rgb[0, 0, 0, 0] == 255
+
+    @pytest.mark.parametrize(
+        "dense",
+        [np.full((2, 3, 3, 5), 4.0), np.zeros((1, 1, 1, 8)), np.ones((1, 1, 1, 1))],
+        ids=["constant", "one token", "one number"],
+    )
+    def test_what_does_not_vary_is_mid_grey(self, dense: NDArray[np.float64]) -> None:
+        rgb, explained = pca_rgb(dense)
+        assert (rgb == 128).all() and rgb.shape == (*dense.shape[:-1], 3)
+        assert explained == 0
+
+    def test_missing_components_are_mid_grey_and_not_amplified_noise(self) -> None:
+        line = np.random.default_rng(4).normal(size=(2, 4, 4, 1))
+        for dense in (line, line * np.linspace(0.1, 0.9, 7, dtype=np.float32)):
+            rgb, explained = pca_rgb(dense)
+            assert (rgb[..., 1:] == 128).all() and rgb[..., 0].max() == 255
+            assert explained == pytest.approx(1)
+
+
+class TestChoice:
+    @pytest.mark.parametrize("limit", [1, 3, 5, 9])
+    def test_held_out_first_then_each_label_in_turn(self, limit: int) -> None:
+        made = [("a", 0), ("a", 1), ("a", 0), ("a", 0), ("b", 0), ("b", 0), ("c", 1), ("c", 1), ("d", 0)]
+        pictures = [Picture(f"{i}", label, None, bool(held)) for i, (label, held) in enumerate(made)]
+        keys = [picture.key for picture in choose_pictures(pictures, limit)]
+        # held out: a, c, then c again; after them b and d, not seen yet, then a and b again, then a
+        assert keys == ["1", "6", "7", "4", "8", "0", "5", "2", "3"][:limit]
+
+    def test_without_labels_the_first_pictures(self) -> None:
+        pictures = [Picture(key, None, None, False) for key in "abcd"]
+        assert choose_pictures(pictures, 3) == pictures[:3]
+
+
+class TestChart:
+    def test_ticks_are_round_and_cover_the_values(self) -> None:
+        for low, high in itertools.product((-0.3, 0.0, 0.0123), (0.4, 1.0, 7.7, 123456.0)):
+            axis = linear_axis(low, high)
+            assert axis.low <= low and high <= axis.high and 3 <= len(axis.ticks) <= 9
+            digits = {f"{tick:.6e}".split("e")[0].rstrip("0") for tick in np.diff(axis.ticks)}
+            assert digits <= {"1.", "2.", "5."}
+
+    @pytest.mark.parametrize("low,high", [(0.7, 3.4), (0.01, 5.0), (1e-5, 1e3)])
+    def test_log_axis(self, low: float, high: float) -> None:
+        axis = log_axis(low, high)
+        assert 3 <= len(axis.ticks) <= 10
+        assert axis.share(axis.low) == 0 and axis.share(axis.high) == pytest.approx(1)
+        assert axis.share((axis.low * axis.high) ** 0.5) == pytest.approx(0.5)
+
+    def test_log_only_where_it_is_allowed_and_helps(self) -> None:
+        assert value_axis([0.1, 5], allow_log=True).log
+        assert not value_axis([0.1, 5], allow_log=False).log
+        assert not value_axis([1, 1.5], allow_log=True).log
+        assert not value_axis([-1, 5], allow_log=True).log
+        assert not value_axis([0, 5], allow_log=True).log
+        assert value_axis([0.2, 0.3], allow_log=False).low == 0
+
+    def test_a_long_curve_is_thinned_to_means(self) -> None:
+        points = [(float(i), float(i % 2)) for i in range(10 * MAX_POINTS)]
+        thinned = thin(points)
+        assert len(thinned) == MAX_POINTS
+        assert {y for _, y in thinned} == {0.5}
+        assert thinned[0][0] == 4.5
+        assert thin(points[:5]) == points[:5]
+
+    @pytest.mark.parametrize("points", [[(0, 0.0)], [(1, 2.0)], [(10, -1.0), (20, 3.0)]])
+    def test_curves_stay_inside(self, points: list[tuple[float, float]]) -> None:
+        svg = svg_chart([Series("a<b", points)], label="l", y_label="y", x_label="x", allow_log=True)
+        assert "a<b" not in svg
+        drawn = re.findall(r'polyline[^>]*points="([^"]*)"', svg)
+        places = [tuple(map(float, pair.split(","))) for pair in drawn[0].split()]
+        assert len(places) == len(points)
+        assert all(0 <= x <= 460 and 0 <= y <= 250 for x, y in places)
+
+
+class TestHistory:
+    def test_curves_and_outcome_are_those_of_the_log(self, world: World) -> None:
+        history = read_history(world.run)
+        lines = [json.loads(line) for line in (world.run / "metrics.jsonl").read_text().splitlines()]
+        totals = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        curves = {series.name: series for series in history.losses}
+        name = next(name for name in curves if name.endswith("/dense"))
+        assert curves["total"].points == totals and len(totals) == 4
+        expected = [(line["step"], line["losses"][name]) for line in lines if "losses" in line]
+        assert curves[name].points == expected
+        assert curves[name].dashed and curves[name].colour == 0
+        assert curves["total"].colour is None
+        assert [len(series.points) for series in history.cosines] == [2, 2]
+        last = {f"{row.target}/{row.tokens}": row.normalised for row in history.outcome}
+        assert {series.name: series.points[-1][1] for series in history.cosines} == last
+        assert {row.tokens for row in history.outcome} == {"summary", "dense"}
+
+    def test_no_log_is_no_curves(self, tmp_path: Path) -> None:
+        history = read_history(tmp_path)
+        assert not history.losses and not history.cosines and not history.outcome
+
+    @pytest.mark.parametrize("name,text", [("metrics.jsonl", '{"step": 1, "lo'), ("report.json", "[]x")])
+    def test_a_damaged_log_is_one_sentence(self, tmp_path: Path, name: str, text: str) -> None:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(RunError, match=re.escape(str(tmp_path))):
+            read_history(tmp_path)
+
+
+class TestPage:
+    def test_a_row_per_picture_and_a_column_per_item(self, page: Page) -> None:
+        assert page.report.models == ("first.zarr", "second.zarr", "run", TINY_TEACHER)
+        assert page.report.num_pictures == len(page.titles) == 24
+        assert len(page.images) == 24 * 5
+        assert page.report.num_bytes == page.path.stat().st_size
+        assert all(image["alt"] for image in page.images)
+        for words in ("4×4 cells", "8×8 cells", "64 px", "128 px", "64 channels", 'class="kind run"'):
+            assert words in page.text
+        assert page.text.count('<svg class="chart"') == 2
+        assert "raw − mean feature" in page.text
+
+    def test_store_columns_are_the_stored_features_of_view_0(self, world: World, page: Page) -> None:
+        for model, (path, size) in enumerate([(world.store, TINY_SIZE), (world.other, 2 * TINY_SIZE)]):
+            dense = _view_0(path, page.keys, size=size).dense
+            assert dense is not None
+            np.testing.assert_array_equal(np.stack(page.maps(model)), pca_rgb(dense)[0])
+
+    def test_all_see_the_view_of_the_store(self, world: World, page: Page) -> None:
+        """The picture shown is the stored crop; the student's map is made of that crop at its own size."""
+        stored = _view_0(world.store, page.keys, size=TINY_SIZE)
+        images = [decode_image((world.corpus / key).read_bytes()) for key in page.keys]
+        assert stored.flips.any()
+
+        def rendered(size: int) -> Pixels:
+            crops = zip(images, stored.boxes.tolist(), stored.flips.tolist(), strict=True)
+            return np.stack([render_view(image, tuple(box), flip, size) for image, box, flip in crops])
+
+        difference = np.stack(page.views()).astype(int) - rendered(SHOWN_PX)
+        assert np.abs(difference).mean() < 3  # JPEG
+        encoder = load_encoder(world.run).eval()
+        pixels = normalise(torch.from_numpy(rendered(encoder.card.size)), encoder.card.mean, encoder.card.std)
+        with torch.inference_mode():
+            dense = encoder(pixels).dense.numpy()
+        _assert_same_maps(page.maps(2), pca_rgb(dense)[0])
+
+    def test_a_teacher_says_what_its_store_says(self, page: Page, world: World, tmp_path: Path) -> None:
+        """Compared on a page of its own: the centre view, at the teacher's native size."""
+        weights = {TINY_TEACHER: world.weights}
+        alone = make_page(world, tmp_path / "teacher.html", TINY_TEACHER, limit=24, weights=weights)
+        assert alone.report.num_held_out == 0 and "held out" not in alone.text.split("<article>", 1)[1]
+        native = int(re.findall(r"<span>(\d+) px</span>", alone.text)[0])
+        centre = tmp_path / "centre.zarr"
+        make_store(centre, world.corpus, world.weights, views=ViewSpec(), sizes=(native,))
+        stored = make_page(world, tmp_path / "store.html", centre, limit=24)
+        assert stored.titles == alone.titles
+        _assert_same_maps(alone.maps(0), np.stack(stored.maps(0)))
+
+    def test_held_out_pictures_come_first_and_are_tagged(self, page: Page) -> None:
+        tagged = ["|held out|" in title for title in page.titles]
+        expected = [is_held_out(title.split("|")[0], HOLDOUT) for title in page.titles]
+        assert tagged == expected == sorted(expected, reverse=True)
+        assert 0 < sum(tagged) == page.report.num_held_out < 24
+
+    def test_identical_pictures_get_identical_maps(self, world: World, tmp_path: Path) -> None:
+        corpus = tmp_path / "pictures"
+        for name in ("one.png", "other.png"):
+            corpus.mkdir(exist_ok=True)
+            picture(5).save(corpus / name)
+        picture(6).save(corpus / "third.png")
+        twins = dataclasses.replace(world, corpus=corpus)
+        made = make_page(twins, tmp_path / "page.html", TINY_TEACHER, weights={TINY_TEACHER: world.weights})
+        first, second, third = made.maps(0)
+        np.testing.assert_array_equal(first, second)
+        assert (first != third).any()
+
+    def test_is_one_file_without_scripts_or_links(self, page: Page) -> None:
+        parser = _Parser()
+        parser.feed(page.text)
+        assert not parser.tags & {"script", "link", "iframe", "object", "a", "base", "form"}
+        assert "default-src 'none'" in page.text
+        assert not re.search(r"https?:|url\(|@import|(src|href)=[\"'](?!data:)", page.text)
+        assert all(image["src"].startswith("data:image/") for image in page.images)
+        assert "$" not in page.text.replace("${names}", "")
+
+    def test_hostile_names_are_text(self, page: Page) -> None:
+        assert any(title.startswith(f"<b>bold/{HOSTILE}|<b>bold|") for title in page.titles)
+        assert "<img src=x" not in page.text and "<b>bold" not in page.text
+        assert {tuple(sorted(image)) for image in page.images} == {("alt", "src"), ("alt", "class", "src")}
+
+    def test_the_same_inputs_give_the_same_bytes(self, world: World, tmp_path: Path) -> None:
+        pages = [make_page(world, tmp_path / f"{i}.html", world.store, world.run, limit=3) for i in range(2)]
+        assert pages[0].text == pages[1].text
+        assert pages[0].report.num_pictures == 3
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["0.html", "1.html"]
+
+
+def _view_0(path: Path, keys: list[str], *, size: int) -> Features:
+    store = open_store(path)
+    row_of = {sample["key"]: sample["row"] for sample in store.samples.to_pylist()}
+    return store.read([row_of[key] for key in keys], [0] * len(keys), size=size)
+
+
+def _assert_same_maps(got: list[Pixels], expected: Pixels) -> None:
+    """Features that differ by rounding (bf16, or fp16 in a store) agree but for a shade or two."""
+    difference = np.abs(np.stack(got).astype(int) - expected.astype(int))
+    assert difference.mean() < 4
+
+
+class TestErrors:
+    @pytest.fixture
+    def out(self, tmp_path: Path) -> Iterator[Path]:
+        """Where a page must not appear."""
+        path = tmp_path / "page.html"
+        yield path
+        assert not path.is_file() and not list(tmp_path.glob(".page*"))
+
+    def _refused(self, kind: type[EupeError], words: str, items: list[Any], images: Path, out: Path) -> None:
+        with pytest.raises(kind, match=words) as refused:
+            write_page([str(item) for item in items], images=images, out=out)
+        assert "\n" not in str(refused.value)
+
+    def test_no_item(self, world: World, out: Path) -> None:
+        self._refused(ConfigError, "at least one store", [], world.corpus, out)
+
+    def test_what_is_none_of_the_three(self, world: World, out: Path) -> None:
+        self._refused(ConfigError, "dino2 is no store.*dinov2", ["dino2"], world.corpus, out)
+        self._refused(ConfigError, "is no store", [world.corpus], world.corpus, out)
+
+    def test_an_unfinished_run(self, world: World, out: Path, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        shutil.copy(world.run / "config.json", tmp_path / "run")
+        self._refused(RunError, "no student yet.*--resume", [tmp_path / "run"], world.corpus, out)
+
+    def test_no_picture_in_common(self, world: World, out: Path, tmp_path: Path) -> None:
+        stranger = make_corpus(tmp_path / "stranger", count=1, classes=1)
+        (stranger / "class0" / "0000.png").rename(stranger / "stranger.png")
+        self._refused(ConfigError, r"none of the 1 pictures.*stranger\.png", [world.store], stranger, out)
+
+    def test_another_picture_under_the_same_key(self, world: World, out: Path, tmp_path: Path) -> None:
+        changed = tmp_path / "changed" / "class0" / "0000.png"
+        changed.parent.mkdir(parents=True)
+        picture(77).save(changed)
+        self._refused(CorpusError, "class0/0000.png is not the file", [world.store], changed.parents[1], out)
+
+    def test_a_picture_that_cannot_be_read(self, world: World, out: Path, tmp_path: Path) -> None:
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+        self._refused(CorpusError, r"bad\.png .*cannot be read", [world.run], tmp_path / "broken", out)
+
+    def test_stores_of_different_crops(self, world: World, out: Path, tmp_path: Path) -> None:
+        views = ViewSpec(policy="rrc", num_views=2, seed=1)
+        other = make_store(tmp_path / "other.zarr", world.corpus, world.weights, views=views).path
+        self._refused(ConfigError, "different crops of .*--seed", [world.store, other], world.corpus, out)
+
+    def test_weights_for_what_is_no_teacher(self, world: World, out: Path) -> None:
+        store = str(world.store)
+        with pytest.raises(ConfigError, match="no teacher among the items"):
+            write_page([store], images=world.corpus, out=out, weights={store: world.weights})
+
+    def test_limit(self, world: World, out: Path) -> None:
+        with pytest.raises(ConfigError, match="--limit"):
+            write_page([str(world.store)], images=world.corpus, out=out, limit=0)
+
+    def test_a_place_that_cannot_be_written(self, world: World, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("kept")
+        for place in (tmp_path, tmp_path / "file" / "page.html", Path("/proc/page.html")):
+            with pytest.raises(StorageError, match="cannot be written"):
+                write_page([str(world.store)], images=world.corpus, out=place, limit=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+PROBE = """<script>
+window.alert = () => { document.title = "attacked"; };
+addEventListener("load", () => {
+  const images = [...document.images];
+  document.body.dataset.decoded = images.filter(image => image.naturalWidth > 0).length;
+  document.body.dataset.images = images.length;
+  const widths = document.documentElement;
+  document.body.dataset.overflow = widths.scrollWidth - widths.clientWidth;
+  document.body.dataset.pixelated = (document.getElementById("cells").click(),
+    images.filter(image => getComputedStyle(image).imageRendering === "pixelated").length);
+});
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium, chromium-browser or google-chrome")
+@pytest.mark.parametrize("width", [1280, 700, 500])
+def test_a_browser_shows_every_image(page: Page, tmp_path: Path, width: int) -> None:
+    """A copy with a probe, for which alone scripts are allowed; a hostile name would have its chance here."""
+    probed = page.text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    (tmp_path / "probed.html").write_text(probed.replace("</body>", PROBE))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    quiet = "--disable-background-networking --disable-component-update --disable-sync"
+    dump = "--virtual-time-budget=5000 --dump-dom"
+    place = (tmp_path / "probed.html").as_uri()
+    words = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", place]
+    dom = subprocess.run(
+        [str(CHROMIUM), *flags.split(), *quiet.split(), *dump.split(), *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    found = dict(re.findall(r'data-(\w+)="(-?\d+)"', dom))
+    assert found == {"images": "120", "decoded": "120", "overflow": "0", "pixelated": "96"}
+    assert "<title>attacked" not in dom

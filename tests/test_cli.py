@@ -1,0 +1,144 @@
+"""What a user types, and what a mistake gets: one sentence, exit code 2, no traceback."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zarr
+from making import TINY_STUDENT, make_store, picture
+
+from eupe.store import Store
+
+Run = Callable[..., Any]
+
+
+def sentence(outcome: Any) -> str:
+    assert "Traceback" not in outcome.err
+    progress, found, text = outcome.err.partition("error: ")
+    assert found
+    assert all(line.startswith("indexing:") for line in progress.splitlines())
+    assert outcome.out == ""
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["extract", "--teacher", "dinov2", "--corpus", "nowhere"], 2, "nowhere does not exist"),
+        (["extract", "--teacher", "dinov2", "--corpus", "empty"], 2, "holds no picture"),
+        (["extract", "--teacher", "dinov22", "--corpus", "pictures"], 2, "dinov2-s"),
+        (["extract", "--teacher", "timm:vit_tinny", "--corpus", "pictures"], 2, "did you mean"),
+        (["extract", "--teacher", "dinov2", "--corpus", "pictures", "--size", "100"], 2, "use --size 98 or --size 112"),
+        (["extract", "--teacher", "dinov2", "--corpus", "pictures", "--views", "rrc"], 2, "rrc:K"),
+        (["extract", "--teacher", "dinov2", "--corpus", "pictures", "--tokens", "cls"], 2, "--tokens takes"),
+        (["extract", "--teacher", "dinov2", "--corpus", "pictures", "--batch-size", "0"], 2, "--batch-size must be"),
+        (["extract", "--teacher", "dinov2", "--corpus", "pictures", "--weights", "no"], 2, "no do not exist"),
+        (
+            ["extract", "--teacher", "dinov2", "--corpus", "pictures", "--weights", "pictures", "--dtype", "x"],
+            2,
+            "--dtype x",
+        ),
+        (
+            ["train", "--targets", "nowhere.zarr", "--student", "test_vit", "--out", "r"],
+            2,
+            "nowhere.zarr does not exist",
+        ),
+        (["train", "--targets", "empty", "--student", "test_vit", "--out", "r"], 2, "is not a feature store"),
+        (["eval", "agreement", "empty"], 2, "is not a training run"),
+        (["eval", "knn", "nowhere"], 2, "does not exist"),
+        (["store", "info", "empty"], 2, "is not a feature store"),
+        (["index", "--corpus", "pictures", "--out", "index.csv"], 2, "must end in .parquet"),
+        (["teachers", "nobody"], 2, "nobody"),
+        (["viz", "nowhere", "--images", "pictures", "--out", "p.html"], 2, "nowhere"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    words: list[str], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_eupe: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pictures").mkdir()
+    picture(1).save(tmp_path / "pictures" / "one.png")
+    outcome = run_eupe(*words)
+    assert outcome.code == code
+    assert said in sentence(outcome)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_store_of_a_newer_format_is_refused(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run
+) -> None:
+    store = make_store(tmp_path / "s.zarr", tiny_corpus, tiny_weights)
+    group = zarr.open_group(store.path, mode="r+")
+    group.attrs["eupe"] = {**group.attrs["eupe"], "format": 2}  # type: ignore[dict-item]
+    outcome = run_eupe("train", "--targets", store.path, "--student", TINY_STUDENT, "--out", tmp_path / "r")
+    assert outcome.code == 2
+    assert "written in format 2" in sentence(outcome)
+
+
+def test_a_corpus_folder_that_cannot_be_read_is_named(tmp_path: Path, run_eupe: Run) -> None:
+    out = tmp_path / "file"
+    out.write_text("in the way")
+    (tmp_path / "c").mkdir()
+    picture(1).save(tmp_path / "c" / "a.png")
+    outcome = run_eupe("index", "--corpus", tmp_path / "c", "--out", out / "i.parquet")
+    assert outcome.code == 2
+    assert "cannot be written" in sentence(outcome)
+
+
+def test_index_then_extract_from_the_index(tiny_corpus: Path, tmp_path: Path, run_eupe: Run) -> None:
+    report = json.loads(run_eupe("index", "--corpus", tiny_corpus, "--out", tmp_path / "i.parquet", "--json").out)
+    assert report["pictures"] == 24
+    again = json.loads(
+        run_eupe("index", "--corpus", tmp_path / "i.parquet", "--out", tmp_path / "j.parquet", "--json").out
+    )
+    assert again["fingerprint"] == report["fingerprint"]
+
+
+def test_train_evaluate_and_look_through_the_command_line(tiny_store: Store, tmp_path: Path, run_eupe: Run) -> None:
+    words = ["train", "--targets", tiny_store.path, "--student", TINY_STUDENT, "--out", tmp_path / "run"]
+    words += ["--steps", 3, "--batch-size", 8, "--head-width", 16, "--holdout", 0.3]
+    first = json.loads(run_eupe(*words, "--json").out)
+    assert (first["steps"], first["cached"]) == (3, False)
+    assert json.loads(run_eupe(*words, "--json").out)["cached"]
+    judged = json.loads(run_eupe("eval", "agreement", tmp_path / "run", "--json").out)
+    assert set(judged["targets"][0]["kinds"]) == {"summary", "dense"}
+    readable = run_eupe("eval", "agreement", tmp_path / "run")
+    assert readable.code == 0
+    assert "nearest neighbours in common" in " ".join(readable.out.split())
+    page = run_eupe(
+        "viz",
+        tiny_store.path,
+        tmp_path / "run",
+        "--images",
+        tiny_store.spec.corpus["root"],
+        "--out",
+        tmp_path / "p.html",
+    )
+    assert page.code == 0, page.err
+    assert (tmp_path / "p.html").read_text().count("data:image/png") >= 8
+
+
+def test_the_list_of_teachers_is_quick_and_complete(run_eupe: Run) -> None:
+    outcome = run_eupe("teachers")
+    assert outcome.code == 0
+    assert "dinov3" in outcome.out
+    card = json.loads(run_eupe("teachers", "pe-core-g").out)
+    assert (card["dense_dim"], card["summary"], card["prefix_tokens"]) == (1536, "attention_pool", 0)
+
+
+def test_every_verb_explains_itself() -> None:
+    done = subprocess.run([sys.executable, "-m", "eupe", "--help"], capture_output=True, text=True, check=True)
+    for verb in ("teachers", "index", "extract", "train", "eval", "store", "viz"):
+        assert verb in done.stdout
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = "import sys, eupe.cli; print({'torch', 'ray', 'zarr', 'timm'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
