@@ -22,7 +22,7 @@ from eupe.errors import ConfigError
 Box = tuple[int, int, int, int]
 """x0, y0, x1, y1 in pixels of the upright picture."""
 
-KERNEL = "pillow-bicubic"
+KERNEL = "pillow-crop-bicubic"
 """Crop, then resize what was cropped, antialiased, on 8-bit samples: nothing outside the box leaks in."""
 
 MAX_ATTEMPTS = 10

@@ -44,6 +44,11 @@ class PartTask:
     samples: tuple[Sample, ...]
 
 
+def installed_versions() -> dict[str, str]:
+    """Of the libraries that a feature may depend on, on this machine."""
+    return {name: version(name) for name in RECORDED_LIBRARIES}
+
+
 def store_spec(
     teacher: TeacherSpec,
     corpus: Corpus,
@@ -77,7 +82,7 @@ def store_spec(
         grids=grids,
         tokens=kept,
         samples_per_part=samples_per_part(len(corpus), per_sample),
-        versions={name: version(name) for name in RECORDED_LIBRARIES},
+        versions=installed_versions(),
     )
 
 

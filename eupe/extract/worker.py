@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from eupe.corpus.decode import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
-from eupe.extract.plan import PartTask, Sample
+from eupe.extract.plan import PartTask, Sample, installed_versions
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
 from eupe.store.writer import FP16_MAX, Part, Row, StoreWriter
 from eupe.teachers.teacher import Teacher
@@ -176,7 +176,6 @@ class PartBuffers:
             }
             for kind in spec.tokens:
                 self._features[feature_path(size, kind)] = np.full(shapes[kind], np.nan, np.float16)
-        self._versions = dict(spec.versions)
 
     def take(self, samples: Iterable[LoadedSample], progress: Progress) -> Iterator[RenderedView]:
         """Note every sample's row and view parameters, and hand on its views."""
@@ -208,7 +207,7 @@ class PartBuffers:
             self._digests,
             self._features,
             self._num_clipped,
-            self._versions,
+            installed_versions(),
         )
 
     def _judged(self, i: int, row: Row, progress: Progress) -> Row:

@@ -10,6 +10,7 @@ from eupe.errors import FormatVersionError, StoreError
 
 FORMAT = 1
 ATTRIBUTE = "eupe"
+PRECISION = "fp16"
 
 PART_BYTES = 128 * 2**20
 """Upper bound on a part's raw features; with a power of two of samples a shard has 64 to 128 MB."""
@@ -40,7 +41,7 @@ class StoreSpec:
     tokens: tuple[str, ...]
     """`summary`, `dense`, or both."""
     samples_per_part: int
-    precision: str = "fp16"
+    precision: str = PRECISION
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the libraries that made it; recorded, not compared."""
 
@@ -68,7 +69,7 @@ class StoreSpec:
     def identity(self) -> dict[str, Any]:
         """The spec without what says nothing about the content: equal identities are a cache hit."""
         plain = self.to_json()
-        del plain["versions"]
+        del plain["versions"], plain["samples_per_part"]
         plain["corpus"] = {k: v for k, v in plain["corpus"].items() if k != "root"}
         descriptive = ("name", "model", "note", "licence", "native_size")
         plain["teacher"] = {k: v for k, v in plain["teacher"].items() if k not in descriptive}
@@ -86,7 +87,13 @@ class StoreSpec:
             )
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in attributes.items()}
         del fields["format"]
-        return cls(**fields)
+        try:
+            spec = cls(**fields)
+        except TypeError as error:
+            raise StoreError(f"{where} has a damaged specification: {error}") from error
+        if spec.precision != PRECISION:
+            raise FormatVersionError(f"{where} is stored as {spec.precision}, which this version of eupe cannot read")
+        return spec
 
 
 def differences(stored: StoreSpec, asked: StoreSpec) -> list[str]:

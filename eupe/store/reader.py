@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from eupe.store.handles import open_array, read_result
 from eupe.store.layout import ATTRIBUTE, DENSE, SUMMARY, StoreSpec, feature_path, part_name
 
 PART_STATS = b"eupe.part"
+PART_CHECKSUM = b"eupe.crc32"
+"""CRC-32 of `eupe.part`, which the page checksums of Parquet do not cover; eight hexadecimal digits."""
 STATS = "stats"
 ROW_SCHEMA = pa.schema(
     [
@@ -131,6 +135,7 @@ class Store:
 
     def read_async(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> PendingFeatures:
         """`read`, begun now and waited for later."""
+        self._require_in_range(rows, views)
         size = self.spec.sizes[0] if size is None else size
         paths = {"boxes": "boxes", "flips": "flips", "digests": "digests"}
         paths |= {kind: feature_path(size, kind) for kind in (SUMMARY, DENSE) if kind in self.spec.tokens}
@@ -144,10 +149,17 @@ class Store:
 
         Raises: PartCorruptError.
         """
+        self._require_in_range(rows, views)
         path = feature_path(self.spec.sizes[0] if size is None else size, SUMMARY)
         future = self._handle(path).vindex[list(rows), list(views)].read()
         summaries: NDArray[np.float16] = read_result(future, self.path)
         return summaries
+
+    def _require_in_range(self, rows: Sequence[int], views: Sequence[int]) -> None:
+        """Raises: IndexError."""
+        for name, places, count in (("row", rows, self.spec.num_samples), ("view", views, self.spec.num_views)):
+            if len(places) and not 0 <= min(places) <= max(places) < count:
+                raise IndexError(f"{self.path} has {name}s 0 to {count - 1}; got {min(places)} to {max(places)}")
 
     def _handle(self, path: str) -> Any:
         if path not in self._handles:
@@ -164,13 +176,17 @@ def open_store(path: str | Path) -> Store:
     if not (path / "zarr.json").is_file():
         what = "is not a feature store (no zarr.json)" if path.exists() else "does not exist"
         raise StoreError(f"store {path} {what}; make one with `eupe extract --out {path}`")
-    attributes = dict(zarr.open_group(path, mode="r").attrs).get(ATTRIBUTE, {})
+    try:
+        attributes = json.loads((path / "zarr.json").read_bytes()).get("attributes", {}).get(ATTRIBUTE, {})
+    except (OSError, ValueError) as error:
+        raise StoreError(f"store {path} cannot be opened: its zarr.json is damaged ({error})") from error
     return Store(path, StoreSpec.from_json(attributes, where=str(path)))
 
 
 def committed_parts(path: Path) -> list[int]:
     """Parts whose commit file exists, in order."""
-    return sorted(int(file.stem) for file in (path / "parts").glob("[0-9]*.parquet"))
+    names = (file.name for file in (path / "parts").glob("[0-9]*.parquet"))
+    return sorted(int(name.split(".")[0]) for name in names if re.fullmatch(r"\d{5,}\.parquet", name))
 
 
 def read_part_metadata(path: Path, part: int) -> dict[str, Any]:
@@ -182,11 +198,21 @@ def read_part_metadata(path: Path, part: int) -> dict[str, Any]:
 def _read_part(path: Path, part: int) -> pa.Table:
     file = path / "parts" / part_name(part)
     try:
-        return pq.read_table(file)
-    except (OSError, pa.ArrowInvalid) as error:
+        table = pq.read_table(file, page_checksum_verification=True)
+        if not table.schema.equals(ROW_SCHEMA):
+            raise ValueError("its columns are not those of a part")
+        if table.schema.metadata[PART_CHECKSUM] != checksum(table.schema.metadata[PART_STATS]):
+            raise ValueError("its statistics fail their checksum")
+        return table
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise PartCorruptError(
             f"{file} is damaged ({error}); remove it and run the same `eupe extract` again to redo the part"
         ) from error
+
+
+def checksum(data: bytes) -> bytes:
+    """CRC-32 in eight hexadecimal digits."""
+    return b"%08x" % zlib.crc32(data)
 
 
 def _with_rows(table: pa.Table, start: int) -> pa.Table:

@@ -15,16 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
 from eupe.errors import SpecMismatchError, StoreError
 from eupe.store.handles import open_array, storage_error
 from eupe.store.layout import ATTRIBUTE, ArrayLayout, StoreSpec, arrays, differences, part_name
 from eupe.store.reader import (
+    PART_CHECKSUM,
     PART_STATS,
     ROW_SCHEMA,
     STATS,
     Store,
+    checksum,
     committed_parts,
     open_store,
     read_part_metadata,
@@ -61,12 +63,6 @@ class Part:
     num_clipped: int = 0
     """Values beyond fp16's range, stored as its largest."""
     versions: Mapping[str, str] = field(default_factory=dict)
-
-
-def to_fp16(values: NDArray[np.float32]) -> tuple[NDArray[np.float16], int]:
-    """Finite float32 to float16, and how many values had to be clipped to its range."""
-    clipped = np.clip(values, -FP16_MAX, FP16_MAX)
-    return clipped.astype(np.float16), int(np.count_nonzero(clipped != values))
 
 
 def create_store(path: Path, spec: StoreSpec) -> Store:
@@ -149,12 +145,13 @@ class StoreWriter:
             "num_clipped": part.num_clipped,
             "versions": dict(part.versions),
         }
-        table = table.replace_schema_metadata({PART_STATS: json.dumps(stats, sort_keys=True).encode()})
+        encoded = json.dumps(stats, sort_keys=True).encode()
+        table = table.replace_schema_metadata({PART_STATS: encoded, PART_CHECKSUM: checksum(encoded)})
         final = self.path / "parts" / part_name(part.index)
         temporary = final.with_name(f".{final.name}.{_unique()}.tmp")
         try:
             with temporary.open("wb") as file:
-                pq.write_table(table, file)
+                pq.write_table(table, file, write_page_checksum=True)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(final)
@@ -185,9 +182,9 @@ def finish_store(path: Path) -> Store:
             total = merge_all(Moments.from_json(part["moments"][name]) for part in metadata)
             if total.count == 0:
                 raise StoreError(f"{path}: no picture of the corpus could be read; see `eupe store info {path}`")
-            group.create_array(f"{name}/mean", data=total.mean)
-            group.create_array(f"{name}/std", data=total.std)
-            group.create_array(f"{name}/count", data=np.array(total.count))
+            statistics = {"mean": total.mean, "std": total.std, "count": np.array(total.count)}
+            for statistic, values in statistics.items():
+                group.create_array(f"{name}/{statistic}", data=values, compressors=[ZstdCodec(), Crc32cCodec()])
         shutil.rmtree(path / STATS, ignore_errors=True)
         temporary.rename(path / STATS)
     except OSError as error:

@@ -128,6 +128,25 @@ def test_a_truncated_commit_file_is_refused(copy: Path) -> None:
 @pytest.mark.parametrize("num_rows", [3, 0])
 def test_a_commit_file_that_lacks_rows_is_refused(copy: Path, num_rows: int) -> None:
     file = copy / "parts/00001.parquet"
-    pq.write_table(pq.read_table(file).slice(0, num_rows), file)
+    pq.write_table(pq.read_table(file).slice(0, num_rows), file, write_page_checksum=True)
     with pytest.raises(PartCorruptError, match=f"has {num_rows} rows, the store's layout asks for 4"):
         _ = open_store(copy).samples
+
+
+def test_a_flipped_bit_in_a_commit_file_is_never_read(whole: Path, copy: Path) -> None:
+    """Parquet has a few bytes without meaning: whole or refused."""
+    file = copy / "parts/00001.parquet"
+    data = file.read_bytes()
+    samples, metadata = open_store(whole).samples, read_part_metadata(whole, 1)
+    outcomes = set()
+    for position in range(0, len(data), 3):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        file.write_bytes(damaged)
+        try:
+            assert open_store(copy).samples.equals(samples)
+            assert read_part_metadata(copy, 1) == metadata
+            outcomes.add("whole")
+        except PartCorruptError:
+            outcomes.add("refused")
+    assert outcomes == {"whole", "refused"}

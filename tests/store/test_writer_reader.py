@@ -362,3 +362,19 @@ def test_a_store_appears_whole_or_not_at_all(case: Case, tmp_path: Path, monkeyp
 def test_a_store_can_be_moved(case: Case, copy: Path, tmp_path: Path) -> None:
     moved = shutil.move(copy, tmp_path / "moved.zarr")
     check_reads(case, moved)
+
+
+@pytest.mark.parametrize(("rows", "views"), [([-1], [0]), ([0, 10_000], [0, 0]), ([0], [99])])
+def test_places_outside_the_store_are_refused(tmp_path: Path, rows: list[int], views: list[int]) -> None:
+    case = make_case(make_spec())
+    store = write_store(case, tmp_path / "s.zarr")
+    for read in (store.read, store.read_summaries):
+        with pytest.raises(IndexError, match=r"s\.zarr has (row|view)s 0 to"):
+            read(rows, views)
+
+
+def test_a_stray_file_among_the_parts_is_no_part(tmp_path: Path) -> None:
+    case = make_case(make_spec())
+    store = write_store(case, tmp_path / "s.zarr")
+    (store.path / "parts" / "00000.copy.parquet").write_bytes(b"stray")
+    assert open_store(store.path).samples.equals(store.samples)
