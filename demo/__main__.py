@@ -56,8 +56,9 @@ def main() -> None:
     agreements = {name: eupe(f"eval agreement {OUT}/runs/{name}") for name in runs}
     accuracies = {"DINOv2-S": eupe(f"eval knn {OUT}/store/digits.zarr")}
     accuracies |= {name: eupe(f"eval knn {OUT}/runs/{name} --corpus {DIGITS}") for name in runs}
-    items = " ".join(f"{OUT}/store/{name}.zarr" for name in ("dinov2", "efficientnet"))
-    eupe(f"viz {items} {OUT}/runs/proxy {OUT}/runs/student --images {PHOTOS} --out {OUT}/page.html")
+    weights = f"--weights dinov2={DINOV2} --weights efficientnet-lite0={EFFICIENTNET}"
+    models = f"dinov2 efficientnet-lite0 {OUT}/runs/proxy {OUT}/runs/student"
+    eupe(f"viz {models} {weights} --images {PHOTOS} --out {OUT}/page.html")
     show(stores, runs, agreements, accuracies)
     console.print(
         f"{time.monotonic() - began:.0f} s in all; look at [bold]{(OUT / 'page.html').resolve()}[/]", soft_wrap=True

@@ -308,12 +308,17 @@ def viz(
     images: Annotated[Path, typer.Option(help="Folder of pictures, or an index.")],
     out_path: Annotated[Path, typer.Option("--out", help="The page to write (.html).")],
     limit: Annotated[int, typer.Option(help="How many pictures.")] = 8,
+    weights: Annotated[list[str] | None, typer.Option(help="TEACHER=PATH: local weights of a teacher.")] = None,
     as_json: Json = False,
 ) -> None:
     """One self-contained page: dense features as PCA maps side by side, and the runs' loss curves."""
     from eupe.evaluate.viz import write_page
 
-    report = write_page(items, images=images, out=out_path, limit=limit)
+    pairs = [word.partition("=") for word in weights or []]
+    if malformed := [name for name, _, path in pairs if not path]:
+        raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}")
+    local = {name: Path(path) for name, _, path in pairs}
+    report = write_page(items, images=images, out=out_path, limit=limit, weights=local)
     _finish(dataclasses.asdict(report), as_json)
 
 

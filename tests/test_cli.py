@@ -54,6 +54,7 @@ def sentence(outcome: Any) -> str:
         (["index", "--corpus", "pictures", "--out", "index.csv"], 2, "must end in .parquet"),
         (["teachers", "nobody"], 2, "nobody"),
         (["viz", "nowhere", "--images", "pictures", "--out", "p.html"], 2, "nowhere"),
+        (["viz", "dinov2", "--images", "pictures", "--out", "p.html", "--weights", "x"], 2, "TEACHER=PATH, got x"),
     ],
 )
 def test_mistakes_get_one_sentence(
@@ -122,6 +123,15 @@ def test_train_evaluate_and_look_through_the_command_line(tiny_store: Store, tmp
     )
     assert page.code == 0, page.err
     assert (tmp_path / "p.html").read_text().count("data:image/png") >= 8
+
+
+def test_the_page_shows_a_teacher_with_local_weights(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run
+) -> None:
+    words = ["viz", "timm:test_vit", "--weights", f"timm:test_vit={tiny_weights}", "--images", tiny_corpus]
+    outcome = run_eupe(*words, "--out", tmp_path / "p.html", "--limit", 2, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["num_pictures"] == 2
 
 
 def test_the_list_of_teachers_is_quick_and_complete(run_eupe: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eupe.evaluate.run import Run, open_run
-from eupe.train.loop import held_out_batches, target_names
-from eupe.train.validate import Distiller, held_out_cosines
+from eupe.train.loop import in_order, target_names, training_sample
+from eupe.train.targets import Batch, Views
+from eupe.train.validate import Distiller, fit_gains, held_out_cosines
 
 NEIGHBOURS = 10
 
@@ -21,7 +23,7 @@ class KindAgreement:
     """Mean cosines over held-out views for one kind of token."""
 
     cosine: float
-    """Between denormalised prediction and feature, as the teacher gives it."""
+    """Between prediction and feature as the teacher gives it; the prediction's length is fitted on training views."""
     cosine_untrained: float
     """The same student and heads before the first step."""
     cosine_mean: float
@@ -93,8 +95,13 @@ def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
         predicted.setdefault(target, []).append(said.cpu())
         stored.setdefault(target, []).append(truth.cpu())
 
-    batches = held_out_batches(run.targets, size=run.size, batch_size=run.card.config["batch_size"], device=run.device)
-    totals = held_out_cosines(distiller, batches, run.device, on_summary=keep)
+    def batches(chosen: Views) -> Iterator[Batch]:
+        batch_size = run.card.config["batch_size"]
+        return in_order(run.targets, chosen, size=run.size, batch_size=batch_size, device=run.device)
+
+    gains = fit_gains(distiller, batches(training_sample(run.targets)), run.device)
+    held_out = run.targets.views_of(run.targets.held_out)
+    totals = held_out_cosines(distiller, batches(held_out), run.device, gains, on_summary=keep)
     mutual = {i: mutual_neighbours(torch.cat(predicted[i]), torch.cat(stored[i]), k=neighbours) for i in predicted}
     num_views = next(iter(totals[0].values())).views
     return _Measured([{kind: c.means() for kind, c in kinds.items()} for kinds in totals], mutual, num_views)

@@ -216,6 +216,11 @@ class JobActors:
         num_workers = config.workers or max(1, int(gpus))
         num_cpus = max(1, int(resources.get("CPU", 1)) // num_workers)
         num_gpus = min(1, gpus / num_workers) if config.gpus_per_worker is None else config.gpus_per_worker
+        if num_gpus * num_workers > gpus:
+            raise ConfigError(
+                f"{num_workers} workers with --gpus-per-worker {num_gpus:g} need {num_gpus * num_workers:g} GPUs, "
+                f"but Ray has {gpus:g}; ask for fewer"
+            )
         actor = ray.remote(ExtractActor).options(
             num_cpus=num_cpus,
             num_gpus=num_gpus,

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -23,13 +24,14 @@ from eupe.train.checkpoint import Trainables, load_checkpoint, save_checkpoint, 
 from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve
 from eupe.train.heads import TargetHeads
 from eupe.train.schedule import learning_rate
-from eupe.train.targets import Batch, TargetSet, batch_at, open_targets, stream
-from eupe.train.validate import Distiller, held_out_cosines, normalisers
+from eupe.train.targets import Batch, TargetSet, Views, batch_at, open_targets, stream
+from eupe.train.validate import Distiller, fit_gains, held_out_cosines, normalisers
 
 REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.jsonl"
 HEADS_FILE = "heads.safetensors"
 VALIDATION_VIEWS = 512
+GAIN_VIEWS = 256
 
 
 @dataclass(frozen=True)
@@ -203,22 +205,30 @@ def _named(losses: list[dict[str, Tensor]], card: RunCard) -> dict[str, float]:
 def _validate(
     config: TrainConfig, card: RunCard, targets: TargetSet, distiller: Distiller, device: torch.device
 ) -> dict[str, dict[str, dict[str, float]]]:
-    size = card.config["size"]
-    batches = held_out_batches(targets, size=size, batch_size=config.batch_size, device=device, limit=VALIDATION_VIEWS)
-    totals = held_out_cosines(distiller, batches, device)
+    def batches(chosen: Views) -> Iterator[Batch]:
+        return in_order(targets, chosen, size=card.config["size"], batch_size=config.batch_size, device=device)
+
+    gains = fit_gains(distiller, batches(training_sample(targets)), device)
+    held_out = spread(targets.views_of(targets.held_out), VALIDATION_VIEWS)
+    totals = held_out_cosines(distiller, batches(held_out), device, gains)
     return {
         name: {kind: cosines.means() for kind, cosines in kinds.items()}
         for name, kinds in zip(target_names(card), totals, strict=True)
     }
 
 
-def held_out_batches(
-    targets: TargetSet, *, size: int, batch_size: int, device: torch.device, limit: int | None = None
-) -> Iterator[Batch]:
-    """Views of held-out pictures in order, all of them or evenly chosen `limit`."""
-    views = targets.views_of(targets.held_out)
-    if limit is not None and len(views) > limit:
-        views = views[torch.linspace(0, len(views) - 1, limit).long().numpy()]
+def training_sample(targets: TargetSet) -> Views:
+    """The training views from which gains are fitted."""
+    return spread(targets.views_of(~targets.held_out), GAIN_VIEWS)
+
+
+def spread(views: Views, limit: int) -> Views:
+    """At most `limit` of the views, evenly chosen."""
+    return views if len(views) <= limit else views[np.linspace(0, len(views) - 1, limit).astype(np.int64)]
+
+
+def in_order(targets: TargetSet, views: Views, *, size: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Batches of the views as they come, the last one smaller."""
     wanted = (views[i : i + batch_size] for i in range(0, len(views), batch_size))
     return stream(targets, wanted, size=size, device=device)
 

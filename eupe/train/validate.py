@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,55 +95,84 @@ class Cosines:
     normalised: float = 0.0
     """Cosine in the loss's space: 0 for the mean-feature predictor, by construction."""
     raw: float = 0.0
-    """Cosine between features as the teacher gives them."""
+    """Cosine between features as the teacher gives them, the prediction scaled by its gain."""
     mean_raw: float = 0.0
     """The same for the predictor that always says the store's mean."""
     views: int = 0
 
-    def add(self, predicted: Tensor, stored: Tensor, norm: Normaliser) -> None:
+    def add(self, predicted: Tensor, stored: Tensor, norm: Normaliser, gain: float) -> None:
         """Both [B, ..., D] on one grid; `predicted` normalised, `stored` raw."""
-        raw = stored.float()
-        self.views += len(raw)
-        share = len(raw)
-        self.normalised += share * _mean_cosine(predicted, norm(raw))
-        self.raw += share * _mean_cosine(norm.inverse(predicted), raw)
-        self.mean_raw += share * _mean_cosine(norm.mean.expand_as(raw), raw)
+        num_views = len(stored)
+        self.views += num_views
+        self.normalised += num_views * _mean_cosine(predicted, norm(stored))
+        self.raw += num_views * _mean_cosine(norm.inverse(gain * predicted), stored)
+        self.mean_raw += num_views * _mean_cosine(norm.mean.expand_as(stored), stored)
 
     def means(self) -> dict[str, float]:
         """Averages over the views."""
-        names = ("normalised", "raw", "mean_raw")
-        return {name: getattr(self, name) / self.views for name in names}
+        return {name: getattr(self, name) / self.views for name in ("normalised", "raw", "mean_raw")}
 
 
 def _mean_cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a.float(), b, dim=-1).mean())
 
 
-@torch.inference_mode()
+Gains = list[dict[str, float]]
+"""Per target and kind of token."""
+
+
+def fit_gains(distiller: Distiller, batches: Iterable[Batch], device: torch.device) -> Gains:
+    """The factors by which predictions come nearest to the normalised targets, by least squares over training views.
+
+    A head that learns by cosine gives a direction, but no length of its own; undoing the normalisation needs one.
+    """
+    dots: list[dict[str, float]] = [dict.fromkeys(norms, 0.0) for norms in distiller.norms]
+    squares: list[dict[str, float]] = [dict.fromkeys(norms, 0.0) for norms in distiller.norms]
+    for i, kind, predicted, stored in _pairs(distiller, batches, device):
+        dots[i][kind] += float((predicted * distiller.norms[i][kind](stored)).sum())
+        squares[i][kind] += float(predicted.square().sum())
+    return [{kind: dots[i][kind] / squares[i][kind] for kind in kinds} for i, kinds in enumerate(dots)]
+
+
 def held_out_cosines(
     distiller: Distiller,
     batches: Iterable[Batch],
     device: torch.device,
+    gains: Gains,
     *,
     on_summary: Callable[[int, Tensor, Tensor], None] = lambda target, predicted, stored: None,
 ) -> list[dict[str, Cosines]]:
-    """Per target and kind of token, over all batches. Leaves the modules in the mode they were in.
+    """Per target and kind of token, over all batches.
 
     Args:
-        on_summary: called per batch and target with the predicted summaries, denormalised, and the stored ones.
+        on_summary: called per batch and target with the predicted summaries as the teacher would give them, and the
+            stored ones.
+    """
+    totals: list[dict[str, Cosines]] = [{kind: Cosines() for kind in norms} for norms in distiller.norms]
+    for i, kind, predicted, stored in _pairs(distiller, batches, device):
+        norm, gain = distiller.norms[i][kind], gains[i][kind]
+        totals[i][kind].add(predicted, stored, norm, gain)
+        if kind == SUMMARY:
+            on_summary(i, norm.inverse(gain * predicted), stored)
+    return totals
+
+
+@torch.inference_mode()
+def _pairs(
+    distiller: Distiller, batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[int, str, Tensor, Tensor]]:
+    """Target, kind, prediction (normalised) and stored features (raw), float32 on one grid.
+
+    Leaves the modules in the mode they were in.
     """
     was_training = distiller.training
     distiller.eval()
-    totals: list[dict[str, Cosines]] = [{kind: Cosines() for kind in norms} for norms in distiller.norms]
     for batch in batches:
         moved = batch.to(device)
         for i, (prediction, target) in enumerate(zip(distiller.predict(moved.pixels), moved.targets, strict=True)):
-            norms, (summary, dense) = distiller.norms[i], prediction
+            summary, dense = prediction
             if summary is not None and target.summary is not None:
-                totals[i][SUMMARY].add(summary, target.summary, norms[SUMMARY])
-                on_summary(i, norms[SUMMARY].inverse(summary), target.summary.float())
+                yield i, SUMMARY, summary.float(), target.summary.float()
             if dense is not None and target.dense is not None:
-                matched, stored = match_grids(dense.float(), target.dense.float())
-                totals[i][DENSE].add(matched, stored, norms[DENSE])
+                yield i, DENSE, *match_grids(dense.float(), target.dense.float())
     distiller.train(was_training)
-    return totals

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from awkward import save_broken
 from making import make_corpus, picture, random_weights
+from ray.cluster_utils import Cluster
 
 from eupe.store import Store, open_store
 
@@ -107,3 +109,35 @@ def test_two_workers_make_the_store_that_one_makes(
     assert (a.boxes == b.boxes).all() and (a.digests == b.digests).all()
     assert a.dense is not None and b.dense is not None
     assert abs(a.dense.astype(float) - b.dense.astype(float)).max() < 0.01
+
+
+def test_gpus_that_are_not_there_are_refused_not_waited_for(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run
+) -> None:
+    words = extract_words(tiny_corpus, tiny_weights, tmp_path / "s.zarr", "--workers", 2, "--gpus-per-worker", 99)
+    outcome = run_eupe(*words)
+    assert outcome.code == 2
+    assert "need 198 GPUs" in flat(outcome.err)
+    outcome = run_eupe(*words[:-2], "--ray-address", "ray://127.0.0.1:1")
+    assert outcome.code == 2
+    assert "no Ray cluster answers" in flat(outcome.err)
+
+
+def test_a_cluster_does_the_work_and_limit_takes_the_first_pictures(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, tiny_store: Store, run_eupe: Run
+) -> None:
+    """Two nodes on this machine; the store of the first pictures is that of one process."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        words = extract_words(tiny_corpus, tiny_weights, tmp_path / "s.zarr", "--workers", 2, "--limit", 5)
+        outcome = run_eupe(*words, "--ray-address", cluster.address, "--json")
+        assert outcome.code == 0, outcome.err
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    store = open_store(tmp_path / "s.zarr")
+    assert store.samples["key"].to_pylist() == tiny_store.samples["key"].to_pylist()[:5]
+    ours, theirs = (s.read([0, 4], [1, 0]).dense for s in (store, tiny_store))
+    assert ours is not None and theirs is not None
+    assert abs(ours.astype(float) - theirs.astype(float)).max() < 0.01

@@ -2,13 +2,15 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
+from eupe.errors import ConfigError
 from eupe.extract.plan import plan_parts, store_spec
-from eupe.store.layout import StoreSpec
+from eupe.store.layout import StoreSpec, arrays
 from eupe.teachers.resolve import resolve_teacher
 
 indexed = lru_cache(index_folder)
@@ -50,3 +52,14 @@ def test_the_native_size_is_the_default(tiny_corpus: Path) -> None:
 
 def test_a_teacher_without_a_summary_stores_dense_alone(tiny_corpus: Path) -> None:
     assert spec_of(tiny_corpus, teacher="sam-b").tokens == ("dense",)
+
+
+def test_tokens_decide_which_arrays_there_are(tiny_corpus: Path) -> None:
+    def paths(tokens: tuple[str, ...]) -> set[str]:
+        return {array.path for array in arrays(spec_of(tiny_corpus, tokens=tokens))} - {"boxes", "flips", "digests"}
+
+    assert paths(("summary", "dense")) == {"160/summary", "160/dense"}
+    assert paths(("summary",)) == {"160/summary"}
+    assert paths(("dense",)) == {"160/dense"}
+    with pytest.raises(ConfigError, match="no summary"):
+        spec_of(tiny_corpus, tokens=("summary",), teacher="sam-b")
