@@ -49,9 +49,9 @@ def main() -> None:
     except AssetError as error:
         sys.exit(f"error: {error}")
     stores = {name: extract(name) for name in ("dinov2", "efficientnet")}
-    runs = {"proxy": train("proxy", PROXY_ARCH, ["dinov2", "efficientnet"], steps=160)}
+    runs = {"proxy": train("proxy", PROXY_ARCH, ["dinov2", "efficientnet"], steps=140)}
     stores["proxy"] = extract("proxy")
-    runs["student"] = train("student", STUDENT_ARCH, ["proxy"], steps=240)
+    runs["student"] = train("student", STUDENT_ARCH, ["proxy"], steps=100)
     extract("digits")
     agreements = {name: eupe(f"eval agreement {OUT}/runs/{name}") for name in runs}
     accuracies = {"DINOv2-S": eupe(f"eval knn {OUT}/store/digits.zarr")}
@@ -104,20 +104,21 @@ def show(
     for name, r in stores.items():
         rate = "cache hit" if r["cached"] else f"{r['views_per_s']:.0f}"
         share = f"{r['stored_bytes'] / r['raw_bytes']:.0%}"
-        table.add_row(name, str(r["num_views"]), f"{r['stored_bytes'] / 1e6:.1f}", share, rate, r["store"])
+        table.add_row(
+            name, str(r["num_views"]), f"{r['stored_bytes'] / 1e6:.1f}", share, rate, os.path.relpath(r["store"])
+        )
     console.print(table)
     table = Table("run", "steps", "images/s", "data-wait", "where", title="\nWhat was trained", box=None)
     for name, r in runs.items():
         table.add_row(name, str(r["steps"]), f"{r['images_per_s']:.0f}", f"{r['data_wait']:.1%}", r["run"])
     console.print(table)
-    table = Table(
-        "run", "target", "tokens", "cosine", "mean feature", "untrained",
-        title="\nAgreement on held-out photographs", box=None,
-    )  # fmt: skip
+    names = ("run", "target", "tokens", "cosine", "mean feature", "untrained", "normalised", "untrained")
+    table = Table(*names, title="\nAgreement on held-out pictures", box=None)
     for name, report in agreements.items():
         for target in report["targets"]:
             for kind, a in target["kinds"].items():
-                numbers = (a["cosine"], a["cosine_mean"], a["cosine_untrained"])
+                raw = (a["cosine"], a["cosine_mean"], a["cosine_untrained"])
+                numbers = (*raw, a["normalised_cosine"], a["normalised_untrained"])
                 table.add_row(name, target["target"], kind, *(f"{x:.3f}" for x in numbers))
     console.print(table)
     table = Table("summaries of", "accuracy", "untrained", "commonest digit", title="\nk-NN on unseen digits", box=None)

@@ -182,15 +182,16 @@ class JobActors:
         self._config = config
         self._teacher = teacher
         self._corpus = corpus
+        self._ray_started = False
         self._weights = Path(teacher.model) / "student.safetensors" if teacher.backend == "run" else config.weights
 
     def __enter__(self) -> JobActors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "handles" in self.__dict__:
-            for actor in self.handles:
-                ray.kill(actor)
+        for actor in self.__dict__.get("handles", []):
+            ray.kill(actor)
+        if self._ray_started:
             ray.shutdown()
 
     @cached_property
@@ -239,9 +240,11 @@ class JobActors:
                 ray.init(address=address, **quiet)
             except (ConnectionError, ValueError) as error:
                 raise ConfigError(f"no Ray cluster answers at --ray-address {address}: {error}") from error
+            self._ray_started = True
             return
         cpus = max(os.cpu_count() or 1, self._config.workers or 1)
         ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
+        self._ray_started = True
 
 
 class ExtractActor:

@@ -127,9 +127,7 @@ def test_tiles_reassemble_to_part_of_the_photograph(assets: Path, photograph: mo
     np.testing.assert_array_equal(mosaic, whole[top : top + mosaic.shape[0], left : left + mosaic.shape[1]])
 
 
-@pytest.mark.parametrize(
-    ("size", "columns", "rows"), [((600, 400), 3, 2), ((384, 191), 2, 1), ((7, 9), 3, 3)]
-)
+@pytest.mark.parametrize(("size", "columns", "rows"), [((600, 400), 3, 2), ((384, 191), 2, 1), ((7, 9), 3, 3)])
 def test_no_pixel_belongs_to_two_tiles(size: tuple[int, int], columns: int, rows: int) -> None:
     owners = np.zeros((size[1], size[0]), int)
 
@@ -177,9 +175,7 @@ def pictures_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PRODUCTS", products)
 
 
-def test_pictures_made_anew_are_byte_identical(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_made_anew_are_byte_identical(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures_only(monkeypatch)
 
     prepare_assets(tmp_path)

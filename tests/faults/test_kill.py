@@ -123,7 +123,7 @@ def test_after_a_killed_driver_only_the_missing_parts_are_done(
 
 def wait_until_gone(pids: list[int]) -> None:
     """Ray's processes follow their driver; should one not, it is killed."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         if time.monotonic() > deadline:
             for pid in pids:
