@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eupe.evaluate.run import Run, open_run
 from eupe.train.loop import in_order, target_names, training_sample
-from eupe.train.targets import Batch, Views
+from eupe.train.targets import Batch, Views, stream
 from eupe.train.validate import Distiller, fit_gains, held_out_cosines
 
 NEIGHBOURS = 10
@@ -95,9 +95,9 @@ def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
         predicted.setdefault(target, []).append(said.cpu())
         stored.setdefault(target, []).append(truth.cpu())
 
-    def batches(chosen: Views) -> Iterator[Batch]:
-        batch_size = run.card.config["batch_size"]
-        return in_order(run.targets, chosen, size=run.size, batch_size=batch_size, device=run.device)
+    def batches(views: Views) -> Iterator[Batch]:
+        chosen = in_order(views, run.card.config["batch_size"])
+        return stream(run.targets, chosen, size=run.size, device=run.device)
 
     gains = fit_gains(distiller, batches(training_sample(run.targets)), run.device)
     held_out = run.targets.views_of(run.targets.held_out)

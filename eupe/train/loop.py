@@ -61,6 +61,27 @@ class TrainReport:
     """Target, kind of token, measure (see `eupe.train.validate.Cosines`)."""
 
 
+@dataclass(frozen=True)
+class Session:
+    """A run while it is trained."""
+
+    config: TrainConfig
+    card: RunCard
+    targets: TargetSet
+    distiller: Distiller
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+    @property
+    def trainables(self) -> Trainables:
+        """What a checkpoint holds."""
+        return Trainables(self.distiller.encoder, self.distiller.heads, self.optimizer)
+
+    def batches(self, chosen: Iterator[Views]) -> Iterator[Batch]:
+        """The views asked for, at the student's size, loaded ahead."""
+        return stream(self.targets, chosen, size=self.card.config["size"], device=self.device)
+
+
 def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lambda status: None) -> TrainReport:
     """Distil stores into a student.
 
@@ -75,14 +96,14 @@ def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lam
     _begin(config.out, card)
     device = pick_device()
     distiller, optimizer = build(card, targets, device)
-    state = Trainables(distiller.encoder, distiller.heads, optimizer)
-    first_step = load_checkpoint(config.out, state)
+    session = Session(config, card, targets, distiller, optimizer, device)
+    first_step = load_checkpoint(config.out, session.trainables)
     try:
         with RunLog(config.out, first_step) as log:
-            meter = _run_steps(config, card, targets, distiller, state, device, first_step, log, on_status)
-            validation = _validate(config, card, targets, distiller, device)
+            meter = _run_steps(session, first_step, log, on_status)
+            validation = _validate(session)
             log.validation(card.total_steps, validation)
-        _export(config.out, state, card.total_steps)
+        _export(config.out, session.trainables, card.total_steps)
         report = TrainReport(str(config.out), False, card.total_steps, *meter.totals(), validation)
         _write_json(config.out / REPORT_FILE, asdict(report))
     except EupeError:
@@ -111,49 +132,36 @@ def build(card: RunCard, targets: TargetSet, device: torch.device) -> tuple[Dist
     return distiller, torch.optim.AdamW(groups, lr=card.config["lr"])
 
 
-def _run_steps(
-    config: TrainConfig,
-    card: RunCard,
-    targets: TargetSet,
-    distiller: Distiller,
-    state: Trainables,
-    device: torch.device,
-    first_step: int,
-    log: RunLog,
-    on_status: Callable[[TrainStatus], None],
-) -> Meter:
-    views = targets.views_of(~targets.held_out)
+def _run_steps(session: Session, first_step: int, log: RunLog, on_status: Callable[[TrainStatus], None]) -> Meter:
+    config, card, optimizer = session.config, session.card, session.optimizer
+    views = session.targets.views_of(~session.targets.held_out)
     steps = range(first_step, card.total_steps)
     wanted = (batch_at(views, step, batch_size=config.batch_size, seed=config.seed) for step in steps)
+    warmup_steps = round(config.warmup * card.total_steps)
     meter = Meter(config.batch_size)
-    distiller.train()
+    session.distiller.train()
     with stop_signals() as stop_asked:
-        for step, batch in zip(
-            steps, meter.waiting(stream(targets, wanted, size=card.config["size"], device=device)), strict=True
-        ):
-            for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    step,
-                    peak=config.lr,
-                    warmup_steps=round(config.warmup * card.total_steps),
-                    total_steps=card.total_steps,
-                )
-            losses = distiller(batch.to(device))
+        for step, batch in zip(steps, meter.waiting(session.batches(wanted)), strict=True):
+            rate = learning_rate(step, peak=config.lr, warmup_steps=warmup_steps, total_steps=card.total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses = session.distiller(batch.to(session.device))
             loss = torch.stack([value for kinds in losses for value in kinds.values()]).sum()
             _require_finite(loss, step, batch)
-            state.optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
-            state.optimizer.step()
+            optimizer.step()
             done = step + 1
-            if done % config.log_every == 0 or done == card.total_steps:
+            last = done == card.total_steps
+            if done % config.log_every == 0 or last:
                 status = meter.status(done, card.total_steps, loss.item())
-                log.step(status, learning_rate=state.optimizer.param_groups[0]["lr"], losses=_named(losses, card))
+                log.step(status, learning_rate=rate, losses=_named(losses, card))
                 on_status(status)
-            if done % config.validate_every == 0 and done != card.total_steps:
-                log.validation(done, _validate(config, card, targets, distiller, device))
-            stopping = stop_asked() and done < card.total_steps
-            if done % config.checkpoint_every == 0 or done == card.total_steps or stopping:
-                save_checkpoint(config.out, state, step=done)
+            if done % config.validate_every == 0 and not last:
+                log.validation(done, _validate(session))
+            stopping = stop_asked() and not last
+            if done % config.checkpoint_every == 0 or last or stopping:
+                save_checkpoint(config.out, session.trainables, step=done)
             if stopping:
                 raise IncompleteError(f"stopped after step {done} of {card.total_steps}; go on with --resume")
     return meter
@@ -202,18 +210,19 @@ def _named(losses: list[dict[str, Tensor]], card: RunCard) -> dict[str, float]:
     }
 
 
-def _validate(
-    config: TrainConfig, card: RunCard, targets: TargetSet, distiller: Distiller, device: torch.device
-) -> dict[str, dict[str, dict[str, float]]]:
-    def batches(chosen: Views) -> Iterator[Batch]:
-        return in_order(targets, chosen, size=card.config["size"], batch_size=config.batch_size, device=device)
+def _validate(session: Session) -> dict[str, dict[str, dict[str, float]]]:
+    """Target, kind of token, measure: on held-out views."""
+    targets, distiller, device = session.targets, session.distiller, session.device
+
+    def batches(views: Views) -> Iterator[Batch]:
+        return session.batches(in_order(views, session.config.batch_size))
 
     gains = fit_gains(distiller, batches(training_sample(targets)), device)
     held_out = spread(targets.views_of(targets.held_out), VALIDATION_VIEWS)
     totals = held_out_cosines(distiller, batches(held_out), device, gains)
     return {
         name: {kind: cosines.means() for kind, cosines in kinds.items()}
-        for name, kinds in zip(target_names(card), totals, strict=True)
+        for name, kinds in zip(target_names(session.card), totals, strict=True)
     }
 
 
@@ -227,10 +236,9 @@ def spread(views: Views, limit: int) -> Views:
     return views if len(views) <= limit else views[np.linspace(0, len(views) - 1, limit).astype(np.int64)]
 
 
-def in_order(targets: TargetSet, views: Views, *, size: int, batch_size: int, device: torch.device) -> Iterator[Batch]:
-    """Batches of the views as they come, the last one smaller."""
-    wanted = (views[i : i + batch_size] for i in range(0, len(views), batch_size))
-    return stream(targets, wanted, size=size, device=device)
+def in_order(views: Views, batch_size: int) -> Iterator[Views]:
+    """All of the views as they come, the last batch smaller."""
+    return (views[i : i + batch_size] for i in range(0, len(views), batch_size))
 
 
 class Meter:
