@@ -203,7 +203,7 @@ def train(
     warmup: Annotated[float | None, typer.Option(help="Share of the steps. Default 0.05.")] = None,
     head_width: Annotated[int | None, typer.Option(help="Hidden width of the adapter heads. Default 3072.")] = None,
     holdout: Annotated[float | None, typer.Option(help="Share of pictures kept for validation. Default 0.1.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16. Default auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16. Default auto.")] = None,
     seed: Annotated[int | None, typer.Option(help="Default 0.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,

@@ -97,7 +97,7 @@ def index_folder(root: Path, *, previous: Path | None = None, progress: Progress
     keys = sorted(_picture_keys(root))
     if not keys:
         raise CorpusError(f"corpus {root} holds no picture; looked for {', '.join(sorted(EXTENSIONS))} below it")
-    known = _known_hashes(previous) if previous is not None and previous.exists() else {}
+    known = _known_hashes(previous, root) if previous is not None else {}
     rows = []
     with ThreadPoolExecutor() as pool:
         for row in pool.map(lambda key: _index_row(root, key, known), keys):
@@ -120,8 +120,13 @@ def _picture_keys(root: Path) -> Iterable[str]:
                 yield path.relative_to(root).as_posix()
 
 
-def _known_hashes(index: Path) -> dict[tuple[str, int, int], str | None]:
-    rows = pq.read_table(index).to_pylist()
+def _known_hashes(index: Path, root: Path) -> dict[tuple[str, int, int], str | None]:
+    """Of an earlier index of the same folder; empty where there is none."""
+    try:
+        known = read_index(index)
+    except CorpusError:
+        return {}
+    rows = known.samples.to_pylist() if known.root == root else []
     return {(row["key"], row["num_bytes"], row["mtime_ns"]): row["sha256"] for row in rows}
 
 

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eupe.errors import ConfigError
 from eupe.evaluate.run import Run, open_run
 from eupe.train.loop import in_order, target_names, training_sample
 from eupe.train.targets import Batch, Views, stream
 from eupe.train.validate import Distiller, fit_gains, held_out_cosines
 
 NEIGHBOURS = 10
+BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def agreement(path: Path, *, corpus: Path | None = None, neighbours: int = NEIGH
 
     Raises: RunError, StoreError, CorpusError.
     """
+    if neighbours < 1:
+        raise ConfigError(f"--k must be at least 1, got {neighbours}")
     run = open_run(path, corpus=corpus)
     trained, untrained = _measure(run, run.distiller, neighbours), _measure(run, run.untrained(), neighbours)
     targets = []
@@ -75,7 +79,7 @@ def agreement(path: Path, *, corpus: Path | None = None, neighbours: int = NEIGH
             for kind, values in trained.cosines[i].items()
         }
         has_summary = i in trained.mutual
-        chance = min(1.0, neighbours / (trained.num_views - 1)) if has_summary else None
+        chance = min(1.0, neighbours / max(1, trained.num_views - 1)) if has_summary else None
         targets.append(TargetAgreement(name, kinds, trained.mutual.get(i), untrained.mutual.get(i), chance))
     return Agreement(str(path), trained.num_views, neighbours, targets)
 
@@ -122,6 +126,10 @@ def mutual_neighbours(a_ND: Tensor, b_ND: Tensor, *, k: int) -> float:
 
 def _nearest(features_ND: Tensor, k: int) -> Tensor:
     unit = F.normalize(features_ND.float(), dim=1)
-    similarity = unit @ unit.T
-    similarity.fill_diagonal_(-torch.inf)
-    return similarity.topk(k, dim=1).indices
+    blocks = []
+    for start in range(0, len(unit), BLOCK_ROWS):
+        similarity = unit[start : start + BLOCK_ROWS] @ unit.T
+        own = torch.arange(len(similarity))
+        similarity[own, start + own] = -torch.inf
+        blocks.append(similarity.topk(k, dim=1).indices)
+    return torch.cat(blocks)

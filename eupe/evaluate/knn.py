@@ -23,6 +23,7 @@ from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.device import autocast, compute_dtype, pick_device
 from eupe.encoder import CARD_FILE, Encoder, build_encoder, load_encoder, normalise
 from eupe.errors import ConfigError, CorpusError
+from eupe.evaluate.run import read_card
 from eupe.store import Store, open_store
 from eupe.store.layout import SUMMARY
 
@@ -59,10 +60,12 @@ def knn(path: Path, *, corpus: Path | None = None, k: int = 10, metric: Metric =
         labelled = _labelled(open_corpus(corpus))
         trained = embed(encoder, labelled)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(read_card(path).config["seed"])
             fresh = embed(build_encoder(encoder.card.arch, size=encoder.card.size), labelled)
         labels, keys = labelled.samples["label"].to_pylist(), labelled.samples["key"].to_pylist()
         return _report(str(path), trained, labels, keys, k, metric, untrained=fresh)
+    if corpus is not None:
+        raise ConfigError(f"{path} is no training run, and a store brings its own labels; leave --corpus out")
     summaries, labels, keys = stored_summaries(open_store(path))
     return _report(str(path), summaries, labels, keys, k, metric)
 

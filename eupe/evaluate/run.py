@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from eupe.device import pick_device
 from eupe.encoder import load_encoder
 from eupe.errors import RunError
-from eupe.train.config import CONFIG_FILE, RunCard
+from eupe.train.config import CONFIG_FILE, RunCard, store_fingerprint
 from eupe.train.loop import HEADS_FILE, build
 from eupe.train.targets import TargetSet, open_targets
 from eupe.train.validate import Distiller
@@ -59,6 +59,9 @@ def open_run(path: Path, *, corpus: Path | None = None) -> Run:
     card = read_card(path)
     stores = [Path(target["path"]) for target in card.targets]
     targets = open_targets(stores, corpus=corpus, holdout=card.config["holdout"])
+    for store, target in zip(targets.stores, card.targets, strict=True):
+        if store_fingerprint(store) != target["fingerprint"]:
+            raise RunError(f"{store.path} is not the store that {path} learned from: it was made anew, otherwise")
     device = pick_device()
     encoder = load_encoder(path)
     distiller, _ = build(card, targets, device)

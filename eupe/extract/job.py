@@ -6,9 +6,12 @@ is restarted by Ray and its part done again.
 
 from __future__ import annotations
 
+import math
 import os
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +24,8 @@ import torch
 from eupe.corpus.index import Corpus, open_corpus, write_index
 from eupe.corpus.views import ViewSpec
 from eupe.device import compute_dtype, dtype_name, pick_device
-from eupe.errors import ConfigError, EupeError, IncompleteError, StoreError, TeacherError
+from eupe.encoder import WEIGHTS_FILE
+from eupe.errors import ConfigError, CorpusError, EupeError, IncompleteError, StoreError, TeacherError
 from eupe.extract.plan import PartTask, plan_parts, store_spec
 from eupe.extract.worker import PartResult, Worker
 from eupe.store import Store, open_store
@@ -30,7 +34,7 @@ from eupe.store.reader import committed_parts
 from eupe.store.writer import create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.teacher import file_digest, load_teacher, weights_digest
+from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
 
 PARTS_IN_FLIGHT = 2
 """Per worker: one has the teacher while the other is written."""
@@ -147,6 +151,8 @@ def _checked_teacher(config: ExtractConfig) -> TeacherSpec:
     ):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
+    if config.gpus_per_worker is not None and config.gpus_per_worker < 0:
+        raise ConfigError(f"--gpus-per-worker must be at least 0, got {config.gpus_per_worker:g}")
     if Path(teacher.model).exists():
         return replace(teacher, model=str(Path(teacher.model).absolute()))
     return teacher
@@ -183,7 +189,8 @@ class JobActors:
         self._teacher = teacher
         self._corpus = corpus
         self._ray_started = False
-        self._weights = Path(teacher.model) / "student.safetensors" if teacher.backend == "run" else config.weights
+        own = Path(teacher.model) / WEIGHTS_FILE if teacher.backend == "run" else None
+        self._weights = config.weights or own
 
     def __enter__(self) -> JobActors:
         return self
@@ -199,29 +206,21 @@ class JobActors:
         """Of a local file without loading it; of the loaded tensors where the hub gives the weights."""
         if self._weights is not None:
             return file_digest(self._weights)
-        return str(_get(self.handles[0].weights_sha256.remote()))
+        return str(_get_loaded(self.handles[0].weights_sha256.remote()))
 
     @cached_property
     def dtype_name(self) -> str:
         """The arithmetic in words, decided by the machine that does the work."""
         if self._config.ray_address is None:
             return dtype_name(compute_dtype(self._config.dtype, pick_device()))
-        return str(_get(self.handles[0].dtype_name.remote()))
+        return str(_get_loaded(self.handles[0].dtype_name.remote()))
 
     @cached_property
     def handles(self) -> list[Any]:
         self._start_ray()
         config = self._config
-        resources = ray.cluster_resources()
-        gpus = resources.get("GPU", 0)
-        num_workers = config.workers or max(1, int(gpus))
-        num_cpus = max(1, int(resources.get("CPU", 1)) // num_workers)
-        num_gpus = min(1, gpus / num_workers) if config.gpus_per_worker is None else config.gpus_per_worker
-        if num_gpus * num_workers > gpus:
-            raise ConfigError(
-                f"{num_workers} workers with --gpus-per-worker {num_gpus:g} need {num_gpus * num_workers:g} GPUs, "
-                f"but Ray has {gpus:g}; ask for fewer"
-            )
+        nodes = [Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        num_workers, num_cpus, num_gpus = place_workers(nodes, config.workers, config.gpus_per_worker)
         actor = ray.remote(ExtractActor).options(
             num_cpus=num_cpus,
             num_gpus=num_gpus,
@@ -247,6 +246,45 @@ class JobActors:
         self._ray_started = True
 
 
+@dataclass(frozen=True)
+class Node:
+    """What a machine of the cluster offers."""
+
+    cpus: int
+    gpus: float
+
+    @classmethod
+    def of(cls, resources: Mapping[str, float]) -> Node:
+        return cls(int(resources.get("CPU", 0)), resources.get("GPU", 0))
+
+
+def place_workers(nodes: Sequence[Node], workers: int | None, gpus_per_worker: float | None) -> tuple[int, int, float]:
+    """How many workers, and the CPUs and GPUs of each: as many CPUs as still let all of them run at once.
+
+    Args:
+        workers: None for one per GPU, or one where there is none.
+        gpus_per_worker: None for an even share, one GPU at most.
+    Raises: ConfigError if so many cannot run at once, which Ray would wait for without a word.
+    """
+    total_gpus = sum(node.gpus for node in nodes)
+    num_workers = workers or max(1, int(total_gpus))
+    even_share = 1 / math.ceil(num_workers / total_gpus) if total_gpus else 0.0
+    num_gpus = even_share if gpus_per_worker is None else gpus_per_worker
+
+    def places(node: Node, cpus: int) -> int:
+        by_gpu = int(node.gpus / num_gpus + 1e-6) if num_gpus else node.cpus
+        return min(node.cpus // cpus, by_gpu)
+
+    for cpus in range(max(node.cpus for node in nodes), 0, -1):
+        if sum(places(node, cpus) for node in nodes) >= num_workers:
+            return num_workers, cpus, num_gpus
+    raise ConfigError(
+        f"{num_workers} workers with {num_gpus:g} GPUs each do not fit the {len(nodes)} nodes with "
+        f"{sum(node.cpus for node in nodes)} CPUs and {total_gpus:g} GPUs that Ray has; give fewer --workers or "
+        "--gpus-per-worker"
+    )
+
+
 class ExtractActor:
     """One teacher in a process of its own."""
 
@@ -255,9 +293,10 @@ class ExtractActor:
         self._config = config
         self._spec = teacher
         self._corpus_root = corpus_root
+        self._loading = threading.Lock()
 
     @cached_property
-    def _teacher(self) -> Any:
+    def _teacher(self) -> Teacher:
         config = self._config
         device = pick_device()
         sizes = config.sizes or (self._spec.native_size,)
@@ -267,26 +306,38 @@ class ExtractActor:
     @cached_property
     def _worker(self) -> Worker:
         config = self._config
-        return Worker(
+        host = socket.gethostname()
+        if not self._corpus_root.is_dir():
+            raise CorpusError(f"worker on {host} does not see the corpus folder {self._corpus_root}; share it there")
+        worker = Worker(
             self._teacher,
             config.out,
             corpus_root=self._corpus_root,
             views=config.views,
             batch_size=config.batch_size,
         )
+        arithmetic, agreed = dtype_name(self._teacher.dtype), worker.spec.teacher["dtype"]
+        if arithmetic != agreed:
+            raise ConfigError(f"worker on {host} would compute in {arithmetic}, the store is {agreed}; give --dtype")
+        return worker
+
+    def _ready_worker(self) -> Worker:
+        with self._loading:
+            return self._worker
 
     def weights_sha256(self) -> str:
-        return weights_digest(self._teacher.module)
+        with self._loading:
+            return weights_digest(self._teacher.module)
 
     def dtype_name(self) -> str:
         return dtype_name(compute_dtype(self._config.dtype, pick_device()))
 
     def prepare(self) -> None:
         """Load the teacher, so that what is wrong with it is said before any part begins."""
-        assert self._worker
+        self._ready_worker()
 
     def run(self, task: PartTask) -> PartResult:
-        return self._worker.run(task)
+        return self._ready_worker().run(task)
 
     def progress(self) -> tuple[int, int]:
         """Views done and samples failed since this process started."""
@@ -305,6 +356,19 @@ def _get(reference: Any) -> Any:
         raise
 
 
+def _get_loaded(reference: Any) -> Any:
+    """`_get` for what needs the teacher in memory.
+
+    Raises: TeacherError if loading it failed in a way of its own (out of memory, say).
+    """
+    try:
+        return _get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise TeacherError(f"the teacher cannot be loaded: {type(error.cause).__name__}: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        raise TeacherError(f"a worker died while it loaded the teacher: {str(error).splitlines()[0]}") from error
+
+
 def _run_parts(actors: JobActors, store: Store, corpus: Corpus, on_status: Callable[[Status], None]) -> float:
     """Keep every actor busy until each part is committed or given up.
 
@@ -318,7 +382,7 @@ def _run_parts(actors: JobActors, store: Store, corpus: Corpus, on_status: Calla
     reasons: dict[int, str] = {}
     with _interruptible(store):
         on_status(Status("loading teacher", before, total))
-        _get([actor.prepare.remote() for actor in actors.handles])
+        _get_loaded([actor.prepare.remote() for actor in actors.handles])
         began = time.monotonic()
         queue = iter(tasks)
         running: dict[Any, tuple[Any, PartTask]] = {}

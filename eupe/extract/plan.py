@@ -75,7 +75,12 @@ def store_spec(
     summary_dim = teacher.summary_dim if SUMMARY in kept else 0
     per_sample = views.num_views * bytes_per_view(grids, dense_dim, summary_dim)
     return StoreSpec(
-        teacher={**teacher.to_json(), "weights_sha256": weights_sha256, "dtype": dtype},
+        teacher={
+            **teacher.to_json(),
+            "architecture": teacher.architecture,
+            "weights_sha256": weights_sha256,
+            "dtype": dtype,
+        },
         corpus={"fingerprint": corpus.fingerprint, "num_samples": len(corpus), "root": str(corpus.root)},
         views=views.to_json(),
         sizes=sizes,

@@ -80,6 +80,11 @@ class Worker:
         self._batch_size = batch_size
         self._teacher_turn = threading.Lock()
 
+    @property
+    def spec(self) -> StoreSpec:
+        """Of the store that it writes to."""
+        return self._writer.spec
+
     def run(self, task: PartTask) -> PartResult:
         """Compute and commit one part.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,6 +55,11 @@ class TeacherSpec:
                 f"use --size {below} or --size {below + self.patch}"
             )
         return size // self.patch
+
+    @property
+    def architecture(self) -> str | None:
+        """What decides the arithmetic beside the weights; None where `model` is a place with a configuration."""
+        return re.split(r"[.@]", self.model)[0] if self.backend in ("timm", "open_clip") else None
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON, tuples as lists."""

@@ -72,6 +72,8 @@ class TrainConfig:
             wrong.append(f"--holdout must be between 0 and 1, got {self.holdout:g}")
         if not 0 <= self.warmup < 1:
             wrong.append(f"--warmup must be at least 0 and below 1, got {self.warmup:g}")
+        if self.dtype == "fp16":
+            wrong.append("--dtype fp16 would lose gradients that are not scaled; use bf16, fp32 or auto")
         if self.lr <= 0:
             wrong.append(f"--lr must be above 0, got {self.lr:g}")
         if wrong:

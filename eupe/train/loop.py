@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from eupe.device import compute_dtype, pick_device
 from eupe.encoder import build_encoder, save_encoder
@@ -23,27 +21,15 @@ from eupe.errors import EupeError, IncompleteError, RunError, StorageError, Trai
 from eupe.train.checkpoint import Trainables, load_checkpoint, save_checkpoint, save_tensors
 from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve
 from eupe.train.heads import TargetHeads
+from eupe.train.log import Meter, RunLog, TrainStatus
 from eupe.train.schedule import learning_rate
 from eupe.train.targets import Batch, TargetSet, Views, batch_at, open_targets, stream
 from eupe.train.validate import Distiller, fit_gains, held_out_cosines, normalisers
 
 REPORT_FILE = "report.json"
-METRICS_FILE = "metrics.jsonl"
 HEADS_FILE = "heads.safetensors"
 VALIDATION_VIEWS = 512
 GAIN_VIEWS = 256
-
-
-@dataclass(frozen=True)
-class TrainStatus:
-    """Where a run stands."""
-
-    step: int
-    total_steps: int
-    loss: float
-    images_per_s: float
-    data_wait: float
-    """Share of the time since the last report that was spent waiting for data."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +43,7 @@ class TrainReport:
     seconds: float
     images_per_s: float
     data_wait: float
+    """These three since the run was started, or last resumed."""
     validation: dict[str, dict[str, dict[str, float]]]
     """Target, kind of token, measure (see `eupe.train.validate.Cosines`)."""
 
@@ -100,11 +87,11 @@ def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lam
     first_step = load_checkpoint(config.out, session.trainables)
     try:
         with RunLog(config.out, first_step) as log:
-            meter = _run_steps(session, first_step, log, on_status)
+            rates = _run_steps(session, first_step, log, on_status).totals()
             validation = _validate(session)
             log.validation(card.total_steps, validation)
         _export(config.out, session.trainables, card.total_steps)
-        report = TrainReport(str(config.out), False, card.total_steps, *meter.totals(), validation)
+        report = TrainReport(str(config.out), False, card.total_steps, *rates, validation)
         _write_json(config.out / REPORT_FILE, asdict(report))
     except EupeError:
         raise
@@ -192,7 +179,7 @@ def _require_finite(loss: Tensor, step: int, batch: Batch) -> None:
     if not torch.isfinite(loss):
         raise TrainingError(
             f"the loss of step {step} is {loss.item()}, so nothing was updated; its pictures are "
-            f"{', '.join(sorted(set(batch.keys))[:5])}, ...; a lower --lr or --dtype fp32 may help, then --resume"
+            f"{', '.join(sorted(set(batch.keys))[:5])}, ...; a lower --lr or --dtype fp32 may help, with another --out"
         )
 
 
@@ -239,81 +226,6 @@ def spread(views: Views, limit: int) -> Views:
 def in_order(views: Views, batch_size: int) -> Iterator[Views]:
     """All of the views as they come, the last batch smaller."""
     return (views[i : i + batch_size] for i in range(0, len(views), batch_size))
-
-
-class Meter:
-    """Time spent on steps, and the share of it spent waiting for data."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._began = self._last = time.monotonic()
-        self._waited = self._waited_before = 0.0
-        self._steps = self._steps_before = 0
-
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; how long each is waited for is counted."""
-        while True:
-            asked = time.monotonic()
-            batch = next(batches, None)
-            self._waited += time.monotonic() - asked
-            if batch is None:
-                return
-            yield batch
-            self._steps += 1
-
-    def status(self, step: int, total_steps: int, loss: float) -> TrainStatus:
-        """Rates since the last call."""
-        now = time.monotonic()
-        elapsed = now - self._last
-        images = (self._steps + 1 - self._steps_before) * self._batch_size
-        status = TrainStatus(step, total_steps, loss, images / elapsed, (self._waited - self._waited_before) / elapsed)
-        self._last, self._waited_before, self._steps_before = now, self._waited, self._steps + 1
-        return status
-
-    def totals(self) -> tuple[float, float, float]:
-        """Seconds, images per second, share of the time spent waiting, over the whole run."""
-        seconds = time.monotonic() - self._began
-        return seconds, self._steps * self._batch_size / seconds, self._waited / seconds
-
-
-class RunLog:
-    """`metrics.jsonl` and TensorBoard; lines of steps that will be done again are dropped."""
-
-    def __init__(self, run: Path, first_step: int) -> None:
-        self._path = run / METRICS_FILE
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
-
-    def __enter__(self) -> RunLog:
-        self._file = self._path.open("a")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._board.close()
-
-    def step(self, status: TrainStatus, *, learning_rate: float, losses: dict[str, float]) -> None:
-        rates = {
-            "images_per_s": status.images_per_s,
-            "data_wait": status.data_wait,
-            "learning_rate": learning_rate,
-        }
-        self._line({"step": status.step, "loss": status.loss, "losses": losses, **rates})
-        self._board.add_scalar("loss", status.loss, status.step)
-        for name, value in {**losses, **rates}.items():
-            self._board.add_scalar(name, value, status.step)
-
-    def validation(self, step: int, validation: dict[str, dict[str, dict[str, float]]]) -> None:
-        self._line({"step": step, "validation": validation})
-        for target, kinds in validation.items():
-            for kind, measures in kinds.items():
-                self._board.add_scalar(f"validation/{target}/{kind}", measures["normalised"], step)
-
-    def _line(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
 
 
 def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:

@@ -1,4 +1,5 @@
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,21 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.
     assert opened == ["0001.png"]
     monkeypatch.undo()
     assert again.fingerprint == index_folder(corpus).fingerprint
+
+
+def test_an_index_of_another_folder_or_a_damaged_one_is_not_trusted(tmp_path: Path) -> None:
+    corpus, twin = make_corpus(tmp_path / "c", count=3), make_corpus(tmp_path / "t", count=3)
+    picture(61).save(twin / "class0" / "0000.png")
+    size = (corpus / "class0" / "0000.png").stat().st_size
+    (twin / "class0" / "0000.png").write_bytes((twin / "class0" / "0000.png").read_bytes()[:size].ljust(size, b"x"))
+    for folder in (corpus, twin):
+        for path in folder.rglob("*.png"):
+            os.utime(path, (1, 1))
+    honest = index_folder(twin).fingerprint
+    write_index(index_folder(corpus), tmp_path / "i.parquet")
+    assert index_folder(twin, previous=tmp_path / "i.parquet").fingerprint == honest
+    (tmp_path / "i.parquet").write_bytes(b"damaged")
+    assert index_folder(twin, previous=tmp_path / "i.parquet").fingerprint == honest
 
 
 def test_an_index_stands_in_for_its_folder(tmp_path: Path) -> None:

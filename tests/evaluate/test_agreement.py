@@ -1,15 +1,16 @@
 """Agreement against slow references, and on a tiny run."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from making import TINY_STUDENT
+from making import TINY_STUDENT, make_store, random_weights
 from torch import Tensor
 
-from eupe.errors import RunError
+from eupe.errors import ConfigError, RunError
 from eupe.evaluate.agreement import agreement, mutual_neighbours
 from eupe.evaluate.run import open_run
 from eupe.store import Store
@@ -87,6 +88,23 @@ def test_training_shows_against_the_untrained_and_the_mean(run: Path) -> None:
         assert kind.normalised_cosine > kind.normalised_untrained + 0.1
         assert kind.cosine > kind.cosine_untrained
         assert kind.cosine > kind.cosine_mean
+
+
+def test_no_neighbours_are_refused(run: Path) -> None:
+    with pytest.raises(ConfigError, match="--k must be at least 1"):
+        agreement(run, neighbours=0)
+
+
+def test_a_store_made_anew_is_not_what_the_run_learned_from(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path
+) -> None:
+    store = make_store(tmp_path / "s.zarr", tiny_corpus, tiny_weights)
+    out = tmp_path / "run"
+    train(TrainConfig(targets=(store.path,), student=TINY_STUDENT, out=out, steps=1, batch_size=4, holdout=0.3))
+    shutil.rmtree(store.path)
+    make_store(tmp_path / "s.zarr", tiny_corpus, random_weights("test_vit", tmp_path / "o.safetensors", seed=8))
+    with pytest.raises(RunError, match="is not the store that"):
+        agreement(out)
 
 
 def test_an_unfinished_run_is_refused(run: Path, tmp_path: Path) -> None:

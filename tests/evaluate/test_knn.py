@@ -61,6 +61,7 @@ def test_a_run_is_embedded_on_a_labelled_folder(tmp_path: Path, tiny_corpus: Pat
     """The student's summaries of centre views are those that extraction stores for it."""
     torch.manual_seed(3)
     save_encoder(build_encoder("test_vit", size=64), tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"config": {"seed": 3}, "targets": [], "total_steps": 1}')
     store = make_store(
         tmp_path / "s.zarr",
         tiny_corpus,
@@ -72,7 +73,7 @@ def test_a_run_is_embedded_on_a_labelled_folder(tmp_path: Path, tiny_corpus: Pat
     theirs, _, _ = stored_summaries(store)
     assert torch.nn.functional.cosine_similarity(ours, theirs).min() > 0.999
     report = knn(tmp_path / "run", corpus=tiny_corpus, k=3)
-    assert report.untrained is not None
+    assert report.untrained == report.accuracy
     assert report.num_queries == 24
 
 
@@ -81,6 +82,8 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path, tiny_store: Store, tin
         knn(tiny_store.path, k=47)
     with pytest.raises(ConfigError, match="--metric"):
         knn(tiny_store.path, metric="dot")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="leave --corpus out"):
+        knn(tiny_store.path, corpus=tmp_path)
     flat = make_corpus(tmp_path / "c", count=3) / "class0"
     store = make_store(tmp_path / "s.zarr", flat, tiny_weights)
     with pytest.raises(ConfigError, match="no class folders"):

@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from awkward import save_broken
 from making import make_corpus, picture, random_weights
 from ray.cluster_utils import Cluster
 
+from eupe.encoder import build_encoder, save_encoder
+from eupe.errors import CorpusError
+from eupe.extract.job import ExtractActor, ExtractConfig
 from eupe.store import Store, open_store
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.teacher import file_digest
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +123,7 @@ def test_gpus_that_are_not_there_are_refused_not_waited_for(
     words = extract_words(tiny_corpus, tiny_weights, tmp_path / "s.zarr", "--workers", 2, "--gpus-per-worker", 99)
     outcome = run_eupe(*words)
     assert outcome.code == 2
-    assert "need 198 GPUs" in flat(outcome.err)
+    assert "2 workers with 99 GPUs each do not fit" in flat(outcome.err)
     outcome = run_eupe(*words[:-2], "--ray-address", "auto")
     assert outcome.code == 2
     assert "no Ray cluster answers" in flat(outcome.err)
@@ -141,3 +147,32 @@ def test_a_cluster_does_the_work_and_limit_takes_the_first_pictures(
     ours, theirs = (s.read([0, 4], [1, 0]).dense for s in (store, tiny_store))
     assert ours is not None and theirs is not None
     assert abs(ours.astype(float) - theirs.astype(float)).max() < 0.01
+
+
+def test_a_worker_that_does_not_see_the_pictures_stops_the_job(
+    tmp_path: Path, tiny_weights: Path, run_eupe: Run
+) -> None:
+    """An index may outlive its folder on some node; its pictures are not all recorded as unreadable."""
+    corpus = make_corpus(tmp_path / "c", count=3)
+    actor = ExtractActor(
+        ExtractConfig(teacher="timm:test_vit", corpus=corpus, out=tmp_path / "s.zarr", weights=tiny_weights),
+        resolve_teacher("timm:test_vit"),
+        tmp_path / "not-mounted",
+        1,
+    )
+    with pytest.raises(CorpusError, match=r"does not see the corpus folder .*not-mounted"):
+        actor.prepare()
+
+
+def test_weights_given_beside_a_run_name_the_store(tmp_path: Path, tiny_corpus: Path, run_eupe: Run) -> None:
+    for seed, name in enumerate(("run", "other")):
+        torch.manual_seed(seed)
+        save_encoder(build_encoder("test_vit", size=64), tmp_path / name)
+    other = tmp_path / "other" / "student.safetensors"
+    words = ["extract", "--teacher", tmp_path / "run", "--corpus", tiny_corpus, "--limit", 3]
+    words += ["--out", tmp_path / "s.zarr"]
+    assert run_eupe(*words, "--weights", other).code == 0
+    assert open_store(tmp_path / "s.zarr").spec.teacher["weights_sha256"] == file_digest(other)
+    outcome = run_eupe(*words)
+    assert outcome.code == 2
+    assert "teacher.weights_sha256" in flat(outcome.err)

@@ -10,7 +10,7 @@ from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
 from eupe.extract.plan import plan_parts, store_spec
-from eupe.store.layout import StoreSpec, arrays
+from eupe.store.layout import StoreSpec, arrays, differences
 from eupe.teachers.resolve import resolve_teacher
 
 indexed = lru_cache(index_folder)
@@ -63,3 +63,14 @@ def test_tokens_decide_which_arrays_there_are(tiny_corpus: Path) -> None:
     assert paths(("dense",)) == {"160/dense"}
     with pytest.raises(ConfigError, match="no summary"):
         spec_of(tiny_corpus, tokens=("summary",), teacher="sam-b")
+
+
+def test_the_same_weights_under_another_activation_are_another_store(tiny_corpus: Path) -> None:
+    plain, quick, tagged = (
+        spec_of(tiny_corpus, teacher=name)
+        for name in ("open_clip:ViT-B-32", "open_clip:ViT-B-32-quickgelu", "open_clip:ViT-B-32@laion2b_s34b_b79k")
+    )
+    assert differences(plain, quick) == [
+        "teacher.architecture: stored ViT-B-32, asked ViT-B-32-quickgelu",
+    ]
+    assert differences(plain, tagged) == []

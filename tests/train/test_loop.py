@@ -21,7 +21,8 @@ from eupe.errors import ConfigError, IncompleteError, RunError, TrainingError
 from eupe.store import Store
 from eupe.train.checkpoint import checkpoints
 from eupe.train.config import TrainConfig
-from eupe.train.loop import TrainStatus, train
+from eupe.train.log import TrainStatus
+from eupe.train.loop import train
 
 
 @pytest.fixture
@@ -125,6 +126,16 @@ def test_targets_made_anew_are_not_the_same_run(
         train(replace(config, targets=(other.path,)))
 
 
+def test_a_line_cut_short_by_a_full_disk_does_not_stop_a_resume(config: TrainConfig) -> None:
+    train(config)
+    (config.out / "report.json").unlink()
+    metrics = config.out / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + whole.splitlines()[0][:25])
+    train(replace(config, resume=True))
+    assert [line["step"] for line in lines(config.out, "loss")] == list(range(1, 13))
+
+
 def test_a_damaged_checkpoint_is_named(config: TrainConfig) -> None:
     train(config)
     (config.out / "report.json").unlink()
@@ -178,8 +189,10 @@ def test_any_number_of_targets_has_its_own_heads(
 
 def test_what_cannot_work_is_said_together(tiny_store: Store, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refusal:
-        TrainConfig(targets=(), student="x", out=tmp_path, epochs=1, steps=2, lr=0, batch_size=0, holdout=1)
-    for word in ("--targets", "not both", "--lr", "--batch-size", "--holdout"):
+        TrainConfig(
+            targets=(), student="x", out=tmp_path, epochs=1, steps=2, lr=0, batch_size=0, holdout=1, dtype="fp16"
+        )
+    for word in ("--targets", "not both", "--lr", "--batch-size", "--holdout", "fp16"):
         assert word in str(refusal.value)
     fine = TrainConfig(targets=(tiny_store.path,), student=TINY_STUDENT, out=tmp_path / "r", holdout=0.3)
     with pytest.raises(ConfigError, match="--batch-size 128 exceeds the"):
