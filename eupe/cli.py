@@ -168,6 +168,7 @@ def extract(
 def store_info(path: Path, as_json: Json = False) -> None:
     """What a store holds, how complete it is, and which pictures failed."""
     from eupe.store import open_store
+    from eupe.store.reader import committed_parts, read_part_metadata
 
     store = open_store(path)
     samples = store.samples
@@ -178,6 +179,7 @@ def store_info(path: Path, as_json: Json = False) -> None:
             "finished": store.finished,
             "missing_parts": len(store.missing_parts()),
             "num_parts": store.spec.num_parts,
+            "clipped_values": sum(read_part_metadata(path, part)["num_clipped"] for part in committed_parts(path)),
             "failed": dict(failures),
         },
         as_json,

@@ -1,7 +1,9 @@
 """What a store holds against each library's own forward pass, written out here on pixels prepared here."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -22,7 +24,6 @@ from eupe.encoder import Tokens, build_encoder, save_encoder
 from eupe.extract.plan import plan_parts, store_spec
 from eupe.extract.worker import Worker
 from eupe.store import Store
-from eupe.store.reader import read_part_metadata
 from eupe.store.writer import create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
@@ -183,7 +184,7 @@ class Broken:
         return Tokens(summary=torch.zeros(len(views), 64), dense=dense)
 
 
-def test_overflow_is_clipped_and_counted_and_nan_fails_the_sample(tmp_path: Path) -> None:
+def test_overflow_is_clipped_and_counted_and_nan_fails_the_sample(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
     index = index_folder(make_corpus(tmp_path / "c", count=3))
     plan = store_spec(
         resolve_teacher(TINY_TEACHER),
@@ -198,7 +199,9 @@ def test_overflow_is_clipped_and_counted_and_nan_fails_the_sample(tmp_path: Path
     worker = Worker(Broken(), tmp_path / "s.zarr", corpus_root=index.root, views=CENTER, batch_size=8)  # type: ignore[arg-type]
     worker.run(plan_parts(plan, index.samples, done=())[0])
     store = finish_store(tmp_path / "s.zarr")
-    assert read_part_metadata(store.path, 0)["num_clipped"] == 4 * 4 * 64
+    info = json.loads(run_eupe("store", "info", store.path, "--json").out)
+    assert info["clipped_values"] == 4 * 4 * 64
+    assert set(info["failed"]) == {"class1/0001.png"}
     dense = store.read([0], [0]).dense
     assert dense is not None and (dense == 65504).all()
     rows = store.samples.to_pylist()

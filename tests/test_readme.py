@@ -1,0 +1,36 @@
+"""What the README tells people to type can be typed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from eupe.cli import app
+from eupe.teachers.registry import REGISTRY
+from eupe.teachers.resolve import resolve_teacher
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for line in re.sub(r"\\\n\s*", "", README).splitlines()
+    if line.startswith("eupe ") and "PATH" not in line
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse_and_name_known_teachers(command: str) -> None:
+    words = shlex.split(command)[1:]
+    verb = typer.main.get_command(app)
+    while hasattr(verb, "commands"):
+        verb = verb.commands[words.pop(0)]
+    context = verb.make_context("eupe", words)
+    teacher = context.params.get("teacher")
+    if teacher and not teacher.startswith("runs/"):
+        assert resolve_teacher(teacher).name in REGISTRY
+
+
+def test_the_tour_is_not_empty_and_counts_are_true() -> None:
+    assert len(COMMANDS) >= 9
+    assert f"{len(REGISTRY)} models" in README
