@@ -27,7 +27,7 @@ OUT = Path("demo-out")
 PHOTOS, DIGITS = ASSETS / "photos", ASSETS / "digits"
 DINOV2 = ASSETS / "weights" / "dinov2-small"
 EFFICIENTNET = ASSETS / "weights" / "efficientnet_lite0" / "model.safetensors"
-VIEWS = "--views rrc:10"
+VIEWS = "--views rrc:12"
 PROXY_ARCH, STUDENT_ARCH = "vit_small_patch16_dinov3_qkvb", "vit_tiny_patch16_dinov3_qkvb"
 TRAINING = "--size 112 --batch-size 32 --head-width 1024 --holdout 0.15"
 
@@ -50,9 +50,9 @@ def main() -> None:
     except AssetError as error:
         sys.exit(f"error: {error}")
     stores = {name: extract(name) for name in ("dinov2", "efficientnet")}
-    runs = {"proxy": train("proxy", PROXY_ARCH, ["dinov2", "efficientnet"], steps=110)}
+    runs = {"proxy": train("proxy", PROXY_ARCH, ["dinov2", "efficientnet"], steps=140)}
     stores["proxy"] = extract("proxy")
-    runs["student"] = train("student", STUDENT_ARCH, ["proxy"], steps=80)
+    runs["student"] = train("student", STUDENT_ARCH, ["proxy"], steps=60)
     extract("digits")
     changed = not all(report["cached"] for report in [*stores.values(), *runs.values()])
     agreements = {name: judge(f"eval agreement {OUT}/runs/{name}", changed=changed) for name in runs}

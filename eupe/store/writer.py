@@ -71,13 +71,7 @@ def create_store(path: Path, spec: StoreSpec) -> Store:
     Raises: SpecMismatchError listing the differences; StoreError if something else is at `path`; StorageError.
     """
     if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-        store = open_store(path)
-        if different := differences(store.spec, spec):
-            raise SpecMismatchError(
-                f"{path} holds features made to another specification ({'; '.join(different)}); "
-                "give another --out, or the options it was made with"
-            )
-        return store
+        return _open_same(path, spec)
     temporary = path.with_name(f".{path.name}.{_unique()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +84,20 @@ def create_store(path: Path, spec: StoreSpec) -> Store:
         temporary.rename(path)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if (path / "zarr.json").is_file():  # another writer was quicker
+            return _open_same(path, spec)
         raise storage_error(error, path) from error
     return open_store(path)
+
+
+def _open_same(path: Path, spec: StoreSpec) -> Store:
+    store = open_store(path)
+    if different := differences(store.spec, spec):
+        raise SpecMismatchError(
+            f"{path} holds features made to another specification ({'; '.join(different)}); "
+            "give another --out, or the options it was made with"
+        )
+    return store
 
 
 def _create_array(group: zarr.Group, layout: ArrayLayout) -> None:

@@ -378,3 +378,19 @@ def test_a_stray_file_among_the_parts_is_no_part(tmp_path: Path) -> None:
     store = write_store(case, tmp_path / "s.zarr")
     (store.path / "parts" / "00000.copy.parquet").write_bytes(b"stray")
     assert open_store(store.path).samples.equals(store.samples)
+
+
+def test_of_two_writers_that_make_one_store_the_slower_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec()
+    rename = Path.rename
+
+    def overtaken(source: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        create_store(tmp_path / "elsewhere.zarr", spec)
+        rename(tmp_path / "elsewhere.zarr", target)
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    store = create_store(tmp_path / "s.zarr", spec)
+    assert store.spec == spec
+    assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
