@@ -196,8 +196,6 @@ class JobActors:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self.__dict__.get("handles", []):
-            ray.kill(actor)
         if self._ray_started:
             ray.shutdown()
 
