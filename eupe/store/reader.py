@@ -129,7 +129,7 @@ class Store:
         Args:
             rows, views: [B] each; places along the first two axes.
             size: one of `spec.sizes`; the first where not given.
-        Raises: PartCorruptError.
+        Raises: PartCorruptError; IndexError for a place that the store does not have.
         """
         return self.read_async(rows, views, size=size).result()
 
@@ -147,7 +147,7 @@ class Store:
     ) -> NDArray[np.float16]:
         """Only the summaries of B views, [B, Ds].
 
-        Raises: PartCorruptError.
+        Raises: PartCorruptError; IndexError for a place that the store does not have.
         """
         self._require_in_range(rows, views)
         path = feature_path(self.spec.sizes[0] if size is None else size, SUMMARY)
