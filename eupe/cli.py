@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import eupe
-from eupe.errors import ConfigError, EupeError
+from eupe.errors import ConfigError, CorpusError, EupeError
+
+if TYPE_CHECKING:
+    from eupe.store.summary import StoreSummary
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=eupe.__doc__)
 eval_app = typer.Typer(no_args_is_help=True, help="Judge stores and runs; the encoder stays frozen.")
@@ -26,11 +30,22 @@ err = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
 CorpusPath = Annotated[
-    Path, typer.Option("--corpus", help="Folder of pictures (class subfolders become labels), or an index.")
+    str,
+    typer.Option(
+        "--corpus",
+        help="Folder of pictures, also s3:// or gs:// (class subfolders become labels), or an index.",
+    ),
 ]
 PicturesPath = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--corpus", help="Where the pictures are now; else the place noted in the store."),
+]
+
+StoredWeights = Annotated[
+    Path | None, typer.Option("--weights", help="Local weights: the file that the store was made with.")
+]
+StoredTeacher = Annotated[
+    str | None, typer.Option("--teacher", help="The teacher's name or place now; else the one noted in the store.")
 ]
 
 
@@ -95,19 +110,22 @@ def teachers(
 @app.command()
 def index(
     corpus: CorpusPath,
-    out_path: Annotated[Path, typer.Option("--out", help="The index to write (.parquet).")],
+    out_path: Annotated[str, typer.Option("--out", help="The index to write (.parquet).")],
     as_json: Json = False,
 ) -> None:
     """List and hash the pictures of a folder."""
-    from eupe.corpus.index import open_corpus, write_index
+    from eupe.corpus.index import open_corpus, read_index, write_index
     from eupe.progress import report_progress
 
-    if out_path.suffix != ".parquet":
+    if not out_path.endswith(".parquet"):
         raise ConfigError(f"--out {out_path} must end in .parquet")
+    previous = None
+    with contextlib.suppress(CorpusError):
+        previous = read_index(out_path)
     with report_progress(err, "pictures", quiet=as_json) as progress:
-        found = open_corpus(corpus, previous=out_path, progress=lambda done, of: progress.update("indexing", done, of))
+        found = open_corpus(corpus, previous=previous, progress=lambda done, of: progress.update("indexing", done, of))
     write_index(found, out_path)
-    _finish({"index": str(out_path), "pictures": len(found), "fingerprint": found.fingerprint}, as_json)
+    _finish({"index": out_path, "pictures": len(found), "fingerprint": found.fingerprint}, as_json)
 
 
 @app.command()
@@ -118,7 +136,7 @@ def extract(
     ],
     corpus: CorpusPath,
     out_path: Annotated[
-        Path | None, typer.Option("--out", help="The store; store/TEACHER.zarr where not given.")
+        str | None, typer.Option("--out", help="The store, also s3:// or gs://; store/TEACHER.zarr where not given.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")] = None,
     size: Annotated[
@@ -126,6 +144,15 @@ def extract(
     ] = None,
     views: Annotated[str, typer.Option(help="center, or rrc:K for K random resized crops per picture.")] = "center",
     tokens: Annotated[str, typer.Option(help="summary, dense, or both.")] = "summary,dense",
+    precision: Annotated[
+        str, typer.Option(help="fp16, bitround:B, int8, or one for each kind: dense=int8,summary=fp16.")
+    ] = "fp16",
+    fidelity: Annotated[
+        float | None,
+        typer.Option(help="In place of --precision: the cheapest that keeps 95% of tokens at this cosine."),
+    ] = None,
+    grid: Annotated[int | None, typer.Option(help="Pool dense maps to G x G cells.")] = None,
+    pixels: Annotated[bool, typer.Option("--pixels", help="Keep the views too: trains without the corpus.")] = False,
     dtype: Annotated[str, typer.Option(help="The teacher's arithmetic: auto, fp32, bf16, fp16.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Views per forward pass.")] = 16,
     workers: Annotated[int | None, typer.Option(help="Ray actors, one teacher each; one per GPU by itself.")] = None,
@@ -144,11 +171,15 @@ def extract(
     config = ExtractConfig(
         teacher=teacher,
         corpus=corpus,
-        out=out_path or Path("store") / f"{Path(teacher).name.replace(':', '-')}.zarr",
+        out=out_path,
         weights=weights,
         sizes=tuple(sorted(set(size or []))),
         views=parse_views(views, seed=seed),
         tokens=tuple(tokens.split(",")),
+        precision=precision,
+        fidelity=fidelity,
+        grid=grid,
+        pixels=pixels,
         dtype=dtype,
         batch_size=batch_size,
         workers=workers,
@@ -164,8 +195,27 @@ def extract(
         out.print(f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME")
 
 
+@store_app.command("ls")
+def store_ls(directory: Annotated[str, typer.Argument(help="A directory of stores.")], as_json: Json = False) -> None:
+    """The stores of a directory: teacher, views, precision, size, completeness, licence."""
+    from eupe.store.catalogue import describe, stores_in
+
+    entries = [describe(store) for store in stores_in(directory)]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in entries]))
+        return
+    table = Table(
+        "store", "teacher", "views", "size", "grid", "precision", "samples", "MB", "complete", "licence", box=None
+    )
+    for e in entries:
+        sizes, grids = ("+".join(map(str, numbers)) for numbers in (e.sizes, e.grids))
+        cells = (e.name, e.teacher, e.views, sizes, grids, e.precision, e.num_samples)
+        table.add_row(*map(str, cells), f"{e.stored_bytes / 1e6:.1f}", f"{e.complete:.1%}", e.licence)
+    out.print(table)
+
+
 @store_app.command("info")
-def store_info(path: Path, as_json: Json = False) -> None:
+def store_info(path: str, as_json: Json = False) -> None:
     """What a store holds, how complete it is, and which pictures failed."""
     from eupe.store import open_store
     from eupe.store.reader import committed_parts, read_part_metadata
@@ -175,20 +225,158 @@ def store_info(path: Path, as_json: Json = False) -> None:
     failures = [(row["key"], row["error"]) for row in samples.to_pylist() if row["status"] != "ok"]
     _finish(
         {
-            **{k: v for k, v in store.spec.to_json().items() if k != "versions"},
+            **{k: v for k, v in store.spec.to_json().items() if k not in ("versions", "calibration")},
             "finished": store.finished,
             "missing_parts": len(store.missing_parts()),
             "num_parts": store.spec.num_parts,
-            "clipped_values": sum(read_part_metadata(path, part)["num_clipped"] for part in committed_parts(path)),
+            "clipped_values": sum(
+                read_part_metadata(store.path, part)["num_clipped"] for part in committed_parts(store.path)
+            ),
             "failed": dict(failures),
         },
         as_json,
     )
 
 
+@store_app.command("stats")
+def store_stats(
+    path: str,
+    out_path: Annotated[Path | None, typer.Option("--out", help="Also draw them on this page (.html).")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a finished store's features are like: norms, channels, directions, outliers."""
+    from eupe.evaluate.stats_page import require_page_name, write_stats_page
+    from eupe.store import open_store
+    from eupe.store.summary import summarise
+
+    if out_path is not None:
+        require_page_name(out_path)
+    summary = summarise(open_store(path))
+    if out_path is not None:
+        write_stats_page(summary, out_path)
+    page = None if out_path is None else str(out_path)
+    if as_json:
+        _finish({**summary.to_json(), "page": page}, as_json)
+        return
+    _print_statistics(summary)
+    if page is not None:
+        out.print(f"page: {_escaped(page)}", soft_wrap=True)
+
+
+def _print_statistics(summary: StoreSummary) -> None:
+    from eupe.evaluate.stats_words import NOTES, identity, token_facts, token_title
+
+    _finish({"store": summary.path, **dict(identity(summary))}, False)
+    for token in summary.tokens:
+        table = Table(f"\n{token_title(token)}", "", box=None)
+        for name, value in token_facts(token):
+            table.add_row(name, value)
+        out.print(table)
+    out.print("\n" + "\n".join(NOTES), soft_wrap=True)
+
+
+@store_app.command("verify")
+def store_verify(path: str, as_json: Json = False) -> None:
+    """Read every byte of a store and compare it with what was written; exit code 1 if it is not whole."""
+    from eupe.errors import IncompleteError
+    from eupe.progress import report_progress
+    from eupe.store.verify import verify
+
+    with report_progress(err, "objects", quiet=as_json) as progress:
+        report = verify(path, progress=lambda done, of: progress.update("verifying", done, of))
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(report), "whole": report.whole}))
+    else:
+        for part in report.missing:
+            out.print(f"part {part} is missing", soft_wrap=True)
+        for damage in report.damages:
+            out.print(_escaped(str(damage)), soft_wrap=True)
+        for name in report.strays:
+            out.print(f"{_escaped(name)} belongs to no part of the store and does no harm", soft_wrap=True)
+        out.print(f"{report.num_objects} objects, {report.num_bytes / 1e6:.1f} MB read", soft_wrap=True)
+    if not report.whole:
+        raise IncompleteError(
+            f"{report.store} is not whole: {len(report.missing)} of {report.num_parts} parts are missing, "
+            f"{len(report.damages)} objects are damaged; `eupe store repair {report.store}` makes them anew"
+        )
+    if not as_json:
+        out.print(f"{report.store} is whole", soft_wrap=True)
+
+
+@store_app.command("repair")
+def store_repair(
+    path: str,
+    corpus: PicturesPath = None,
+    weights: StoredWeights = None,
+    teacher: StoredTeacher = None,
+    batch_size: Annotated[int, typer.Option(help="Views per forward pass.")] = 16,
+    workers: Annotated[int | None, typer.Option(help="Ray actors, one teacher each; one per GPU by itself.")] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(help="The GPUs shared evenly where not given.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster (auto, ray://...); else this machine.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make anew what is damaged or missing in a store, and nothing else."""
+    from eupe.extract.repair import RepairConfig, repair
+    from eupe.progress import report_progress
+
+    config = RepairConfig(
+        store=path,
+        corpus=corpus,
+        weights=weights,
+        teacher=teacher,
+        batch_size=batch_size,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        ray_address=ray_address,
+    )
+    with report_progress(err, "steps", quiet=as_json) as progress:
+        report = repair(config, on_status=lambda s: progress.update(s.stage, s.done, s.total, failed=s.failed))
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(report).items()}
+    _finish(plain, as_json)
+
+
+@store_app.command("audit")
+def store_audit(
+    path: str,
+    samples: Annotated[int, typer.Option(help="How many pictures to compute again.")] = 32,
+    corpus: PicturesPath = None,
+    weights: StoredWeights = None,
+    teacher: StoredTeacher = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, fp32, bf16, fp16; else the arithmetic that the store was made in.")
+    ] = None,
+    least: Annotated[float, typer.Option(help="What the 5th percentile of the cosines must reach.")] = 0.999,
+    as_json: Json = False,
+) -> None:
+    """Compute some pictures again with the store's teacher and compare; exit code 1 if the features have drifted."""
+    from eupe.extract.audit import AuditConfig, audit, require_agreement
+    from eupe.progress import report_progress
+
+    if not 0 < least <= 1:
+        raise ConfigError(f"--least must lie between 0 and 1, got {least:g}")
+    config = AuditConfig(store=path, samples=samples, corpus=corpus, weights=weights, teacher=teacher, dtype=dtype)
+    with report_progress(err, "views", quiet=as_json) as progress:
+        report = audit(config, progress=lambda done, of: progress.update("computing", done, of))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(report)))
+    else:
+        table = Table("tokens", "precision", "count", "cosine", "mean", "5%", "least", box=None)
+        for d in report.drifts:
+            for name, c in (("standardised", d.standardised), ("plain", d.plain)):
+                numbers = (f"{x:.6f}" for x in (c.mean, c.p5, c.least))
+                table.add_row(d.path, d.precision, str(d.num_tokens), name, *numbers)
+        out.print(table)
+        out.print(
+            f"{report.num_views} views of {report.num_samples} pictures, {report.changed_views} with other pixels; "
+            f"stored in {report.stored_dtype}, computed in {report.computed_dtype}",
+            soft_wrap=True,
+        )
+    require_agreement(report, least)
+
+
 @app.command()
 def train(
-    targets: Annotated[list[Path], typer.Option(help="A store to learn from; may be given again.")],
+    targets: Annotated[list[str], typer.Option(help="A store to learn from, also s3:// or gs://; may be given again.")],
     student: Annotated[str, typer.Option(help="Any timm ViT or CNN.")],
     out_path: Annotated[Path, typer.Option("--out", help="The run's directory.")],
     corpus: PicturesPath = None,
@@ -291,8 +479,8 @@ def eval_agreement(
 
 @eval_app.command("knn")
 def eval_knn(
-    path: Annotated[Path, typer.Argument(help="A store with labels, or a training run.")],
-    corpus: Annotated[Path | None, typer.Option(help="For a run: the labelled folder to judge it on.")] = None,
+    path: Annotated[str, typer.Argument(help="A store with labels, or a training run.")],
+    corpus: Annotated[str | None, typer.Option(help="For a run: the labelled folder to judge it on.")] = None,
     k: Annotated[int, typer.Option(help="Neighbours that vote.")] = 10,
     metric: Annotated[str, typer.Option(help="l2 or cosine.")] = "l2",
     as_json: Json = False,
@@ -307,7 +495,7 @@ def eval_knn(
 @app.command()
 def viz(
     items: Annotated[list[str], typer.Argument(help="Stores, training runs, or teachers: one column each.")],
-    images: Annotated[Path, typer.Option(help="Folder of pictures, or an index.")],
+    images: Annotated[str, typer.Option(help="Folder of pictures, or an index.")],
     out_path: Annotated[Path, typer.Option("--out", help="The page to write (.html).")],
     limit: Annotated[int, typer.Option(help="How many pictures.")] = 8,
     weights: Annotated[list[str] | None, typer.Option(help="TEACHER=PATH: local weights of a teacher.")] = None,

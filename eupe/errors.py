@@ -58,6 +58,12 @@ class TrainingError(EupeError, RuntimeError):
     exit_code = 1
 
 
+class DriftError(EupeError, RuntimeError):
+    """A teacher computed anew gives other features than the store holds."""
+
+    exit_code = 1
+
+
 class IncompleteError(EupeError, RuntimeError):
     """The work ended with gaps; what is whole is committed, and the same command goes on."""
 

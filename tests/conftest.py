@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -19,6 +20,9 @@ from making import TINY_TEACHER, make_corpus, make_store, random_weights
 from demo.assets import prepare_assets
 from eupe.cli import main
 from eupe.store import Store
+
+if TYPE_CHECKING:
+    from object_store import S3Server
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +60,28 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_weights: Path) -> Store:
     """A finished store of the tiny corpus, two random crops each. Not to be changed."""
     return make_store(tmp_path_factory.mktemp("store") / "tiny.zarr", tiny_corpus, tiny_weights)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    from object_store import S3Server
+
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An S3 server on this machine with an empty bucket; `s3://` URLs lead to it."""
+    from object_store import CREDENTIALS
+
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    s3_server.begin()
+    return s3_server
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from eupe.corpus.index import index_folder, write_index
+from eupe.corpus.index import index_bytes, index_folder
 from eupe.corpus.views import ViewSpec
+from eupe.extract.calibrate import candidates, measure, sample_task, settle
 from eupe.extract.plan import plan_parts, store_spec
-from eupe.extract.worker import Worker
+from eupe.extract.worker import Computer, Worker
+from eupe.place import Place
 from eupe.store import Store
+from eupe.store.layout import segment_name
 from eupe.store.writer import create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import file_digest, load_teacher
@@ -53,14 +56,18 @@ def random_weights(arch: str, path: Path, seed: int = 0) -> Path:
 
 
 def make_store(
-    path: Path,
-    corpus: Path,
+    path: Path | Place,
+    corpus: Path | Place,
     weights: Path,
     *,
     teacher: str = TINY_TEACHER,
     views: ViewSpec = TWO_CROPS,
     sizes: tuple[int, ...] = (TINY_SIZE,),
     dtype: str = "fp32",
+    precision: str = "fp16",
+    fidelity: float | None = None,
+    grid: int | None = None,
+    pixels: bool = False,
 ) -> Store:
     """A finished store, made in this process."""
     spec = resolve_teacher(teacher)
@@ -73,12 +80,20 @@ def make_store(
         tokens=("summary", "dense"),
         weights_sha256=file_digest(weights),
         dtype=dtype,
+        precision=precision,
+        grid=grid,
+        pixels=pixels,
     )
-    create_store(path, plan)
-    write_index(index, path / "corpus.parquet")
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     loaded = load_teacher(spec, weights=weights, device=torch.device("cpu"), dtype=torch_dtype, sizes=sizes)
-    worker = Worker(loaded, path, corpus_root=index.root, views=views, batch_size=8)
+    computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=8)
+    if precision != "fp16" or fidelity is not None:
+        features = computer.compute(sample_task(plan, index)).features
+        plan = settle(plan, measure(plan, features, candidates(plan, fidelity)), fidelity)
+        computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=8)
+    create_store(path, plan)
+    Place.of(path).create(segment_name(0), index_bytes(index))
+    worker = Worker(computer, path)
     for task in plan_parts(plan, index.samples, done=()):
         worker.run(task)
     return finish_store(path)

@@ -75,7 +75,7 @@ def test_a_store_of_a_newer_format_is_refused(
     tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run
 ) -> None:
     store = make_store(tmp_path / "s.zarr", tiny_corpus, tiny_weights)
-    group = zarr.open_group(store.path, mode="r+")
+    group = zarr.open_group(store.path.local, mode="r+")
     group.attrs["eupe"] = {**group.attrs["eupe"], "format": 2}  # type: ignore[dict-item]
     outcome = run_eupe("train", "--targets", store.path, "--student", TINY_STUDENT, "--out", tmp_path / "r")
     assert outcome.code == 2

@@ -19,4 +19,9 @@ def test_every_error_survives_the_way_through_ray(kind: type[EupeError]) -> None
 
 def test_gaps_and_full_disks_leave_with_1_and_mistakes_with_2() -> None:
     codes = {kind.__name__: kind.exit_code for kind in KINDS}
-    assert {name for name, code in codes.items() if code == 1} == {"StorageError", "IncompleteError", "TrainingError"}
+    assert {name for name, code in codes.items() if code == 1} == {
+        "StorageError",
+        "IncompleteError",
+        "TrainingError",
+        "DriftError",
+    }

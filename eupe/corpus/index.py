@@ -1,26 +1,30 @@
 """Which pictures there are: a folder walked into an index, kept as Parquet.
 
 One row per picture: `key` (path below the root, with forward slashes), `sha256` of its bytes (null where it could not
-be read), `num_bytes`, `mtime_ns`, `label` (the first folder below the root, or null). Rows are sorted by key. The root
-stands in the schema's metadata, so an index can stand in for its folder.
+be read), `num_bytes`, `mtime_ns`, `label` (the first folder below the root, or null). Rows are sorted by key. The root,
+a path or an object store's URL, stands in the schema's metadata, so an index can stand in for its folder.
+
+Objects have no time that would vouch for their content: in an object store `mtime_ns` is null, and whoever indexes it
+reads and hashes all pictures anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eupe.corpus.decode import EXTENSIONS
-from eupe.errors import CorpusError
+from eupe.errors import CorpusError, StorageError
+from eupe.place import Place, Where
 
 ROOT_KEY = b"eupe.root"
 SCHEMA = pa.schema(
@@ -38,7 +42,7 @@ SCHEMA = pa.schema(
 class Corpus:
     """Pictures with keys, and where their bytes are."""
 
-    root: Path
+    root: Place
     samples: pa.Table
     """Columns of `SCHEMA`, one row per picture."""
 
@@ -68,39 +72,47 @@ Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
 
-def open_corpus(
-    source: str | Path, *, previous: Path | None = None, progress: Progress = lambda done, of: None
-) -> Corpus:
+def open_corpus(source: Where, *, previous: Corpus | None = None, progress: Progress = lambda done, of: None) -> Corpus:
     """A folder (indexed now) or an index made before.
 
     Args:
-        previous: an earlier index of the same folder; files of unchanged size and time are not read again.
+        source: a path, `s3://...` or `gs://...`; what ends in `.parquet` is an index.
+        previous: an earlier index of the same folder; local files of unchanged size and time are not read again.
         progress: called with (files hashed, files in all).
-    Raises: CorpusError if there is nothing there, or nothing that is a picture.
+    Raises: CorpusError if there is nothing there, or nothing that is a picture; StorageError if an object store does
+        not serve it.
     """
-    source = Path(source)
-    if source.is_dir():
-        return index_folder(source, previous=previous, progress=progress)
-    if source.is_file() and source.suffix == ".parquet":
-        return read_index(source)
-    if not source.exists():
+    place = Place.of(source)
+    is_index = place.name.endswith(".parquet")
+    if not place.is_local:
+        return read_index(place) if is_index else index_folder(place, previous=previous, progress=progress)
+    if place.local.is_dir():
+        return index_folder(place, previous=previous, progress=progress)
+    if place.local.is_file() and is_index:
+        return read_index(place)
+    if not place.local.exists():
         raise CorpusError(f"corpus {source} does not exist; give a folder of pictures or an index made by `eupe index`")
     raise CorpusError(f"corpus {source} is neither a folder of pictures nor an index (.parquet) made by `eupe index`")
 
 
-def index_folder(root: Path, *, previous: Path | None = None, progress: Progress = lambda done, of: None) -> Corpus:
-    """Walk a folder (links to folders are not followed) and hash every picture.
+def index_folder(
+    folder: Where, *, previous: Corpus | None = None, progress: Progress = lambda done, of: None
+) -> Corpus:
+    """Find every picture (links to folders are not followed) and hash it.
 
-    Raises: CorpusError if it holds no picture.
+    Raises: CorpusError if there is none; StorageError if an object store does not serve them.
     """
-    root = root.resolve()
-    keys = sorted(_picture_keys(root))
+    root = Place.of(folder)
+    if root.is_local:
+        root = Place(str(root.local.resolve()))
+    keys = sorted(_picture_keys(root.local) if root.is_local else _object_keys(root))
     if not keys:
         raise CorpusError(f"corpus {root} holds no picture; looked for {', '.join(sorted(EXTENSIONS))} below it")
     known = _known_hashes(previous, root) if previous is not None else {}
+    row_of = partial(_file_row, root.local, known) if root.is_local else partial(_object_row, root)
     rows = []
-    with ThreadPoolExecutor() as pool:
-        for row in pool.map(lambda key: _index_row(root, key, known), keys):
+    with ThreadPoolExecutor(root.threads((os.cpu_count() or 1) + 4)) as pool:
+        for row in pool.map(row_of, keys):
             rows.append(row)
             progress(len(rows), len(keys))
     return Corpus(root, pa.Table.from_pylist(rows, schema=SCHEMA))
@@ -115,24 +127,36 @@ def _picture_keys(root: Path) -> Iterable[str]:
         for name in files:
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
                 path = Path(folder, name)
-                if not str(path).isprintable():
-                    raise CorpusError(f"the file name {str(path)!r} has unprintable characters; rename it")
+                _require_printable(str(path))
                 yield path.relative_to(root).as_posix()
 
 
-def _known_hashes(index: Path, root: Path) -> dict[tuple[str, int, int], str | None]:
-    """Of an earlier index of the same folder; empty where there is none."""
-    try:
-        known = read_index(index)
-    except CorpusError:
-        return {}
-    rows = known.samples.to_pylist() if known.root == root else []
+def _object_keys(root: Place) -> Iterable[str]:
+    for key in root.list():
+        words = key.split("/")
+        if not any(word.startswith(".") for word in words) and Path(words[-1]).suffix.lower() in EXTENSIONS:
+            _require_printable(str(root / key))
+            yield key
+
+
+def _require_printable(path: str) -> None:
+    if not path.isprintable():
+        raise CorpusError(f"the file name {path!r} has unprintable characters; rename it")
+
+
+def _known_hashes(previous: Corpus, root: Place) -> dict[tuple[str, int, int], str | None]:
+    """Of an earlier index of the same folder; empty where it is of another."""
+    rows = previous.samples.to_pylist() if previous.root == root else []
     return {(row["key"], row["num_bytes"], row["mtime_ns"]): row["sha256"] for row in rows}
 
 
-def _index_row(root: Path, key: str, known: dict[tuple[str, int, int], str | None]) -> dict[str, object]:
+def _row(key: str) -> dict[str, object]:
     label = key.split("/", 1)[0] if "/" in key else None
-    row: dict[str, object] = {"key": key, "sha256": None, "num_bytes": None, "mtime_ns": None, "label": label}
+    return {"key": key, "sha256": None, "num_bytes": None, "mtime_ns": None, "label": label}
+
+
+def _file_row(root: Path, known: dict[tuple[str, int, int], str | None], key: str) -> dict[str, object]:
+    row = _row(key)
     try:
         stat = (root / key).stat()
         row |= {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -143,38 +167,80 @@ def _index_row(root: Path, key: str, known: dict[tuple[str, int, int], str | Non
     return row
 
 
-def write_index(corpus: Corpus, path: Path) -> None:
+def _object_row(root: Place, key: str) -> dict[str, object]:
+    """Raises: StorageError."""
+    row = _row(key)
+    try:
+        data = root.read(key)
+    except FileNotFoundError:
+        return row
+    return row | {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def read_picture(root: Place, key: str) -> bytes:
+    """A picture's bytes.
+
+    Raises: CorpusError if the picture cannot be read; StorageError if an object store serves nothing at all.
+    """
+    try:
+        return root.read(key)
+    except FileNotFoundError as error:
+        raise CorpusError(str(error)) from error
+    except StorageError as error:
+        if root.is_local:
+            raise CorpusError(str(error)) from error
+        raise
+
+
+def write_index(corpus: Corpus, path: Where) -> None:
     """Write the index as Parquet, atomically.
 
     Raises: CorpusError if the place cannot be written.
     """
-    table = corpus.samples.replace_schema_metadata({ROOT_KEY: str(corpus.root).encode()})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    place = Place.of(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
+        place.parent.write(place.name, index_bytes(corpus))
+    except StorageError as error:
         raise CorpusError(f"the index {path} cannot be written: {error}") from error
 
 
-def read_index(path: Path) -> Corpus:
-    """Read an index made by `write_index`.
+def index_bytes(corpus: Corpus) -> bytes:
+    """The index as Parquet."""
+    file = io.BytesIO()
+    table = corpus.samples.replace_schema_metadata({ROOT_KEY: str(corpus.root).encode()})
+    pq.write_table(table, file, write_page_checksum=True)
+    return file.getvalue()
 
-    Raises: CorpusError if the file is something else, or its folder is gone.
+
+def index_from_bytes(data: bytes, where: str) -> Corpus:
+    """The reverse of `index_bytes`; the pictures themselves need not be there.
+
+    Raises: CorpusError, naming `where`, if it is something else.
     """
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CorpusError(f"index {path} cannot be read as Parquet: {error}") from error
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CorpusError(f"index {where} cannot be read as Parquet: {error}") from error
     metadata = table.schema.metadata or {}
     if ROOT_KEY not in metadata or table.schema.names != SCHEMA.names:
         raise CorpusError(
-            f"{path} is not an index of pictures; make one with `eupe index --corpus FOLDER --out {path}`"
+            f"{where} is not an index of pictures; make one with `eupe index --corpus FOLDER --out {where}`"
         )
-    root = Path(metadata[ROOT_KEY].decode())
-    if not root.is_dir():
-        raise CorpusError(f"index {path} points to the folder {root}, which does not exist; index its new place again")
-    return Corpus(root, table.replace_schema_metadata())
+    return Corpus(Place.of(metadata[ROOT_KEY].decode()), table.replace_schema_metadata())
+
+
+def read_index(path: Where) -> Corpus:
+    """Read an index made by `write_index`.
+
+    Raises: CorpusError if the file is something else, or its folder is gone; StorageError.
+    """
+    place = Place.of(path)
+    try:
+        corpus = index_from_bytes(place.parent.read(place.name), str(path))
+    except FileNotFoundError as error:
+        raise CorpusError(f"index {error}; make it with `eupe index`") from error
+    if corpus.root.is_local and not corpus.root.local.is_dir():
+        raise CorpusError(
+            f"index {path} points to the folder {corpus.root}, which does not exist; index its new place again"
+        )
+    return corpus

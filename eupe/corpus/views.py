@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -49,6 +50,24 @@ class ViewSpec:
             return {"policy": "center", "num_views": 1, "kernel": KERNEL}
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {**fields, "kernel": KERNEL}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> ViewSpec:
+        """The reverse of `to_json`.
+
+        Raises: ConfigError for views of a kind that this version does not draw.
+        """
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k != "kernel"}
+        try:
+            spec = cls(**fields)
+        except TypeError as error:
+            raise ConfigError(f"the stored views cannot be drawn by this version of eupe: {error}") from error
+        if spec.policy not in ("center", "rrc") or spec.to_json() != dict(plain):
+            raise ConfigError(
+                f"the stored views (policy {spec.policy}, kernel {plain.get('kernel')}) cannot be drawn by this "
+                "version of eupe; use the one that made them"
+            )
+        return spec
 
 
 def parse_views(text: str, *, seed: int) -> ViewSpec:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eupe.errors import ConfigError
 from eupe.evaluate.run import Run, open_run
+from eupe.place import Where
 from eupe.train.loop import in_order, target_names, training_sample
 from eupe.train.targets import Batch, Views, stream
 from eupe.train.validate import Distiller, fit_gains, held_out_cosines
@@ -57,7 +58,7 @@ class Agreement:
     targets: list[TargetAgreement]
 
 
-def agreement(path: Path, *, corpus: Path | None = None, neighbours: int = NEIGHBOURS) -> Agreement:
+def agreement(path: Path, *, corpus: Where | None = None, neighbours: int = NEIGHBOURS) -> Agreement:
     """Judge a run on the views of its held-out pictures.
 
     Raises: RunError, StoreError, CorpusError.

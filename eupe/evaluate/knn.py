@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eupe.corpus.decode import decode_image
-from eupe.corpus.index import Corpus, open_corpus
+from eupe.corpus.index import Corpus, open_corpus, read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.device import autocast, compute_dtype, pick_device
 from eupe.encoder import CARD_FILE, Encoder, build_encoder, load_encoder, normalise
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.run import read_card
+from eupe.place import Where
 from eupe.store import Store, open_store
 from eupe.store.layout import SUMMARY
 
@@ -46,21 +47,22 @@ class KnnReport:
     k: int
 
 
-def knn(path: Path, *, corpus: Path | None = None, k: int = 10, metric: Metric = "l2") -> KnnReport:
+def knn(path: Where, *, corpus: Where | None = None, k: int = 10, metric: Metric = "l2") -> KnnReport:
     """k-NN accuracy of a store's summaries, or of a run's student on the pictures of `corpus`.
 
     Raises: StoreError, RunError, CorpusError; ConfigError if there are no labels, no summaries, or `k` is too large.
     """
     if metric not in ("l2", "cosine"):
         raise ConfigError(f"--metric {metric} is unknown; give l2 or cosine")
-    if (path / CARD_FILE).exists():
+    run = Path(str(path))
+    if (run / CARD_FILE).exists():
         if corpus is None:
             raise ConfigError(f"{path} is a run: give the labelled folder to judge it on with --corpus")
-        encoder = load_encoder(path)
+        encoder = load_encoder(run)
         labelled = _labelled(open_corpus(corpus))
         trained = embed(encoder, labelled)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(read_card(path).config["seed"])
+            torch.manual_seed(read_card(run).config["seed"])
             fresh = embed(build_encoder(encoder.card.arch, size=encoder.card.size), labelled)
         labels, keys = labelled.samples["label"].to_pylist(), labelled.samples["key"].to_pylist()
         return _report(str(path), trained, labels, keys, k, metric, untrained=fresh)
@@ -124,8 +126,8 @@ def embed(encoder: Encoder, corpus: Corpus) -> Tensor:
 
 def _centre_view(corpus: Corpus, key: str, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     try:
-        image = decode_image((corpus.root / key).read_bytes())
-    except (OSError, CorpusError) as error:
+        image = decode_image(read_picture(corpus.root, key))
+    except CorpusError as error:
         raise CorpusError(f"picture {key} of {corpus.root} cannot be read: {error}") from error
     box, flip = draw_view(ViewSpec(), key, 0, image.width, image.height)
     return render_view(image, box, flip, size)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from eupe.device import pick_device
 from eupe.encoder import load_encoder
 from eupe.errors import RunError
+from eupe.place import Where
 from eupe.train.config import CONFIG_FILE, RunCard, store_fingerprint
 from eupe.train.loop import HEADS_FILE, build
 from eupe.train.targets import TargetSet, open_targets
@@ -51,13 +52,13 @@ def read_card(path: Path) -> RunCard:
         raise RunError(f"{path} is not a training run: no readable {CONFIG_FILE} ({error})") from error
 
 
-def open_run(path: Path, *, corpus: Path | None = None) -> Run:
+def open_run(path: Path, *, corpus: Where | None = None) -> Run:
     """Load student and heads, and open the stores that they learned from.
 
     Raises: RunError if the run is not finished; StoreError or CorpusError if its targets or pictures are gone.
     """
     card = read_card(path)
-    stores = [Path(target["path"]) for target in card.targets]
+    stores = [target["path"] for target in card.targets]
     targets = open_targets(stores, corpus=corpus, holdout=card.config["holdout"])
     for store, target in zip(targets.stores, card.targets, strict=True):
         if store_fingerprint(store) != target["fingerprint"]:

@@ -5,7 +5,6 @@ Shapes: P pictures, S pixels along a side, h w cells, D channels.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +17,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eupe.corpus.decode import decode_image
-from eupe.corpus.index import Corpus, open_corpus
+from eupe.corpus.index import Corpus, open_corpus, read_picture
 from eupe.corpus.views import Box, ViewSpec, draw_view, render_view
 from eupe.device import compute_dtype, pick_device
 from eupe.encoder import CARD_FILE, load_card
-from eupe.errors import ConfigError, CorpusError, RunError, StorageError, TeacherError
+from eupe.errors import ConfigError, CorpusError, RunError, TeacherError
+from eupe.evaluate.page import make_place, write_whole
 from eupe.evaluate.run import read_card
 from eupe.evaluate.viz_history import read_history
 from eupe.evaluate.viz_page import ModelColumn, PictureCell, render_page
 from eupe.evaluate.viz_pca import pca_rgb
+from eupe.place import Place, Where
 from eupe.store import Features, Store, open_store
 from eupe.store.layout import DENSE
 from eupe.teachers.resolve import resolve_teacher
@@ -143,7 +144,7 @@ Stored = Sequence[tuple[StoreItem, Features]]
 def write_page(
     items: Sequence[str],
     *,
-    images: Path,
+    images: Where,
     out: Path,
     limit: int = 8,
     weights: Mapping[str, Path] | None = None,
@@ -161,7 +162,7 @@ def write_page(
     if limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {limit}")
     opened = open_items(items, weights or {})
-    _make_place(out)
+    make_place(out)
     corpus = open_corpus(images)
     stores = [item for item in opened if isinstance(item, StoreItem)]
     runs = {item.name: item.run for item in opened if isinstance(item, EncoderItem) and item.run}
@@ -177,7 +178,7 @@ def write_page(
         models=tuple(column.name for column in columns),
         num_pictures=len(pictures),
         num_held_out=sum(picture.held_out for picture in pictures),
-        num_bytes=_write(out, page),
+        num_bytes=write_whole(out, page),
     )
 
 
@@ -196,11 +197,11 @@ def open_items(items: Sequence[str], weights: Mapping[str, Path]) -> list[Item]:
 
 
 def _open_item(words: str, weights: Path | None) -> Item:
-    path = Path(words)
-    if (path / "zarr.json").is_file():
-        store = open_store(path)
+    path, place = Path(words), Place.of(words)
+    if not place.is_local or place.exists("zarr.json"):
+        store = open_store(place)
         if DENSE not in store.spec.tokens:
-            raise ConfigError(f"{path} holds no dense features; extract it with --tokens summary,dense")
+            raise ConfigError(f"{place} holds no dense features; extract it with --tokens summary,dense")
         return StoreItem(words, store)
     if _is_run(path) and not (path / CARD_FILE).is_file():
         raise RunError(f"run {path} has no student yet; finish it with `eupe train ... --resume`")
@@ -221,7 +222,9 @@ def _is_run(path: Path) -> bool:
 
 def _with_short_names(items: list[Item]) -> list[Item]:
     """A path's last part in place of the path, where that tells the items apart."""
-    short = [Path(item.name).name if Path(item.name).is_dir() else item.name for item in items]
+    short = [
+        Path(item.name).name if isinstance(item, StoreItem) or Path(item.name).is_dir() else item.name for item in items
+    ]
     unique = Counter(short)
     pairs = zip(items, short, strict=True)
     return [replace(item, name=name) if unique[name] == 1 else item for item, name in pairs]
@@ -290,8 +293,8 @@ def _require_same_views(pictures: Sequence[Picture], stored: Stored) -> None:
 
 def _read_image(corpus: Corpus, key: str) -> Image.Image:
     try:
-        return decode_image((corpus.root / key).read_bytes())
-    except (OSError, CorpusError) as error:
+        return decode_image(read_picture(corpus.root, key))
+    except CorpusError as error:
         raise CorpusError(f"picture {key} of {corpus.root} cannot be read: {error}") from error
 
 
@@ -317,27 +320,3 @@ def _column(item: Item, views: Sequence[View], stored: Features | None) -> Model
         raise ConfigError(f"{item.name} gives features that are not finite, which have no colours")
     maps, explained = pca_rgb(dense)
     return ModelColumn(item.name, kind, about, size, dense.shape[1], dense.shape[-1], explained, maps)
-
-
-def _make_place(out: Path) -> None:
-    """Raises: StorageError if a page cannot stand at `out`."""
-    if out.is_dir():
-        raise StorageError(f"the page cannot be written to {out}: it is a folder; name a file in it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"the page cannot be written to {out}: {error}") from error
-
-
-def _write(out: Path, page: str) -> int:
-    """Write the page whole or not at all; returns its bytes."""
-    data = page.encode(errors="replace")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(out)
-    except OSError as error:
-        raise StorageError(f"the page cannot be written to {out}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(data)

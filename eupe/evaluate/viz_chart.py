@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours and fonts are the page's: classes `ink`, `c0`, `c1`, ..., `dashed`."""
+"""Charts as inline SVG: lines, bars, heat maps. Colours and fonts are the page's: `ink`, `c0`, ..., `dashed`, `bar`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ LOG_TICKS = ((20.0, (1, 1.5, 2, 3, 5, 7)), (1000.0, (1, 2, 5)), (math.inf, (1,))
 """Factors of powers of ten, for a largest value of up to so many times the smallest."""
 MARKED_POINTS = 12
 """A curve of so few points shows each of them."""
+
+LEAST_BAR = 1.5
+"""A bar that is not zero is at least this high, so that the rare can be seen."""
+PADDING_BINS = 3
+"""Empty bins shown on either side of a histogram."""
+HEAT_STEPS = 24
+"""Of a heat map's scale."""
 
 Point = tuple[float, float]
 
@@ -131,6 +138,110 @@ def svg_chart(
     return "\n".join(parts)
 
 
+def svg_histogram(
+    edges: Sequence[float], counts: Sequence[int], *, mark: float, label: str, x_label: str, y_label: str
+) -> str:
+    """Bars over a logarithmic axis, each the share of one bin in the whole; what is empty on both sides is left out.
+
+    Args:
+        edges: one more than `counts`, rising by a constant factor.
+        counts: at least one is not zero.
+        mark: where a dashed line stands.
+        label: says what is drawn to those who cannot see it.
+    """
+    used = [i for i, count in enumerate(counts) if count]
+    step = edges[1] / edges[0]
+    low, high = edges[used[0]] * step**-PADDING_BINS, edges[used[-1] + 1] * step**PADDING_BINS
+    ticks = tuple(tick for tick in log_axis(low, high).ticks if low <= tick <= high)
+    x, total = Axis(low, high, ticks, log=True), sum(counts)
+    y = linear_axis(0.0, max(counts) / total, most=5)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">',
+        *(_y_tick(y, tick) for tick in y.ticks),
+        *(_x_tick(x, tick) for tick in x.ticks),
+        *(_bar(edges[i : i + 2], counts[i], total, x, y) for i in used),
+        f'<line class="ink dashed" x1="{_across(x, mark):.1f}" x2="{_across(x, mark):.1f}" '
+        f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
+        _axis_labels(x_label, y_label),
+        "</svg>",
+    ]
+    return "\n".join(parts)
+
+
+def _bar(edges: Sequence[float], count: int, total: int, x: Axis, y: Axis) -> str:
+    left, right = (_across(x, edge) for edge in edges)
+    height = max(HEIGHT - BOTTOM - _down(y, count / total), LEAST_BAR)
+    return (
+        f'<rect class="bar" x="{left + 0.5:.1f}" y="{HEIGHT - BOTTOM - height:.1f}" '
+        f'width="{max(right - left - 1, 1):.1f}" height="{height:.1f}">'
+        f"<title>{edges[0]:.4g} to {edges[1]:.4g}: {count:,} ({count / total:.3%})</title></rect>"
+    )
+
+
+def svg_heat_map(rates: Sequence[Sequence[float]], *, label: str) -> str:
+    """A grid of cells, each as strong in colour as its share, and the scale beside it from 0 to the largest.
+
+    Args:
+        rates: rows of shares, at least one of them above 0.
+        label: says what is drawn to those who cannot see it.
+    """
+    rows, columns, largest = len(rates), len(rates[0]), max(map(max, rates))
+    side = min((HEIGHT - TOP - BOTTOM) / rows, (WIDTH - 2 * LEFT - 80) / columns)
+    width, height = side * columns, side * rows
+    cells = [
+        _cell(LEFT + side * j, TOP + side * i, side, rate / largest, f"row {i}, column {j}: {rate:.2%} of views")
+        for i, row in enumerate(rates)
+        for j, rate in enumerate(row)
+        if rate > 0
+    ]
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">',
+        f'<rect class="empty" x="{LEFT}" y="{TOP}" width="{width:.2f}" height="{height:.2f}"/>',
+        *cells,
+        *_cell_numbers(rows, columns, side),
+        *_heat_scale(LEFT + width + 40, height, largest),
+        "</svg>",
+    ]
+    return "\n".join(parts)
+
+
+def _cell(x: float, y: float, side: float, strength: float, title: str) -> str:
+    gap = 0.04 * side
+    return (
+        f'<rect class="heat" x="{x + gap:.2f}" y="{y + gap:.2f}" width="{side - 2 * gap:.2f}" '
+        f'height="{side - 2 * gap:.2f}" fill-opacity="{strength:.3f}"><title>{title}</title></rect>'
+    )
+
+
+def _cell_numbers(rows: int, columns: int, side: float) -> list[str]:
+    """The first and last row's and column's numbers, and what they count."""
+    bottom, right = TOP + side * rows, LEFT + side * columns
+    return [
+        f'<text x="{LEFT - 8}" y="{TOP + side / 2 + 4:.1f}" text-anchor="end">0</text>',
+        f'<text x="{LEFT - 8}" y="{bottom - side / 2 + 4:.1f}" text-anchor="end">{rows - 1}</text>',
+        f'<text x="{LEFT + side / 2:.1f}" y="{bottom + 17:.1f}" text-anchor="middle">0</text>',
+        f'<text x="{right - side / 2:.1f}" y="{bottom + 17:.1f}" text-anchor="middle">{columns - 1}</text>',
+        f'<text x="{(LEFT + right) / 2:.1f}" y="{bottom + 17:.1f}" text-anchor="middle">column</text>',
+        f'<text transform="translate({LEFT - 20} {(TOP + bottom) / 2:.1f}) rotate(-90)" '
+        'text-anchor="middle">row</text>',
+    ]
+
+
+def _heat_scale(left: float, height: float, largest: float) -> list[str]:
+    step = height / HEAT_STEPS
+    strips = [
+        f'<rect class="heat" x="{left:.1f}" y="{TOP + height - step * (i + 1):.2f}" width="14" '
+        f'height="{step:.2f}" fill-opacity="{(i + 0.5) / HEAT_STEPS:.3f}"/>'
+        for i in range(HEAT_STEPS)
+    ]
+    numbers = [
+        f'<text x="{left + 22:.1f}" y="{TOP + height * (1 - share) + 4:.1f}">{100 * share * largest:.3g}%</text>'
+        for share in (0.0, 0.5, 1.0)
+    ]
+    backdrop = f'<rect class="empty" x="{left:.1f}" y="{TOP}" width="14" height="{height:.2f}"/>'
+    return [backdrop, *strips, *numbers]
+
+
 def _steps_axis(last: float) -> Axis:
     """From 0 to the last step exactly, so that the curves fill the chart."""
     last = max(last, 1.0)
@@ -180,12 +291,15 @@ def _axis_labels(x_label: str, y_label: str) -> str:
     across, down = LEFT + (WIDTH - LEFT - RIGHT) / 2, TOP + (HEIGHT - TOP - BOTTOM) / 2
     return (
         f'<text x="{across}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
-        f'<text transform="translate(13 {down}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+        f'<text transform="translate(11 {down}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
 
 
 def short_number(value: float) -> str:
-    """12000 as 12k, 0.5 as 0.5."""
+    """12000 as 12k, 0.5 as 0.5, 0.0001 as 1e-4."""
+    if 0 < abs(value) < 0.01:
+        mantissa, _, exponent = f"{value:e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:g}{name}"

@@ -7,14 +7,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
-from string import Template
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-import eupe
+from eupe.evaluate.page import fill_template
 from eupe.evaluate.viz_chart import Series, svg_chart
 from eupe.evaluate.viz_history import Cosine, History
 
@@ -54,9 +52,9 @@ def render_page(
     pictures: Sequence[PictureCell], models: Sequence[ModelColumn], histories: Sequence[tuple[str, History]]
 ) -> str:
     """The whole page; `histories` are the runs among the models, by name."""
-    template = Template((files("eupe.evaluate") / TEMPLATE).read_text(encoding="utf-8"))
     names = ", ".join(model.name for model in models)
-    return template.substitute(
+    return fill_template(
+        TEMPLATE,
         title=escape(f"Dense features of {names}"),
         names=escape(names),
         counts=f"{_count(len(models), 'model')}, {_count(len(pictures), 'picture')}",
@@ -65,7 +63,6 @@ def render_page(
         heads="\n".join(_head(model) for model in models),
         rows="\n".join(_row(picture, i, models) for i, picture in enumerate(pictures)),
         runs="\n".join(_run(name, history) for name, history in histories),
-        version=escape(eupe.__version__),
     )
 
 

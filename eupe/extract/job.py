@@ -18,20 +18,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 
-from eupe.corpus.index import Corpus, open_corpus, write_index
+from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus
 from eupe.corpus.views import ViewSpec
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.encoder import WEIGHTS_FILE
-from eupe.errors import ConfigError, CorpusError, EupeError, IncompleteError, StoreError, TeacherError
+from eupe.errors import (
+    ConfigError,
+    CorpusError,
+    EupeError,
+    IncompleteError,
+    SpecMismatchError,
+    StoreError,
+    TeacherError,
+)
+from eupe.extract.calibrate import Measured, candidates, measure, sample_task, settle
 from eupe.extract.plan import PartTask, plan_parts, store_spec
-from eupe.extract.worker import PartResult, Worker
+from eupe.extract.worker import Computer, PartResult, Worker
+from eupe.place import Place, Where
 from eupe.store import Store, open_store
-from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view
-from eupe.store.reader import committed_parts
-from eupe.store.writer import create_store, finish_store
+from eupe.store.catalogue import find_store
+from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, differences, segment_name
+from eupe.store.precision import FP16
+from eupe.store.reader import ROOT_DOCUMENT, committed_parts
+from eupe.store.writer import create_store, extend_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
@@ -40,7 +54,10 @@ PARTS_IN_FLIGHT = 2
 """Per worker: one has the teacher while the other is written."""
 TASK_RETRIES = 2
 POLL_SECONDS = 0.5
-INDEX_FILE = "corpus.parquet"
+STORES = Path("store")
+"""The directory of stores that have not been given a place."""
+NAMED_PICTURES = 5
+"""In a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +66,25 @@ class ExtractConfig:
 
     teacher: str
     """Registry name, `timm:ARCH`, `hf:REPO_OR_DIR`, `open_clip:ARCH[@TAG]`, or a training run's directory."""
-    corpus: Path
-    out: Path
+    corpus: Where
+    """A folder of pictures or an index; also `s3://...` or `gs://...`."""
+    out: Where | None = None
+    """The store: a folder, `s3://...` or `gs://...`. Where not given: the one in `store/` that was made to the same
+    specification under whatever name, or `store/TEACHER.zarr`."""
     weights: Path | None = None
     """Local weights in place of the hub's."""
     sizes: tuple[int, ...] = ()
     """Sides of the square input in pixels; the teacher's native size where none is given."""
     views: ViewSpec = field(default_factory=ViewSpec)
     tokens: tuple[str, ...] = KINDS
+    precision: str = "fp16"
+    """`fp16`, `bitround:B`, `int8`, or one for each kind: `dense=int8,summary=fp16`."""
+    fidelity: float | None = None
+    """In place of a precision: the cheapest one whose tokens' cosines, standardised, have this 5th percentile."""
+    grid: int | None = None
+    """Cells along one side to which dense maps are pooled; the teacher's own where not given."""
+    pixels: bool = False
+    """Keep the views themselves as well, so that the store trains without the corpus."""
     dtype: str = "auto"
     """`auto`, `fp32`, `bf16` or `fp16`: the teacher's arithmetic."""
     batch_size: int = 16
@@ -106,7 +134,9 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
     began = time.monotonic()
     config = _with_absolute_paths(config)
     teacher = _checked_teacher(config)
-    previous = config.out / INDEX_FILE
+    place = Place.of(config.out or STORES / f"{teacher_name(config.teacher)}.zarr")
+    existing = open_store(place) if place.exists(ROOT_DOCUMENT) else None
+    previous = None if existing is None else stored_index(existing)
     corpus = open_corpus(
         config.corpus, previous=previous, progress=lambda done, of: on_status(Status("indexing", done, of))
     ).head(config.limit)
@@ -119,19 +149,30 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
             tokens=config.tokens,
             weights_sha256=actors.weights_sha256,
             dtype=actors.dtype_name,
+            precision=config.precision,
+            grid=config.grid,
+            pixels=config.pixels,
         )
-        store = _open_or_create(config.out, spec, corpus)
+        if config.out is None and (twin := find_store(STORES, spec, fidelity=config.fidelity)) is not None:
+            place, existing = twin.path, twin
+        store = _open_or_create(actors, place, spec, corpus, existing, on_status)
         views_per_s = None
         if not (cached := store.finished):
-            views_per_s = _run_parts(actors, store, corpus, on_status)
-            store = finish_store(config.out)
+            views_per_s = actors.run_parts(store, on_status)
+            store = finish_store(place)
     return _report(store, cached=cached, seconds=time.monotonic() - began, views_per_s=views_per_s)
 
 
 def _with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
     """Workers have working directories of their own."""
     weights = None if config.weights is None else config.weights.absolute()
-    return replace(config, corpus=config.corpus.absolute(), out=config.out.absolute(), weights=weights)
+    out = None if config.out is None else Place.of(config.out)
+    return replace(config, corpus=Place.of(config.corpus), out=out, weights=weights)
+
+
+def teacher_name(words: str) -> str:
+    """What a store of a teacher is called where no name is given."""
+    return Path(words).name.replace(":", "-")
 
 
 def _checked_teacher(config: ExtractConfig) -> TeacherSpec:
@@ -144,6 +185,18 @@ def _checked_teacher(config: ExtractConfig) -> TeacherSpec:
     unknown = set(config.tokens) - set(KINDS)
     if unknown or not config.tokens:
         raise ConfigError(f"--tokens takes summary, dense, or both; got {','.join(config.tokens) or 'nothing'}")
+    require_counts(config)
+    if config.fidelity is not None and not 0 < config.fidelity < 1:
+        raise ConfigError(f"--fidelity must lie between 0 and 1, got {config.fidelity:g}")
+    if config.fidelity is not None and config.precision != "fp16":
+        raise ConfigError("--fidelity chooses the precision by itself; leave out --precision")
+    if Path(teacher.model).exists():
+        return replace(teacher, model=str(Path(teacher.model).absolute()))
+    return teacher
+
+
+def require_counts(config: ExtractConfig) -> None:
+    """Raises: ConfigError for a number that no job can have."""
     for name, value in (
         ("--batch-size", config.batch_size),
         ("--workers", config.workers),
@@ -153,39 +206,76 @@ def _checked_teacher(config: ExtractConfig) -> TeacherSpec:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if config.gpus_per_worker is not None and config.gpus_per_worker < 0:
         raise ConfigError(f"--gpus-per-worker must be at least 0, got {config.gpus_per_worker:g}")
-    if Path(teacher.model).exists():
-        return replace(teacher, model=str(Path(teacher.model).absolute()))
-    return teacher
 
 
-def _open_or_create(out: Path, spec: StoreSpec, corpus: Corpus) -> Store:
-    if (out / "zarr.json").is_file():
-        _refuse_other_corpus(open_store(out), spec, corpus)
-    store = create_store(out, spec)
-    write_index(corpus, out / INDEX_FILE)
+def _open_or_create(
+    actors: JobActors,
+    place: Place,
+    spec: StoreSpec,
+    corpus: Corpus,
+    existing: Store | None,
+    on_status: Callable[[Status], None],
+) -> Store:
+    """The store to fill: new, as it was left, or extended by what came to the corpus."""
+    fidelity = actors.config.fidelity
+    if existing is not None and fidelity is not None and existing.spec.fidelity.get("asked") == fidelity:
+        spec = replace(spec, precision=existing.spec.precision)
+    elif existing is None and (fidelity is not None or set(spec.precision.values()) != {FP16}):
+        on_status(Status("measuring precision", 0, 0))
+        spec = settle(spec, actors.measure(spec), fidelity)
+    if existing is not None and existing.spec.corpus["fingerprint"] != spec.corpus["fingerprint"]:
+        return _extend(existing, spec, corpus)
+    store = create_store(place, spec)
+    store.path.create(segment_name(0), index_bytes(corpus))
     return store
 
 
-def _refuse_other_corpus(store: Store, spec: StoreSpec, corpus: Corpus) -> None:
-    if store.spec.corpus["fingerprint"] == spec.corpus["fingerprint"]:
-        return
-    stored = open_corpus(store.path / INDEX_FILE).samples
+def stored_index(store: Store) -> Corpus:
+    """The index of all samples that a store was made for, in the order of its parts.
+
+    Raises: CorpusError if it is damaged; StorageError.
+    """
+    try:
+        names = [segment_name(i) for i in range(len(store.spec.corpus["segments"]))]
+        segments = [index_from_bytes(store.path.read(name), str(store.path / name)) for name in names]
+    except FileNotFoundError as error:
+        raise CorpusError(f"the store's index of pictures is incomplete: {error}") from error
+    return Corpus(segments[0].root, pa.concat_tables([segment.samples for segment in segments]))
+
+
+def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
+    """Raises: SpecMismatchError; StoreError naming the pictures that are gone or have changed."""
+    if different := differences(store.spec, replace(spec, corpus=store.spec.corpus)):
+        raise SpecMismatchError(
+            f"{store.path} holds features made to another specification ({'; '.join(different)}); "
+            "give another --out, or the options it was made with"
+        )
+    stored = stored_index(store).samples
     old = dict(zip(stored["key"].to_pylist(), stored["sha256"].to_pylist(), strict=True))
     new = dict(zip(corpus.samples["key"].to_pylist(), corpus.samples["sha256"].to_pylist(), strict=True))
-    gained, lost = new.keys() - old.keys(), old.keys() - new.keys()
-    changed = {key for key in old.keys() & new.keys() if old[key] != new[key]}
-    example = min(gained or lost or changed)
-    raise StoreError(
-        f"{store.path} was made from another corpus than {corpus.root}: {len(gained)} pictures are new, "
-        f"{len(lost)} are gone, {len(changed)} have changed (for example {example}); give another --out"
-    )
+    lost, gained = sorted(old.keys() - new.keys()), new.keys() - old.keys()
+    changed = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
+    if lost or changed:
+        what = [f"{len(keys)} {word} ({_some(keys)})" for keys, word in ((lost, "gone"), (changed, "changed")) if keys]
+        raise StoreError(
+            f"{store.path} cannot be extended: of the pictures of {corpus.root} that it was made from, "
+            f"{' and '.join(what)}; put them back, or give another --out"
+        )
+    added = Corpus(corpus.root, corpus.samples.filter(pc.is_in(corpus.samples["key"], pa.array(sorted(gained)))))
+    store.path.write(segment_name(len(store.spec.corpus["segments"])), index_bytes(added))
+    return extend_store(store, fingerprint=corpus.fingerprint, num_new=len(added))
+
+
+def _some(keys: Sequence[str]) -> str:
+    shown = ", ".join(keys[:NAMED_PICTURES])
+    return shown if len(keys) <= NAMED_PICTURES else f"{shown}, and {len(keys) - NAMED_PICTURES} more"
 
 
 class JobActors:
     """The Ray actors of a job, started when first needed and gone when the block ends."""
 
     def __init__(self, config: ExtractConfig, teacher: TeacherSpec, corpus: Corpus) -> None:
-        self._config = config
+        self.config = config
         self._teacher = teacher
         self._corpus = corpus
         self._ray_started = False
@@ -209,14 +299,31 @@ class JobActors:
     @cached_property
     def dtype_name(self) -> str:
         """The arithmetic in words, decided by the machine that does the work."""
-        if self._config.ray_address is None:
-            return dtype_name(compute_dtype(self._config.dtype, pick_device()))
+        if self.config.ray_address is None:
+            return dtype_name(compute_dtype(self.config.dtype, pick_device()))
         return str(_get_loaded(self.handles[0].dtype_name.remote()))
+
+    def measure(self, spec: StoreSpec) -> Measured:
+        """Features of a sample of the corpus, coded as may be asked."""
+        task = sample_task(spec, self._corpus)
+        measured: Measured = _get_loaded(self.handles[0].measure.remote(spec, task))
+        return measured
+
+    def prepare(self, store: Store) -> None:
+        """Load the teachers, so that what is wrong with them is said before any part begins.
+
+        Raises: TeacherError.
+        """
+        _get_loaded([actor.prepare.remote(store.path) for actor in self.handles])
+
+    def run_parts(self, store: Store, on_status: Callable[[Status], None]) -> float:
+        """Make the parts that are missing; see `_run_parts`."""
+        return _run_parts(self, store, on_status)
 
     @cached_property
     def handles(self) -> list[Any]:
         self._start_ray()
-        config = self._config
+        config = self.config
         nodes = [Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         num_workers, num_cpus, num_gpus = place_workers(nodes, config.workers, config.gpus_per_worker)
         actor = ray.remote(ExtractActor).options(
@@ -230,7 +337,7 @@ class JobActors:
 
     def _start_ray(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = self._config.ray_address
+        address = self.config.ray_address
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if address is not None:
             try:
@@ -239,7 +346,7 @@ class JobActors:
                 raise ConfigError(f"no Ray cluster answers at --ray-address {address}: {error}") from error
             self._ray_started = True
             return
-        cpus = max(os.cpu_count() or 1, self._config.workers or 1)
+        cpus = max(os.cpu_count() or 1, self.config.workers or 1)
         ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
         self._ray_started = True
 
@@ -286,12 +393,13 @@ def place_workers(nodes: Sequence[Node], workers: int | None, gpus_per_worker: f
 class ExtractActor:
     """One teacher in a process of its own."""
 
-    def __init__(self, config: ExtractConfig, teacher: TeacherSpec, corpus_root: Path, num_cpus: int) -> None:
+    def __init__(self, config: ExtractConfig, teacher: TeacherSpec, corpus_root: Place, num_cpus: int) -> None:
         torch.set_num_threads(num_cpus)
         self._config = config
         self._spec = teacher
         self._corpus_root = corpus_root
         self._loading = threading.Lock()
+        self._workers: dict[Place, Worker] = {}
 
     @cached_property
     def _teacher(self) -> Teacher:
@@ -301,47 +409,50 @@ class ExtractActor:
         dtype = compute_dtype(config.dtype, device)
         return load_teacher(self._spec, weights=config.weights, device=device, dtype=dtype, sizes=sizes)
 
-    @cached_property
-    def _worker(self) -> Worker:
-        config = self._config
+    def _computer(self, spec: StoreSpec) -> Computer:
         host = socket.gethostname()
-        if not self._corpus_root.is_dir():
+        if self._corpus_root.is_local and not self._corpus_root.local.is_dir():
             raise CorpusError(f"worker on {host} does not see the corpus folder {self._corpus_root}; share it there")
-        worker = Worker(
-            self._teacher,
-            config.out,
-            corpus_root=self._corpus_root,
-            views=config.views,
-            batch_size=config.batch_size,
-        )
-        arithmetic, agreed = dtype_name(self._teacher.dtype), worker.spec.teacher["dtype"]
+        arithmetic, agreed = dtype_name(self._teacher.dtype), spec.teacher["dtype"]
         if arithmetic != agreed:
             raise ConfigError(f"worker on {host} would compute in {arithmetic}, the store is {agreed}; give --dtype")
-        return worker
+        return Computer(
+            self._teacher,
+            spec,
+            corpus_root=self._corpus_root,
+            views=self._config.views,
+            batch_size=self._config.batch_size,
+        )
 
-    def _ready_worker(self) -> Worker:
+    def _worker(self, store: Place) -> Worker:
         with self._loading:
-            return self._worker
+            if store not in self._workers:
+                self._workers[store] = Worker(self._computer(open_store(store).spec), store)
+            return self._workers[store]
 
     def weights_sha256(self) -> str:
         with self._loading:
             return weights_digest(self._teacher.module)
 
+    def measure(self, spec: StoreSpec, task: PartTask) -> Measured:
+        with self._loading:
+            features = self._computer(spec).compute(task).features
+            return measure(spec, features, candidates(spec, self._config.fidelity))
+
     def dtype_name(self) -> str:
         return dtype_name(compute_dtype(self._config.dtype, pick_device()))
 
-    def prepare(self) -> None:
+    def prepare(self, store: Place) -> None:
         """Load the teacher, so that what is wrong with it is said before any part begins."""
-        self._ready_worker()
+        self._worker(store)
 
-    def run(self, task: PartTask) -> PartResult:
-        return self._ready_worker().run(task)
+    def run(self, task: PartTask, store: Place) -> PartResult:
+        return self._worker(store).run(task)
 
     def progress(self) -> tuple[int, int]:
         """Views done and samples failed since this process started."""
-        if "_worker" not in self.__dict__:
-            return 0, 0
-        return self._worker.progress.views, self._worker.progress.failed
+        running = [worker.progress for worker in self._workers.values()]
+        return sum(progress.views for progress in running), sum(progress.failed for progress in running)
 
 
 def _get(reference: Any) -> Any:
@@ -367,32 +478,32 @@ def _get_loaded(reference: Any) -> Any:
         raise TeacherError(f"a worker died while it loaded the teacher: {str(error).splitlines()[0]}") from error
 
 
-def _run_parts(actors: JobActors, store: Store, corpus: Corpus, on_status: Callable[[Status], None]) -> float:
+def _run_parts(actors: JobActors, store: Store, on_status: Callable[[Status], None]) -> float:
     """Keep every actor busy until each part is committed or given up.
 
     Returns: views per second since the teachers were loaded.
     Raises: IncompleteError naming the gaps and their first reason; StorageError and TeacherError as they come.
     """
-    tasks = plan_parts(store.spec, corpus.samples, committed_parts(store.path))
+    tasks = plan_parts(store.spec, stored_index(store).samples, committed_parts(store.path))
     num_views = store.spec.num_views
     total = store.spec.num_samples * num_views
     before = total - num_views * sum(len(task.samples) for task in tasks)
     reasons: dict[int, str] = {}
     with _interruptible(store):
         on_status(Status("loading teacher", before, total))
-        _get_loaded([actor.prepare.remote() for actor in actors.handles])
+        actors.prepare(store)
         began = time.monotonic()
         queue = iter(tasks)
         running: dict[Any, tuple[Any, PartTask]] = {}
         for actor in actors.handles * PARTS_IN_FLIGHT:
-            _submit_next(actor, queue, running)
+            _submit_next(actor, queue, running, store.path)
         while running:
             ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
             for reference in ready:
                 actor, task = running.pop(reference)
                 if reason := _failure(reference):
                     reasons[task.index] = reason
-                _submit_next(actor, queue, running)
+                _submit_next(actor, queue, running, store.path)
             views, failed = _progress(actors.handles)
             on_status(Status("extracting", min(before + views, total), total, failed))
     if missing := store.missing_parts():
@@ -404,10 +515,10 @@ def _run_parts(actors: JobActors, store: Store, corpus: Corpus, on_status: Calla
     return (total - before) / (time.monotonic() - began)
 
 
-def _submit_next(actor: Any, queue: Iterator[PartTask], running: dict[Any, tuple[Any, PartTask]]) -> None:
+def _submit_next(actor: Any, queue: Iterator[PartTask], running: dict[Any, tuple[Any, PartTask]], store: Place) -> None:
     task = next(queue, None)
     if task is not None:
-        running[actor.run.remote(task)] = (actor, task)
+        running[actor.run.remote(task, store)] = (actor, task)
 
 
 def _failure(reference: Any) -> str | None:
@@ -462,7 +573,7 @@ def _report(store: Store, *, cached: bool, seconds: float, views_per_s: float | 
         num_samples=spec.num_samples,
         num_views=num_views,
         num_failed=sum(word != "ok" for word in status),
-        stored_bytes=sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+        stored_bytes=store.stored_bytes,
         raw_bytes=num_views * bytes_per_view(spec.grids, dense_dim, summary_dim),
         seconds=seconds,
         views_per_s=views_per_s,

@@ -12,6 +12,7 @@ from eupe.corpus.index import Corpus
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
 from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, samples_per_part
+from eupe.store.precision import parse_precision
 from eupe.teachers.spec import TeacherSpec
 
 RECORDED_LIBRARIES = (
@@ -24,6 +25,7 @@ RECORDED_LIBRARIES = (
     "numpy",
     "zarr",
     "tensorstore",
+    "pyarrow",
 )
 
 
@@ -58,22 +60,30 @@ def store_spec(
     tokens: tuple[str, ...],
     weights_sha256: str,
     dtype: str,
+    precision: str = "fp16",
+    grid: int | None = None,
+    pixels: bool = False,
 ) -> StoreSpec:
     """What a store of this teacher over this corpus is to hold.
 
     Args:
         sizes: empty for the teacher's native size.
         tokens: a teacher without a summary leaves that out.
-    Raises: TeacherError for a size that the patch does not divide; ConfigError if nothing is left to store.
+        precision: as `--precision` takes it.
+        pixels: keep the views themselves as well.
+        grid: cells along one side to which dense maps are pooled; the teacher's own where not given.
+    Raises: TeacherError for a size that the patch does not divide; ConfigError if nothing is left to store, or for a
+        grid to which a map cannot be pooled.
     """
     sizes = sizes or (teacher.native_size,)
-    grids = tuple(teacher.grid(size) for size in sizes)
+    grids = tuple(_pooled_grid(teacher, size, grid) for size in sizes)
     kept = tuple(k for k in KINDS if k in tokens and not (k == SUMMARY and teacher.summary == "none"))
     if not kept:
         raise ConfigError(f"teacher {teacher.name} has no summary; give --tokens dense")
     dense_dim = teacher.dense_dim if DENSE in kept else 0
     summary_dim = teacher.summary_dim if SUMMARY in kept else 0
-    per_sample = views.num_views * bytes_per_view(grids, dense_dim, summary_dim)
+    pixel_bytes = sum(3 * size * size for size in sizes) if pixels else 0
+    per_sample = views.num_views * (bytes_per_view(grids, dense_dim, summary_dim) + pixel_bytes)
     return StoreSpec(
         teacher={
             **teacher.to_json(),
@@ -81,30 +91,49 @@ def store_spec(
             "weights_sha256": weights_sha256,
             "dtype": dtype,
         },
-        corpus={"fingerprint": corpus.fingerprint, "num_samples": len(corpus), "root": str(corpus.root)},
+        corpus={"fingerprint": corpus.fingerprint, "segments": [len(corpus)], "root": str(corpus.root)},
         views=views.to_json(),
         sizes=sizes,
         grids=grids,
         tokens=kept,
         samples_per_part=samples_per_part(len(corpus), per_sample),
+        precision=parse_precision(precision, kept),
+        pixels=pixels,
         versions=installed_versions(),
     )
+
+
+def _pooled_grid(teacher: TeacherSpec, size: int, grid: int | None) -> int:
+    """Cells along one side of the stored map.
+
+    Raises: ConfigError if the teacher's map is not a whole number of cells for each stored one.
+    """
+    own = teacher.grid(size)
+    if grid is None:
+        return own
+    if grid < 1 or own % grid:
+        raise ConfigError(
+            f"--grid {grid} does not divide the {own}x{own} map of {teacher.name} at {size} px; give one of "
+            f"{', '.join(str(g) for g in range(1, own + 1) if own % g == 0)}"
+        )
+    return grid
 
 
 def plan_parts(spec: StoreSpec, samples: pa.Table, done: Collection[int]) -> list[PartTask]:
     """The parts still to be made, in order.
 
     Args:
-        samples: the corpus's index; its row order is the store's.
+        samples: the store's index, its segments one after the other.
         done: parts whose commit file exists.
     """
     return [
-        PartTask(index, tuple(_samples(samples.slice(rows.start, rows.stop - rows.start))))
+        PartTask(index, tuple(samples_of(samples.slice(rows.start, rows.stop - rows.start))))
         for index in range(spec.num_parts)
         if index not in done
-        for rows in [spec.part_rows(index)]
+        for rows in [spec.part_samples(index)]
     ]
 
 
-def _samples(rows: pa.Table) -> list[Sample]:
+def samples_of(rows: pa.Table) -> list[Sample]:
+    """From rows of an index."""
     return [Sample(**row) for row in rows.select(["key", "sha256", "label"]).to_pylist()]

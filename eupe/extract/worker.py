@@ -20,11 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from eupe.corpus.decode import decode_image
+from eupe.corpus.index import read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
 from eupe.extract.plan import PartTask, Sample, installed_versions
+from eupe.place import Place
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
-from eupe.store.writer import FP16_MAX, Part, Row, StoreWriter
+from eupe.store.precision import FP16_MAX
+from eupe.store.writer import Part, Row, StoreWriter
 from eupe.teachers.teacher import Teacher
 
 MAX_DECODE_THREADS = 8
@@ -65,40 +68,22 @@ class LoadedSample:
     """Size to K views of [size, size, 3]."""
 
 
-class Worker:
-    """A teacher, a store to write to, and the pictures to read.
+class Computer:
+    """A teacher and the pictures to read: a part's content, without a store to write to."""
 
-    Two parts may run at once from two threads: while one is compressed and written, the next has the teacher.
-    """
-
-    def __init__(self, teacher: Teacher, store: Path, *, corpus_root: Path, views: ViewSpec, batch_size: int) -> None:
+    def __init__(
+        self, teacher: Teacher, spec: StoreSpec, *, corpus_root: Place, views: ViewSpec, batch_size: int
+    ) -> None:
         self.progress = Progress()
+        self.spec = spec
         self._teacher = teacher
-        self._writer = StoreWriter(store)
         self._root = corpus_root
         self._views = views
         self._batch_size = batch_size
-        self._teacher_turn = threading.Lock()
-
-    @property
-    def spec(self) -> StoreSpec:
-        """Of the store that it writes to."""
-        return self._writer.spec
-
-    def run(self, task: PartTask) -> PartResult:
-        """Compute and commit one part.
-
-        Raises: StorageError if it cannot be written.
-        """
-        with self._teacher_turn:
-            part = self.compute(task)
-        self._writer.commit(part)
-        num_failed = sum(row.error is not None for row in part.rows)
-        return PartResult(task.index, len(part.rows), num_failed)
 
     def compute(self, task: PartTask) -> Part:
         """Everything of a part but the writing; a pure function of the spec, the corpus and the part's number."""
-        buffers = PartBuffers(self._writer.spec, task)
+        buffers = PartBuffers(self.spec, task)
         samples = self._load_ahead(task.samples)
         for batch in _batches(buffers.take(samples, self.progress), self._batch_size):
             self._run_batch(batch, buffers)
@@ -106,41 +91,80 @@ class Worker:
         return buffers.part(self.progress)
 
     def _run_batch(self, batch: list[RenderedView], buffers: PartBuffers) -> None:
-        for size in self._writer.spec.sizes:
+        for size, grid in zip(self.spec.sizes, self.spec.grids, strict=True):
             pixels = torch.from_numpy(np.stack([view.pixels[size] for view in batch]))
             if self._teacher.device.type == "cuda":
                 pixels = pixels.pin_memory()
             tokens = self._teacher(pixels)
-            for kind, values in ((SUMMARY, tokens.summary), (DENSE, tokens.dense)):
-                if kind in self._writer.spec.tokens:
-                    assert values is not None
-                    buffers.put(feature_path(size, kind), batch, values)
+            if SUMMARY in self.spec.tokens:
+                assert tokens.summary is not None
+                buffers.put(feature_path(size, SUMMARY), batch, tokens.summary)
+            if DENSE in self.spec.tokens:
+                buffers.put(feature_path(size, DENSE), batch, pool_cells(tokens.dense, grid))
 
     def _load_ahead(self, samples: Iterable[Sample]) -> Iterator[LoadedSample]:
         """Rendered samples in order, decoded by a pool that runs two batches ahead at most."""
-        ahead = max(2, 2 * self._batch_size // self._writer.spec.num_views)
+        ahead = max(2, 2 * self._batch_size // self.spec.num_views)
         pending: deque[Future[LoadedSample]] = deque()
-        with ThreadPoolExecutor(min(MAX_DECODE_THREADS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(self._root.threads(min(MAX_DECODE_THREADS, os.cpu_count() or 1))) as pool:
             for sample in samples:
-                pending.append(pool.submit(load_sample, sample, self._root, self._views, self._writer.spec.sizes))
+                pending.append(pool.submit(load_sample, sample, self._root, self._views, self.spec.sizes))
                 if len(pending) > ahead:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
 
 
-def load_sample(sample: Sample, root: Path, spec: ViewSpec, sizes: tuple[int, ...]) -> LoadedSample:
-    """Read, check, decode and render one picture; whatever is wrong with it becomes its row's error."""
+class Worker:
+    """A computer of parts and the store to write them to.
+
+    Two parts may run at once from two threads: while one is compressed and written, the next has the teacher.
+    """
+
+    def __init__(self, computer: Computer, store: str | Path | Place) -> None:
+        self._computer = computer
+        self._writer = StoreWriter(store)
+        self._teacher_turn = threading.Lock()
+
+    @property
+    def progress(self) -> Progress:
+        return self._computer.progress
+
+    def run(self, task: PartTask) -> PartResult:
+        """Compute and commit one part.
+
+        Raises: StorageError if it cannot be written.
+        """
+        with self._teacher_turn:
+            part = self._computer.compute(task)
+        self._writer.commit(part)
+        num_failed = sum(row.error is not None for row in part.rows)
+        return PartResult(task.index, len(part.rows), num_failed)
+
+
+def pool_cells(dense_BhwD: torch.Tensor, grid: int) -> torch.Tensor:
+    """Mean over the cells that fall into each of `grid` x `grid`, float32; the map itself where it has that grid."""
+    if dense_BhwD.shape[1] == grid:
+        return dense_BhwD
+    pooled = torch.nn.functional.adaptive_avg_pool2d(dense_BhwD.float().movedim(-1, 1), grid)
+    return pooled.movedim(1, -1)
+
+
+def load_sample(sample: Sample, root: Place, spec: ViewSpec, sizes: tuple[int, ...]) -> LoadedSample:
+    """Read, check, decode and render one picture; whatever is wrong with it becomes its row's error.
+
+    Raises: StorageError if an object store does not serve it, which is no fault of the picture.
+    """
     k = spec.num_views
     boxes = np.zeros((k, 4), np.int32)
     flips = np.zeros(k, np.bool_)
     digests = np.zeros(k, np.uint64)
     try:
-        data = (root / sample.key).read_bytes()
+        data = read_picture(root, sample.key)
         if sample.sha256 is not None and hashlib.sha256(data).hexdigest() != sample.sha256:
             raise CorpusError("the file has changed since it was indexed")
         image = decode_image(data)
-    except (CorpusError, OSError) as error:
+    except CorpusError as error:
         row = Row(sample.key, sample.sha256, sample.label, error=str(error))
         return LoadedSample(row, boxes, flips, digests, {})
     views: dict[int, list[NDArray[np.uint8]]] = {size: [] for size in sizes}
@@ -174,6 +198,9 @@ class PartBuffers:
         self._digests = np.zeros((n, k), np.uint64)
         self._features: dict[str, NDArray[np.float16]] = {}
         self._num_clipped = 0
+        self._num_nonfinite = 0
+        sides = spec.sizes if spec.pixels else ()
+        self._pixels = {side: np.zeros((n, k, side, side, 3), np.uint8) for side in sides}
         for size, grid in zip(spec.sizes, spec.grids, strict=True):
             shapes = {
                 SUMMARY: (n, k, spec.teacher["summary_dim"]),
@@ -190,12 +217,15 @@ class PartBuffers:
             if sample.row.error is not None:
                 progress.add(views=len(sample.flips), failed=1)
                 continue
+            for size, pixels in self._pixels.items():
+                pixels[i] = sample.views[size]
             for k in range(len(sample.flips)):
                 yield RenderedView(i, k, {size: views[k] for size, views in sample.views.items()})
 
     def put(self, path: str, batch: list[RenderedView], values: torch.Tensor) -> None:
         """Store a batch's float32 tokens as float16, counting what had to be clipped."""
         clipped = values.clamp(-FP16_MAX, FP16_MAX)
+        self._num_nonfinite += int((~values.isfinite()).sum())
         self._num_clipped += int(((clipped != values) & values.isfinite()).sum())
         halves = torch.where(values.isfinite(), clipped, torch.nan).to(torch.float16).cpu().numpy()
         rows, views = [v.sample for v in batch], [v.view for v in batch]
@@ -211,7 +241,9 @@ class PartBuffers:
             self._flips,
             self._digests,
             self._features,
+            self._pixels,
             self._num_clipped,
+            self._num_nonfinite,
             installed_versions(),
         )
 
@@ -222,6 +254,8 @@ class PartBuffers:
         progress.add(failed=1)
         for values in self._features.values():
             values[i] = np.nan
+        for pixels in self._pixels.values():
+            pixels[i] = 0
         self._boxes[i], self._flips[i], self._digests[i] = 0, False, 0
         return Row(row.key, row.sha256, row.label, error=f"the teacher gave non-finite values in {', '.join(bad)}")
 

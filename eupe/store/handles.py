@@ -1,58 +1,46 @@
-"""How tensorstore, which moves the bytes, opens the arrays that zarr-python made."""
+"""How tensorstore, which moves the bytes, opens the arrays that zarr-python described."""
 
 from __future__ import annotations
 
-import errno
-from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
 
-from eupe.errors import PartCorruptError, StorageError
+from eupe.errors import PartCorruptError
+from eupe.place import Place, is_outage, storage_error
 
-INDEX_CACHE_BYTES = 64 * 2**20
-"""Keeps shard indexes, so that a random read costs one ranged read."""
-
-
-def open_array(store: Path, path: str, *, writable: bool = False) -> Any:
-    """A tensorstore handle; reading what was never written raises instead of giving the fill value."""
-    return ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{(store / path).absolute()}/"},
-            "fill_missing_data_reads": False,
-            "store_data_equal_to_fill_value": True,
-            "recheck_cached_metadata": "open",
-            "recheck_cached_data": "open",
-            "context": {"cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES}},
-        },
-        open=True,
-        read=True,
-        write=writable,
-    ).result()
+CACHE_BYTES = 64 * 2**20
+"""Keeps shard indexes, so that a random read costs one ranged read, and the parts' boxes."""
+_context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
-def read_result(future: Any, store: Path) -> Any:
+def open_array(store: Place, path: str) -> Any:
+    """A tensorstore handle for reading; what was never written raises instead of giving the fill value.
+
+    Raises: PartCorruptError if the array's metadata is missing or damaged; StorageError.
+    """
+    spec = {
+        "driver": "zarr3",
+        "kvstore": (store / path).spec(),
+        "fill_missing_data_reads": False,
+        "recheck_cached_metadata": "open",
+        "recheck_cached_data": "open",
+    }
+    return read_result(ts.open(spec, open=True, read=True, context=_context), store)
+
+
+def read_result(future: Any, store: Place) -> Any:
     """Wait for a read.
 
-    Raises: PartCorruptError, naming the store, if bytes are missing or fail their checksum.
+    Raises: PartCorruptError, naming the store, if bytes are missing or fail their checksum; StorageError if an object
+        store does not serve them.
     """
     try:
         return future.result()
     except (ValueError, OSError, NotImplementedError) as error:  # one per kind of damage tensorstore meets
+        if not store.is_local and is_outage(error):
+            raise storage_error(error, store, "read") from error
         raise PartCorruptError(
-            f"{store} has damaged or missing features: {error}; remove the part's file from {store / 'parts'} "
-            "and run the same `eupe extract` again to redo it"
+            f"{store} has damaged or missing features: {error}; `eupe store verify {store}` names the parts, "
+            f"`eupe store repair {store}` makes them anew"
         ) from error
-
-
-def storage_error(error: Exception, where: Path) -> StorageError:
-    """One sentence for a write that the file system refused."""
-    text = str(error)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or "No space left" in text or "RESOURCE_EXHAUSTED" in text or "quota" in text:
-        return StorageError(
-            f"no space left while writing {where}; the parts committed before are whole: free some space and run the "
-            "same command again"
-        )
-    return StorageError(f"{where} cannot be written: {text}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from eupe.errors import FormatVersionError, StoreError
+from eupe.errors import ConfigError, FormatVersionError, StoreError
+from eupe.store.precision import INT8, INT8_FILL, Calibration, require_known, stored_channels
 
 FORMAT = 1
 ATTRIBUTE = "eupe"
-PRECISION = "fp16"
 
 PART_BYTES = 128 * 2**20
 """Upper bound on a part's raw features; with a power of two of samples a shard has 64 to 128 MB."""
@@ -21,6 +22,7 @@ SUMMARY_CHUNK_BYTES = 64 * 2**10
 """One summary row is too small a read; rows are chunked up to this many bytes."""
 
 SUMMARY, DENSE = "summary", "dense"
+PIXELS = "pixels"
 KINDS = (SUMMARY, DENSE)
 
 
@@ -31,23 +33,32 @@ class StoreSpec:
     teacher: Mapping[str, Any]
     """The teacher's card, with `weights_sha256` and the compute `dtype`."""
     corpus: Mapping[str, Any]
-    """`fingerprint` and `num_samples`; `root` is for the reader's convenience and not compared."""
+    """`fingerprint` of all samples and `segments`, how many samples were there at first and came with each extension;
+    `root` is for the reader's convenience and not compared."""
     views: Mapping[str, Any]
     """Policy, `num_views`, seed and ranges: see `eupe.corpus.views.ViewSpec.to_json`."""
     sizes: tuple[int, ...]
     """Sides in pixels of the square input, one group of arrays each."""
     grids: tuple[int, ...]
-    """Cells along one side of the dense map, for each size."""
+    """Cells along one side of the stored dense map, for each size; fewer than the teacher's where they were pooled."""
     tokens: tuple[str, ...]
     """`summary`, `dense`, or both."""
     samples_per_part: int
-    precision: str = PRECISION
+    precision: Mapping[str, str]
+    """Kind of token to `fp16`, `bitround:B` or `int8`."""
+    pixels: bool = False
+    """The views themselves are stored beside their features, at every size."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """Path of an int8 array to the calibration that it is coded by (`Calibration.to_json`)."""
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured when the precision was chosen; recorded, not compared."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the libraries that made it; recorded, not compared."""
 
     @property
     def num_samples(self) -> int:
-        return int(self.corpus["num_samples"])
+        segments: list[int] = self.corpus["segments"]
+        return sum(segments)
 
     @property
     def num_views(self) -> int:
@@ -55,12 +66,46 @@ class StoreSpec:
 
     @property
     def num_parts(self) -> int:
-        return -(-self.num_samples // self.samples_per_part)
+        return sum(self._parts_of_segments())
+
+    @property
+    def num_rows(self) -> int:
+        """Length of the arrays: an extension begins at a part's start, so rows of the part before may stay empty."""
+        return int(self.part_rows(self.num_parts - 1).stop)
+
+    def part_samples(self, part: int) -> slice:
+        """Places of a part's samples in the corpus's index, the segments' one after the other."""
+        segment_start = 0
+        for segment, parts in zip(self.corpus["segments"], self._parts_of_segments(), strict=True):
+            if part < parts:
+                start = segment_start + part * self.samples_per_part
+                return slice(start, min(start + self.samples_per_part, segment_start + segment))
+            part -= parts
+            segment_start += segment
+        raise IndexError(f"no part {part}")
 
     def part_rows(self, part: int) -> slice:
         """Rows of the arrays that belong to a part."""
+        samples = self.part_samples(part)
         start = part * self.samples_per_part
-        return slice(start, min(start + self.samples_per_part, self.num_samples))
+        return slice(start, start + samples.stop - samples.start)
+
+    @property
+    def segment_ends(self) -> list[int]:
+        """How many parts there are up to the end of each segment."""
+        return list(itertools.accumulate(self._parts_of_segments()))
+
+    def _parts_of_segments(self) -> list[int]:
+        return [-(-segment // self.samples_per_part) for segment in self.corpus["segments"]]
+
+    @property
+    def feature_paths(self) -> list[str]:
+        """Paths of the feature arrays: `224/summary`, `224/dense`, ..."""
+        return [feature_path(size, kind) for size in self.sizes for kind in self.tokens]
+
+    def array_calibration(self, path: str) -> Calibration | None:
+        """What an int8 array is coded by; None for the others."""
+        return Calibration.from_json(self.calibration[path]) if path in self.calibration else None
 
     def to_json(self) -> dict[str, Any]:
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -69,8 +114,9 @@ class StoreSpec:
     def identity(self) -> dict[str, Any]:
         """The spec without what says nothing about the content: equal identities are a cache hit."""
         plain = self.to_json()
-        del plain["versions"], plain["samples_per_part"]
-        plain["corpus"] = {k: v for k, v in plain["corpus"].items() if k != "root"}
+        for recorded in ("versions", "samples_per_part", "calibration", "fidelity"):
+            del plain[recorded]
+        plain["corpus"] = {k: v for k, v in plain["corpus"].items() if k == "fingerprint"}
         descriptive = ("name", "model", "note", "licence", "native_size")
         plain["teacher"] = {k: v for k, v in plain["teacher"].items() if k not in descriptive}
         return plain
@@ -91,8 +137,11 @@ class StoreSpec:
             spec = cls(**fields)
         except TypeError as error:
             raise StoreError(f"{where} has a damaged specification: {error}") from error
-        if spec.precision != PRECISION:
-            raise FormatVersionError(f"{where} is stored as {spec.precision}, which this version of eupe cannot read")
+        try:
+            for precision in spec.precision.values():
+                require_known(precision)
+        except ConfigError as error:
+            raise FormatVersionError(f"{where}: {error}; this version of eupe cannot read it") from error
         return spec
 
 
@@ -149,6 +198,9 @@ class ArrayLayout:
     """What one read decodes; equal to `shard` for the small arrays, which are not sharded."""
     dtype: str
     dimensions: tuple[str, ...]
+    fill: float = 0
+    """Value of what was never written: one that no feature has."""
+    sharded: bool = False
     order: tuple[int, ...] | None = None
     """Order of the axes in a chunk's bytes; a dense map lies channel by channel, which compresses a fifth better."""
 
@@ -161,9 +213,18 @@ def part_name(part: int) -> str:
     return f"{part:05d}.parquet"
 
 
+def segment_name(segment: int) -> str:
+    """Of the index of the samples that a segment brought."""
+    return f"corpus/{segment:05d}.parquet"
+
+
+def moments_name(part: int) -> str:
+    return f"{part:05d}.moments"
+
+
 def arrays(spec: StoreSpec) -> list[ArrayLayout]:
     """Every array of a store, the statistics aside."""
-    n, k, p = spec.num_samples, spec.num_views, spec.samples_per_part
+    n, k, p = spec.num_rows, spec.num_views, spec.samples_per_part
     sv = ("sample", "view")
     layouts = [
         ArrayLayout("boxes", (n, k, 4), (p, k, 4), (p, k, 4), "int32", (*sv, "corner")),
@@ -172,30 +233,59 @@ def arrays(spec: StoreSpec) -> list[ArrayLayout]:
     ]
     for size, grid in zip(spec.sizes, spec.grids, strict=True):
         if SUMMARY in spec.tokens:
-            d = int(spec.teacher["summary_dim"])
-            rows = min(p, _power_of_two(SUMMARY_CHUNK_BYTES // (2 * k * d)))
-            layouts.append(
-                ArrayLayout(
-                    feature_path(size, SUMMARY),
-                    (n, k, d),
-                    (p, k, d),
-                    (rows, k, d),
-                    "float16",
-                    (*sv, "channel"),
-                )
-            )
+            layouts.append(_summaries(spec, feature_path(size, SUMMARY)))
         if DENSE in spec.tokens:
-            d = int(spec.teacher["dense_dim"])
-            map_shape = (grid, grid, d)
-            layouts.append(
-                ArrayLayout(
-                    feature_path(size, DENSE),
-                    (n, k, *map_shape),
-                    (p, k, *map_shape),
-                    (1, 1, *map_shape),
-                    "float16",
-                    (*sv, "row", "column", "channel"),
-                    order=(0, 1, 4, 2, 3),
-                )
-            )
+            layouts.append(_dense_maps(spec, feature_path(size, DENSE), grid))
+        if spec.pixels:
+            layouts.append(_pixels(spec, size))
     return layouts
+
+
+def _pixels(spec: StoreSpec, size: int) -> ArrayLayout:
+    n, k, p = spec.num_rows, spec.num_views, spec.samples_per_part
+    view = (size, size, 3)
+    dimensions = ("sample", "view", "row", "column", "colour")
+    shapes = ((n, k, *view), (p, k, *view), (1, 1, *view))
+    return ArrayLayout(feature_path(size, PIXELS), *shapes, "uint8", dimensions, sharded=True)
+
+
+def _summaries(spec: StoreSpec, path: str) -> ArrayLayout:
+    n, k, p = spec.num_rows, spec.num_views, spec.samples_per_part
+    precision = spec.precision[SUMMARY]
+    channels = stored_channels(precision, int(spec.teacher["summary_dim"]))
+    rows = min(p, _power_of_two(SUMMARY_CHUNK_BYTES // (2 * k * channels)))
+    return ArrayLayout(
+        path,
+        (n, k, channels),
+        (p, k, channels),
+        (rows, k, channels),
+        _dtype(precision),
+        ("sample", "view", "channel"),
+        fill=_fill(precision),
+        sharded=True,
+    )
+
+
+def _dense_maps(spec: StoreSpec, path: str, grid: int) -> ArrayLayout:
+    n, k, p = spec.num_rows, spec.num_views, spec.samples_per_part
+    precision = spec.precision[DENSE]
+    maps = (grid, grid, stored_channels(precision, int(spec.teacher["dense_dim"])))
+    return ArrayLayout(
+        path,
+        (n, k, *maps),
+        (p, k, *maps),
+        (1, 1, *maps),
+        _dtype(precision),
+        ("sample", "view", "row", "column", "channel"),
+        fill=_fill(precision),
+        sharded=True,
+        order=(0, 1, 4, 2, 3),
+    )
+
+
+def _dtype(precision: str) -> str:
+    return "int8" if precision == INT8 else "float16"
+
+
+def _fill(precision: str) -> float:
+    return INT8_FILL if precision == INT8 else float("nan")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +16,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import zarr
 from numpy.typing import NDArray
 
 from eupe.errors import PartCorruptError, StoreError
+from eupe.place import Place
 from eupe.store.handles import open_array, read_result
-from eupe.store.layout import ATTRIBUTE, DENSE, SUMMARY, StoreSpec, feature_path, part_name
+from eupe.store.layout import ATTRIBUTE, DENSE, PIXELS, SUMMARY, StoreSpec, feature_path, part_name
+from eupe.store.precision import Calibration, decode
+from eupe.store.stats import Moments, norm_bin_edges
 
+ROOT_DOCUMENT = "zarr.json"
+VIEWS_PER_READ = 64
 PART_STATS = b"eupe.part"
 PART_CHECKSUM = b"eupe.crc32"
 """CRC-32 of `eupe.part`, which the page checksums of Parquet do not cover; eight hexadecimal digits."""
@@ -40,57 +47,165 @@ ROW_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Features:
-    """What was stored for a batch of B views at one size."""
+class Tokens:
+    """Features of B views as they are stored, cheap to move and decoded where they are used."""
+
+    stored: NDArray[Any]
+    """float16 [B, ..., D]; or int8 [B, ..., D + 2], see `eupe.store.precision`. Dense maps lie channel by channel."""
+    precision: str
+    calibration: Calibration | None
+    """Of int8."""
+
+    def decode(self) -> NDArray[Any]:
+        """The teacher's values: float16 [B, ..., D], or float32 where the store is int8; NaN for a failed sample."""
+        return decode(self.stored, self.precision, self.calibration)
+
+
+@dataclass(frozen=True)
+class StoredFeatures:
+    """What was stored for a batch of B views at one size, not yet decoded."""
 
     boxes: NDArray[np.int32]
     """[B, 4], x0 y0 x1 y1 in pixels of the upright picture."""
     flips: NDArray[np.bool_]
     """[B]"""
-    digests: NDArray[np.uint64]
-    """[B], `eupe.corpus.views.view_digest` of each view rendered at the store's first size."""
-    summary: NDArray[np.float16] | None = None
+    summary: Tokens | None = None
     """[B, Ds]"""
-    dense: NDArray[np.float16] | None = None
+    dense: Tokens | None = None
     """[B, h, w, D]"""
 
 
 @dataclass(frozen=True)
+class Features:
+    """The features of B views at one size."""
+
+    boxes: NDArray[np.int32]
+    """[B, 4], x0 y0 x1 y1 in pixels of the upright picture."""
+    flips: NDArray[np.bool_]
+    """[B]"""
+    summary: NDArray[Any] | None = None
+    """[B, Ds], float16, or float32 where the store is int8."""
+    dense: NDArray[Any] | None = None
+    """[B, h, w, D], likewise."""
+
+
+@dataclass(frozen=True)
 class ChannelStats:
-    """Per-channel statistics over every valid view of a store, float64 [D]."""
+    """Statistics of the stored values over every valid view of a store."""
 
     count: int
+    """Of vectors: views, or views times cells."""
     mean: NDArray[np.float64]
+    """[D]"""
     std: NDArray[np.float64]
+    """Of the population, [D]."""
+
+
+@dataclass(frozen=True)
+class FullStats(ChannelStats):
+    """All that a store knows of one kind of token at one size."""
+
+    cov: NDArray[np.float64]
+    """Covariance of the population, [D, D]."""
+    norms: NDArray[np.int64]
+    """Histogram of the tokens' L2 norms, between `norm_edges`."""
+    outliers: NDArray[np.int64] | None
+    """[h, w]: in how many views a dense token's norm exceeds three times the median of its view; None for summaries."""
+
+    @property
+    def norm_edges(self) -> NDArray[np.float64]:
+        return norm_bin_edges()
+
+    @property
+    def dead_channels(self) -> list[int]:
+        """Channels that never change."""
+        return np.flatnonzero(self.std == 0).tolist()
 
 
 class PendingFeatures:
     """Reads under way; `result()` waits for them."""
 
-    def __init__(self, store: Path, futures: dict[str, Any]) -> None:
+    def __init__(self, store: Store, size: int, futures: dict[str, Any]) -> None:
         self._store = store
+        self._size = size
         self._futures = futures
 
+    def stored(self) -> StoredFeatures:
+        """As stored.
+
+        Raises: PartCorruptError if bytes are missing or fail their checksum.
+        """
+        values = {name: read_result(future, self._store.path) for name, future in self._futures.items()}
+        for kind in values.keys() & {SUMMARY, DENSE}:
+            values[kind] = self._store.tokens(feature_path(self._size, kind), values[kind])
+        return StoredFeatures(**values)
+
     def result(self) -> Features:
-        """Raises: PartCorruptError if bytes are missing or fail their checksum."""
-        return Features(**{name: read_result(future, self._store) for name, future in self._futures.items()})
+        """Decoded.
+
+        Raises: PartCorruptError if bytes are missing or fail their checksum.
+        """
+        stored = self.stored()
+        summary, dense = (None if t is None else t.decode() for t in (stored.summary, stored.dense))
+        return Features(stored.boxes, stored.flips, summary, dense)
+
+
+@dataclass(frozen=True)
+class PendingPixels:
+    """A read under way; `result()` waits for it."""
+
+    store: Place
+    future: Any
+
+    def result(self) -> NDArray[np.uint8]:
+        """uint8 RGB [B, size, size, 3].
+
+        Raises: PartCorruptError if bytes are missing or fail their checksum.
+        """
+        pixels: NDArray[np.uint8] = read_result(self.future, self.store)
+        return pixels
 
 
 class Store:
     """A store opened for reading."""
 
-    def __init__(self, path: Path, spec: StoreSpec) -> None:
+    def __init__(self, path: Place, spec: StoreSpec) -> None:
         self.path = path
         self.spec = spec
         self._handles: dict[str, Any] = {}
+        self._calibrations = {name: spec.array_calibration(name) for name in spec.feature_paths}
 
     @property
     def finished(self) -> bool:
-        """Every part is committed and the statistics are written."""
-        return (self.path / STATS).is_dir() and not self.missing_parts()
+        """Every part is committed and the statistics over them are written."""
+        return self._statistics_cover() == self.spec.num_parts and not self.missing_parts()
+
+    def _statistics_cover(self) -> int:
+        """How many parts, from the first on, the statistics are of."""
+        return int(self.totals.get("num_parts", 0))
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """`num_parts` that the statistics are of, their `num_clipped` and `num_nonfinite` values; empty at first."""
+        try:
+            document = json.loads(self.path.read(f"{STATS}/{ROOT_DOCUMENT}"))
+            totals: dict[str, int] = document["attributes"][ATTRIBUTE]
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise PartCorruptError(
+                f"{self.path / STATS / ROOT_DOCUMENT} is damaged ({error}); `eupe store repair {self.path}` mends it"
+            ) from error
+        return totals
 
     def missing_parts(self) -> list[int]:
         return sorted(set(range(self.spec.num_parts)) - set(committed_parts(self.path)))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all committed arrays' objects."""
+        facts = (read_part_metadata(self.path, part)["objects"] for part in committed_parts(self.path))
+        return sum(o["bytes"] for objects in facts for key, o in objects.items() if not key.endswith(".moments"))
 
     @cached_property
     def samples(self) -> pa.Table:
@@ -100,28 +215,96 @@ class Store:
             tables = list(pool.map(self._part_rows, parts))
         return pa.concat_tables(tables) if tables else _with_rows(ROW_SCHEMA.empty_table(), 0)
 
+    @cached_property
+    def valid(self) -> pa.Table:
+        """The rows of `samples` that have features."""
+        return self.samples.filter(pc.equal(self.samples["status"], "ok"))
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return dict(zip(self.valid["key"].to_pylist(), self.valid["row"].to_pylist(), strict=True))
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the samples that have features, in the order of their rows."""
+        return list(self._places)
+
+    def rows(self, keys: Iterable[str]) -> list[int]:
+        """Rows of samples, for `read`.
+
+        Raises: StoreError for a key that the store lacks, or whose picture failed.
+        """
+        try:
+            return [self._places[key] for key in keys]
+        except KeyError as error:
+            raise StoreError(f"{self.path} has no features of {error}; `eupe store info` lists what failed") from error
+
+    def items(self, *, size: int | None = None) -> Iterator[tuple[str, Features]]:
+        """Every key with the features of its views, [K, ...], in the order of the rows.
+
+        Raises: PartCorruptError.
+        """
+        k = self.spec.num_views
+        per_read = max(1, VIEWS_PER_READ // k)
+        pending: deque[tuple[list[str], PendingFeatures]] = deque()
+        for start in range(0, len(self.keys), per_read):
+            keys = self.keys[start : start + per_read]
+            rows = [row for row in self.rows(keys) for _ in range(k)]
+            pending.append((keys, self.read_async(rows, list(range(k)) * len(keys), size=size)))
+            if len(pending) > 1:
+                yield from _by_key(*pending.popleft(), k)
+        for keys, features in pending:
+            yield from _by_key(keys, features, k)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "spec": self.spec}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
     def _part_rows(self, part: int) -> pa.Table:
         rows = self.spec.part_rows(part)
-        table = _read_part(self.path, part).replace_schema_metadata()
+        table = read_part(self.path, part).replace_schema_metadata()
         if table.num_rows != rows.stop - rows.start:
             raise PartCorruptError(
                 f"{self.path / 'parts' / part_name(part)} has {table.num_rows} rows, the store's layout asks for "
-                f"{rows.stop - rows.start}; remove it and run the same `eupe extract` again"
+                f"{rows.stop - rows.start}; `eupe store repair {self.path}` makes it anew"
             )
         return _with_rows(table, rows.start)
 
     def stats(self, size: int, kind: str) -> ChannelStats:
         """Mean and standard deviation of `summary` or `dense` at a size.
 
-        Raises: StoreError if the store is not finished.
+        Raises: StoreError if the store is not finished; PartCorruptError.
         """
+        self._require_finished()
+        name = feature_path(size, kind)
+        return ChannelStats(int(self._statistic(name, "count")), *(self._statistic(name, s) for s in ("mean", "std")))
+
+    def full_stats(self, size: int, kind: str) -> FullStats:
+        """Everything known of `summary` or `dense` at a size.
+
+        Raises: StoreError if the store is not finished; PartCorruptError.
+        """
+        name, simple = feature_path(size, kind), self.stats(size, kind)
+        cov, norms = (self._statistic(name, s) for s in ("cov", "norms"))
+        outliers = self._statistic(name, "outliers") if kind == DENSE else None
+        return FullStats(simple.count, simple.mean, simple.std, cov, norms, outliers)
+
+    def merged_moments(self, name: str) -> Moments:
+        """Moments behind the statistics of a feature array, over the parts that these cover."""
+        count, mean, cov = (self._statistic(name, s) for s in ("count", "mean", "cov"))
+        return Moments(int(count), mean, cov * int(count))
+
+    def _require_finished(self) -> None:
         if not self.finished:
             raise StoreError(
                 f"{self.path} is not finished: {len(self.missing_parts())} of {self.spec.num_parts} parts are missing; "
                 "run its `eupe extract` again to go on"
             )
-        group = zarr.open_group(self.path / STATS / feature_path(size, kind), mode="r")
-        return ChannelStats(int(group["count"][()]), np.asarray(group["mean"]), np.asarray(group["std"]))
+
+    def _statistic(self, name: str, statistic: str) -> Any:
+        return read_result(open_array(self.path, f"{STATS}/{name}/{statistic}").read(), self.path)
 
     def read(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> Features:
         """Features of B views, in the order given.
@@ -135,70 +318,122 @@ class Store:
 
     def read_async(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> PendingFeatures:
         """`read`, begun now and waited for later."""
-        self._require_in_range(rows, views)
         size = self.spec.sizes[0] if size is None else size
-        paths = {"boxes": "boxes", "flips": "flips", "digests": "digests"}
+        paths = {"boxes": "boxes", "flips": "flips"}
         paths |= {kind: feature_path(size, kind) for kind in (SUMMARY, DENSE) if kind in self.spec.tokens}
-        futures = {name: self._handle(path).vindex[list(rows), list(views)].read() for name, path in paths.items()}
-        return PendingFeatures(self.path, futures)
+        futures = {name: self._begin(path, rows, views) for name, path in paths.items()}
+        return PendingFeatures(self, size, futures)
 
-    def read_summaries(
-        self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None
-    ) -> NDArray[np.float16]:
+    def read_summaries(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> NDArray[Any]:
         """Only the summaries of B views, [B, Ds].
 
         Raises: PartCorruptError; IndexError for a place that the store does not have.
         """
-        self._require_in_range(rows, views)
-        path = feature_path(self.spec.sizes[0] if size is None else size, SUMMARY)
-        future = self._handle(path).vindex[list(rows), list(views)].read()
-        summaries: NDArray[np.float16] = read_result(future, self.path)
-        return summaries
+        return self.read_tokens(
+            feature_path(self.spec.sizes[0] if size is None else size, SUMMARY), rows, views
+        ).decode()
 
-    def _require_in_range(self, rows: Sequence[int], views: Sequence[int]) -> None:
+    def read_tokens(self, path: str, rows: Sequence[int], views: Sequence[int]) -> Tokens:
+        """B views of one feature array, as stored.
+
+        Args:
+            path: one of `spec.feature_paths`.
+        Raises: PartCorruptError; IndexError for a place that the store does not have.
+        """
+        return self.tokens(path, read_result(self._begin(path, rows, views), self.path))
+
+    def read_digests(self, rows: Sequence[int], views: Sequence[int]) -> NDArray[np.uint64]:
+        """`eupe.corpus.views.view_digest` of B views rendered at the store's first size, [B].
+
+        Raises: PartCorruptError; IndexError for a place that the store does not have.
+        """
+        digests: NDArray[np.uint64] = read_result(self._begin("digests", rows, views), self.path)
+        return digests
+
+    def read_pixels(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> NDArray[np.uint8]:
+        """The pixels of B views as the teacher saw them, uint8 RGB [B, size, size, 3].
+
+        Raises: StoreError if the store does not keep them; PartCorruptError; IndexError for a place that it lacks.
+        """
+        return self.read_pixels_async(rows, views, size=size).result()
+
+    def read_pixels_async(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> PendingPixels:
+        """`read_pixels`, begun now and waited for later."""
+        if not self.spec.pixels:
+            raise StoreError(f"{self.path} keeps no pixels; extract with --pixels, or read the pictures themselves")
+        path = feature_path(self.spec.sizes[0] if size is None else size, PIXELS)
+        return PendingPixels(self.path, self._begin(path, rows, views))
+
+    def tokens(self, path: str, stored: NDArray[Any]) -> Tokens:
+        """What was read of a feature array; dense maps come channel by channel and are turned without being copied."""
+        kind = path.rpartition("/")[2]
+        turned = np.moveaxis(stored, -3, -1) if kind == DENSE else stored
+        return Tokens(turned, self.spec.precision[kind], self._calibrations[path])
+
+    def _begin(self, path: str, rows: Sequence[int], views: Sequence[int]) -> Any:
         """Raises: IndexError."""
-        for name, places, count in (("row", rows, self.spec.num_samples), ("view", views, self.spec.num_views)):
+        for name, places, count in (("row", rows, self.spec.num_rows), ("view", views, self.spec.num_views)):
             if len(places) and not 0 <= min(places) <= max(places) < count:
                 raise IndexError(f"{self.path} has {name}s 0 to {count - 1}; got {min(places)} to {max(places)}")
+        return self._handle(path).vindex[list(rows), list(views)].read()
 
     def _handle(self, path: str) -> Any:
         if path not in self._handles:
-            self._handles[path] = open_array(self.path, path)
+            array = open_array(self.path, path)
+            self._handles[path] = array.transpose([0, 1, 4, 2, 3]) if path.endswith(f"/{DENSE}") else array
         return self._handles[path]
 
 
-def open_store(path: str | Path) -> Store:
-    """Open a store for reading.
+def _by_key(keys: Sequence[str], pending: PendingFeatures, num_views: int) -> Iterator[tuple[str, Features]]:
+    features = pending.result()
+    for i, key in enumerate(keys):
+        views = slice(i * num_views, (i + 1) * num_views)
+        summary, dense = (None if x is None else x[views] for x in (features.summary, features.dense))
+        yield key, Features(features.boxes[views], features.flips[views], summary, dense)
 
-    Raises: StoreError if there is none; FormatVersionError if it is newer than this code.
+
+def open_store(path: str | Path | Place) -> Store:
+    """Open a store for reading: a local path, `s3://...` or `gs://...`.
+
+    Raises: StoreError if there is none; FormatVersionError if it is newer than this code; StorageError.
     """
-    path = Path(path)
-    if not (path / "zarr.json").is_file():
-        what = "is not a feature store (no zarr.json)" if path.exists() else "does not exist"
-        raise StoreError(f"store {path} {what}; make one with `eupe extract --out {path}`")
+    place = Place.of(path)
     try:
-        attributes = json.loads((path / "zarr.json").read_bytes()).get("attributes", {}).get(ATTRIBUTE, {})
-    except (OSError, ValueError) as error:
-        raise StoreError(f"store {path} cannot be opened: its zarr.json is damaged ({error})") from error
-    return Store(path, StoreSpec.from_json(attributes, where=str(path)))
+        document = place.read(ROOT_DOCUMENT)
+    except FileNotFoundError as error:
+        there = place.local.exists() if place.is_local else bool(place.list())
+        what = f"is not a feature store (no {ROOT_DOCUMENT})" if there else "does not exist"
+        raise StoreError(f"store {place} {what}; make one with `eupe extract --out {place}`") from error
+    try:
+        attributes = json.loads(document).get("attributes", {}).get(ATTRIBUTE, {})
+        spec = StoreSpec.from_json(attributes, where=str(place))
+    except (ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"store {place} cannot be opened: its {ROOT_DOCUMENT} is damaged ({error})") from error
+    return Store(place, spec)
 
 
-def committed_parts(path: Path) -> list[int]:
+def committed_parts(place: Place) -> list[int]:
     """Parts whose commit file exists, in order."""
-    names = (file.name for file in (path / "parts").glob("[0-9]*.parquet"))
+    names = (name.removeprefix("parts/") for name in place.list("parts/"))
     return sorted(int(name.split(".")[0]) for name in names if re.fullmatch(r"\d{5,}\.parquet", name))
 
 
-def read_part_metadata(path: Path, part: int) -> dict[str, Any]:
-    """`moments` per array, `num_clipped` and library `versions` of a committed part."""
-    metadata: dict[str, Any] = json.loads(_read_part(path, part).schema.metadata[PART_STATS])
+def read_part_metadata(place: Place, part: int) -> dict[str, Any]:
+    """What is recorded of a committed part beside its samples; see FORMAT.md."""
+    metadata: dict[str, Any] = json.loads(read_part(place, part).schema.metadata[PART_STATS])
     return metadata
 
 
-def _read_part(path: Path, part: int) -> pa.Table:
-    file = path / "parts" / part_name(part)
+def read_part(place: Place, part: int) -> pa.Table:
+    """A part's commit file: its samples, and in the schema's metadata what is recorded of it.
+
+    Raises: PartCorruptError; its cause says what is wrong.
+    """
+    name = f"parts/{part_name(part)}"
     try:
-        table = pq.read_table(file, page_checksum_verification=True)
+        table = pq.read_table(pa.BufferReader(place.read(name)), page_checksum_verification=True)
         if not table.schema.equals(ROW_SCHEMA):
             raise ValueError("its columns are not those of a part")
         if table.schema.metadata[PART_CHECKSUM] != checksum(table.schema.metadata[PART_STATS]):
@@ -206,8 +441,15 @@ def _read_part(path: Path, part: int) -> pa.Table:
         return table
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise PartCorruptError(
-            f"{file} is damaged ({error}); remove it and run the same `eupe extract` again to redo the part"
+            f"{place / name} is damaged ({error}); `eupe store repair {place}` makes the part anew"
         ) from error
+
+
+def encode_part(table: pa.Table) -> bytes:
+    """The reverse of `read_part`: equal tables give equal bytes from one version of pyarrow."""
+    file = io.BytesIO()
+    pq.write_table(table, file, write_page_checksum=True)
+    return file.getvalue()
 
 
 def checksum(data: bytes) -> bytes:

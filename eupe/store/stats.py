@@ -1,19 +1,26 @@
-"""Exact statistics that merge: count, mean and sum of squared deviations per channel, in float64.
+"""Exact statistics that merge: moments in float64, norm histograms, outlier tokens by position.
 
-Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+Source of merging: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
+(1979), here for the whole matrix of co-moments.
 """
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_ROWS = 8192
+NORM_BINS = 128
+BINS_PER_OCTAVE = 4
+FIRST_BIN = -40
+"""The histogram begins at a norm of 2^-10 and ends at 2^22; what is beyond counts in the outermost bins."""
+OUTLIER_RATIO = 3.0
+"""A dense token is an outlier if its norm exceeds this many times the median norm of its view."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +29,26 @@ class Moments:
 
     count: int
     mean: NDArray[np.float64]
-    m2: NDArray[np.float64]
-    """Sum over the vectors of (x - mean)^2, [D]."""
+    scatter: NDArray[np.float64]
+    """Sum over the vectors of (x - mean)(x - mean)^T, [D, D]."""
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """Of the population, [D, D]."""
+        return self.scatter / self.count
 
     @property
     def std(self) -> NDArray[np.float64]:
         """Population standard deviation, [D]."""
-        return np.sqrt(self.m2 / self.count)
+        return np.sqrt(np.diagonal(self.scatter) / self.count)
+
+    def as_kept(self) -> Moments:
+        """As they come back from a covariance that was stored."""
+        return Moments(self.count, self.mean, self.covariance * self.count) if self.count else self
 
     @classmethod
     def empty(cls, dim: int) -> Moments:
-        return cls(0, np.zeros(dim), np.zeros(dim))
+        return cls(0, np.zeros(dim), np.zeros((dim, dim)))
 
     @classmethod
     def of(cls, vectors: NDArray[Any]) -> Moments:
@@ -42,38 +58,39 @@ class Moments:
             block = vectors[start : start + BLOCK_ROWS].astype(np.float64)
             mean = block.mean(axis=0)
             block -= mean
-            moments = moments.merge(cls(len(block), mean, np.einsum("nd,nd->d", block, block)))
+            moments = moments.merge(cls(len(block), mean, block.T @ block))
         return moments
 
     def merge(self, other: Moments) -> Moments:
         count = self.count + other.count
-        if count == 0:
-            return self
+        if self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / count)
-        return Moments(count, mean, m2)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"count": self.count, "mean": _encode(self.mean), "m2": _encode(self.m2)}
-
-    @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> Moments:
-        return cls(int(plain["count"]), _decode(plain["mean"]), _decode(plain["m2"]))
+        between = np.outer(delta, delta) * (self.count * other.count / count)
+        return Moments(count, mean, self.scatter + other.scatter + between)
 
 
 def merge_all(parts: Iterable[Moments]) -> Moments:
     """Merge in the order given; the same order gives the same bits."""
-    iterator = iter(parts)
-    total = next(iterator)
-    for part in iterator:
-        total = total.merge(part)
-    return total
+    return reduce(Moments.merge, parts)
 
 
-def _encode(values: NDArray[np.float64]) -> str:
-    return base64.b64encode(values.astype("<f8").tobytes()).decode("ascii")
+def norm_histogram(norms: NDArray[Any]) -> NDArray[np.int64]:
+    """Counts of L2 norms in quarter octaves, int64 [NORM_BINS]; norms of zero count in the first bin."""
+    with np.errstate(divide="ignore"):
+        place = np.floor(BINS_PER_OCTAVE * np.log2(norms.astype(np.float64).ravel())) - FIRST_BIN
+    return np.bincount(np.clip(place, 0, NORM_BINS - 1).astype(np.int64), minlength=NORM_BINS)
 
 
-def _decode(text: str) -> NDArray[np.float64]:
-    return np.frombuffer(base64.b64decode(text), "<f8").astype(np.float64)
+def norm_bin_edges() -> NDArray[np.float64]:
+    """Norms between which the histogram's bins lie, [NORM_BINS + 1]."""
+    return 2.0 ** ((np.arange(NORM_BINS + 1) + FIRST_BIN) / BINS_PER_OCTAVE)
+
+
+def outliers_by_position(norms: NDArray[Any]) -> NDArray[np.int64]:
+    """How many views [B, h, w] have an outlier at each cell, int64 [h, w]."""
+    flat = norms.reshape(len(norms), norms.shape[1] * norms.shape[2])
+    outlying = flat > OUTLIER_RATIO * np.median(flat, axis=1, keepdims=True)
+    counts: NDArray[np.int64] = outlying.sum(axis=0, dtype=np.int64).reshape(norms.shape[1:])
+    return counts

@@ -4,36 +4,54 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
 from eupe.errors import SpecMismatchError, StoreError
-from eupe.store.handles import open_array, storage_error
-from eupe.store.layout import ATTRIBUTE, ArrayLayout, StoreSpec, arrays, differences, part_name
+from eupe.place import Place
+from eupe.store.layout import (
+    ATTRIBUTE,
+    DENSE,
+    PIXELS,
+    ArrayLayout,
+    StoreSpec,
+    arrays,
+    differences,
+    feature_path,
+    moments_name,
+    part_name,
+)
+from eupe.store.precision import Calibration, decode, encode
 from eupe.store.reader import (
     PART_CHECKSUM,
     PART_STATS,
+    ROOT_DOCUMENT,
     ROW_SCHEMA,
     STATS,
     Store,
     checksum,
-    committed_parts,
+    encode_part,
     open_store,
     read_part_metadata,
 )
-from eupe.store.stats import Moments, merge_all
+from eupe.store.shard import chunks_of, crc32, encode_chunk, join_shard, object_key, zarr_codec
+from eupe.store.stats import Moments, merge_all, norm_histogram, outliers_by_position
 
-FP16_MAX = 65504.0
+VECTORS_PER_JOB = 8192
+"""Tokens that one thread codes, compresses and counts at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,164 +77,330 @@ class Part:
     flips: NDArray[np.bool_]
     digests: NDArray[np.uint64]
     features: Mapping[str, NDArray[np.float16]]
-    """Array path (`224/dense`) to [samples, views, ...]."""
+    """Array path (`224/dense`) to [samples, views, ...], as the teacher gave them."""
+    pixels: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)
+    """Size to [samples, views, size, size, 3]; of a store that keeps them."""
     num_clipped: int = 0
     """Values beyond fp16's range, stored as its largest."""
+    num_nonfinite: int = 0
+    """Values that were NaN or infinite; their samples have failed."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def create_store(path: Path, spec: StoreSpec) -> Store:
+def create_store(path: str | Path | Place, spec: StoreSpec) -> Store:
     """Make an empty store, or open the one that is there if its spec is the same.
+
+    The root's document is claimed first, so of two writers one is the maker; the arrays' follow from it, and whoever
+    comes next adds those that a killed maker left out.
 
     Raises: SpecMismatchError listing the differences; StoreError if something else is at `path`; StorageError.
     """
-    if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-        return _open_same(path, spec)
-    temporary = path.with_name(f".{path.name}.{_unique()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        group = zarr.open_group(temporary, mode="w", zarr_format=3, attributes={ATTRIBUTE: spec.to_json()})
-        for layout in arrays(spec):
-            _create_array(group, layout)
-        (temporary / "parts").mkdir()
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if (path / "zarr.json").is_file():  # another writer was quicker
-            return _open_same(path, spec)
-        raise storage_error(error, path) from error
-    return open_store(path)
+    place = Place.of(path)
+    if not place.exists(ROOT_DOCUMENT):
+        _require_empty(place)
+    documents = metadata_documents(spec)
+    if not place.create(ROOT_DOCUMENT, documents[ROOT_DOCUMENT]):
+        store = open_store(place)
+        if different := differences(store.spec, spec):
+            raise SpecMismatchError(
+                f"{place} holds features made to another specification ({'; '.join(different)}); "
+                "give another --out, or the options it was made with"
+            )
+        documents = metadata_documents(store.spec)
+    for name, document in documents.items():
+        place.create(name, document)
+    return open_store(place)
 
 
-def _open_same(path: Path, spec: StoreSpec) -> Store:
-    store = open_store(path)
-    if different := differences(store.spec, spec):
-        raise SpecMismatchError(
-            f"{path} holds features made to another specification ({'; '.join(different)}); "
-            "give another --out, or the options it was made with"
+def extend_store(store: Store, *, fingerprint: str, num_new: int) -> Store:
+    """Make room for samples that came to the corpus; their parts are missing until they are committed.
+
+    Args:
+        fingerprint: of the whole corpus with them.
+    Raises: StorageError.
+    """
+    segments = [*store.spec.corpus["segments"], num_new]
+    spec = replace(store.spec, corpus={**store.spec.corpus, "fingerprint": fingerprint, "segments": segments})
+    documents = metadata_documents(spec)
+    root = documents.pop(ROOT_DOCUMENT)
+    for name, document in documents.items():
+        store.path.write(name, document)
+    store.path.write(ROOT_DOCUMENT, root)
+    return open_store(store.path)
+
+
+def _require_empty(place: Place) -> None:
+    """Raises: StoreError if there is anything at all."""
+    if (place.is_local and place.local.is_file()) or place.list():
+        raise StoreError(f"{place} exists and is not a feature store (no zarr.json); give another --out")
+
+
+def metadata_documents(spec: StoreSpec) -> dict[str, bytes]:
+    """Every `zarr.json` of a store by name, as zarr-python writes them: a pure function of the spec."""
+    memory: dict[str, Any] = {}
+    group = zarr.open_group(MemoryStore(memory), mode="w", zarr_format=3, attributes={ATTRIBUTE: spec.to_json()})
+    for layout in arrays(spec):
+        group.create_array(
+            layout.path,
+            shape=layout.shape,
+            dtype=layout.dtype,
+            chunks=layout.chunk,
+            shards=layout.shard if layout.sharded else None,
+            fill_value=layout.fill,
+            filters=None if layout.order is None else [TransposeCodec(order=layout.order)],
+            compressors=[zarr_codec(layout), Crc32cCodec()],
+            dimension_names=layout.dimensions,
         )
-    return store
+    return _as_bytes(memory)
 
 
-def _create_array(group: zarr.Group, layout: ArrayLayout) -> None:
-    item_bytes = np.dtype(layout.dtype).itemsize
-    is_float = layout.dtype == "float16"
-    blosc = BloscCodec(typesize=item_bytes, cname="zstd", clevel=3, shuffle="bitshuffle" if is_float else "shuffle")
-    group.create_array(
-        layout.path,
-        shape=layout.shape,
-        dtype=layout.dtype,
-        chunks=layout.chunk,
-        shards=layout.shard if is_float else None,
-        fill_value=float("nan") if is_float else 0,
-        filters=None if layout.order is None else [TransposeCodec(order=layout.order)],
-        compressors=[blosc, Crc32cCodec()],
-        dimension_names=layout.dimensions,
-    )
+def _as_bytes(memory: Mapping[str, Any]) -> dict[str, bytes]:
+    return {name: buffer.to_bytes() for name, buffer in memory.items()}
 
 
 class StoreWriter:
     """Commits parts to a store that exists."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.spec = open_store(path).spec
-        self._arrays = {a.path: open_array(path, a.path, writable=True) for a in arrays(self.spec)}
+    def __init__(self, path: str | Path | Place, *, threads: int | None = None) -> None:
+        self.place = Place.of(path)
+        self.spec = open_store(self.place).spec
+        self._layouts = {layout.path: layout for layout in arrays(self.spec)}
+        self._calibrations = {path: self.spec.array_calibration(path) for path in self._layouts}
+        self._pool = ThreadPoolExecutor(threads or os.cpu_count())
 
     def commit(self, part: Part) -> None:
         """Write every array of the part, then, atomically, the file that makes it exist.
 
         Raises: StorageError; nothing of the part is visible then.
         """
-        rows = self.spec.part_rows(part.index)
-        values = {"boxes": part.boxes, "flips": part.flips, "digests": part.digests, **part.features}
-        try:
-            writes = [self._arrays[name][rows].write(value) for name, value in values.items()]
-            moments = part_moments(part)
-            for write in writes:
-                write.result()
-            self._commit_rows(part, moments)
-        except (ValueError, OSError) as error:
-            raise storage_error(error, self.path) from error
+        objects: dict[str, tuple[int, int]] = {}
+        for name, values in (("boxes", part.boxes), ("flips", part.flips), ("digests", part.digests)):
+            layout = self._layouts[name]
+            self._write_object(object_key(layout, part.index), encode_chunk(values, layout), objects)
+        for size, pixels in part.pixels.items():
+            layout = self._layouts[feature_path(size, PIXELS)]
+            chunks = list(self._pool.map(partial(encode_chunk, layout=layout), chunks_of(pixels, layout)))
+            self._write_object(object_key(layout, part.index), join_shard(chunks, layout), objects)
+        counted = {path: self._write_features(path, part, objects) for path in part.features}
+        moments = save_tensors(_moment_tensors({path: c.moments for path, c in counted.items()}))
+        self._write_object(f"parts/{moments_name(part.index)}", moments, objects)
+        self._commit_rows(part, counted, objects)
 
-    def _commit_rows(self, part: Part, moments: Mapping[str, Moments]) -> None:
+    def _write_object(self, key: str, data: bytes, objects: dict[str, tuple[int, int]]) -> None:
+        self.place.write(key, data)
+        objects[key] = (len(data), crc32(data))
+
+    def _write_features(self, path: str, part: Part, objects: dict[str, tuple[int, int]]) -> Counted:
+        layout = self._layouts[path]
+        kind = path.rpartition("/")[2]
+        chunks = chunks_of(part.features[path], layout)
+        vectors_per_chunk = chunks[0].size // chunks[0].shape[-1]
+        per_job = max(1, VECTORS_PER_JOB // vectors_per_chunk)
+        code = partial(
+            _code_chunks, layout=layout, precision=self.spec.precision[kind], calibration=self._calibrations[path]
+        )
+        jobs = list(self._pool.map(code, (chunks[i : i + per_job] for i in range(0, len(chunks), per_job))))
+        counted = [job[1] for job in jobs]
+        data = join_shard([chunk for encoded, _ in jobs for chunk in encoded], layout)
+        del jobs
+        self._write_object(object_key(layout, part.index), data, objects)
+        return Counted.total(counted)
+
+    def _commit_rows(self, part: Part, counted: Mapping[str, Counted], objects: Mapping[str, tuple[int, int]]) -> None:
         table = pa.Table.from_pylist(
             [{**row.__dict__, "status": "ok" if row.error is None else "failed"} for row in part.rows],
             schema=ROW_SCHEMA,
         )
-        stats = {
-            "moments": {name: m.to_json() for name, m in moments.items()},
+        facts = {
+            "objects": {key: {"bytes": size, "crc32": f"{crc:08x}"} for key, (size, crc) in objects.items()},
+            "norms": {path: c.norms.tolist() for path, c in counted.items()},
+            "outliers": {path: c.outliers.tolist() for path, c in counted.items() if path.endswith(DENSE)},
             "num_clipped": part.num_clipped,
+            "num_nonfinite": part.num_nonfinite,
             "versions": dict(part.versions),
         }
-        encoded = json.dumps(stats, sort_keys=True).encode()
+        encoded = json.dumps(facts, sort_keys=True).encode()
         table = table.replace_schema_metadata({PART_STATS: encoded, PART_CHECKSUM: checksum(encoded)})
-        final = self.path / "parts" / part_name(part.index)
-        temporary = final.with_name(f".{final.name}.{_unique()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                pq.write_table(table, file, write_page_checksum=True)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(final)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _fsync_folder(final.parent)
+        self.place.write(f"parts/{part_name(part.index)}", encode_part(table))
 
 
-def part_moments(part: Part) -> dict[str, Moments]:
-    """Moments of each feature array's stored values, over the samples that have features."""
-    ok = np.array([row.error is None for row in part.rows])
-    return {name: Moments.of(values[ok].reshape(-1, values.shape[-1])) for name, values in part.features.items()}
+@dataclass(frozen=True)
+class Counted:
+    """Statistics of some of an array's tokens as they are stored."""
+
+    moments: Moments
+    norms: NDArray[np.int64]
+    """Histogram, see `eupe.store.stats.norm_histogram`."""
+    outliers: NDArray[np.int64]
+    """[h, w] of a dense map; a scalar of no meaning for summaries."""
+
+    @classmethod
+    def of(cls, tokens: NDArray[Any]) -> Counted:
+        """Of [views, ..., D] tokens as they are read; views without features hold NaN and do not count."""
+        norms = np.linalg.norm(tokens.astype(np.float32), axis=-1)
+        there = np.isfinite(norms.reshape(len(norms), -1)).all(axis=1)
+        kept, norms = tokens[there], norms[there]
+        outliers = outliers_by_position(norms) if norms.ndim == 3 else np.zeros((), np.int64)
+        return cls(Moments.of(kept.reshape(-1, tokens.shape[-1])), norm_histogram(norms), outliers)
+
+    @classmethod
+    def total(cls, counted: Sequence[Counted]) -> Counted:
+        """Merged in order."""
+        return cls(
+            merge_all(c.moments for c in counted),
+            np.sum([c.norms for c in counted], axis=0),
+            np.sum([c.outliers for c in counted], axis=0),
+        )
 
 
-def finish_store(path: Path) -> Store:
-    """Merge the parts' statistics into `stats/`, which marks the store as finished. Harmless to repeat.
+def _code_chunks(
+    chunks: Sequence[NDArray[np.float16]], *, layout: ArrayLayout, precision: str, calibration: Calibration | None
+) -> tuple[list[bytes], Counted]:
+    """Encoded chunks, and the statistics of what a reader will get from them."""
+    encoded, read_back = [], []
+    for chunk in chunks:
+        stored = encode(chunk, precision, calibration)
+        encoded.append(encode_chunk(stored, layout))
+        tokens = decode(stored, precision, calibration)
+        read_back.append(tokens.reshape(-1, *tokens.shape[2:]))
+    return encoded, Counted.of(np.concatenate(read_back))
+
+
+def _moment_tensors(moments: Mapping[str, Moments]) -> dict[str, NDArray[Any]]:
+    tensors: dict[str, NDArray[Any]] = {}
+    for path, m in moments.items():
+        upper = m.scatter[np.triu_indices(len(m.mean))]
+        tensors |= {f"{path}/count": np.array([m.count]), f"{path}/mean": m.mean, f"{path}/scatter": upper}
+    return tensors
+
+
+def finish_store(path: str | Path | Place) -> Store:
+    """Merge the parts' statistics into `stats/`, whose group document marks the store as finished.
+
+    Harmless to repeat.
 
     Raises: StoreError while parts are missing, or if no sample has features.
     """
     store = open_store(path)
     if missing := store.missing_parts():
-        raise StoreError(f"{path} lacks {len(missing)} of {store.spec.num_parts} parts and cannot be finished")
-    metadata = [read_part_metadata(path, part) for part in committed_parts(path)]
-    temporary = path / f".{STATS}.{_unique()}.tmp"
-    try:
-        group = zarr.open_group(temporary, mode="w", zarr_format=3)
-        for name in metadata[0]["moments"]:
-            total = merge_all(Moments.from_json(part["moments"][name]) for part in metadata)
-            if total.count == 0:
-                raise StoreError(f"{path}: no picture of the corpus could be read; see `eupe store info {path}`")
-            statistics = {"mean": total.mean, "std": total.std, "count": np.array(total.count)}
-            for statistic, values in statistics.items():
-                group.create_array(f"{name}/{statistic}", data=values, compressors=[ZstdCodec(), Crc32cCodec()])
-        shutil.rmtree(path / STATS, ignore_errors=True)
-        temporary.rename(path / STATS)
-    except OSError as error:
-        raise storage_error(error, path) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _remove_leftovers(path)
+        raise StoreError(f"{store.path} lacks {len(missing)} of {store.spec.num_parts} parts and cannot be finished")
+    if not store.finished:
+        _write_statistics(store)
+    _remove_leftovers(store)
     return open_store(path)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Temporary files of writers that were killed; called when every part is committed."""
-    for leftover in [*path.glob("parts/.*.tmp"), *path.glob(f".{STATS}.*.tmp"), *path.rglob("*.__lock")]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+def _write_statistics(store: Store) -> None:
+    place, spec = store.path, store.spec
+    merged, facts = merged_statistics(store)
+    values: dict[str, NDArray[Any]] = {}
+    for name in spec.feature_paths:
+        total = merged[name]
+        if total.count == 0:
+            raise StoreError(f"{place}: no picture of the corpus could be read; see `eupe store info {place}`")
+        statistics = {
+            "count": np.array(total.count),
+            "mean": total.mean,
+            "std": total.std,
+            "cov": total.covariance,
+            "norms": np.sum([part["norms"][name] for part in facts], axis=0),
+        }
+        if name.endswith(DENSE):
+            statistics["outliers"] = np.sum([part["outliers"][name] for part in facts], axis=0)
+        values |= {f"{name}/{statistic}": array for statistic, array in statistics.items()}
+    documents = statistics_documents(values, totals_of(facts))
+    mark = documents.pop(ROOT_DOCUMENT)
+    place.delete(f"{STATS}/{ROOT_DOCUMENT}")
+    for name, document in documents.items():
+        place.write(f"{STATS}/{name}", document)
+    place.write(f"{STATS}/{ROOT_DOCUMENT}", mark)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def totals_of(facts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """What `stats/` notes of the parts that it covers, from what their commit files record."""
+    counts = {name: sum(part[name] for part in facts) for name in ("num_clipped", "num_nonfinite")}
+    return {"num_parts": len(facts), **counts}
+
+
+def statistics_documents(values: Mapping[str, NDArray[Any]], totals: Mapping[str, int]) -> dict[str, bytes]:
+    """Every object of `stats/` by its name there.
+
+    Args:
+        values: by path, `224/dense/mean`.
+    """
+    memory: dict[str, Any] = {}
+    attributes = {ATTRIBUTE: dict(totals)}
+    group = zarr.open_group(MemoryStore(memory), mode="w", zarr_format=3, attributes=attributes)
+    for path, array in values.items():
+        group.create_array(
+            path,
+            data=array,
+            chunks=array.shape,
+            compressors=[ZstdCodec(), Crc32cCodec()],
+            config={"write_empty_chunks": True},
+        )
+    return _as_bytes(memory)
+
+
+def merged_statistics(store: Store) -> tuple[dict[str, Moments], list[dict[str, Any]]]:
+    """Moments of each feature array over all parts, merged in order, and what each part's commit file records.
+
+    Parts that the statistics cover already are not read again. At a segment's end the moments become what `stats/`
+    would hold of them, so that it makes no difference whether the store was finished there before it was extended.
+    """
+    covered = store.totals.get("num_parts", 0)
+    merged = {name: store.merged_moments(name) for name in store.spec.feature_paths} if covered else {}
+    facts = []
+    for part in range(store.spec.num_parts):
+        facts.append(read_part_metadata(store.path, part))
+        if part >= covered:
+            for name, moments in _part_moments(store, part, facts[-1]).items():
+                merged[name] = merged[name].merge(moments) if name in merged else moments
+            if part + 1 in store.spec.segment_ends[:-1]:
+                merged = {name: moments.as_kept() for name, moments in merged.items()}
+    return merged, facts
+
+
+def _part_moments(store: Store, part: int, facts: Mapping[str, Any]) -> dict[str, Moments]:
+    """Of each feature array: as the writer left them, or else from the features themselves."""
+    key = f"parts/{moments_name(part)}"
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        data = store.path.read(key)
+    except FileNotFoundError:
+        data = b""
+    if f"{crc32(data):08x}" != facts["objects"][key]["crc32"]:
+        return {name: _moments_of_features(store, part, name) for name in store.spec.feature_paths}
+    tensors = load_tensors(data)
+    moments = {}
+    for name in store.spec.feature_paths:
+        mean = tensors[f"{name}/mean"]
+        scatter = np.zeros((len(mean), len(mean)))
+        scatter[np.triu_indices(len(mean))] = tensors[f"{name}/scatter"]
+        moments[name] = Moments(int(tensors[f"{name}/count"][0]), mean, scatter + np.triu(scatter, 1).T)
+    return moments
 
 
-def _unique() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
+def _moments_of_features(store: Store, part: int, name: str) -> Moments:
+    """In the same groups as the writer took them, so the same bits come out."""
+    layout = next(layout for layout in arrays(store.spec) if layout.path == name)
+    rows = store.spec.part_rows(part)
+    places = [(row, view) for row in range(rows.start, rows.stop) for view in range(store.spec.num_views)]
+    views_per_chunk = layout.chunk[0] * layout.chunk[1]
+    vectors_per_view = int(np.prod(layout.shape[2:-1]))
+    per_job = views_per_chunk * max(1, VECTORS_PER_JOB // (views_per_chunk * vectors_per_view))
+    counted = []
+    for start in range(0, len(places), per_job):
+        group = places[start : start + per_job]
+        tokens = store.read_tokens(name, [row for row, _ in group], [view for _, view in group])
+        counted.append(Counted.of(np.ascontiguousarray(tokens.decode())))
+    return Counted.total(counted).moments
+
+
+def _remove_leftovers(store: Store) -> None:
+    """The parts' own moments, merged by now, and the lock files of writers that were killed."""
+    for name in store.path.list("parts/"):
+        if name.endswith(".moments"):
+            store.path.delete(name)
+    if store.path.is_local:
+        for lock in store.path.local.rglob("*.__lock"):
+            lock.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +61,18 @@ class TeacherSpec:
     def architecture(self) -> str | None:
         """What decides the arithmetic beside the weights; None where `model` is a place with a configuration."""
         return re.split(r"[.@]", self.model)[0] if self.backend in ("timm", "open_clip") else None
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> TeacherSpec:
+        """The reverse of `to_json`; what a store notes beside the card is left out.
+
+        Raises: TeacherError if something of the card is not there.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if missing := [name for name in names if name not in plain]:
+            raise TeacherError(f"a teacher's card lacks {', '.join(missing)}; give the teacher by its name")
+        fields: dict[str, Any] = {k: tuple(plain[k]) if isinstance(plain[k], list) else plain[k] for k in names}
+        return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
         """The card as plain JSON, tuples as lists."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from eupe.encoder import timm_card
 from eupe.errors import ConfigError
+from eupe.place import Place, Where
 from eupe.store import Store
 from eupe.train.targets import TargetSet
 
@@ -21,11 +22,12 @@ CONFIG_FILE = "config.json"
 class TrainConfig:
     """The flags of `eupe train`; defaults stand here and nowhere else."""
 
-    targets: tuple[Path, ...]
+    targets: tuple[Where, ...]
+    """Stores: folders, `s3://...` or `gs://...`."""
     student: str
     """A timm architecture."""
     out: Path
-    corpus: Path | None = None
+    corpus: Where | None = None
     """Where the pictures are now; the place noted in the first store where not given."""
     size: int | None = None
     """Side of the student's input in pixels; the first store's where not given."""
@@ -66,6 +68,8 @@ class TrainConfig:
             wrong.append(f"--epochs must be above 0, got {self.epochs:g}")
         if self.epochs is not None and self.steps is not None:
             wrong.append("give --epochs or --steps, not both")
+        if not Place.of(self.out).is_local:
+            wrong.append(f"--out must be a local folder, got {Place.of(self.out)}")
         if not self.targets:
             wrong.append("give at least one store with --targets")
         if not 0 < self.holdout < 1:
@@ -125,7 +129,7 @@ def target_card(store: Store) -> dict[str, Any]:
     """What a run keeps of a target."""
     teacher = store.spec.teacher
     return {
-        "path": str(store.path.resolve()),
+        "path": str(store.path),
         "fingerprint": store_fingerprint(store),
         "teacher": teacher["name"],
         "licence": teacher["licence"],

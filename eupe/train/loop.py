@@ -76,6 +76,7 @@ def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lam
     """
     targets = open_targets(config.targets, corpus=config.corpus, holdout=config.holdout)
     size = config.size or targets.stores[0].spec.sizes[0]
+    targets.require_pictures(size)
     card = resolve(config, targets, size=size)
     if (report := _recognise(config, card)) is not None:
         return report

@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
@@ -25,9 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from eupe.corpus.decode import decode_image
+from eupe.corpus.index import read_picture
 from eupe.corpus.views import render_view, view_digest
 from eupe.errors import ConfigError, CorpusError
-from eupe.store import Features, Store, open_store
+from eupe.place import Place, Where
+from eupe.store import Store, open_store
+from eupe.store.reader import PendingPixels, StoredFeatures, Tokens
 
 PREFETCH_BATCHES = 3
 CHECKED_VIEWS = 16
@@ -37,13 +38,70 @@ Views = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class TargetTokens:
+    """Features of B views as they are stored; decoded on the device that uses them."""
+
+    stored: Tensor
+    """float16 [B, ..., D], or int8 [B, ..., D + 2] with the token's float16 scale in the last two."""
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    """float32 [D], the calibration of int8; None for float16."""
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> TargetTokens:
+        stored, calibration = torch.from_numpy(tokens.stored), tokens.calibration
+        if calibration is None:
+            return cls(stored)
+        return cls(stored, torch.from_numpy(calibration.mean), torch.from_numpy(calibration.std))
+
+    def to(self, device: torch.device) -> TargetTokens:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> TargetTokens:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> TargetTokens:
+        mean, std = (None if x is None else move(x) for x in (self.mean, self.std))
+        return TargetTokens(move(self.stored), mean, std)
+
+    def decode(self) -> Tensor:
+        """As the teacher gave them, float32 [B, ..., D]."""
+        if self.mean is None or self.std is None:
+            return self.stored.float()
+        return (self.stored[..., :-2] * self._scale()).mul_(self.std).add_(self.mean)
+
+    def standardised(self, mean: Tensor, std: Tensor) -> Tensor:
+        """(tokens - mean) / std, float32 [B, ..., D], with as few passes over them as the precision allows.
+
+        Args:
+            mean, std: float32 [D].
+        """
+        if self.mean is None or self.std is None:
+            return self.stored.float().sub_(mean).div_(std)
+        return (self.stored[..., :-2] * self._scale()).mul_(self.std / std).add_((self.mean - mean) / std)
+
+    def _scale(self) -> Tensor:
+        """float32 [B, ..., 1]"""
+        return self.stored[..., -2:].contiguous().view(torch.float16).float()
+
+
+@dataclass(frozen=True)
 class TargetBatch:
     """One target's features for B views, as stored: not normalised."""
 
-    summary: Tensor | None
-    """float16 [B, Ds]"""
-    dense: Tensor | None
-    """float16 [B, h, w, D]"""
+    summary: TargetTokens | None
+    """Of width Ds, [B, Ds] once decoded."""
+    dense: TargetTokens | None
+    """[B, h, w, D] once decoded."""
+
+    def to(self, device: torch.device) -> TargetBatch:
+        return self._each(lambda tokens: tokens.to(device))
+
+    def pinned(self) -> TargetBatch:
+        return self._each(TargetTokens.pinned)
+
+    def _each(self, move: Callable[[TargetTokens], TargetTokens]) -> TargetBatch:
+        return TargetBatch(*(None if tokens is None else move(tokens) for tokens in (self.summary, self.dense)))
 
 
 @dataclass(frozen=True)
@@ -60,29 +118,24 @@ class Batch:
         """Copied to a device without waiting, where the memory is pinned."""
         if device.type == "cpu":
             return self
-        targets = tuple(TargetBatch(_moved(t.summary, device), _moved(t.dense, device)) for t in self.targets)
-        return Batch(self.pixels.to(device, non_blocking=True), targets, self.keys)
+        pixels = self.pixels.to(device, non_blocking=True)
+        return Batch(pixels, tuple(target.to(device) for target in self.targets), self.keys)
 
     def pinned(self) -> Batch:
         """In page-locked memory, from which a GPU copies by itself."""
-        targets = tuple(TargetBatch(_pinned(t.summary), _pinned(t.dense)) for t in self.targets)
-        return Batch(self.pixels.pin_memory(), targets, self.keys)
-
-
-def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
-
-
-def _pinned(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.pin_memory()
+        return Batch(self.pixels.pin_memory(), tuple(target.pinned() for target in self.targets), self.keys)
 
 
 class TargetSet:
     """Stores of the same views of the same pictures, joined by key, with the pictures beside them."""
 
-    def __init__(self, stores: Sequence[Store], corpus_root: Path, *, holdout: float) -> None:
+    def __init__(
+        self, stores: Sequence[Store], corpus_root: Place, *, holdout: float, corpus_given: bool = False
+    ) -> None:
         self.stores = tuple(stores)
         self.corpus_root = corpus_root
+        self.corpus_given = corpus_given
+        """The pictures are decoded even where a store keeps the views."""
         self.num_views = stores[0].spec.num_views
         self._joined = _join(stores)
         self.held_out = np.array([is_held_out(key, holdout) for key in self._joined["key"].to_pylist()])
@@ -116,12 +169,12 @@ class TargetSet:
     def read_image(self, sample: int) -> Image.Image:
         """The upright picture of a sample.
 
-        Raises: CorpusError if it is gone or no longer readable.
+        Raises: CorpusError if it is gone or no longer readable; StorageError if an object store does not serve it.
         """
         key = self.keys[sample]
         try:
-            return decode_image((self.corpus_root / key).read_bytes())
-        except (OSError, CorpusError) as error:
+            return decode_image(read_picture(self.corpus_root, key))
+        except CorpusError as error:
             raise CorpusError(
                 f"picture {key} of corpus {self.corpus_root} had features made but cannot be read now: {error}; "
                 "put it back, or give the corpus's new place with --corpus"
@@ -137,20 +190,43 @@ class TargetSet:
             store.read_async(rows[samples].tolist(), numbers.tolist())
             for store, rows in zip(self.stores, self._rows, strict=True)
         ]
-        images = pool.map(self.read_image, samples.tolist())
-        features = [reads.result() for reads in pending]
+        kept = self._begin_pixels(views, size)
+        images = None if kept is not None else pool.map(self.read_image, samples.tolist())
+        features = [reads.stored() for reads in pending]
         self._require_same_views(features, samples)
-        rendered = pool.map(
-            lambda image, box, flip: render_view(image, box, flip, size),
-            images,
-            map(tuple, features[0].boxes.tolist()),
-            features[0].flips.tolist(),
-        )
-        pixels = torch.from_numpy(np.stack(list(rendered)))
-        targets = tuple(TargetBatch(_tensor(f.summary), _tensor(f.dense)) for f in features)
+        if images is None:
+            assert kept is not None
+            pixels = torch.from_numpy(kept.result())
+        else:
+            boxes, flips = map(tuple, features[0].boxes.tolist()), features[0].flips.tolist()
+            rendered = pool.map(lambda image, box, flip: render_view(image, box, flip, size), images, boxes, flips)
+            pixels = torch.from_numpy(np.stack(list(rendered)))
+        targets = tuple(TargetBatch(_target(f.summary), _target(f.dense)) for f in features)
         return Batch(pixels, targets, tuple(self.keys[i] for i in samples))
 
-    def _require_same_views(self, features: list[Features], samples: NDArray[np.int64]) -> None:
+    def _pixel_store(self, size: int) -> int | None:
+        """Which store keeps the views at a size; None where they come from the pictures."""
+        if self.corpus_given:
+            return None
+        keeping = (i for i, s in enumerate(self.stores) if s.spec.pixels and size in s.spec.sizes)
+        return next(keeping, None)
+
+    def _begin_pixels(self, views: Views, size: int) -> PendingPixels | None:
+        if (i := self._pixel_store(size)) is None:
+            return None
+        return self.stores[i].read_pixels_async(self._rows[i, views[:, 0]].tolist(), views[:, 1].tolist(), size=size)
+
+    def require_pictures(self, size: int) -> None:
+        """Raises: CorpusError if views of a size can be had neither from a store nor from the pictures."""
+        root = self.corpus_root
+        if self._pixel_store(size) is not None or not root.is_local or root.local.is_dir():
+            return
+        kept = sorted({side for store in self.stores if store.spec.pixels for side in store.spec.sizes})
+        words = f"the stores keep pixels at {', '.join(map(str, kept))} px, not at {size}, and " if kept else ""
+        advice = f"; give --size {kept[0]}, or its place with --corpus" if kept else "; give its place with --corpus"
+        raise CorpusError(f"{words}the corpus folder {root} does not exist{advice}")
+
+    def _require_same_views(self, features: list[StoredFeatures], samples: NDArray[np.int64]) -> None:
         for store, other in zip(self.stores[1:], features[1:], strict=True):
             same = (other.boxes == features[0].boxes).all(axis=1) & (other.flips == features[0].flips)
             if not same.all():
@@ -167,9 +243,17 @@ class TargetSet:
         picked = np.linspace(0, self.num_joined - 1, min(CHECKED_VIEWS, self.num_joined)).astype(np.int64)
         numbers = np.arange(len(picked)) % self.num_views
         for store, rows in zip(self.stores, self._rows, strict=True):
-            stored = store.read(rows[picked].tolist(), numbers.tolist())
-            for sample, box, flip, digest in zip(picked, stored.boxes, stored.flips, stored.digests, strict=True):
-                view = render_view(self.read_image(int(sample)), tuple(box.tolist()), bool(flip), store.spec.sizes[0])
+            places = rows[picked].tolist(), numbers.tolist()
+            stored, digests = store.read_async(*places).stored(), store.read_digests(*places)
+            size = store.spec.sizes[0]
+            kept = self._begin_pixels(np.stack([picked, numbers], axis=1), size)
+            views = None if kept is None else kept.result()
+            for i, (sample, digest) in enumerate(zip(picked, digests, strict=True)):
+                if views is None:
+                    box, flip = tuple(stored.boxes[i].tolist()), bool(stored.flips[i])
+                    view = render_view(self.read_image(int(sample)), box, flip, size)
+                else:
+                    view = views[i]
                 if view_digest(view) != int(digest):
                     raise CorpusError(
                         f"a view of {self.keys[int(sample)]} is not the one that the teacher of {store.path} saw: the "
@@ -178,11 +262,11 @@ class TargetSet:
                     )
 
 
-def _tensor(values: NDArray[Any] | None) -> Tensor | None:
-    return None if values is None else torch.from_numpy(values)
+def _target(tokens: Tokens | None) -> TargetTokens | None:
+    return None if tokens is None else TargetTokens.of(tokens)
 
 
-def open_targets(paths: Sequence[Path], *, corpus: Path | None, holdout: float) -> TargetSet:
+def open_targets(paths: Sequence[Where], *, corpus: Where | None, holdout: float) -> TargetSet:
     """Open stores for training.
 
     Args:
@@ -199,10 +283,11 @@ def open_targets(paths: Sequence[Path], *, corpus: Path | None, holdout: float) 
                 f"{stores[0].path} and {store.path} hold different views ({_views_words(stores[0])} against "
                 f"{_views_words(store)}); extract both with the same --views and --seed"
             )
-    root = corpus or Path(stores[0].spec.corpus["root"])
-    if not root.is_dir():
-        raise CorpusError(f"the corpus folder {root} does not exist; give its place with --corpus")
-    return TargetSet(stores, root, holdout=holdout)
+    root = Place.of(corpus or stores[0].spec.corpus["root"])
+    targets = TargetSet(stores, root, holdout=holdout, corpus_given=corpus is not None)
+    for store in stores:
+        targets.require_pictures(store.spec.sizes[0])
+    return targets
 
 
 def _views_words(store: Store) -> str:
@@ -263,7 +348,7 @@ def _epoch_order(num_views: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 def stream(targets: TargetSet, batches: Iterator[Views], *, size: int, device: torch.device) -> Iterator[Batch]:
     """Batches in order, loaded ahead of their use."""
-    threads = os.cpu_count() or 1
+    threads = targets.corpus_root.threads(os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(PREFETCH_BATCHES) as loaders:
 
         def load(views: Views) -> Batch:

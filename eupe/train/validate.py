@@ -14,7 +14,7 @@ from eupe.encoder import Encoder, normalise
 from eupe.store import Store
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.losses import dense_loss, match_grids, summary_loss
-from eupe.train.targets import Batch, TargetBatch
+from eupe.train.targets import Batch, TargetBatch, TargetTokens
 
 Predictions = list[tuple[Tensor | None, Tensor | None]]
 """Per target: summary [B, Ds] and dense [B, h, w, D], normalised, dense on the student's grid."""
@@ -28,9 +28,11 @@ class Normaliser:
     std: Tensor
     """float32 [D]; 1 for a channel that never changes."""
 
-    def __call__(self, stored: Tensor) -> Tensor:
-        """float16 [..., D] as stored, to float32 as the loss sees it."""
-        return (stored.float() - self.mean) / self.std
+    def __call__(self, tokens: TargetTokens | Tensor) -> Tensor:
+        """Stored tokens, or [..., D] as the teacher gave them, to float32 as the loss sees them."""
+        if isinstance(tokens, TargetTokens):
+            return tokens.standardised(self.mean, self.std)
+        return (tokens.float() - self.mean) / self.std
 
     def inverse(self, normalised: Tensor) -> Tensor:
         """A head's output [..., D] as the teacher would have said it, float32."""
@@ -172,7 +174,7 @@ def _pairs(
         for i, (prediction, target) in enumerate(zip(distiller.predict(moved.pixels), moved.targets, strict=True)):
             summary, dense = prediction
             if summary is not None and target.summary is not None:
-                yield i, SUMMARY, summary.float(), target.summary.float()
+                yield i, SUMMARY, summary.float(), target.summary.decode()
             if dense is not None and target.dense is not None:
-                yield i, DENSE, *match_grids(dense.float(), target.dense.float())
+                yield i, DENSE, *match_grids(dense.float(), target.dense.decode())
     distiller.train(was_training)

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -107,3 +109,12 @@ def test_unknown_policies_are_refused(text: str) -> None:
 def test_views_from_the_command_line() -> None:
     assert parse_views("center", seed=3).num_views == 1
     assert parse_views("rrc:5", seed=3) == ViewSpec(policy="rrc", num_views=5, seed=3)
+
+
+@pytest.mark.parametrize("spec", [ViewSpec(), ViewSpec(policy="rrc", num_views=3, seed=7, scale=(0.2, 0.9), flip=0.25)])
+def test_stored_views_are_drawn_again_and_unknown_ones_refused(spec: ViewSpec) -> None:
+    plain = json.loads(json.dumps(spec.to_json()))
+    assert ViewSpec.from_json(plain) == spec
+    for change in ({"kernel": "lanczos"}, {"policy": "grid"}, {"jitter": 0.1}):
+        with pytest.raises(ConfigError, match="cannot be drawn by this version"):
+            ViewSpec.from_json({**plain, **change})

@@ -12,6 +12,7 @@ const { default: FileSystemStore } = await import("@zarrita/storage/fs");
 const UINT = {
   bool: Uint8Array,
   float16: Uint16Array,
+  int8: Uint8Array,
   int32: Uint32Array,
   float64: BigUint64Array,
   int64: BigUint64Array,
@@ -21,13 +22,14 @@ const UINT = {
 const root = zarr.root(new FileSystemStore(process.argv[2]));
 const { eupe } = (await zarr.open(root, { kind: "group" })).attrs;
 const features = eupe.sizes.flatMap((size) => eupe.tokens.map((kind) => `${size}/${kind}`));
-const stats = features.flatMap((path) => ["count", "mean", "std"].map((name) => `stats/${path}/${name}`));
+const statistics = ["count", "mean", "std", "cov", "norms"];
+const stats = features.flatMap((path) => statistics.map((name) => `stats/${path}/${name}`));
 
 const arrays = {};
 for (const path of ["boxes", "flips", "digests", ...features, ...stats]) {
   arrays[path] = await readArray(path);
 }
-const [row, view] = [eupe.samples_per_part + 1, eupe.views.num_views - 1];
+const [row, view] = [eupe.samples_per_part, eupe.views.num_views - 1];
 for (const path of features) {
   arrays[`${path}[${row},${view}]`] = await readArray(path, [row, view]);
 }

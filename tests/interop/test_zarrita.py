@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eupe.store import layout
+from eupe.store import layout, open_store
 from eupe.store.layout import StoreSpec
+from eupe.store.precision import Calibration
 from eupe.store.writer import Part, Row, StoreWriter, create_store, finish_store
 
 HERE = Path(__file__).parent
@@ -23,14 +25,23 @@ pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is no
 
 SPEC = StoreSpec(
     teacher={"name": "toy", "dense_dim": 48, "summary_dim": 32, "weights_sha256": "ab" * 32, "dtype": "fp32"},
-    corpus={"fingerprint": "cd" * 32, "num_samples": 7, "root": "/pictures"},
+    corpus={"fingerprint": "cd" * 32, "segments": [5, 2], "root": "/pictures"},
     views={"policy": "rrc", "num_views": 2, "seed": 0},
     sizes=(64, 96),
     grids=(4, 6),
     tokens=("summary", "dense"),
     samples_per_part=4,
+    precision={"summary": "fp16", "dense": "fp16"},
 )
+ROWS = [0, 1, 2, 3, 4, 8, 9]
+"""The second segment begins a part; rows 5 to 7 stay empty."""
 FAILED = 2
+CALIBRATION = Calibration(np.linspace(-1, 1, 48, dtype=np.float32), np.linspace(1, 4, 48, dtype=np.float32))
+CODED = replace(
+    SPEC,
+    precision={"summary": "bitround:4", "dense": "int8"},
+    calibration={f"{size}/dense": CALIBRATION.to_json() for size in SPEC.sizes},
+)
 
 
 def smooth_halves(shape: tuple[int, ...]) -> NDArray[np.float16]:
@@ -59,15 +70,13 @@ def written() -> dict[str, NDArray[Any]]:
     return arrays
 
 
-@pytest.fixture(scope="session")
-def store(written: dict[str, NDArray[Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("interop") / "toy.zarr"
-    create_store(path, SPEC)
+def write(path: Path, spec: StoreSpec, written: dict[str, NDArray[Any]]) -> Path:
+    create_store(path, spec)
     writer = StoreWriter(path)
-    for index, part in enumerate([slice(0, 4), slice(4, 7)]):
+    for index, part in enumerate([slice(0, 4), slice(4, 5), slice(5, 7)]):
         rows = [
             Row(f"{i}.png", None, None, error="broken" if i == FAILED else None)
-            for i in range(*part.indices(SPEC.num_samples))
+            for i in range(*part.indices(spec.num_samples))
         ]
         features = {name: values[part] for name, values in written.items() if "/" in name}
         views = (written[name][part] for name in ("boxes", "flips", "digests"))
@@ -77,15 +86,33 @@ def store(written: dict[str, NDArray[Any]], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def read_by_zarrita(store: Path) -> dict[str, Any]:
+def store(written: dict[str, NDArray[Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("interop") / "toy.zarr", SPEC, written)
+
+
+@pytest.fixture(scope="session")
+def coded_store(written: dict[str, NDArray[Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("interop") / "coded.zarr", CODED, written)
+
+
+@pytest.fixture(scope="session")
+def zarrita() -> None:
     """Installs into `node_modules` beside `package.json`, which git ignores."""
     npm = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund"]
     installed = subprocess.run(npm, cwd=HERE, capture_output=True, text=True)
     assert installed.returncode == 0, f"npm install failed:\n{installed.stdout}{installed.stderr}"
+
+
+def read(store: Path) -> dict[str, Any]:
     ran = subprocess.run(["node", "read_store.mjs", store], cwd=HERE, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     result: dict[str, Any] = json.loads(ran.stdout)
     return result
+
+
+@pytest.fixture(scope="session")
+def read_by_zarrita(zarrita: None, store: Path) -> dict[str, Any]:
+    return read(store)
 
 
 def assert_same_bits(read: dict[str, Any], values: NDArray[Any]) -> None:
@@ -102,13 +129,36 @@ def test_the_attributes_are_found(read_by_zarrita: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("path", ["boxes", "flips", "digests", *(f"{s}/{k}" for s in (64, 96) for k in SPEC.tokens)])
 def test_every_bit_is_read(read_by_zarrita: dict[str, Any], written: dict[str, NDArray[Any]], path: str) -> None:
-    """Through sharding, transpose, blosc (zstd, bit shuffle) and crc32c, failed sample and partial part included."""
-    assert_same_bits(read_by_zarrita["arrays"][path], written[path])
+    """Through sharding, transpose, blosc and crc32c, failed sample, partial parts and empty rows included."""
+    fill = np.nan if "/" in path else 0
+    values = np.full((10, *written[path].shape[1:]), fill, written[path].dtype)
+    values[ROWS] = written[path]
+    assert_same_bits(read_by_zarrita["arrays"][path], values)
+
+
+def test_int8_is_read_and_decoded_as_the_page_says(zarrita: None, coded_store: Path) -> None:
+    """Integers and the two bytes of the scale; what comes out is what our reader gives."""
+    arrays = read(coded_store)["arrays"]
+    for size in SPEC.sizes:
+        found = arrays[f"{size}/dense"]
+        assert (found["dtype"], found["shape"][-1]) == ("int8", 50)
+        stored = np.array([int(word) for word in found["bits"]], np.uint8).view(np.int8).reshape(found["shape"])
+        assert (stored[5:8] == 127).all()
+        scale = stored[..., -2:].copy().view("<f2").astype(np.float32)
+        tokens = stored[..., :-2] * scale * CALIBRATION.std + CALIBRATION.mean
+        places = [(row, view) for row in ROWS for view in range(2)]
+        features = open_store(coded_store).read([r for r, _ in places], [v for _, v in places], size=size)
+        assert features.dense is not None and features.summary is not None
+        np.testing.assert_array_equal(tokens[ROWS].reshape(features.dense.shape), features.dense)
+        summary = np.array([int(word) for word in arrays[f"{size}/summary"]["bits"]], np.uint16).view(np.float16)
+        summary = summary.reshape(arrays[f"{size}/summary"]["shape"])[ROWS]
+        np.testing.assert_array_equal(summary.reshape(features.summary.shape), features.summary)
 
 
 @pytest.mark.parametrize("path", [f"{s}/{k}" for s in (64, 96) for k in SPEC.tokens])
 def test_one_view_alone_is_read(read_by_zarrita: dict[str, Any], written: dict[str, NDArray[Any]], path: str) -> None:
-    assert_same_bits(read_by_zarrita["arrays"][f"{path}[5,1]"], written[path][5, 1])
+    """The fifth row is the first of part 1."""
+    assert_same_bits(read_by_zarrita["arrays"][f"{path}[4,1]"], written[path][4, 1])
 
 
 @pytest.mark.parametrize("path", [f"{s}/{k}" for s in (64, 96) for k in SPEC.tokens])
@@ -117,12 +167,15 @@ def test_the_statistics_are_read(read_by_zarrita: dict[str, Any], written: dict[
     vectors = np.delete(written[path], FAILED, axis=0).astype(np.float64).reshape(-1, written[path].shape[-1])
     read = {
         name: np.array([int(word) for word in read_by_zarrita["arrays"][f"stats/{path}/{name}"]["bits"]], np.uint64)
-        for name in ("count", "mean", "std")
+        for name in ("count", "mean", "std", "cov", "norms")
     }
     atol = 1e-12 * np.abs(vectors).max()
     assert read["count"].item() == len(vectors)
     np.testing.assert_allclose(read["mean"].view(np.float64), vectors.mean(axis=0), rtol=1e-12, atol=atol)
     np.testing.assert_allclose(read["std"].view(np.float64), vectors.std(axis=0), rtol=1e-12, atol=atol)
+    covariance = np.cov(vectors.T, bias=True).ravel()
+    np.testing.assert_allclose(read["cov"].view(np.float64), covariance, rtol=1e-12, atol=atol * np.abs(vectors).max())
+    assert read["norms"].sum() == len(vectors)
 
 
 def test_the_shards_of_this_store_are_compressed(store: Path, written: dict[str, NDArray[Any]]) -> None:
@@ -137,9 +190,11 @@ def test_the_example_of_the_format_page_runs(
     """After the fixture has installed zarrita."""
     page = Path(layout.__file__).with_name("FORMAT.md").read_text("utf-8")
     (example,) = re.findall(r"```js\n(.*?)```", page, re.DOTALL)
+    # the page reads the third sample of part 1, where this store's part 1 has one
+    example = example.replace("eupe.samples_per_part + 2", "2 * eupe.samples_per_part + 1")
     script = example.replace('"dinov2.zarr"', json.dumps(str(store))) + "console.log(at(3, 1, 40), at(0, 2, 5));"
     command = ["node", "--input-type=module", "--eval", script]
     ran = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    dense = written["64/dense"][4 + 2, 0]
+    dense = written["64/dense"][6, 0]
     assert [float(word) for word in ran.stdout.split()] == [float(dense[3, 1, 40]), float(dense[0, 2, 5])]

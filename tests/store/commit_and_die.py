@@ -1,4 +1,9 @@
-"""Run in a process of its own: commit part 1 of the shared case and die by SIGKILL at a given stage."""
+"""Run in a process of its own: commit part 1 of the shared case and die by SIGKILL at a given stage.
+
+    python commit_and_die.py STAGE STORE
+
+STAGE is the number of writes that are let through, or `half:N` to die in the middle of the next.
+"""
 
 from __future__ import annotations
 
@@ -6,49 +11,36 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import NoReturn
 
 from store_cases import make_case, make_spec
 
-from eupe.store import writer
+from eupe.place import Place
+from eupe.store.writer import StoreWriter
 
 
-def die(*_: Any) -> NoReturn:
+def die() -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("still alive")
 
 
-class Dying:
-    """An array whose write is where it ends; those before it are on disk."""
-
-    def __getitem__(self, rows: slice) -> Dying:
-        return self
-
-    write = die
-
-
-def write_half(table: object, file: IO[bytes], **options: object) -> None:
-    file.write(b"PAR1 half a file")
-    file.flush()
-    die()
-
-
 def commit_and_die(stage: str, store: Path) -> None:
-    store_writer = writer.StoreWriter(store)
-    if stage == "between-arrays":
-        finished = store_writer._arrays["boxes"]
-        part = make_case(make_spec(), failed={5}).part(1)
-        finished[4:8].write(part.boxes).result()
-        (store / "flips/c/1").mkdir(parents=True)
-        (store / "flips/c/1/0.__lock").write_bytes(b"half a chunk")
-        store_writer._arrays["flips"] = Dying()
-    elif stage == "before-commit-file":
-        writer.StoreWriter._commit_rows = die  # type: ignore[method-assign]
-    elif stage == "within-commit-file":
-        writer.pq.write_table = write_half
-    elif stage == "before-rename":
-        Path.replace = die  # type: ignore[method-assign]
-    store_writer.commit(make_case(make_spec(), failed={5}).part(1))
+    half, _, count = stage.rpartition(":")
+    write, left = Place.write, int(count)
+
+    def dying(place: Place, name: str, data: bytes) -> None:
+        nonlocal left
+        if not left and half:
+            file = place.local / f"{name}.__lock"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data[: len(data) // 2])
+        if not left:
+            die()
+        left -= 1
+        write(place, name, data)
+
+    Place.write = dying  # type: ignore[method-assign]
+    StoreWriter(store).commit(make_case(make_spec(), failed={5}).part(1))
 
 
 if __name__ == "__main__":

@@ -79,25 +79,57 @@ def test_parts_partition_the_rows() -> None:
                 assert part == [index * per_part + i for i in range(len(part))]
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([1, 2, 4, 8, 16, 32, 64]))
+def test_segments_begin_parts(segments: list[int], per_part: int) -> None:
+    """Against rows laid out one by one: a segment's first sample goes to the next row that begins a part."""
+    spec = make_spec(segments=segments, samples_per_part=per_part)
+    row_of_sample, row = [], 0
+    for segment in segments:
+        while row % per_part:
+            row += 1
+        row_of_sample += range(row, row + segment)
+        row += segment
+    assert (spec.num_samples, spec.num_rows) == (sum(segments), row)
+    assert spec.num_parts == len({row // per_part for row in row_of_sample})
+    seen: list[int] = []
+    for part in range(spec.num_parts):
+        rows, samples = spec.part_rows(part), spec.part_samples(part)
+        assert row_of_sample[samples] == list(range(rows.start, rows.stop))
+        assert rows.start == part * per_part and 1 <= rows.stop - rows.start <= per_part
+        seen += range(samples.start, samples.stop)
+    assert seen == list(range(sum(segments)))
+    with pytest.raises(IndexError):
+        spec.part_samples(spec.num_parts)
+
+
 @given(
-    num_samples=st.integers(1, 10_000),
+    segments=st.lists(st.integers(1, 10_000), min_size=1, max_size=3),
     num_views=st.integers(1, 16),
     per_part=st.sampled_from([1, 2, 16, 128, 4096]),
     dims=st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
     grid=st.integers(1, 64),
+    precision=st.sampled_from(["fp16", "bitround:4", "int8"]),
 )
 def test_an_array_has_one_shard_per_part(
-    num_samples: int, num_views: int, per_part: int, dims: tuple[int, int], grid: int
+    segments: list[int], num_views: int, per_part: int, dims: tuple[int, int], grid: int, precision: str
 ) -> None:
     spec = make_spec(
-        num_samples=num_samples,
+        segments=segments,
+        precision=dict.fromkeys(("summary", "dense"), precision),
         num_views=num_views,
         samples_per_part=per_part,
         grids={64: grid},
         summary_dim=dims[0],
         dense_dim=dims[1],
     )
+    channels = {"summary": dims[0], "dense": dims[1]}
     for array in arrays(spec):
+        assert array.shape[:2] == (spec.num_rows, num_views)
+        if array.sharded:
+            stored = channels[array.path.partition("/")[2]] + (2 if precision == "int8" else 0)
+            assert array.shape[-1] == stored
+            assert array.dtype == ("int8" if precision == "int8" else "float16")
+            assert array.fill == 127 if precision == "int8" else np.isnan(array.fill)
         assert len(array.shape) == len(array.shard) == len(array.chunk) == len(array.dimensions)
         assert array.shard == (per_part, *array.shape[1:])
         assert all(shard % chunk == 0 for shard, chunk in zip(array.shard, array.chunk, strict=True))
@@ -139,13 +171,13 @@ CHANGES: list[tuple[dict[str, Any], list[str]]] = [
     ({"grids": (2, 4)}, ["grids: stored [2, 3], asked [2, 4]"]),
     ({"tokens": ("dense",)}, ["tokens: stored ['summary', 'dense'], asked ['dense']"]),
     ({"samples_per_part": 8}, []),
-    ({"precision": "int8"}, ["precision: stored fp16, asked int8"]),
+    ({"precision": {"dense": "int8"}}, ["precision.dense: stored fp16, asked int8"]),
     ({"teacher": {"dtype": "bf16"}}, ["teacher.dtype: stored fp32, asked bf16"]),
     ({"teacher": {"mean": [0.0, 0.5, 0.5]}}, ["teacher.mean: stored [0.5, 0.5, 0.5], asked [0.0, 0.5, 0.5]"]),
     ({"teacher": {"weights_sha256": "ef"}}, [f"teacher.weights_sha256: stored {'ab' * 32}, asked ef"]),
     ({"teacher": {"registers": 4}}, ["teacher.registers: stored nothing, asked 4"]),
     ({"corpus": {"fingerprint": "ef"}}, [f"corpus.fingerprint: stored {'cd' * 32}, asked ef"]),
-    ({"corpus": {"num_samples": 12}}, ["corpus.num_samples: stored 11, asked 12"]),
+    ({"corpus": {"segments": [6, 5]}}, []),
     (
         {"views": {"seed": 1, "scale": [0.2, 1.0]}, "samples_per_part": 2},
         [
@@ -177,6 +209,8 @@ def test_an_entry_that_was_dropped_is_a_difference() -> None:
     "change",
     [
         {"versions": {"torch": "9"}},
+        {"calibration": {"32/dense": {"mean": "", "std": ""}}},
+        {"fidelity": {"asked": 0.99}},
         {"corpus": {"root": "/elsewhere"}},
         {"teacher": {"name": "alias", "model": "toy.other", "note": "x", "licence": "MIT", "native_size": 9}},
     ],
@@ -212,5 +246,13 @@ def test_a_damaged_or_unknown_specification_is_refused() -> None:
         StoreSpec.from_json({k: v for k, v in plain.items() if k != "sizes"}, where="here")
     with pytest.raises(StoreError, match="damaged specification"):
         StoreSpec.from_json({**plain, "colour": 1}, where="here")
-    with pytest.raises(FormatVersionError, match="stored as int8"):
-        StoreSpec.from_json({**plain, "precision": "int8"}, where="here")
+    with pytest.raises(FormatVersionError, match=r"here: precision 'int2' is unknown.*cannot read it"):
+        StoreSpec.from_json({**plain, "precision": {"summary": "fp16", "dense": "int2"}}, where="here")
+
+
+@pytest.mark.parametrize("document", [b"", b"{", b"[]", b"null", b'{"attributes": 3}', b'{"attributes": {"eupe": 3}}'])
+def test_a_damaged_root_is_refused(tmp_path: Path, document: bytes) -> None:
+    (tmp_path / "s.zarr").mkdir()
+    (tmp_path / "s.zarr/zarr.json").write_bytes(document)
+    with pytest.raises(StoreError, match=r"s\.zarr"):
+        open_store(tmp_path / "s.zarr")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import shutil
 import tempfile
+import threading
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from store_cases import (
     Case,
     as_arrays,
     assert_same_bits,
+    every_view,
     make_case,
     make_spec,
     tree_digest,
@@ -26,11 +29,13 @@ from store_cases import (
     write_store,
 )
 
-from eupe.errors import SpecMismatchError, StorageError, StoreError
+from eupe.errors import PartCorruptError, SpecMismatchError, StorageError, StoreError
+from eupe.place import Place
 from eupe.store import open_store
 from eupe.store.layout import arrays
+from eupe.store.precision import decode
 from eupe.store.reader import committed_parts, read_part_metadata
-from eupe.store.writer import StoreWriter, create_store, finish_store
+from eupe.store.writer import StoreWriter, create_store, extend_store, finish_store
 
 # Round trips
 
@@ -39,7 +44,8 @@ def check_reads(case: Case, path: Path, seed: int = 0) -> None:
     """Reads in random order with repeats, at every size, and by plain zarr-python, against the oracle."""
     store = open_store(path)
     rng = random.Random(seed)
-    rows = [rng.randrange(case.spec.num_samples) for _ in range(40)]
+    samples = [rng.randrange(len(case.rows)) for _ in range(40)]
+    rows = [case.places[sample] for sample in samples]
     views = [rng.randrange(case.spec.num_views) for _ in range(40)]
     for size in case.spec.sizes:
         got = as_arrays(store.read(rows, views, size=size))
@@ -47,8 +53,17 @@ def check_reads(case: Case, path: Path, seed: int = 0) -> None:
         if "summary" in case.spec.tokens:
             summaries = store.read_summaries(rows, views, size=size)
             assert summaries.tobytes() == got["summary"].tobytes()
+    np.testing.assert_array_equal(store.read_digests(rows, views), case.arrays["digests"][samples, views])
     group = zarr.open_group(path, mode="r")
-    assert_same_bits({name: group[name][:] for name in case.arrays}, case.arrays)
+    for name, values in case.kept.items():
+        array = group[name]
+        stored = array[:]
+        precision = case.spec.precision.get(name.rpartition("/")[2], "fp16")
+        assert_same_bits(
+            {name: decode(stored[case.places], precision, case.spec.array_calibration(name))}, {name: values}
+        )
+        empty = np.delete(stored, case.places, axis=0)
+        assert ((empty == array.fill_value) | (np.isnan(empty) & np.isnan(array.fill_value))).all()
 
 
 def test_reads_equal_the_naive_arrays(case: Case, whole: Path) -> None:
@@ -67,27 +82,36 @@ def test_reads_begun_together_do_not_mix(case: Case, whole: Path) -> None:
         assert_same_bits(as_arrays(features.result()), case.expected([i, 10 - i], [i % 3, 0], 48))
 
 
-@settings(max_examples=15, deadline=None)
+PRECISIONS = ["fp16", "int8", *(f"bitround:{bits}" for bits in (1, 5, 9))]
+
+
+@settings(max_examples=25, deadline=None)
 @given(
-    num_samples=st.integers(1, 12),
+    segments=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     num_views=st.integers(1, 3),
     per_part=st.sampled_from([1, 2, 4, 8, 16]),
     grids=st.dictionaries(st.integers(1, 99), st.integers(1, 3), min_size=1, max_size=2),
     dims=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     tokens=st.sampled_from([("summary",), ("dense",), ("summary", "dense")]),
+    precision=st.fixed_dictionaries({kind: st.sampled_from(PRECISIONS) for kind in ("summary", "dense")}),
+    at_once=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_any_small_store_round_trips(
-    num_samples: int,
+    segments: list[int],
     num_views: int,
     per_part: int,
     grids: dict[int, int],
     dims: tuple[int, int],
     tokens: tuple[str, ...],
+    precision: dict[str, str],
+    at_once: bool,
     seed: int,
 ) -> None:
+    """Made with all its segments, or with the first and extended by the others, parts in any order each time."""
     spec = make_spec(
-        num_samples=num_samples,
+        segments=segments,
+        precision=precision,
         num_views=num_views,
         samples_per_part=per_part,
         grids=grids,
@@ -96,13 +120,23 @@ def test_any_small_store_round_trips(
         dense_dim=dims[1],
     )
     rng = random.Random(seed)
-    case = make_case(spec, failed=rng.sample(range(num_samples), rng.randrange(num_samples)), seed=seed)
-    order = rng.sample(range(spec.num_parts), spec.num_parts)
+    num_samples = spec.num_samples
+    case = make_case(spec, failed=rng.sample(range(1, num_samples), rng.randrange(num_samples)), seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "any.zarr")
-        write_store(case, path, order=order)
+        first = segments if at_once else segments[:1]
+        store = create_store(path, replace(spec, corpus={**spec.corpus, "segments": first}))
+        for more in [None] if at_once else [None, *segments[1:]]:
+            if more is not None:
+                store = extend_store(store, fingerprint="cd" * 32, num_new=more)
+            missing = store.missing_parts()
+            for part in rng.sample(missing, len(missing)):
+                StoreWriter(path).commit(case.part(part))
+            store = finish_store(path)
+        assert store.spec == spec
         check_reads(case, path, seed)
         assert open_store(path).samples["key"].to_pylist() == [row.key for row in case.rows]
+        assert open_store(path).samples["row"].to_pylist() == case.places
 
 
 def test_values_equal_to_the_fill_value_are_stored_all_the_same(tmp_path: Path) -> None:
@@ -139,7 +173,66 @@ def test_a_failed_sample_reads_as_nan_without_a_box(whole: Path) -> None:
     features = open_store(whole).read([5, 5, 5], [0, 1, 2], size=48)
     assert features.summary is not None and features.dense is not None
     assert np.isnan(features.summary).all() and np.isnan(features.dense).all()
-    assert not features.boxes.any() and not features.flips.any() and not features.digests.any()
+    assert not features.boxes.any() and not features.flips.any()
+    assert not open_store(whole).read_digests([5, 5, 5], [0, 1, 2]).any()
+
+
+def test_an_opened_store_travels_to_another_process(case: Case, whole: Path) -> None:
+    store = open_store(whole)
+    store.read([0], [0])
+    again = pickle.loads(pickle.dumps(store))
+    assert_same_bits(as_arrays(again.read([4], [2])), case.expected([4], [2], 32))
+
+
+# Extension
+
+
+def test_an_extension_begins_a_part_and_leaves_rows_empty(tmp_path: Path) -> None:
+    """Five samples, four more, one more, in parts of four: rows 0-4, 8-11 and 12."""
+    grown = make_case(make_spec(segments=[5, 4, 1]), failed={6})
+    path = tmp_path / "s.zarr"
+    create_store(path, make_spec(num_samples=5))
+    StoreWriter(path).commit(grown.part(0))
+    StoreWriter(path).commit(grown.part(1))
+    before = tree_digest(finish_store(path).path)
+    store = extend_store(open_store(path), fingerprint="ef" * 32, num_new=4)
+    assert (store.spec.num_samples, store.spec.num_parts, store.spec.num_rows) == (9, 3, 12)
+    assert store.missing_parts() == [2] and not store.finished
+    with pytest.raises(StoreError, match="1 of 3 parts are missing"):
+        store.stats(32, "dense")
+    store = extend_store(store, fingerprint="0f" * 32, num_new=1)
+    assert store.spec.corpus == {"fingerprint": "0f" * 32, "segments": [5, 4, 1], "root": "/pictures"}
+    assert (store.spec.num_parts, store.spec.num_rows, store.missing_parts()) == (4, 13, [2, 3])
+    for part in (3, 2):
+        StoreWriter(path).commit(grown.part(part))
+    store = finish_store(path)
+    assert store.samples["row"].to_pylist() == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12]
+    assert store.samples["key"].to_pylist() == [row.key for row in grown.rows]
+    check_reads(grown, path)
+    for row in (5, 6, 7):
+        with pytest.raises(PartCorruptError):
+            store.read([row], [0])
+    with pytest.raises(IndexError, match="rows 0 to 12"):
+        store.read([13], [0])
+    after = tree_digest(path)
+    assert not {name for name, digest in before.items() if after[name] != digest and not name.endswith("zarr.json")
+                and not name.startswith("stats/")}, "nothing of what was there is written again"  # fmt: skip
+
+
+def test_a_store_that_was_open_before_an_extension_reads_on(tmp_path: Path) -> None:
+    grown = make_case(make_spec(segments=[5, 4]))
+    path = tmp_path / "s.zarr"
+    create_store(path, make_spec(num_samples=5))
+    for part in (0, 1):
+        StoreWriter(path).commit(grown.part(part))
+    old = finish_store(path)
+    rows, views = every_view(old.spec, range(5))
+    old.read([0], [0])
+    extend_store(open_store(path), fingerprint="ef" * 32, num_new=4)
+    StoreWriter(path).commit(grown.part(2))
+    assert_same_bits(as_arrays(old.read(rows, views)), grown.expected(rows, views, 32))
+    with pytest.raises(IndexError):
+        old.read([8], [0])
 
 
 # Statistics
@@ -159,10 +252,28 @@ def test_statistics_are_exact_over_the_samples_with_features(case: Case, whole: 
 
 
 def test_a_part_keeps_its_own_statistics(case: Case, whole: Path) -> None:
-    metadata = read_part_metadata(whole, 1)
-    assert metadata["moments"].keys() == case.features.keys()
-    assert metadata["moments"]["48/dense"]["count"] == 3 * 3 * 9, "samples 4, 6, 7; three views; 3x3 cells"
-    assert (metadata["num_clipped"], metadata["versions"]) == (1, {"eupe": "0"})
+    metadata = read_part_metadata(Place.of(whole), 1)
+    assert metadata["norms"].keys() == case.features.keys()
+    assert sum(metadata["norms"]["48/dense"]) == 3 * 3 * 9, "samples 4, 6, 7; three views; 3x3 cells"
+    assert np.shape(metadata["outliers"]["48/dense"]) == (3, 3)
+    assert (metadata["num_clipped"], metadata["num_nonfinite"], metadata["versions"]) == (1, 2, {"eupe": "0"})
+
+
+def test_a_part_records_its_objects(case: Case, tmp_path: Path) -> None:
+    """Every one that it wrote, before its own file, as zlib and the file system see them."""
+    path = tmp_path / "s.zarr"
+    create_store(path, case.spec)
+    before = tree_digest(path)
+    StoreWriter(path).commit(case.part(1))
+    written = tree_digest(path).keys() - before.keys() - {"parts/00001.parquet"}
+    recorded = read_part_metadata(Place.of(path), 1)["objects"]
+    assert recorded.keys() == written
+    for name, facts in recorded.items():
+        data = (path / name).read_bytes()
+        assert facts == {"bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+    assert open_store(path).stored_bytes == sum(
+        (path / name).stat().st_size for name in written if not name.endswith(".moments")
+    )
 
 
 def test_an_unfinished_store_has_no_statistics(case: Case, tmp_path: Path) -> None:
@@ -181,7 +292,7 @@ def test_a_corpus_without_a_readable_picture_cannot_be_finished(case: Case, tmp_
     with pytest.raises(StoreError, match="no picture of the corpus could be read"):
         write_store(with_error(case, "gone"), path)
     assert open_store(path).missing_parts() == [] and not open_store(path).finished
-    assert not list(path.glob(".*")), "temporary names are left"
+    assert not (path / "stats").exists()
 
 
 # One content, one set of bytes
@@ -209,12 +320,35 @@ def test_a_part_is_one_object_of_each_array(case: Case, whole: Path) -> None:
         }
 
 
+@pytest.mark.parametrize("tokens", [("summary",), ("dense",)])
+def test_large_arrays_have_the_same_bytes_whoever_codes_them(tmp_path: Path, tokens: tuple[str, ...]) -> None:
+    """Blosc's own threads would lay a chunk's blocks down in the order in which they end."""
+    spec = make_spec(num_samples=16_384, samples_per_part=16_384, num_views=8, grids={32: 1}, tokens=tokens)
+    if tokens == ("dense",):
+        spec = make_spec(num_samples=2, samples_per_part=2, num_views=1, grids={32: 64}, dense_dim=384, tokens=tokens)
+    case = make_case(spec)
+    case.arrays["boxes"].sort(axis=0)
+    digests = []
+    for attempt in range(3):
+        path = tmp_path / str(attempt)
+        create_store(path, spec)
+        part = case.part(0)
+        commit = threading.Thread(target=StoreWriter(path).commit, args=(part,)) if attempt == 2 else None
+        if commit is None:
+            StoreWriter(path).commit(part)
+        else:
+            commit.start()
+            commit.join()
+        digests.append(tree_digest(path))
+    assert digests[0] == digests[1] == digests[2]
+
+
 # A part without its commit file does not exist
 
 
-def assert_only_committed(path: Path, parts: list[int]) -> None:
+def assert_only_committed(path: Path | Place, parts: list[int]) -> None:
     store = open_store(path)
-    assert committed_parts(path) == parts
+    assert committed_parts(store.path) == parts
     assert store.missing_parts() == sorted({0, 1, 2} - set(parts))
     assert not store.finished
     rows = [row for part in parts for row in range(11)[store.spec.part_rows(part)]]
@@ -241,61 +375,72 @@ def test_a_part_whose_file_is_removed_is_missing_and_can_be_redone(case: Case, w
     assert tree_digest(finish_store(copy).path) == tree_digest(whole)
 
 
-def test_every_array_is_on_disk_before_the_commit_file(
+def keys_of_a_commit(part: int) -> list[str]:
+    """In the order in which they are written."""
+    objects = ["/".join([array.path, "c", str(part), *"0" * (len(array.shape) - 1)]) for array in arrays(make_spec())]
+    return [*objects, f"parts/{part:05d}.moments", f"parts/{part:05d}.parquet"]
+
+
+def test_every_object_is_on_disk_before_the_commit_file(
     case: Case, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError("stopped before the commit file")
+    written = []
+    write = Place.write
+
+    def refuse(place: Place, name: str, data: bytes) -> None:
+        written.append(name)
+        if name.endswith(".parquet"):
+            raise StorageError("stopped before the commit file")
+        write(place, name, data)
 
     path = tmp_path / "store.zarr"
     create_store(path, case.spec)
-    monkeypatch.setattr(StoreWriter, "_commit_rows", refuse)
+    monkeypatch.setattr(Place, "write", refuse)
     with pytest.raises(StorageError, match="stopped before the commit file"):
         StoreWriter(path).commit(case.part(1))
     assert_only_committed(path, [])
+    assert sorted(written) == sorted(keys_of_a_commit(1)) and written[-1] == "parts/00001.parquet"
     whole_digest, digest = tree_digest(whole), tree_digest(path)
-    for array in arrays(case.spec):
-        name = "/".join([array.path, "c", "1", *"0" * (len(array.shape) - 1)])
+    for name in keys_of_a_commit(1)[:-2]:
         assert digest[name] == whole_digest[name]
+    assert "parts/00001.moments" in digest
 
 
-class RefusingArray:
-    """A tensorstore handle whose writes fail: at once, or when waited for."""
-
-    def __init__(self, error: Exception, *, at_once: bool) -> None:
-        self._error = error
-        self._at_once = at_once
-
-    def __getitem__(self, rows: slice) -> RefusingArray:
-        return self
-
-    def write(self, values: object) -> RefusingArray:
-        if self._at_once:
-            raise self._error
-        return self
-
-    def result(self) -> None:
-        raise self._error
-
-
-@pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize("name", [array.path for array in arrays(make_spec())])
+@pytest.mark.parametrize("key", keys_of_a_commit(1))
 def test_a_part_with_a_failed_write_does_not_exist(
-    case: Case, whole: Path, tmp_path: Path, name: str, at_once: bool
+    case: Case, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
+    write = Place.write
+
+    def refuse(place: Place, name: str, data: bytes) -> None:
+        if name == key:
+            raise StorageError(f"no space left while writing {place}")
+        write(place, name, data)
+
     path = tmp_path / "store.zarr"
     create_store(path, case.spec)
     writer = StoreWriter(path)
     writer.commit(case.part(0))
-    arrays_of_writer = dict(writer._arrays)
-    writer._arrays[name] = RefusingArray(ValueError("RESOURCE_EXHAUSTED: no"), at_once=at_once)
-    with pytest.raises(StorageError, match=r"no space left while writing .*store\.zarr"):
-        writer.commit(case.part(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "write", refuse)
+        with pytest.raises(StorageError, match=r"no space left while writing .*store\.zarr"):
+            writer.commit(case.part(1))
     assert_only_committed(path, [0])
-    writer._arrays = arrays_of_writer
     writer.commit(case.part(1))
     writer.commit(case.part(2))
     assert tree_digest(finish_store(path).path) == tree_digest(whole)
+
+
+@pytest.mark.parametrize("name", ["boxes", "48/dense", "parts"])
+def test_a_write_that_the_storage_refuses_is_one_sentence(case: Case, tmp_path: Path, name: str) -> None:
+    """A file stands where a folder would be."""
+    path = tmp_path / "store.zarr"
+    create_store(path, case.spec)
+    (path / name / ("c" if name != "parts" else "")).write_text("")
+    with pytest.raises(StorageError, match=r"store\.zarr cannot be written: "):
+        StoreWriter(path).commit(case.part(1))
+    (path / name / ("c" if name != "parts" else "")).unlink()
+    assert_only_committed(path, [])
 
 
 # Making and opening
@@ -346,17 +491,25 @@ def test_an_empty_folder_becomes_a_store(case: Case, tmp_path: Path) -> None:
     assert create_store(tmp_path / "empty", case.spec).spec == case.spec
 
 
-def test_a_store_appears_whole_or_not_at_all(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fails at the last array leaves neither the store nor its temporary folder."""
+def test_a_disk_that_fails_while_a_store_is_made_is_one_sentence(
+    case: Case, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there already is a store to be; the same again completes it."""
+    create = Place.create
 
-    def refuse(group: zarr.Group, layout: Any) -> None:
-        if layout.path == "48/dense":
-            raise OSError(28, "No space left on device")
+    def refuse(place: Place, name: str, data: bytes) -> bool:
+        if name == "48/dense/zarr.json":
+            raise StorageError("no space left")
+        return create(place, name, data)
 
-    monkeypatch.setattr("eupe.store.writer._create_array", refuse)
-    with pytest.raises(StorageError, match="no space left"):
-        create_store(tmp_path / "store.zarr", case.spec)
-    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / "store.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "create", refuse)
+        with pytest.raises(StorageError, match="no space left"):
+            create_store(path, case.spec)
+    assert open_store(path).missing_parts() == [0, 1, 2]
+    write_store(case, path)
+    assert tree_digest(path) == tree_digest(whole)
 
 
 def test_a_store_can_be_moved(case: Case, copy: Path, tmp_path: Path) -> None:
@@ -376,21 +529,59 @@ def test_places_outside_the_store_are_refused(tmp_path: Path, rows: list[int], v
 def test_a_stray_file_among_the_parts_is_no_part(tmp_path: Path) -> None:
     case = make_case(make_spec())
     store = write_store(case, tmp_path / "s.zarr")
-    (store.path / "parts" / "00000.copy.parquet").write_bytes(b"stray")
+    for stray in ("00000.copy.parquet", "0.parquet", "00007.parquet.__lock", "x00001.parquet"):
+        (store.path.local / "parts" / stray).write_bytes(b"stray")
+    (store.path.local / "parts/more").mkdir()
+    (store.path.local / "parts/more/00008.parquet").write_bytes(b"stray")
+    assert open_store(store.path).finished
     assert open_store(store.path).samples.equals(store.samples)
 
 
-def test_of_two_writers_that_make_one_store_the_slower_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = make_spec()
-    rename = Path.rename
+def test_of_many_writers_that_make_one_store_the_slower_join(case: Case, whole: Path, tmp_path: Path) -> None:
+    barrier = threading.Barrier(4)
+    made = []
 
-    def overtaken(source: Path, target: Path) -> Path:
-        monkeypatch.setattr(Path, "rename", rename)
-        create_store(tmp_path / "elsewhere.zarr", spec)
-        rename(tmp_path / "elsewhere.zarr", target)
-        return rename(source, target)
+    def make() -> None:
+        barrier.wait()
+        made.append(create_store(tmp_path / "s.zarr", case.spec).spec)
 
-    monkeypatch.setattr(Path, "rename", overtaken)
-    store = create_store(tmp_path / "s.zarr", spec)
-    assert store.spec == spec
-    assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
+    makers = [threading.Thread(target=make) for _ in range(4)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert made == [case.spec] * 4
+    write_store(case, tmp_path / "s.zarr")
+    assert tree_digest(tmp_path / "s.zarr") == tree_digest(whole)
+
+
+def test_of_two_writers_with_different_specs_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the other claims the root between a look and a claim."""
+    create = Place.create
+    ours, theirs = make_spec(), make_spec(num_views=2)
+
+    def overtaken(place: Place, name: str, data: bytes) -> bool:
+        monkeypatch.setattr(Place, "create", create)
+        create_store(tmp_path / "s.zarr", theirs)
+        return create(place, name, data)
+
+    monkeypatch.setattr(Place, "create", overtaken)
+    with pytest.raises(SpecMismatchError, match=r"views\.num_views: stored 2, asked 3"):
+        create_store(tmp_path / "s.zarr", ours)
+    write_store(make_case(theirs), tmp_path / "s.zarr")
+
+
+def test_two_writers_of_one_part_do_no_harm(case: Case, whole: Path, tmp_path: Path) -> None:
+    create_store(tmp_path / "s.zarr", case.spec)
+
+    def commit_all() -> None:
+        writer = StoreWriter(tmp_path / "s.zarr")
+        for part in range(3):
+            writer.commit(case.part(part))
+
+    writers = [threading.Thread(target=commit_all) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert tree_digest(finish_store(tmp_path / "s.zarr").path) == tree_digest(whole)

@@ -1,0 +1,106 @@
+"""Stores of given features, written without a teacher, and how their codec does alone."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numcodecs import blosc
+from numpy.typing import NDArray
+
+from eupe.store import Store
+from eupe.store.layout import StoreSpec, arrays
+from eupe.store.precision import INT8, Calibration, encode
+from eupe.store.shard import CRC_BYTES, chunks_of, encode_chunk
+from eupe.store.writer import Part, Row, StoreWriter, create_store, finish_store
+
+PART_VIEWS = 512
+PATH = "224/dense"
+
+
+def dense_spec(features: NDArray[np.float16], precision: str) -> StoreSpec:
+    """Of a store that holds [V, h, w, D] dense maps, one view a sample."""
+    count, grid, _, dim = features.shape
+    spec = StoreSpec(
+        teacher={"name": "benchmark", "licence": "", "dense_dim": dim, "summary_dim": 0, "patch": 224 // grid},
+        corpus={"fingerprint": "", "segments": [count], "root": ""},
+        views={"policy": "center", "num_views": 1},
+        sizes=(224,),
+        grids=(grid,),
+        tokens=("dense",),
+        samples_per_part=PART_VIEWS,
+        precision={"dense": precision},
+    )
+    return replace(spec, calibration={PATH: calibrated(features).to_json()}) if precision == INT8 else spec
+
+
+def calibrated(features: NDArray[np.float16]) -> Calibration:
+    """By 128 views, as `eupe extract` does it."""
+    return Calibration.of(features[:: max(1, len(features) // 128)])
+
+
+def part_of(features: NDArray[np.float16], index: int) -> Part:
+    """One part's content, with made-up keys and boxes."""
+    values = features[index * PART_VIEWS : (index + 1) * PART_VIEWS][:, None]
+    n = len(values)
+    rows = [Row(f"{index * PART_VIEWS + i:08d}.jpg", "0" * 64, None, 640, 480) for i in range(n)]
+    boxes = np.tile(np.array([0, 0, 224, 224], np.int32), (n, 1, 1))
+    return Part(index, rows, boxes, np.zeros((n, 1), np.bool_), np.ones((n, 1), np.uint64), {PATH: values})
+
+
+def write_store(path: Path, features: NDArray[np.float16], precision: str = "fp16") -> Store:
+    """A finished store of the features."""
+    shutil.rmtree(path, ignore_errors=True)
+    spec = dense_spec(features, precision)
+    create_store(path, spec)
+    writer = StoreWriter(path)
+    for part in range(spec.num_parts):
+        writer.commit(part_of(features, part))
+    return finish_store(path)
+
+
+def encoded_chunks(features: NDArray[np.float16], precision: str) -> list[bytes]:
+    """The chunks as they lie in a store, with their checksums."""
+    spec = dense_spec(features, precision)
+    layout = next(layout for layout in arrays(spec) if layout.path == PATH)
+    stored = encode(features, precision, spec.array_calibration(PATH))
+    return [encode_chunk(chunk, layout) for chunk in chunks_of(stored[:, None], layout)]
+
+
+def decode_rate(chunks: list[bytes], pool: ThreadPoolExecutor, threads: int) -> float:
+    """Chunks per second decompressed from memory by all threads: the codec's limit."""
+    bare = [memoryview(chunk)[:-CRC_BYTES] for chunk in chunks]
+
+    def job(first: int) -> None:
+        for i in range(first, len(bare), threads):
+            blosc.decompress(bare[i])
+
+    return len(bare) / seconds(lambda: list(pool.map(job, range(threads))))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall clock of one call."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def interleaved(measures: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Each measure once in turn, over and over, so that the machine's noise hits all alike."""
+    results: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(repeats):
+        for name, measure in measures.items():
+            results[name].append(measure())
+    return results
+
+
+def spread(values: list[float]) -> str:
+    """Median, and the range of what was measured."""
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f}–{max(values):,.0f})"

@@ -1,0 +1,56 @@
+"""What every page has in common: one style, one HTML file that needs nothing else, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+import eupe
+from eupe.errors import StorageError
+
+STYLE = "page_style.html"
+
+
+def fill_template(template: str, **values: object) -> str:
+    """A page from one of this package's templates.
+
+    Args:
+        values: what `$name` stands for, as HTML; `$style` and `$version` are filled in.
+    """
+    folder = files("eupe.evaluate")
+    style = (folder / STYLE).read_text(encoding="utf-8").rstrip("\n")
+    text = Template((folder / template).read_text(encoding="utf-8"))
+    return text.substitute(values, style=style, version=escape(eupe.__version__))
+
+
+def make_place(out: Path) -> None:
+    """Make the folder that a page goes to.
+
+    Raises: StorageError if a page cannot stand at `out`.
+    """
+    if out.is_dir():
+        raise StorageError(f"the page cannot be written to {out}: it is a folder; name a file in it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"the page cannot be written to {out}: {error}") from error
+
+
+def write_whole(out: Path, page: str) -> int:
+    """Write the page whole or not at all; returns its bytes.
+
+    Raises: StorageError.
+    """
+    data = page.encode(errors="replace")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(out)
+    except OSError as error:
+        raise StorageError(f"the page cannot be written to {out}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(data)

@@ -1,0 +1,248 @@
+"""Whether a store still holds what its teacher gives: some samples are computed again and compared.
+
+Both sides are coded alike: what this machine computes is stored and read in memory as the store's precision has it, so
+that the same teacher gives a cosine of one at any precision, and what differs is the teacher's doing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from eupe.corpus.views import ViewSpec
+from eupe.device import compute_dtype, dtype_name, pick_device
+from eupe.errors import ConfigError, CorpusError, DriftError
+from eupe.extract.plan import PartTask, samples_of
+from eupe.extract.recipe import (
+    require_arithmetic,
+    require_same_teacher,
+    require_unchanged,
+    stored_pictures,
+    stored_teacher,
+    weights_file,
+)
+from eupe.extract.worker import Computer
+from eupe.place import Where
+from eupe.store import Store, open_store
+from eupe.store.precision import decode, encode
+from eupe.store.reader import ChannelStats
+from eupe.store.writer import Part
+from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
+
+BATCH_SIZE = 16
+SEED = 0
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """One audit, as asked for on the command line."""
+
+    store: Where
+    samples: int = 32
+    corpus: Where | None = None
+    """The folder of the pictures now; the one noted in the store where not given."""
+    weights: Path | None = None
+    """Local weights in place of the hub's; the same file that the store was made with."""
+    teacher: str | None = None
+    """The teacher's name or place now; the one noted in the store where not given."""
+    dtype: str | None = None
+    """`auto`, `fp32`, `bf16` or `fp16`; the arithmetic that the store was made in where not given."""
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Of tokens as stored with the same tokens computed now."""
+
+    mean: float
+    p5: float
+    """Their 5th percentile: 95% of the tokens are at least as near."""
+    least: float
+
+    @classmethod
+    def of(cls, cosines: NDArray[np.float64]) -> Cosines:
+        return cls(float(cosines.mean()), float(np.percentile(cosines, 5)), float(cosines.min()))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Of one kind of token at one size."""
+
+    path: str
+    precision: str
+    num_tokens: int
+    standardised: Cosines
+    """After the store's mean and standard deviation have been taken out of each channel, as the loss does."""
+    plain: Cosines
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What a store and its teacher have in common."""
+
+    store: str
+    num_samples: int
+    num_views: int
+    stored_dtype: str
+    computed_dtype: str
+    changed_views: int
+    """Views whose pixels are not those that were stored features of."""
+    drifts: tuple[Drift, ...]
+
+
+def audit(config: AuditConfig, *, progress: Progress = lambda done, of: None) -> AuditReport:
+    """Compute some samples of a store again, on this machine, and compare all their views.
+
+    Args:
+        progress: called with (views computed, views in all).
+    Raises: an EupeError if something that it takes is not at hand.
+    """
+    if config.samples < 1:
+        raise ConfigError(f"--samples must be at least 1, got {config.samples}")
+    store = open_store(config.store)
+    stats = {path: _stats(store, path) for path in store.spec.feature_paths}
+    picked = pick_samples(store, config.samples)
+    pictures = stored_pictures(store, config.corpus)
+    require_unchanged(pictures, samples_of(picked))
+    teacher = _load(config, store)
+    computer = Computer(
+        teacher, store.spec, corpus_root=pictures, views=ViewSpec.from_json(store.spec.views), batch_size=BATCH_SIZE
+    )
+    batches = [_compare(store, stats, computer, rows, progress, len(picked)) for rows in _batches(store, picked)]
+    return AuditReport(
+        store=str(store.path),
+        num_samples=len(picked),
+        num_views=len(picked) * store.spec.num_views,
+        stored_dtype=store.spec.teacher["dtype"],
+        computed_dtype=dtype_name(teacher.dtype),
+        changed_views=sum(batch.changed_views for batch in batches),
+        drifts=tuple(_drift(store, path, batches) for path in store.spec.feature_paths),
+    )
+
+
+def require_agreement(report: AuditReport, least: float) -> None:
+    """Raises: DriftError if more than 5% of any kind of token, standardised, are further off than `least`."""
+    drifted = [drift for drift in report.drifts if not drift.standardised.p5 >= least]
+    if drifted:
+        worst = min(drifted, key=lambda drift: drift.standardised.p5)
+        raise DriftError(
+            f"{report.store} is not what its teacher gives here: the 5th percentile of the cosines of {worst.path} is "
+            f"{worst.standardised.p5:.6f}, asked for at least {least:g} (stored in {report.stored_dtype}, computed in "
+            f"{report.computed_dtype}, {report.changed_views} of {report.num_views} views have other pixels)"
+        )
+
+
+def pick_samples(store: Store, count: int) -> pa.Table:
+    """Rows of `store.samples` that have features, chosen at random but always the same; all if there are no more.
+
+    Raises: CorpusError if there is none.
+    """
+    valid = store.samples.filter(pc.equal(store.samples["status"], "ok"))
+    if not len(valid):
+        raise CorpusError(f"no sample of {store.path} has features; see `eupe store info {store.path}`")
+    chosen = np.random.default_rng(SEED).permutation(len(valid))[:count]
+    return valid.take(np.sort(chosen))
+
+
+def _stats(store: Store, path: str) -> ChannelStats:
+    size, _, kind = path.partition("/")
+    return store.stats(int(size), kind)
+
+
+def _load(config: AuditConfig, store: Store) -> Teacher:
+    """The teacher that made the store.
+
+    Raises: TeacherError; SpecMismatchError; ConfigError for an arithmetic that this machine does not have.
+    """
+    spec = stored_teacher(store, config.teacher)
+    weights = weights_file(spec, config.weights)
+    if weights is not None:
+        require_same_teacher(store, spec, file_digest(weights))
+    if config.dtype is None:
+        require_arithmetic(store)
+    device = pick_device()
+    dtype = compute_dtype(config.dtype or store.spec.teacher["dtype"], device)
+    teacher = load_teacher(spec, weights=config.weights, device=device, dtype=dtype, sizes=store.spec.sizes)
+    if weights is None:
+        require_same_teacher(store, spec, weights_digest(teacher.module))
+    return teacher
+
+
+def _batches(store: Store, picked: pa.Table) -> list[pa.Table]:
+    """Rows whose views fill a batch of the teacher."""
+    count = max(1, BATCH_SIZE // store.spec.num_views)
+    return [picked.slice(start, count) for start in range(0, len(picked), count)]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Cosines of some samples' tokens, by path."""
+
+    changed_views: int
+    standardised: Mapping[str, NDArray[np.float64]]
+    plain: Mapping[str, NDArray[np.float64]]
+
+
+def _compare(
+    store: Store,
+    stats: Mapping[str, ChannelStats],
+    computer: Computer,
+    picked: pa.Table,
+    progress: Progress,
+    total: int,
+) -> Compared:
+    part = computer.compute(PartTask(0, tuple(samples_of(picked))))
+    progress(computer.progress.views, total * store.spec.num_views)
+    _require_features(store, part)
+    k = store.spec.num_views
+    rows, views = np.repeat(picked["row"].to_numpy(), k).tolist(), np.tile(np.arange(k), len(picked)).tolist()
+    digests = store.read_digests(rows, views)
+    standardised, plain = {}, {}
+    for path, values in part.features.items():
+        stored = store.read_tokens(path, rows, views)
+        then = _vectors(stored.decode())
+        now = _vectors(
+            decode(encode(values, stored.precision, stored.calibration), stored.precision, stored.calibration)
+        )
+        std = np.where(stats[path].std > 0, stats[path].std, 1.0)
+        standardised[path] = _cosines((then - stats[path].mean) / std, (now - stats[path].mean) / std)
+        plain[path] = _cosines(then, now)
+    return Compared(int((digests != part.digests.reshape(-1)).sum()), standardised, plain)
+
+
+def _require_features(store: Store, part: Part) -> None:
+    """Raises: CorpusError if a sample that has features in the store failed now."""
+    failed = [row for row in part.rows if row.error is not None]
+    if failed:
+        raise CorpusError(f"{failed[0].key} has features in {store.path}, but now: {failed[0].error}")
+
+
+def _vectors(tokens: NDArray[Any]) -> NDArray[np.float64]:
+    """[..., D] to [T, D]."""
+    return np.ascontiguousarray(tokens).reshape(-1, tokens.shape[-1]).astype(np.float64)
+
+
+def _cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row by row; 1 where both are zero, 0 where one is."""
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    product = norms[0] * norms[1]
+    same = (a == b).all(axis=1)
+    return np.where(same, 1.0, np.einsum("td,td->t", a, b) / np.where(product > 0, product, 1.0))
+
+
+def _drift(store: Store, path: str, batches: list[Compared]) -> Drift:
+    standardised, plain = (
+        np.concatenate([by_path[path] for by_path in sides])
+        for sides in ([b.standardised for b in batches], [b.plain for b in batches])
+    )
+    precision = store.spec.precision[path.rpartition("/")[2]]
+    return Drift(path, precision, len(plain), Cosines.of(standardised), Cosines.of(plain))

@@ -1,0 +1,103 @@
+"""Before a store is made: a sample of the corpus goes through the teacher, and its features decide the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eupe.corpus.index import Corpus
+from eupe.errors import ConfigError
+from eupe.extract.plan import PartTask, samples_of
+from eupe.store.layout import StoreSpec, arrays
+from eupe.store.precision import CANDIDATES, FP16, INT8, Calibration, Fidelity, cosines, encode
+from eupe.store.shard import chunks_of, encode_chunk
+
+SAMPLE_VIEWS = 128
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a sample of the corpus says of the feature arrays, by path."""
+
+    calibrations: Mapping[str, Calibration]
+    fidelity: Mapping[str, Mapping[str, Fidelity]]
+    """Path, then precision."""
+    num_views: int
+
+
+def sample_task(spec: StoreSpec, corpus: Corpus) -> PartTask:
+    """Pictures spread evenly over the corpus, enough for `SAMPLE_VIEWS` views."""
+    count = min(len(corpus), -(-SAMPLE_VIEWS // spec.num_views))
+    picked = np.unique(np.linspace(0, len(corpus) - 1, count).astype(np.int64))
+    return PartTask(0, tuple(samples_of(corpus.samples.take(picked))))
+
+
+def measure(
+    spec: StoreSpec, features: Mapping[str, NDArray[np.float16]], candidates: Mapping[str, tuple[str, ...]]
+) -> Measured:
+    """Calibrate each feature array and try precisions on it.
+
+    Args:
+        features: path to [samples, views, ...]; NaN where a sample failed.
+        candidates: kind of token to the precisions to try.
+    Raises: ConfigError if no sample has features.
+    """
+    calibrations, fidelity = {}, {}
+    num_views = 0
+    for path, values in features.items():
+        valid = values[np.isfinite(values.reshape(len(values), -1)).all(axis=1)]
+        if not len(valid):
+            raise ConfigError("none of the pictures that the precision is measured on can be read; see `eupe index`")
+        num_views = valid.shape[0] * valid.shape[1]
+        calibrations[path] = Calibration.of(valid)
+        tried = candidates[path.rpartition("/")[2]]
+        fidelity[path] = {p: _try(spec, path, valid, p, calibrations[path]) for p in tried}
+    return Measured(calibrations, fidelity, num_views)
+
+
+def _try(spec: StoreSpec, path: str, values: NDArray[np.float16], precision: str, calibration: Calibration) -> Fidelity:
+    kind = path.rpartition("/")[2]
+    as_if = replace(spec, precision={**spec.precision, kind: precision})
+    layout = next(layout for layout in arrays(as_if) if layout.path == path)
+    kept = cosines(values.reshape(-1, values.shape[-1]), precision, calibration)
+    chunks = chunks_of(encode(values, precision, calibration), layout)
+    stored_bytes = sum(len(encode_chunk(chunk, layout)) for chunk in chunks)
+    return Fidelity(float(kept.mean()), float(np.percentile(kept, 5)), stored_bytes / values.nbytes)
+
+
+def candidates(spec: StoreSpec, fidelity: float | None) -> dict[str, tuple[str, ...]]:
+    """The precisions to try for each kind of token: the one asked for, or all."""
+    return {kind: CANDIDATES if fidelity is not None else (spec.precision[kind],) for kind in spec.tokens}
+
+
+def settle(spec: StoreSpec, measured: Measured, fidelity: float | None) -> StoreSpec:
+    """The spec with its precision chosen, and what was measured noted in it.
+
+    Args:
+        fidelity: the least 5th percentile of the tokens' cosines; None to keep the precision asked for.
+    """
+    precision = dict(spec.precision)
+    if fidelity is not None:
+        precision = {kind: _cheapest(measured, kind, fidelity) for kind in spec.tokens}
+    int8 = [path for path in measured.calibrations if precision[path.rpartition("/")[2]] == INT8]
+    noted: dict[str, Any] = {
+        "num_views": measured.num_views,
+        "measured": {path: {p: asdict(f) for p, f in tried.items()} for path, tried in measured.fidelity.items()},
+    }
+    return replace(
+        spec,
+        precision=precision,
+        calibration={path: measured.calibrations[path].to_json() for path in int8},
+        fidelity=noted if fidelity is None else {"asked": fidelity, **noted},
+    )
+
+
+def _cheapest(measured: Measured, kind: str, fidelity: float) -> str:
+    """Of the precisions that keep the fidelity at every size, the one of fewest bytes; fp16 always keeps it."""
+    tried = [by for path, by in measured.fidelity.items() if path.endswith(f"/{kind}")]
+    kept = [p for p in CANDIDATES if p == FP16 or all(by[p].p5 >= fidelity for by in tried)]
+    return min(kept, key=lambda p: sum(by[p].share for by in tried))

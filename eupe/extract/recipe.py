@@ -1,0 +1,117 @@
+"""What a store says of how it was made, turned back into what it takes to make it again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from eupe.corpus.index import read_picture
+from eupe.device import compute_dtype, pick_device
+from eupe.encoder import WEIGHTS_FILE
+from eupe.errors import ConfigError, CorpusError, SpecMismatchError, TeacherError
+from eupe.extract.plan import Sample
+from eupe.place import Place, Where
+from eupe.store import Store
+from eupe.store.layout import differences
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.spec import TeacherSpec
+
+NAMED_PICTURES = 5
+"""In a message."""
+
+
+def stored_teacher(store: Store, given: str | None) -> TeacherSpec:
+    """The card of the teacher that made a store.
+
+    Args:
+        given: the teacher's name or place now; None for the one noted in the store.
+    Raises: TeacherError if it was in a folder that is gone.
+    """
+    card = TeacherSpec.from_json(store.spec.teacher) if given is None else resolve_teacher(given)
+    place = Path(card.model)
+    if place.exists():
+        return replace(card, model=str(place.absolute()))
+    if place.is_absolute():
+        raise TeacherError(f"the teacher that made {store.path} is gone from {place}; name its new place by --teacher")
+    return card
+
+
+def weights_file(teacher: TeacherSpec, given: Path | None) -> Path | None:
+    """The local weights of a teacher; None where its library fetches them.
+
+    Raises: TeacherError if they do not exist.
+    """
+    own = Path(teacher.model) / WEIGHTS_FILE if teacher.backend == "run" else None
+    weights = own if given is None else given.absolute()
+    if weights is not None and not weights.exists():
+        raise TeacherError(f"weights {weights} do not exist")
+    return weights
+
+
+def require_same_teacher(store: Store, teacher: TeacherSpec, weights_sha256: str) -> None:
+    """Raises: TeacherError for other weights than the store was made with; SpecMismatchError for another teacher."""
+    stored = store.spec.teacher
+    beside = {"architecture": teacher.architecture, "weights_sha256": weights_sha256, "dtype": stored["dtype"]}
+    asked = replace(store.spec, teacher={**teacher.to_json(), **beside})
+    different = differences(store.spec, asked)
+    if different and stored["weights_sha256"] != weights_sha256:
+        raise TeacherError(
+            f"{store.path} was made with weights of {stored['name']} whose SHA-256 is "
+            f"{stored['weights_sha256']}, these have {weights_sha256}; give the file that it was made with by --weights"
+        )
+    if different:
+        raise SpecMismatchError(
+            f"{store.path} was made by another teacher than {teacher.name} ({'; '.join(different)}); give that one by "
+            "--teacher"
+        )
+
+
+def require_arithmetic(store: Store) -> None:
+    """Raises: ConfigError if this machine cannot compute as the store was."""
+    dtype = store.spec.teacher["dtype"]
+    try:
+        compute_dtype(dtype, pick_device())
+    except ConfigError as error:
+        raise ConfigError(
+            f"{store.path} was computed in {dtype}, which this machine cannot; use one with a GPU"
+        ) from error
+
+
+def stored_pictures(store: Store, given: Where | None) -> Place:
+    """The folder of the pictures.
+
+    Args:
+        given: where it is now; None for the place noted in the store.
+    Raises: CorpusError if there is no such folder.
+    """
+    root = Place.of(store.spec.corpus["root"] if given is None else given)
+    if root.is_local and not root.local.is_dir():
+        raise CorpusError(f"the pictures of {store.path} are not in {root}; name their folder by --corpus")
+    return root
+
+
+def require_unchanged(root: Place, samples: Iterable[Sample]) -> None:
+    """Raises: CorpusError naming pictures that are gone or have changed since they were indexed."""
+    with ThreadPoolExecutor() as pool:
+        changed = [key for key in pool.map(lambda sample: _changed(root, sample), samples) if key is not None]
+    if changed:
+        more = len(changed) - NAMED_PICTURES
+        named = ", ".join(changed[:NAMED_PICTURES]) + (f", and {more} more" if more > 0 else "")
+        raise CorpusError(
+            f"{len(changed)} pictures in {root} are gone or have changed since they were indexed ({named}); put them "
+            "back, or name the folder that holds them by --corpus"
+        )
+
+
+def _changed(root: Place, sample: Sample) -> str | None:
+    """Its key, if the picture is not the one that was indexed; one that could not be read then may be anything."""
+    if sample.sha256 is None:
+        return None
+    try:
+        data = read_picture(root, sample.key)
+    except CorpusError:
+        return sample.key
+    return None if hashlib.sha256(data).hexdigest() == sample.sha256 else sample.key

@@ -1,0 +1,292 @@
+"""Making anew what `eupe store verify` names, and nothing else.
+
+Metadata and statistics follow from what else the store holds; parts take the teacher, the weights and the pictures that
+the store was made with, and the index takes the pictures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from eupe.corpus.index import Corpus, fingerprint, index_bytes, index_folder, index_from_bytes
+from eupe.corpus.views import ViewSpec
+from eupe.errors import CorpusError, EupeError, IncompleteError, PartCorruptError
+from eupe.extract.job import ExtractConfig, JobActors, Status, require_counts, stored_index
+from eupe.extract.plan import plan_parts
+from eupe.extract.recipe import (
+    require_arithmetic,
+    require_same_teacher,
+    require_unchanged,
+    stored_pictures,
+    stored_teacher,
+    weights_file,
+)
+from eupe.place import Place, Where
+from eupe.store import Store, open_store
+from eupe.store.layout import moments_name, part_name, segment_name
+from eupe.store.reader import STATS, read_part, read_part_metadata
+from eupe.store.verify import INDEX, STATS_MARK, PartDamage, VerifyReport, verify
+from eupe.store.writer import finish_store, metadata_documents
+from eupe.teachers.spec import TeacherSpec
+
+OnStatus = Callable[[Status], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    """One repair, as asked for on the command line; all that decides the content is in the store."""
+
+    store: Where
+    corpus: Where | None = None
+    """The folder of the pictures now; the one noted in the store where not given."""
+    weights: Path | None = None
+    """Local weights in place of the hub's; the same file that the store was made with."""
+    teacher: str | None = None
+    """The teacher's name or place now; the one noted in the store where not given."""
+    batch_size: int = ExtractConfig.batch_size
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    ray_address: str | None = None
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was made anew."""
+
+    store: str
+    parts: tuple[int, ...]
+    """Extracted again."""
+    documents: tuple[str, ...]
+    """Metadata and segments of the index."""
+    statistics: bool
+    """Whether they were taken again."""
+    num_bytes: int
+    """Of arrays, proven at the end."""
+    seconds: float
+
+
+class Crew(Protocol):
+    """Who extracts parts."""
+
+    @property
+    def weights_sha256(self) -> str: ...
+
+    def prepare(self, store: Store) -> None: ...
+
+    def run_parts(self, store: Store, on_status: OnStatus) -> float: ...
+
+
+OpenCrew = Callable[[ExtractConfig, TeacherSpec, Corpus], AbstractContextManager[Crew]]
+
+
+def repair(
+    config: RepairConfig, *, open_crew: OpenCrew = JobActors, on_status: OnStatus = lambda status: None
+) -> RepairReport:
+    """Bring a store to what it would be, had nothing happened to it.
+
+    No teacher is loaded unless a part must be extracted. Until everything that this takes is at hand, no part is
+    given up.
+
+    Raises: an EupeError for whatever the user can mend; IncompleteError if there is still damage at the end.
+    """
+    began = time.monotonic()
+    place = Place.of(config.store)
+    found = _verified(place, "verifying", on_status)
+    documents = _restore_metadata(open_store(place), found)
+    if segments := _restore_index(open_store(place), found, config.corpus, on_status):
+        found = _verified(place, "verifying", on_status)
+    store = open_store(place)
+    parts = sorted({*found.missing, *found.damaged_parts})
+    statistics = any(damage.part is None and damage.what.startswith(STATS) for damage in found.damages)
+    if parts:
+        changed = _extract_again(config, store, parts, found.damaged_parts, open_crew, on_status)
+        statistics |= any(part < _covered(store) for part in changed)
+    _remove_damaged_moments(place, found.damages)
+    if statistics:
+        _remove_statistics(place)
+    if not found.whole:
+        finish_store(place)
+        after = _verified(place, "verifying again", on_status)
+        if not after.whole:
+            raise IncompleteError(
+                f"{place} is still damaged after its repair ({after.damages[0]}); if its storage is sound, run it again"
+            )
+        found = after
+    seconds = time.monotonic() - began
+    return RepairReport(str(place), tuple(parts), (*documents, *segments), statistics, found.num_bytes, seconds)
+
+
+def _verified(place: Place, stage: str, on_status: OnStatus) -> VerifyReport:
+    return verify(place, progress=lambda done, of: on_status(Status(stage, done, of)))
+
+
+def _restore_metadata(store: Store, found: VerifyReport) -> list[str]:
+    """Names of the documents that were written again from the specification."""
+    documents = metadata_documents(store.spec)
+    names = [damage.what for damage in found.damages if damage.part is None and damage.what in documents]
+    for name in names:
+        store.path.write(name, documents[name])
+    return names
+
+
+def _restore_index(store: Store, found: VerifyReport, corpus: Where | None, on_status: OnStatus) -> list[str]:
+    """Names of the segments that were made again from the pictures.
+
+    Raises: CorpusError if the pictures are not those that were indexed.
+    """
+    damages = [damage for damage in found.damages if damage.part is None and damage.what.startswith(INDEX)]
+    if not damages:
+        return []
+    every = range(len(store.spec.corpus["segments"]))
+    named = {damage.what for damage in damages}
+    bad = [segment for segment in every if segment_name(segment) in named or INDEX in named]
+    try:
+        root = stored_pictures(store, corpus)
+        pictures = index_folder(root, progress=lambda done, of: on_status(Status("indexing", done, of))).samples
+        segments = _segments(store, bad, pictures)
+    except CorpusError as error:
+        raise CorpusError(
+            f"{store.path / damages[0].what} {damages[0].reason}, and the commit files repeat it only in part, so it "
+            f"takes the pictures to make it again: {error}; until then the store can be read, but neither repaired "
+            "nor extended"
+        ) from error
+    for segment in bad:
+        index = Corpus(Place.of(store.spec.corpus["root"]), segments[segment])
+        store.path.write(segment_name(segment), index_bytes(index))
+    return [segment_name(segment) for segment in bad]
+
+
+def _segments(store: Store, bad: Sequence[int], pictures: pa.Table) -> list[pa.Table]:
+    """The index, segment by segment: as stored, or of the pictures that its parts name, or of those that are left.
+
+    Raises: CorpusError.
+    """
+    counts = store.spec.corpus["segments"]
+    keys = [_keys_of_parts(store, segment) if segment in bad else None for segment in range(len(counts))]
+    segments = {
+        segment: index_from_bytes(store.path.read(segment_name(segment)), segment_name(segment)).samples
+        for segment in range(len(counts))
+        if segment not in bad
+    }
+    segments |= {segment: _listed(pictures, names) for segment, names in enumerate(keys) if names is not None}
+    unknown = [segment for segment in bad if segment not in segments]
+    if len(unknown) > 1:
+        raise CorpusError(f"{len(unknown)} segments of the index and commit files of their parts are damaged")
+    if unknown:
+        taken = [key for segment in segments.values() for key in segment["key"].to_pylist()]
+        left = sorted(set(pictures["key"].to_pylist()) - set(taken))
+        segments[unknown[0]] = _listed(pictures, left[: counts[unknown[0]]])
+    tables = [segments[segment] for segment in range(len(counts))]
+    whole = pa.concat_tables(tables)
+    made = fingerprint(zip(whole["key"].to_pylist(), whole["sha256"].to_pylist(), strict=True))
+    if made != store.spec.corpus["fingerprint"]:
+        raise CorpusError(
+            f"those found have fingerprint {made}, the store was made of {store.spec.corpus['fingerprint']}; put the "
+            "pictures back that were there, or name their folder by --corpus"
+        )
+    return tables
+
+
+def _listed(pictures: pa.Table, keys: Iterable[str]) -> pa.Table:
+    return pictures.filter(pc.is_in(pictures["key"], pa.array(list(keys), pa.string())))
+
+
+def _keys_of_parts(store: Store, segment: int) -> list[str] | None:
+    """Of a segment's pictures, by the commit files of its parts; None if one of them cannot tell."""
+    ends = [0, *store.spec.segment_ends]
+    keys: list[str] = []
+    for part in range(ends[segment], ends[segment + 1]):
+        try:
+            keys += read_part(store.path, part)["key"].to_pylist()
+        except PartCorruptError:
+            return None
+    return keys
+
+
+def _extract_again(
+    config: RepairConfig,
+    store: Store,
+    parts: Sequence[int],
+    damaged: Iterable[int],
+    open_crew: OpenCrew,
+    on_status: OnStatus,
+) -> list[int]:
+    """Parts that may have other features than before.
+
+    Raises: an EupeError, before any part is given up, if something that it takes is not at hand.
+    """
+    teacher = stored_teacher(store, config.teacher)
+    pictures = stored_pictures(store, config.corpus)
+    samples = stored_index(store).samples
+    extraction = _extraction(config, store, teacher, pictures)
+    require_counts(extraction)
+    if config.ray_address is None:
+        require_arithmetic(store)
+    done = set(range(store.spec.num_parts)) - set(parts)
+    require_unchanged(pictures, (sample for task in plan_parts(store.spec, samples, done) for sample in task.samples))
+    before = {part: _features_recorded(store, part) for part in parts}
+    with open_crew(extraction, teacher, Corpus(pictures, samples)) as crew:
+        require_same_teacher(store, teacher, crew.weights_sha256)
+        crew.prepare(store)
+        for part in damaged:
+            store.path.delete(f"parts/{part_name(part)}")
+        crew.run_parts(store, on_status)
+    return [part for part in parts if before[part] is None or before[part] != _features_recorded(store, part)]
+
+
+def _extraction(config: RepairConfig, store: Store, teacher: TeacherSpec, pictures: Place) -> ExtractConfig:
+    spec = store.spec
+    return ExtractConfig(
+        teacher=teacher.name,
+        corpus=pictures,
+        out=store.path,
+        weights=weights_file(teacher, config.weights),
+        sizes=spec.sizes,
+        views=ViewSpec.from_json(spec.views),
+        tokens=spec.tokens,
+        dtype=spec.teacher["dtype"],
+        batch_size=config.batch_size,
+        workers=config.workers,
+        gpus_per_worker=config.gpus_per_worker,
+        ray_address=config.ray_address,
+    )
+
+
+def _features_recorded(store: Store, part: int) -> dict[str, str] | None:
+    """Checksums of a part's feature objects by its commit file; None if that cannot tell."""
+    try:
+        objects = read_part_metadata(store.path, part)["objects"]
+    except EupeError:
+        return None
+    paths = tuple(f"{path}/" for path in store.spec.feature_paths)
+    return {key: recorded["crc32"] for key, recorded in objects.items() if key.startswith(paths)}
+
+
+def _covered(store: Store) -> int:
+    """How many parts the statistics are of; none if they are damaged, and taken again anyway."""
+    try:
+        return store.totals.get("num_parts", 0)
+    except PartCorruptError:
+        return 0
+
+
+def _remove_damaged_moments(place: Place, damages: Iterable[PartDamage]) -> None:
+    """What is lacking of them is taken from the features."""
+    for damage in damages:
+        if damage.part is not None and damage.what == f"parts/{moments_name(damage.part)}":
+            place.delete(damage.what)
+
+
+def _remove_statistics(place: Place) -> None:
+    """The mark that they are there first."""
+    place.delete(STATS_MARK)
+    for name in place.list(f"{STATS}/"):
+        place.delete(name)

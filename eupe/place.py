@@ -1,0 +1,275 @@
+"""Where objects are kept: a local folder, `s3://BUCKET/PATH` or `gs://BUCKET/PATH`, through one small vocabulary.
+
+Objects are written whole and atomically: a reader sees the old bytes, the new ones, or nothing. `AWS_ENDPOINT_URL` and
+`AWS_REGION` name another S3 server; credentials are found as every AWS or Google client finds them. A server that
+fails for a moment is asked again; one that stays silent is given up within some minutes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from eupe.errors import ConfigError, StorageError
+
+BLOCK_BYTES = 2**20
+SCHEMES = {"s3": "s3", "gs": "gcs"}
+"""Of a URL, to tensorstore's name of the driver."""
+
+READS_AT_ONCE = 32
+"""From an object store, where each read waits for the network."""
+RETRIES = {"max_retries": 6, "initial_delay": "250ms", "max_delay": "4s"}
+"""Of one request: about twelve seconds, where tensorstore by itself goes on for a quarter of an hour."""
+SILENCE = {
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "10",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+"""When an attempt is given up on which no byte moves; tensorstore takes it from the environment, and has no limit."""
+
+_context = ts.Context()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of objects. `str(place)` is its absolute path, or its URL."""
+
+    url: str
+
+    @classmethod
+    def of(cls, where: str | Path | Place) -> Place:
+        """From what a user typed.
+
+        Raises: ConfigError for a scheme that is not known, or a URL without a bucket.
+        """
+        if isinstance(where, Place):
+            return where
+        text = re.sub(r"^(s3|gs):/(?=[^/])", r"\1://", str(where))  # a Path has lost one of the slashes
+        scheme, separator, rest = text.partition("://")
+        if not separator:
+            return cls(str(Path(text).absolute()))
+        if scheme == "file":
+            return cls(str(Path(rest).absolute()))
+        if scheme not in SCHEMES:
+            raise ConfigError(f"{text}: {scheme}:// is not supported; give a local path, s3://... or gs://...")
+        if not rest.strip("/"):
+            raise ConfigError(f"{text} names no bucket; give {scheme}://BUCKET/PATH")
+        return cls(f"{scheme}://{rest.strip('/')}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __fspath__(self) -> str:
+        if not self.is_local:
+            raise TypeError(f"{self} is not a folder on this machine")
+        return self.url
+
+    def __truediv__(self, name: str) -> Place:
+        return Place(f"{self.url.rstrip('/')}/{name}")
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.url
+
+    @property
+    def local(self) -> Path:
+        """The folder; only of a local place."""
+        assert self.is_local, self.url
+        return Path(self.url)
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> Place:
+        """Raises: ConfigError for a bucket."""
+        parent = self.url.rpartition("/")[0]
+        if not self.is_local and "://" not in parent:
+            raise ConfigError(f"{self} is a bucket; name something in it")
+        return Place(parent or "/")
+
+    def threads(self, local: int) -> int:
+        """How many objects to read at once: `local` on a disk, more where each read waits for the network."""
+        return local if self.is_local else max(local, READS_AT_ONCE)
+
+    def spec(self) -> dict[str, Any]:
+        """Tensorstore's specification of this place as a key-value store; waiting for a server is bounded in it."""
+        if self.is_local:
+            return {"driver": "file", "path": f"{self.url.rstrip('/')}/"}
+        scheme, _, rest = self.url.partition("://")
+        bucket, _, path = rest.partition("/")
+        driver = SCHEMES[scheme]
+        spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/" if path else ""}
+        spec[f"{driver}_request_retries"] = RETRIES
+        for name, seconds in SILENCE.items():
+            os.environ.setdefault(name, seconds)
+        return spec | (_s3_server() if scheme == "s3" else {})
+
+    def read(self, name: str) -> bytes:
+        """A whole object.
+
+        Raises: FileNotFoundError; StorageError if it cannot be read.
+        """
+        try:
+            result = self._objects.read(name).result()
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise storage_error(error, self / name, "read") from error
+        if result.state != "value":
+            raise FileNotFoundError(f"{self / name} does not exist")
+        return bytes(result.value)
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """A whole object piece by piece: a local file is never in memory as a whole.
+
+        Raises: FileNotFoundError; StorageError if it cannot be read.
+        """
+        if not self.is_local:
+            yield self.read(name)
+            return
+        try:
+            with (self.local / name).open("rb", buffering=0) as file:
+                while block := file.read(BLOCK_BYTES):
+                    yield block
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StorageError(f"{self / name} cannot be read: {error}") from error
+
+    def exists(self, name: str) -> bool:
+        """Whether there is an object of this name; one request.
+
+        Raises: StorageError.
+        """
+        if self.is_local:
+            return (self.local / name).is_file()
+        return name.encode() in self._list(name.encode(), name.encode() + b"\0")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put an object, replacing what is there, durably.
+
+        Raises: StorageError.
+        """
+        try:
+            self._objects.write(name, data).result()
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise storage_error(error, self) from error
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put an object only where there is none; False if there was one.
+
+        Of several that try at once one succeeds: on a local disk, on Google's storage, and on S3 servers that honour
+        `If-None-Match: *` (Amazon's does since 2024). On one that ignores it the last of them wins, and all are told
+        that they made the object.
+
+        Raises: StorageError.
+        """
+        try:
+            found = self._objects.read(name).result()
+            if found.state == "value":
+                return False
+            stamp = self._objects.write(name, data, if_equal=found.stamp.generation).result()
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise storage_error(error, self) from error
+        return bool(stamp.generation)
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Names of all objects, at any depth, that begin with a prefix; sorted.
+
+        Raises: StorageError.
+        """
+        end = prefix.encode()[:-1] + bytes([prefix.encode()[-1] + 1]) if prefix else b""
+        return sorted(key.decode() for key in self._list(prefix.encode(), end))
+
+    def _list(self, first: bytes, end: bytes) -> Sequence[bytes]:
+        try:
+            keys: Sequence[bytes] = self._objects.list(ts.KvStore.KeyRange(first, end)).result()
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise storage_error(error, self / first.decode(), "listed") from error
+        return keys
+
+    def delete(self, name: str) -> None:
+        """Remove an object, if it is there.
+
+        Raises: StorageError.
+        """
+        try:
+            self._objects.write(name, None).result()
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise storage_error(error, self) from error
+
+    @cached_property
+    def _objects(self) -> Any:
+        return ts.KvStore.open(self.spec(), context=_context).result()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+Where = str | Path | Place
+"""As a user gives it."""
+
+
+def _s3_server() -> dict[str, Any]:
+    """Which server, and which credentials where the environment holds them."""
+    spec: dict[str, Any] = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint:
+        spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    elif region:
+        spec["aws_region"] = region
+    if os.environ.get("AWS_ACCESS_KEY_ID") and os.environ.get("AWS_SECRET_ACCESS_KEY"):
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+REFUSED = re.compile(
+    r"PERMISSION_DENIED|UNAUTHENTICATED|http_response_code='40[13]'|InvalidAccessKeyId|Failed to get credentials"
+)
+UNANSWERED = re.compile(r"CURL error|retry attempts failed|UNAVAILABLE|DEADLINE_EXCEEDED")
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether an object store did not serve a request, which says nothing of the object."""
+    return any(pattern.search(str(error)) for pattern in (REFUSED, UNANSWERED, re.compile("NoSuchBucket")))
+
+
+def storage_error(error: Exception, where: Place | Path, verb: str = "written") -> StorageError:
+    """One sentence for what the storage refused to do."""
+    text = str(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "No space left" in text or "RESOURCE_EXHAUSTED" in text or "quota" in text:
+        return StorageError(
+            f"no space left while writing {where}; the parts committed before are whole: free some space and run the "
+            "same command again"
+        )
+    if "://" in str(where):
+        text = _server_words(text)
+    return StorageError(f"{where} cannot be {verb}: {text}")
+
+
+def _server_words(text: str) -> str:
+    """Of tensorstore's message, without the details of the request."""
+    said = re.sub(r"^([A-Z_]+: )+", "", re.sub(r"\s*\[[\w-]+='.*", "", text, flags=re.DOTALL))
+    if "NoSuchBucket" in text:
+        return "the bucket does not exist"
+    if REFUSED.search(text):
+        return f"the server refuses access ({said}); check the credentials and what they allow"
+    if UNANSWERED.search(text):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        server = f"the server {endpoint}" if endpoint else "the server"
+        fault = "does not answer" if "CURL error" in text else "keeps failing"
+        return f"{server} {fault} ({said}); once it serves, run the same command again"
+    return said

@@ -1,0 +1,87 @@
+"""The stores of a directory: what is there, and whether something is there already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from eupe.errors import StoreError
+from eupe.place import Place
+from eupe.store.layout import StoreSpec, differences
+from eupe.store.reader import ROOT_DOCUMENT, Store, committed_parts, open_store
+
+
+@dataclass(frozen=True)
+class StoreEntry:
+    """One line of `eupe store ls`."""
+
+    name: str
+    teacher: str
+    licence: str
+    views: str
+    sizes: tuple[int, ...]
+    grids: tuple[int, ...]
+    precision: str
+    num_samples: int
+    stored_bytes: int
+    complete: float
+    """Share of the parts that are committed; 1 only with the statistics over them."""
+
+
+def stores_in(directory: str | Path | Place) -> list[Store]:
+    """Stores that lie directly in a directory, by name; other things there are passed over.
+
+    Raises: StoreError if there is no such directory; StorageError.
+    """
+    place = Place.of(directory)
+    if place.is_local:
+        if not place.local.is_dir():
+            raise StoreError(f"directory {place} does not exist; give one that holds stores")
+        names = sorted(path.parent.name for path in place.local.glob(f"*/{ROOT_DOCUMENT}"))
+    else:
+        ends = [name.split("/") for name in place.list() if name.endswith(f"/{ROOT_DOCUMENT}")]
+        names = [parts[0] for parts in ends if len(parts) == 2]
+    return [store for name in names if (store := _store_or_none(place / name)) is not None]
+
+
+def _store_or_none(place: Place) -> Store | None:
+    try:
+        return open_store(place)
+    except StoreError:
+        return None
+
+
+def find_store(directory: Path, spec: StoreSpec, *, fidelity: float | None) -> Store | None:
+    """A store of the same specification under any name; None if there is none.
+
+    Args:
+        fidelity: what decides the precision in place of the spec's, where given.
+    """
+    if not directory.is_dir():
+        return None
+    for store in stores_in(directory):
+        same_fidelity = fidelity is not None and store.spec.fidelity.get("asked") == fidelity
+        wanted = replace(spec, precision=store.spec.precision) if same_fidelity else spec
+        if not differences(store.spec, wanted) and same_fidelity == (fidelity is not None):
+            return store
+    return None
+
+
+def describe(store: Store) -> StoreEntry:
+    """Raises: PartCorruptError if a commit file is damaged."""
+    spec = store.spec
+    views = spec.views
+    seed = f" seed {views['seed']}" if "seed" in views else ""
+    share = len(committed_parts(store.path)) / spec.num_parts
+    return StoreEntry(
+        name=store.path.name,
+        teacher=str(spec.teacher["name"]),
+        licence=str(spec.teacher["licence"]),
+        views=f"{views['policy']}:{views['num_views']}{seed}",
+        sizes=spec.sizes,
+        grids=spec.grids,
+        precision=",".join(f"{kind}={spec.precision[kind]}" for kind in spec.tokens),
+        num_samples=spec.num_samples,
+        stored_bytes=store.stored_bytes,
+        complete=1.0 if store.finished else min(share, 0.999),
+    )

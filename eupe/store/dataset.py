@@ -1,0 +1,60 @@
+"""A store as a map-style data set: what `torch.utils.data.DataLoader` takes, though nothing here needs torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from eupe.errors import StoreError
+from eupe.store.reader import Features, Store
+
+
+class StoreDataset:
+    """Every view of every sample that has features, sample by sample.
+
+    An item is a dictionary of `key`, `view` and `label`, with what the store holds of `boxes` [4], `flips`,
+    `summary` [Ds] and `dense` [h, w, D] as NumPy arrays. A DataLoader asks for its batches whole, which is one
+    read of many chunks at once, so `num_workers=0` is already parallel; with workers, give
+    `multiprocessing_context="spawn"`.
+    """
+
+    def __init__(self, store: Store, *, size: int | None = None) -> None:
+        """
+        Args:
+            size: one of the store's sizes; the first where not given.
+        """
+        self.store = store
+        self.size = size
+        self._rows = store.valid["row"].to_numpy()
+        self._keys = store.valid["key"]
+        self._labels = store.valid["label"]
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self._rows) * self.store.spec.num_views
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"the data set has {len(self)} views; got {index}")
+        return self.__getitems__([index % len(self)])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Raises: PartCorruptError; StoreError in a process forked from the one that opened the store."""
+        if os.getpid() != self._process:
+            raise StoreError(
+                f"{self.store.path} cannot be read in a forked process; give the DataLoader num_workers=0, or "
+                'multiprocessing_context="spawn"'
+            )
+        samples, views = np.divmod(np.asarray(indices), self.store.spec.num_views)
+        features = self.store.read(self._rows[samples].tolist(), views.tolist(), size=self.size)
+        return [self._item(features, i, int(s), int(k)) for i, (s, k) in enumerate(zip(samples, views, strict=True))]
+
+    def _item(self, features: Features, i: int, sample: int, view: int) -> dict[str, Any]:
+        held = {name: values[i] for name, values in vars(features).items() if values is not None}
+        return {"key": self._keys[sample].as_py(), "view": view, "label": self._labels[sample].as_py() or "", **held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _process=os.getpid())

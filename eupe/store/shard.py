@@ -1,0 +1,141 @@
+"""One part of one array as the bytes of its Zarr object, and the checksums in it.
+
+A shard is its chunks one after the other, then an index of (offset, length) for each chunk of the grid in C order, then
+the index's CRC-32C. Each chunk ends in a CRC-32C of its own. An array that is not sharded has one chunk for a part.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
+
+from eupe.store.layout import ArrayLayout
+
+CRC_BYTES = 4
+ABSENT = 2**64 - 1
+COMPRESSOR, LEVEL = "lz4", 9
+"""Chosen in docs/decisions/0003-codec.md."""
+SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
+
+
+def shuffle_of(layout: ArrayLayout) -> str:
+    """Features lie bit by bit; boxes and digests byte by byte."""
+    return "bitshuffle" if layout.sharded else "shuffle"
+
+
+def zarr_codec(layout: ArrayLayout) -> BloscCodec:
+    """What an array's metadata says of its compression."""
+    return BloscCodec(
+        typesize=np.dtype(layout.dtype).itemsize,
+        cname=COMPRESSOR,
+        clevel=LEVEL,
+        shuffle=shuffle_of(layout),
+    )
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    """CRC-32C (Castagnoli), as Zarr's codec of that name."""
+    return int(google_crc32c.value(data if isinstance(data, bytes) else bytes(data)))
+
+
+def crc32(block: bytes, crc: int = 0) -> int:
+    """CRC-32 (zlib's) of a whole object, or of what `crc` is of followed by a block.
+
+    Not CRC-32C: that of bytes which end in their own CRC-32C is the same whatever they say.
+    """
+    return zlib.crc32(block, crc)
+
+
+def encode_chunk(values: NDArray, layout: ArrayLayout) -> bytes:  # type: ignore[type-arg]
+    """One chunk, compressed and with its checksum; a short one is filled up along the first axis."""
+    if len(values) < layout.chunk[0]:
+        whole = np.full(layout.chunk, layout.fill, layout.dtype)
+        whole[: len(values)] = values
+        values = whole
+    ordered = values if layout.order is None else values.transpose(layout.order)
+    contiguous = np.ascontiguousarray(ordered, np.dtype(layout.dtype).newbyteorder("<"))
+    compressed: bytes = blosc.compress(contiguous, COMPRESSOR.encode(), LEVEL, SHUFFLES[shuffle_of(layout)], 0)
+    return compressed + _crc_bytes(compressed)
+
+
+def decode_chunk(data: bytes, layout: ArrayLayout) -> NDArray:  # type: ignore[type-arg]
+    """The reverse of `encode_chunk` for a chunk of an array that is not sharded, whose checksum holds."""
+    values = np.frombuffer(blosc.decompress(data[:-CRC_BYTES]), np.dtype(layout.dtype).newbyteorder("<"))
+    return values.reshape(layout.chunk)
+
+
+def crc_holds(data: bytes | memoryview) -> bool:
+    """Whether the last four bytes are the CRC-32C of those before them."""
+    return len(data) > CRC_BYTES and crc32c(data[:-CRC_BYTES]) == int.from_bytes(data[-CRC_BYTES:], "little")
+
+
+def chunks_of(values: NDArray, layout: ArrayLayout) -> list[NDArray]:  # type: ignore[type-arg]
+    """The chunks of [samples, views, ...] values, in the order of the grid."""
+    rows, views = layout.chunk[0], layout.chunk[1]
+    starts = itertools.product(range(0, len(values), rows), range(0, layout.shape[1], views))
+    return [values[i : i + rows, k : k + views] for i, k in starts]
+
+
+def join_shard(chunks: Sequence[bytes], layout: ArrayLayout) -> bytes:
+    """The object of a sharded array from its encoded chunks; the grid's places behind them stay absent."""
+    num_places = (layout.shard[0] // layout.chunk[0]) * (layout.shard[1] // layout.chunk[1])
+    index = np.full((num_places, 2), ABSENT, "<u8")
+    lengths = np.array([len(chunk) for chunk in chunks], "<u8")
+    index[: len(chunks), 1] = lengths
+    index[: len(chunks), 0] = np.cumsum(lengths) - lengths
+    encoded = index.tobytes()
+    return b"".join([*chunks, encoded, _crc_bytes(encoded)])
+
+
+def object_key(layout: ArrayLayout, part: int) -> str:
+    """Name of a part's object, below the store."""
+    return f"{layout.path}/c/{part}" + "/0" * (len(layout.shape) - 1)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with an object."""
+
+    reason: str
+    first_row: int | None = None
+    """Of the first chunk that fails, counted within the part; None where the whole object is concerned."""
+
+
+def inspect_object(data: bytes, layout: ArrayLayout, num_samples: int) -> Damage | None:
+    """Check every byte of a part's object by the checksums in it; None if all is well.
+
+    Args:
+        num_samples: of the part, which says how many chunks there must be.
+    """
+    if not layout.sharded:
+        return None if crc_holds(memoryview(data)) else Damage("fails its checksum")
+    rows, views = layout.chunk[0], layout.shard[1] // layout.chunk[1]
+    num_places = (layout.shard[0] // rows) * views
+    index_bytes = 16 * num_places
+    if len(data) < index_bytes + CRC_BYTES or not crc_holds(memoryview(data)[-index_bytes - CRC_BYTES :]):
+        return Damage("has a damaged index, or is cut short")
+    index = np.frombuffer(data, "<u8", 2 * num_places, len(data) - index_bytes - CRC_BYTES).reshape(-1, 2)
+    num_chunks = -(-num_samples // rows) * views
+    end = 0
+    view = memoryview(data)
+    for place, (offset, length) in enumerate(index.tolist()):
+        if place >= num_chunks:
+            if (offset, length) != (ABSENT, ABSENT):
+                return Damage("holds chunks beyond its samples", place // views * rows)
+            continue
+        if offset != end or not crc_holds(view[offset : offset + length]):
+            return Damage("holds a chunk that fails its checksum", place // views * rows)
+        end = offset + length
+    return None if end == len(data) - index_bytes - CRC_BYTES else Damage("holds bytes that belong to no chunk")
+
+
+def _crc_bytes(data: bytes) -> bytes:
+    return crc32c(data).to_bytes(CRC_BYTES, "little")

@@ -1,0 +1,425 @@
+"""Proof of a store: every byte against what was recorded when it was written.
+
+The objects of a part are held against the size and CRC-32 in its commit file, so a whole, valid object in another's
+place is found, too; the commit files against their own checksums and the index; the arrays' metadata against the spec;
+the index against the corpus's fingerprint; the statistics against their checksums and the parts that they are of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eupe.corpus.index import fingerprint, index_bytes, index_from_bytes
+from eupe.errors import PartCorruptError, StorageError
+from eupe.place import Place, Where
+from eupe.store.handles import open_array, read_result
+from eupe.store.layout import ATTRIBUTE, DENSE, ArrayLayout, StoreSpec, arrays, moments_name, part_name, segment_name
+from eupe.store.reader import (
+    PART_STATS,
+    ROOT_DOCUMENT,
+    STATS,
+    Store,
+    committed_parts,
+    encode_part,
+    open_store,
+    read_part,
+)
+from eupe.store.shard import crc32, crc_holds, decode_chunk, inspect_object, object_key
+from eupe.store.stats import NORM_BINS
+from eupe.store.writer import metadata_documents, statistics_documents, totals_of
+
+INDEX = "corpus"
+"""Folder of the index; also the name of damage that concerns all of it."""
+MAX_THREADS = 8
+"""Of these each holds a block of an object, or one whole object that failed."""
+STATS_MARK = f"{STATS}/{ROOT_DOCUMENT}"
+CONTRADICTION = "counts otherwise than its parts"
+HEADERS_DIFFER = "its headers are not those of its content"
+INDEXED = ("key", "sha256", "label")
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+
+@dataclass(frozen=True)
+class PartDamage:
+    """One object that is not as it was written."""
+
+    part: int | None
+    """None where it belongs to no part: metadata, the index, the statistics."""
+    what: str
+    """Its name below the store."""
+    reason: str
+    rows: tuple[int, int] | None = None
+    """First and last row of the arrays that cannot be trusted; None where it holds no features."""
+
+    def __str__(self) -> str:
+        if self.part is None:
+            return f"{self.what} {self.reason}"
+        where = f"part {self.part}" if self.rows is None else f"part {self.part}, rows {self.rows[0]} to {self.rows[1]}"
+        return f"{where}: {self.what} {self.reason}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a store's bytes are worth."""
+
+    store: str
+    num_parts: int
+    num_objects: int
+    """Of arrays, read to the last byte."""
+    num_bytes: int
+    missing: tuple[int, ...]
+    """Parts that are not committed."""
+    damages: tuple[PartDamage, ...]
+    strays: tuple[str, ...]
+    """Objects that no store of this layout has; they do no harm."""
+
+    @property
+    def whole(self) -> bool:
+        """Complete and undamaged."""
+        return not self.missing and not self.damages
+
+    @property
+    def damaged_parts(self) -> list[int]:
+        """Committed parts whose samples, views or features are damaged."""
+        return sorted({d.part for d in self.damages if d.part is not None and d.rows is not None})
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A part's commit file that passed its checks."""
+
+    part: int
+    samples: pa.Table
+    facts: Mapping[str, Any]
+
+
+def verify(path: Where, *, progress: Progress = lambda done, of: None) -> VerifyReport:
+    """Read every byte of a store and compare.
+
+    Args:
+        progress: called with (objects read, objects in all).
+    Raises: StoreError if there is no store, or its specification cannot be read; StorageError.
+    """
+    store = open_store(path)
+    names = store.path.list()
+    documents = metadata_documents(store.spec)
+    statistics = statistics_documents(_blank_statistics(store.spec), {})
+    damages = list(_metadata_damages(store.path, documents))
+    index, found = _read_index(store)
+    damages += found
+    parts = [part for part in committed_parts(store.path) if part < store.spec.num_parts]
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        read = list(pool.map(lambda part: _read_commit(store, part, index), parts))
+        commits = {commit.part: commit for commit in read if isinstance(commit, Commit)}
+        damages += [damage for damage in read if isinstance(damage, PartDamage)]
+        checks = [check for commit in commits.values() for check in _object_checks(store, commit, set(names))]
+        num_bytes = 0
+        for done, (size, damage) in enumerate(pool.map(lambda check: check(), checks), 1):
+            num_bytes += size
+            damages += [] if damage is None else [damage]
+            progress(done, len(checks))
+    missing = tuple(sorted(set(range(store.spec.num_parts)) - set(parts)))
+    if any(name.startswith(f"{STATS}/") for name in names):
+        damages += _statistics_damages(store, statistics, commits, complete=not missing)
+    elif not missing:
+        damages.append(PartDamage(None, STATS, "is missing"))
+    known = {*documents, *(f"{STATS}/{name}" for name in statistics), *_names_of_parts(store.spec)}
+    return VerifyReport(
+        store=str(store.path),
+        num_parts=store.spec.num_parts,
+        num_objects=len(checks),
+        num_bytes=num_bytes,
+        missing=missing,
+        damages=tuple(damages),
+        strays=tuple(sorted(set(names) - known)),
+    )
+
+
+def _num_threads() -> int:
+    return min(MAX_THREADS, 2 * (os.cpu_count() or 1))
+
+
+def _metadata_damages(place: Place, documents: Mapping[str, bytes]) -> Iterator[PartDamage]:
+    for name, document in documents.items():
+        try:
+            if not _same_json(place.read(name), document):
+                yield PartDamage(None, name, "differs from what the store's specification says")
+        except FileNotFoundError:
+            yield PartDamage(None, name, "is missing")
+
+
+def _same_json(found: bytes, expected: bytes) -> bool:
+    try:
+        return found == expected or json.loads(found) == json.loads(expected)
+    except ValueError:
+        return False
+
+
+def _read_index(store: Store) -> tuple[pa.Table | None, list[PartDamage]]:
+    """All segments one after the other, or None where they cannot be trusted."""
+    tables, damages = [], []
+    for segment, count in enumerate(store.spec.corpus["segments"]):
+        name = segment_name(segment)
+        try:
+            table = _segment(store.path.read(name), str(store.path / name))
+        except FileNotFoundError:
+            damages.append(PartDamage(None, name, "is missing"))
+        except ValueError as error:
+            damages.append(PartDamage(None, name, f"is damaged ({error.__cause__ or error})"))
+        else:
+            tables.append(table)
+            if len(table) != count:
+                damages.append(PartDamage(None, name, f"lists {len(table)} pictures, the specification says {count}"))
+    if damages:
+        return None, damages
+    index = pa.concat_tables(tables)
+    found = fingerprint(zip(index["key"].to_pylist(), index["sha256"].to_pylist(), strict=True))
+    if found != store.spec.corpus["fingerprint"]:
+        reason = f"lists pictures with fingerprint {found}, the specification says {store.spec.corpus['fingerprint']}"
+        return None, [PartDamage(None, INDEX, reason)]
+    return index, []
+
+
+def _segment(data: bytes, where: str) -> pa.Table:
+    """One segment of the index, proven byte by byte if this version of pyarrow wrote it.
+
+    Raises: ValueError.
+    """
+    corpus = index_from_bytes(data, where)
+    writer = pq.read_metadata(pa.BufferReader(data)).created_by
+    another = re.fullmatch(r"parquet-cpp-arrow version [\d.]+", writer) and not writer.endswith(f" {pa.__version__}")
+    if not another and index_bytes(corpus) != data:
+        raise ValueError(HEADERS_DIFFER)
+    return corpus.samples
+
+
+def _read_commit(store: Store, part: int, index: pa.Table | None) -> Commit | PartDamage:
+    name = f"parts/{part_name(part)}"
+    try:
+        table = read_part(store.path, part)
+        facts = json.loads(table.schema.metadata[PART_STATS])
+        _require_own_bytes(store.path.read(name), table, facts)
+        samples = table.replace_schema_metadata()
+        _require_samples(samples, index, store.spec.part_samples(part))
+        if facts["objects"].keys() != _object_keys(store.spec, part):
+            raise ValueError("records other objects than the part has")
+    except PartCorruptError as error:
+        return PartDamage(part, name, f"is damaged ({error.__cause__})", _rows(store.spec, part))
+    except ValueError as error:
+        return PartDamage(part, name, str(error), _rows(store.spec, part))
+    return Commit(part, samples, facts)
+
+
+def _require_own_bytes(data: bytes, table: pa.Table, facts: Mapping[str, Any]) -> None:
+    """Parquet's own checksums leave out its headers and footer; the same pyarrow makes all of it again.
+
+    Raises: ValueError.
+    """
+    if facts["versions"].get("pyarrow") == pa.__version__ and encode_part(table) != data:
+        raise ValueError(f"is damaged ({HEADERS_DIFFER})")
+
+
+def _require_samples(samples: pa.Table, index: pa.Table | None, places: slice) -> None:
+    """Raises: ValueError."""
+    count = places.stop - places.start
+    if len(samples) != count:
+        raise ValueError(f"has {len(samples)} rows, the store's layout asks for {count}")
+    if index is None:
+        return
+    listed = index.slice(places.start, count)
+    for column in INDEXED:
+        if samples[column].to_pylist() != listed[column].to_pylist():
+            raise ValueError(f"has another {column} than the index lists")
+
+
+def _object_keys(spec: StoreSpec, part: int) -> set[str]:
+    return {*(object_key(layout, part) for layout in arrays(spec)), _moments_key(part)}
+
+
+def _moments_key(part: int) -> str:
+    return f"parts/{moments_name(part)}"
+
+
+def _rows(spec: StoreSpec, part: int) -> tuple[int, int]:
+    rows = spec.part_rows(part)
+    return rows.start, rows.stop - 1
+
+
+Check = Callable[[], tuple[int, PartDamage | None]]
+"""Reads an object: its size, and what is wrong with it."""
+
+
+def _object_checks(store: Store, commit: Commit, names: set[str]) -> list[Check]:
+    checks: list[Check] = [
+        lambda layout=layout: _check_object(store, commit, layout)  # type: ignore[misc]
+        for layout in arrays(store.spec)
+    ]
+    if _moments_key(commit.part) in names:
+        checks.append(lambda: _check_moments(store.path, commit))
+    return checks
+
+
+def _check_object(store: Store, commit: Commit, layout: ArrayLayout) -> tuple[int, PartDamage | None]:
+    key, rows = object_key(layout, commit.part), _rows(store.spec, commit.part)
+    try:
+        size, crc = _measure(store.path, key)
+        if not _as_recorded(commit, key, size, crc):
+            return size, _diagnosis(store, commit, layout, size)
+        if layout.path == "boxes" and (reason := _implausible(decode_chunk(store.path.read(key), layout), commit)):
+            return size, PartDamage(commit.part, key, reason, rows)
+        return size, None
+    except FileNotFoundError:
+        return 0, PartDamage(commit.part, key, "is missing", rows)
+    except StorageError as error:
+        return 0, PartDamage(commit.part, key, f"cannot be read ({error.__cause__})", rows)
+
+
+def _measure(place: Place, key: str) -> tuple[int, int]:
+    """Size and CRC-32."""
+    size = crc = 0
+    for block in place.blocks(key):
+        size += len(block)
+        crc = crc32(block, crc)
+    return size, crc
+
+
+def _as_recorded(commit: Commit, key: str, size: int, crc: int) -> bool:
+    recorded = commit.facts["objects"][key]
+    return bool(size == recorded["bytes"] and f"{crc:08x}" == recorded["crc32"])
+
+
+def _diagnosis(store: Store, commit: Commit, layout: ArrayLayout, size: int) -> PartDamage:
+    """What an object that is not the one committed has, and from which row on."""
+    key, (first, last) = object_key(layout, commit.part), _rows(store.spec, commit.part)
+    damage = inspect_object(store.path.read(key), layout, len(commit.samples))
+    if damage is None:
+        return PartDamage(commit.part, key, "is whole, but not the object that was committed", (first, last))
+    reason = damage.reason
+    if size != (recorded := commit.facts["objects"][key]["bytes"]):
+        reason = f"{reason} ({size} bytes, {recorded} were committed)"
+    return PartDamage(commit.part, key, reason, (first + (damage.first_row or 0), last))
+
+
+def _implausible(boxes: np.ndarray[Any, Any], commit: Commit) -> str | None:
+    """Why the boxes cannot be those of the samples; None if they can."""
+    boxes = boxes[: len(commit.samples)]
+    ok = np.array(commit.samples["status"].to_pylist()) == "ok"
+    if boxes[~ok].any():
+        return "holds boxes of samples that failed"
+    x0, y0, x1, y1 = np.moveaxis(boxes[ok], -1, 0)
+    width, height = (np.array(commit.samples[side].to_pylist())[ok, None] for side in ("width", "height"))
+    inside = (x0 >= 0) & (x0 < x1) & (x1 <= width) & (y0 >= 0) & (y0 < y1) & (y1 <= height)
+    return None if inside.all() else "holds boxes that do not lie in their pictures"
+
+
+def _check_moments(place: Place, commit: Commit) -> tuple[int, PartDamage | None]:
+    key = _moments_key(commit.part)
+    try:
+        size, crc = _measure(place, key)
+    except StorageError as error:
+        return 0, PartDamage(commit.part, key, f"cannot be read ({error.__cause__})")
+    return size, None if _as_recorded(commit, key, size, crc) else PartDamage(commit.part, key, "fails its checksum")
+
+
+def _statistics_damages(
+    store: Store, expected: Mapping[str, bytes], commits: Mapping[int, Commit], *, complete: bool
+) -> list[PartDamage]:
+    """Of `stats/`.
+
+    Args:
+        expected: its documents; only the metadata among them counts.
+    """
+    try:
+        totals = store.totals
+        covered = totals.get("num_parts", 0)
+    except PartCorruptError as error:
+        return [PartDamage(None, STATS_MARK, f"is damaged ({error.__cause__})")]
+    if covered not in store.spec.segment_ends or (complete and covered != store.spec.num_parts):
+        return [PartDamage(None, STATS, f"is of {covered} of {store.spec.num_parts} parts")]
+    facts = [commits[part].facts for part in range(covered) if part in commits]
+    known = len(facts) == covered
+    damages = [] if not known or totals == totals_of(facts) else [PartDamage(None, STATS_MARK, CONTRADICTION)]
+    damages += _statistics_objects(store.path, expected)
+    return damages or list(_statistics_values(store, facts if known else None))
+
+
+def _statistics_objects(place: Place, expected: Mapping[str, bytes]) -> Iterator[PartDamage]:
+    for name, document in expected.items():
+        key = f"{STATS}/{name}"
+        try:
+            found = place.read(key)
+        except FileNotFoundError:
+            yield PartDamage(None, key, "is missing")
+            continue
+        if key == STATS_MARK:
+            found = _without_attributes(found)
+        if name.endswith(ROOT_DOCUMENT):
+            if not _same_json(found, document):
+                yield PartDamage(None, key, "differs from what the store's specification says")
+        elif not crc_holds(found):
+            yield PartDamage(None, key, "fails its checksum")
+
+
+def _without_attributes(mark: bytes) -> bytes:
+    """The mark as it would be of no parts; its attributes have been looked at."""
+    return json.dumps({**json.loads(mark), "attributes": {ATTRIBUTE: {}}}).encode()
+
+
+def _blank_statistics(spec: StoreSpec) -> dict[str, np.ndarray[Any, Any]]:
+    """Of the right names, shapes and types."""
+    blank: dict[str, np.ndarray[Any, Any]] = {}
+    for layout in arrays(spec):
+        if layout.path not in spec.feature_paths:
+            continue
+        kind = layout.path.rpartition("/")[2]
+        dim = int(spec.teacher[f"{kind}_dim"])
+        blank |= {
+            f"{layout.path}/count": np.zeros((), np.int64),
+            f"{layout.path}/mean": np.zeros(dim),
+            f"{layout.path}/std": np.zeros(dim),
+            f"{layout.path}/cov": np.zeros((dim, dim)),
+            f"{layout.path}/norms": np.zeros(NORM_BINS, np.int64),
+        }
+        if kind == DENSE:
+            blank[f"{layout.path}/outliers"] = np.zeros(layout.shape[2:4], np.int64)
+    return blank
+
+
+def _statistics_values(store: Store, facts: Sequence[Mapping[str, Any]] | None) -> Iterator[PartDamage]:
+    """Statistics that contradict each other, or what the parts record."""
+    for path in store.spec.feature_paths:
+        key = f"{STATS}/{path}"
+        names = ("count", "std", "cov", "norms")
+        try:
+            count, std, cov, norms = (_read_whole(store, f"{key}/{name}") for name in names)
+        except PartCorruptError as error:
+            yield PartDamage(None, key, f"is damaged ({error.__cause__})")
+            continue
+        recorded = norms if facts is None else np.sum([part["norms"][path] for part in facts], axis=0)
+        if not np.array_equal(norms, recorded) or norms.sum() != count:
+            yield PartDamage(None, key, CONTRADICTION)
+        elif not np.allclose(std**2, np.diagonal(cov), rtol=1e-9, atol=0):
+            yield PartDamage(None, key, "has a standard deviation that is not that of its covariance")
+
+
+def _read_whole(store: Store, path: str) -> Any:
+    return read_result(open_array(store.path, path).read(), store.path)
+
+
+def _names_of_parts(spec: StoreSpec) -> Iterator[str]:
+    """Of all that the index and the parts may hold; a part that is not committed may have left some of it."""
+    yield from (segment_name(segment) for segment in range(len(spec.corpus["segments"])))
+    for part in range(spec.num_parts):
+        yield from (f"parts/{part_name(part)}", *_object_keys(spec, part))

@@ -1,0 +1,56 @@
+"""Makes the fixtures of a released format, once. They are never made again: later versions must read these bytes.
+
+python tests/golden/make_golden.py
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "store"))
+
+from store_cases import make_case, make_spec  # noqa: E402
+
+from eupe.store.layout import FORMAT, StoreSpec  # noqa: E402
+from eupe.store.writer import StoreWriter, create_store, finish_store  # noqa: E402
+
+PRECISIONS = {"fp16": "fp16", "bitround5": "bitround:5", "int8": "int8"}
+
+
+def golden_spec(name: str) -> StoreSpec:
+    """Two segments, so that there are rows without a sample; two sizes; int8 keeps its pixels, too."""
+    precision = dict.fromkeys(("summary", "dense"), PRECISIONS[name])
+    spec = make_spec(segments=[3, 2], num_views=2, samples_per_part=2, precision=precision, grids={16: 2, 24: 3})
+    return replace(spec, pixels=name == "int8")
+
+
+def make(name: str) -> None:
+    folder = HERE / f"format{FORMAT}"
+    case = make_case(golden_spec(name), failed={1}, seed=1)
+    path = folder / f"{name}.zarr"
+    create_store(path, case.spec)
+    writer = StoreWriter(path)
+    rng = np.random.default_rng(1)
+    sides = case.spec.sizes if case.spec.pixels else ()
+    pixels = {side: rng.integers(0, 256, (5, 2, side, side, 3), dtype=np.uint8) for side in sides}
+    for index in range(case.spec.num_parts):
+        samples = case.spec.part_samples(index)
+        writer.commit(replace(case.part(index), pixels={side: values[samples] for side, values in pixels.items()}))
+    finish_store(path)
+    expected = {name: np.ascontiguousarray(values) for name, values in case.kept.items()}
+    expected |= {f"{side}/pixels": values for side, values in pixels.items()}
+    expected["rows"] = np.array(case.places)
+    save_file(expected, folder / f"{name}.safetensors")
+
+
+if __name__ == "__main__":
+    for name in PRECISIONS:
+        if (HERE / f"format{FORMAT}" / f"{name}.zarr").exists():
+            sys.exit(f"format {FORMAT} has its fixtures already; a change of the format raises its number")
+        make(name)
