@@ -75,12 +75,15 @@ def encoded_chunks(features: NDArray[np.float16], precision: str) -> list[bytes]
 
 
 def decode_rate(chunks: list[bytes], pool: ThreadPoolExecutor, threads: int) -> float:
-    """Chunks per second decompressed from memory by all threads: the codec's limit."""
+    """Chunks per second decompressed from memory into batches of 64 by all threads: the codec's limit."""
     bare = [memoryview(chunk)[:-CRC_BYTES] for chunk in chunks]
+    size = len(blosc.decompress(bare[0]))
 
-    def job(first: int) -> None:
-        for i in range(first, len(bare), threads):
-            blosc.decompress(bare[i])
+    def job(thread: int) -> None:
+        for first in range(thread * 64, len(bare), threads * 64):
+            batch = np.empty((64, size), np.uint8)
+            for chunk, place in zip(bare[first : first + 64], batch, strict=False):
+                blosc.decompress(chunk, place)
 
     return len(bare) / seconds(lambda: list(pool.map(job, range(threads))))
 

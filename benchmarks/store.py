@@ -48,7 +48,7 @@ from eupe.store.verify import verify
 from eupe.store.writer import StoreWriter, create_store
 from eupe.train.targets import TargetTokens
 
-BATCH, IN_FLIGHT, SECONDS, REPEATS = 64, 3, 2.0, 5
+BATCH, IN_FLIGHT, SECONDS, REPEATS = 64, 6, 2.0, 5
 THREADS = os.cpu_count() or 1
 Features = NDArray[np.float16]
 Read = Callable[[list[int]], object]

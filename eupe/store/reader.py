@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from eupe.errors import PartCorruptError, StoreError
 from eupe.place import Place
-from eupe.store.handles import open_array, read_result
+from eupe.store.handles import Reading, open_array, read_result
 from eupe.store.layout import ATTRIBUTE, DENSE, PIXELS, SUMMARY, StoreSpec, feature_path, part_name
 from eupe.store.precision import Calibration, decode
 from eupe.store.stats import Moments, norm_bin_edges
@@ -375,7 +375,7 @@ class Store:
         for name, places, count in (("row", rows, self.spec.num_rows), ("view", views, self.spec.num_views)):
             if len(places) and not 0 <= min(places) <= max(places) < count:
                 raise IndexError(f"{self.path} has {name}s 0 to {count - 1}; got {min(places)} to {max(places)}")
-        return self._handle(path).vindex[list(rows), list(views)].read()
+        return Reading.begin(self._handle(path).vindex[list(rows), list(views)])
 
     def _handle(self, path: str) -> Any:
         if path not in self._handles:

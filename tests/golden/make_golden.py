@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
@@ -17,7 +18,9 @@ sys.path.insert(0, str(HERE.parent / "store"))
 
 from store_cases import make_case, make_spec  # noqa: E402
 
-from eupe.store.layout import FORMAT, StoreSpec  # noqa: E402
+from eupe.corpus.index import SCHEMA, Corpus, index_bytes  # noqa: E402
+from eupe.place import Place  # noqa: E402
+from eupe.store.layout import FORMAT, StoreSpec, segment_name  # noqa: E402
 from eupe.store.writer import StoreWriter, create_store, finish_store  # noqa: E402
 
 PRECISIONS = {"fp16": "fp16", "bitround5": "bitround:5", "int8": "int8"}
@@ -33,8 +36,17 @@ def golden_spec(name: str) -> StoreSpec:
 def make(name: str) -> None:
     folder = HERE / f"format{FORMAT}"
     case = make_case(golden_spec(name), failed={1}, seed=1)
+    corners = np.sort(np.random.default_rng(2).integers(0, 240, (5, 2, 2, 2)), axis=2) * 2 + np.array([[0], [1]])
+    case.arrays["boxes"][case.ok] = corners.reshape(5, 2, 4)[case.ok]
     path = folder / f"{name}.zarr"
-    create_store(path, case.spec)
+    index = [{"key": row.key, "sha256": row.sha256, "label": row.label} for row in case.rows]
+    pictures = Corpus(Place("/pictures"), pa.Table.from_pylist(index, schema=SCHEMA))
+    corpus = {**case.spec.corpus, "fingerprint": pictures.fingerprint}
+    case = replace(case, spec=replace(case.spec, corpus=corpus))
+    store = create_store(path, case.spec)
+    for i, rows in enumerate((slice(0, 3), slice(3, 5))):
+        segment = Corpus(pictures.root, pictures.samples[rows])
+        store.path.write(segment_name(i), index_bytes(segment))
     writer = StoreWriter(path)
     rng = np.random.default_rng(1)
     sides = case.spec.sizes if case.spec.pixels else ()
