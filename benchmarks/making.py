@@ -88,6 +88,11 @@ def decode_rate(chunks: list[bytes], pool: ThreadPoolExecutor, threads: int) -> 
     return len(bare) / seconds(lambda: list(pool.map(job, range(threads))))
 
 
+def peak_mb() -> float:
+    """Most memory that this process has held, in MB; `getrusage` would count its parent's in."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+
+
 def seconds(work: Callable[[], Any]) -> float:
     """Wall clock of one call."""
     began = time.perf_counter()

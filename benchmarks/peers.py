@@ -28,6 +28,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.making import write_store
+from eupe.store import open_store
+from eupe.store.shard import COMPRESSOR, LEVEL
+
 Array = NDArray[np.float16]
 Indices = NDArray[np.int64]
 Read = Callable[[Indices], Array]
@@ -36,6 +40,7 @@ Batches = Iterator[tuple[Indices, Array]]
 VIEW, BATCH = (16, 16, 384), 64
 SHARD_BYTES, TAR_VIEWS, SHUFFLE_BUFFER = 1 << 26, 128, 512
 JOBS, PREFETCH = 2, 2
+IN_FLIGHT = 6
 CONTENDER = 0.75
 """A mode slower than this share of its peer's best is measured once, the others `repeats` times."""
 
@@ -145,7 +150,7 @@ def _one_by_one(get: Callable[[int], Any]) -> Read:
 class Zarr(Peer):
     def write(self, folder: Path, features: Array) -> None:
         c = use("zarr.codecs")
-        blosc = c.BloscCodec(typesize=2, cname="zstd", clevel=3, shuffle="bitshuffle")
+        blosc = c.BloscCodec(typesize=2, cname=COMPRESSOR, clevel=LEVEL, shuffle="bitshuffle")
         codecs = {"filters": [c.TransposeCodec(order=(0, 3, 1, 2))], "compressors": [blosc, c.Crc32cCodec()]}
         use("zarr").create_array(folder, data=features, chunks=(1, *VIEW), shards=(512, *VIEW), **codecs)
 
@@ -263,12 +268,34 @@ class Npy(Peer):
         return lambda indices: np.asarray(features[indices])
 
 
+class Eupe(Peer):
+    def write(self, folder: Path, features: Array) -> None:
+        write_store(folder, features)
+
+    def open(self, folder: Path) -> Read:
+        store = open_store(folder)
+        return lambda indices: _dense(store.read_async(indices.tolist(), [0] * len(indices)))
+
+    def stream(self, folder: Path, workers: int) -> Batches:
+        store, pending = open_store(folder), deque[Any]()
+        for indices in _order(store.spec.num_samples):
+            pending.append((indices, store.read_async(indices.tolist(), [0] * len(indices))))
+            if len(pending) > IN_FLIGHT:
+                indices, read = pending.popleft()
+                yield indices, _dense(read)
+
+
+def _dense(read: Any) -> Array:
+    return read.result().dense
+
+
 RANDOM, OWN = Peer.modes, ("own loader", "own loader, 2 workers")
 UNSAFE = ("in process", "2 workers", *OWN)
 """Two threads on one LitData dataset get each other's values."""
 _MDS, _LIT, _WEB = ("mosaicml-streaming", "torch"), ("litdata", "torch"), ("webdataset", "torch")
 _TARS = f"no random access: tars in random order, buffer of {SHUFFLE_BUFFER} views"
 PEERS: dict[str, Peer] = {
+    "eupe, fp16": Eupe(("eupe",), "compressed, checksums checked", ("in process", "own loader"), checked=True),
     "zarr-python, oindex": Zarr(("zarr",), "eupe's codecs", variant="oindex", checked=True),
     "zarr-python, view by view": Zarr(("zarr",), "eupe's codecs", checked=True),
     "zarrs, view by view": Zarr(("zarrs", "zarr"), "eupe's codecs, CRC-32C ignored", variant="zarrs"),

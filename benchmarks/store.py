@@ -167,21 +167,21 @@ def _parts_in_memory(features: Features, folder: Path) -> float:
     """Growth of the peak resident set while parts are written, the raw part included, in a fresh process."""
     np.save(folder / "part.npy", features[:PART_VIEWS])
     code = f"""
-import resource, numpy as np
+import numpy as np
 from pathlib import Path
-from benchmarks.making import dense_spec, part_of
+from benchmarks.making import dense_spec, part_of, peak_mb
 from eupe.store.writer import StoreWriter, create_store
 features = np.load({str(folder / "part.npy")!r})
-one = features.nbytes / 1024
+one = features.nbytes / 1e6
 spec = dense_spec(features, "fp16")
 path = Path({str(folder / "memory.zarr")!r})
 create_store(path, spec)
 writer = StoreWriter(path)
 writer.commit(part_of(features[:8], 0))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_mb()
 for _ in range(4):
     writer.commit(part_of(features, 0))
-print(1 + (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / one)
+print(1 + (peak_mb() - before) / one)
 """
     shutil.rmtree(folder / "memory.zarr", ignore_errors=True)
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
@@ -219,7 +219,8 @@ def measure_open(features: Features, folder: Path) -> None:
             writer.commit(_as_part(features, part, spec.part_rows(part).stop - spec.part_rows(part).start))
         rows = [int(spec.part_rows(p).start + r) for p in parts for r in rng.integers(0, 200, 4)]
         code = f"""
-import json, resource, time
+import json, time
+from pathlib import Path
 began = time.perf_counter()
 import eupe
 store = eupe.open_store({str(path)!r})
@@ -227,7 +228,8 @@ store.read({rows}, [0] * {len(rows)})
 first = time.perf_counter() - began
 for _ in range(50):
     store.read({rows}, [0] * {len(rows)})
-print(json.dumps([first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+print(json.dumps([first, int(peak) / 1024]))
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         first, peak = json.loads(done.stdout)
