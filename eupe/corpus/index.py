@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,6 +27,7 @@ from eupe.errors import CorpusError, StorageError
 from eupe.place import Place, Where
 
 ROOT_KEY = b"eupe.root"
+NAMED_KEYS = 5
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -58,6 +59,12 @@ class Corpus:
     def head(self, limit: int | None) -> Corpus:
         """The first `limit` pictures, or all of them."""
         return self if limit is None else Corpus(self.root, self.samples.slice(0, limit))
+
+
+def some_keys(keys: Sequence[str]) -> str:
+    """The first few of them in words, and how many more there are."""
+    more = len(keys) - NAMED_KEYS
+    return ", ".join(keys[:NAMED_KEYS]) + (f", and {more} more" if more > 0 else "")
 
 
 def fingerprint(pairs: Iterable[tuple[str, str | None]]) -> str:

@@ -86,8 +86,7 @@ def stored_summaries(store: Store) -> tuple[Tensor, list[str], list[str]]:
     """
     if SUMMARY not in store.spec.tokens:
         raise ConfigError(f"{store.path} holds no summaries; extract it with --tokens summary,dense")
-    samples = store.samples
-    samples = samples.filter(pc.and_(pc.equal(samples["status"], "ok"), pc.is_valid(samples["label"])))
+    samples = store.valid.filter(pc.is_valid(store.valid["label"]))
     if not samples.num_rows:
         raise ConfigError(f"no sample of {store.path} has a label; its corpus has no class folders")
     k = store.spec.num_views

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus
+from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus, some_keys
 from eupe.corpus.views import ViewSpec
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.encoder import WEIGHTS_FILE
@@ -32,7 +32,6 @@ from eupe.errors import (
     CorpusError,
     EupeError,
     IncompleteError,
-    SpecMismatchError,
     StoreError,
     TeacherError,
 )
@@ -42,10 +41,10 @@ from eupe.extract.worker import Computer, PartResult, Worker
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.catalogue import find_store
-from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, differences, segment_name
+from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, segment_name
 from eupe.store.precision import FP16
 from eupe.store.reader import ROOT_DOCUMENT, committed_parts
-from eupe.store.writer import create_store, extend_store, finish_store
+from eupe.store.writer import create_store, extend_store, finish_store, require_same_spec
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
@@ -56,8 +55,6 @@ TASK_RETRIES = 2
 POLL_SECONDS = 0.5
 STORES = Path("store")
 """The directory of stores that have not been given a place."""
-NAMED_PICTURES = 5
-"""In a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,18 +242,16 @@ def stored_index(store: Store) -> Corpus:
 
 def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
     """Raises: SpecMismatchError; StoreError naming the pictures that are gone or have changed."""
-    if different := differences(store.spec, replace(spec, corpus=store.spec.corpus)):
-        raise SpecMismatchError(
-            f"{store.path} holds features made to another specification ({'; '.join(different)}); "
-            "give another --out, or the options it was made with"
-        )
+    require_same_spec(store, replace(spec, corpus=store.spec.corpus))
     stored = stored_index(store).samples
     old = dict(zip(stored["key"].to_pylist(), stored["sha256"].to_pylist(), strict=True))
     new = dict(zip(corpus.samples["key"].to_pylist(), corpus.samples["sha256"].to_pylist(), strict=True))
     lost, gained = sorted(old.keys() - new.keys()), new.keys() - old.keys()
     changed = sorted(key for key in old.keys() & new.keys() if old[key] != new[key])
     if lost or changed:
-        what = [f"{len(keys)} {word} ({_some(keys)})" for keys, word in ((lost, "gone"), (changed, "changed")) if keys]
+        what = [
+            f"{len(keys)} {word} ({some_keys(keys)})" for keys, word in ((lost, "gone"), (changed, "changed")) if keys
+        ]
         raise StoreError(
             f"{store.path} cannot be extended: of the pictures of {corpus.root} that it was made from, "
             f"{' and '.join(what)}; put them back, or give another --out"
@@ -264,11 +259,6 @@ def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
     added = Corpus(corpus.root, corpus.samples.filter(pc.is_in(corpus.samples["key"], pa.array(sorted(gained)))))
     store.path.write(segment_name(len(store.spec.corpus["segments"])), index_bytes(added))
     return extend_store(store, fingerprint=corpus.fingerprint, num_new=len(added))
-
-
-def _some(keys: Sequence[str]) -> str:
-    shown = ", ".join(keys[:NAMED_PICTURES])
-    return shown if len(keys) <= NAMED_PICTURES else f"{shown}, and {len(keys) - NAMED_PICTURES} more"
 
 
 class JobActors:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from eupe.corpus.index import read_picture
+from eupe.corpus.index import read_picture, some_keys
 from eupe.device import compute_dtype, pick_device
 from eupe.encoder import WEIGHTS_FILE
 from eupe.errors import ConfigError, CorpusError, SpecMismatchError, TeacherError
@@ -18,9 +18,6 @@ from eupe.store import Store
 from eupe.store.layout import differences
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
-
-NAMED_PICTURES = 5
-"""In a message."""
 
 
 def stored_teacher(store: Store, given: str | None) -> TeacherSpec:
@@ -98,11 +95,9 @@ def require_unchanged(root: Place, samples: Iterable[Sample]) -> None:
     with ThreadPoolExecutor() as pool:
         changed = [key for key in pool.map(lambda sample: _changed(root, sample), samples) if key is not None]
     if changed:
-        more = len(changed) - NAMED_PICTURES
-        named = ", ".join(changed[:NAMED_PICTURES]) + (f", and {more} more" if more > 0 else "")
         raise CorpusError(
-            f"{len(changed)} pictures in {root} are gone or have changed since they were indexed ({named}); put them "
-            "back, or name the folder that holds them by --corpus"
+            f"{len(changed)} pictures in {root} are gone or have changed since they were indexed "
+            f"({some_keys(changed)}); put them back, or name the folder that holds them by --corpus"
         )
 
 

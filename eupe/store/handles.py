@@ -33,7 +33,7 @@ def open_array(store: Place, path: str) -> Any:
 
 @dataclass(frozen=True)
 class Reading:
-    """A read under way into memory of NumPy's, which takes large pages; tensorstore's own costs a fifth of the rate."""
+    """A read under way into memory of NumPy's, which the system backs with large pages."""
 
     values: Any
     written: Any

@@ -101,15 +101,20 @@ def create_store(path: str | Path | Place, spec: StoreSpec) -> Store:
     documents = metadata_documents(spec)
     if not place.create(ROOT_DOCUMENT, documents[ROOT_DOCUMENT]):
         store = open_store(place)
-        if different := differences(store.spec, spec):
-            raise SpecMismatchError(
-                f"{place} holds features made to another specification ({'; '.join(different)}); "
-                "give another --out, or the options it was made with"
-            )
+        require_same_spec(store, spec)
         documents = metadata_documents(store.spec)
     for name, document in documents.items():
         place.create(name, document)
     return open_store(place)
+
+
+def require_same_spec(store: Store, spec: StoreSpec) -> None:
+    """Raises: SpecMismatchError listing the differences."""
+    if different := differences(store.spec, spec):
+        raise SpecMismatchError(
+            f"{store.path} holds features made to another specification ({'; '.join(different)}); "
+            "give another --out, or the options it was made with"
+        )
 
 
 def extend_store(store: Store, *, fingerprint: str, num_new: int) -> Store:

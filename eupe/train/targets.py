@@ -300,10 +300,10 @@ def _join(stores: Sequence[Store]) -> pa.Table:
 
     Raises: ConfigError if the stores share no sample, or hold different pictures under one key.
     """
-    first = _valid(stores[0])
+    first = stores[0].valid
     joined = first.select(["key", "sha256", "label"]).append_column("row0", first["row"])
     for i, store in enumerate(stores[1:], 1):
-        other = _valid(store)
+        other = store.valid
         place = pc.index_in(joined["key"], value_set=other["key"].combine_chunks())
         joined = joined.filter(pc.is_valid(place))
         other = other.take(place.drop_null())
@@ -321,11 +321,6 @@ def _join(stores: Sequence[Store]) -> pa.Table:
     if joined.num_rows == 0:
         raise ConfigError(f"{stores[0].path} holds no valid sample to train on")
     return joined
-
-
-def _valid(store: Store) -> pa.Table:
-    samples = store.samples
-    return samples.filter(pc.equal(samples["status"], "ok"))
 
 
 def is_held_out(key: str, share: float) -> bool:

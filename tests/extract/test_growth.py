@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from making import TINY_STUDENT, make_corpus, make_store, picture
 
-from eupe.store import Store, open_store
+from eupe.store import open_store
 from eupe.train.targets import open_targets
 
 Run = Callable[..., Any]
@@ -22,24 +22,17 @@ def words(corpus: Path, weights: Path, *more: object) -> list[object]:
     return [*given, "--views", "rrc:2", "--dtype", "fp32", "--json", *more]
 
 
-def by_key(store: Store) -> dict[str, tuple[bytes, ...]]:
-    """Boxes and features of every sample, rounded so that the batch it ran in does not show."""
-    return {
-        key: (f.boxes.tobytes(), *(np.round(x.astype(np.float64), 1).tobytes() for x in (f.summary, f.dense)))  # type: ignore[union-attr]
-        for key, f in store.items()
-    }
-
-
 def test_a_corpus_grows_and_only_what_is_new_is_computed(tmp_path: Path, tiny_weights: Path, run_eupe: Run) -> None:
     corpus, out = make_corpus(tmp_path / "c", count=7), tmp_path / "s.zarr"
-    make_store(out, corpus, tiny_weights, precision="dense=int8")
+    options = ("--precision", "dense=int8", "--grid", 2, "--pixels")
+    make_store(out, corpus, tiny_weights, precision="dense=int8", grid=2, pixels=True)
     before = {file: file.stat().st_mtime_ns for file in out.glob("[!s]*/**/c/0/**/*") if file.is_file()}
-    assert len(before) == 5
+    assert len(before) == 6
     stats = open_store(out).stats(64, "summary")
 
     for i in (30, 31, 32):
         picture(i).save(corpus / "class1" / f"000{i - 30}a.png")
-    again = run_eupe(*words(corpus, tiny_weights, "--out", out, "--precision", "dense=int8"))
+    again = run_eupe(*words(corpus, tiny_weights, "--out", out, *options))
     assert again.code == 0, again.err
     assert not json.loads(again.out)["cached"]
     store = open_store(out)
@@ -59,7 +52,7 @@ def test_a_corpus_grows_and_only_what_is_new_is_computed(tmp_path: Path, tiny_we
     np.testing.assert_allclose(grown.std, exact.std, rtol=1e-2)
     assert open_targets([store.path, whole.path], corpus=None, holdout=0.3).num_joined == 10
 
-    cached = run_eupe(*words(corpus, tiny_weights, "--out", out, "--precision", "dense=int8"))
+    cached = run_eupe(*words(corpus, tiny_weights, "--out", out, *options))
     assert json.loads(cached.out)["cached"]
 
 
