@@ -8,9 +8,12 @@ fails for a moment is asked again; one that stays silent is given up within some
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +24,8 @@ import tensorstore as ts
 from eupe.errors import ConfigError, StorageError
 
 BLOCK_BYTES = 2**20
+UNFINISHED = ".__lock"
+"""How the names of local files end while they are written; tensorstore's word, which lists leave out."""
 SCHEMES = {"s3": "s3", "gs": "gcs"}
 """Of a URL, to tensorstore's name of the driver."""
 
@@ -158,6 +163,20 @@ class Place:
 
         Raises: StorageError.
         """
+        self.write_blocks(name, (data,))
+
+    def write_blocks(self, name: str, blocks: Iterable[bytes]) -> None:
+        """`write`, of an object that comes in pieces; a local one is never in memory as a whole.
+
+        Raises: StorageError; and what making the pieces raises. Nothing is put then.
+        """
+        try:
+            if self.is_local:
+                _write_file(self.local / name, blocks)
+                return
+        except OSError as error:
+            raise storage_error(error, self) from error
+        data = b"".join(blocks)
         try:
             self._objects.write(name, data).result()
         except (ValueError, OSError, NotImplementedError) as error:
@@ -215,6 +234,36 @@ class Place:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def _write_file(path: Path, blocks: Iterable[bytes]) -> None:
+    """Atomically: into a file beside it, locked while its writer lives, which is renamed when it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
+    try:
+        with unfinished.open("xb") as file:
+            with suppress(OSError):  # of a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.writelines(blocks)
+            file.flush()
+            os.fsync(file.fileno())
+            unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what writers that were killed left behind, at any depth; what a living one has locked stays."""
+    for path in folder.rglob(f"*{UNFINISHED}"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
 
 
 Where = str | Path | Place

@@ -36,6 +36,7 @@ from eupe.errors import (
     TeacherError,
 )
 from eupe.extract.calibrate import Measured, candidates, measure, sample_task, settle
+from eupe.extract.count import limit_blas
 from eupe.extract.plan import PartTask, plan_parts, store_spec
 from eupe.extract.worker import Computer, PartResult, Worker
 from eupe.place import Place, Where
@@ -385,6 +386,7 @@ class ExtractActor:
 
     def __init__(self, config: ExtractConfig, teacher: TeacherSpec, corpus_root: Place, num_cpus: int) -> None:
         torch.set_num_threads(num_cpus)
+        limit_blas()
         self._config = config
         self._spec = teacher
         self._corpus_root = corpus_root

@@ -23,6 +23,7 @@ from eupe.corpus.decode import decode_image
 from eupe.corpus.index import read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
+from eupe.extract.count import counter
 from eupe.extract.plan import PartTask, Sample, installed_versions
 from eupe.place import Place
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
@@ -81,6 +82,10 @@ class Computer:
         self._views = views
         self._batch_size = batch_size
 
+    @property
+    def device(self) -> torch.device:
+        return self._teacher.device
+
     def compute(self, task: PartTask) -> Part:
         """Everything of a part but the writing; a pure function of the spec, the corpus and the part's number."""
         buffers = PartBuffers(self.spec, task)
@@ -123,7 +128,7 @@ class Worker:
 
     def __init__(self, computer: Computer, store: str | Path | Place) -> None:
         self._computer = computer
-        self._writer = StoreWriter(store)
+        self._writer = StoreWriter(store, count=counter(computer.device))
         self._teacher_turn = threading.Lock()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import tensorstore as ts
 
 from eupe.errors import PartCorruptError
 from eupe.place import Place, is_outage, storage_error
+from eupe.store.layout import ArrayLayout
 
 CACHE_BYTES = 64 * 2**20
 """Keeps shard indexes, so that a random read costs one ranged read, and the parts' boxes."""
@@ -32,17 +34,30 @@ def open_array(store: Place, path: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Array:
+    """An array of which views are read in any order."""
+
+    handle: Any
+
+    @classmethod
+    def open(cls, store: Place, layout: ArrayLayout) -> Array:
+        """Raises: PartCorruptError if the array's metadata is missing or damaged; StorageError."""
+        handle = open_array(store, layout.path)
+        return cls(handle if layout.order is None else handle.transpose(layout.order))
+
+    def begin(self, rows: Sequence[int], views: Sequence[int]) -> Reading:
+        """Read B views in the order given: [B, ...], the axes as they lie in a chunk."""
+        view = self.handle.vindex[list(rows), list(views)]
+        values = np.empty(view.shape, view.dtype.numpy_dtype)
+        return Reading(values, ts.array(values).write(view))
+
+
+@dataclass(frozen=True)
 class Reading:
-    """A read under way into memory of NumPy's, which the system backs with large pages."""
+    """A read under way, into memory of NumPy's, which the system backs with large pages."""
 
     values: Any
     written: Any
-
-    @classmethod
-    def begin(cls, view: Any) -> Reading:
-        """Of a tensorstore view."""
-        values = np.empty(view.shape, view.dtype.numpy_dtype)
-        return cls(values, ts.array(values).write(view))
 
     def result(self) -> Any:
         self.written.result()

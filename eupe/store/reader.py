@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from eupe.errors import PartCorruptError, StoreError
 from eupe.place import Place
-from eupe.store.handles import Reading, open_array, read_result
-from eupe.store.layout import ATTRIBUTE, DENSE, PIXELS, SUMMARY, StoreSpec, feature_path, part_name
+from eupe.store.handles import Array, open_array, read_result
+from eupe.store.layout import ATTRIBUTE, DENSE, PIXELS, SUMMARY, StoreSpec, arrays, feature_path, part_name
+from eupe.store.local import LocalViews
 from eupe.store.precision import Calibration, decode
 from eupe.store.stats import Moments, norm_bin_edges
 
@@ -172,7 +173,8 @@ class Store:
     def __init__(self, path: Place, spec: StoreSpec) -> None:
         self.path = path
         self.spec = spec
-        self._handles: dict[str, Any] = {}
+        self._layouts = {layout.path: layout for layout in arrays(spec)}
+        self._handles: dict[str, LocalViews | Array] = {}
         self._calibrations = {name: spec.array_calibration(name) for name in spec.feature_paths}
 
     @property
@@ -375,12 +377,14 @@ class Store:
         for name, places, count in (("row", rows, self.spec.num_rows), ("view", views, self.spec.num_views)):
             if len(places) and not 0 <= min(places) <= max(places) < count:
                 raise IndexError(f"{self.path} has {name}s 0 to {count - 1}; got {min(places)} to {max(places)}")
-        return Reading.begin(self._handle(path).vindex[list(rows), list(views)])
+        return self._handle(path).begin(rows, views)
 
-    def _handle(self, path: str) -> Any:
+    def _handle(self, path: str) -> LocalViews | Array:
         if path not in self._handles:
-            array = open_array(self.path, path)
-            self._handles[path] = array.transpose([0, 1, 4, 2, 3]) if path.endswith(f"/{DENSE}") else array
+            layout = self._layouts[path]
+            array = Array.open(self.path, layout)
+            single = layout.sharded and layout.chunk[:2] == (1, 1)
+            self._handles[path] = LocalViews(self.path.local, layout) if single and self.path.is_local else array
         return self._handles[path]
 
 

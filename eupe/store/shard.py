@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import google_crc32c
@@ -20,6 +20,8 @@ from zarr.codecs import BloscCodec
 from eupe.store.layout import ArrayLayout
 
 CRC_BYTES = 4
+CRC_OF_CHECKED = 0x48674BC7
+"""CRC-32C of any bytes that end in their own CRC-32C."""
 ABSENT = 2**64 - 1
 COMPRESSOR, LEVEL = "lz4", 9
 """Chosen in docs/decisions/0003-codec.md."""
@@ -74,7 +76,7 @@ def decode_chunk(data: bytes, layout: ArrayLayout) -> NDArray:  # type: ignore[t
 
 def crc_holds(data: bytes | memoryview) -> bool:
     """Whether the last four bytes are the CRC-32C of those before them."""
-    return len(data) > CRC_BYTES and crc32c(data[:-CRC_BYTES]) == int.from_bytes(data[-CRC_BYTES:], "little")
+    return len(data) > CRC_BYTES and crc32c(data) == CRC_OF_CHECKED
 
 
 def chunks_of(values: NDArray, layout: ArrayLayout) -> list[NDArray]:  # type: ignore[type-arg]
@@ -84,15 +86,29 @@ def chunks_of(values: NDArray, layout: ArrayLayout) -> list[NDArray]:  # type: i
     return [values[i : i + rows, k : k + views] for i, k in starts]
 
 
-def join_shard(chunks: Sequence[bytes], layout: ArrayLayout) -> bytes:
-    """The object of a sharded array from its encoded chunks; the grid's places behind them stay absent."""
-    num_places = (layout.shard[0] // layout.chunk[0]) * (layout.shard[1] // layout.chunk[1])
-    index = np.full((num_places, 2), ABSENT, "<u8")
-    lengths = np.array([len(chunk) for chunk in chunks], "<u8")
-    index[: len(chunks), 1] = lengths
-    index[: len(chunks), 0] = np.cumsum(lengths) - lengths
+def num_places(layout: ArrayLayout) -> int:
+    """Chunks of a whole shard."""
+    return (layout.shard[0] // layout.chunk[0]) * (layout.shard[1] // layout.chunk[1])
+
+
+def bytes_of_index(layout: ArrayLayout) -> int:
+    """At a shard's end, the checksum counted in."""
+    return 16 * num_places(layout) + CRC_BYTES
+
+
+def shard_blocks(chunks: Iterable[bytes], layout: ArrayLayout) -> Iterator[bytes]:
+    """The object of a sharded array block by block: its encoded chunks as they come, then the index of them.
+
+    The grid's places behind the chunks stay absent.
+    """
+    index = np.full((num_places(layout), 2), ABSENT, "<u8")
+    offset = 0
+    for place, chunk in enumerate(chunks):
+        index[place] = offset, len(chunk)
+        offset += len(chunk)
+        yield chunk
     encoded = index.tobytes()
-    return b"".join([*chunks, encoded, _crc_bytes(encoded)])
+    yield encoded + _crc_bytes(encoded)
 
 
 def object_key(layout: ArrayLayout, part: int) -> str:
@@ -118,11 +134,10 @@ def inspect_object(data: bytes, layout: ArrayLayout, num_samples: int) -> Damage
     if not layout.sharded:
         return None if crc_holds(memoryview(data)) else Damage("fails its checksum")
     rows, views = layout.chunk[0], layout.shard[1] // layout.chunk[1]
-    num_places = (layout.shard[0] // rows) * views
-    index_bytes = 16 * num_places
-    if len(data) < index_bytes + CRC_BYTES or not crc_holds(memoryview(data)[-index_bytes - CRC_BYTES :]):
+    index_bytes = bytes_of_index(layout)
+    if len(data) < index_bytes or not crc_holds(memoryview(data)[-index_bytes:]):
         return Damage("has a damaged index, or is cut short")
-    index = np.frombuffer(data, "<u8", 2 * num_places, len(data) - index_bytes - CRC_BYTES).reshape(-1, 2)
+    index = np.frombuffer(data, "<u8", 2 * num_places(layout), len(data) - index_bytes).reshape(-1, 2)
     num_chunks = -(-num_samples // rows) * views
     end = 0
     view = memoryview(data)
@@ -134,7 +149,7 @@ def inspect_object(data: bytes, layout: ArrayLayout, num_samples: int) -> Damage
         if offset != end or not crc_holds(view[offset : offset + length]):
             return Damage("holds a chunk that fails its checksum", place // views * rows)
         end = offset + length
-    return None if end == len(data) - index_bytes - CRC_BYTES else Damage("holds bytes that belong to no chunk")
+    return None if end == len(data) - index_bytes else Damage("holds bytes that belong to no chunk")
 
 
 def _crc_bytes(data: bytes) -> bytes:

@@ -6,7 +6,7 @@ Source of merging: Chan, Golub, LeVeque, "Updating formulae and a pairwise algor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -55,10 +55,10 @@ class Moments:
         """Moments of [n, D] vectors of any float type, in bounded memory."""
         moments = cls.empty(vectors.shape[1])
         for start in range(0, len(vectors), BLOCK_ROWS):
-            block = vectors[start : start + BLOCK_ROWS].astype(np.float64)
+            block = vectors[start : start + BLOCK_ROWS].astype(np.float64, copy=False)
             mean = block.mean(axis=0)
-            block -= mean
-            moments = moments.merge(cls(len(block), mean, block.T @ block))
+            centred = block - mean
+            moments = moments.merge(cls(len(block), mean, centred.T @ centred))
         return moments
 
     def merge(self, other: Moments) -> Moments:
@@ -69,6 +69,40 @@ class Moments:
         mean = self.mean + delta * (other.count / count)
         between = np.outer(delta, delta) * (self.count * other.count / count)
         return Moments(count, mean, self.scatter + other.scatter + between)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Statistics of some of an array's tokens as they are stored."""
+
+    moments: Moments
+    norms: NDArray[np.int64]
+    """Histogram, see `norm_histogram`."""
+    outliers: NDArray[np.int64]
+    """[h, w] of a dense map; a scalar of no meaning for summaries."""
+
+    @classmethod
+    def of(cls, tokens: NDArray[Any]) -> Counted:
+        """Of [views, ..., D] tokens as they are read; views without features hold NaN and do not count."""
+        exact = tokens.astype(np.float64)
+        norms = np.sqrt(np.vecdot(exact, exact))
+        there = np.isfinite(norms.reshape(len(norms), -1)).all(axis=1)
+        return cls.given(Moments.of(exact[there].reshape(-1, tokens.shape[-1])), norms[there])
+
+    @classmethod
+    def given(cls, moments: Moments, norms: NDArray[Any]) -> Counted:
+        """From the moments and the norms [views, ...] of the same tokens."""
+        outliers = outliers_by_position(norms) if norms.ndim == 3 else np.zeros((), np.int64)
+        return cls(moments, norm_histogram(norms), outliers)
+
+    @classmethod
+    def total(cls, counted: Sequence[Counted]) -> Counted:
+        """Merged in order."""
+        return cls(
+            merge_all(c.moments for c in counted),
+            np.sum([c.norms for c in counted], axis=0),
+            np.sum([c.outliers for c in counted], axis=0),
+        )
 
 
 def merge_all(parts: Iterable[Moments]) -> Moments:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from eupe.errors import SpecMismatchError, StoreError
-from eupe.place import Place
+from eupe.place import Place, remove_unfinished
 from eupe.store.layout import (
     ATTRIBUTE,
     DENSE,
@@ -47,10 +48,13 @@ from eupe.store.reader import (
     open_store,
     read_part_metadata,
 )
-from eupe.store.shard import chunks_of, crc32, encode_chunk, join_shard, object_key, zarr_codec
-from eupe.store.stats import Moments, merge_all, norm_histogram, outliers_by_position
+from eupe.store.shard import chunks_of, crc32, encode_chunk, object_key, shard_blocks, zarr_codec
+from eupe.store.stats import Counted, Moments
 
-VECTORS_PER_JOB = 8192
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+VECTORS_PER_JOB = 4096
 """Tokens that one thread codes, compresses and counts at a time."""
 
 
@@ -166,34 +170,57 @@ def _as_bytes(memory: Mapping[str, Any]) -> dict[str, bytes]:
 class StoreWriter:
     """Commits parts to a store that exists."""
 
-    def __init__(self, path: str | Path | Place, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path | Place,
+        *,
+        threads: int | None = None,
+        count: Callable[[NDArray[Any]], Counted] = Counted.of,
+    ) -> None:
+        """
+        Args:
+            threads: that code and compress; one for each core where not given.
+            count: takes the statistics of [views, ..., D] tokens; `Counted.of`, or the same on another device.
+        """
         self.place = Place.of(path)
         self.spec = open_store(self.place).spec
         self._layouts = {layout.path: layout for layout in arrays(self.spec)}
         self._calibrations = {path: self.spec.array_calibration(path) for path in self._layouts}
-        self._pool = ThreadPoolExecutor(threads or os.cpu_count())
+        self._threads = threads or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self._threads)
+        self._count = count
 
     def commit(self, part: Part) -> None:
         """Write every array of the part, then, atomically, the file that makes it exist.
+
+        On a local disk chunks are written as they are compressed: little more than the part itself is in memory.
 
         Raises: StorageError; nothing of the part is visible then.
         """
         objects: dict[str, tuple[int, int]] = {}
         for name, values in (("boxes", part.boxes), ("flips", part.flips), ("digests", part.digests)):
             layout = self._layouts[name]
-            self._write_object(object_key(layout, part.index), encode_chunk(values, layout), objects)
+            self._write_object(object_key(layout, part.index), (encode_chunk(values, layout),), objects)
         for size, pixels in part.pixels.items():
             layout = self._layouts[feature_path(size, PIXELS)]
-            chunks = list(self._pool.map(partial(encode_chunk, layout=layout), chunks_of(pixels, layout)))
-            self._write_object(object_key(layout, part.index), join_shard(chunks, layout), objects)
+            chunks = self._ahead(partial(encode_chunk, layout=layout), chunks_of(pixels, layout))
+            self._write_object(object_key(layout, part.index), shard_blocks(chunks, layout), objects)
         counted = {path: self._write_features(path, part, objects) for path in part.features}
         moments = save_tensors(_moment_tensors({path: c.moments for path, c in counted.items()}))
-        self._write_object(f"parts/{moments_name(part.index)}", moments, objects)
+        self._write_object(f"parts/{moments_name(part.index)}", (moments,), objects)
         self._commit_rows(part, counted, objects)
 
-    def _write_object(self, key: str, data: bytes, objects: dict[str, tuple[int, int]]) -> None:
-        self.place.write(key, data)
-        objects[key] = (len(data), crc32(data))
+    def _write_object(self, key: str, blocks: Iterable[bytes], objects: dict[str, tuple[int, int]]) -> None:
+        size, crc = 0, 0
+
+        def noted() -> Iterator[bytes]:
+            nonlocal size, crc
+            for block in blocks:
+                size, crc = size + len(block), crc32(block, crc)
+                yield block
+
+        self.place.write_blocks(key, noted())
+        objects[key] = (size, crc)
 
     def _write_features(self, path: str, part: Part, objects: dict[str, tuple[int, int]]) -> Counted:
         layout = self._layouts[path]
@@ -202,14 +229,32 @@ class StoreWriter:
         vectors_per_chunk = chunks[0].size // chunks[0].shape[-1]
         per_job = max(1, VECTORS_PER_JOB // vectors_per_chunk)
         code = partial(
-            _code_chunks, layout=layout, precision=self.spec.precision[kind], calibration=self._calibrations[path]
+            _code_chunks,
+            layout=layout,
+            precision=self.spec.precision[kind],
+            calibration=self._calibrations[path],
+            count=self._count,
         )
-        jobs = list(self._pool.map(code, (chunks[i : i + per_job] for i in range(0, len(chunks), per_job))))
-        counted = [job[1] for job in jobs]
-        data = join_shard([chunk for encoded, _ in jobs for chunk in encoded], layout)
-        del jobs
-        self._write_object(object_key(layout, part.index), data, objects)
+        counted: list[Counted] = []
+
+        def encoded() -> Iterator[bytes]:
+            groups = [chunks[i : i + per_job] for i in range(0, len(chunks), per_job)]
+            for group, statistics in self._ahead(code, groups):
+                counted.append(statistics)
+                yield from group
+
+        self._write_object(object_key(layout, part.index), shard_blocks(encoded(), layout), objects)
         return Counted.total(counted)
+
+    def _ahead(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Results in order, made by the pool, at most two for each thread before they are asked for."""
+        pending: deque[Future[Result]] = deque()
+        for item in items:
+            pending.append(self._pool.submit(work, item))
+            if len(pending) > 2 * self._threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
     def _commit_rows(self, part: Part, counted: Mapping[str, Counted], objects: Mapping[str, tuple[int, int]]) -> None:
         table = pa.Table.from_pylist(
@@ -229,37 +274,13 @@ class StoreWriter:
         self.place.write(f"parts/{part_name(part.index)}", encode_part(table))
 
 
-@dataclass(frozen=True)
-class Counted:
-    """Statistics of some of an array's tokens as they are stored."""
-
-    moments: Moments
-    norms: NDArray[np.int64]
-    """Histogram, see `eupe.store.stats.norm_histogram`."""
-    outliers: NDArray[np.int64]
-    """[h, w] of a dense map; a scalar of no meaning for summaries."""
-
-    @classmethod
-    def of(cls, tokens: NDArray[Any]) -> Counted:
-        """Of [views, ..., D] tokens as they are read; views without features hold NaN and do not count."""
-        norms = np.linalg.norm(tokens.astype(np.float32), axis=-1)
-        there = np.isfinite(norms.reshape(len(norms), -1)).all(axis=1)
-        kept, norms = tokens[there], norms[there]
-        outliers = outliers_by_position(norms) if norms.ndim == 3 else np.zeros((), np.int64)
-        return cls(Moments.of(kept.reshape(-1, tokens.shape[-1])), norm_histogram(norms), outliers)
-
-    @classmethod
-    def total(cls, counted: Sequence[Counted]) -> Counted:
-        """Merged in order."""
-        return cls(
-            merge_all(c.moments for c in counted),
-            np.sum([c.norms for c in counted], axis=0),
-            np.sum([c.outliers for c in counted], axis=0),
-        )
-
-
 def _code_chunks(
-    chunks: Sequence[NDArray[np.float16]], *, layout: ArrayLayout, precision: str, calibration: Calibration | None
+    chunks: Sequence[NDArray[np.float16]],
+    *,
+    layout: ArrayLayout,
+    precision: str,
+    calibration: Calibration | None,
+    count: Callable[[NDArray[Any]], Counted],
 ) -> tuple[list[bytes], Counted]:
     """Encoded chunks, and the statistics of what a reader will get from them."""
     encoded, read_back = [], []
@@ -268,7 +289,7 @@ def _code_chunks(
         encoded.append(encode_chunk(stored, layout))
         tokens = decode(stored, precision, calibration)
         read_back.append(tokens.reshape(-1, *tokens.shape[2:]))
-    return encoded, Counted.of(np.concatenate(read_back))
+    return encoded, count(np.concatenate(read_back))
 
 
 def _moment_tensors(moments: Mapping[str, Moments]) -> dict[str, NDArray[Any]]:
@@ -402,10 +423,9 @@ def _moments_of_features(store: Store, part: int, name: str) -> Moments:
 
 
 def _remove_leftovers(store: Store) -> None:
-    """The parts' own moments, merged by now, and the lock files of writers that were killed."""
+    """The parts' own moments, merged by now, and what writers that were killed left unfinished."""
     for name in store.path.list("parts/"):
         if name.endswith(".moments"):
             store.path.delete(name)
     if store.path.is_local:
-        for lock in store.path.local.rglob("*.__lock"):
-            lock.unlink(missing_ok=True)
+        remove_unfinished(store.path.local)

@@ -68,7 +68,7 @@ class TargetTokens:
         """As the teacher gave them, float32 [B, ..., D]."""
         if self.mean is None or self.std is None:
             return self.stored.float()
-        return (self.stored[..., :-2] * self._scale()).mul_(self.std).add_(self.mean)
+        return self._scaled().mul_(self.std).add_(self.mean)
 
     def standardised(self, mean: Tensor, std: Tensor) -> Tensor:
         """(tokens - mean) / std, float32 [B, ..., D], with as few passes over them as the precision allows.
@@ -77,12 +77,25 @@ class TargetTokens:
             mean, std: float32 [D].
         """
         if self.mean is None or self.std is None:
-            return self.stored.float().sub_(mean).div_(std)
-        return (self.stored[..., :-2] * self._scale()).mul_(self.std / std).add_((self.mean - mean) / std)
+            return _float_like(self.stored).sub_(mean).div_(std)
+        return self._scaled().mul_(self.std / std).add_((self.mean - mean) / std)
 
-    def _scale(self) -> Tensor:
-        """float32 [B, ..., 1]"""
-        return self.stored[..., -2:].contiguous().view(torch.float16).float()
+    def _scaled(self) -> Tensor:
+        """int8 times its scale: tokens standardised by the calibration, float32 [B, ..., D]."""
+        scale = self.stored[..., -2:].contiguous().view(torch.float16).float()
+        return _float_like(self.stored[..., :-2]).mul_(scale)
+
+
+def _float_like(tokens: Tensor) -> Tensor:
+    """A float32 copy of [B, ..., D], channels before cells as they are stored.
+
+    On a CPU in memory of NumPy's, which the system backs with large pages; torch's is faulted in anew for every batch.
+    """
+    channels_first = tokens.movedim(-1, 1)
+    if tokens.device.type != "cpu":
+        return channels_first.to(torch.float32, memory_format=torch.contiguous_format).movedim(1, -1)
+    floats = torch.from_numpy(np.empty(channels_first.shape, np.float32))
+    return floats.copy_(channels_first).movedim(1, -1)
 
 
 @dataclass(frozen=True)

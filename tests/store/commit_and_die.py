@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,22 +25,25 @@ def die() -> NoReturn:
     raise AssertionError("still alive")
 
 
+def half_of(data: bytes) -> Iterator[bytes]:
+    yield data[: len(data) // 2]
+    die()
+
+
 def commit_and_die(stage: str, store: Path) -> None:
     half, _, count = stage.rpartition(":")
-    write, left = Place.write, int(count)
+    write, left = Place.write_blocks, int(count)
 
-    def dying(place: Place, name: str, data: bytes) -> None:
+    def dying(place: Place, name: str, blocks: Iterable[bytes]) -> None:
         nonlocal left
         if not left and half:
-            file = place.local / f"{name}.__lock"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data[: len(data) // 2])
+            write(place, name, half_of(b"".join(blocks)))
         if not left:
             die()
         left -= 1
-        write(place, name, data)
+        write(place, name, blocks)
 
-    Place.write = dying  # type: ignore[method-assign]
+    Place.write_blocks = dying  # type: ignore[method-assign]
     StoreWriter(store).commit(make_case(make_spec(), failed={5}).part(1))
 
 

@@ -71,7 +71,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], o
             return changed
 
         with monkeypatch.context() as patch:
-            for what in ("write", "create", "delete"):
+            for what in ("write_blocks", "create", "delete"):
                 patch.setattr(Place, what, dying(getattr(Place, what)))
             try:
                 call()

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -385,17 +385,17 @@ def test_every_object_is_on_disk_before_the_commit_file(
     case: Case, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    write = Place.write
+    write = Place.write_blocks
 
-    def refuse(place: Place, name: str, data: bytes) -> None:
+    def refuse(place: Place, name: str, blocks: Iterable[bytes]) -> None:
         written.append(name)
         if name.endswith(".parquet"):
             raise StorageError("stopped before the commit file")
-        write(place, name, data)
+        write(place, name, blocks)
 
     path = tmp_path / "store.zarr"
     create_store(path, case.spec)
-    monkeypatch.setattr(Place, "write", refuse)
+    monkeypatch.setattr(Place, "write_blocks", refuse)
     with pytest.raises(StorageError, match="stopped before the commit file"):
         StoreWriter(path).commit(case.part(1))
     assert_only_committed(path, [])
@@ -410,19 +410,19 @@ def test_every_object_is_on_disk_before_the_commit_file(
 def test_a_part_with_a_failed_write_does_not_exist(
     case: Case, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    write = Place.write
+    write = Place.write_blocks
 
-    def refuse(place: Place, name: str, data: bytes) -> None:
+    def refuse(place: Place, name: str, blocks: Iterable[bytes]) -> None:
         if name == key:
             raise StorageError(f"no space left while writing {place}")
-        write(place, name, data)
+        write(place, name, blocks)
 
     path = tmp_path / "store.zarr"
     create_store(path, case.spec)
     writer = StoreWriter(path)
     writer.commit(case.part(0))
     with monkeypatch.context() as patch:
-        patch.setattr(Place, "write", refuse)
+        patch.setattr(Place, "write_blocks", refuse)
         with pytest.raises(StorageError, match=r"no space left while writing .*store\.zarr"):
             writer.commit(case.part(1))
     assert_only_committed(path, [0])

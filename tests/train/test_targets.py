@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from making import make_corpus, make_store, picture
@@ -13,7 +14,9 @@ from making import make_corpus, make_store, picture
 from eupe.corpus.views import ViewSpec, view_digest
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.store import Store
-from eupe.train.targets import TargetSet, batch_at, is_held_out, open_targets
+from eupe.store.precision import Calibration, decode, encode
+from eupe.store.reader import Tokens
+from eupe.train.targets import TargetSet, TargetTokens, batch_at, is_held_out, open_targets
 
 
 def load(targets: TargetSet, views: Sequence[tuple[int, int]], size: int = 64):  # type: ignore[no-untyped-def]
@@ -33,6 +36,27 @@ def test_replayed_views_equal_the_teachers_pixel_for_pixel(tiny_store: Store) ->
     ).tolist()
     assert batch.targets[0].dense is not None
     assert np.array_equal(batch.targets[0].dense.decode().numpy(), stored.dense)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bitround:4", "int8"])
+def test_tokens_are_decoded_and_standardised_as_by_hand(precision: str) -> None:
+    """Dense maps lie channel by channel, as a store gives them."""
+    rng = np.random.default_rng(0)
+    for cells in ((), (3, 5)):
+        values = rng.normal(2, 9, (4, *cells, 7)).astype(np.float16)
+        calibration = Calibration.of(values) if precision == "int8" else None
+        coded = np.moveaxis(np.moveaxis(encode(values, precision, calibration), -1, 1).copy(), 1, -1)
+        mean, std = rng.normal(0, 3, 7).astype(np.float32), rng.uniform(0.5, 2, 7).astype(np.float32)
+        tokens, plain = Tokens(coded, precision, calibration), decode(coded, precision, calibration).astype(np.float64)
+        kept = coded.copy()
+        target = TargetTokens.of(tokens)
+        for got, expected in (
+            (target.standardised(torch.from_numpy(mean), torch.from_numpy(std)), (plain - mean) / std),
+            (target.decode(), plain),
+        ):
+            assert got.dtype == torch.float32 and got.shape == values.shape
+            np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-5)
+        assert np.array_equal(coded, kept), "what was read is not changed"
 
 
 def test_stores_are_joined_by_key_never_by_order(tmp_path: Path, tiny_weights: Path) -> None:

@@ -1,0 +1,51 @@
+"""Where a part's statistics are taken: on the teacher's GPU, which leaves the cores to decoding and compressing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+
+from eupe.store.stats import Counted, Moments
+
+FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+"""Compute capabilities at half of float32's rate (P100, V100, A100, H100, B200); elsewhere it is a 32nd or less."""
+
+
+def counter(device: torch.device) -> Callable[[NDArray[Any]], Counted]:
+    """What takes a part's statistics: a GPU that is good at float64, else the CPU."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) in FAST_FLOAT64:
+        return partial(count_on, device=device)
+    return Counted.of
+
+
+def limit_blas() -> None:
+    """Let NumPy multiply in the thread that asks.
+
+    The writer's threads each count what they compress; OpenBLAS would start as many again for each, which wait for one
+    another in busy loops.
+    """
+    ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1)
+
+
+def count_on(tokens: NDArray[Any], device: torch.device) -> Counted:
+    """`Counted.of` by torch; equal but for the last bits.
+
+    Args:
+        tokens: [views, ..., D]; NaN in views without features.
+    """
+    exact = torch.from_numpy(tokens).to(device).double()
+    norms = torch.linalg.vector_norm(exact, dim=-1)
+    there = norms.flatten(1).isfinite().all(dim=1) if norms.ndim > 1 else norms.isfinite()
+    vectors = exact[there].reshape(-1, tokens.shape[-1])
+    kept = norms[there].cpu().numpy()
+    if not len(vectors):
+        return Counted.given(Moments.empty(tokens.shape[-1]), kept)
+    mean = vectors.mean(dim=0)
+    centred = vectors - mean
+    moments = Moments(len(vectors), mean.cpu().numpy(), (centred.T @ centred).cpu().numpy())
+    return Counted.given(moments, kept)
