@@ -51,7 +51,7 @@ from eupe.store.verify import verify
 from eupe.store.writer import StoreWriter, create_store
 from eupe.train.targets import TargetTokens
 
-BATCH, IN_FLIGHT, SECONDS, REPEATS = 64, 6, 2.0, 5
+BATCH, IN_FLIGHT, SECONDS, REPEATS = 64, 6, 0.8, 9
 THREADS = os.cpu_count() or 1
 PARTS_AT_ONCE = 2
 """Committed by one writer, as extraction's workers do it."""
@@ -106,7 +106,7 @@ def measure_read(features: Features, folder: Path) -> None:
         measures |= {
             f"eupe, {p}": lambda s=store: rate(queued(s, stored), count, 0),
             f"eupe, {p}, into tensors ready for the loss": lambda s=store: rate(queued(s, for_the_loss), count, 0),
-            f"codec limit, {p}": lambda c=chunks[p]: decode_rate(c, pool, THREADS),
+            f"codec limit, {p}": lambda c=chunks[p]: statistics.median(decode_rate(c, pool, THREADS) for _ in range(9)),
         }
     results = interleaved(measures, REPEATS)
     medians = {name: statistics.median(values) for name, values in results.items()}

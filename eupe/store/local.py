@@ -23,7 +23,7 @@ from eupe.store.shard import ABSENT, CRC_BYTES, bytes_of_index, crc_holds, objec
 
 OPEN_SHARDS = 64
 """Files that one array keeps open, with their indexes."""
-VIEWS_PER_TASK = 4
+VIEWS_PER_TASK = 16
 """At least; fewer would cost more to hand out than to read."""
 
 
@@ -41,19 +41,20 @@ class LocalViews:
     def begin(self, rows: Sequence[int], views: Sequence[int]) -> LocalReading:
         """Read B views in the order given: [B, ...], the axes as they lie in a chunk."""
         values = np.empty((len(rows), *self._shape), self._dtype)
-        places = list(zip(rows, views, values.reshape(len(rows), -1).view(np.uint8), strict=True))
-        tasks = max(1, min(2 * _threads(), len(rows) // VIEWS_PER_TASK))
-        return LocalReading(values, [_pool().submit(self._read, places[task::tasks]) for task in range(tasks)])
+        out = values.reshape(len(rows), -1).view(np.uint8)
+        tasks = max(1, min(_threads(), len(rows) // VIEWS_PER_TASK))
+        shares = (slice(task, None, tasks) for task in range(tasks))
+        return LocalReading(values, [_pool().submit(self._read, rows[s], views[s], out[s]) for s in shares])
 
-    def _read(self, places: Sequence[tuple[int, int, NDArray[np.uint8]]]) -> None:
+    def _read(self, rows: Sequence[int], views: Sequence[int], out: NDArray[np.uint8]) -> None:
         """Raises: ValueError where bytes are damaged or were never written; OSError."""
-        samples, views = self._layout.shard[0], self._layout.shard[1]
-        for row, view, out in places:
-            part, sample = divmod(row, samples)
-            data = self._shard(part).read(sample * views + view)
-            if not crc_holds(data) or int.from_bytes(data[4:8], "little") != out.size:
+        samples_per_shard, views_per_sample = self._layout.shard[:2]
+        for row, view, values in zip(rows, views, out, strict=True):
+            part, sample = divmod(row, samples_per_shard)
+            data = self._shard(part).read(sample * views_per_sample + view)
+            if not crc_holds(data) or int.from_bytes(data[4:8], "little") != values.size:
                 raise ValueError(f"view {view} of row {row} of {self._layout.path} fails its checksum")
-            blosc.decompress(memoryview(data)[:-CRC_BYTES], out)
+            blosc.decompress(memoryview(data)[:-CRC_BYTES], values)
 
     def _open(self, part: int) -> _Shard:
         return _Shard(self._folder / object_key(self._layout, part), self._layout)

@@ -7,6 +7,7 @@ the index's CRC-32C. Each chunk ends in a CRC-32C of its own. An array that is n
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,10 +34,20 @@ def shuffle_of(layout: ArrayLayout) -> str:
     return "bitshuffle" if layout.sharded else "shuffle"
 
 
-def zarr_codec(layout: ArrayLayout) -> BloscCodec:
-    """What an array's metadata says of its compression."""
+def typesize_of(layout: ArrayLayout, *, pairs: bool = True) -> int:
+    """Bytes of what is shuffled: an element, or a pair of int8, of which the shuffle is undone a quarter faster."""
+    itemsize = np.dtype(layout.dtype).itemsize
+    return 2 if pairs and layout.dtype == "int8" and math.prod(layout.chunk) % 2 == 0 else itemsize
+
+
+def zarr_codec(layout: ArrayLayout, *, pairs: bool = True) -> BloscCodec:
+    """What an array's metadata says of its compression.
+
+    Args:
+        pairs: see `typesize_of`; the first stores shuffled int8 byte by byte.
+    """
     return BloscCodec(
-        typesize=np.dtype(layout.dtype).itemsize,
+        typesize=typesize_of(layout, pairs=pairs),
         cname=COMPRESSOR,
         clevel=LEVEL,
         shuffle=shuffle_of(layout),
@@ -64,7 +75,8 @@ def encode_chunk(values: NDArray, layout: ArrayLayout) -> bytes:  # type: ignore
         values = whole
     ordered = values if layout.order is None else values.transpose(layout.order)
     contiguous = np.ascontiguousarray(ordered, np.dtype(layout.dtype).newbyteorder("<"))
-    compressed: bytes = blosc.compress(contiguous, COMPRESSOR.encode(), LEVEL, SHUFFLES[shuffle_of(layout)], 0)
+    units = contiguous.reshape(-1).view(f"V{typesize_of(layout)}")
+    compressed: bytes = blosc.compress(units, COMPRESSOR.encode(), LEVEL, SHUFFLES[shuffle_of(layout)], 0)
     return compressed + _crc_bytes(compressed)
 
 

@@ -116,7 +116,7 @@ def verify(path: Where, *, progress: Progress = lambda done, of: None) -> Verify
     names = store.path.list()
     documents = metadata_documents(store.spec)
     statistics = statistics_documents(_blank_statistics(store.spec), {})
-    damages = list(_metadata_damages(store.path, documents))
+    damages = list(_metadata_damages(store, documents))
     index, found = _read_index(store)
     damages += found
     parts = [part for part in committed_parts(store.path) if part < store.spec.num_parts]
@@ -151,10 +151,12 @@ def _num_threads() -> int:
     return min(MAX_THREADS, 2 * (os.cpu_count() or 1))
 
 
-def _metadata_damages(place: Place, documents: Mapping[str, bytes]) -> Iterator[PartDamage]:
+def _metadata_damages(store: Store, documents: Mapping[str, bytes]) -> Iterator[PartDamage]:
+    place, first_documents = store.path, metadata_documents(store.spec, pairs=False)
     for name, document in documents.items():
         try:
-            if not _same_json(place.read(name), document):
+            found = place.read(name)
+            if not _same_json(found, document) and not _same_json(found, first_documents[name]):
                 yield PartDamage(None, name, "differs from what the store's specification says")
         except FileNotFoundError:
             yield PartDamage(None, name, "is missing")

@@ -144,8 +144,12 @@ def _require_empty(place: Place) -> None:
         raise StoreError(f"{place} exists and is not a feature store (no zarr.json); give another --out")
 
 
-def metadata_documents(spec: StoreSpec) -> dict[str, bytes]:
-    """Every `zarr.json` of a store by name, as zarr-python writes them: a pure function of the spec."""
+def metadata_documents(spec: StoreSpec, *, pairs: bool = True) -> dict[str, bytes]:
+    """Every `zarr.json` of a store by name, as zarr-python writes them: a pure function of the spec.
+
+    Args:
+        pairs: False for those of the first stores, see `eupe.store.shard.typesize_of`.
+    """
     memory: dict[str, Any] = {}
     group = zarr.open_group(MemoryStore(memory), mode="w", zarr_format=3, attributes={ATTRIBUTE: spec.to_json()})
     for layout in arrays(spec):
@@ -157,7 +161,7 @@ def metadata_documents(spec: StoreSpec) -> dict[str, bytes]:
             shards=layout.shard if layout.sharded else None,
             fill_value=layout.fill,
             filters=None if layout.order is None else [TransposeCodec(order=layout.order)],
-            compressors=[zarr_codec(layout), Crc32cCodec()],
+            compressors=[zarr_codec(layout, pairs=pairs), Crc32cCodec()],
             dimension_names=layout.dimensions,
         )
     return _as_bytes(memory)

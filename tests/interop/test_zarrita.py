@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from numpy.typing import NDArray
 
 from eupe.store import layout, open_store
@@ -20,6 +21,7 @@ from eupe.store.precision import Calibration
 from eupe.store.writer import Part, Row, StoreWriter, create_store, finish_store
 
 HERE = Path(__file__).parent
+GOLDEN = sorted((HERE.parent / "golden").glob("format*/*.zarr"))
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 
@@ -153,6 +155,16 @@ def test_int8_is_read_and_decoded_as_the_page_says(zarrita: None, coded_store: P
         summary = np.array([int(word) for word in arrays[f"{size}/summary"]["bits"]], np.uint16).view(np.float16)
         summary = summary.reshape(arrays[f"{size}/summary"]["shape"])[ROWS]
         np.testing.assert_array_equal(summary.reshape(features.summary.shape), features.summary)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_golden_stores_are_read(zarrita: None, path: Path) -> None:
+    """Bit by bit as zarr-python reads them, which `tests/golden` holds against what was written."""
+    arrays, by_zarr = read(path)["arrays"], zarr.open_group(path, mode="r")
+    names = ["boxes", "flips", "digests", *open_store(path).spec.feature_paths]
+    assert len(names) == 7
+    for name in names:
+        assert_same_bits(arrays[name], np.asarray(by_zarr[name]))
 
 
 @pytest.mark.parametrize("path", [f"{s}/{k}" for s in (64, 96) for k in SPEC.tokens])

@@ -32,8 +32,8 @@ def blosc(typesize: int, shuffle: str) -> dict[str, Any]:
     return {"name": "blosc", "configuration": settings}
 
 
-def sharding(chunk_shape: list[int], *first: dict[str, Any], typesize: int = 2) -> list[dict[str, Any]]:
-    codecs = [*first, LITTLE if typesize > 1 else {"name": "bytes"}, blosc(typesize, "bitshuffle"), CRC32C]
+def sharding(chunk_shape: list[int], *first: dict[str, Any], halves: bool = True) -> list[dict[str, Any]]:
+    codecs = [*first, *([LITTLE] if halves else [{"name": "bytes"}]), blosc(2, "bitshuffle"), CRC32C]
     settings = {
         "chunk_shape": chunk_shape,
         "codecs": codecs,
@@ -55,8 +55,8 @@ METADATA: dict[str, tuple[str, list[int], list[int], Any, list[dict[str, Any]]]]
 }
 CODED_METADATA = {
     **METADATA,
-    "32/dense": ("int8", [11, 3, 2, 2, 8], [4, 3, 2, 2, 8], 127, sharding([1, 1, 2, 2, 8], TRANSPOSE, typesize=1)),
-    "48/dense": ("int8", [11, 3, 3, 3, 8], [4, 3, 3, 3, 8], 127, sharding([1, 1, 3, 3, 8], TRANSPOSE, typesize=1)),
+    "32/dense": ("int8", [11, 3, 2, 2, 8], [4, 3, 2, 2, 8], 127, sharding([1, 1, 2, 2, 8], TRANSPOSE, halves=False)),
+    "48/dense": ("int8", [11, 3, 3, 3, 8], [4, 3, 3, 3, 8], 127, sharding([1, 1, 3, 3, 8], TRANSPOSE, halves=False)),
 }
 DIMENSIONS = {
     "boxes": ["sample", "view", "corner"],
