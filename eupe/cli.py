@@ -142,7 +142,15 @@ def extract(
     size: Annotated[
         list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")
     ] = None,
-    views: Annotated[str, typer.Option(help="center, or rrc:K for K random resized crops per picture.")] = "center",
+    views: Annotated[
+        str, typer.Option(help="center, squash, or rrc:K for K random resized crops per picture.")
+    ] = "center",
+    scale: Annotated[
+        str | None, typer.Option(help="MIN,MAX: a random crop's share of the picture's area; 0.08,1 by itself.")
+    ] = None,
+    ratio: Annotated[
+        str | None, typer.Option(help="MIN,MAX: a random crop's width over its height; 3/4 to 4/3 by itself.")
+    ] = None,
     tokens: Annotated[str, typer.Option(help="summary, dense, or both.")] = "summary,dense",
     precision: Annotated[
         str, typer.Option(help="fp16, bitround:B, int8, or one for each kind: dense=int8,summary=fp16.")
@@ -159,7 +167,16 @@ def extract(
     gpus_per_worker: Annotated[float | None, typer.Option(help="The GPUs shared evenly where not given.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster (auto, ray://...); else this machine.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first pictures.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the random crops.")] = 0,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only pictures whose key matches: 'train/*'. May be given again.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="No picture whose key matches: '*.gif'. May be given again.")
+    ] = None,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="Pictures in random order; with --limit a sample.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Decides the random crops and the order.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Run a teacher once over a corpus and cache its features."""
@@ -174,7 +191,7 @@ def extract(
         out=out_path,
         weights=weights,
         sizes=tuple(sorted(set(size or []))),
-        views=parse_views(views, seed=seed),
+        views=parse_views(views, seed=seed, scale=scale, ratio=ratio),
         tokens=tuple(tokens.split(",")),
         precision=precision,
         fidelity=fidelity,
@@ -186,6 +203,9 @@ def extract(
         gpus_per_worker=gpus_per_worker,
         ray_address=ray_address,
         limit=limit,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        shuffle=shuffle,
     )
     with report_progress(err, "views", quiet=as_json) as progress:
         report = run_extract(config, on_status=lambda s: progress.update(s.stage, s.done, s.total, failed=s.failed))

@@ -14,6 +14,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from making import TINY_TEACHER, make_corpus, make_store, random_weights
 
@@ -32,9 +33,10 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """Real weights, photographs and digits, fetched once into the checkout's `assets/`."""
+    """Real weights, photographs and digits, fetched once into the checkout's `assets/` by one of the processes."""
     folder = ROOT / "assets"
-    prepare_assets(folder)
+    with FileLock(ROOT / ".assets.lock"):
+        prepare_assets(folder)
     return folder
 
 

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -56,9 +57,39 @@ class Corpus:
         pairs = zip(self.samples["key"].to_pylist(), self.samples["sha256"].to_pylist(), strict=True)
         return fingerprint(pairs)
 
-    def head(self, limit: int | None) -> Corpus:
-        """The first `limit` pictures, or all of them."""
-        return self if limit is None else Corpus(self.root, self.samples.slice(0, limit))
+    def pick(
+        self,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        shuffle: int | None = None,
+        limit: int | None = None,
+    ) -> Corpus:
+        """Some of the pictures.
+
+        Args:
+            include, exclude: patterns as in a shell, matched against whole keys, where `*` also stands for slashes; all
+                pictures are included where no pattern says which.
+            shuffle: a seed, for an order of its own in place of the keys'.
+            limit: only the first so many, in that order.
+        Raises: CorpusError if no picture is left.
+        """
+        keys = self.samples["key"].to_pylist()
+        picked = [
+            i for i, key in enumerate(keys) if (not include or _matches(key, include)) and not _matches(key, exclude)
+        ]
+        if not picked:
+            raise CorpusError(
+                f"--include and --exclude leave none of the {len(keys)} pictures of {self.root}; they are matched "
+                f"against paths below it, like {keys[0]}"
+            )
+        if shuffle is not None:
+            picked.sort(key=lambda i: hashlib.blake2b(f"{shuffle}\0{keys[i]}".encode(), digest_size=16).digest())
+        return Corpus(self.root, self.samples.take(picked[:limit]))
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def some_keys(keys: Sequence[str]) -> str:

@@ -11,8 +11,8 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +28,16 @@ KERNEL = "pillow-crop-bicubic"
 
 MAX_ATTEMPTS = 10
 
+POLICY = Literal["center", "squash", "rrc"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
     """How the views of every sample are drawn."""
 
-    policy: Literal["center", "rrc"] = "center"
-    """`center`: the largest centred square. `rrc`: random resized crops with a horizontal flip."""
+    policy: POLICY = "center"
+    """`center`: the largest centred square. `squash`: the whole picture, whatever its shape. `rrc`: random resized
+    crops with a horizontal flip."""
     num_views: int = 1
     seed: int = 0
     scale: tuple[float, float] = (0.08, 1.0)
@@ -46,8 +49,8 @@ class ViewSpec:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the views, and nothing that does not."""
-        if self.policy == "center":
-            return {"policy": "center", "num_views": 1, "kernel": KERNEL}
+        if self.policy != "rrc":
+            return {"policy": self.policy, "num_views": 1, "kernel": KERNEL}
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {**fields, "kernel": KERNEL}
 
@@ -62,7 +65,7 @@ class ViewSpec:
             spec = cls(**fields)
         except TypeError as error:
             raise ConfigError(f"the stored views cannot be drawn by this version of eupe: {error}") from error
-        if spec.policy not in ("center", "rrc") or spec.to_json() != dict(plain):
+        if spec.policy not in get_args(POLICY) or spec.to_json() != dict(plain):
             raise ConfigError(
                 f"the stored views (policy {spec.policy}, kernel {plain.get('kernel')}) cannot be drawn by this "
                 "version of eupe; use the one that made them"
@@ -70,17 +73,41 @@ class ViewSpec:
         return spec
 
 
-def parse_views(text: str, *, seed: int) -> ViewSpec:
-    """`center` or `rrc:K` from the command line.
+def parse_views(text: str, *, seed: int, scale: str | None = None, ratio: str | None = None) -> ViewSpec:
+    """`center`, `squash` or `rrc:K` from the command line, and the ranges of random crops, `MIN,MAX` each.
 
     Raises: ConfigError.
     """
-    if text == "center":
-        return ViewSpec(seed=seed)
     match = re.fullmatch(r"rrc:([1-9]\d*)", text)
+    if not match and text not in ("center", "squash"):
+        raise ConfigError(
+            f"--views {text!r} is unknown; give center, squash, or rrc:K with K views per picture (rrc:4)"
+        )
     if not match:
-        raise ConfigError(f"--views {text!r} is unknown; give center, or rrc:K with K views per picture (rrc:4)")
-    return ViewSpec(policy="rrc", num_views=int(match[1]), seed=seed)
+        for name, words in (("scale", scale), ("ratio", ratio)):
+            if words is not None:
+                raise ConfigError(f"--{name} belongs to random crops; --views {text} draws none")
+        return ViewSpec(policy="squash" if text == "squash" else "center", seed=seed)
+    spec = ViewSpec(policy="rrc", num_views=int(match[1]), seed=seed)
+    if scale is not None:
+        spec = replace(spec, scale=_range("--scale", scale, most=1))
+    if ratio is not None:
+        spec = replace(spec, ratio=_range("--ratio", ratio, most=math.inf))
+    return spec
+
+
+def _range(option: str, words: str, *, most: float) -> tuple[float, float]:
+    """Raises: ConfigError unless 0 < MIN <= MAX <= most."""
+    try:
+        low, high = map(float, words.split(","))
+        if not 0 < low <= high <= most:
+            raise ValueError
+    except ValueError as error:
+        limit = "" if math.isinf(most) else f" and MAX at most {most:g}"
+        raise ConfigError(
+            f"{option} takes MIN,MAX with MIN above 0, MAX no smaller{limit} ({option} 0.25,1); got {words!r}"
+        ) from error
+    return low, high
 
 
 def draw_view(spec: ViewSpec, key: str, k: int, width: int, height: int) -> tuple[Box, bool]:
@@ -91,6 +118,8 @@ def draw_view(spec: ViewSpec, key: str, k: int, width: int, height: int) -> tupl
     if spec.policy == "center":
         side = min(width, height)
         return _centred(side, side, width, height), False
+    if spec.policy == "squash":
+        return (0, 0, width, height), False
     for attempt in range(MAX_ATTEMPTS):
         area, ratio, across, down, flip = _uniforms(spec.seed, key, k, attempt)
         target = width * height * (spec.scale[0] + area * (spec.scale[1] - spec.scale[0]))

@@ -35,8 +35,8 @@ def _pictures(summary: StoreSummary) -> str:
 
 def _views(summary: StoreSummary) -> str:
     views = summary.spec.views
-    if views["policy"] == "center":
-        return "the centre of each picture"
+    if views["policy"] != "rrc":
+        return {"center": "the centre of each picture", "squash": "each whole picture, squashed"}[views["policy"]]
     return f"{_count(summary.spec.num_views, 'random resized crop')} of each picture, seed {views['seed']}"
 
 

@@ -94,6 +94,12 @@ class ExtractConfig:
     """`auto` or `ray://...`; a Ray of its own on this machine where not given."""
     limit: int | None = None
     """Only the first pictures of the corpus."""
+    include: tuple[str, ...] = ()
+    """Patterns of keys; only pictures that match one of them, see `Corpus.pick`."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of keys; no picture that matches one of them."""
+    shuffle: bool = False
+    """Take the pictures in an order drawn by the views' seed; with a limit, a random sample."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,12 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
     previous = None if existing is None else stored_index(existing)
     corpus = open_corpus(
         config.corpus, previous=previous, progress=lambda done, of: on_status(Status("indexing", done, of))
-    ).head(config.limit)
+    ).pick(
+        include=config.include,
+        exclude=config.exclude,
+        shuffle=config.views.seed if config.shuffle else None,
+        limit=config.limit,
+    )
     with JobActors(config, teacher, corpus) as actors:
         spec = store_spec(
             teacher,

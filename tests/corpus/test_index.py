@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from making import make_corpus, picture
 
-from eupe.corpus.index import index_folder, open_corpus, read_index, write_index
+from eupe.corpus.index import Corpus, index_folder, open_corpus, read_index, write_index
 from eupe.errors import CorpusError
 
 
@@ -67,7 +67,37 @@ def test_an_index_stands_in_for_its_folder(tmp_path: Path) -> None:
     again = open_corpus(tmp_path / "i.parquet")
     assert again.root == corpus.root
     assert again.samples.equals(corpus.samples)
-    assert len(again.head(2)) == 2
+    assert again.pick(limit=2).samples.equals(corpus.samples.slice(0, 2))
+
+
+def keys_of(corpus: Corpus) -> list[str]:
+    return corpus.samples["key"].to_pylist()  # type: ignore[no-any-return]
+
+
+def test_pictures_are_picked_by_patterns(tmp_path: Path) -> None:
+    corpus = index_folder(make_corpus(tmp_path / "c", count=9))
+    everything = keys_of(corpus)
+    assert keys_of(corpus.pick()) == everything
+    first = [key for key in everything if key.startswith("class0/")]
+    assert 0 < len(first) < 9 and keys_of(corpus.pick(include=["class0/*"])) == first
+    assert keys_of(corpus.pick(include=["class0/*", "*.jpg"])) == first
+    assert keys_of(corpus.pick(exclude=["class0/*"])) == [key for key in everything if key not in first]
+    one = first[0]
+    assert one not in keys_of(corpus.pick(include=["class0/*"], exclude=[f"*/{one.split('/')[1]}"]))
+    with pytest.raises(CorpusError, match=rf"leave none of the 9 pictures of .*, like {everything[0]}"):
+        corpus.pick(include=["0000.png"])
+
+
+def test_a_shuffled_corpus_is_the_same_pictures_in_another_order(tmp_path: Path) -> None:
+    corpus = index_folder(make_corpus(tmp_path / "c", count=24))
+    zero, one = (corpus.pick(shuffle=seed) for seed in (0, 1))
+    assert zero.fingerprint == one.fingerprint == corpus.fingerprint
+    assert sorted(keys_of(zero)) == keys_of(corpus) != keys_of(zero) != keys_of(one)
+    assert zero.samples.equals(corpus.pick(shuffle=0).samples)
+    some = corpus.pick(shuffle=0, limit=7)
+    assert keys_of(some) == keys_of(zero)[:7] and len({key.split("/")[0] for key in keys_of(some)}) > 1
+    rows = {row["key"]: row for row in corpus.samples.to_pylist()}
+    assert all(row == rows[row["key"]] for row in some.samples.to_pylist())
 
 
 def test_an_unreadable_file_is_a_row_without_a_hash(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ RRC = ViewSpec(policy="rrc", num_views=4)
 
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000), key=st.text(max_size=8), k=st.integers(0, 9))
 def test_boxes_lie_in_the_picture_and_have_area(width: int, height: int, key: str, k: int) -> None:
-    for spec in (RRC, ViewSpec()):
+    for spec in (RRC, ViewSpec(), ViewSpec(policy="squash")):
         (x0, y0, x1, y1), _ = draw_view(spec, key, k, width, height)
         assert 0 <= x0 < x1 <= width
         assert 0 <= y0 < y1 <= height
@@ -32,6 +32,16 @@ def test_center_is_the_largest_centred_square(width: int, height: int) -> None:
     assert abs((x0 + x1) - width) <= 1
     assert abs((y0 + y1) - height) <= 1
     assert not flip
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 60), (61, 100), (1, 9)])
+def test_squash_is_the_whole_picture(width: int, height: int) -> None:
+    """As torchvision resizes it to a square, without keeping its shape."""
+    image = picture(3, width, height)
+    box, flip = draw_view(ViewSpec(policy="squash"), "key", 0, width, height)
+    assert (box, flip) == ((0, 0, width, height), False)
+    expected = tvf.resize(image, [32, 32], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    assert np.array_equal(render_view(image, box, flip, 32), np.asarray(expected))
 
 
 def test_crops_are_distributed_as_torchvisions() -> None:
@@ -109,9 +119,36 @@ def test_unknown_policies_are_refused(text: str) -> None:
 def test_views_from_the_command_line() -> None:
     assert parse_views("center", seed=3).num_views == 1
     assert parse_views("rrc:5", seed=3) == ViewSpec(policy="rrc", num_views=5, seed=3)
+    assert parse_views("squash", seed=3) == ViewSpec(policy="squash", seed=3)
+    ranged = parse_views("rrc:2", seed=0, scale="0.25,0.5", ratio="1,2.5")
+    assert ranged == ViewSpec(policy="rrc", num_views=2, scale=(0.25, 0.5), ratio=(1.0, 2.5))
 
 
-@pytest.mark.parametrize("spec", [ViewSpec(), ViewSpec(policy="rrc", num_views=3, seed=7, scale=(0.2, 0.9), flip=0.25)])
+def test_the_ranges_bound_the_crops() -> None:
+    spec = parse_views("rrc:1", seed=0, scale="0.25,0.5", ratio="1,2.5")
+    boxes = np.array([draw_view(spec, str(i), 0, 4000, 3000)[0] for i in range(400)])
+    w, h = (boxes[:, 2:] - boxes[:, :2]).T
+    area, ratio = w * h / 12e6, w / h
+    assert 0.249 < area.min() < 0.27 and 0.47 < area.max() < 0.501
+    assert 0.99 < ratio.min() < 1.05 and 2.3 < ratio.max() < 2.51
+
+
+@pytest.mark.parametrize("words", ["0.5", "0,1", "0.6,0.5", "0.5,1.1", "a,b", "0.1,0.2,0.3", "nan,1", ""])
+def test_a_range_that_cannot_be_is_one_sentence(words: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--scale takes MIN,MAX .* got '"):
+        parse_views("rrc:2", seed=0, scale=words)
+
+
+@pytest.mark.parametrize("views", ["center", "squash"])
+def test_ranges_without_random_crops_are_refused(views: str) -> None:
+    with pytest.raises(ConfigError, match=f"--ratio belongs to random crops; --views {views} draws none"):
+        parse_views(views, seed=0, ratio="1,2")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [ViewSpec(), ViewSpec(policy="squash"), ViewSpec(policy="rrc", num_views=3, seed=7, scale=(0.2, 0.9), flip=0.25)],
+)
 def test_stored_views_are_drawn_again_and_unknown_ones_refused(spec: ViewSpec) -> None:
     plain = json.loads(json.dumps(spec.to_json()))
     assert ViewSpec.from_json(plain) == spec

@@ -13,6 +13,7 @@ from awkward import save_broken
 from making import make_corpus, make_store, random_weights
 from ray.cluster_utils import Cluster
 
+from eupe.corpus.index import index_folder
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import CorpusError
 from eupe.extract.job import ExtractActor, ExtractConfig
@@ -56,6 +57,29 @@ def test_a_job_on_ray_makes_the_store_that_one_process_makes(
     other = run_eupe(*extract_words(tiny_corpus, reseeded, tmp_path / "s.zarr"))
     assert other.code == 2
     assert "teacher.weights_sha256" in flat(other.err)
+
+
+def test_the_options_choose_pictures_and_views(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run
+) -> None:
+    words = extract_words(tiny_corpus, tiny_weights, tmp_path / "s.zarr", "--batch-size", 8)
+    words += ["--scale", "0.2,0.3", "--ratio", "1,1", "--seed", 3]
+    words += ["--include", "class0/*", "--include", "class1/*", "--exclude", "*/0000.png", "--shuffle", "--limit", 6]
+    assert run_eupe(*words).code == 0
+    store = open_store(tmp_path / "s.zarr")
+    picked = index_folder(tiny_corpus).pick(include=["class[01]/*"], exclude=["*/0000.png"], shuffle=3, limit=6)
+    assert store.samples["key"].to_pylist() == picked.samples["key"].to_pylist() != sorted(store.keys)
+    boxes = store.read(list(range(6)) * 2, [0] * 6 + [1] * 6).boxes
+    sides = boxes[:, 2:] - boxes[:, :2]
+    areas = store.samples["width"].to_numpy() * store.samples["height"].to_numpy()
+    assert (sides[:, 0] == sides[:, 1]).all() and len(np.unique(boxes, axis=0)) > 6
+    shares = sides.prod(axis=1) / np.tile(areas, 2)
+    assert shares.min() > 0.18
+    assert shares.max() < 0.32
+    assert store.spec.views["scale"] == [0.2, 0.3] and store.spec.views["ratio"] == [1.0, 1.0]
+
+    wrong = run_eupe(*words[:-1], 6, "--views", "squash")
+    assert wrong.code == 2 and "--scale belongs to random crops" in flat(wrong.err)
 
 
 def flat(text: str) -> str:
