@@ -28,6 +28,8 @@ app.add_typer(store_app, name="store")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+NAMED_DUPLICATES = 5
+
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
 CorpusPath = Annotated[
     str,
@@ -114,7 +116,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """List and hash the pictures of a folder."""
-    from eupe.corpus.index import open_corpus, read_index, write_index
+    from eupe.corpus.index import open_corpus, read_index, some_keys, write_index
     from eupe.progress import report_progress
 
     if not out_path.endswith(".parquet"):
@@ -125,7 +127,17 @@ def index(
     with report_progress(err, "pictures", quiet=as_json) as progress:
         found = open_corpus(corpus, previous=previous, progress=lambda done, of: progress.update("indexing", done, of))
     write_index(found, out_path)
-    _finish({"index": out_path, "pictures": len(found), "fingerprint": found.fingerprint}, as_json)
+    unreadable = found.samples["sha256"].null_count
+    duplicates = found.duplicates
+    facts = {"index": out_path, "pictures": len(found), "unreadable": unreadable, "fingerprint": found.fingerprint}
+    if as_json:
+        print(json.dumps({**facts, "duplicates": duplicates}))
+        return
+    _finish({**facts, "duplicates": sum(len(keys) - 1 for keys in duplicates)}, as_json)
+    for keys in duplicates[:NAMED_DUPLICATES]:
+        out.print(f"the same picture: {some_keys(keys)}", markup=False)
+    if len(duplicates) > NAMED_DUPLICATES:
+        out.print(f"... and {len(duplicates) - NAMED_DUPLICATES} more such groups; --json names them all")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What a user types, and what a mistake gets: one sentence, exit code 2, no traceback."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import zarr
-from making import TINY_STUDENT, make_store, picture
+from making import TINY_STUDENT, make_corpus, make_store, picture
 
 from eupe.store import Store
 
@@ -99,6 +100,24 @@ def test_index_then_extract_from_the_index(tiny_corpus: Path, tmp_path: Path, ru
         run_eupe("index", "--corpus", tmp_path / "i.parquet", "--out", tmp_path / "j.parquet", "--json").out
     )
     assert again["fingerprint"] == report["fingerprint"]
+
+
+def test_index_tells_what_is_there_twice_or_cannot_be_read(tmp_path: Path, run_eupe: Run) -> None:
+    corpus = make_corpus(tmp_path / "c", count=14)
+    files = sorted(path for path in corpus.rglob("*.png"))
+    for original, copy in [(0, "a.png"), (0, "b.png"), *((i, f"c{i}.png") for i in range(1, 7))]:
+        shutil.copy(files[original], corpus / copy)
+    (corpus / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    told = run_eupe("index", "--corpus", corpus, "--out", tmp_path / "i.parquet")
+    assert told.code == 0
+    lines = told.out.splitlines()
+    assert {"duplicates: 8", "unreadable: 1"} <= set(lines)
+    assert "the same picture: a.png, b.png, class0/0000.png" in lines
+    assert sum(line.startswith("the same picture") for line in lines) == 5
+    assert lines[-1] == "... and 2 more such groups; --json names them all"
+    report = json.loads(run_eupe("index", "--corpus", corpus, "--out", tmp_path / "i.parquet", "--json").out)
+    assert (report["pictures"], report["unreadable"], len(report["duplicates"])) == (23, 1, 7)
+    assert ["a.png", "b.png", "class0/0000.png"] in report["duplicates"]
 
 
 def test_train_evaluate_and_look_through_the_command_line(tiny_store: Store, tmp_path: Path, run_eupe: Run) -> None:

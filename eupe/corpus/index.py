@@ -57,6 +57,15 @@ class Corpus:
         pairs = zip(self.samples["key"].to_pylist(), self.samples["sha256"].to_pylist(), strict=True)
         return fingerprint(pairs)
 
+    @property
+    def duplicates(self) -> list[list[str]]:
+        """Keys of pictures that are the same, byte for byte, group by group."""
+        groups: dict[str, list[str]] = {}
+        for key, sha256 in zip(self.samples["key"].to_pylist(), self.samples["sha256"].to_pylist(), strict=True):
+            if sha256 is not None:
+                groups.setdefault(sha256, []).append(key)
+        return [keys for keys in groups.values() if len(keys) > 1]
+
     def pick(
         self,
         *,
