@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
 import threading
 import time
@@ -40,6 +41,7 @@ from eupe.extract.count import limit_blas
 from eupe.extract.plan import PartTask, plan_parts, store_spec
 from eupe.extract.worker import Computer, PartResult, Worker
 from eupe.place import Place, Where
+from eupe.stopping import stop_signals
 from eupe.store import Store, open_store
 from eupe.store.catalogue import find_store
 from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, segment_name
@@ -484,6 +486,8 @@ def _get_loaded(reference: Any) -> Any:
 def _run_parts(actors: JobActors, store: Store, on_status: Callable[[Status], None]) -> float:
     """Keep every actor busy until each part is committed or given up.
 
+    SIGTERM, as spot instances get it, lets the parts under way be committed and begins no other.
+
     Returns: views per second since the teachers were loaded.
     Raises: IncompleteError naming the gaps and their first reason; StorageError and TeacherError as they come.
     """
@@ -495,33 +499,37 @@ def _run_parts(actors: JobActors, store: Store, on_status: Callable[[Status], No
     with _interruptible(store):
         on_status(Status("loading teacher", before, total))
         actors.prepare(store)
-        began = time.monotonic()
+    began = time.monotonic()
+    with _interruptible(store), stop_signals(signal.SIGTERM) as stop_asked:  # Ray, begun by now, had set its own
         queue = iter(tasks)
         running: dict[Any, tuple[Any, PartTask]] = {}
+
+        def begin_next(actor: Any) -> None:
+            task = None if stop_asked() else next(queue, None)
+            if task is not None:
+                running[actor.run.remote(task, store.path)] = (actor, task)
+
         for actor in actors.handles * PARTS_IN_FLIGHT:
-            _submit_next(actor, queue, running, store.path)
+            begin_next(actor)
         while running:
             ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
             for reference in ready:
                 actor, task = running.pop(reference)
                 if reason := _failure(reference):
                     reasons[task.index] = reason
-                _submit_next(actor, queue, running, store.path)
+                begin_next(actor)
             views, failed = _progress(actors.handles)
             on_status(Status("extracting", min(before + views, total), total, failed))
-    if missing := store.missing_parts():
+    missing = store.missing_parts()
+    if missing and stop_asked():
+        raise _stopped(store)
+    if missing:
         reason = next(iter(reasons.values()), "no reason was recorded")
         raise IncompleteError(
             f"{len(missing)} of {store.spec.num_parts} parts are missing from {store.path} (first reason: {reason}); "
             "the others are committed: run the same command again to go on"
         )
     return (total - before) / (time.monotonic() - began)
-
-
-def _submit_next(actor: Any, queue: Iterator[PartTask], running: dict[Any, tuple[Any, PartTask]], store: Place) -> None:
-    task = next(queue, None)
-    if task is not None:
-        running[actor.run.remote(task, store)] = (actor, task)
 
 
 def _failure(reference: Any) -> str | None:
@@ -557,11 +565,15 @@ def _interruptible(store: Store) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        done = len(committed_parts(store.path))
-        raise IncompleteError(
-            f"stopped: {done} of {store.spec.num_parts} parts of {store.path} are committed; "
-            "run the same command again to go on"
-        ) from None
+        raise _stopped(store) from None
+
+
+def _stopped(store: Store) -> IncompleteError:
+    done = len(committed_parts(store.path))
+    return IncompleteError(
+        f"stopped: {done} of {store.spec.num_parts} parts of {store.path} are committed; "
+        "run the same command again to go on"
+    )
 
 
 def _report(store: Store, *, cached: bool, seconds: float, views_per_s: float | None) -> ExtractReport:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from eupe.device import compute_dtype, pick_device
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import EupeError, IncompleteError, RunError, StorageError, TrainingError
+from eupe.stopping import stop_signals
 from eupe.train.checkpoint import Trainables, load_checkpoint, save_checkpoint, save_tensors
 from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve
 from eupe.train.heads import TargetHeads
@@ -128,7 +127,7 @@ def _run_steps(session: Session, first_step: int, log: RunLog, on_status: Callab
     warmup_steps = round(config.warmup * card.total_steps)
     meter = Meter(config.batch_size)
     session.distiller.train()
-    with stop_signals() as stop_asked:
+    with stop_signals(signal.SIGINT, signal.SIGTERM) as stop_asked:
         for step, batch in zip(steps, meter.waiting(session.batches(wanted)), strict=True):
             rate = learning_rate(step, peak=config.lr, warmup_steps=warmup_steps, total_steps=card.total_steps)
             for group in optimizer.param_groups:
@@ -153,27 +152,6 @@ def _run_steps(session: Session, first_step: int, log: RunLog, on_status: Callab
             if stopping:
                 raise IncompleteError(f"stopped after step {done} of {card.total_steps}; go on with --resume")
     return meter
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM has asked for an end, to be obeyed between steps; a second one is not waited for."""
-    asked: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _require_finite(loss: Tensor, step: int, batch: Batch) -> None:

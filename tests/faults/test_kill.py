@@ -149,3 +149,22 @@ def test_ctrl_c_keeps_what_is_whole_and_says_how_to_go_on(
     code, output = finish(start(out))
     assert code == 0, output
     assert_same_store(out, undisturbed)
+
+
+def test_sigterm_commits_what_is_under_way_and_leaves(
+    start: Start, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """One worker has two parts under way: with the first committed and a third begun, the fourth is left."""
+    out = tmp_path / "s.zarr"
+    process = start(out)
+    wait_until(lambda: committed(out) >= 1, process)
+    process.terminate()
+    code, output = finish(process)
+    assert code == 1, output
+    done = committed(out)
+    assert 2 <= done <= 3
+    assert f"stopped: {done} of 4 parts" in " ".join(output.split()) and "Traceback" not in output
+    assert not list(out.rglob("*.__lock")), "nothing is left half-written"
+    code, output = finish(start(out))
+    assert code == 0, output
+    assert_same_store(out, undisturbed)
