@@ -373,7 +373,7 @@ def _timed_part(
 
 
 def _timed_store(spec: StoreSpec, teacher: Teacher, part: Part) -> tuple[int, float, float]:
-    """Bytes of the sample in a store, its shards' indexes left out, and the seconds that writing and reading it took."""
+    """Bytes of the sample in a store without its shards' indexes, and the seconds that writing and reading took."""
     num_samples = len(part.rows)
     as_one = replace(spec, corpus={**spec.corpus, "segments": [num_samples]}, samples_per_part=num_samples)
     with tempfile.TemporaryDirectory(prefix="eupe-plan-") as folder:

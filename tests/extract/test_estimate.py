@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from making import TWO_CROPS, make_store
+from making import TWO_CROPS, make_store, random_weights
 
 from eupe.errors import ConfigError
 from eupe.extract.estimate import (
@@ -20,6 +20,7 @@ from eupe.extract.estimate import (
     need_of,
     require_room,
 )
+from eupe.extract.worker import Computer
 
 Run = Callable[..., Any]
 
@@ -119,9 +120,26 @@ def test_every_option_changes_the_plan(
     assert plan("--grid", 2)["raw_bytes_per_view"] == 2 * (4 * 64 + 64)
     assert plan("--dtype", "bf16")["dtype"] == "bf16"
     assert plan("--precision", "bitround:4")["need"]["stored"] < plain["need"]["stored"]
-    assert "--batch-size must be at least 1" in refused(run_eupe, *words(tiny_corpus, tiny_weights, "--batch-size", 0))
+    other = random_weights("test_vit", tmp_path / "other.safetensors", seed=1)
+    assert planned(run_eupe, *words(tiny_corpus, other))["choices"] != plain["choices"]
+    other.unlink()
     assert "do not exist" in refused(run_eupe, *words(tiny_corpus, tmp_path / "none"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_teacher_is_timed_on_batches_of_the_size_asked_for(
+    tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: set[int] = set()
+    run_batch = Computer.run_batch
+
+    def noted(self: Computer, batch: Any, buffers: Any) -> None:
+        sizes.add(len(batch))
+        run_batch(self, batch, buffers)
+
+    monkeypatch.setattr(Computer, "run_batch", noted)
+    planned(run_eupe, *words(tiny_corpus, tiny_weights, "--batch-size", 12))
+    assert sizes == {12}
 
 
 def test_a_store_that_does_not_fit_is_refused(
@@ -144,7 +162,9 @@ def test_on_paper_the_bytes_follow_from_the_cards() -> None:
     assert first.choices["int8"] == round(0.43 * first.raw_bytes)
     assert first.need.stored == first.choices["fp16"]
     assert plan.need.stored == first.need.stored + second.need.stored
-    assert second.need.peak - second.need.stored == 2 * 8 * (1 + 1280 + 1280 * 1281 // 2) * (-(-1000 // 64))
+    assert second.need.peak - second.need.stored == 2 * 8 * (1 + 1280 + 1280 * 1281 // 2) * 32, (
+        "1000 pictures are 32 parts of 32"
+    )
 
 
 @pytest.mark.parametrize(
