@@ -302,7 +302,7 @@ def _print_paper(plan: PaperEstimate) -> None:
     facts = {
         "on paper": "nothing was measured; bytes are those of raw fp16 by nominal shares",
         "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views of each teacher",
-        f"bytes in all, {plan.precision}": f"{_amount(plan.need.stored)}, {_amount(plan.need.peak)} while they are made",
+        f"bytes in all, {plan.precision}": f"{_amount(plan.need.stored)}, {_amount(plan.need.peak)} while made",
     }
     if plan.free_bytes is not None:
         facts["free"] = _amount(plan.free_bytes)
