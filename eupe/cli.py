@@ -17,6 +17,7 @@ import eupe
 from eupe.errors import ConfigError, CorpusError, EupeError
 
 if TYPE_CHECKING:
+    from eupe.extract.estimate import Estimate, PaperEstimate
     from eupe.store.summary import StoreSummary
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=eupe.__doc__)
@@ -225,6 +226,136 @@ def extract(
     if not as_json:
         what = "nothing to do: the store holds all of this already" if report.cached else "done"
         out.print(f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME")
+
+
+@app.command()
+def plan(
+    teacher: Annotated[
+        list[str], typer.Option(help="As extract takes it; may be given again together with --num-images.")
+    ],
+    corpus: Annotated[str | None, typer.Option(help="Measure on some of these pictures: as extract takes it.")] = None,
+    num_images: Annotated[
+        int | None, typer.Option(help="In place of --corpus: so many pictures, on paper, without weights.")
+    ] = None,
+    out_path: Annotated[
+        str | None, typer.Option("--out", help="Where the store is to lie; its disk must have the space.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")
+    ] = None,
+    views: Annotated[str, typer.Option(help="center, or rrc:K for K random resized crops per picture.")] = "center",
+    tokens: Annotated[str, typer.Option(help="summary, dense, or both.")] = "summary,dense",
+    precision: Annotated[str, typer.Option(help="As extract takes it.")] = "fp16",
+    grid: Annotated[int | None, typer.Option(help="Pool dense maps to G x G cells.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="The teacher's arithmetic. Default auto.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Views per forward pass. Default 16.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="How many workers like this process share the work. Default 1.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What an extraction will take, measured on a few pictures, or on paper: bytes, hours, bandwidth, precisions."""
+    from eupe.corpus.views import parse_views
+    from eupe.extract.estimate import PaperConfig, estimate, estimate_on_paper
+    from eupe.extract.job import ExtractConfig
+    from eupe.progress import report_progress
+
+    if (corpus is None) == (num_images is None):
+        raise ConfigError("give --corpus to measure on its pictures, or --num-images for a plan on paper")
+    only_measured = {"--weights": weights, "--dtype": dtype, "--batch-size": batch_size, "--workers": workers}
+    wanted: dict[str, Any] = {
+        "sizes": tuple(sorted(set(size or []))),
+        "views": parse_views(views, seed=0),
+        "tokens": tuple(tokens.split(",")),
+        "precision": precision,
+        "grid": grid,
+        "out": out_path,
+    }
+    if num_images is not None:
+        if idle := [name for name, value in only_measured.items() if value is not None]:
+            raise ConfigError(f"{idle[0]} has no meaning on paper; leave it out, or give --corpus for --num-images")
+        on_paper = estimate_on_paper(PaperConfig(teachers=tuple(teacher), num_images=num_images, **wanted))
+        if as_json:
+            _finish(dataclasses.asdict(on_paper), as_json)
+        else:
+            _print_paper(on_paper)
+        return
+    if len(teacher) > 1:
+        raise ConfigError(f"--corpus measures one --teacher at a time, got {', '.join(teacher)}")
+    config = ExtractConfig(
+        teacher=teacher[0],
+        corpus=corpus or "",
+        weights=weights,
+        dtype=dtype or "auto",
+        workers=workers,
+        batch_size=16 if batch_size is None else batch_size,
+        **wanted,
+    )
+    with report_progress(err, "views", quiet=as_json) as progress:
+        measured = estimate(config, on_stage=lambda stage: progress.update(stage, 0, 0))
+    if as_json:
+        _finish(dataclasses.asdict(measured), as_json)
+    else:
+        _print_plan(measured)
+
+
+def _print_plan(plan: Estimate) -> None:
+    from eupe.extract.estimate import STUDENT_IMAGES_PER_S
+
+    r = plan.rates
+    precision = ", ".join(f"{kind} {word}" for kind, word in plan.precision.items())
+    even = "never: reading is no faster" if plan.break_even_epochs is None else f"{plan.break_even_epochs:.2f} epochs"
+    free = "not asked (no local disk)" if plan.free_bytes is None else _amount(plan.free_bytes)
+    facts = {
+        "measured": f"{plan.teacher} on {plan.sampled_views} views, {plan.dtype} on {plan.device}, this machine alone",
+        "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views",
+        "bytes per view": f"{_amount(plan.bytes_per_view)} ({precision}; raw fp16 {_amount(plan.raw_bytes_per_view)})",
+        "bytes in all": f"{_amount(plan.need.stored)}, {_amount(plan.need.peak)} while it is made",
+        f"free at {plan.out}": free,
+        "views/s, each alone": f"decode {r.decode:.4g}, forward {r.forward:.4g}, encode {r.encode:.4g}, "
+        f"read {r.read:.4g}",
+        "views/s of a worker": f"{plan.views_per_s:.4g}",
+        f"hours, {plan.workers} worker{'s' * (plan.workers > 1)} like this": f"{plan.hours:.4g}",
+        f"student of {STUDENT_IMAGES_PER_S} images/s reads": f"{_amount(plan.read_bytes_per_s)}/s",
+        "targets of one epoch": f"{plan.epoch_hours_cached:.4g} h from the cache, "
+        f"{plan.epoch_hours_online:.4g} h from the teacher",
+        "the cache pays off after": even,
+    }
+    table = Table("array", "precision", "share of fp16", "in all", "cosine p5", "mean", box=None)
+    for c in plan.choices:
+        cosines = (f"{c.cosine_p5:.6f}", f"{c.cosine_mean:.6f}")
+        table.add_row(c.path, c.precision, f"{c.share:.3f}", _amount(c.total_bytes), *cosines)
+    _finish(facts, False)
+    out.print(table)
+
+
+def _print_paper(plan: PaperEstimate) -> None:
+    facts = {
+        "on paper": "nothing was measured; bytes are those of raw fp16 by nominal shares",
+        "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views of each teacher",
+        f"bytes in all, {plan.precision}": f"{_amount(plan.need.stored)}, {_amount(plan.need.peak)} while made",
+    }
+    if plan.free_bytes is not None:
+        facts["free"] = _amount(plan.free_bytes)
+    _finish(facts, False)
+    table = Table("on paper", "size", "grid", "precision", "share of fp16", "per view", "in all", box=None)
+    for t in plan.teachers:
+        sizes, grids = ("+".join(map(str, numbers)) for numbers in (t.sizes, t.grids))
+        for precision, total in t.choices.items():
+            share = plan.nominal_shares[precision]
+            amounts = (_amount(total / plan.num_views), _amount(total))
+            table.add_row(t.teacher, sizes, grids, precision, f"{share:g}", *amounts)
+    out.print(table)
+
+
+def _amount(num_bytes: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.4g} PB"
 
 
 @store_app.command("ls")

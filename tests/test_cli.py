@@ -163,7 +163,7 @@ def test_the_list_of_teachers_is_quick_and_complete(run_eupe: Run) -> None:
 
 def test_every_verb_explains_itself() -> None:
     done = subprocess.run([sys.executable, "-m", "eupe", "--help"], capture_output=True, text=True, check=True)
-    for verb in ("teachers", "index", "extract", "train", "eval", "store", "viz"):
+    for verb in ("teachers", "index", "plan", "extract", "train", "eval", "store", "viz"):
         assert verb in done.stdout
 
 

@@ -38,7 +38,7 @@ from eupe.errors import (
 )
 from eupe.extract.calibrate import Measured, candidates, measure, sample_task, settle
 from eupe.extract.count import limit_blas
-from eupe.extract.plan import PartTask, plan_parts, store_spec
+from eupe.extract.plan import PartTask, plan_parts, shape_of, store_spec
 from eupe.extract.worker import Computer, PartResult, Worker
 from eupe.place import Place, Where
 from eupe.stopping import stop_signals
@@ -138,9 +138,9 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
     Raises: an EupeError for whatever the user can mend; IncompleteError if parts are missing at the end.
     """
     began = time.monotonic()
-    config = _with_absolute_paths(config)
-    teacher = _checked_teacher(config)
-    place = Place.of(config.out or STORES / f"{teacher_name(config.teacher)}.zarr")
+    config = with_absolute_paths(config)
+    teacher = checked_teacher(config)
+    place = place_of_store(config)
     existing = open_store(place) if place.exists(ROOT_DOCUMENT) else None
     previous = None if existing is None else stored_index(existing)
     corpus = open_corpus(
@@ -174,11 +174,16 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
     return _report(store, cached=cached, seconds=time.monotonic() - began, views_per_s=views_per_s)
 
 
-def _with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
+def with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
     """Workers have working directories of their own."""
     weights = None if config.weights is None else config.weights.absolute()
     out = None if config.out is None else Place.of(config.out)
     return replace(config, corpus=Place.of(config.corpus), out=out, weights=weights)
+
+
+def place_of_store(config: ExtractConfig) -> Place:
+    """As given, or in the directory of stores under the teacher's name."""
+    return Place.of(config.out or STORES / f"{teacher_name(config.teacher)}.zarr")
 
 
 def teacher_name(words: str) -> str:
@@ -186,16 +191,12 @@ def teacher_name(words: str) -> str:
     return Path(words).name.replace(":", "-")
 
 
-def _checked_teacher(config: ExtractConfig) -> TeacherSpec:
+def checked_teacher(config: ExtractConfig) -> TeacherSpec:
     """The teacher's card, with everything that can be wrong about the options said at once."""
     teacher = resolve_teacher(config.teacher)
-    for size in config.sizes:
-        teacher.grid(size)
+    shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
     if config.weights is not None and not config.weights.exists():
         raise TeacherError(f"weights {config.weights} do not exist")
-    unknown = set(config.tokens) - set(KINDS)
-    if unknown or not config.tokens:
-        raise ConfigError(f"--tokens takes summary, dense, or both; got {','.join(config.tokens) or 'nothing'}")
     require_counts(config)
     if config.fidelity is not None and not 0 < config.fidelity < 1:
         raise ConfigError(f"--fidelity must lie between 0 and 1, got {config.fidelity:g}")

@@ -75,11 +75,7 @@ def store_spec(
     Raises: TeacherError for a size that the patch does not divide; ConfigError if nothing is left to store, or for a
         grid to which a map cannot be pooled.
     """
-    sizes = sizes or (teacher.native_size,)
-    grids = tuple(_pooled_grid(teacher, size, grid) for size in sizes)
-    kept = tuple(k for k in KINDS if k in tokens and not (k == SUMMARY and teacher.summary == "none"))
-    if not kept:
-        raise ConfigError(f"teacher {teacher.name} has no summary; give --tokens dense")
+    sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=grid)
     dense_dim = teacher.dense_dim if DENSE in kept else 0
     summary_dim = teacher.summary_dim if SUMMARY in kept else 0
     pixel_bytes = sum(3 * size * size for size in sizes) if pixels else 0
@@ -101,6 +97,23 @@ def store_spec(
         pixels=pixels,
         versions=installed_versions(),
     )
+
+
+def shape_of(
+    teacher: TeacherSpec, *, sizes: tuple[int, ...], tokens: tuple[str, ...], grid: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
+    """Sizes, the grids stored at them, and kinds of token; the arguments are those of `store_spec`.
+
+    Raises: as `store_spec`, and ConfigError for a kind of token that there is not.
+    """
+    sizes = sizes or (teacher.native_size,)
+    grids = tuple(_pooled_grid(teacher, size, grid) for size in sizes)
+    if not tokens or set(tokens) - set(KINDS):
+        raise ConfigError(f"--tokens takes summary, dense, or both; got {','.join(tokens) or 'nothing'}")
+    kept = tuple(k for k in KINDS if k in tokens and not (k == SUMMARY and teacher.summary == "none"))
+    if not kept:
+        raise ConfigError(f"teacher {teacher.name} has no summary; give --tokens dense")
+    return sizes, grids, kept
 
 
 def _pooled_grid(teacher: TeacherSpec, size: int, grid: int | None) -> int:

@@ -89,13 +89,14 @@ class Computer:
     def compute(self, task: PartTask) -> Part:
         """Everything of a part but the writing; a pure function of the spec, the corpus and the part's number."""
         buffers = PartBuffers(self.spec, task)
-        samples = self._load_ahead(task.samples)
-        for batch in _batches(buffers.take(samples, self.progress), self._batch_size):
-            self._run_batch(batch, buffers)
+        samples = self.load_ahead(task.samples)
+        for batch in batches(buffers.take(samples, self.progress), self._batch_size):
+            self.run_batch(batch, buffers)
             self.progress.add(views=len(batch))
         return buffers.part(self.progress)
 
-    def _run_batch(self, batch: list[RenderedView], buffers: PartBuffers) -> None:
+    def run_batch(self, batch: list[RenderedView], buffers: PartBuffers) -> None:
+        """The teacher's tokens of some views, at every size, into the part."""
         for size, grid in zip(self.spec.sizes, self.spec.grids, strict=True):
             pixels = torch.from_numpy(np.stack([view.pixels[size] for view in batch]))
             if self._teacher.device.type == "cuda":
@@ -107,7 +108,7 @@ class Computer:
             if DENSE in self.spec.tokens:
                 buffers.put(feature_path(size, DENSE), batch, pool_cells(tokens.dense, grid))
 
-    def _load_ahead(self, samples: Iterable[Sample]) -> Iterator[LoadedSample]:
+    def load_ahead(self, samples: Iterable[Sample]) -> Iterator[LoadedSample]:
         """Rendered samples in order, decoded by a pool that runs two batches ahead at most."""
         ahead = max(2, 2 * self._batch_size // self.spec.num_views)
         pending: deque[Future[LoadedSample]] = deque()
@@ -265,7 +266,8 @@ class PartBuffers:
         return Row(row.key, row.sha256, row.label, error=f"the teacher gave non-finite values in {', '.join(bad)}")
 
 
-def _batches(views: Iterable[RenderedView], size: int) -> Iterator[list[RenderedView]]:
+def batches(views: Iterable[RenderedView], size: int) -> Iterator[list[RenderedView]]:
+    """In order, the last one as short as it comes."""
     batch: list[RenderedView] = []
     for view in views:
         batch.append(view)

@@ -1,0 +1,399 @@
+"""What an extraction takes before it is begun: measured on a few pictures, or on paper from a teacher's card.
+
+Measured: a sample of the corpus goes through the worker's own stages, each timed alone, into a store in a temporary
+folder. On paper: no weights, no pictures, and shares of raw fp16 that are nominal.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from eupe.corpus.index import open_corpus
+from eupe.corpus.views import ViewSpec
+from eupe.device import compute_dtype, dtype_name, pick_device
+from eupe.errors import ConfigError
+from eupe.extract.calibrate import Measured, measure, sample_task, settle
+from eupe.extract.count import counter, limit_blas
+from eupe.extract.job import ExtractConfig, checked_teacher, place_of_store, with_absolute_paths
+from eupe.extract.plan import PartTask, shape_of, store_spec
+from eupe.extract.worker import Computer, PartBuffers, Progress, batches
+from eupe.place import Place, Where
+from eupe.store import Store, open_store
+from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, arrays, bytes_per_view, samples_per_part
+from eupe.store.precision import FP16, INT8, parse_precision
+from eupe.store.shard import bytes_of_index
+from eupe.store.writer import Part, StoreWriter, create_store
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.teacher import Teacher, load_teacher
+
+SHOWN = (FP16, "bitround:7", "bitround:5", "bitround:3", INT8)
+"""The precisions that are put side by side."""
+NOMINAL_SHARES = {FP16: 0.82, "bitround:7": 0.63, "bitround:5": 0.51, "bitround:3": 0.385, INT8: 0.43}
+"""Compressed bytes over raw fp16, as measured of DINOv2-S's dense tokens (benchmarks/results); others differ."""
+STUDENT_IMAGES_PER_S = 1000
+"""The speed of a student for which the read bandwidth is given."""
+READ_VIEWS = 64
+"""In one read, as a training step reads them."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Views per second of each stage alone, with all of this machine's cores, or its GPU, to itself."""
+
+    decode: float
+    """Read, decode and render."""
+    forward: float
+    encode: float
+    """Code, compress, count and write."""
+    read: float
+    """From the store, warm, as a training step reads them."""
+
+    def pipeline(self, *, on_gpu: bool) -> float:
+        """Views per second of one worker: stages on the same processor take turns, a GPU works beside the cores."""
+        cores = 1 / self.decode + 1 / self.encode
+        return 1 / (max(cores, 1 / self.forward) if on_gpu else cores + 1 / self.forward)
+
+    def break_even_epochs(self, *, on_gpu: bool) -> float | None:
+        """Epochs after which making the cache and reading it has taken less time than the teacher at every step.
+
+        None if reading is no faster than the teacher.
+        """
+        saved = 1 / self.forward - 1 / self.read
+        return 1 / self.pipeline(on_gpu=on_gpu) / saved if saved > 0 else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One feature array at one precision."""
+
+    path: str
+    precision: str
+    share: float
+    """Stored bytes over raw fp16."""
+    total_bytes: int
+    """Of this array, all views."""
+    cosine_p5: float
+    """Of standardised tokens with themselves stored and read."""
+    cosine_mean: float
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one store."""
+
+    stored: int
+    """When it is finished."""
+    peak: int
+    """While it is made: the parts' moments are there as well until they are merged."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured plan."""
+
+    teacher: str
+    device: str
+    dtype: str
+    num_images: int
+    num_views: int
+    sampled_views: int
+    precision: dict[str, str]
+    raw_bytes_per_view: int
+    bytes_per_view: float
+    need: Need
+    rates: Rates
+    views_per_s: float
+    """Of one worker with a machine, or a GPU and its cores, like this one."""
+    workers: int
+    hours: float
+    read_bytes_per_s: float
+    """That a student of `STUDENT_IMAGES_PER_S` takes."""
+    epoch_hours_cached: float
+    """Reading the targets of every view once."""
+    epoch_hours_online: float
+    """The teacher's forward pass over every view once, on one device."""
+    break_even_epochs: float | None
+    choices: tuple[Choice, ...]
+    out: str
+    free_bytes: int | None
+    """None for an object store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperConfig:
+    """A plan on paper, as asked for on the command line."""
+
+    teachers: tuple[str, ...]
+    num_images: int
+    sizes: tuple[int, ...] = ()
+    views: ViewSpec = field(default_factory=ViewSpec)
+    tokens: tuple[str, ...] = KINDS
+    precision: str = FP16
+    grid: int | None = None
+    out: Where | None = None
+    """Where all the stores are to lie; no space is asked for where not given."""
+
+
+@dataclass(frozen=True)
+class PaperTeacher:
+    """One teacher of a plan on paper."""
+
+    teacher: str
+    sizes: tuple[int, ...]
+    grids: tuple[int, ...]
+    raw_bytes_per_view: int
+    raw_bytes: int
+    need: Need
+    """At the precision asked for."""
+    choices: dict[str, int]
+    """Precision of all kinds of token to bytes in all."""
+
+
+@dataclass(frozen=True)
+class PaperEstimate:
+    """Nothing in it was measured."""
+
+    num_images: int
+    num_views: int
+    precision: str
+    teachers: tuple[PaperTeacher, ...]
+    need: Need
+    """Of all stores together."""
+    free_bytes: int | None
+    nominal_shares: dict[str, float] = field(default_factory=lambda: dict(NOMINAL_SHARES))
+    on_paper: bool = True
+
+
+def moments_bytes(dims: list[int]) -> int:
+    """Of one part until the store is finished: count, mean and half a scatter matrix in float64 for each array."""
+    return sum(8 * (1 + dim + dim * (dim + 1) // 2) for dim in dims)
+
+
+def bytes_of_indexes(spec: StoreSpec) -> int:
+    """Of the indexes at the ends of all shards, which are as long for a part that is not full."""
+    return spec.num_parts * sum(bytes_of_index(layout) for layout in arrays(spec) if layout.sharded)
+
+
+def need_of(stored: float, *, num_samples: int, per_part: int, dims: list[int]) -> Need:
+    """Stored bytes, and what there is at most.
+
+    Args:
+        dims: channels of each feature array.
+    """
+    return Need(round(stored), round(stored) + -(-num_samples // per_part) * moments_bytes(dims))
+
+
+def estimate_on_paper(config: PaperConfig) -> PaperEstimate:
+    """Bytes from the teachers' cards alone.
+
+    Raises: TeacherError; ConfigError for an option that cannot work, or if the stores cannot fit at `out`.
+    """
+    if config.num_images < 1:
+        raise ConfigError(f"--num-images must be at least 1, got {config.num_images}")
+    plans = tuple(_paper_teacher(config, resolve_teacher(name)) for name in config.teachers)
+    need = Need(sum(plan.need.stored for plan in plans), sum(plan.need.peak for plan in plans))
+    free = None if config.out is None else free_bytes(Place.of(config.out))
+    require_room(need, free, str(config.out))
+    num_views = config.num_images * config.views.num_views
+    return PaperEstimate(config.num_images, num_views, config.precision, plans, need, free)
+
+
+def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
+    sizes, grids, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
+    dims = {SUMMARY: teacher.summary_dim, DENSE: teacher.dense_dim}
+    raw = {
+        SUMMARY: bytes_per_view(grids, 0, dims[SUMMARY]),
+        DENSE: bytes_per_view(grids, dims[DENSE], 0),
+    }
+    chosen = parse_precision(config.precision, kept)
+    if unknown := set(chosen.values()) - set(NOMINAL_SHARES):
+        raise ConfigError(
+            f"--precision {sorted(unknown)[0]} has no nominal share on paper; give {', '.join(NOMINAL_SHARES)}, or "
+            "--corpus to measure it"
+        )
+    per_view = sum(raw[kind] for kind in kept)
+    num_views = config.num_images * config.views.num_views
+    per_part = samples_per_part(config.num_images, config.views.num_views * per_view)
+    stored = num_views * sum(raw[kind] * NOMINAL_SHARES[chosen[kind]] for kind in kept)
+    return PaperTeacher(
+        teacher=teacher.name,
+        sizes=sizes,
+        grids=grids,
+        raw_bytes_per_view=per_view,
+        raw_bytes=num_views * per_view,
+        need=need_of(
+            stored, num_samples=config.num_images, per_part=per_part, dims=[dims[kind] for kind in kept] * len(sizes)
+        ),
+        choices={p: round(num_views * per_view * share) for p, share in NOMINAL_SHARES.items()},
+    )
+
+
+def free_bytes(place: Place) -> int | None:
+    """On the disk that would hold it; None for an object store."""
+    if not place.is_local:
+        return None
+    there = next(path for path in (place.local, *place.local.parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def require_room(need: Need, free: int | None, where: str) -> None:
+    """Raises: ConfigError if a local disk cannot hold what is to be made."""
+    if free is not None and need.peak > free:
+        raise ConfigError(
+            f"--out {where} has {free / 1e9:,.4g} GB free, and the features take {need.peak / 1e9:,.4g} GB while they "
+            f"are made ({need.stored / 1e9:,.4g} GB when finished); give another --out, a cheaper --precision, "
+            "a smaller --grid, or fewer --views"
+        )
+
+
+def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda stage: None) -> Estimate:
+    """Run a sample of the corpus through each stage of an extraction, in this process.
+
+    Args:
+        on_stage: told what begins.
+    Raises: an EupeError as `extract` does; ConfigError if the store cannot fit on the disk it is meant for.
+    """
+    config = with_absolute_paths(config)
+    card = checked_teacher(config)
+    on_stage("indexing")
+    corpus = open_corpus(config.corpus).head(config.limit)
+    device = pick_device()
+    dtype = compute_dtype(config.dtype, device)
+    spec = store_spec(
+        card,
+        corpus,
+        views=config.views,
+        sizes=config.sizes,
+        tokens=config.tokens,
+        weights_sha256="",
+        dtype=dtype_name(dtype),
+        precision=config.precision,
+        grid=config.grid,
+        pixels=config.pixels,
+    )
+    on_stage("loading teacher")
+    teacher = load_teacher(card, weights=config.weights, device=device, dtype=dtype, sizes=spec.sizes)
+    limit_blas()
+    task = sample_task(spec, corpus)
+    num_views = len(task.samples) * spec.num_views
+    on_stage("decoding and computing")
+    part, decode_s, forward_s = _timed_part(config, teacher, spec, corpus.root, task)
+    on_stage("measuring precision")
+    tried = {kind: tuple(dict.fromkeys((*SHOWN, spec.precision[kind]))) for kind in spec.tokens}
+    measured = measure(spec, part.features, tried)
+    on_stage("writing and reading")
+    chunk_bytes, encode_s, read_s = _timed_store(settle(spec, measured, None), teacher, part)
+    rates = Rates(*(num_views / s for s in (decode_s, forward_s, encode_s, read_s)))
+    return _estimate(config, spec, rates, measured, chunk_bytes / num_views, device.type)
+
+
+def _estimate(
+    config: ExtractConfig,
+    spec: StoreSpec,
+    rates: Rates,
+    measured: Measured,
+    chunks_per_view: float,
+    device: str,
+) -> Estimate:
+    num_views = spec.num_samples * spec.num_views
+    on_gpu = device == "cuda"
+    dims = {SUMMARY: int(spec.teacher["summary_dim"]), DENSE: int(spec.teacher["dense_dim"])}
+    raw = {
+        f"{size}/{kind}": 2 * dims[kind] * (grid * grid if kind == DENSE else 1)
+        for size, grid in zip(spec.sizes, spec.grids, strict=True)
+        for kind in spec.tokens
+    }
+    stored = num_views * chunks_per_view + bytes_of_indexes(spec)
+    choices = tuple(
+        Choice(path, precision, kept.share, round(num_views * raw[path] * kept.share), kept.p5, kept.mean)
+        for path, by in measured.fidelity.items()
+        for precision, kept in by.items()
+    )
+    need = need_of(
+        stored,
+        num_samples=spec.num_samples,
+        per_part=spec.samples_per_part,
+        dims=[dims[path.rpartition("/")[2]] for path in spec.feature_paths],
+    )
+    place = place_of_store(config)
+    free = free_bytes(place)
+    require_room(need, free, str(place))
+    views_per_s = rates.pipeline(on_gpu=on_gpu)
+    workers = config.workers or 1
+    return Estimate(
+        teacher=str(spec.teacher["name"]),
+        device=device,
+        dtype=str(spec.teacher["dtype"]),
+        num_images=spec.num_samples,
+        num_views=num_views,
+        sampled_views=measured.num_views,
+        precision=dict(spec.precision),
+        raw_bytes_per_view=sum(raw.values()),
+        bytes_per_view=chunks_per_view,
+        need=need,
+        rates=rates,
+        views_per_s=views_per_s,
+        workers=workers,
+        hours=num_views / views_per_s / workers / 3600,
+        read_bytes_per_s=STUDENT_IMAGES_PER_S * chunks_per_view,
+        epoch_hours_cached=num_views / rates.read / 3600,
+        epoch_hours_online=num_views / rates.forward / 3600,
+        break_even_epochs=rates.break_even_epochs(on_gpu=on_gpu),
+        choices=choices,
+        out=str(place),
+        free_bytes=free,
+    )
+
+
+def _timed_part(
+    config: ExtractConfig, teacher: Teacher, spec: StoreSpec, root: Place, task: PartTask
+) -> tuple[Part, float, float]:
+    """The sample's features, and the seconds that decoding and the teacher took."""
+    computer = Computer(teacher, spec, corpus_root=root, views=config.views, batch_size=config.batch_size)
+    began = time.perf_counter()
+    samples = list(computer.load_ahead(task.samples))
+    decode_s = time.perf_counter() - began
+    progress = Progress()
+    buffers = PartBuffers(spec, task)
+    groups = list(batches(buffers.take(samples, progress), config.batch_size))
+    for batch in groups[:1]:
+        computer.run_batch(batch, PartBuffers(spec, task))  # the first one on a device is slow
+    began = time.perf_counter()
+    for batch in groups:
+        computer.run_batch(batch, buffers)
+    return buffers.part(progress), decode_s, time.perf_counter() - began
+
+
+def _timed_store(spec: StoreSpec, teacher: Teacher, part: Part) -> tuple[int, float, float]:
+    """Bytes of the sample in a store without its shards' indexes, and the seconds that writing and reading took."""
+    num_samples = len(part.rows)
+    as_one = replace(spec, corpus={**spec.corpus, "segments": [num_samples]}, samples_per_part=num_samples)
+    with tempfile.TemporaryDirectory(prefix="eupe-plan-") as folder:
+        path = Path(folder) / "sample.zarr"
+        create_store(path, as_one)
+        writer = StoreWriter(path, count=counter(teacher.device))
+        began = time.perf_counter()
+        writer.commit(part)
+        encode_s = time.perf_counter() - began
+        store = open_store(path)
+        _read_all(store)
+        began = time.perf_counter()
+        _read_all(store)
+        return store.stored_bytes - bytes_of_indexes(as_one), encode_s, time.perf_counter() - began
+
+
+def _read_all(store: Store) -> None:
+    rows = np.repeat(np.arange(store.spec.num_samples), store.spec.num_views)
+    views = np.tile(np.arange(store.spec.num_views), store.spec.num_samples)
+    for start in range(0, len(rows), READ_VIEWS):
+        batch = slice(start, start + READ_VIEWS)
+        for path in store.spec.feature_paths:
+            store.read_tokens(path, rows[batch].tolist(), views[batch].tolist())

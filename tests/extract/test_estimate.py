@@ -1,0 +1,220 @@
+"""`eupe plan`: its arithmetic, its prediction against a store that was made, what it refuses, what it prints."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from making import TWO_CROPS, make_store, random_weights
+
+from eupe.errors import ConfigError
+from eupe.extract.estimate import (
+    NOMINAL_SHARES,
+    Need,
+    PaperConfig,
+    Rates,
+    estimate_on_paper,
+    moments_bytes,
+    need_of,
+    require_room,
+)
+from eupe.extract.worker import Computer
+
+Run = Callable[..., Any]
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def words(corpus: Path, weights: Path, *more: object) -> list[object]:
+    given = ["plan", "--teacher", "timm:test_vit", "--corpus", corpus, "--weights", weights, "--size", 64]
+    return [*given, "--views", "rrc:2", "--dtype", "fp32", "--batch-size", 8, "--json", *more]
+
+
+def planned(run_eupe: Run, *more: object) -> dict[str, Any]:
+    outcome = run_eupe(*more)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("\n") == 1
+    report: dict[str, Any] = json.loads(outcome.out)
+    return report
+
+
+def refused(run_eupe: Run, *more: object) -> str:
+    outcome = run_eupe(*more)
+    assert (outcome.code, outcome.out) == (2, "")
+    return " ".join(outcome.err.partition("error: ")[2].split())
+
+
+def test_stages_on_the_same_processor_take_turns() -> None:
+    rates = Rates(decode=100, forward=50, encode=100, read=200)
+    assert rates.pipeline(on_gpu=False) == pytest.approx(25)
+    assert rates.pipeline(on_gpu=True) == pytest.approx(50)
+    assert Rates(decode=40, forward=50, encode=40, read=200).pipeline(on_gpu=True) == pytest.approx(20)
+
+
+def test_the_cache_pays_off_once_it_saved_what_it_took() -> None:
+    rates = Rates(decode=100, forward=50, encode=100, read=200)
+    epochs = rates.break_even_epochs(on_gpu=False)
+    assert epochs == pytest.approx(8 / 3)
+    assert 1 / 25 + epochs / 200 == pytest.approx(epochs / 50)
+    assert Rates(decode=100, forward=50, encode=100, read=50).break_even_epochs(on_gpu=False) is None
+
+
+def test_moments_are_there_until_the_end() -> None:
+    assert moments_bytes([2, 3]) == 8 * (1 + 2 + 3) + 8 * (1 + 3 + 6)
+    assert need_of(1000.4, num_samples=9, per_part=4, dims=[2]) == Need(1000, 1000 + 3 * 48)
+
+
+def test_room_is_asked_for_the_whole_time_and_only_on_a_disk() -> None:
+    require_room(Need(5, 10), 10, "here")
+    require_room(Need(5, 10), None, "s3://bucket/x")
+    with pytest.raises(ConfigError, match="give another --out"):
+        require_room(Need(5, 10), 9, "here")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_bytes_are_those_of_the_store(
+    precision: str, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run
+) -> None:
+    store = make_store(tmp_path / "s.zarr", tiny_corpus, tiny_weights, views=TWO_CROPS, precision=precision)
+    plan = planned(run_eupe, *words(tiny_corpus, tiny_weights, "--precision", precision))
+    assert plan["num_views"] == 48 and plan["sampled_views"] == 48
+    assert plan["need"]["stored"] == pytest.approx(store.stored_bytes, rel=0.05)
+    assert plan["raw_bytes_per_view"] == 2 * (16 * 64 + 64)
+    assert plan["bytes_per_view"] * 1000 == pytest.approx(plan["read_bytes_per_s"])
+
+
+def test_every_rate_is_measured_and_the_precisions_lie_side_by_side(
+    tiny_corpus: Path, tiny_weights: Path, run_eupe: Run
+) -> None:
+    plan = planned(run_eupe, *words(tiny_corpus, tiny_weights, "--workers", 4))
+    rates = Rates(**plan["rates"])
+    assert all(rate > 0 for rate in plan["rates"].values())
+    assert plan["views_per_s"] == pytest.approx(rates.pipeline(on_gpu=plan["device"] == "cuda"))
+    assert plan["hours"] == pytest.approx(48 / plan["views_per_s"] / 4 / 3600)
+    dense = {c["precision"]: c for c in plan["choices"] if c["path"] == "64/dense"}
+    assert set(dense) == set(NOMINAL_SHARES)
+    assert dense["int8"]["total_bytes"] < dense["fp16"]["total_bytes"]
+    assert dense["bitround:3"]["cosine_p5"] < dense["int8"]["cosine_p5"] < dense["fp16"]["cosine_p5"]
+
+
+def test_every_option_changes_the_plan(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def plan(*more: object) -> dict[str, Any]:
+        return planned(run_eupe, *words(tiny_corpus, tiny_weights, *more))
+
+    plain = plan()
+    assert plain["out"] == str(tmp_path / "store" / "timm-test_vit.zarr")
+    assert plan("--out", tmp_path / "x.zarr")["out"] == str(tmp_path / "x.zarr")
+    assert plan("--views", "rrc:3")["num_views"] == 72
+    assert plan("--size", 32)["raw_bytes_per_view"] == plain["raw_bytes_per_view"] + 2 * (4 * 64 + 64)
+    assert plan("--tokens", "dense")["raw_bytes_per_view"] == 2 * 16 * 64
+    assert plan("--grid", 2)["raw_bytes_per_view"] == 2 * (4 * 64 + 64)
+    assert plan("--dtype", "bf16")["dtype"] == "bf16"
+    assert plan("--precision", "bitround:4")["need"]["stored"] < plain["need"]["stored"]
+    other = random_weights("test_vit", tmp_path / "other.safetensors", seed=1)
+    assert planned(run_eupe, *words(tiny_corpus, other))["choices"] != plain["choices"]
+    other.unlink()
+    assert "do not exist" in refused(run_eupe, *words(tiny_corpus, tmp_path / "none"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_teacher_is_timed_on_batches_of_the_size_asked_for(
+    tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: set[int] = set()
+    run_batch = Computer.run_batch
+
+    def noted(self: Computer, batch: Any, buffers: Any) -> None:
+        sizes.add(len(batch))
+        run_batch(self, batch, buffers)
+
+    monkeypatch.setattr(Computer, "run_batch", noted)
+    planned(run_eupe, *words(tiny_corpus, tiny_weights, "--batch-size", 12))
+    assert sizes == {12}
+
+
+def test_a_store_that_does_not_fit_is_refused(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 10**4))
+    said = refused(run_eupe, *words(tiny_corpus, tiny_weights, "--out", tmp_path / "s.zarr"))
+    assert "s.zarr has 1e-05 GB free" in said and "give another --out" in said
+    paper = ["plan", "--teacher", "dinov2", "--num-images", 1000, "--json"]
+    assert "give another --out" in refused(run_eupe, *paper, "--out", tmp_path)
+    assert planned(run_eupe, *paper)["free_bytes"] is None
+
+
+def test_on_paper_the_bytes_follow_from_the_cards() -> None:
+    plan = estimate_on_paper(PaperConfig(teachers=("pe-core-g", "dinov3-h+"), num_images=1000, views=TWO_CROPS))
+    first, second = plan.teachers
+    assert first.raw_bytes_per_view == 2 * (32 * 32 + 1) * 1536
+    assert second.raw_bytes_per_view == 2 * (16 * 16 + 1) * 1280
+    assert first.raw_bytes == 2000 * first.raw_bytes_per_view
+    assert first.choices["int8"] == round(0.43 * first.raw_bytes)
+    assert first.need.stored == first.choices["fp16"]
+    assert plan.need.stored == first.need.stored + second.need.stored
+    assert second.need.peak - second.need.stored == 2 * 8 * (1 + 1280 + 1280 * 1281 // 2) * 32, (
+        "1000 pictures are 32 parts of 32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "factor"),
+    [
+        (["--views", "rrc:3"], 3),
+        (["--num-images", 500], 0.5),
+        (["--tokens", "summary"], 1 / 257),
+        (["--grid", 4], 17 / 257),
+        (["--size", 448], 1025 / 257),
+        (["--precision", "int8"], 0.43 / 0.82),
+        (["--teacher", "dinov2-s"], 2),
+    ],
+)
+def test_every_option_changes_the_plan_on_paper(more: list[object], factor: float, run_eupe: Run) -> None:
+    paper = ["plan", "--teacher", "dinov2-s", "--num-images", 1000, "--json"]
+    plain, changed = planned(run_eupe, *paper), planned(run_eupe, *paper, *more)
+    assert changed["on_paper"]
+    assert changed["need"]["stored"] == pytest.approx(plain["need"]["stored"] * factor, rel=1e-4)
+
+
+def test_what_is_on_paper_says_so(run_eupe: Run) -> None:
+    outcome = run_eupe("plan", "--teacher", "pe-core", "--teacher", "dinov3", "--num-images", 1280000)
+    assert outcome.code == 0
+    assert outcome.out.count("on paper") == 2 and "nothing was measured" in outcome.out
+    assert "pe-core-g" in outcome.out and "dinov3-h+" in outcome.out
+
+
+def test_a_measured_plan_is_readable(tiny_corpus: Path, tiny_weights: Path, run_eupe: Run) -> None:
+    outcome = run_eupe(*(word for word in words(tiny_corpus, tiny_weights) if word != "--json"))
+    assert outcome.code == 0, outcome.err
+    assert "measured: timm:test_vit on 48 views" in outcome.out and "on paper" not in outcome.out
+    assert "the cache pays off after" in outcome.out and "64/summary" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "give --corpus"),
+        (["--corpus", ".", "--num-images", 5], "give --corpus"),
+        (["--corpus", ".", "--teacher", "dinov3"], "one --teacher at a time"),
+        (["--num-images", 0], "--num-images must be at least 1"),
+        (["--num-images", 5, "--weights", "w"], "--weights has no meaning on paper"),
+        (["--num-images", 5, "--dtype", "bf16"], "--dtype has no meaning on paper"),
+        (["--num-images", 5, "--batch-size", 4], "--batch-size has no meaning on paper"),
+        (["--num-images", 5, "--workers", 4], "--workers has no meaning on paper"),
+        (["--num-images", 5, "--precision", "bitround:4"], "no nominal share"),
+        (["--num-images", 5, "--tokens", "cls"], "--tokens takes"),
+        (["--num-images", 5, "--size", 100], "--size 98"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(more: list[object], said: str, run_eupe: Run) -> None:
+    assert said in refused(run_eupe, "plan", "--teacher", "dinov2", *more)
