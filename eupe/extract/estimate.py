@@ -21,7 +21,7 @@ from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError
 from eupe.extract.calibrate import Measured, measure, sample_task, settle
 from eupe.extract.count import counter, limit_blas
-from eupe.extract.job import ExtractConfig, checked_teacher, place_of_store, with_absolute_paths
+from eupe.extract.job import ExtractConfig, checked_teacher, picked, place_of_store, with_absolute_paths
 from eupe.extract.plan import PartTask, shape_of, store_spec
 from eupe.extract.worker import Computer, PartBuffers, Progress, batches
 from eupe.place import Place, Where
@@ -264,7 +264,7 @@ def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda 
     config = with_absolute_paths(config)
     card = checked_teacher(config)
     on_stage("indexing")
-    corpus = open_corpus(config.corpus).head(config.limit)
+    corpus = picked(config, open_corpus(config.corpus))
     device = pick_device()
     dtype = compute_dtype(config.dtype, device)
     spec = store_spec(
@@ -375,7 +375,8 @@ def _timed_part(
 def _timed_store(spec: StoreSpec, teacher: Teacher, part: Part) -> tuple[int, float, float]:
     """Bytes of the sample in a store without its shards' indexes, and the seconds that writing and reading took."""
     num_samples = len(part.rows)
-    as_one = replace(spec, corpus={**spec.corpus, "segments": [num_samples]}, samples_per_part=num_samples)
+    one_part = 1 << (num_samples - 1).bit_length()
+    as_one = replace(spec, corpus={**spec.corpus, "segments": [num_samples]}, samples_per_part=one_part)
     with tempfile.TemporaryDirectory(prefix="eupe-plan-") as folder:
         path = Path(folder) / "sample.zarr"
         create_store(path, as_one)

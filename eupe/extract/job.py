@@ -145,12 +145,8 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
     previous = None if existing is None else stored_index(existing)
     corpus = open_corpus(
         config.corpus, previous=previous, progress=lambda done, of: on_status(Status("indexing", done, of))
-    ).pick(
-        include=config.include,
-        exclude=config.exclude,
-        shuffle=config.views.seed if config.shuffle else None,
-        limit=config.limit,
     )
+    corpus = picked(config, corpus)
     with JobActors(config, teacher, corpus) as actors:
         spec = store_spec(
             teacher,
@@ -184,6 +180,15 @@ def with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
 def place_of_store(config: ExtractConfig) -> Place:
     """As given, or in the directory of stores under the teacher's name."""
     return Place.of(config.out or STORES / f"{teacher_name(config.teacher)}.zarr")
+
+
+def picked(config: ExtractConfig, corpus: Corpus) -> Corpus:
+    """The pictures that were asked for, in their order.
+
+    Raises: CorpusError if there are none.
+    """
+    shuffle = config.views.seed if config.shuffle else None
+    return corpus.pick(include=config.include, exclude=config.exclude, shuffle=shuffle, limit=config.limit)
 
 
 def teacher_name(words: str) -> str:
