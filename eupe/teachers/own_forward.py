@@ -32,7 +32,7 @@ NARROW_WIDTH, NARROW_CONV_WIDTH = 64, 48
 NARROW_VIT: dict[str, Any] = {"embed_dim": NARROW_WIDTH, "depth": 2, "num_heads": 4}
 NARROW_SWIGLU: dict[str, Any] = {**NARROW_VIT, "mlp_ratio": 4}
 NARROW_CONVNEXT: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, NARROW_CONV_WIDTH)}
-NARROW_SAM: dict[str, Any] = {**NARROW_VIT, "global_attn_indexes": (1,)}
+NARROW_SAM: dict[str, Any] = {**NARROW_VIT, "num_heads": 1, "global_attn_indexes": (1,)}
 
 NORMALISED_LIKE = {
     "dinov2": "vit_small_patch14_dinov2.lvd142m",
@@ -195,7 +195,8 @@ def _open_clip_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:
     import open_clip
 
     arch, _, tag = spec.model.partition("@")
-    model = open_clip.create_model(arch, load_weights=False, pretrained_text=False)
+    device = torch.get_default_device()
+    model = open_clip.create_model(arch, load_weights=False, pretrained_text=False, device=device)
     if weights is not None:
         state = read_state_dict(weights)
         (model if any(name.startswith("visual.") for name in state) else model.visual).load_state_dict(state)
