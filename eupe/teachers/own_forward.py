@@ -161,19 +161,17 @@ def _with_timm_forward(spec: TeacherSpec, model: Any, config: Any) -> OwnModel:
 
 
 def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Dense [B, N, D] and summary of a timm model without classifier, by `forward_intermediates` and `forward`.
+    """Dense [B, N, D] and summary of a timm model without classifier, by `forward` and `forward_intermediates`.
 
     Raises: TeacherError if the model has no `forward_intermediates`.
     """
-    if spec.model.startswith("convnext"):
-        norm = model.head.norm
-        feature_map = model.stages(model.stem(x)).permute(0, 2, 3, 1)
-        tokens = nn.functional.layer_norm(feature_map, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        return tokens.flatten(1, 2), model(x)
+    pool = _pool(model)
+    if spec.summary == "pooled" and spec.dense != "last_stage" and pool is not None:
+        return _pooled_map(model, pool, x)
     if spec.dense == "last_stage" and hasattr(model, "conv_stem"):
         return model.blocks(model.bn1(model.conv_stem(x))).flatten(2).mT, model(x)
     if not hasattr(model, "forward_intermediates"):
-        raise TeacherError(f"timm's {spec.model} has no forward_intermediates to verify {spec.name} against")
+        raise TeacherError(f"timm's {spec.model} has no second path to verify {spec.name} against")
     options = {"return_prefix_tokens": True} if spec.prefix_tokens else {}
     (last,) = model.forward_intermediates(
         x, indices=1, norm=spec.dense != "last_stage", intermediates_only=True, **options
@@ -189,6 +187,30 @@ def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tens
             return dense, model(x)
     assert prefix is not None
     return dense, torch.cat(prefix[:, : spec.summary_dim // spec.dense_dim].unbind(1), dim=-1)
+
+
+def _pool(model: Any) -> nn.Module | None:
+    """The module that pools a CNN's map; ViTs have a word in its place."""
+    for pool in (getattr(model, "global_pool", None), getattr(getattr(model, "head", None), "global_pool", None)):
+        if isinstance(pool, nn.Module):
+            return pool
+    return None
+
+
+def _pooled_map(model: Any, pool: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model's own forward pools, under the norm that follows the pooling, and what comes out at the end."""
+    caught: list[Tensor] = []
+    hook = pool.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    try:
+        summary = model(x)
+    finally:
+        hook.remove()
+    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    tokens = (caught[0] if channels_last else caught[0].permute(0, 2, 3, 1)).flatten(1, 2)
+    norm = getattr(getattr(model, "head", None), "norm", None)
+    if isinstance(norm, nn.LayerNorm):
+        tokens = nn.functional.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return tokens, summary
 
 
 def _open_clip_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:

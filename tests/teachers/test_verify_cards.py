@@ -88,7 +88,10 @@ def test_a_run_and_a_hugging_face_directory_bring_their_own_weights(tmp_path: Pa
         assert report["teachers"][0]["weights"] == name.removeprefix("hf:")
 
 
-@pytest.mark.parametrize("name", ["timm:test_vit", "timm:test_resnet", "timm:mobilenetv3_small_050"])
+OTHER_KINDS = ["test_vit", "test_resnet", "test_convnext", "test_nfnet", "mobilenetv3_small_050"]
+
+
+@pytest.mark.parametrize("name", [f"timm:{arch}" for arch in OTHER_KINDS])
 def test_any_timm_architecture(name: str) -> None:
     found = compare(verify_module.resolve_teacher(name))
     assert found.agrees and (found.build, found.weights) == ("full", "random weights")
@@ -206,6 +209,7 @@ def test_mistakes(run_eupe: Run, tmp_path: Path) -> None:
     for words, said in (
         (["--weights", tmp_path], "give its NAME"),
         (["dinov22"], "dinov2-s"),
+        (["timm:cait_xxs24_224"], "no second path"),
         (["dinov3-s", "--weights", tmp_path / "no.pth"], "no such file"),
     ):
         outcome = run_eupe("teachers", "verify", *words)
