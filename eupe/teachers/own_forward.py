@@ -173,9 +173,11 @@ def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tens
     if not hasattr(model, "forward_intermediates"):
         raise TeacherError(f"timm's {spec.model} has no second path to verify {spec.name} against")
     options = {"return_prefix_tokens": True} if spec.prefix_tokens else {}
-    (last,) = model.forward_intermediates(
-        x, indices=1, norm=spec.dense != "last_stage", intermediates_only=True, **options
-    )
+    norm = spec.dense != "last_stage"
+    try:
+        (last,) = model.forward_intermediates(x, indices=1, norm=norm, intermediates_only=True, **options)
+    except TypeError as error:
+        raise TeacherError(f"timm's {spec.model} has no second path to verify {spec.name} against: {error}") from error
     feature_map, prefix = last if spec.prefix_tokens else (last, None)
     dense = feature_map.flatten(2).mT
     match spec.summary:
