@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from typer.core import TyperGroup
 
 import eupe
 from eupe.errors import ConfigError, CorpusError, EupeError
@@ -20,9 +21,20 @@ if TYPE_CHECKING:
     from eupe.extract.estimate import Estimate, PaperEstimate
     from eupe.store.summary import StoreSummary
 
+
+class _NameOrVerb(TyperGroup):
+    """A word that is no verb is the name of a teacher: `eupe teachers NAME` beside `eupe teachers verify`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = self.get_command(ctx, args[0]) is not None
+        return super().resolve_command(ctx, args if known else ["show", *args])
+
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=eupe.__doc__)
 eval_app = typer.Typer(no_args_is_help=True, help="Judge stores and runs; the encoder stays frozen.")
+teachers_app = typer.Typer(cls=_NameOrVerb, subcommand_metavar="[NAME] | COMMAND [ARGS]...")
 store_app = typer.Typer(no_args_is_help=True, help="Look into a store.")
+app.add_typer(teachers_app, name="teachers")
 app.add_typer(eval_app, name="eval")
 app.add_typer(store_app, name="store")
 
@@ -82,16 +94,12 @@ def _root(
     pass
 
 
-@app.command()
-def teachers(
-    name: Annotated[str | None, typer.Argument(help="A teacher; all of them where not given.")] = None,
-) -> None:
-    """List the known teachers, or show one card."""
+@teachers_app.callback(invoke_without_command=True)
+def teachers(context: typer.Context) -> None:
+    """List the known teachers; NAME shows one card."""
     from eupe.teachers.registry import REGISTRY
-    from eupe.teachers.resolve import resolve_teacher
 
-    if name is not None:
-        out.print_json(data=resolve_teacher(name).to_json())
+    if context.invoked_subcommand is not None:
         return
     table = Table("name", "backend", "model", "dense", "summary", "patch", "native", "licence", box=None)
     for spec in REGISTRY.values():
@@ -108,6 +116,53 @@ def teachers(
         )
         table.add_row(*map(str, cells))
     out.print(table)
+
+
+@teachers_app.command("show", hidden=True)
+def teachers_show(name: Annotated[str, typer.Argument(help="A teacher.")]) -> None:
+    """Show one card."""
+    from eupe.teachers.resolve import resolve_teacher
+
+    out.print_json(data=resolve_teacher(name).to_json())
+
+
+@teachers_app.command("verify")
+def teachers_verify(
+    teacher: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A teacher; every row of the registry where not given.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local weights; else random ones.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare adapters with their library's own forward pass on awkward pictures; exit code 1 if any differs."""
+    from eupe.progress import report_progress
+    from eupe.teachers.verify import LEAST, require_agreement, verify_teachers
+
+    if weights is not None and teacher is None:
+        raise ConfigError("--weights are those of one teacher; give its NAME, too")
+    with report_progress(err, "teachers", quiet=as_json) as progress:
+        comparisons = verify_teachers(
+            teacher, weights, progress=lambda done, of: progress.update("verifying", done, of)
+        )
+    if as_json:
+        rows = [{**dataclasses.asdict(c), "agrees": c.agrees} for c in comparisons]
+        print(json.dumps({"least_allowed": LEAST, "teachers": rows}))
+    else:
+        table = Table(
+            "teacher", Column("weights", overflow="fold"), "build", "size", "tokens", "least cosine", "mean", box=None
+        )
+        for c in comparisons:
+            for kind, cosine in c.cosines.items():
+                cells = (c.teacher, _escaped(c.weights), c.build, str(c.size), kind)
+                table.add_row(*cells, f"{cosine.least:.7f}", f"{cosine.mean:.7f}")
+        out.print(table)
+        full = sum(c.build == "full" for c in comparisons)
+        out.print(
+            f"{len(comparisons)} teachers ({full} full, {len(comparisons) - full} narrow) on "
+            f"{comparisons[0].num_pictures} awkward pictures each",
+            soft_wrap=True,
+        )
+    require_agreement(comparisons)
 
 
 @app.command()

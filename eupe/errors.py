@@ -64,6 +64,12 @@ class DriftError(EupeError, RuntimeError):
     exit_code = 1
 
 
+class ConformanceError(EupeError, RuntimeError):
+    """An adapter gives other tokens than its library's own forward pass."""
+
+    exit_code = 1
+
+
 class IncompleteError(EupeError, RuntimeError):
     """The work ended with gaps; what is whole is committed, and the same command goes on."""
 

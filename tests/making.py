@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
+from eupe.corpus.awkward import picture as picture
 from eupe.corpus.index import index_bytes, index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.extract.calibrate import candidates, measure, sample_task, settle
@@ -26,15 +25,6 @@ TINY_TEACHER = "timm:test_vit"
 TINY_STUDENT = "test_vit"
 TINY_SIZE = 64
 TWO_CROPS = ViewSpec(policy="rrc", num_views=2)
-
-
-def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:
-    """A smooth RGB picture with edges in it, different for every seed."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-    image = coarse.resize((width, height), Image.Resampling.BICUBIC)
-    image.paste(tuple(rng.integers(0, 256, 3).tolist()), (seed % 20, 10, 30 + seed % 20, 30))
-    return image
 
 
 def make_corpus(folder: Path, count: int = 24, classes: int = 3) -> Path:

@@ -24,4 +24,5 @@ def test_gaps_and_full_disks_leave_with_1_and_mistakes_with_2() -> None:
         "IncompleteError",
         "TrainingError",
         "DriftError",
+        "ConformanceError",
     }

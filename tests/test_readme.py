@@ -23,7 +23,7 @@ COMMANDS = [
 def test_commands_parse_and_name_known_teachers(command: str) -> None:
     words = shlex.split(command)[1:]
     verb = typer.main.get_command(app)
-    while hasattr(verb, "commands"):
+    while hasattr(verb, "commands") and words:
         verb = verb.commands[words.pop(0)]
     context = verb.make_context("eupe", words)
     given = context.params.get("teacher") or []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from eupe.encoder import Tokens, describe_misfits
 from eupe.errors import TeacherError
 from eupe.kinds import DenseKind, SummaryKind
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import brief, hub_errors, read_state_dict
+from eupe.teachers.weights import brief, hub_errors, quiet_transformers, read_state_dict
 
 Triple = tuple[float, float, float]
 
@@ -156,7 +155,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
         "ignore_mismatched_sizes": True,  # so that they are in the report, which is checked
         **family.build,
     }
-    with _quiet():
+    with quiet_transformers():
         if weights is None:
             with hub_errors(spec):
                 model, report = model_class.from_pretrained(spec.model, **options)
@@ -192,7 +191,7 @@ def _vision_config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        with _quiet():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise TeacherError(
@@ -210,22 +209,6 @@ def _vision_config(source: str) -> Any:
             f"{source} is of model type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
         )
     return config
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The library's reports and progress bars off: what matters of them is raised."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _library_class(name: str) -> Any:

@@ -88,6 +88,22 @@ def hub_errors(spec: TeacherSpec) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """The library's reports and progress bars off: what matters of them is raised."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def brief(error: BaseException) -> str:
     """What a library had to say, on one line of bearable length."""
     words = " ".join(str(error).split()) or type(error).__name__

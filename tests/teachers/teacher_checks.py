@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import open_clip
-import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -18,18 +13,6 @@ from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, load_teacher
 
 CPU = torch.device("cpu")
-
-
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Fill every parameter and statistic: initialisations with zero biases and tiny layer scales hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            around = 1.0 if parameter.ndim == 1 else 0.0
-            parameter.copy_(around + torch.randn(parameter.shape, generator=generator) * 0.2)
-        for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
 
 
 def views(size: int, batch: int = 2) -> Tensor:
@@ -64,26 +47,3 @@ def load_state(spec: TeacherSpec, state: dict[str, Tensor], directory: Path, *, 
     path = directory / "weights.safetensors"
     safetensors.torch.save_file({k: v.contiguous().clone() for k, v in state.items()}, path)
     return load_teacher(spec, weights=path, device=CPU, dtype=torch.float32, sizes=sizes)
-
-
-def resized(spec: TeacherSpec, width: int) -> TeacherSpec:
-    """The spec of the same model at another width."""
-    return dataclasses.replace(spec, dense_dim=width, summary_dim=spec.summary_dim // spec.dense_dim * width)
-
-
-def overriding(function: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
-    """The function with these keyword arguments, whatever the caller gives."""
-    return lambda *args, **kwargs: function(*args, **{**kwargs, **fixed})
-
-
-def shrink_open_clip(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    """open_clip builds its ViTs narrow and shallow."""
-    real = open_clip.create_model
-
-    def create(arch: str, **options: Any) -> Any:
-        vision = open_clip.get_model_config(arch)["vision_cfg"]
-        size = options.get("force_image_size", vision["image_size"])
-        small = {**vision, "image_size": size, "layers": 2, "width": width, "head_width": 16}
-        return real(arch, vision_cfg=small, text_cfg={"layers": 1, "width": 16, "heads": 2}, **options)
-
-    monkeypatch.setattr(open_clip, "create_model", create)

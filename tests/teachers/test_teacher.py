@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from teacher_checks import CPU, load_state, overriding, randomise, resized, shrink_open_clip, views
+from teacher_checks import CPU, load_state, views
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
@@ -17,19 +17,18 @@ from eupe.device import compute_dtype
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, TeacherError
 from eupe.teachers import teacher as teacher_module
+from eupe.teachers.own_forward import fill_at_random, narrow
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
 
-SMALL_VIT = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 @pytest.fixture
-def small_timm(monkeypatch: pytest.MonkeyPatch) -> TeacherSpec:
-    monkeypatch.setattr(timm, "create_model", overriding(timm.create_model, **SMALL_VIT))
-    return resized(REGISTRY["dinov3-s"], 64)
+def small_timm(narrow_vits: None) -> TeacherSpec:
+    return narrow(REGISTRY["dinov3-s"])
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def small_hf(tmp_path: Path) -> TeacherSpec:
 
 def timm_state(spec: TeacherSpec) -> dict[str, Tensor]:
     model = timm.create_model(spec.model.split(".")[0])
-    randomise(model)
+    fill_at_random(model)
     return dict(model.state_dict())
 
 
@@ -69,10 +68,10 @@ def test_hugging_face_weights_are_strict(how: str, small_hf: TeacherSpec) -> Non
             load_teacher(small_hf, weights=weights, device=CPU, dtype=torch.float32, sizes=(56,))
 
 
+@pytest.mark.usefixtures("narrow_vits")
 @pytest.mark.parametrize("how", ["missing", "unexpected", "wrong shape"])
-def test_open_clip_weights_are_strict(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_open_clip(monkeypatch, 64)
-    spec = resized(resolve_teacher("open_clip:ViT-B-32@laion2b_s34b_b79k"), 64)
+def test_open_clip_weights_are_strict(how: str, tmp_path: Path) -> None:
+    spec = narrow(resolve_teacher("open_clip:ViT-B-32@laion2b_s34b_b79k"))
     visual = open_clip.create_model("ViT-B-32", load_weights=False).visual
     state = spoiled({f"visual.{k}": v for k, v in visual.state_dict().items()}, "visual.ln_post.bias")[how]
     if how == "unexpected":
@@ -137,7 +136,7 @@ def test_weights_that_cannot_be_fetched_are_one_sentence(name: str) -> None:
 
 def test_timm_s_own_download(small_timm: TeacherSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's file has a classifier or not as timm's table says, and is loaded strictly."""
-    spec = resized(REGISTRY["siglip-b-224"], 64)
+    spec = narrow(REGISTRY["siglip-b-224"])
     state = dict(timm.create_model(spec.model.split(".")[0], num_classes=0).state_dict())
     served = dict(state)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **kwargs: dict(served))
@@ -148,9 +147,9 @@ def test_timm_s_own_download(small_timm: TeacherSpec, monkeypatch: pytest.Monkey
         load_teacher(spec, weights=None, device=CPU, dtype=torch.float32, sizes=(224,))
 
 
+@pytest.mark.usefixtures("narrow_vits")
 def test_open_clip_s_own_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_open_clip(monkeypatch, 64)
-    spec = resized(REGISTRY["clip-laion-b16"], 64)
+    spec = narrow(REGISTRY["clip-laion-b16"])
     model = open_clip.create_model("ViT-B-16", load_weights=False)
     torch.save(model.state_dict(), tmp_path / "hub.bin")
     monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *args, **kwargs: str(tmp_path / "hub.bin"))

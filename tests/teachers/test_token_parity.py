@@ -13,18 +13,8 @@ import safetensors.torch
 import timm
 import torch
 import transformers
-from teacher_checks import (
-    CPU,
-    assert_same_tokens,
-    by_hand,
-    load_state,
-    overriding,
-    randomise,
-    resized,
-    shrink_open_clip,
-    views,
-)
-from torch import Tensor, nn
+from teacher_checks import CPU, assert_same_tokens, by_hand, load_state, views
+from torch import Tensor
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -46,78 +36,32 @@ from transformers import (
     ViTModel,
 )
 
+from eupe.teachers.own_forward import NARROW_WIDTH, fill_at_random, hf_forward, narrow
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import load_teacher
-
-VIT_WIDTH, CONV_WIDTH = 64, 48
-SMALL_VIT = {"embed_dim": VIT_WIDTH, "depth": 2, "num_heads": 4}
-SMALL_CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, CONV_WIDTH)}
-SMALL_SAM = {**SMALL_VIT, "global_attn_indexes": (1,)}
-
-
-def shrunk(spec: TeacherSpec) -> tuple[dict[str, Any], TeacherSpec]:
-    """Arguments that make timm build the row's architecture small, and the spec of what comes out."""
-    if spec.model.startswith("convnext"):
-        return SMALL_CONVNEXT, resized(spec, CONV_WIDTH)
-    if spec.model.startswith("samvit"):
-        return SMALL_SAM, spec
-    if "efficientnet" in spec.model:
-        return {}, spec
-    return SMALL_VIT, resized(spec, VIT_WIDTH)
-
-
-def timm_by_another_path(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Dense [B, N, D] and summary through `forward_intermediates` and `forward`, which the adapter does not use."""
-    if spec.model.startswith("convnext"):
-        norm = model.head.norm
-        feature_map = model.stages(model.stem(x)).permute(0, 2, 3, 1)
-        tokens = nn.functional.layer_norm(feature_map, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        return tokens.flatten(1, 2), model(x)
-    if "efficientnet" in spec.model:
-        return model.blocks(model.bn1(model.conv_stem(x))).flatten(2).mT, model(x)
-    if spec.model.startswith("samvit"):
-        (feature_map,) = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
-        return feature_map.flatten(2).mT, None
-    (last,) = model.forward_intermediates(
-        x, indices=1, norm=True, intermediates_only=True, return_prefix_tokens=bool(spec.prefix_tokens)
-    )
-    feature_map, prefix = last if spec.prefix_tokens else (last, None)
-    dense = feature_map.flatten(2).mT
-    if spec.summary == "mean":
-        return dense, dense.mean(1)
-    if spec.summary == "attention_pool":
-        return dense, model(x)
-    assert prefix is not None
-    return dense, torch.cat(prefix[:, : spec.summary_dim // spec.dense_dim].unbind(1), dim=-1)
-
+from eupe.teachers.verify import random_pair
 
 TIMM_ROWS = [row for row in REGISTRY.values() if row.backend == "timm"]
 
 
 @pytest.mark.parametrize("row", TIMM_ROWS, ids=[row.name for row in TIMM_ROWS])
-def test_timm_rows(row: TeacherSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options, spec = shrunk(row)
-    monkeypatch.setattr(timm, "create_model", overriding(timm.create_model, **options))
-    model = timm.create_model(row.model.split(".")[0], num_classes=0).eval()
-    randomise(model)
-    size = 6 * spec.patch
-    teacher = load_state(spec, model.state_dict(), tmp_path, sizes=(size, spec.native_size))
-    if hasattr(model, "set_input_size") and "naflex" not in spec.model:
-        model.set_input_size((size, size))
+def test_timm_rows(row: TeacherSpec) -> None:
+    size = 6 * row.patch
+    own, teacher = random_pair(row, is_narrow=True, sizes=(size, row.native_size))
+    if hasattr(own.module, "set_input_size") and "naflex" not in row.model:
+        own.module.set_input_size((size, size))
     with torch.no_grad():
-        dense, summary = timm_by_another_path(spec, model, by_hand(views(size), spec))
+        dense, summary = own.forward(by_hand(views(size), row))
     assert_same_tokens(teacher(views(size)), dense, summary)
 
 
-def test_pe_core_summary_becomes_the_text_aligned_embedding_by_one_linear_map(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(timm, "create_model", overriding(timm.create_model, **SMALL_VIT))
-    spec = resized(REGISTRY["pe-core-g"], VIT_WIDTH)
+@pytest.mark.usefixtures("narrow_vits")
+def test_pe_core_summary_becomes_the_text_aligned_embedding_by_one_linear_map(tmp_path: Path) -> None:
+    spec = narrow(REGISTRY["pe-core-g"])
     whole = timm.create_model(spec.model.split(".")[0]).eval()
-    randomise(whole)
+    fill_at_random(whole)
     size = spec.native_size
     summary = load_state(spec, whole.state_dict(), tmp_path, sizes=(size,))(views(size)).summary
     assert summary is not None
@@ -129,33 +73,25 @@ def test_pe_core_summary_becomes_the_text_aligned_embedding_by_one_linear_map(
 OPEN_CLIP_ROWS = [row for row in REGISTRY.values() if row.backend == "open_clip"]
 
 
-@pytest.fixture
-def small_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_open_clip(monkeypatch, VIT_WIDTH)
-
-
-@pytest.mark.usefixtures("small_open_clip")
 @pytest.mark.parametrize("row", OPEN_CLIP_ROWS, ids=[row.name for row in OPEN_CLIP_ROWS])
-def test_open_clip_rows(row: TeacherSpec, tmp_path: Path) -> None:
-    spec = resized(row, VIT_WIDTH)
-    model = open_clip.create_model(row.model.split("@")[0], load_weights=False).eval()
-    randomise(model.visual)
-    teacher = load_state(spec, model.state_dict(), tmp_path, sizes=(spec.native_size,))
-    tokens = teacher(views(spec.native_size))
-    model.visual.output_tokens = True
+def test_open_clip_rows(row: TeacherSpec) -> None:
+    own, teacher = random_pair(row, is_narrow=True, sizes=(row.native_size,))
+    tokens = teacher(views(row.native_size))
+    pixels = by_hand(views(row.native_size), row)
     with torch.no_grad():
-        projected, dense = model.visual(by_hand(views(spec.native_size), spec))
+        projected, _ = own.module.visual(pixels)
         assert tokens.summary is not None
-        torch.testing.assert_close(tokens.summary @ model.visual.proj, projected, rtol=1e-3, atol=1e-3)
-    assert_same_tokens(tokens, dense, tokens.summary)
+        torch.testing.assert_close(tokens.summary @ own.module.visual.proj, projected, rtol=1e-3, atol=1e-3)
+        dense, summary = own.forward(pixels)
+    assert_same_tokens(tokens, dense, summary)
 
 
-@pytest.mark.usefixtures("small_open_clip")
+@pytest.mark.usefixtures("narrow_vits")
 def test_open_clip_off_grid_as_if_loaded_for_that_size(tmp_path: Path) -> None:
-    spec = resized(REGISTRY["clip-b16"], VIT_WIDTH)
+    spec = narrow(REGISTRY["clip-b16"])
     arch = spec.model.split("@")[0]
     model = open_clip.create_model(arch, load_weights=False).eval()
-    randomise(model)
+    fill_at_random(model)
     model.visual.positional_embedding.data.mul_(30)  # so that how it is resampled is not lost among the patches
     torch.save(model.state_dict(), tmp_path / "whole.pt")
     other = open_clip.create_model(arch, pretrained=str(tmp_path / "whole.pt"), force_image_size=160)
@@ -166,12 +102,11 @@ def test_open_clip_off_grid_as_if_loaded_for_that_size(tmp_path: Path) -> None:
     assert_same_tokens(tokens, dense, tokens.summary)
 
 
-@pytest.mark.usefixtures("small_open_clip")
-def test_clip_is_the_same_in_three_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm, "create_model", overriding(timm.create_model, **SMALL_VIT))
-    spec = resized(REGISTRY["clip-b32"], VIT_WIDTH)
+@pytest.mark.usefixtures("narrow_vits")
+def test_clip_is_the_same_in_three_libraries(tmp_path: Path) -> None:
+    spec = narrow(REGISTRY["clip-b32"])
     model = open_clip.create_model("ViT-B-32-quickgelu", load_weights=False).eval()
-    randomise(model.visual)
+    fill_at_random(model.visual)
     state = {k: v for k, v in model.state_dict().items() if k.startswith("visual.")}
     tokens = load_state(spec, model.state_dict(), tmp_path, sizes=(224,))(views(224))
 
@@ -180,7 +115,7 @@ def test_clip_is_the_same_in_three_libraries(tmp_path: Path, monkeypatch: pytest
     assert_same_tokens(timm_tokens, tokens.dense.flatten(1, 2), tokens.summary)
 
     config = CLIPVisionConfig(
-        hidden_size=VIT_WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=4 * VIT_WIDTH
+        hidden_size=NARROW_WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=4 * NARROW_WIDTH
     )
     hugging_face = CLIPVisionModel(config)
     hugging_face.load_state_dict(clip_in_hugging_face_names(state), strict=True)
@@ -220,62 +155,27 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 TINY_TOWER = {**TINY, "patch_size": 16, "image_size": 64}
 
 
-HUGGING_FACE: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], tuple[Tensor, Tensor]]]] = {
-    "dinov2": (
-        lambda: Dinov2Model(Dinov2Config(**TINY, image_size=56)),
-        lambda m, x: ((o := m(x)).last_hidden_state[:, 1:], o.pooler_output),
+HUGGING_FACE: dict[str, Callable[[], Any]] = {
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**TINY, image_size=56)),
+    "dinov2_with_registers": lambda: Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(**TINY, image_size=56, patch_size=14)
     ),
-    "dinov2_with_registers": (
-        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**TINY, image_size=56, patch_size=14)),
-        lambda m, x: ((o := m(x)).last_hidden_state[:, 5:], o.pooler_output),
+    "dinov3_vit": lambda: DINOv3ViTModel(DINOv3ViTConfig(**TINY, num_register_tokens=4)),
+    "dinov3_convnext": lambda: DINOv3ConvNextModel(
+        DINOv3ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])
     ),
-    "dinov3_vit": (
-        lambda: DINOv3ViTModel(DINOv3ViTConfig(**TINY, num_register_tokens=4)),
-        lambda m, x: ((o := m(x)).last_hidden_state[:, 5:], o.pooler_output),
-    ),
-    "dinov3_convnext": (
-        lambda: DINOv3ConvNextModel(DINOv3ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])),
-        lambda m, x: ((o := m(x)).last_hidden_state[:, 1:], o.pooler_output),
-    ),
-    "clip": (
-        lambda: CLIPModel(CLIPConfig(vision_config=TINY_TOWER, text_config={**TINY, "vocab_size": 49408})),
-        lambda m, x: (
-            m.vision_model.post_layernorm(
-                (o := m.vision_model(x, interpolate_pos_encoding=True)).last_hidden_state[:, 1:]
-            ),
-            o.pooler_output,
-        ),
-    ),
-    "siglip": (
-        lambda: SiglipModel(SiglipConfig(vision_config=TINY_TOWER, text_config={**TINY, "vocab_size": 49408})),
-        lambda m, x: (
-            m.vision_model(x, interpolate_pos_encoding=True).last_hidden_state,
-            m.get_image_features(x, interpolate_pos_encoding=True).pooler_output,
-        ),
-    ),
-    "radio": (
-        lambda: RadioModel(RadioConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)),
-        lambda m, x: (
-            (o := m(x)).last_hidden_state[:, 10:],
-            torch.cat([o.last_hidden_state[:, 0], o.last_hidden_state[:, 1]], -1),
-        ),
-    ),
-    "vit": (
-        lambda: ViTModel(ViTConfig(**TINY, image_size=64)),
-        lambda m, x: (
-            (o := m(x, interpolate_pos_encoding=True)).last_hidden_state[:, 1:],
-            o.last_hidden_state[:, 0],
-        ),
-    ),
+    "clip": lambda: CLIPModel(CLIPConfig(vision_config=TINY_TOWER, text_config={**TINY, "vocab_size": 49408})),
+    "siglip": lambda: SiglipModel(SiglipConfig(vision_config=TINY_TOWER, text_config={**TINY, "vocab_size": 49408})),
+    "radio": lambda: RadioModel(RadioConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)),
+    "vit": lambda: ViTModel(ViTConfig(**TINY, image_size=64)),
 }
 
 
 @pytest.mark.parametrize("model_type", HUGGING_FACE)
 @pytest.mark.parametrize("as_file", [False, True], ids=["directory", "file"])
 def test_hugging_face_types(model_type: str, as_file: bool, tmp_path: Path) -> None:
-    make, own_forward = HUGGING_FACE[model_type]
-    model = make().eval()
-    randomise(model)
+    model = HUGGING_FACE[model_type]().eval()
+    fill_at_random(model)
     if model_type == "radio":
         model.input_conditioner.load_state_dict(RadioModel(model.config).input_conditioner.state_dict())
     model.save_pretrained(tmp_path)
@@ -284,14 +184,14 @@ def test_hugging_face_types(model_type: str, as_file: bool, tmp_path: Path) -> N
     weights = tmp_path / "model.safetensors" if as_file else tmp_path
     teacher = load_teacher(spec, weights=weights, device=CPU, dtype=torch.float32, sizes=(size, spec.native_size))
     with torch.no_grad():
-        dense, summary = own_forward(model, by_hand(views(size), spec))
+        dense, summary = hf_forward(model, by_hand(views(size), spec))
     assert_same_tokens(teacher(views(size)), dense, summary)
 
 
-def test_radio_is_the_same_in_two_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("narrow_vits")
+def test_radio_is_the_same_in_two_libraries(tmp_path: Path) -> None:
     """Hugging Face saves RADIO under its authors' names, which timm converts; one normalises inside, one outside."""
-    monkeypatch.setattr(timm, "create_model", overriding(timm.create_model, **SMALL_VIT))
-    model = RadioModel(RadioConfig(hidden_size=VIT_WIDTH, num_hidden_layers=2, num_attention_heads=4)).eval()
+    model = RadioModel(RadioConfig(hidden_size=NARROW_WIDTH, num_hidden_layers=2, num_attention_heads=4)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layer_scale" not in name:
@@ -299,7 +199,7 @@ def test_radio_is_the_same_in_two_libraries(tmp_path: Path, monkeypatch: pytest.
     model.save_pretrained(tmp_path)
     without_layer_scale(tmp_path / "model.safetensors")
     hf_spec = resolve_teacher(f"hf:{tmp_path}")
-    timm_spec = resized(REGISTRY["radio-v4-h"], VIT_WIDTH)
+    timm_spec = narrow(REGISTRY["radio-v4-h"])
     loaded = [
         load_teacher(spec, weights=tmp_path / "model.safetensors", device=CPU, dtype=torch.float32, sizes=(96, 512))
         for spec in (hf_spec, timm_spec)
@@ -315,13 +215,11 @@ def without_layer_scale(path: Path) -> None:
     safetensors.torch.save_file({k: v for k, v in state.items() if "layer_scale" not in k}, path)
 
 
-def test_several_sizes_from_one_teacher_do_not_disturb_each_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(timm, "create_model", overriding(timm.create_model, **SMALL_VIT))
-    spec = resized(REGISTRY["siglip-b-224"], VIT_WIDTH)
+@pytest.mark.usefixtures("narrow_vits")
+def test_several_sizes_from_one_teacher_do_not_disturb_each_other(tmp_path: Path) -> None:
+    spec = narrow(REGISTRY["siglip-b-224"])
     model = timm.create_model(spec.model.split(".")[0], num_classes=0)
-    randomise(model)
+    fill_at_random(model)
     teacher = load_state(spec, model.state_dict(), tmp_path, sizes=(224, 96))
     first = teacher(views(224)).dense
     teacher(views(96))

@@ -1,0 +1,170 @@
+"""Whether the adapters give what the libraries' own forward passes give, on pictures that pipelines get wrong."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eupe.corpus.awkward import awkward_pictures
+from eupe.corpus.decode import decode_image
+from eupe.corpus.views import ViewSpec, draw_view, render_view
+from eupe.errors import ConformanceError
+from eupe.teachers.own_forward import OwnModel, built_narrow, fill_at_random, narrow, own_model, save_own
+from eupe.teachers.registry import REGISTRY
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.teacher import Teacher, load_teacher
+
+LEAST = 0.9999
+"""What the cosine of every token must reach: kernels differ in rounding only."""
+BATCH_SIZE = 4
+FULL_IN_REGISTRY = 30_000_000
+"""Rows of at most so many parameters are built in full when the whole registry is verified."""
+FULL_BY_NAME = 1_000_000_000
+"""And when one row is; the bytes are four times as many, three times over."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """The cosines of one kind of token, between adapter and library."""
+
+    least: float
+    mean: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One teacher's adapter against its library."""
+
+    teacher: str
+    weights: str
+    """`random weights`, or where they are from."""
+    build: str
+    """`full`, or `narrow`: two blocks of 64 channels and the like, in the row's architecture."""
+    size: int
+    num_pictures: int
+    cosines: dict[str, Cosine]
+    """By kind of token."""
+
+    @property
+    def agrees(self) -> bool:
+        return all(cosine.least >= LEAST for cosine in self.cosines.values())
+
+
+def verify_teachers(
+    name: str | None, weights: Path | None = None, *, progress: Progress = lambda done, of: None
+) -> list[Comparison]:
+    """Compare one teacher, or every row of the registry.
+
+    Args:
+        weights: local weights of the one teacher; without them its library makes random ones, except that `hf:` names
+            and runs bring their own.
+    Raises: TeacherError as `resolve_teacher` and `load_teacher` do.
+    """
+    specs = list(REGISTRY.values()) if name is None else [resolve_teacher(name)]
+    comparisons = []
+    for i, spec in enumerate(specs):
+        progress(i, len(specs))
+        comparisons.append(compare(spec, weights, full_up_to=FULL_IN_REGISTRY if name is None else FULL_BY_NAME))
+        progress(i + 1, len(specs))
+    return comparisons
+
+
+def require_agreement(comparisons: list[Comparison]) -> None:
+    """Raises: ConformanceError naming the teachers whose adapter gives something else than the library."""
+    wrong = [comparison.teacher for comparison in comparisons if not comparison.agrees]
+    if wrong:
+        raise ConformanceError(
+            f"{len(wrong)} of {len(comparisons)} teachers give other tokens than their library's own forward pass, at "
+            f"a cosine below {LEAST:g}: {', '.join(wrong)}"
+        )
+
+
+def compare(spec: TeacherSpec, weights: Path | None = None, *, full_up_to: int = FULL_BY_NAME) -> Comparison:
+    """Compare one teacher at its native size, in float32 on the CPU.
+
+    Args:
+        full_up_to: a registry row of more parameters that gets random weights is built narrow.
+    """
+    brings_its_own = spec.backend == "run" or spec.name.startswith("hf:")
+    if weights is not None or brings_its_own:
+        teacher = _loaded(spec, weights)
+        own, build, source = own_model(spec, weights), "full", str(weights or spec.model)
+    else:
+        is_narrow = spec.name in REGISTRY and _num_parameters(spec) > full_up_to
+        own, teacher = random_pair(spec, is_narrow=is_narrow, sizes=(spec.native_size,))
+        build, source = "narrow" if is_narrow else "full", "random weights"
+    views = awkward_views(spec.native_size)
+    return Comparison(
+        teacher=spec.name,
+        weights=source,
+        build=build,
+        size=spec.native_size,
+        num_pictures=len(views),
+        cosines=_cosines(teacher, own, views),
+    )
+
+
+def random_pair(spec: TeacherSpec, *, is_narrow: bool, sizes: tuple[int, ...]) -> tuple[OwnModel, Teacher]:
+    """The library's model with random weights, and the teacher that loaded them from a file."""
+    with built_narrow(spec) if is_narrow else nullcontext(), tempfile.TemporaryDirectory() as folder:
+        own = own_model(spec)
+        fill_at_random(own.module)
+        saved = save_own(own.module, Path(folder))
+        return own, _loaded(narrow(spec) if is_narrow else spec, saved, sizes)
+
+
+def awkward_views(size: int) -> NDArray[np.uint8]:
+    """The centre views of the awkward pictures, uint8 [B, S, S, 3]."""
+    images = [(name, decode_image(data)) for name, data in awkward_pictures().items()]
+    drawn = [(image, draw_view(ViewSpec(), name, 0, image.width, image.height)) for name, image in images]
+    return np.stack([render_view(image, box, flip, size) for image, (box, flip) in drawn])
+
+
+def normalised_by_hand(views_u8_BHWC: NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Normalised float32 pixels [B, 3, H, W], by the textbook."""
+    pixels = (views_u8_BHWC / 255.0 - np.array(mean)) / np.array(std)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float()
+
+
+def _loaded(spec: TeacherSpec, weights: Path | None, sizes: tuple[int, ...] = ()) -> Teacher:
+    sizes = sizes or (spec.native_size,)
+    return load_teacher(spec, weights=weights, device=torch.device("cpu"), dtype=torch.float32, sizes=sizes)
+
+
+def _num_parameters(spec: TeacherSpec) -> int:
+    """Counted on a build without memory."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in own_model(spec).module.parameters())
+
+
+@torch.inference_mode()
+def _cosines(teacher: Teacher, own: OwnModel, views: NDArray[np.uint8]) -> dict[str, Cosine]:
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(views), BATCH_SIZE):
+        batch = views[start : start + BATCH_SIZE]
+        tokens = teacher(torch.from_numpy(batch))
+        dense, summary = own.forward(normalised_by_hand(batch, own.mean, own.std))
+        found.setdefault("dense", []).append(_cosine(tokens.dense.flatten(1, 2), dense))
+        if tokens.summary is not None and summary is not None:
+            found.setdefault("summary", []).append(_cosine(tokens.summary, summary))
+    joined = {kind: torch.cat(parts) for kind, parts in sorted(found.items(), reverse=True)}
+    return {kind: Cosine(float(values.min()), float(values.mean())) for kind, values in joined.items()}
+
+
+def _cosine(got: Tensor, want: Tensor) -> Tensor:
+    """In float64, so that equal tokens give 1; NaN where either is."""
+    values: Any = torch.nn.functional.cosine_similarity(got.double(), want.double(), dim=-1)
+    return torch.as_tensor(values).flatten()
