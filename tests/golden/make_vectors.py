@@ -1,6 +1,6 @@
 """Makes the golden vectors of the two real teachers, once: what they say of three pictures drawn from seeds.
 
-python tests/golden/make_vectors.py
+python -m tests.golden.make_vectors
 """
 
 from __future__ import annotations

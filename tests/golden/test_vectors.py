@@ -25,7 +25,7 @@ def test_real_teachers_give_their_golden_vectors(name: str, assets: Path) -> Non
 
 def test_golden_vectors_are_never_made_again(assets: Path) -> None:
     before = {path: path.read_bytes() for path in (HERE / "vectors").iterdir()}
-    command = [sys.executable, str(HERE / "make_vectors.py")]
+    command = [sys.executable, "-m", "tests.golden.make_vectors"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parents[1], check=False)
     assert done.returncode == 1 and "not made again" in done.stderr
     assert {path: path.read_bytes() for path in (HERE / "vectors").iterdir()} == before
