@@ -299,7 +299,7 @@ def plan(
     size: Annotated[
         list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")
     ] = None,
-    views: Annotated[str, typer.Option(help="center, or rrc:K for K random resized crops per picture.")] = "center",
+    views: Annotated[str, typer.Option(help="center, squash, or rrc:K with K random crops per picture.")] = "center",
     tokens: Annotated[str, typer.Option(help="summary, dense, or both.")] = "summary,dense",
     precision: Annotated[str, typer.Option(help="As extract takes it.")] = "fp16",
     grid: Annotated[int | None, typer.Option(help="Pool dense maps to G x G cells.")] = None,
