@@ -51,6 +51,11 @@ CorpusPath = Annotated[
         help="Folder of pictures, also s3:// or gs:// (class subfolders become labels), or an index.",
     ),
 ]
+Weights = Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")]
+Sizes = Annotated[list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")]
+Views = Annotated[str, typer.Option(help="center, squash, or rrc:K for K random resized crops per picture.")]
+TokenKinds = Annotated[str, typer.Option(help="summary, dense, or both.")]
+Grid = Annotated[int | None, typer.Option(help="Pool dense maps to G x G cells.")]
 PicturesPath = Annotated[
     str | None,
     typer.Option("--corpus", help="Where the pictures are now; else the place noted in the store."),
@@ -206,20 +211,16 @@ def extract(
     out_path: Annotated[
         str | None, typer.Option("--out", help="The store, also s3:// or gs://; store/TEACHER.zarr where not given.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")] = None,
-    size: Annotated[
-        list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")
-    ] = None,
-    views: Annotated[
-        str, typer.Option(help="center, squash, or rrc:K for K random resized crops per picture.")
-    ] = "center",
+    weights: Weights = None,
+    size: Sizes = None,
+    views: Views = "center",
     scale: Annotated[
         str | None, typer.Option(help="MIN,MAX: a random crop's share of the picture's area; 0.08,1 by itself.")
     ] = None,
     ratio: Annotated[
         str | None, typer.Option(help="MIN,MAX: a random crop's width over its height; 3/4 to 4/3 by itself.")
     ] = None,
-    tokens: Annotated[str, typer.Option(help="summary, dense, or both.")] = "summary,dense",
+    tokens: TokenKinds = "summary,dense",
     precision: Annotated[
         str, typer.Option(help="fp16, bitround:B, int8, or one for each kind: dense=int8,summary=fp16.")
     ] = "fp16",
@@ -227,7 +228,7 @@ def extract(
         float | None,
         typer.Option(help="In place of --precision: the cheapest that keeps 95% of tokens at this cosine."),
     ] = None,
-    grid: Annotated[int | None, typer.Option(help="Pool dense maps to G x G cells.")] = None,
+    grid: Grid = None,
     pixels: Annotated[bool, typer.Option("--pixels", help="Keep the views too: trains without the corpus.")] = False,
     dtype: Annotated[str, typer.Option(help="The teacher's arithmetic: auto, fp32, bf16, fp16.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Views per forward pass.")] = 16,
@@ -295,14 +296,12 @@ def plan(
     out_path: Annotated[
         str | None, typer.Option("--out", help="Where the store is to lie; its disk must have the space.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")] = None,
-    size: Annotated[
-        list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")
-    ] = None,
-    views: Annotated[str, typer.Option(help="center, squash, or rrc:K with K random crops per picture.")] = "center",
-    tokens: Annotated[str, typer.Option(help="summary, dense, or both.")] = "summary,dense",
+    weights: Weights = None,
+    size: Sizes = None,
+    views: Views = "center",
+    tokens: TokenKinds = "summary,dense",
     precision: Annotated[str, typer.Option(help="As extract takes it.")] = "fp16",
-    grid: Annotated[int | None, typer.Option(help="Pool dense maps to G x G cells.")] = None,
+    grid: Grid = None,
     dtype: Annotated[str | None, typer.Option(help="The teacher's arithmetic. Default auto.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Views per forward pass. Default 16.")] = None,
     workers: Annotated[

@@ -170,12 +170,12 @@ class Place:
 
         Raises: StorageError; and what making the pieces raises. Nothing is put then.
         """
-        try:
-            if self.is_local:
+        if self.is_local:
+            try:
                 _write_file(self.local / name, blocks)
-                return
-        except OSError as error:
-            raise storage_error(error, self) from error
+            except OSError as error:
+                raise storage_error(error, self) from error
+            return
         data = b"".join(blocks)
         try:
             self._objects.write(name, data).result()

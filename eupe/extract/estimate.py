@@ -21,8 +21,8 @@ from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError
 from eupe.extract.calibrate import Measured, measure, sample_task, settle
 from eupe.extract.count import counter, limit_blas
-from eupe.extract.job import ExtractConfig, checked_teacher, picked, place_of_store, with_absolute_paths
-from eupe.extract.plan import PartTask, shape_of, store_spec
+from eupe.extract.job import ExtractConfig, checked_teacher, picked, place_of_store, wanted_spec, with_absolute_paths
+from eupe.extract.plan import PartTask, shape_of
 from eupe.extract.worker import Computer, PartBuffers, Progress, batches
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
@@ -267,18 +267,7 @@ def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda 
     corpus = picked(config, open_corpus(config.corpus))
     device = pick_device()
     dtype = compute_dtype(config.dtype, device)
-    spec = store_spec(
-        card,
-        corpus,
-        views=config.views,
-        sizes=config.sizes,
-        tokens=config.tokens,
-        weights_sha256="",
-        dtype=dtype_name(dtype),
-        precision=config.precision,
-        grid=config.grid,
-        pixels=config.pixels,
-    )
+    spec = wanted_spec(config, card, corpus, weights_sha256="", dtype=dtype_name(dtype))
     on_stage("loading teacher")
     teacher = load_teacher(card, weights=config.weights, device=device, dtype=dtype, sizes=spec.sizes)
     limit_blas()

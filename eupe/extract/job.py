@@ -148,18 +148,7 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
     )
     corpus = picked(config, corpus)
     with JobActors(config, teacher, corpus) as actors:
-        spec = store_spec(
-            teacher,
-            corpus,
-            views=config.views,
-            sizes=config.sizes,
-            tokens=config.tokens,
-            weights_sha256=actors.weights_sha256,
-            dtype=actors.dtype_name,
-            precision=config.precision,
-            grid=config.grid,
-            pixels=config.pixels,
-        )
+        spec = wanted_spec(config, teacher, corpus, weights_sha256=actors.weights_sha256, dtype=actors.dtype_name)
         if config.out is None and (twin := find_store(STORES, spec, fidelity=config.fidelity)) is not None:
             place, existing = twin.path, twin
         store = _open_or_create(actors, place, spec, corpus, existing, on_status)
@@ -180,6 +169,24 @@ def with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
 def place_of_store(config: ExtractConfig) -> Place:
     """As given, or in the directory of stores under the teacher's name."""
     return Place.of(config.out or STORES / f"{teacher_name(config.teacher)}.zarr")
+
+
+def wanted_spec(
+    config: ExtractConfig, teacher: TeacherSpec, corpus: Corpus, *, weights_sha256: str, dtype: str
+) -> StoreSpec:
+    """Of the store that was asked for; see `store_spec`."""
+    return store_spec(
+        teacher,
+        corpus,
+        views=config.views,
+        sizes=config.sizes,
+        tokens=config.tokens,
+        weights_sha256=weights_sha256,
+        dtype=dtype,
+        precision=config.precision,
+        grid=config.grid,
+        pixels=config.pixels,
+    )
 
 
 def picked(config: ExtractConfig, corpus: Corpus) -> Corpus:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eupe.ahead import map_ahead
 from eupe.corpus.decode import decode_image
 from eupe.corpus.index import read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
@@ -111,14 +112,9 @@ class Computer:
     def load_ahead(self, samples: Iterable[Sample]) -> Iterator[LoadedSample]:
         """Rendered samples in order, decoded by a pool that runs two batches ahead at most."""
         ahead = max(2, 2 * self._batch_size // self.spec.num_views)
-        pending: deque[Future[LoadedSample]] = deque()
+        load = partial(load_sample, root=self._root, spec=self._views, sizes=self.spec.sizes)
         with ThreadPoolExecutor(self._root.threads(min(MAX_DECODE_THREADS, os.cpu_count() or 1))) as pool:
-            for sample in samples:
-                pending.append(pool.submit(load_sample, sample, self._root, self._views, self.spec.sizes))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            yield from map_ahead(pool, load, samples, ahead=ahead)
 
 
 class Worker:

@@ -380,6 +380,7 @@ class Store:
         return self._handle(path).begin(rows, views)
 
     def _handle(self, path: str) -> LocalViews | Array:
+        """Raises: PartCorruptError if the array's metadata is damaged, also where reading would not need it."""
         if path not in self._handles:
             layout = self._layouts[path]
             array = Array.open(self.path, layout)

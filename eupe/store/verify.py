@@ -152,11 +152,13 @@ def _num_threads() -> int:
 
 
 def _metadata_damages(store: Store, documents: Mapping[str, bytes]) -> Iterator[PartDamage]:
-    place, first_documents = store.path, metadata_documents(store.spec, pairs=False)
+    def is_of_a_first_store(name: str, found: bytes) -> bool:
+        return _same_json(found, metadata_documents(store.spec, pairs=False)[name])
+
     for name, document in documents.items():
         try:
-            found = place.read(name)
-            if not _same_json(found, document) and not _same_json(found, first_documents[name]):
+            found = store.path.read(name)
+            if not _same_json(found, document) and not is_of_a_first_store(name, found):
                 yield PartDamage(None, name, "differs from what the store's specification says")
         except FileNotFoundError:
             yield PartDamage(None, name, "is missing")

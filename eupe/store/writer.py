@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +20,7 @@ from safetensors.numpy import save as save_tensors
 from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from eupe.ahead import map_ahead
 from eupe.errors import SpecMismatchError, StoreError
 from eupe.place import Place, remove_unfinished
 from eupe.store.layout import (
@@ -50,9 +50,6 @@ from eupe.store.reader import (
 )
 from eupe.store.shard import chunks_of, crc32, encode_chunk, object_key, shard_blocks, zarr_codec
 from eupe.store.stats import Counted, Moments
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 VECTORS_PER_JOB = 4096
 """Tokens that one thread codes, compresses and counts at a time."""
@@ -190,8 +187,8 @@ class StoreWriter:
         self.spec = open_store(self.place).spec
         self._layouts = {layout.path: layout for layout in arrays(self.spec)}
         self._calibrations = {path: self.spec.array_calibration(path) for path in self._layouts}
-        self._threads = threads or os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(self._threads)
+        threads = threads or os.cpu_count() or 1
+        self._in_pool = partial(map_ahead, ThreadPoolExecutor(threads), ahead=2 * threads)
         self._count = count
 
     def commit(self, part: Part) -> None:
@@ -207,7 +204,7 @@ class StoreWriter:
             self._write_object(object_key(layout, part.index), (encode_chunk(values, layout),), objects)
         for size, pixels in part.pixels.items():
             layout = self._layouts[feature_path(size, PIXELS)]
-            chunks = self._ahead(partial(encode_chunk, layout=layout), chunks_of(pixels, layout))
+            chunks = self._in_pool(partial(encode_chunk, layout=layout), chunks_of(pixels, layout))
             self._write_object(object_key(layout, part.index), shard_blocks(chunks, layout), objects)
         counted = {path: self._write_features(path, part, objects) for path in part.features}
         moments = save_tensors(_moment_tensors({path: c.moments for path, c in counted.items()}))
@@ -243,22 +240,12 @@ class StoreWriter:
 
         def encoded() -> Iterator[bytes]:
             groups = [chunks[i : i + per_job] for i in range(0, len(chunks), per_job)]
-            for group, statistics in self._ahead(code, groups):
+            for group, statistics in self._in_pool(code, groups):
                 counted.append(statistics)
                 yield from group
 
         self._write_object(object_key(layout, part.index), shard_blocks(encoded(), layout), objects)
         return Counted.total(counted)
-
-    def _ahead(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in order, made by the pool, at most two for each thread before they are asked for."""
-        pending: deque[Future[Result]] = deque()
-        for item in items:
-            pending.append(self._pool.submit(work, item))
-            if len(pending) > 2 * self._threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
     def _commit_rows(self, part: Part, counted: Mapping[str, Counted], objects: Mapping[str, tuple[int, int]]) -> None:
         table = pa.Table.from_pylist(

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from eupe.ahead import map_ahead
 from eupe.corpus.decode import decode_image
 from eupe.corpus.index import read_picture
 from eupe.corpus.views import render_view, view_digest
@@ -363,10 +363,4 @@ def stream(targets: TargetSet, batches: Iterator[Views], *, size: int, device: t
             batch = targets.load(views, size=size, pool=decoders)
             return batch.pinned() if device.type == "cuda" else batch
 
-        pending: deque[Future[Batch]] = deque()
-        for views in batches:
-            pending.append(loaders.submit(load, views))
-            if len(pending) == PREFETCH_BATCHES:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from map_ahead(loaders, load, batches, ahead=PREFETCH_BATCHES - 1)

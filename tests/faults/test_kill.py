@@ -90,6 +90,13 @@ def assert_same_store(out: Path, expected: dict[str, bytes]) -> None:
     assert [name for name in files if files[name] != expected[name]] == []
 
 
+def assert_goes_on_to(start: Start, out: Path, expected: dict[str, bytes]) -> None:
+    """The same command again ends in the same bytes."""
+    code, output = finish(start(out))
+    assert code == 0, output
+    assert_same_store(out, expected)
+
+
 def test_a_killed_worker_is_replaced_and_its_part_done_again(
     start: Start, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -115,10 +122,8 @@ def test_after_a_killed_driver_only_the_missing_parts_are_done(
     wait_until_gone(tree)
     whole = {file: file.stat().st_mtime_ns for file in out.glob("parts/[0-9]*.parquet")}
     assert 1 <= len(whole) < len([name for name in undisturbed if name.startswith("parts/")])
-    code, output = finish(start(out))
-    assert code == 0, output
+    assert_goes_on_to(start, out, undisturbed)
     assert {file: file.stat().st_mtime_ns for file in whole} == whole
-    assert_same_store(out, undisturbed)
 
 
 def wait_until_gone(pids: list[int]) -> None:
@@ -146,9 +151,7 @@ def test_ctrl_c_keeps_what_is_whole_and_says_how_to_go_on(
     assert "run the same command again" in " ".join(output.split())
     assert "Traceback" not in output
     assert committed(out) >= 1
-    code, output = finish(start(out))
-    assert code == 0, output
-    assert_same_store(out, undisturbed)
+    assert_goes_on_to(start, out, undisturbed)
 
 
 def test_sigterm_commits_what_is_under_way_and_leaves(
@@ -165,6 +168,4 @@ def test_sigterm_commits_what_is_under_way_and_leaves(
     assert 2 <= done <= 3
     assert f"stopped: {done} of 4 parts" in " ".join(output.split()) and "Traceback" not in output
     assert not list(out.rglob("*.__lock")), "nothing is left half-written"
-    code, output = finish(start(out))
-    assert code == 0, output
-    assert_same_store(out, undisturbed)
+    assert_goes_on_to(start, out, undisturbed)
