@@ -5,18 +5,40 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
+from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_ahead(pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], *, ahead: int) -> Iterator[Result]:
-    """Results in order, made by a pool, at most `ahead` of them begun before the one that is waited for is used."""
-    pending: deque[Future[Result]] = deque()
-    for item in items:
-        pending.append(pool.submit(work, item))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+def map_ahead(
+    pool: Executor,
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    ahead: int,
+    patience: float | None = None,
+) -> Iterator[Result]:
+    """Results in order, made by a pool; the first `ahead` are begun at once, and never more before they are used.
+
+    Args:
+        patience: seconds to wait for one result.
+    Raises (while iterating): what `work` raises; TimeoutError.
+    """
+    waiting = iter(items)
+    begun = deque(pool.submit(work, item) for item in islice(waiting, max(ahead, 1)))
+    return _in_order(begun, (pool.submit(work, item) for item in waiting), patience)
+
+
+def _in_order(
+    begun: deque[Future[Result]], coming: Iterator[Future[Result]], patience: float | None
+) -> Iterator[Result]:
+    try:
+        while begun:
+            result = begun.popleft().result(patience)
+            begun.extend(islice(coming, 1))
+            yield result
+    finally:
+        for future in begun:
+            future.cancel()

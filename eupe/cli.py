@@ -18,7 +18,9 @@ import eupe
 from eupe.errors import ConfigError, CorpusError, EupeError
 
 if TYPE_CHECKING:
+    from eupe.extract.dispatch import Status
     from eupe.extract.estimate import Estimate, PaperEstimate
+    from eupe.progress import Reporter
     from eupe.store.summary import StoreSummary
 
 
@@ -204,14 +206,21 @@ def index(
 @app.command()
 def extract(
     teacher: Annotated[
-        str,
-        typer.Option(help="Registry name, timm:ARCH, hf:REPO_OR_DIR, open_clip:ARCH[@TAG], or a run's directory."),
+        list[str],
+        typer.Option(
+            help="Registry name, timm:ARCH, hf:REPO_OR_DIR, open_clip:ARCH[@TAG], or a run's directory. Given again: "
+            "several in one pass, each picture decoded once."
+        ),
     ],
     corpus: CorpusPath,
     out_path: Annotated[
-        str | None, typer.Option("--out", help="The store, also s3:// or gs://; store/TEACHER.zarr where not given.")
+        list[str] | None,
+        typer.Option("--out", help="The store, also s3:// or gs://; store/TEACHER.zarr where not given. One each."),
     ] = None,
-    weights: Weights = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help="Local weights in place of the hub's. One a teacher; 'hub' for one without."),
+    ] = None,
     size: Sizes = None,
     views: Views = "center",
     scale: Annotated[
@@ -231,7 +240,9 @@ def extract(
     grid: Grid = None,
     pixels: Annotated[bool, typer.Option("--pixels", help="Keep the views too: trains without the corpus.")] = False,
     dtype: Annotated[str, typer.Option(help="The teacher's arithmetic: auto, fp32, bf16, fp16.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Views per forward pass.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Views per forward pass; the fastest is found by itself.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Ray actors, one teacher each; one per GPU by itself.")] = None,
     gpus_per_worker: Annotated[float | None, typer.Option(help="The GPUs shared evenly where not given.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster (auto, ray://...); else this machine.")] = None,
@@ -246,19 +257,20 @@ def extract(
         bool, typer.Option("--shuffle", help="Pictures in random order; with --limit a sample.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Decides the random crops and the order.")] = 0,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Make parts again that hold pictures without features.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a teacher once over a corpus and cache its features."""
+    """Run teachers once over a corpus and cache their features."""
     from eupe.corpus.views import parse_views
-    from eupe.extract.job import ExtractConfig
-    from eupe.extract.job import extract as run_extract
+    from eupe.extract.config import ExtractConfig
+    from eupe.extract.job import extract_together
     from eupe.progress import report_progress
 
-    config = ExtractConfig(
-        teacher=teacher,
+    shared = ExtractConfig(
+        teacher="",
         corpus=corpus,
-        out=out_path,
-        weights=weights,
         sizes=tuple(sorted(set(size or []))),
         views=parse_views(views, seed=seed, scale=scale, ratio=ratio),
         tokens=tuple(tokens.split(",")),
@@ -275,13 +287,42 @@ def extract(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         shuffle=shuffle,
+        retry_failed=retry_failed,
     )
+    outs = _one_each("--out", out_path, teacher)
+    files = [None if file in (None, "hub") else Path(file) for file in _one_each("--weights", weights, teacher)]
+    configs = [
+        dataclasses.replace(shared, teacher=name, out=place, weights=file)
+        for name, place, file in zip(teacher, outs, files, strict=True)
+    ]
     with report_progress(err, "views", quiet=as_json) as progress:
-        report = run_extract(config, on_status=lambda s: progress.update(s.stage, s.done, s.total, failed=s.failed))
-    _finish(dataclasses.asdict(report), as_json)
-    if not as_json:
-        what = "nothing to do: the store holds all of this already" if report.cached else "done"
-        out.print(f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME")
+        reports = extract_together(configs, on_status=lambda s: _show_status(progress, s))
+    if as_json and len(reports) > 1:
+        print(json.dumps({"stores": [dataclasses.asdict(report) for report in reports]}))
+        return
+    for report in reports:
+        _finish(dataclasses.asdict(report), as_json)
+        if not as_json:
+            what = "nothing to do: the store holds all of this already" if report.cached else "done"
+            out.print(f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME")
+
+
+def _one_each(option: str, given: list[str] | None, teachers: list[str]) -> list[str | None]:
+    """Raises: ConfigError unless an option was given for each teacher, or for none."""
+    if not given:
+        return [None] * len(teachers)
+    if len(given) != len(teachers):
+        raise ConfigError(f"{option} was given {len(given)} times for {len(teachers)} teachers; give it once for each")
+    return list(given)
+
+
+def _show_status(progress: Reporter, status: Status) -> None:
+    nodes = [
+        f"{node.host}: {node.workers} workers, {node.views_per_s:.1f} views/s, {node.failed} failed"
+        for node in status.nodes
+    ]
+    lines = nodes if len(nodes) > 1 else []
+    progress.update(status.stage, status.done, status.total, failed=status.failed, lines=lines)
 
 
 @app.command()
@@ -311,8 +352,8 @@ def plan(
 ) -> None:
     """What an extraction will take, measured on a few pictures, or on paper: bytes, hours, bandwidth, precisions."""
     from eupe.corpus.views import parse_views
+    from eupe.extract.config import ExtractConfig
     from eupe.extract.estimate import PaperConfig, estimate, estimate_on_paper
-    from eupe.extract.job import ExtractConfig
     from eupe.progress import report_progress
 
     if (corpus is None) == (num_images is None):
@@ -434,12 +475,13 @@ def store_ls(directory: Annotated[str, typer.Argument(help="A directory of store
 @store_app.command("info")
 def store_info(path: str, as_json: Json = False) -> None:
     """What a store holds, how complete it is, and which pictures failed."""
+    from eupe.corpus.index import some_keys
     from eupe.store import open_store
     from eupe.store.reader import committed_parts, read_part_metadata
 
     store = open_store(path)
-    samples = store.samples
-    failures = [(row["key"], row["error"]) for row in samples.to_pylist() if row["status"] != "ok"]
+    ledger = store.failures
+    reasons = dict(zip(*(store.failed[name].to_pylist() for name in ("key", "error")), strict=True))
     _finish(
         {
             **{k: v for k, v in store.spec.to_json().items() if k not in ("versions", "calibration")},
@@ -449,7 +491,8 @@ def store_info(path: str, as_json: Json = False) -> None:
             "clipped_values": sum(
                 read_part_metadata(store.path, part)["num_clipped"] for part in committed_parts(store.path)
             ),
-            "failed": dict(failures),
+            "failures": ledger if as_json else {reason: some_keys(keys) for reason, keys in ledger.items()},
+            **({"failed": reasons} if as_json else {}),
         },
         as_json,
     )
@@ -526,7 +569,9 @@ def store_repair(
     corpus: PicturesPath = None,
     weights: StoredWeights = None,
     teacher: StoredTeacher = None,
-    batch_size: Annotated[int, typer.Option(help="Views per forward pass.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Views per forward pass; the fastest is found by itself.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Ray actors, one teacher each; one per GPU by itself.")] = None,
     gpus_per_worker: Annotated[float | None, typer.Option(help="The GPUs shared evenly where not given.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster (auto, ray://...); else this machine.")] = None,

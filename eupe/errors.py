@@ -26,6 +26,10 @@ class TeacherError(EupeError, ValueError):
     """An unknown teacher, weights that do not fit it, or a size it cannot take."""
 
 
+class WorkerDiedError(TeacherError):
+    """A process died while it loaded a teacher; another may have more luck."""
+
+
 class StoreError(EupeError, ValueError):
     """A store that cannot be used as asked."""
 
@@ -46,6 +50,10 @@ class StorageError(EupeError, OSError):
     """The disk refused: full, read-only, gone. What was committed before stands."""
 
     exit_code = 1
+
+
+class OutageError(StorageError):
+    """The storage does not answer now; the same request may succeed later."""
 
 
 class RunError(EupeError, ValueError):

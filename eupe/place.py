@@ -21,7 +21,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from eupe.errors import ConfigError, StorageError
+from eupe.errors import ConfigError, OutageError, StorageError
 
 BLOCK_BYTES = 2**20
 UNFINISHED = ".__lock"
@@ -288,6 +288,8 @@ REFUSED = re.compile(
     r"PERMISSION_DENIED|UNAUTHENTICATED|http_response_code='40[13]'|InvalidAccessKeyId|Failed to get credentials"
 )
 UNANSWERED = re.compile(r"CURL error|retry attempts failed|UNAVAILABLE|DEADLINE_EXCEEDED")
+OUTAGES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENETDOWN}
+"""What the system says of a disk of another machine that is away for a while."""
 
 
 def is_outage(error: Exception) -> bool:
@@ -304,9 +306,11 @@ def storage_error(error: Exception, where: Place | Path, verb: str = "written") 
             f"no space left while writing {where}; the parts committed before are whole: free some space and run the "
             "same command again"
         )
+    lost = isinstance(error, OSError) and error.errno in OUTAGES
     if "://" in str(where):
+        lost = UNANSWERED.search(text) is not None and not REFUSED.search(text) and "NoSuchBucket" not in text
         text = _server_words(text)
-    return StorageError(f"{where} cannot be {verb}: {text}")
+    return (OutageError if lost else StorageError)(f"{where} cannot be {verb}: {text}")
 
 
 def _server_words(text: str) -> str:

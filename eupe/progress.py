@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -37,17 +38,23 @@ class _Rate(ProgressColumn):
 class Reporter(Protocol):
     """Told where a long verb stands."""
 
-    def update(self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "") -> None: ...
+    def update(
+        self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "", lines: Sequence[str] = ()
+    ) -> None:
+        """`lines` tell of its parts, such as the machines that share the work."""
 
 
 class Bar:
     """On a terminal: one bar per stage."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, below: Text) -> None:
         self._progress = progress
+        self._below = below
         self._stages: dict[str, TaskID] = {}
 
-    def update(self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "") -> None:
+    def update(
+        self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "", lines: Sequence[str] = ()
+    ) -> None:
         if stage not in self._stages:
             for earlier in self._stages.values():
                 self._progress.stop_task(earlier)
@@ -56,6 +63,7 @@ class Bar:
         if failed:
             words.append(f"[red]{failed} failed[/]")
         self._progress.update(self._stages[stage], completed=done, total=total, note="  ".join(words))
+        self._below.plain = "\n".join(f"  {line}" for line in lines)
 
 
 class Lines:
@@ -67,12 +75,16 @@ class Lines:
         self._stage = ""
         self._last = 0.0
 
-    def update(self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "") -> None:
+    def update(
+        self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "", lines: Sequence[str] = ()
+    ) -> None:
         now = time.monotonic()
         if stage == self._stage and now - self._last < LOG_SECONDS:
             return
         self._stage, self._last = stage, now
         self._console.print(f"{stage}: {done}/{total} {self._unit}, {failed} failed  {note}".rstrip(), soft_wrap=True)
+        for line in lines:
+            self._console.print(f"  {line}", soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -91,5 +103,6 @@ def report_progress(console: Console, unit: str, *, quiet: bool) -> Iterator[Rep
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
-        yield Bar(progress)
+    progress, below = Progress(*columns, console=console), Text()
+    with Live(Group(progress, below), console=console):
+        yield Bar(progress, below)

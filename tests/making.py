@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -12,7 +13,7 @@ from eupe.corpus.awkward import picture as picture
 from eupe.corpus.index import index_bytes, index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.extract.calibrate import candidates, measure, sample_task, settle
-from eupe.extract.plan import plan_parts, store_spec
+from eupe.extract.plan import plan_stretches, store_spec
 from eupe.extract.worker import Computer, Worker
 from eupe.place import Place
 from eupe.store import Store
@@ -24,6 +25,7 @@ from eupe.teachers.teacher import file_digest, load_teacher
 TINY_TEACHER = "timm:test_vit"
 TINY_STUDENT = "test_vit"
 TINY_SIZE = 64
+BATCH = 8
 TWO_CROPS = ViewSpec(policy="rrc", num_views=2)
 
 
@@ -74,16 +76,17 @@ def make_store(
         grid=grid,
         pixels=pixels,
     )
+    plan = replace(plan, forward={"batch_size": BATCH})
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     loaded = load_teacher(spec, weights=weights, device=torch.device("cpu"), dtype=torch_dtype, sizes=sizes)
-    computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=8)
+    computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=BATCH)
     if precision != "fp16" or fidelity is not None:
         features = computer.compute(sample_task(plan, index)).features
         plan = settle(plan, measure(plan, features, candidates(plan, fidelity)), fidelity)
-        computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=8)
+        computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=BATCH)
     create_store(path, plan)
     Place.of(path).create(segment_name(0), index_bytes(index))
-    worker = Worker(computer, path)
-    for task in plan_parts(plan, index.samples, done=()):
-        worker.run(task)
+    worker = Worker([computer], [path])
+    for stretch in plan_stretches([plan], index.samples, done=[()]):
+        worker.run(stretch)
     return finish_store(path)

@@ -8,11 +8,13 @@ from unittest import mock
 
 import numpy as np
 import torch
-from making import TWO_CROPS, make_store, picture
+from making import BATCH, TWO_CROPS, make_store, picture
 
 from eupe.corpus.index import Corpus, index_bytes, index_folder
-from eupe.extract.job import ExtractConfig, Status, stored_index
-from eupe.extract.plan import plan_parts
+from eupe.extract.config import ExtractConfig
+from eupe.extract.dispatch import Status
+from eupe.extract.job import stored_index
+from eupe.extract.plan import plan_stretches
 from eupe.extract.worker import Computer, Worker
 from eupe.place import Place
 from eupe.store import Store, open_store
@@ -23,7 +25,6 @@ from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import file_digest, load_teacher
 
-BATCH = 8
 SAMPLES_PER_PART = 8
 
 
@@ -93,11 +94,11 @@ class Crew:
             sizes=spec.sizes,
         )
         root = Place.of(config.corpus or spec.corpus["root"])
-        computer = Computer(loaded, spec, corpus_root=root, views=config.views, batch_size=config.batch_size)
-        worker = Worker(computer, store.path)
-        for task in plan_parts(spec, stored_index(store).samples, committed_parts(store.path)):
-            worker.run(task)
-            self.made.append(task.index)
+        computer = Computer(loaded, spec, corpus_root=root, views=config.views, batch_size=config.batch_size or BATCH)
+        worker = Worker([computer], [store.path])
+        for stretch in plan_stretches([spec], stored_index(store).samples, [committed_parts(store.path)]):
+            worker.run(stretch)
+            self.made += [task.index for _, task in stretch.tasks]
         return 1.0
 
 

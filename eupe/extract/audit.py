@@ -117,7 +117,12 @@ def audit(config: AuditConfig, *, progress: Progress = lambda done, of: None) ->
     computer = Computer(
         teacher, store.spec, corpus_root=pictures, views=ViewSpec.from_json(store.spec.views), batch_size=BATCH_SIZE
     )
-    batches = [_compare(store, stats, computer, rows, progress, len(picked)) for rows in _batches(store, picked)]
+    batches: list[Compared] = []
+    done = 0
+    for rows in _batches(store, picked):
+        batches.append(_compare(store, stats, computer, rows))
+        done += len(rows)
+        progress(done * store.spec.num_views, len(picked) * store.spec.num_views)
     return AuditReport(
         store=str(store.path),
         num_samples=len(picked),
@@ -197,11 +202,8 @@ def _compare(
     stats: Mapping[str, ChannelStats],
     computer: Computer,
     picked: pa.Table,
-    progress: Progress,
-    total: int,
 ) -> Compared:
     part = computer.compute(PartTask(0, tuple(samples_of(picked))))
-    progress(computer.progress.views, total * store.spec.num_views)
     _require_features(store, part)
     k = store.spec.num_views
     rows, views = np.repeat(picked["row"].to_numpy(), k).tolist(), np.tile(np.arange(k), len(picked)).tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,10 +20,13 @@ from eupe.corpus.views import ViewSpec
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError
 from eupe.extract.calibrate import Measured, measure, sample_task, settle
+from eupe.extract.config import ExtractConfig
 from eupe.extract.count import counter, limit_blas
-from eupe.extract.job import ExtractConfig, checked_teacher, picked, place_of_store, wanted_spec, with_absolute_paths
+from eupe.extract.forward import fastest_batch
+from eupe.extract.job import checked_teacher, picked, place_of_store, wanted_spec, with_absolute_paths
+from eupe.extract.load import LoadedSample
 from eupe.extract.plan import PartTask, shape_of
-from eupe.extract.worker import Computer, PartBuffers, Progress, batches
+from eupe.extract.worker import Computer, PartInMaking
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, arrays, bytes_per_view, samples_per_part
@@ -346,19 +349,22 @@ def _timed_part(
     config: ExtractConfig, teacher: Teacher, spec: StoreSpec, root: Place, task: PartTask
 ) -> tuple[Part, float, float]:
     """The sample's features, and the seconds that decoding and the teacher took."""
-    computer = Computer(teacher, spec, corpus_root=root, views=config.views, batch_size=config.batch_size)
+    batch_size = config.batch_size or fastest_batch(teacher, spec.sizes)
+    computer = Computer(teacher, spec, corpus_root=root, views=config.views, batch_size=batch_size)
     began = time.perf_counter()
     samples = list(computer.load_ahead(task.samples))
     decode_s = time.perf_counter() - began
-    progress = Progress()
-    buffers = PartBuffers(spec, task)
-    groups = list(batches(buffers.take(samples, progress), config.batch_size))
-    for batch in groups[:1]:
-        computer.run_batch(batch, PartBuffers(spec, task))  # the first one on a device is slow
+    _computed(computer, task, samples[: -(-batch_size // spec.num_views)])  # the first batch on a device is slow
     began = time.perf_counter()
-    for batch in groups:
-        computer.run_batch(batch, buffers)
-    return buffers.part(progress), decode_s, time.perf_counter() - began
+    part = _computed(computer, task, samples)
+    return part, decode_s, time.perf_counter() - began
+
+
+def _computed(computer: Computer, task: PartTask, samples: Sequence[LoadedSample]) -> Part:
+    making = PartInMaking(computer, task)
+    for sample in samples:
+        making.add(sample)
+    return making.finish()
 
 
 def _timed_store(spec: StoreSpec, teacher: Teacher, part: Part) -> tuple[int, float, float]:

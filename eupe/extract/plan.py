@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -44,6 +44,28 @@ class PartTask:
 
     index: int
     samples: tuple[Sample, ...]
+    start: int = 0
+    """Place of the first of them in the store's index."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.samples)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive samples and the parts of one or more stores that need them: each picture is decoded once."""
+
+    tasks: tuple[tuple[int, PartTask], ...]
+    """Place of the store among those of the job, and one of its parts; in the order in which they begin."""
+
+    @property
+    def samples(self) -> tuple[tuple[int, Sample], ...]:
+        """Places in the index, and samples; each once, in order."""
+        placed: dict[int, Sample] = {}
+        for _, task in self.tasks:
+            placed.update(zip(range(task.start, task.stop), task.samples, strict=True))
+        return tuple(sorted(placed.items(), key=lambda item: item[0]))
 
 
 def installed_versions() -> dict[str, str]:
@@ -139,12 +161,43 @@ def plan_parts(spec: StoreSpec, samples: pa.Table, done: Collection[int]) -> lis
         samples: the store's index, its segments one after the other.
         done: parts whose commit file exists.
     """
-    return [
-        PartTask(index, tuple(samples_of(samples.slice(rows.start, rows.stop - rows.start))))
-        for index in range(spec.num_parts)
-        if index not in done
-        for rows in [spec.part_samples(index)]
+    return [part_task(spec, samples, part) for part in range(spec.num_parts) if part not in done]
+
+
+def part_task(spec: StoreSpec, samples: pa.Table, part: int) -> PartTask:
+    """One part of a store; the arguments are those of `plan_parts`."""
+    rows = spec.part_samples(part)
+    return PartTask(part, tuple(samples_of(samples.slice(rows.start, rows.stop - rows.start))), rows.start)
+
+
+def plan_stretches(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence[Collection[int]]) -> Iterator[Stretch]:
+    """What is still to be made of several stores of the same samples, in order: parts that share some go together.
+
+    Args:
+        samples: the index of all of them.
+        done: of each store, the parts whose commit file exists.
+    """
+    missing = [
+        (spec.part_samples(part), store, part)
+        for store, (spec, finished) in enumerate(zip(specs, done, strict=True))
+        for part in range(spec.num_parts)
+        if part not in finished
     ]
+    missing.sort(key=lambda item: (item[0].start, item[1]))
+    group: list[tuple[int, int]] = []
+    end = 0
+    for rows, store, part in missing:
+        if group and rows.start >= end:
+            yield _stretch(specs, samples, group)
+            group = []
+        group.append((store, part))
+        end = max(end, rows.stop)
+    if group:
+        yield _stretch(specs, samples, group)
+
+
+def _stretch(specs: Sequence[StoreSpec], samples: pa.Table, parts: Sequence[tuple[int, int]]) -> Stretch:
+    return Stretch(tuple((store, part_task(specs[store], samples, part)) for store, part in parts))
 
 
 def samples_of(rows: pa.Table) -> list[Sample]:

@@ -19,7 +19,10 @@ import pyarrow.compute as pc
 from eupe.corpus.index import Corpus, fingerprint, index_bytes, index_folder, index_from_bytes
 from eupe.corpus.views import ViewSpec
 from eupe.errors import CorpusError, EupeError, IncompleteError, PartCorruptError
-from eupe.extract.job import ExtractConfig, JobActors, Status, require_counts, stored_index
+from eupe.extract.actors import JobActors
+from eupe.extract.config import ExtractConfig, require_counts
+from eupe.extract.dispatch import Status, run_parts
+from eupe.extract.job import stored_index
 from eupe.extract.plan import plan_parts
 from eupe.extract.recipe import (
     require_arithmetic,
@@ -33,8 +36,8 @@ from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.layout import moments_name, part_name, segment_name
 from eupe.store.reader import STATS, read_part, read_part_metadata
-from eupe.store.verify import INDEX, STATS_MARK, PartDamage, VerifyReport, verify
-from eupe.store.writer import finish_store, metadata_documents
+from eupe.store.verify import INDEX, PartDamage, VerifyReport, verify
+from eupe.store.writer import finish_store, metadata_documents, remove_statistics
 from eupe.teachers.spec import TeacherSpec
 
 OnStatus = Callable[[Status], None]
@@ -51,7 +54,8 @@ class RepairConfig:
     """Local weights in place of the hub's; the same file that the store was made with."""
     teacher: str | None = None
     """The teacher's name or place now; the one noted in the store where not given."""
-    batch_size: int = ExtractConfig.batch_size
+    batch_size: int | None = None
+    """As when the store was made where not given."""
     workers: int | None = None
     gpus_per_worker: float | None = None
     ray_address: str | None = None
@@ -74,7 +78,7 @@ class RepairReport:
 
 
 class Crew(Protocol):
-    """Who extracts parts."""
+    """Who extracts parts of one teacher."""
 
     @property
     def weights_sha256(self) -> str: ...
@@ -84,11 +88,34 @@ class Crew(Protocol):
     def run_parts(self, store: Store, on_status: OnStatus) -> float: ...
 
 
+class RayCrew:
+    """The actors of a job with one teacher."""
+
+    def __init__(self, config: ExtractConfig, teacher: TeacherSpec, corpus: Corpus) -> None:
+        self._actors = JobActors([config], [teacher], corpus)
+
+    def __enter__(self) -> RayCrew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._actors.__exit__()
+
+    @property
+    def weights_sha256(self) -> str:
+        return self._actors.weights_sha256[0]
+
+    def prepare(self, store: Store) -> None:
+        self._actors.prepare({0: store})
+
+    def run_parts(self, store: Store, on_status: OnStatus) -> float:
+        return run_parts(self._actors, {0: store}, stored_index(store).samples, on_status)
+
+
 OpenCrew = Callable[[ExtractConfig, TeacherSpec, Corpus], AbstractContextManager[Crew]]
 
 
 def repair(
-    config: RepairConfig, *, open_crew: OpenCrew = JobActors, on_status: OnStatus = lambda status: None
+    config: RepairConfig, *, open_crew: OpenCrew = RayCrew, on_status: OnStatus = lambda status: None
 ) -> RepairReport:
     """Bring a store to what it would be, had nothing happened to it.
 
@@ -111,7 +138,7 @@ def repair(
         statistics |= any(part < _covered(store) for part in changed)
     _remove_damaged_moments(place, found.damages)
     if statistics:
-        _remove_statistics(place)
+        remove_statistics(place)
     if not found.whole:
         finish_store(place)
         after = _verified(place, "verifying again", on_status)
@@ -283,10 +310,3 @@ def _remove_damaged_moments(place: Place, damages: Iterable[PartDamage]) -> None
     for damage in damages:
         if damage.part is not None and damage.what == f"parts/{moments_name(damage.part)}":
             place.delete(damage.what)
-
-
-def _remove_statistics(place: Place) -> None:
-    """The mark that they are there first."""
-    place.delete(STATS_MARK)
-    for name in place.list(f"{STATS}/"):
-        place.delete(name)

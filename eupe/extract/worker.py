@@ -1,73 +1,30 @@
-"""One part from pictures to committed features: plain Python, no Ray.
+"""Parts from pictures to committed features: plain Python, no Ray.
 
-A pool of threads decodes and renders ahead of the teacher, at most two batches; the features of one part stay in memory
+A pool of threads decodes and renders ahead of the teachers, at most two batches; the features of a part stay in memory
 until they are written.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eupe.ahead import map_ahead
-from eupe.corpus.decode import decode_image
-from eupe.corpus.index import read_picture
-from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
-from eupe.errors import CorpusError
+from eupe.corpus.views import ViewSpec
 from eupe.extract.count import counter
-from eupe.extract.plan import PartTask, Sample, installed_versions
-from eupe.place import Place
+from eupe.extract.forward import Forward, Halves, Pending
+from eupe.extract.isolate import find_killers
+from eupe.extract.load import LoadedSample, Loader
+from eupe.extract.plan import PartTask, Sample, Stretch, installed_versions
+from eupe.place import Place, Where
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
-from eupe.store.precision import FP16_MAX
 from eupe.store.writer import Part, Row, StoreWriter
 from eupe.teachers.teacher import Teacher
-
-MAX_DECODE_THREADS = 8
-
-
-@dataclass(frozen=True)
-class PartResult:
-    """What became of a part that was committed."""
-
-    index: int
-    num_samples: int
-    num_failed: int
-
-
-@dataclass
-class Progress:
-    """Counted by the worker, read by whoever shows it."""
-
-    views: int = 0
-    failed: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, *, views: int = 0, failed: int = 0) -> None:
-        with self.lock:
-            self.views += views
-            self.failed += failed
-
-
-@dataclass(frozen=True)
-class LoadedSample:
-    """All views of one picture, rendered; none of them if it has an error."""
-
-    row: Row
-    boxes: NDArray[np.int32]
-    flips: NDArray[np.bool_]
-    digests: NDArray[np.uint64]
-    views: dict[int, list[NDArray[np.uint8]]]
-    """Size to K views of [size, size, 3]."""
 
 
 class Computer:
@@ -76,107 +33,187 @@ class Computer:
     def __init__(
         self, teacher: Teacher, spec: StoreSpec, *, corpus_root: Place, views: ViewSpec, batch_size: int
     ) -> None:
-        self.progress = Progress()
         self.spec = spec
-        self._teacher = teacher
-        self._root = corpus_root
-        self._views = views
+        self.root = corpus_root
+        self.views = views
+        self.forward = Forward(teacher, spec, batch_size=batch_size)
         self._batch_size = batch_size
 
     @property
     def device(self) -> torch.device:
-        return self._teacher.device
+        return self.forward.teacher.device
+
+    @property
+    def samples_ahead(self) -> int:
+        """How many make two batches."""
+        return max(2, 2 * self._batch_size // self.spec.num_views)
 
     def compute(self, task: PartTask) -> Part:
         """Everything of a part but the writing; a pure function of the spec, the corpus and the part's number."""
-        buffers = PartBuffers(self.spec, task)
-        samples = self.load_ahead(task.samples)
-        for batch in batches(buffers.take(samples, self.progress), self._batch_size):
-            self.run_batch(batch, buffers)
-            self.progress.add(views=len(batch))
-        return buffers.part(self.progress)
+        making = PartInMaking(self, task)
+        for sample in self.load_ahead(task.samples):
+            making.add(sample)
+        return making.finish()
 
-    def run_batch(self, batch: list[RenderedView], buffers: PartBuffers) -> None:
-        """The teacher's tokens of some views, at every size, into the part."""
-        for size, grid in zip(self.spec.sizes, self.spec.grids, strict=True):
-            pixels = torch.from_numpy(np.stack([view.pixels[size] for view in batch]))
-            if self._teacher.device.type == "cuda":
-                pixels = pixels.pin_memory()
-            tokens = self._teacher(pixels)
-            if SUMMARY in self.spec.tokens:
-                assert tokens.summary is not None
-                buffers.put(feature_path(size, SUMMARY), batch, tokens.summary)
-            if DENSE in self.spec.tokens:
-                buffers.put(feature_path(size, DENSE), batch, pool_cells(tokens.dense, grid))
-
-    def load_ahead(self, samples: Iterable[Sample]) -> Iterator[LoadedSample]:
+    def load_ahead(self, samples: Sequence[Sample]) -> Iterator[LoadedSample]:
         """Rendered samples in order, decoded by a pool that runs two batches ahead at most."""
-        ahead = max(2, 2 * self._batch_size // self.spec.num_views)
-        load = partial(load_sample, root=self._root, spec=self._views, sizes=self.spec.sizes)
-        with ThreadPoolExecutor(self._root.threads(min(MAX_DECODE_THREADS, os.cpu_count() or 1))) as pool:
-            yield from map_ahead(pool, load, samples, ahead=ahead)
+        return Loader(self.root, self.views, [self.spec], ahead=self.samples_ahead).load(samples)
+
+
+class PartInMaking:
+    """A part that takes samples one by one, in order, and hands them to the teacher batch by batch.
+
+    On a GPU a batch is fetched when the next one has been begun, so that the device always has work.
+    """
+
+    def __init__(self, computer: Computer, task: PartTask) -> None:
+        self.index = task.index
+        self.buffers = PartBuffers(computer.spec, task)
+        self.views_done = 0
+        self._forward = computer.forward
+        self._size = computer.forward.batch_size
+        self._batch: list[RenderedView] = []
+        self._pending: tuple[list[RenderedView], Pending] | None = None
+
+    def add(self, sample: LoadedSample) -> None:
+        """The next sample of the part."""
+        views = self.buffers.take(sample)
+        if not views:
+            self.views_done += len(sample.flips)
+        for view in views:
+            self._batch.append(view)
+            if len(self._batch) == self._size:
+                self._begin()
+
+    def finish(self) -> Part:
+        """Once all samples have been added."""
+        if self._batch:
+            self._begin()
+        self._fetch()
+        return self.buffers.part()
+
+    def _begin(self) -> None:
+        begun = self._batch, self._forward.begin([view.pixels for view in self._batch])
+        self._fetch()
+        self._pending, self._batch = begun, []
+
+    def _fetch(self) -> None:
+        if self._pending is None:
+            return
+        views, pending = self._pending
+        for halves in pending.wait():
+            self.buffers.put(views, halves)
+        self.views_done += len(views)
+        self._pending = None
+
+
+class Progress:
+    """Views and failed samples of what is under way: counted by the worker, read by who shows it."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, int], tuple[int, int]] = {}
+        self._lock = threading.Lock()
+
+    def note(self, store: int, making: PartInMaking) -> None:
+        with self._lock:
+            self._counts[store, making.index] = making.views_done, making.buffers.num_failed
+
+    def forget(self, stretch: Stretch) -> None:
+        with self._lock:
+            for store, task in stretch.tasks:
+                self._counts.pop((store, task.index), None)
+
+    def num_failed(self, stretch: Stretch) -> int:
+        with self._lock:
+            return sum(self._counts[store, task.index][1] for store, task in stretch.tasks)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Views, and samples without features."""
+        with self._lock:
+            return sum(views for views, _ in self._counts.values()), sum(failed for _, failed in self._counts.values())
 
 
 class Worker:
-    """A computer of parts and the store to write them to.
+    """Computers that share the pictures, and the stores to write to.
 
-    Two parts may run at once from two threads: while one is compressed and written, the next has the teacher.
+    Two stretches may run at once from two threads: while the parts of one are compressed and written, the next has the
+    teachers, and its first pictures are decoded before its turn comes.
     """
 
-    def __init__(self, computer: Computer, store: str | Path | Place) -> None:
-        self._computer = computer
-        self._writer = StoreWriter(store, count=counter(computer.device))
-        self._teacher_turn = threading.Lock()
-
-    @property
-    def progress(self) -> Progress:
-        return self._computer.progress
-
-    def run(self, task: PartTask) -> PartResult:
-        """Compute and commit one part.
-
-        Raises: StorageError if it cannot be written.
+    def __init__(self, computers: Sequence[Computer], stores: Sequence[Where]) -> None:
         """
-        with self._teacher_turn:
-            part = self._computer.compute(task)
-        self._writer.commit(part)
-        num_failed = sum(row.error is not None for row in part.rows)
-        return PartResult(task.index, len(part.rows), num_failed)
+        Args:
+            stores: one for each computer.
+        """
+        self.progress = Progress()
+        self._computers = computers
+        self._writers = [
+            StoreWriter(store, count=counter(computer.device))
+            for computer, store in zip(computers, stores, strict=True)
+        ]
+        self._sizes = sorted({size for computer in computers for size in computer.spec.sizes})
+        first = computers[0]
+        ahead = max(computer.samples_ahead for computer in computers)
+        self._loader = Loader(first.root, first.views, [computer.spec for computer in computers], ahead=ahead)
+        self._turn = threading.Lock()
+        self._commits = ThreadPoolExecutor(len(computers))
+        self._committing: list[Future[None] | None] = [None] * len(computers)
 
+    def run(self, stretch: Stretch, *, killers: Mapping[str, str] | None = None, careful: bool = False) -> int:
+        """Compute and commit the parts of a stretch.
 
-def pool_cells(dense_BhwD: torch.Tensor, grid: int) -> torch.Tensor:
-    """Mean over the cells that fall into each of `grid` x `grid`, float32; the map itself where it has that grid."""
-    if dense_BhwD.shape[1] == grid:
-        return dense_BhwD
-    pooled = torch.nn.functional.adaptive_avg_pool2d(dense_BhwD.float().movedim(-1, 1), grid)
-    return pooled.movedim(1, -1)
+        Args:
+            killers: key to reason, of pictures that must not be decoded here.
+            careful: a process died of this stretch: look for the pictures that killed it first, and hold one picture
+                in memory at a time.
+        Returns: how many samples have no features in a store.
+        Raises: StorageError if a part cannot be written; StuckError.
+        """
+        known = dict(killers or {})
+        placed = stretch.samples
+        samples = [sample for _, sample in placed]
+        if careful:
+            first = self._computers[0]
+            others = [sample for sample in samples if sample.key not in known]
+            known |= find_killers(others, first.root, first.views, self._sizes)
+        loaded = self._loader.load(samples, killers=known, one_by_one=careful)
+        try:
+            with self._turn:
+                commits = self._compute(stretch, zip(placed, loaded, strict=True))
+            for commit in commits:
+                commit.result()
+            return self.progress.num_failed(stretch)
+        finally:
+            self.progress.forget(stretch)
 
+    def _compute(
+        self, stretch: Stretch, samples: Iterable[tuple[tuple[int, Sample], LoadedSample]]
+    ) -> list[Future[None]]:
+        """The commits of all parts, begun."""
+        commits = []
+        making: dict[int, PartInMaking] = {}
+        for (place, _), sample in samples:
+            for store, task in stretch.tasks:
+                if not task.start <= place < task.stop:
+                    continue
+                if place == task.start:
+                    making[store] = PartInMaking(self._computers[store], task)
+                making[store].add(sample)
+                self.progress.note(store, making[store])
+                if place + 1 == task.stop:
+                    part = making[store].finish()
+                    self.progress.note(store, making.pop(store))
+                    commits.append(self._commit(store, part))
+        return commits
 
-def load_sample(sample: Sample, root: Place, spec: ViewSpec, sizes: tuple[int, ...]) -> LoadedSample:
-    """Read, check, decode and render one picture; whatever is wrong with it becomes its row's error.
-
-    Raises: StorageError if an object store does not serve it, which is no fault of the picture.
-    """
-    k = spec.num_views
-    boxes = np.zeros((k, 4), np.int32)
-    flips = np.zeros(k, np.bool_)
-    digests = np.zeros(k, np.uint64)
-    try:
-        data = read_picture(root, sample.key)
-        if sample.sha256 is not None and hashlib.sha256(data).hexdigest() != sample.sha256:
-            raise CorpusError("the file has changed since it was indexed")
-        image = decode_image(data)
-    except CorpusError as error:
-        row = Row(sample.key, sample.sha256, sample.label, error=str(error))
-        return LoadedSample(row, boxes, flips, digests, {})
-    views: dict[int, list[NDArray[np.uint8]]] = {size: [] for size in sizes}
-    for i in range(k):
-        box, flip = draw_view(spec, sample.key, i, image.width, image.height)
-        for size in sizes:
-            views[size].append(render_view(image, box, flip, size))
-        boxes[i], flips[i], digests[i] = box, flip, view_digest(views[sizes[0]][i])
-    row = Row(sample.key, sample.sha256, sample.label, image.width, image.height)
-    return LoadedSample(row, boxes, flips, digests, views)
+    def _commit(self, store: int, part: Part) -> Future[None]:
+        """Begun once the store's part before is written, so that no more than one waits."""
+        if (before := self._committing[store]) is not None:
+            before.exception()
+        commit = self._commits.submit(self._writers[store].commit, part)
+        self._committing[store] = commit
+        return commit
 
 
 @dataclass(frozen=True)
@@ -193,7 +230,9 @@ class PartBuffers:
 
     def __init__(self, spec: StoreSpec, task: PartTask) -> None:
         n, k = len(task.samples), spec.num_views
+        self.num_failed = 0
         self._task = task
+        self._first_size = spec.sizes[0]
         self._rows: list[Row] = []
         self._boxes = np.zeros((n, k, 4), np.int32)
         self._flips = np.zeros((n, k), np.bool_)
@@ -201,8 +240,8 @@ class PartBuffers:
         self._features: dict[str, NDArray[np.float16]] = {}
         self._num_clipped = 0
         self._num_nonfinite = 0
-        sides = spec.sizes if spec.pixels else ()
-        self._pixels = {side: np.zeros((n, k, side, side, 3), np.uint8) for side in sides}
+        self._sizes = spec.sizes
+        self._pixels = {side: np.zeros((n, k, side, side, 3), np.uint8) for side in spec.sizes if spec.pixels}
         for size, grid in zip(spec.sizes, spec.grids, strict=True):
             shapes = {
                 SUMMARY: (n, k, spec.teacher["summary_dim"]),
@@ -211,31 +250,31 @@ class PartBuffers:
             for kind in spec.tokens:
                 self._features[feature_path(size, kind)] = np.full(shapes[kind], np.nan, np.float16)
 
-    def take(self, samples: Iterable[LoadedSample], progress: Progress) -> Iterator[RenderedView]:
-        """Note every sample's row and view parameters, and hand on its views."""
-        for i, sample in enumerate(samples):
-            self._rows.append(sample.row)
-            self._boxes[i], self._flips[i], self._digests[i] = sample.boxes, sample.flips, sample.digests
-            if sample.row.error is not None:
-                progress.add(views=len(sample.flips), failed=1)
-                continue
-            for size, pixels in self._pixels.items():
-                pixels[i] = sample.views[size]
-            for k in range(len(sample.flips)):
-                yield RenderedView(i, k, {size: views[k] for size, views in sample.views.items()})
+    def take(self, sample: LoadedSample) -> list[RenderedView]:
+        """Note the next sample's row and view parameters; its views, for the teacher."""
+        i = len(self._rows)
+        self._rows.append(sample.row)
+        if sample.row.error is not None:
+            self.num_failed += 1
+            return []
+        self._boxes[i], self._flips[i] = sample.boxes, sample.flips
+        self._digests[i] = sample.digests[self._first_size]
+        for size, pixels in self._pixels.items():
+            pixels[i] = sample.views[size]
+        return [
+            RenderedView(i, k, {size: sample.views[size][k] for size in self._sizes}) for k in range(len(sample.flips))
+        ]
 
-    def put(self, path: str, batch: list[RenderedView], values: torch.Tensor) -> None:
-        """Store a batch's float32 tokens as float16, counting what had to be clipped."""
-        clipped = values.clamp(-FP16_MAX, FP16_MAX)
-        self._num_nonfinite += int((~values.isfinite()).sum())
-        self._num_clipped += int(((clipped != values) & values.isfinite()).sum())
-        halves = torch.where(values.isfinite(), clipped, torch.nan).to(torch.float16).cpu().numpy()
+    def put(self, batch: Sequence[RenderedView], halves: Halves) -> None:
+        """A batch's tokens."""
+        self._num_clipped += int(halves.num_clipped)
+        self._num_nonfinite += int(halves.num_nonfinite)
         rows, views = [v.sample for v in batch], [v.view for v in batch]
-        self._features[path][rows, views] = halves
+        self._features[halves.path][rows, views] = halves.tokens.numpy()
 
-    def part(self, progress: Progress) -> Part:
+    def part(self) -> Part:
         """The finished part; a sample with a non-finite feature fails as a whole."""
-        rows = [self._judged(i, row, progress) for i, row in enumerate(self._rows)]
+        rows = [self._judged(i, row) for i, row in enumerate(self._rows)]
         return Part(
             self._task.index,
             rows,
@@ -249,26 +288,14 @@ class PartBuffers:
             installed_versions(),
         )
 
-    def _judged(self, i: int, row: Row, progress: Progress) -> Row:
+    def _judged(self, i: int, row: Row) -> Row:
         bad = [path for path, values in self._features.items() if not np.isfinite(values[i]).all()]
         if row.error is not None or not bad:
             return row
-        progress.add(failed=1)
+        self.num_failed += 1
         for values in self._features.values():
             values[i] = np.nan
         for pixels in self._pixels.values():
             pixels[i] = 0
         self._boxes[i], self._flips[i], self._digests[i] = 0, False, 0
         return Row(row.key, row.sha256, row.label, error=f"the teacher gave non-finite values in {', '.join(bad)}")
-
-
-def batches(views: Iterable[RenderedView], size: int) -> Iterator[list[RenderedView]]:
-    """In order, the last one as short as it comes."""
-    batch: list[RenderedView] = []
-    for view in views:
-        batch.append(view)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

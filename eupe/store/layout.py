@@ -52,6 +52,9 @@ class StoreSpec:
     """Path of an int8 array to the calibration that it is coded by (`Calibration.to_json`)."""
     fidelity: Mapping[str, Any] = field(default_factory=dict)
     """What was measured when the precision was chosen; recorded, not compared."""
+    forward: Mapping[str, Any] = field(default_factory=dict)
+    """How the teacher ran when the store was made: `batch_size`, and where it did not compute in float32
+    `cosine_to_fp32`, the least of each kind of token; recorded, not compared."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the libraries that made it; recorded, not compared."""
 
@@ -109,13 +112,15 @@ class StoreSpec:
 
     def to_json(self) -> dict[str, Any]:
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if not self.forward:  # as in the first stores
+            del plain["forward"]
         return {"format": FORMAT, **plain}
 
     def identity(self) -> dict[str, Any]:
         """The spec without what says nothing about the content: equal identities are a cache hit."""
         plain = self.to_json()
-        for recorded in ("versions", "samples_per_part", "calibration", "fidelity"):
-            del plain[recorded]
+        for recorded in ("versions", "samples_per_part", "calibration", "fidelity", "forward"):
+            plain.pop(recorded, None)
         plain["corpus"] = {k: v for k, v in plain["corpus"].items() if k == "fingerprint"}
         descriptive = ("name", "model", "note", "licence", "native_size")
         plain["teacher"] = {k: v for k, v in plain["teacher"].items() if k not in descriptive}

@@ -223,6 +223,23 @@ class Store:
         return self.samples.filter(pc.equal(self.samples["status"], "ok"))
 
     @cached_property
+    def failed(self) -> pa.Table:
+        """The rows of `samples` that have no features, and why."""
+        return self.samples.filter(pc.not_equal(self.samples["status"], "ok"))
+
+    @cached_property
+    def failures(self) -> dict[str, list[str]]:
+        """Keys of the samples without features, by the kind of reason: its numbers are written as N."""
+        ledger: dict[str, list[str]] = {}
+        for row in self.failed.to_pylist():
+            ledger.setdefault(re.sub(r"\d+(\.\d+)?", "N", row["error"]), []).append(row["key"])
+        return dict(sorted(ledger.items(), key=lambda item: -len(item[1])))
+
+    def failed_parts(self) -> list[int]:
+        """Committed parts that hold samples without features."""
+        return sorted({row // self.spec.samples_per_part for row in self.failed["row"].to_pylist()})
+
+    @cached_property
     def _places(self) -> dict[str, int]:
         return dict(zip(self.valid["key"].to_pylist(), self.valid["row"].to_pylist(), strict=True))
 

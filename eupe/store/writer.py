@@ -307,6 +307,26 @@ def finish_store(path: str | Path | Place) -> Store:
     return open_store(path)
 
 
+def forget_parts(store: Store, parts: Sequence[int]) -> Store:
+    """Take parts back, so that they are made anew; the statistics with them.
+
+    Raises: StorageError.
+    """
+    if not parts:
+        return store
+    remove_statistics(store.path)
+    for part in parts:
+        store.path.delete(f"parts/{part_name(part)}")
+    return open_store(store.path)
+
+
+def remove_statistics(place: Place) -> None:
+    """The mark that they are there first."""
+    place.delete(f"{STATS}/{ROOT_DOCUMENT}")
+    for name in place.list(f"{STATS}/"):
+        place.delete(name)
+
+
 def _write_statistics(store: Store) -> None:
     place, spec = store.path, store.spec
     merged, facts = merged_statistics(store)

@@ -16,7 +16,8 @@ from ray.cluster_utils import Cluster
 from eupe.corpus.index import index_folder
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import CorpusError
-from eupe.extract.job import ExtractActor, ExtractConfig
+from eupe.extract.actors import ExtractActor
+from eupe.extract.config import ExtractConfig
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.teachers.resolve import resolve_teacher
@@ -107,7 +108,7 @@ def test_weights_that_do_not_fit_are_never_partly_loaded(tmp_path: Path, tiny_co
     assert outcome.code == 2
     assert "do not fit" in flat(outcome.err)
     assert "Traceback" not in outcome.err
-    assert open_store(tmp_path / "s.zarr").missing_parts() == [0]
+    assert not (tmp_path / "s.zarr").exists()
 
 
 def test_two_workers_make_the_store_that_one_makes(
@@ -170,13 +171,13 @@ def test_a_worker_that_does_not_see_the_pictures_stops_the_job(
     corpus = make_corpus(tmp_path / "c", count=3)
     store = make_store(tmp_path / "s.zarr", corpus, tiny_weights)
     actor = ExtractActor(
-        ExtractConfig(teacher="timm:test_vit", corpus=corpus, out=tmp_path / "s.zarr", weights=tiny_weights),
-        resolve_teacher("timm:test_vit"),
+        [ExtractConfig(teacher="timm:test_vit", corpus=corpus, out=tmp_path / "s.zarr", weights=tiny_weights)],
+        [resolve_teacher("timm:test_vit")],
         Place.of(tmp_path / "not-mounted"),
         1,
     )
     with pytest.raises(CorpusError, match=r"does not see the corpus folder .*not-mounted"):
-        actor.prepare(store.path)
+        actor.prepare([(0, store.path)])
 
 
 def test_weights_given_beside_a_run_name_the_store(tmp_path: Path, tiny_corpus: Path, run_eupe: Run) -> None:

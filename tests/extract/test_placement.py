@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from eupe.errors import ConfigError
-from eupe.extract.job import Node, place_workers
+from eupe.extract.actors import Node, place_workers
 
 
 def seated(nodes: list[Node], cpus: int, gpus: float) -> int:

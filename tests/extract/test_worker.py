@@ -21,7 +21,7 @@ from transformers import Dinov2Model
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.encoder import Tokens, build_encoder, save_encoder
-from eupe.extract.plan import plan_parts, store_spec
+from eupe.extract.plan import plan_stretches, store_spec
 from eupe.extract.worker import Computer, Worker
 from eupe.store import Store, open_store
 from eupe.store.writer import create_store, finish_store
@@ -166,11 +166,10 @@ def test_a_picture_changed_since_it_was_indexed_is_refused(tmp_path: Path, tiny_
     create_store(tmp_path / "s.zarr", plan)
     loaded = load_teacher(spec, weights=tiny_weights, device=torch.device("cpu"), dtype=torch.float32, sizes=(64,))
     worker = Worker(
-        Computer(loaded, plan, corpus_root=index.root, views=CENTER, batch_size=2),
-        tmp_path / "s.zarr",
+        [Computer(loaded, plan, corpus_root=index.root, views=CENTER, batch_size=2)],
+        [tmp_path / "s.zarr"],
     )
-    results = [worker.run(task) for task in plan_parts(plan, index.samples, done=())]
-    assert sum(result.num_failed for result in results) == 1
+    assert sum(worker.run(stretch) for stretch in plan_stretches([plan], index.samples, [()])) == 1
     rows = finish_store(tmp_path / "s.zarr").samples.to_pylist()
     assert [row["error"] for row in rows if row["status"] != "ok"] == ["the file has changed since it was indexed"]
 
@@ -200,10 +199,10 @@ def test_overflow_is_clipped_and_counted_and_nan_fails_the_sample(tmp_path: Path
     )
     create_store(tmp_path / "s.zarr", plan)
     worker = Worker(
-        Computer(Broken(), plan, corpus_root=index.root, views=CENTER, batch_size=8),
-        tmp_path / "s.zarr",
-    )  # type: ignore[arg-type]
-    worker.run(plan_parts(plan, index.samples, done=())[0])
+        [Computer(Broken(), plan, corpus_root=index.root, views=CENTER, batch_size=8)],  # type: ignore[arg-type]
+        [tmp_path / "s.zarr"],
+    )
+    worker.run(next(plan_stretches([plan], index.samples, [()])))
     store = finish_store(tmp_path / "s.zarr")
     info = json.loads(run_eupe("store", "info", store.path, "--json").out)
     assert info["clipped_values"] == 4 * 4 * 64
@@ -226,11 +225,11 @@ def test_every_row_equals_its_single_picture_result(
     loaded = load_teacher(spec, weights=tiny_weights, device=torch.device("cpu"), dtype=torch.float32, sizes=(64,))
     views = ViewSpec(policy="rrc", num_views=2)
     worker = Worker(
-        Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size),
-        tmp_path / "s.zarr",
+        [Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)],
+        [tmp_path / "s.zarr"],
     )
-    for task in plan_parts(plan, index.samples, done=()):
-        worker.run(task)
+    for stretch in plan_stretches([plan], index.samples, [()]):
+        worker.run(stretch)
     rows, numbers = np.repeat(np.arange(24), 2).tolist(), [0, 1] * 24
     ours, theirs = finish_store(tmp_path / "s.zarr").read(rows, numbers), tiny_store.read(rows, numbers)
     assert np.array_equal(ours.boxes, theirs.boxes)

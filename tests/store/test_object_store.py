@@ -21,8 +21,8 @@ from store_cases import Case, as_arrays, assert_same_bits, every_view, make_case
 from eupe.corpus.index import index_folder, open_corpus, read_picture, write_index
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, CorpusError, PartCorruptError, StorageError, StoreError
+from eupe.extract.load import load_sample
 from eupe.extract.plan import Sample
-from eupe.extract.worker import load_sample
 from eupe.place import READS_AT_ONCE, Place
 from eupe.store import open_store
 from eupe.store.reader import committed_parts

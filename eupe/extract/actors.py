@@ -1,0 +1,303 @@
+"""The Ray actors of a job: where they run, and what they are asked."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from eupe.corpus.index import Corpus
+from eupe.device import compute_dtype, dtype_name, pick_device
+from eupe.encoder import WEIGHTS_FILE
+from eupe.errors import ConfigError, CorpusError, EupeError, TeacherError, WorkerDiedError
+from eupe.extract.calibrate import Measured, candidates, measure, sample_task
+from eupe.extract.config import ExtractConfig
+from eupe.extract.count import limit_blas
+from eupe.extract.forward import cosine_to_fp32, fastest_batch
+from eupe.extract.plan import PartTask, Stretch
+from eupe.extract.worker import Computer, Worker
+from eupe.place import Place
+from eupe.store import Store, open_store
+from eupe.store.layout import StoreSpec
+from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
+
+STRETCHES_IN_FLIGHT = 2
+"""Per worker: one has the teachers while the other is written."""
+DEFAULT_BATCH = 16
+"""Where a store does not say, and before a device has been tried."""
+COMPARED_VIEWS = 8
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Which process an actor is, now."""
+
+    host: str
+    pid: int
+
+
+class JobActors:
+    """The Ray actors of a job, started when first needed and gone when the block ends."""
+
+    def __init__(self, configs: Sequence[ExtractConfig], teachers: Sequence[TeacherSpec], corpus: Corpus) -> None:
+        """
+        Args:
+            configs: one for each teacher; alike in all that does not concern a single teacher.
+        """
+        self.configs = configs
+        self._shared = configs[0]
+        self._teachers = teachers
+        self._corpus = corpus
+        self._ray_started = False
+
+    def __enter__(self) -> JobActors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ray_started:
+            ray.shutdown()
+
+    @cached_property
+    def weights_sha256(self) -> list[str]:
+        """Of each teacher: of a local file without loading it, else of the tensors that its library fetched."""
+        return [self._digest(i) for i in range(len(self._teachers))]
+
+    def _digest(self, teacher: int) -> str:
+        card = self._teachers[teacher]
+        own = Path(card.model) / WEIGHTS_FILE if card.backend == "run" else None
+        weights = self.configs[teacher].weights or own
+        if weights is not None:
+            return file_digest(weights)
+        return str(get_loaded(self.handles[0].weights_sha256.remote(teacher)))
+
+    @cached_property
+    def dtype_name(self) -> str:
+        """The arithmetic in words, decided by the machine that does the work."""
+        if self._shared.ray_address is None:
+            return dtype_name(compute_dtype(self._shared.dtype, pick_device()))
+        return str(get_loaded(self.handles[0].dtype_name.remote()))
+
+    def measure(self, teacher: int, spec: StoreSpec) -> Measured:
+        """Features of a sample of the corpus, coded as may be asked."""
+        task = sample_task(spec, self._corpus)
+        measured: Measured = get_loaded(self.handles[0].measure.remote(teacher, spec, task))
+        return measured
+
+    def try_forward(self, teacher: int, spec: StoreSpec) -> dict[str, Any]:
+        """How a teacher runs on this machine, as `StoreSpec.forward` notes it."""
+        task = sample_task(spec, self._corpus)
+        noted: dict[str, Any] = get_loaded(self.handles[0].try_forward.remote(teacher, spec, task))
+        return noted
+
+    def prepare(self, stores: Mapping[int, Store]) -> None:
+        """Load the teachers, so that what is wrong with them is said before any part begins.
+
+        Args:
+            stores: by their teacher's place among those of the job.
+        Raises: TeacherError.
+        """
+        targets = [(teacher, store.path) for teacher, store in stores.items()]
+        get_loaded([actor.prepare.remote(targets) for actor in self.handles])
+
+    @cached_property
+    def handles(self) -> list[Any]:
+        """The actors there are; see `grow`."""
+        self._start_ray()
+        num_workers, self._num_cpus, self._num_gpus = self._placed()
+        return [self._start_actor() for _ in range(num_workers)]
+
+    def grow(self) -> list[Any]:
+        """Start actors on what has come to the cluster; those that are new."""
+        if self._shared.workers is not None or self._shared.ray_address is None:
+            return []
+        new = [self._start_actor() for _ in range(self._placed()[0] - len(self.handles))]
+        self.handles.extend(new)
+        return new
+
+    def _placed(self) -> tuple[int, int, float]:
+        nodes = [Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        return place_workers(nodes, self._shared.workers, self._shared.gpus_per_worker)
+
+    def _start_actor(self) -> Any:
+        actor = ray.remote(ExtractActor).options(
+            num_cpus=self._num_cpus,
+            num_gpus=self._num_gpus,
+            max_restarts=-1,
+            max_concurrency=STRETCHES_IN_FLIGHT + 1,
+        )
+        return actor.remote(self.configs, self._teachers, self._corpus.root, self._num_cpus)
+
+    def _start_ray(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        address = self._shared.ray_address
+        quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+        if address is not None:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, ValueError) as error:
+                raise ConfigError(f"no Ray cluster answers at --ray-address {address}: {error}") from error
+            self._ray_started = True
+            return
+        cpus = max(os.cpu_count() or 1, self._shared.workers or 1)
+        ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
+        self._ray_started = True
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a machine of the cluster offers."""
+
+    cpus: int
+    gpus: float
+
+    @classmethod
+    def of(cls, resources: Mapping[str, float]) -> Node:
+        return cls(int(resources.get("CPU", 0)), resources.get("GPU", 0))
+
+
+def place_workers(nodes: Sequence[Node], workers: int | None, gpus_per_worker: float | None) -> tuple[int, int, float]:
+    """How many workers, and the CPUs and GPUs of each: as many CPUs as still let all of them run at once.
+
+    Args:
+        workers: None for one per GPU, or one where there is none.
+        gpus_per_worker: None for an even share, one GPU at most.
+    Raises: ConfigError if so many cannot run at once, which Ray would wait for without a word.
+    """
+    total_gpus = sum(node.gpus for node in nodes)
+    num_workers = workers or max(1, int(total_gpus))
+    even_share = 1 / math.ceil(num_workers / total_gpus) if total_gpus else 0.0
+    num_gpus = even_share if gpus_per_worker is None else gpus_per_worker
+
+    def places(node: Node, cpus: int) -> int:
+        by_gpu = int(node.gpus / num_gpus + 1e-6) if num_gpus else node.cpus
+        return min(node.cpus // cpus, by_gpu)
+
+    for cpus in range(max(node.cpus for node in nodes), 0, -1):
+        if sum(places(node, cpus) for node in nodes) >= num_workers:
+            return num_workers, cpus, num_gpus
+    raise ConfigError(
+        f"{num_workers} workers with {num_gpus:g} GPUs each do not fit the {len(nodes)} nodes with "
+        f"{sum(node.cpus for node in nodes)} CPUs and {total_gpus:g} GPUs that Ray has; give fewer --workers or "
+        "--gpus-per-worker"
+    )
+
+
+class ExtractActor:
+    """The teachers of a job in a process of its own."""
+
+    def __init__(
+        self, configs: Sequence[ExtractConfig], teachers: Sequence[TeacherSpec], corpus_root: Place, num_cpus: int
+    ) -> None:
+        torch.set_num_threads(num_cpus)
+        limit_blas()
+        self._configs = configs
+        self._cards = teachers
+        self._corpus_root = corpus_root
+        self._loading = threading.Lock()
+        self._loaded: dict[int, Teacher] = {}
+        self._worker: Worker | None = None
+
+    def _teacher(self, i: int) -> Teacher:
+        if i not in self._loaded:
+            config, card = self._configs[i], self._cards[i]
+            device = pick_device()
+            sizes = config.sizes or (card.native_size,)
+            dtype = compute_dtype(config.dtype, device)
+            self._loaded[i] = load_teacher(card, weights=config.weights, device=device, dtype=dtype, sizes=sizes)
+        return self._loaded[i]
+
+    def _computer(self, i: int, spec: StoreSpec) -> Computer:
+        host = socket.gethostname()
+        if self._corpus_root.is_local and not self._corpus_root.local.is_dir():
+            raise CorpusError(f"worker on {host} does not see the corpus folder {self._corpus_root}; share it there")
+        teacher, config = self._teacher(i), self._configs[i]
+        arithmetic, agreed = dtype_name(teacher.dtype), spec.teacher["dtype"]
+        if arithmetic != agreed:
+            raise ConfigError(f"worker on {host} would compute in {arithmetic}, the store is {agreed}; give --dtype")
+        batch_size = config.batch_size or spec.forward.get("batch_size", DEFAULT_BATCH)
+        return Computer(teacher, spec, corpus_root=self._corpus_root, views=config.views, batch_size=batch_size)
+
+    def weights_sha256(self, i: int) -> str:
+        with self._loading:
+            return weights_digest(self._teacher(i).module)
+
+    def measure(self, i: int, spec: StoreSpec, task: PartTask) -> Measured:
+        with self._loading:
+            features = self._computer(i, spec).compute(task).features
+            return measure(spec, features, candidates(spec, self._configs[i].fidelity))
+
+    def try_forward(self, i: int, spec: StoreSpec, task: PartTask) -> dict[str, Any]:
+        with self._loading:
+            teacher, asked = self._teacher(i), self._configs[i].batch_size
+            noted: dict[str, Any] = {"batch_size": asked or fastest_batch(teacher, spec.sizes)}
+            if teacher.dtype != torch.float32:
+                pixels = self._some_views(self._computer(i, spec), task)
+                if len(pixels):
+                    noted["cosine_to_fp32"] = cosine_to_fp32(teacher, pixels)
+            return noted
+
+    def _some_views(self, computer: Computer, task: PartTask) -> torch.Tensor:
+        """uint8 [at most COMPARED_VIEWS, S, S, 3]."""
+        size = computer.spec.sizes[0]
+        loaded = computer.load_ahead(task.samples[:COMPARED_VIEWS])
+        views = [view for sample in loaded if sample.row.error is None for view in sample.views[size]]
+        return torch.from_numpy(np.array(views[:COMPARED_VIEWS]))
+
+    def dtype_name(self) -> str:
+        return dtype_name(compute_dtype(self._configs[0].dtype, pick_device()))
+
+    def prepare(self, targets: Sequence[tuple[int, Place]]) -> Whereabouts:
+        """Load the teachers, so that what is wrong with them is said before any part begins.
+
+        Args:
+            targets: a teacher's place among those of the job, and its store.
+        """
+        with self._loading:
+            if self._worker is None:
+                computers = [self._computer(i, open_store(store).spec) for i, store in targets]
+                self._worker = Worker(computers, [store for _, store in targets])
+        return Whereabouts(socket.gethostname(), os.getpid())
+
+    def run(self, stretch: Stretch, killers: Mapping[str, str], careful: bool) -> int:
+        """See `Worker.run`."""
+        assert self._worker is not None
+        return self._worker.run(stretch, killers=killers, careful=careful)
+
+    def progress(self) -> tuple[int, int]:
+        """Views done and samples failed of what is under way."""
+        return (0, 0) if self._worker is None else self._worker.progress.counts
+
+
+def get(reference: Any) -> Any:
+    """`ray.get` that raises what the actor raised, not Ray's wrapping of it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, EupeError):
+            raise error.cause from None
+        raise
+
+
+def get_loaded(reference: Any) -> Any:
+    """`get` for what needs the teacher in memory.
+
+    Raises: TeacherError if loading it failed in a way of its own (out of memory, say); WorkerDiedError if it cost the
+        worker its life.
+    """
+    try:
+        return get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise TeacherError(f"the teacher cannot be loaded: {type(error.cause).__name__}: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        raise WorkerDiedError(f"a worker died while it loaded the teacher: {str(error).splitlines()[0]}") from error

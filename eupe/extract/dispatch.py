@@ -1,0 +1,378 @@
+"""Handing out the work of a job until each part is committed or given up.
+
+A worker that dies, or fails in a way that is nobody's mistake, is replaced, and what it had is done again: carefully,
+lest a picture was the reason. A storage that does not answer is waited for. Mistakes of the user's end the job.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from eupe.errors import EupeError, IncompleteError, OutageError, WorkerDiedError
+from eupe.extract.actors import STRETCHES_IN_FLIGHT, JobActors, Whereabouts, get_loaded
+from eupe.extract.load import PICTURE_SECONDS, StuckError
+from eupe.extract.plan import Stretch, plan_stretches
+from eupe.stopping import stop_signals
+from eupe.store import Store
+from eupe.store.layout import part_name
+from eupe.store.reader import committed_parts
+
+POLL_SECONDS = 0.5
+GROW_SECONDS = 30.0
+MAX_DEATHS = 5
+"""Of workers over one stretch, after which it is given up."""
+MAX_LOADS = 3
+"""Deaths of a worker that was loading its teachers, one after the other, after which it is given up."""
+OUTAGE_SECONDS = 900.0
+"""How long a storage that does not answer is waited for."""
+OUTAGE_PAUSES = (2.0, 5.0, 10.0, 30.0, 60.0)
+SILENT_SECONDS = 2 * PICTURE_SECONDS
+"""A worker that does not answer for so long is stuck where Python cannot interrupt it."""
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """What a machine contributes."""
+
+    host: str
+    workers: int
+    views_per_s: float
+    failed: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a running job stands."""
+
+    stage: str
+    done: int
+    total: int
+    failed: int = 0
+    nodes: tuple[NodeStatus, ...] = ()
+
+
+@dataclass
+class Work:
+    """A stretch and its history."""
+
+    stretch: Stretch
+    deaths: int = 0
+    outage_since: float | None = None
+    num_outages: int = 0
+    not_before: float = 0.0
+    killers: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+    """Why it failed last."""
+
+
+@dataclass
+class Hand:
+    """A worker as its driver knows it."""
+
+    actor: Any
+    where: Whereabouts | None = None
+    ready: bool = False
+    """Its teachers are loaded."""
+    failed_loads: int = 0
+    condemned: int | None = None
+    """Process that was told to die."""
+    running: dict[Any, Work] = field(default_factory=dict)
+    views: int = 0
+    """Of what is under way."""
+    failed: int = 0
+    asked: Any = None
+    """Its progress."""
+    asked_at: float = 0.0
+
+
+class Dispatch:
+    """One job's work and workers."""
+
+    def __init__(self, actors: JobActors, stores: Mapping[int, Store], samples: pa.Table) -> None:
+        """
+        Args:
+            stores: by their teacher's place among those of the job; all of the same views and samples.
+            samples: their index.
+        """
+        self._actors = actors
+        self._targets = [(teacher, store.path) for teacher, store in stores.items()]
+        self._places = [place for _, place in self._targets]
+        specs = [store.spec for store in stores.values()]
+        self._num_views = specs[0].num_views
+        done = [committed_parts(place) for place in self._places]
+        self._todo = plan_stretches(specs, samples, done)
+        self._again: list[Work] = []
+        self.given_up: list[str] = []
+        """Reasons."""
+        self._hands: list[Hand] = []
+        self._loading: dict[Any, Hand] = {}
+        self.total = sum(spec.num_samples for spec in specs) * self._num_views
+        self.before = self._num_views * sum(
+            rows.stop - rows.start
+            for spec, parts in zip(specs, done, strict=True)
+            for part in parts
+            for rows in [spec.part_samples(part)]
+        )
+        self._committed: Counter[str] = Counter()
+        """Views by host."""
+        self._failed: Counter[str] = Counter()
+        """Samples by host, of what is committed."""
+        self.began = time.monotonic()
+        """When the first worker had its teachers loaded."""
+
+    def run(self, on_status: Callable[[Status], None], stop_asked: Callable[[], bool]) -> None:
+        """Until all is done, or given up, or an end is asked for.
+
+        Raises: an EupeError that no other part would escape.
+        """
+        for actor in self._actors.handles:
+            self._hire(actor)
+        grown = time.monotonic()
+        while True:
+            for hand in self._hands:
+                self._hand_out(hand, stop_asked)
+            running = {reference: hand for hand in self._hands for reference in hand.running}
+            if not running and (stop_asked() or not self._has_work()):
+                return
+            self._wait(running)
+            self._ask_progress()
+            on_status(self._status())
+            if time.monotonic() - grown > GROW_SECONDS:
+                grown = time.monotonic()
+                for actor in self._actors.grow():
+                    self._hire(actor)
+
+    def _wait(self, running: Mapping[Any, Hand]) -> None:
+        """For what ends next, a moment at most."""
+        if not running and not self._loading:
+            time.sleep(POLL_SECONDS)
+            return
+        for reference in ray.wait([*running, *self._loading], timeout=POLL_SECONDS)[0]:
+            if reference in self._loading:
+                self._welcome(self._loading.pop(reference), reference)
+            else:
+                self._settle(running[reference], reference)
+
+    def _hire(self, actor: Any) -> None:
+        hand = Hand(actor)
+        self._hands.append(hand)
+        self._load(hand)
+
+    def _load(self, hand: Hand) -> None:
+        """Ray queues the request until the worker is there (again)."""
+        hand.ready = False
+        hand.views = hand.failed = 0
+        self._loading[hand.actor.prepare.options(max_task_retries=-1).remote(self._targets)] = hand
+
+    def _welcome(self, hand: Hand, reference: Any) -> None:
+        """Raises: TeacherError, and whatever else no worker would escape."""
+        try:
+            where: Whereabouts = get_loaded(reference)
+        except WorkerDiedError:
+            hand.failed_loads += 1
+            if hand.failed_loads < MAX_LOADS:
+                self._load(hand)
+                return
+            self._hands.remove(hand)
+            if not self._hands:
+                raise
+            return
+        if where.pid == hand.condemned:
+            time.sleep(POLL_SECONDS)
+            self._load(hand)
+            return
+        if not any(other.where for other in self._hands):
+            self.began = time.monotonic()
+        hand.where, hand.ready, hand.failed_loads, hand.condemned = where, True, 0, None
+
+    def _has_work(self) -> bool:
+        if self._again:
+            return True
+        upcoming = next(self._todo, None)
+        if upcoming is None:
+            return False
+        self._again.append(Work(upcoming))
+        return True
+
+    def _hand_out(self, hand: Hand, stop_asked: Callable[[], bool]) -> None:
+        while hand.ready and len(hand.running) < STRETCHES_IN_FLIGHT and not stop_asked():
+            work = self._next()
+            if work is None:
+                return
+            careful = work.deaths > 0
+            hand.running[hand.actor.run.remote(work.stretch, work.killers, careful)] = work
+
+    def _next(self) -> Work | None:
+        now = time.monotonic()
+        due = next((work for work in self._again if work.not_before <= now), None)
+        if due is not None:
+            self._again.remove(due)
+            return due
+        upcoming = next(self._todo, None)
+        return None if upcoming is None else Work(upcoming)
+
+    def _settle(self, hand: Hand, reference: Any) -> None:
+        """Raises: the worker's EupeError, which no other part would escape."""
+        work = hand.running.pop(reference)
+        assert hand.where is not None
+        try:
+            self._failed[hand.where.host] += ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            self._failed_with(hand, work, error.cause)
+        except ray.exceptions.RayError as error:
+            if hand.condemned is None:
+                work.deaths += 1
+                work.reason = f"the worker died: {str(error).splitlines()[0]}"
+            if hand.ready:
+                self._load(hand)
+            self._redo(hand, work)
+        else:
+            self._note_committed(hand.where.host, work.stretch)
+
+    def _failed_with(self, hand: Hand, work: Work, cause: Any) -> None:
+        if isinstance(cause, OutageError):
+            now = time.monotonic()
+            work.outage_since = work.outage_since or now
+            if now - work.outage_since > OUTAGE_SECONDS:
+                raise cause
+            work.not_before = now + OUTAGE_PAUSES[min(work.num_outages, len(OUTAGE_PAUSES) - 1)]
+            work.num_outages += 1
+            work.reason = str(cause)
+            self._redo(hand, work)
+            return
+        if isinstance(cause, EupeError):
+            raise cause
+        work.deaths += 1
+        if isinstance(cause, StuckError):
+            work.killers[cause.key] = f"its decoder does not come to an end ({PICTURE_SECONDS:g} s)"
+            work.reason = f"{cause.key}: its decoder does not come to an end"
+        else:
+            work.reason = f"{type(cause).__name__}: {cause}"
+        self._replace(hand)
+        self._redo(hand, work)
+
+    def _replace(self, hand: Hand) -> None:
+        """A process that has failed is not asked again."""
+        assert hand.where is not None
+        if hand.condemned is None:
+            hand.condemned = hand.where.pid
+            ray.kill(hand.actor, no_restart=False)
+            self._load(hand)
+
+    def _redo(self, hand: Hand, work: Work) -> None:
+        """What of it is not committed, later; or never, when it has cost too many workers."""
+        missing = tuple(
+            (store, task)
+            for store, task in work.stretch.tasks
+            if not self._places[store].exists(f"parts/{part_name(task.index)}")
+        )
+        assert hand.where is not None
+        done = tuple(pair for pair in work.stretch.tasks if pair not in missing)
+        self._note_committed(hand.where.host, Stretch(done))
+        if not missing:
+            return
+        if work.deaths >= MAX_DEATHS:
+            self.given_up.append(f"{work.reason}, {work.deaths} times")
+            return
+        self._again.append(replace(work, stretch=Stretch(missing)))
+
+    def _note_committed(self, host: str, stretch: Stretch) -> None:
+        self._committed[host] += self._num_views * sum(len(task.samples) for _, task in stretch.tasks)
+
+    def _ask_progress(self) -> None:
+        now = time.monotonic()
+        for hand in self._hands:
+            if not hand.ready:
+                continue
+            if hand.asked is None:
+                hand.asked, hand.asked_at = hand.actor.progress.remote(), now
+                continue
+            if not ray.wait([hand.asked], timeout=0)[0]:
+                if now - hand.asked_at > SILENT_SECONDS and hand.running:
+                    for work in hand.running.values():
+                        work.deaths += 1
+                        work.reason = f"the worker did not answer for {SILENT_SECONDS:g} s"
+                    self._replace(hand)
+                continue
+            try:
+                hand.views, hand.failed = ray.get(hand.asked)
+            except ray.exceptions.RayError:
+                hand.views = hand.failed = 0
+            hand.asked = None
+
+    def _status(self) -> Status:
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        committed = sum(self._committed.values())
+        under_way = sum(hand.views for hand in self._hands)
+        return Status(
+            "extracting" if any(hand.where for hand in self._hands) else "loading teacher",
+            min(self.before + committed + under_way, self.total),
+            self.total,
+            sum(self._failed.values()) + sum(hand.failed for hand in self._hands),
+            tuple(self._node_status(host, seconds) for host in self._hosts()),
+        )
+
+    def _hosts(self) -> list[str]:
+        return sorted({hand.where.host for hand in self._hands if hand.where is not None})
+
+    def _node_status(self, host: str, seconds: float) -> NodeStatus:
+        here = [hand for hand in self._hands if hand.where is not None and hand.where.host == host]
+        views = self._committed[host] + sum(hand.views for hand in here)
+        failed = self._failed[host] + sum(hand.failed for hand in here)
+        return NodeStatus(host, sum(hand.ready for hand in here), views / seconds, failed)
+
+
+def run_parts(
+    actors: JobActors, stores: Mapping[int, Store], samples: pa.Table, on_status: Callable[[Status], None]
+) -> float:
+    """Keep every worker busy until each part is committed or given up.
+
+    SIGTERM, as spot instances get it, lets the parts under way be committed and begins no other.
+
+    Args:
+        stores: by their teacher's place among those of the job.
+        samples: the index of all of them.
+    Returns: views per second, of all stores, since the first worker had its teachers loaded.
+    Raises: IncompleteError naming the gaps and their first reason; StorageError and TeacherError as they come.
+    """
+    dispatch = Dispatch(actors, stores, samples)
+    with _interruptible(stores.values()):
+        on_status(Status("loading teacher", dispatch.before, dispatch.total))
+        assert actors.handles  # Ray, begun by now, has set its own handler of the signal
+        with stop_signals(signal.SIGTERM) as stop_asked:
+            dispatch.run(on_status, stop_asked)
+            stopped = stop_asked()
+    seconds = time.monotonic() - dispatch.began
+    for store in stores.values():
+        missing = store.missing_parts()
+        if missing and stopped:
+            raise _stopped(stores.values())
+        if missing:
+            reason = next(iter(dispatch.given_up), "no reason was recorded")
+            raise IncompleteError(
+                f"{len(missing)} of {store.spec.num_parts} parts are missing from {store.path} (first reason: "
+                f"{reason}); the others are committed: run the same command again to go on"
+            )
+    return float(dispatch.total - dispatch.before) / seconds
+
+
+@contextmanager
+def _interruptible(stores: Iterable[Store]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _stopped(stores) from None
+
+
+def _stopped(stores: Iterable[Store]) -> IncompleteError:
+    done = [f"{len(committed_parts(store.path))} of {store.spec.num_parts} parts of {store.path}" for store in stores]
+    return IncompleteError(f"stopped: {', '.join(done)} are committed; run the same command again to go on")

@@ -1,0 +1,123 @@
+"""From a sample to its rendered views; needs no torch, so that a process that only decodes starts at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eupe.ahead import map_ahead
+from eupe.corpus.decode import decode_image
+from eupe.corpus.index import read_picture
+from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
+from eupe.errors import CorpusError
+from eupe.extract.plan import Sample
+from eupe.place import Place
+from eupe.store.layout import StoreSpec
+from eupe.store.writer import Row
+
+MAX_DECODE_THREADS = 8
+PICTURE_SECONDS = 300.0
+"""A picture that takes longer, its reading included, never comes to an end."""
+
+
+class StuckError(RuntimeError):
+    """A picture whose decoder does not come to an end; the process that runs it must be given up."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class LoadedSample:
+    """All views of one picture, rendered; none of them if it has an error."""
+
+    row: Row
+    boxes: NDArray[np.int32]
+    flips: NDArray[np.bool_]
+    views: Mapping[int, Sequence[NDArray[np.uint8]]] = field(default_factory=dict)
+    """Size to K views of [size, size, 3]."""
+    digests: Mapping[int, NDArray[np.uint64]] = field(default_factory=dict)
+    """Of the views, [K], at the sizes that stores are known by."""
+
+
+def failed_sample(sample: Sample, spec: ViewSpec, error: str) -> LoadedSample:
+    """Without views, for a reason."""
+    k = spec.num_views
+    row = Row(sample.key, sample.sha256, sample.label, error=error)
+    return LoadedSample(row, np.zeros((k, 4), np.int32), np.zeros(k, np.bool_))
+
+
+def load_sample(
+    sample: Sample, root: Place, spec: ViewSpec, sizes: Iterable[int], digested: Iterable[int] = ()
+) -> LoadedSample:
+    """Read, check, decode and render one picture; whatever is wrong with it becomes its row's error.
+
+    Args:
+        digested: sizes whose views are digested as well.
+    Raises: StorageError if an object store does not serve it, which is no fault of the picture.
+    """
+    try:
+        data = read_picture(root, sample.key)
+        if sample.sha256 is not None and hashlib.sha256(data).hexdigest() != sample.sha256:
+            raise CorpusError("the file has changed since it was indexed")
+        image = decode_image(data)
+    except CorpusError as error:
+        return failed_sample(sample, spec, str(error))
+    drawn = [draw_view(spec, sample.key, k, image.width, image.height) for k in range(spec.num_views)]
+    views = {size: [render_view(image, box, flip, size) for box, flip in drawn] for size in sizes}
+    row = Row(sample.key, sample.sha256, sample.label, image.width, image.height)
+    boxes, flips = (np.array(column) for column in zip(*drawn, strict=True))
+    digests = {size: np.array([view_digest(view) for view in views[size]], np.uint64) for size in digested}
+    return LoadedSample(row, boxes.astype(np.int32), flips, views, digests)
+
+
+class Loader:
+    """Decodes and renders ahead of its use, by a pool of threads that parts take turns with."""
+
+    def __init__(self, root: Place, views: ViewSpec, specs: Sequence[StoreSpec], *, ahead: int) -> None:
+        """
+        Args:
+            specs: of the stores that the samples are for, all of the same views.
+            ahead: how many samples may be ready before they are used.
+        """
+        self._views = views
+        sizes = {size for spec in specs for size in spec.sizes}
+        digested = {spec.sizes[0] for spec in specs}
+        self._load = partial(load_sample, root=root, spec=views, sizes=sizes, digested=digested)
+        self._ahead = ahead
+        self._pool = ThreadPoolExecutor(root.threads(min(MAX_DECODE_THREADS, os.cpu_count() or 1)))
+
+    def load(
+        self, samples: Sequence[Sample], *, killers: Mapping[str, str] | None = None, one_by_one: bool = False
+    ) -> Iterator[LoadedSample]:
+        """Samples in order; the first of them are begun at once.
+
+        Args:
+            killers: key to reason, of pictures that must not be decoded here.
+            one_by_one: no two pictures in memory, for those that together are too large.
+        Raises (while iterating): StorageError; StuckError.
+        """
+        load = self._load if not killers else partial(self._load_others, killers)
+        loaded = map_ahead(self._pool, load, samples, ahead=1 if one_by_one else self._ahead, patience=PICTURE_SECONDS)
+        return _watched(samples, loaded)
+
+    def _load_others(self, killers: Mapping[str, str], sample: Sample) -> LoadedSample:
+        if sample.key in killers:
+            return failed_sample(sample, self._views, killers[sample.key])
+        return self._load(sample)
+
+
+def _watched(samples: Iterable[Sample], loaded: Iterator[LoadedSample]) -> Iterator[LoadedSample]:
+    for sample in samples:
+        try:
+            yield next(loaded)
+        except TimeoutError:
+            raise StuckError(sample.key) from None
