@@ -264,7 +264,9 @@ def stored_index(store: Store) -> Corpus:
         segments = [index_from_bytes(store.path.read(name), str(store.path / name)) for name in names]
     except FileNotFoundError as error:
         raise CorpusError(f"the store's index of pictures is incomplete: {error}") from error
-    return Corpus(segments[0].root, pa.concat_tables([segment.samples for segment in segments]))
+    return Corpus(
+        segments[0].root, pa.concat_tables([segment.samples for segment in segments], promote_options="default")
+    )
 
 
 def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
