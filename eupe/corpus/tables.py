@@ -166,7 +166,9 @@ def table_rows(root: Place, name: str, known: Known) -> tuple[list[Row], int]:
                 rows.append(row | _words(columns, words))
     except FileNotFoundError as error:
         raise CorpusError(str(error)) from error
-    except (pa.ArrowException, EOFError) as error:
+    except StorageError:
+        raise
+    except (OSError, pa.ArrowException) as error:
         raise CorpusError(f"table {root / name} cannot be read after {len(rows)} rows: {error}") from error
     return rows, gaps
 
@@ -280,7 +282,9 @@ class RowReader:
                 return data
             try:
                 data = self._decode(reading, table, row)
-            except (pa.ArrowException, EOFError) as error:
+            except StorageError:
+                raise
+            except (OSError, pa.ArrowException, StopIteration) as error:
                 reading.group = -1
                 raise CorpusError(f"row {row} of {root / name} cannot be read: {error}") from error
         if data is None:

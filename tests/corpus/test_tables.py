@@ -33,7 +33,7 @@ def contents(corpus: Corpus) -> dict[str, bytes]:
 
 def write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, *, group: int = 4) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=group)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=group, write_page_checksum=True)
     return path
 
 
