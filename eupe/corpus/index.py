@@ -35,6 +35,7 @@ from eupe.errors import CorpusError, StorageError
 from eupe.place import Place, Where
 
 ROOT_KEY = b"eupe.root"
+GAPS_KEY = b"eupe.without_picture"
 NAMED_KEYS = 5
 SCHEMA = pa.schema(
     [
@@ -76,17 +77,24 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the sorted (key, sha256) pairs: equal exactly where the pictures are equal."""
-        pairs = zip(self.samples["key"].to_pylist(), self.samples["sha256"].to_pylist(), strict=True)
-        return fingerprint(pairs)
+        digest = hashlib.sha256()
+        order = pc.sort_indices(self.samples["key"])
+        for start in range(0, len(order), ROWS_AT_ONCE):
+            rows = self.samples.select(["key", "sha256"]).take(order.slice(start, ROWS_AT_ONCE))
+            for key, sha256 in zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True):
+                digest.update(_fingerprint_line(key, sha256))
+        return digest.hexdigest()
 
     @property
     def duplicates(self) -> list[list[str]]:
         """Keys of pictures that are the same, byte for byte, group by group."""
+        counts = pc.value_counts(self.samples["sha256"].drop_null())
+        several = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        rows = self.samples.select(["key", "sha256"]).filter(pc.is_in(self.samples["sha256"], several))
         groups: dict[str, list[str]] = {}
-        for key, sha256 in zip(self.samples["key"].to_pylist(), self.samples["sha256"].to_pylist(), strict=True):
-            if sha256 is not None:
-                groups.setdefault(sha256, []).append(key)
-        return [keys for keys in groups.values() if len(keys) > 1]
+        for key, sha256 in zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True):
+            groups.setdefault(sha256, []).append(key)
+        return list(groups.values())
 
     def pick(
         self,
@@ -133,8 +141,12 @@ def fingerprint(pairs: Iterable[tuple[str, str | None]]) -> str:
     """SHA-256 of the sorted (key, sha256) pairs."""
     digest = hashlib.sha256()
     for key, sha256 in sorted(pairs, key=lambda pair: pair[0]):
-        digest.update(f"{key}\0{sha256 or 'unreadable'}\n".encode())
+        digest.update(_fingerprint_line(key, sha256))
     return digest.hexdigest()
+
+
+def _fingerprint_line(key: str, sha256: str | None) -> bytes:
+    return f"{key}\0{sha256 or 'unreadable'}\n".encode()
 
 
 Progress = Callable[[int, int], None]
@@ -267,10 +279,16 @@ def write_index(corpus: Corpus, path: Where) -> None:
         raise CorpusError(f"the index {path} cannot be written: {error}") from error
 
 
+def index_metadata(corpus: Corpus) -> dict[bytes, bytes]:
+    """What an index says beside its rows."""
+    gaps = {GAPS_KEY: str(corpus.without_picture).encode()} if corpus.without_picture else {}
+    return {ROOT_KEY: str(corpus.root).encode(), **gaps}
+
+
 def index_bytes(corpus: Corpus) -> bytes:
     """The index as Parquet."""
     file = io.BytesIO()
-    table = corpus.samples.replace_schema_metadata({ROOT_KEY: str(corpus.root).encode()})
+    table = corpus.samples.replace_schema_metadata(index_metadata(corpus))
     pq.write_table(table, file, write_page_checksum=True)
     return file.getvalue()
 
@@ -289,7 +307,8 @@ def index_from_bytes(data: bytes, where: str) -> Corpus:
         raise CorpusError(
             f"{where} is not an index of pictures; make one with `eupe index --corpus FOLDER --out {where}`"
         )
-    return Corpus(Place.of(metadata[ROOT_KEY].decode()), table.replace_schema_metadata())
+    gaps = int(metadata.get(GAPS_KEY, b"0"))
+    return Corpus(Place.of(metadata[ROOT_KEY].decode()), table.replace_schema_metadata(), gaps)
 
 
 def read_index(path: Where) -> Corpus:
