@@ -26,6 +26,16 @@ def make_tar(path: Path, members: Mapping[str, bytes], *, format: int = tarfile.
     return path
 
 
+def members_of(path: Path) -> dict[str, bytes]:
+    found = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            assert file is not None
+            found[member.name] = file.read()
+    return found
+
+
 def tars_of(corpus: Path, folder: Path, *, count: int) -> Path:
     """The pictures of class folders, in their order, dealt out to tars, with their class as label."""
     paths = sorted(corpus.rglob("*.png"))

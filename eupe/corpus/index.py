@@ -159,7 +159,8 @@ def open_corpus(source: Where, *, previous: Corpus | None = None, progress: Prog
     Args:
         source: a path, `s3://...` or `gs://...`, perhaps with a range of files in braces.
         previous: an earlier index of the same pictures; local files of unchanged size and time are not read again.
-        progress: called with (pictures hashed, pictures in all), or of tars and tables with those that are done.
+        progress: called with (pictures hashed, pictures in all); of tars and tables that is what it will be if all
+            hold as many as those that are done.
     Raises: CorpusError if there is nothing there, or nothing that is a picture; StorageError if an object store does
         not serve it.
     """
@@ -236,8 +237,10 @@ def index_pieces(
                 yield Piece(pa.Table.from_pylist(rows, schema=SCHEMA))
         else:
             work = partial(_file_piece, found, known)
+            done = 0
             for i, piece in enumerate(map_ahead(pool, work, found.files, ahead=threads), 1):
-                progress(i, len(found.files))
+                done += len(piece.rows)
+                progress(done, done * len(found.files) // i)
                 yield piece
 
 

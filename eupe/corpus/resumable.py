@@ -53,26 +53,27 @@ def make_index(source: Where, out: Where, *, progress: Progress = lambda done, o
             unfinished.write(_piece_name(num_pieces), index_bytes(Corpus(found.root, piece.rows)))
             made = replace(made, without_picture=made.without_picture + piece.without_picture)
             num_pieces += 1
+        keys = [_piece(unfinished, number).select(["key"]) for number in range(num_pieces)]
+        require_pictures(found, replace(made, samples=pa.concat_tables(keys)))
         place.parent.write_blocks(place.name, _joined(unfinished, num_pieces, made))
     except StorageError as error:
         if place.is_local and found.root.is_local:
             raise CorpusError(f"the index {out} cannot be written: {error}") from error
         raise
-    made = index_from_bytes(place.parent.read(place.name), str(out))
-    try:
-        require_pictures(found, made)
-    except CorpusError:
-        place.parent.delete(place.name)
-        raise
     for name in unfinished.list():
         unfinished.delete(name)
     if unfinished.is_local:
         unfinished.local.rmdir()
-    return made
+    return index_from_bytes(place.parent.read(place.name), str(out))
 
 
 def _piece_name(number: int) -> str:
     return f"{number:06d}.parquet"
+
+
+def _piece(unfinished: Place, number: int) -> pa.Table:
+    name = _piece_name(number)
+    return index_from_bytes(unfinished.read(name), str(unfinished / name)).samples
 
 
 def _left_over(unfinished: Place) -> Iterator[Corpus]:
@@ -89,7 +90,7 @@ def _joined(unfinished: Place, count: int, made: Corpus) -> Iterator[bytes]:
     writer: pq.ParquetWriter | None = None
     rows: list[pa.Table] = []
     for number in range(count):
-        rows.append(index_from_bytes(unfinished.read(_piece_name(number)), _piece_name(number)).samples)
+        rows.append(_piece(unfinished, number))
         if sum(map(len, rows)) < ROWS_PER_GROUP and number + 1 < count:
             continue
         table = pa.concat_tables(rows)

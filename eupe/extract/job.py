@@ -130,6 +130,8 @@ class ExtractReport:
     seconds: float
     views_per_s: float | None
     """Since the teacher was loaded; None for a cache hit."""
+    without_picture: int = 0
+    """Samples of tars, or rows of tables, that are none of `num_samples` for want of one."""
 
 
 def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lambda status: None) -> ExtractReport:
@@ -156,7 +158,8 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
         if not (cached := store.finished):
             views_per_s = actors.run_parts(store, on_status)
             store = finish_store(place)
-    return _report(store, cached=cached, seconds=time.monotonic() - began, views_per_s=views_per_s)
+    report = _report(store, cached=cached, seconds=time.monotonic() - began, views_per_s=views_per_s)
+    return replace(report, without_picture=corpus.without_picture)
 
 
 def with_absolute_paths(config: ExtractConfig) -> ExtractConfig:

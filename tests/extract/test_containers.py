@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from containers import tars_of
+from containers import make_tar, members_of, tars_of
 from making import make_corpus, make_store, picture
 from mending import Crews
 
@@ -99,12 +99,13 @@ def test_the_command_line_extracts_tars_and_trains_from_them(
     tiny_corpus: Path, tiny_weights: Path, tmp_path: Path, run_eupe
 ) -> None:  # type: ignore[no-untyped-def]
     folder = tars_of(tiny_corpus, tmp_path / "shards", count=2)
+    make_tar(folder / "001.tar", {**members_of(folder / "001.tar"), "lost.txt": b"of no picture"})
     store = tmp_path / "s.zarr"
     extraction = ("--teacher", "timm:test_vit", "--weights", tiny_weights, "--size", 64, "--dtype", "fp32", "--json")
     for _ in range(2):
         outcome = run_eupe("extract", *extraction, "--corpus", f"{folder}/{{000..001}}.tar", "--out", store)
         assert outcome.code == 0, outcome.err
-    assert '"cached": true' in outcome.out
+    assert '"cached": true' in outcome.out and '"without_picture": 1' in outcome.out
     theirs = make_store(tmp_path / "theirs.zarr", tiny_corpus, tiny_weights, views=ViewSpec())
     ours = open_store(store)
     assert ours.samples["label"].equals(theirs.samples["label"])
