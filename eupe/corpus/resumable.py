@@ -22,7 +22,7 @@ from eupe.corpus.index import (
 )
 from eupe.corpus.sources import find_source
 from eupe.errors import CorpusError, StorageError
-from eupe.place import Place, Where
+from eupe.place import Place, Where, remove_unfinished
 
 UNFINISHED = ".unfinished"
 """How the folder of pieces is called after the index, beside it."""
@@ -63,7 +63,9 @@ def make_index(source: Where, out: Where, *, progress: Progress = lambda done, o
     for name in unfinished.list():
         unfinished.delete(name)
     if unfinished.is_local:
-        unfinished.local.rmdir()
+        remove_unfinished(unfinished.local)
+        with contextlib.suppress(OSError):  # something else lies there
+            unfinished.local.rmdir()
     return index_from_bytes(place.parent.read(place.name), str(out))
 
 

@@ -54,6 +54,7 @@ def test_what_was_hashed_before_the_end_is_not_hashed_again(tmp_path: Path, tars
         with pytest.raises(Stop):
             make_index(source, out, progress=stop_after(13))
         assert not out.exists() and len(list(Path(f"{out}{UNFINISHED}").iterdir())) == 3
+        (Path(f"{out}{UNFINISHED}") / "000003.parquet.1f.__lock").write_bytes(b"of a writer that was killed")
         assert hashed(lambda: make_index(source, out)) == 12
         assert hashed(lambda: make_index(source, out)) == 0
     assert not Path(f"{out}{UNFINISHED}").exists()
