@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -15,7 +14,7 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 import eupe
-from eupe.errors import ConfigError, CorpusError, EupeError
+from eupe.errors import ConfigError, EupeError
 
 if TYPE_CHECKING:
     from eupe.extract.dispatch import Status
@@ -50,7 +49,8 @@ CorpusPath = Annotated[
     str,
     typer.Option(
         "--corpus",
-        help="Folder of pictures, also s3:// or gs:// (class subfolders become labels), or an index.",
+        help="Folder of pictures (class subfolders become labels), WebDataset tars ('shards/{000..099}.tar'), Parquet "
+        "with images, or an index; also s3:// or gs://.",
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")]
@@ -178,21 +178,20 @@ def index(
     out_path: Annotated[str, typer.Option("--out", help="The index to write (.parquet).")],
     as_json: Json = False,
 ) -> None:
-    """List and hash the pictures of a folder."""
-    from eupe.corpus.index import open_corpus, read_index, some_keys, write_index
+    """List and hash pictures; cut off, the same command goes on."""
+    from eupe.corpus.index import some_keys
+    from eupe.corpus.resumable import make_index
     from eupe.progress import report_progress
 
     if not out_path.endswith(".parquet"):
         raise ConfigError(f"--out {out_path} must end in .parquet")
-    previous = None
-    with contextlib.suppress(CorpusError):
-        previous = read_index(out_path)
     with report_progress(err, "pictures", quiet=as_json) as progress:
-        found = open_corpus(corpus, previous=previous, progress=lambda done, of: progress.update("indexing", done, of))
-    write_index(found, out_path)
+        found = make_index(corpus, out_path, progress=lambda done, of: progress.update("indexing", done, of))
     unreadable = found.samples["sha256"].null_count
     duplicates = found.duplicates
     facts = {"index": out_path, "pictures": len(found), "unreadable": unreadable, "fingerprint": found.fingerprint}
+    if found.without_picture:
+        facts["samples without a picture"] = found.without_picture
     if as_json:
         print(json.dumps({**facts, "duplicates": duplicates}))
         return

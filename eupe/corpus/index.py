@@ -1,8 +1,10 @@
-"""Which pictures there are: a folder walked into an index, kept as Parquet.
+"""Which pictures there are: a folder, tars or tables walked into an index, kept as Parquet.
 
 One row per picture: `key` (path below the root, with forward slashes), `sha256` of its bytes (null where it could not
-be read), `num_bytes`, `mtime_ns`, `label` (the first folder below the root, or null). Rows are sorted by key. The root,
-a path or an object store's URL, stands in the schema's metadata, so an index can stand in for its folder.
+be read), `num_bytes`, `mtime_ns` of the file that holds it, `label` (or null; of a file, the first folder below the
+root). Of tars and tables also `file`, `start` and `length` (see `Inside`; null for a picture that is a file of its own)
+and `caption`. Rows are sorted by key, those of one tar or table lie as they do in it. The root, a path or an object
+store's URL, stands in the schema's metadata, so an index can stand in for its folder.
 
 Objects have no time that would vouch for their content: in an object store `mtime_ns` is null, and whoever indexes it
 reads and hashes all pictures anew.
@@ -12,22 +14,28 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
-from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from eupe.corpus.decode import EXTENSIONS
+from eupe.ahead import map_ahead
+from eupe.corpus.folder import Row, picture_row
+from eupe.corpus.sources import Source, find_folder, find_source
+from eupe.corpus.tables import table_rows
+from eupe.corpus.tars import tar_rows
 from eupe.errors import CorpusError, StorageError
 from eupe.place import Place, Where
 
 ROOT_KEY = b"eupe.root"
+GAPS_KEY = b"eupe.without_picture"
 NAMED_KEYS = 5
 SCHEMA = pa.schema(
     [
@@ -38,6 +46,19 @@ SCHEMA = pa.schema(
         pa.field("label", pa.string()),
     ]
 )
+CONTAINED = pa.schema(
+    [
+        *SCHEMA,
+        pa.field("file", pa.string()),
+        pa.field("start", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("caption", pa.string()),
+    ]
+)
+"""Of pictures in tars and tables; a folder's index goes without what these columns add."""
+
+ROWS_AT_ONCE = 8192
+"""Of a folder, made and written together."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +67,9 @@ class Corpus:
 
     root: Place
     samples: pa.Table
-    """Columns of `SCHEMA`, one row per picture."""
+    """Columns of `SCHEMA` or of `CONTAINED`, one row per picture."""
+    without_picture: int = 0
+    """Samples of tars and rows of tables that had none, when they were indexed."""
 
     def __len__(self) -> int:
         return int(self.samples.num_rows)
@@ -54,17 +77,24 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the sorted (key, sha256) pairs: equal exactly where the pictures are equal."""
-        pairs = zip(self.samples["key"].to_pylist(), self.samples["sha256"].to_pylist(), strict=True)
-        return fingerprint(pairs)
+        digest = hashlib.sha256()
+        order = pc.sort_indices(self.samples["key"])
+        for start in range(0, len(order), ROWS_AT_ONCE):
+            rows = self.samples.select(["key", "sha256"]).take(order.slice(start, ROWS_AT_ONCE))
+            for key, sha256 in zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True):
+                digest.update(_fingerprint_line(key, sha256))
+        return digest.hexdigest()
 
     @property
     def duplicates(self) -> list[list[str]]:
         """Keys of pictures that are the same, byte for byte, group by group."""
+        counts = pc.value_counts(self.samples["sha256"].drop_null())
+        several = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        rows = self.samples.select(["key", "sha256"]).filter(pc.is_in(self.samples["sha256"], several))
         groups: dict[str, list[str]] = {}
-        for key, sha256 in zip(self.samples["key"].to_pylist(), self.samples["sha256"].to_pylist(), strict=True):
-            if sha256 is not None:
-                groups.setdefault(sha256, []).append(key)
-        return [keys for keys in groups.values() if len(keys) > 1]
+        for key, sha256 in zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True):
+            groups.setdefault(sha256, []).append(key)
+        return list(groups.values())
 
     def pick(
         self,
@@ -94,7 +124,7 @@ class Corpus:
             )
         if shuffle is not None:
             picked.sort(key=lambda i: hashlib.blake2b(f"{shuffle}\0{keys[i]}".encode(), digest_size=16).digest())
-        return Corpus(self.root, self.samples.take(picked[:limit]))
+        return replace(self, samples=self.samples.take(picked[:limit]))
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:
@@ -111,8 +141,12 @@ def fingerprint(pairs: Iterable[tuple[str, str | None]]) -> str:
     """SHA-256 of the sorted (key, sha256) pairs."""
     digest = hashlib.sha256()
     for key, sha256 in sorted(pairs, key=lambda pair: pair[0]):
-        digest.update(f"{key}\0{sha256 or 'unreadable'}\n".encode())
+        digest.update(_fingerprint_line(key, sha256))
     return digest.hexdigest()
+
+
+def _fingerprint_line(key: str, sha256: str | None) -> bytes:
+    return f"{key}\0{sha256 or 'unreadable'}\n".encode()
 
 
 Progress = Callable[[int, int], None]
@@ -120,123 +154,120 @@ Progress = Callable[[int, int], None]
 
 
 def open_corpus(source: Where, *, previous: Corpus | None = None, progress: Progress = lambda done, of: None) -> Corpus:
-    """A folder (indexed now) or an index made before.
+    """A folder, tars or tables (indexed now), or an index made before.
 
     Args:
-        source: a path, `s3://...` or `gs://...`; what ends in `.parquet` is an index.
-        previous: an earlier index of the same folder; local files of unchanged size and time are not read again.
-        progress: called with (files hashed, files in all).
+        source: a path, `s3://...` or `gs://...`, perhaps with a range of files in braces.
+        previous: an earlier index of the same pictures; local files of unchanged size and time are not read again.
+        progress: called with (pictures hashed, pictures in all); of tars and tables that is what it will be if all
+            hold as many as those that are done.
     Raises: CorpusError if there is nothing there, or nothing that is a picture; StorageError if an object store does
         not serve it.
     """
-    place = Place.of(source)
-    is_index = place.name.endswith(".parquet")
-    if not place.is_local:
-        return read_index(place) if is_index else index_folder(place, previous=previous, progress=progress)
-    if place.local.is_dir():
-        return index_folder(place, previous=previous, progress=progress)
-    if place.local.is_file() and is_index:
-        return read_index(place)
-    if not place.local.exists():
-        raise CorpusError(f"corpus {source} does not exist; give a folder of pictures or an index made by `eupe index`")
-    raise CorpusError(f"corpus {source} is neither a folder of pictures nor an index (.parquet) made by `eupe index`")
+    found = find_source(source)
+    if found.kind == "index":
+        return read_index(found.root / found.files[0])
+    return _gathered(found, previous, progress)
 
 
 def index_folder(
     folder: Where, *, previous: Corpus | None = None, progress: Progress = lambda done, of: None
 ) -> Corpus:
-    """Find every picture (links to folders are not followed) and hash it.
+    """`open_corpus` of what lies in a folder (links to folders are not followed).
 
-    Raises: CorpusError if there is none; StorageError if an object store does not serve them.
+    Raises: CorpusError if there is no picture; StorageError if an object store does not serve them.
     """
     root = Place.of(folder)
-    if root.is_local:
-        root = Place(str(root.local.resolve()))
-    keys = sorted(_picture_keys(root.local) if root.is_local else _object_keys(root))
-    if not keys:
-        raise CorpusError(f"corpus {root} holds no picture; looked for {', '.join(sorted(EXTENSIONS))} below it")
-    known = _known_hashes(previous, root) if previous is not None else {}
-    row_of = partial(_file_row, root.local, known) if root.is_local else partial(_object_row, root)
-    rows = []
-    with ThreadPoolExecutor(root.threads((os.cpu_count() or 1) + 4)) as pool:
-        for row in pool.map(row_of, keys):
-            rows.append(row)
-            progress(len(rows), len(keys))
-    return Corpus(root, pa.Table.from_pylist(rows, schema=SCHEMA))
+    found = find_folder(Place(str(root.local.resolve())) if root.is_local else root)
+    return _gathered(found, previous, progress)
 
 
-def _picture_keys(root: Path) -> Iterable[str]:
-    def stop(error: OSError) -> None:
-        raise CorpusError(f"corpus folder {error.filename} cannot be read: {error.strerror}") from error
-
-    for folder, subfolders, files in os.walk(root, onerror=stop):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
-                path = Path(folder, name)
-                _require_printable(str(path))
-                yield path.relative_to(root).as_posix()
+def _gathered(found: Source, previous: Corpus | None, progress: Progress) -> Corpus:
+    pieces = list(index_pieces(found, previous, progress))
+    corpus = Corpus(
+        found.root, pa.concat_tables([piece.rows for piece in pieces]), sum(piece.without_picture for piece in pieces)
+    )
+    require_pictures(found, corpus)
+    return corpus
 
 
-def _object_keys(root: Place) -> Iterable[str]:
-    for key in root.list():
-        words = key.split("/")
-        if not any(word.startswith(".") for word in words) and Path(words[-1]).suffix.lower() in EXTENSIONS:
-            _require_printable(str(root / key))
-            yield key
+def require_pictures(found: Source, corpus: Corpus) -> None:
+    """Raises: CorpusError if there is none, or two of one key."""
+    if not len(corpus):
+        raise CorpusError(f"corpus {found.root} holds no picture in its {len(found.files)} {found.kind}")
+    if found.kind == "tables":
+        counts = pc.value_counts(corpus.samples["key"])
+        twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+        if len(twice):
+            raise CorpusError(
+                f"{some_keys(twice.to_pylist())}: named by more than one row of the tables of {found.root}; name each "
+                "picture once"
+            )
 
 
-def _require_printable(path: str) -> None:
-    if not path.isprintable():
-        raise CorpusError(f"the file name {path!r} has unprintable characters; rename it")
+@dataclass(frozen=True)
+class Piece:
+    """Some of an index's rows: those of one tar or table, or of some thousand files of a folder."""
+
+    rows: pa.Table
+    without_picture: int = 0
 
 
-def _known_hashes(previous: Corpus, root: Place) -> dict[tuple[str, int, int], str | None]:
-    """Of an earlier index of the same folder; empty where it is of another."""
-    rows = previous.samples.to_pylist() if previous.root == root else []
-    return {(row["key"], row["num_bytes"], row["mtime_ns"]): row["sha256"] for row in rows}
+def index_pieces(
+    found: Source, previous: Corpus | None, progress: Progress, *, interrupted: Sequence[pa.Table] = ()
+) -> Iterator[Piece]:
+    """The index of pictures, piece by piece and in order; several files are read at once.
 
-
-def _row(key: str) -> dict[str, object]:
-    label = key.split("/", 1)[0] if "/" in key else None
-    return {"key": key, "sha256": None, "num_bytes": None, "mtime_ns": None, "label": label}
-
-
-def _file_row(root: Path, known: dict[tuple[str, int, int], str | None], key: str) -> dict[str, object]:
-    row = _row(key)
-    try:
-        stat = (root / key).stat()
-        row |= {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        known_hash = known.get((key, stat.st_size, stat.st_mtime_ns))
-        row["sha256"] = known_hash or hashlib.sha256((root / key).read_bytes()).hexdigest()
-    except OSError:
-        pass  # the extraction reads it again and records the reason in the sample's row
-    return row
-
-
-def _object_row(root: Place, key: str) -> dict[str, object]:
-    """Raises: StorageError."""
-    row = _row(key)
-    try:
-        data = root.read(key)
-    except FileNotFoundError:
-        return row
-    return row | {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def read_picture(root: Place, key: str) -> bytes:
-    """A picture's bytes.
-
-    Raises: CorpusError if the picture cannot be read; StorageError if an object store serves nothing at all.
+    Args:
+        previous: an earlier index, which vouches for local files of unchanged size and time.
+        interrupted: pieces of this very index from a run that was cut off; they vouch for objects, too.
+    Raises: CorpusError; StorageError if an object store does not serve the pictures.
     """
-    try:
-        return root.read(key)
-    except FileNotFoundError as error:
-        raise CorpusError(str(error)) from error
-    except StorageError as error:
-        if root.is_local:
-            raise CorpusError(str(error)) from error
-        raise
+    usable = previous is not None and previous.root == found.root and found.root.is_local
+    known = [_Known(table) for table in (*([previous.samples] if previous and usable else ()), *interrupted)]
+    with ThreadPoolExecutor(threads := found.root.threads((os.cpu_count() or 1) + 4)) as pool:
+        if found.kind == "pictures":
+            keys, done = found.picture_keys(), 0
+            while some := list(itertools.islice(keys, ROWS_AT_ONCE)):
+                row_of = partial(picture_row, found.root, _by_key(known, "key", some))
+                rows = []
+                for row in pool.map(row_of, some):
+                    rows.append(row)
+                    progress(done := done + 1, found.num_pictures)
+                yield Piece(pa.Table.from_pylist(rows, schema=SCHEMA))
+        else:
+            work = partial(_file_piece, found, known)
+            done = 0
+            for i, piece in enumerate(map_ahead(pool, work, found.files, ahead=threads), 1):
+                done += len(piece.rows)
+                progress(done, done * len(found.files) // i)
+                yield piece
+
+
+def _file_piece(found: Source, known: Sequence[_Known], name: str) -> Piece:
+    rows_of = tar_rows if found.kind == "tars" else table_rows
+    rows, gaps = rows_of(found.root, name, _by_key(known, "file", [name]))
+    return Piece(pa.Table.from_pylist(rows, schema=CONTAINED), gaps)
+
+
+class _Known:
+    """An earlier index, of which a few rows are asked for at a time."""
+
+    def __init__(self, samples: pa.Table) -> None:
+        self._samples = samples
+
+    def rows(self, column: str, values: Sequence[str]) -> list[Row]:
+        """Those that hold one of these values."""
+        if column not in self._samples.schema.names:
+            return []
+        found: list[Row] = self._samples.filter(
+            pc.is_in(self._samples[column], pa.array(values, pa.string()))
+        ).to_pylist()
+        return found
+
+
+def _by_key(known: Sequence[_Known], column: str, values: Sequence[str]) -> dict[str, Row]:
+    return {row["key"]: row for index in known for row in index.rows(column, values)}
 
 
 def write_index(corpus: Corpus, path: Where) -> None:
@@ -251,10 +282,16 @@ def write_index(corpus: Corpus, path: Where) -> None:
         raise CorpusError(f"the index {path} cannot be written: {error}") from error
 
 
+def index_metadata(corpus: Corpus) -> dict[bytes, bytes]:
+    """What an index says beside its rows."""
+    gaps = {GAPS_KEY: str(corpus.without_picture).encode()} if corpus.without_picture else {}
+    return {ROOT_KEY: str(corpus.root).encode(), **gaps}
+
+
 def index_bytes(corpus: Corpus) -> bytes:
     """The index as Parquet."""
     file = io.BytesIO()
-    table = corpus.samples.replace_schema_metadata({ROOT_KEY: str(corpus.root).encode()})
+    table = corpus.samples.replace_schema_metadata(index_metadata(corpus))
     pq.write_table(table, file, write_page_checksum=True)
     return file.getvalue()
 
@@ -269,11 +306,12 @@ def index_from_bytes(data: bytes, where: str) -> Corpus:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CorpusError(f"index {where} cannot be read as Parquet: {error}") from error
     metadata = table.schema.metadata or {}
-    if ROOT_KEY not in metadata or table.schema.names != SCHEMA.names:
+    if ROOT_KEY not in metadata or table.schema.names not in (SCHEMA.names, CONTAINED.names):
         raise CorpusError(
             f"{where} is not an index of pictures; make one with `eupe index --corpus FOLDER --out {where}`"
         )
-    return Corpus(Place.of(metadata[ROOT_KEY].decode()), table.replace_schema_metadata())
+    gaps = int(metadata.get(GAPS_KEY, b"0"))
+    return Corpus(Place.of(metadata[ROOT_KEY].decode()), table.replace_schema_metadata(), gaps)
 
 
 def read_index(path: Where) -> Corpus:

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eupe.corpus.decode import decode_image
-from eupe.corpus.index import Corpus, open_corpus, read_picture
+from eupe.corpus.index import Corpus, open_corpus
+from eupe.corpus.pictures import Inside, insides, read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.device import autocast, compute_dtype, pick_device
 from eupe.encoder import CARD_FILE, Encoder, build_encoder, load_encoder, normalise
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.run import read_card
-from eupe.place import Where
+from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.layout import SUMMARY
 
@@ -112,9 +113,12 @@ def embed(encoder: Encoder, corpus: Corpus) -> Tensor:
     dtype = compute_dtype("auto", device)
     size = encoder.card.size
     keys: list[str] = corpus.samples["key"].to_pylist()
+    places = insides(corpus.samples)
     out = []
     for start in range(0, len(keys), BATCH):
-        views = np.stack([_centre_view(corpus, key, size) for key in keys[start : start + BATCH]])
+        batch = slice(start, start + BATCH)
+        pictures = zip(keys[batch], places[batch], strict=True)
+        views = np.stack([_centre_view(corpus.root, key, inside, size) for key, inside in pictures])
         pixels = normalise(torch.from_numpy(views).to(device), encoder.card.mean, encoder.card.std)
         with autocast(dtype, device):
             summary = encoder(pixels).summary
@@ -123,11 +127,13 @@ def embed(encoder: Encoder, corpus: Corpus) -> Tensor:
     return torch.cat(out)
 
 
-def _centre_view(corpus: Corpus, key: str, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _centre_view(
+    root: Place, key: str, inside: Inside | None, size: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     try:
-        image = decode_image(read_picture(corpus.root, key))
+        image = decode_image(read_picture(root, key, inside))
     except CorpusError as error:
-        raise CorpusError(f"picture {key} of {corpus.root} cannot be read: {error}") from error
+        raise CorpusError(f"picture {key} of {root} cannot be read: {error}") from error
     box, flip = draw_view(ViewSpec(), key, 0, image.width, image.height)
     return render_view(image, box, flip, size)
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eupe.corpus.decode import decode_image
-from eupe.corpus.index import Corpus, open_corpus, read_picture
+from eupe.corpus.index import Corpus, open_corpus
+from eupe.corpus.pictures import Inside, insides, read_picture
 from eupe.corpus.views import Box, ViewSpec, draw_view, render_view
 from eupe.device import compute_dtype, pick_device
 from eupe.encoder import CARD_FILE, load_card
@@ -59,6 +60,8 @@ class Picture:
     label: str | None
     sha256: str | None
     held_out: bool
+    inside: Inside | None = None
+    """Where its bytes are, if it is no file of its own."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def write_page(
     stores = [item for item in opened if isinstance(item, StoreItem)]
     runs = {item.name: item.run for item in opened if isinstance(item, EncoderItem) and item.run}
     pictures = choose_pictures(_pictures_in_common(corpus, stores, list(runs.values())), limit)
-    decoded = [_read_image(corpus, picture.key) for picture in pictures]
+    decoded = [_read_image(corpus.root, picture) for picture in pictures]
     stored = {item.name: item.read(pictures) for item in stores}
     views = _views(pictures, decoded, [(item, stored[item.name]) for item in stores])
     columns = [_column(item, views, stored.get(item.name)) for item in opened]
@@ -237,6 +240,8 @@ def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreItem], runs: Seque
     """
     held_out_share = min((read_card(run).config["holdout"] for run in runs), default=0.0)
     rows = corpus.samples.select(["key", "label", "sha256"]).to_pylist()
+    for row, inside in zip(rows, insides(corpus.samples), strict=True):
+        row["inside"] = inside
     for item in stores:
         found = [row for row in rows if row["key"] in item.places]
         if not found:
@@ -291,11 +296,11 @@ def _require_same_views(pictures: Sequence[Picture], stored: Stored) -> None:
             )
 
 
-def _read_image(corpus: Corpus, key: str) -> Image.Image:
+def _read_image(root: Place, picture: Picture) -> Image.Image:
     try:
-        return decode_image(read_picture(corpus.root, key))
+        return decode_image(read_picture(root, picture.key, picture.inside))
     except CorpusError as error:
-        raise CorpusError(f"picture {key} of {corpus.root} cannot be read: {error}") from error
+        raise CorpusError(f"picture {picture.key} of {root} cannot be read: {error}") from error
 
 
 def _cell(view: View) -> PictureCell:

@@ -31,6 +31,7 @@ from eupe.extract.recipe import (
 from eupe.extract.worker import Computer
 from eupe.place import Where
 from eupe.store import Store, open_store
+from eupe.store.places import with_places
 from eupe.store.precision import decode, encode
 from eupe.store.reader import ChannelStats
 from eupe.store.writer import Part
@@ -110,7 +111,7 @@ def audit(config: AuditConfig, *, progress: Progress = lambda done, of: None) ->
         raise ConfigError(f"--samples must be at least 1, got {config.samples}")
     store = open_store(config.store)
     stats = {path: _stats(store, path) for path in store.spec.feature_paths}
-    picked = pick_samples(store, config.samples)
+    picked = with_places(store, pick_samples(store, config.samples))
     pictures = stored_pictures(store, config.corpus)
     require_unchanged(pictures, samples_of(picked))
     teacher = _load(config, store)

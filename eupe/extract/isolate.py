@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import IO
 
+from eupe.corpus.pictures import Inside
 from eupe.corpus.views import ViewSpec
 from eupe.errors import StorageError
 from eupe.extract import load
@@ -113,9 +114,11 @@ def main() -> None:
     task = json.loads(sys.stdin.buffer.read())
     views = ViewSpec.from_json(task["views"])
     for i, fields in enumerate(task["samples"]):
+        inside = fields.pop("inside")
+        sample = Sample(**fields, inside=None if inside is None else Inside(**inside))
         os.write(1, f"{i}\n".encode())
         with suppress(StorageError):  # which the worker meets, too, and which is no fault of the picture
-            load.load_sample(Sample(**fields), Place.of(task["root"]), views, tuple(task["sizes"]))
+            load.load_sample(sample, Place.of(task["root"]), views, tuple(task["sizes"]))
 
 
 if __name__ == "__main__":

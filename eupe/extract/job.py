@@ -52,6 +52,8 @@ class ExtractReport:
     """Since the teacher was loaded, of all stores of the pass; None for a cache hit."""
     forward: Mapping[str, Any]
     """The batch size, and the cosine of its tokens to float32's, as they were measured when the store was made."""
+    without_picture: int
+    """Samples of tars, or rows of tables, that are none of `num_samples` for want of one."""
 
 
 def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lambda status: None) -> ExtractReport:
@@ -96,7 +98,7 @@ def extract_together(
             stores = [finish_store(store.path) if i in unfinished else store for i, store in enumerate(stores)]
     seconds = time.monotonic() - began
     return [
-        _report(store, seconds=seconds, views_per_s=views_per_s if i in unfinished else None)
+        _report(store, corpus, seconds=seconds, views_per_s=views_per_s if i in unfinished else None)
         for i, store in enumerate(stores)
     ]
 
@@ -240,7 +242,9 @@ def stored_index(store: Store) -> Corpus:
         segments = [index_from_bytes(store.path.read(name), str(store.path / name)) for name in names]
     except FileNotFoundError as error:
         raise CorpusError(f"the store's index of pictures is incomplete: {error}") from error
-    return Corpus(segments[0].root, pa.concat_tables([segment.samples for segment in segments]))
+    return Corpus(
+        segments[0].root, pa.concat_tables([segment.samples for segment in segments], promote_options="default")
+    )
 
 
 def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
@@ -264,7 +268,7 @@ def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
     return extend_store(store, fingerprint=corpus.fingerprint, num_new=len(added))
 
 
-def _report(store: Store, *, seconds: float, views_per_s: float | None) -> ExtractReport:
+def _report(store: Store, corpus: Corpus, *, seconds: float, views_per_s: float | None) -> ExtractReport:
     spec = store.spec
     dense_dim = int(spec.teacher["dense_dim"]) if DENSE in spec.tokens else 0
     summary_dim = int(spec.teacher["summary_dim"]) if SUMMARY in spec.tokens else 0
@@ -282,4 +286,5 @@ def _report(store: Store, *, seconds: float, views_per_s: float | None) -> Extra
         seconds=seconds,
         views_per_s=views_per_s,
         forward=spec.forward,
+        without_picture=corpus.without_picture,
     )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eupe.ahead import map_ahead
 from eupe.corpus.decode import decode_image
-from eupe.corpus.index import read_picture
+from eupe.corpus.pictures import read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
 from eupe.extract.plan import Sample
@@ -65,7 +65,7 @@ def load_sample(
     Raises: StorageError if an object store does not serve it, which is no fault of the picture.
     """
     try:
-        data = read_picture(root, sample.key)
+        data = read_picture(root, sample.key, sample.inside)
         if sample.sha256 is not None and hashlib.sha256(data).hexdigest() != sample.sha256:
             raise CorpusError("the file has changed since it was indexed")
         image = decode_image(data)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 import pyarrow as pa
 
 from eupe.corpus.index import Corpus
+from eupe.corpus.pictures import Inside, insides
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
 from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, samples_per_part
@@ -36,6 +37,8 @@ class Sample:
     key: str
     sha256: str | None
     label: str | None
+    inside: Inside | None = None
+    """Where its bytes are, if it is no file of its own."""
 
 
 @dataclass(frozen=True)
@@ -202,4 +205,5 @@ def _stretch(specs: Sequence[StoreSpec], samples: pa.Table, parts: Sequence[tupl
 
 def samples_of(rows: pa.Table) -> list[Sample]:
     """From rows of an index."""
-    return [Sample(**row) for row in rows.select(["key", "sha256", "label"]).to_pylist()]
+    columns = (rows[name].to_pylist() for name in ("key", "sha256", "label"))
+    return [Sample(*fields) for fields in zip(*columns, insides(rows), strict=True)]

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from eupe.corpus.index import read_picture, some_keys
+from eupe.corpus.index import some_keys
+from eupe.corpus.pictures import read_picture
+from eupe.corpus.sources import corpus_root
 from eupe.device import compute_dtype, pick_device
 from eupe.encoder import WEIGHTS_FILE
 from eupe.errors import ConfigError, CorpusError, SpecMismatchError, TeacherError
@@ -81,10 +83,10 @@ def stored_pictures(store: Store, given: Where | None) -> Place:
     """The folder of the pictures.
 
     Args:
-        given: where it is now; None for the place noted in the store.
+        given: what the corpus is called now; None for the place noted in the store.
     Raises: CorpusError if there is no such folder.
     """
-    root = Place.of(store.spec.corpus["root"] if given is None else given)
+    root = Place.of(store.spec.corpus["root"]) if given is None else corpus_root(given)
     if root.is_local and not root.local.is_dir():
         raise CorpusError(f"the pictures of {store.path} are not in {root}; name their folder by --corpus")
     return root
@@ -106,7 +108,7 @@ def _changed(root: Place, sample: Sample) -> str | None:
     if sample.sha256 is None:
         return None
     try:
-        data = read_picture(root, sample.key)
+        data = read_picture(root, sample.key, sample.inside)
     except CorpusError:
         return sample.key
     return None if hashlib.sha256(data).hexdigest() == sample.sha256 else sample.key

@@ -16,7 +16,7 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from eupe.corpus.index import Corpus, fingerprint, index_bytes, index_folder, index_from_bytes
+from eupe.corpus.index import Corpus, fingerprint, index_bytes, index_from_bytes, open_corpus
 from eupe.corpus.views import ViewSpec
 from eupe.errors import CorpusError, EupeError, IncompleteError, PartCorruptError
 from eupe.extract.actors import JobActors
@@ -177,7 +177,9 @@ def _restore_index(store: Store, found: VerifyReport, corpus: Where | None, on_s
     bad = [segment for segment in every if segment_name(segment) in named or INDEX in named]
     try:
         root = stored_pictures(store, corpus)
-        pictures = index_folder(root, progress=lambda done, of: on_status(Status("indexing", done, of))).samples
+        pictures = open_corpus(
+            corpus or root, progress=lambda done, of: on_status(Status("indexing", done, of))
+        ).samples
         segments = _segments(store, bad, pictures)
     except CorpusError as error:
         raise CorpusError(
@@ -209,10 +211,10 @@ def _segments(store: Store, bad: Sequence[int], pictures: pa.Table) -> list[pa.T
         raise CorpusError(f"{len(unknown)} segments of the index and commit files of their parts are damaged")
     if unknown:
         taken = [key for segment in segments.values() for key in segment["key"].to_pylist()]
-        left = sorted(set(pictures["key"].to_pylist()) - set(taken))
+        left = pictures.filter(pc.invert(pc.is_in(pictures["key"], pa.array(taken, pa.string()))))["key"].to_pylist()
         segments[unknown[0]] = _listed(pictures, left[: counts[unknown[0]]])
     tables = [segments[segment] for segment in range(len(counts))]
-    whole = pa.concat_tables(tables)
+    whole = pa.concat_tables(tables, promote_options="default")
     made = fingerprint(zip(whole["key"].to_pylist(), whole["sha256"].to_pylist(), strict=True))
     if made != store.spec.corpus["fingerprint"]:
         raise CorpusError(

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from eupe.ahead import map_ahead
 from eupe.corpus.decode import decode_image
-from eupe.corpus.index import read_picture
+from eupe.corpus.pictures import Inside, insides, read_picture
+from eupe.corpus.sources import corpus_root
 from eupe.corpus.views import render_view, view_digest
 from eupe.errors import ConfigError, CorpusError
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
+from eupe.store.places import with_places
 from eupe.store.reader import PendingPixels, StoredFeatures, Tokens
 
 PREFETCH_BATCHES = 3
@@ -174,6 +176,13 @@ class TargetSet:
         """[stores, samples]: each sample's row in each store."""
         return np.stack([self._joined[f"row{i}"].to_numpy() for i in range(len(self.stores))])
 
+    @cached_property
+    def _places(self) -> pa.Table:
+        return with_places(self.stores[0], self._joined.select(["key"]))
+
+    def _inside(self, sample: int) -> Inside | None:
+        return insides(self._places.slice(sample, 1))[0]
+
     def views_of(self, samples: NDArray[np.bool_]) -> Views:
         """All views of the samples that a mask picks, in order."""
         picked = np.flatnonzero(samples)
@@ -186,7 +195,7 @@ class TargetSet:
         """
         key = self.keys[sample]
         try:
-            return decode_image(read_picture(self.corpus_root, key))
+            return decode_image(read_picture(self.corpus_root, key, self._inside(sample)))
         except CorpusError as error:
             raise CorpusError(
                 f"picture {key} of corpus {self.corpus_root} had features made but cannot be read now: {error}; "
@@ -296,7 +305,7 @@ def open_targets(paths: Sequence[Where], *, corpus: Where | None, holdout: float
                 f"{stores[0].path} and {store.path} hold different views ({_views_words(stores[0])} against "
                 f"{_views_words(store)}); extract both with the same --views and --seed"
             )
-    root = Place.of(corpus or stores[0].spec.corpus["root"])
+    root = Place.of(stores[0].spec.corpus["root"]) if corpus is None else corpus_root(corpus)
     targets = TargetSet(stores, root, holdout=holdout, corpus_given=corpus is not None)
     for store in stores:
         targets.require_pictures(store.spec.sizes[0])

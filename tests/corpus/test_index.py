@@ -116,9 +116,9 @@ def test_refusals_say_what_and_where(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(CorpusError, match="cannot be read as Parquet"):
         open_corpus(tmp_path / "x.parquet")
-    (tmp_path / "x.tar").write_bytes(b"")
+    (tmp_path / "x.zip").write_bytes(b"")
     with pytest.raises(CorpusError, match="neither a folder"):
-        open_corpus(tmp_path / "x.tar")
+        open_corpus(tmp_path / "x.zip")
     corpus = make_corpus(tmp_path / "c", count=1)
     write_index(index_folder(corpus), tmp_path / "i.parquet")
     corpus.rename(tmp_path / "moved")

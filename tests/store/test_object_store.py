@@ -18,7 +18,8 @@ from making import make_corpus
 from object_store import Asked, S3Server, objects, upload
 from store_cases import Case, as_arrays, assert_same_bits, every_view, make_case, make_spec, write_store
 
-from eupe.corpus.index import index_folder, open_corpus, read_picture, write_index
+from eupe.corpus.index import index_folder, open_corpus, write_index
+from eupe.corpus.pictures import read_picture
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, CorpusError, PartCorruptError, StorageError, StoreError
 from eupe.extract.load import load_sample

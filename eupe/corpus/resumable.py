@@ -1,0 +1,136 @@
+"""An index made piece by piece: what a killed run has hashed is there for the next, and memory holds a few pieces."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eupe.corpus.index import (
+    Corpus,
+    Progress,
+    index_bytes,
+    index_from_bytes,
+    index_metadata,
+    index_pieces,
+    read_index,
+    require_pictures,
+    write_index,
+)
+from eupe.corpus.sources import find_source
+from eupe.errors import CorpusError, StorageError
+from eupe.place import Place, Where, remove_unfinished
+
+UNFINISHED = ".unfinished"
+"""How the folder of pieces is called after the index, beside it."""
+ROWS_PER_GROUP = 65536
+
+
+def make_index(source: Where, out: Where, *, progress: Progress = lambda done, of: None) -> Corpus:
+    """Index pictures into a file, on from an earlier index there and from a run that was cut off.
+
+    Args:
+        source: as `open_corpus` takes it.
+    Raises: CorpusError if there is no picture, or the place cannot be written; StorageError.
+    """
+    found, place = find_source(source), Place.of(out)
+    if found.kind == "index":
+        corpus = read_index(found.root / found.files[0])
+        write_index(corpus, out)
+        return corpus
+    previous = None
+    with contextlib.suppress(CorpusError):
+        previous = read_index(place)
+    unfinished = place.parent / f"{place.name}{UNFINISHED}"
+    interrupted = [piece.samples for piece in _left_over(unfinished) if piece.root == found.root]
+    made = Corpus(found.root, pa.table({}))
+    num_pieces = 0
+    try:
+        for piece in index_pieces(found, previous, progress, interrupted=interrupted):
+            unfinished.write(_piece_name(num_pieces), index_bytes(Corpus(found.root, piece.rows)))
+            made = replace(made, without_picture=made.without_picture + piece.without_picture)
+            num_pieces += 1
+        keys = [_piece(unfinished, number).select(["key"]) for number in range(num_pieces)]
+        require_pictures(found, replace(made, samples=pa.concat_tables(keys)))
+        place.parent.write_blocks(place.name, _joined(unfinished, num_pieces, made))
+    except StorageError as error:
+        if place.is_local and found.root.is_local:
+            raise CorpusError(f"the index {out} cannot be written: {error}") from error
+        raise
+    for name in unfinished.list():
+        unfinished.delete(name)
+    if unfinished.is_local:
+        remove_unfinished(unfinished.local)
+        with contextlib.suppress(OSError):  # something else lies there
+            unfinished.local.rmdir()
+    return index_from_bytes(place.parent.read(place.name), str(out))
+
+
+def _piece_name(number: int) -> str:
+    return f"{number:06d}.parquet"
+
+
+def _piece(unfinished: Place, number: int) -> pa.Table:
+    name = _piece_name(number)
+    return index_from_bytes(unfinished.read(name), str(unfinished / name)).samples
+
+
+def _left_over(unfinished: Place) -> Iterator[Corpus]:
+    if unfinished.is_local and not unfinished.local.is_dir():
+        return
+    for name in unfinished.list():
+        with contextlib.suppress(CorpusError):
+            yield index_from_bytes(unfinished.read(name), name)
+
+
+def _joined(unfinished: Place, count: int, made: Corpus) -> Iterator[bytes]:
+    """The index of all pieces, as it is written."""
+    sink = _Sink()
+    writer: pq.ParquetWriter | None = None
+    rows: list[pa.Table] = []
+    for number in range(count):
+        rows.append(_piece(unfinished, number))
+        if sum(map(len, rows)) < ROWS_PER_GROUP and number + 1 < count:
+            continue
+        table = pa.concat_tables(rows)
+        if writer is None:
+            schema = table.schema.with_metadata(index_metadata(made))
+            writer = pq.ParquetWriter(sink, schema, write_page_checksum=True)
+        writer.write_table(table.replace_schema_metadata(index_metadata(made)))
+        rows = []
+        yield sink.taken()
+    if writer is not None:
+        writer.close()
+    yield sink.taken()
+
+
+class _Sink:
+    """A file to write to, of which what was written is taken away."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes] = []
+        self._length = 0
+
+    def write(self, data: bytes) -> int:
+        self._blocks.append(bytes(data))
+        self._length += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._length
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def taken(self) -> bytes:
+        data = b"".join(self._blocks)
+        self._blocks = []
+        return data
