@@ -1,0 +1,67 @@
+"""Pictures that kill the process that decodes them, found without killing the one that asks."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile_decoder import poison, poisoned_environment
+from making import TINY_SIZE, TWO_CROPS, make_corpus
+
+from eupe.corpus.index import index_folder
+from eupe.extract import load
+from eupe.extract.isolate import find_killers
+from eupe.extract.load import LoadedSample, Loader, StuckError
+from eupe.extract.plan import Sample, samples_of
+from eupe.store import Store
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in poisoned_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(load, "PICTURE_SECONDS", 4.0)
+    return make_corpus(tmp_path / "corpus", count=9)
+
+
+def test_every_killer_is_found_and_nothing_else(corpus: Path) -> None:
+    poison(corpus / "class0/0000.png", "segfault")
+    poison(corpus / "class2/0005.png", "endless")
+    poison(corpus / "class2/0008.png", "greedy")
+    (corpus / "class1/0004.png").write_bytes(b"not a picture")
+    index = index_folder(corpus)
+    found = find_killers(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE])
+    assert set(found) == {"class0/0000.png", "class2/0005.png", "class2/0008.png"}
+    assert "SIGSEGV" in found["class0/0000.png"]
+    assert "does not come to an end" in found["class2/0005.png"]
+    assert "SIGKILL" in found["class2/0008.png"]
+
+
+def test_whole_pictures_are_no_killers(corpus: Path) -> None:
+    index = index_folder(corpus)
+    assert find_killers(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE]) == {}
+
+
+def test_a_child_that_cannot_start_is_not_blamed_on_a_picture(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_folder(corpus)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="cannot start"):
+        find_killers(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE])
+
+
+def test_a_picture_without_end_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch, tiny_store: Store) -> None:
+    index = index_folder(corpus)
+    real = load.load_sample
+
+    def slow(sample: Sample, *args: Any, **named: Any) -> LoadedSample:
+        if sample.key == "class1/0004.png":
+            time.sleep(2)
+        return real(sample, *args, **named)
+
+    monkeypatch.setattr(load, "PICTURE_SECONDS", 1.0)
+    monkeypatch.setattr(load, "load_sample", slow)
+    loader = Loader(index.root, TWO_CROPS, [tiny_store.spec], ahead=3)
+    with pytest.raises(StuckError) as caught:
+        list(loader.load(samples_of(index.samples)))
+    assert caught.value.key == "class1/0004.png"
