@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
+from stat import S_ISREG
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -206,6 +207,8 @@ def _file_row(root: Path, known: dict[tuple[str, int, int], str | None], key: st
     row = _row(key)
     try:
         stat = (root / key).stat()
+        if not S_ISREG(stat.st_mode):
+            return row  # a pipe would be waited for, a device has no end
         row |= {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         known_hash = known.get((key, stat.st_size, stat.st_mtime_ns))
         row["sha256"] = known_hash or hashlib.sha256((root / key).read_bytes()).hexdigest()
@@ -229,6 +232,8 @@ def read_picture(root: Place, key: str) -> bytes:
 
     Raises: CorpusError if the picture cannot be read; StorageError if an object store serves nothing at all.
     """
+    if root.is_local and (path := root.local / key).exists() and not path.is_file():
+        raise CorpusError(f"{path} is a pipe, a device or a folder, not a file")
     try:
         return root.read(key)
     except FileNotFoundError as error:
