@@ -58,6 +58,22 @@ Sizes = Annotated[list[int] | None, typer.Option(help="Side of the teacher's inp
 Views = Annotated[str, typer.Option(help="center, squash, or rrc:K for K random resized crops per picture.")]
 TokenKinds = Annotated[str, typer.Option(help="summary, dense, or both.")]
 Grid = Annotated[int | None, typer.Option(help="Pool dense maps to G x G cells.")]
+Scale = Annotated[
+    str | None, typer.Option(help="MIN,MAX: a random crop's share of the picture's area; 0.08,1 by itself.")
+]
+Ratio = Annotated[
+    str | None, typer.Option(help="MIN,MAX: a random crop's width over its height; 3/4 to 4/3 by itself.")
+]
+FidelityWanted = Annotated[
+    float | None, typer.Option(help="In place of --precision: the cheapest that keeps 95% of tokens at this cosine.")
+]
+Pixels = Annotated[bool, typer.Option("--pixels", help="Keep the views too: trains without the corpus.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first pictures.")]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Only pictures whose key matches: 'train/*'. May be given again.")
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="No picture whose key matches: '*.gif'. May be given again.")]
+Shuffle = Annotated[bool, typer.Option("--shuffle", help="Pictures in random order; with --limit a sample.")]
 PicturesPath = Annotated[
     str | None,
     typer.Option("--corpus", help="Where the pictures are now; else the place noted in the store."),
@@ -222,22 +238,15 @@ def extract(
     ] = None,
     size: Sizes = None,
     views: Views = "center",
-    scale: Annotated[
-        str | None, typer.Option(help="MIN,MAX: a random crop's share of the picture's area; 0.08,1 by itself.")
-    ] = None,
-    ratio: Annotated[
-        str | None, typer.Option(help="MIN,MAX: a random crop's width over its height; 3/4 to 4/3 by itself.")
-    ] = None,
+    scale: Scale = None,
+    ratio: Ratio = None,
     tokens: TokenKinds = "summary,dense",
     precision: Annotated[
         str, typer.Option(help="fp16, bitround:B, int8, or one for each kind: dense=int8,summary=fp16.")
     ] = "fp16",
-    fidelity: Annotated[
-        float | None,
-        typer.Option(help="In place of --precision: the cheapest that keeps 95% of tokens at this cosine."),
-    ] = None,
+    fidelity: FidelityWanted = None,
     grid: Grid = None,
-    pixels: Annotated[bool, typer.Option("--pixels", help="Keep the views too: trains without the corpus.")] = False,
+    pixels: Pixels = False,
     dtype: Annotated[str, typer.Option(help="The teacher's arithmetic: auto, fp32, bf16, fp16.")] = "auto",
     batch_size: Annotated[
         int | None, typer.Option(help="Views per forward pass; the fastest is found by itself.")
@@ -245,16 +254,10 @@ def extract(
     workers: Annotated[int | None, typer.Option(help="Ray actors, one teacher each; one per GPU by itself.")] = None,
     gpus_per_worker: Annotated[float | None, typer.Option(help="The GPUs shared evenly where not given.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster (auto, ray://...); else this machine.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first pictures.")] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Only pictures whose key matches: 'train/*'. May be given again.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="No picture whose key matches: '*.gif'. May be given again.")
-    ] = None,
-    shuffle: Annotated[
-        bool, typer.Option("--shuffle", help="Pictures in random order; with --limit a sample.")
-    ] = False,
+    limit: Limit = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    shuffle: Shuffle = False,
     seed: Annotated[int, typer.Option(help="Decides the random crops and the order.")] = 0,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Make parts again that hold pictures without features.")
@@ -339,14 +342,23 @@ def plan(
     weights: Weights = None,
     size: Sizes = None,
     views: Views = "center",
+    scale: Scale = None,
+    ratio: Ratio = None,
     tokens: TokenKinds = "summary,dense",
     precision: Annotated[str, typer.Option(help="As extract takes it.")] = "fp16",
+    fidelity: FidelityWanted = None,
     grid: Grid = None,
+    pixels: Pixels = False,
     dtype: Annotated[str | None, typer.Option(help="The teacher's arithmetic. Default auto.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Views per forward pass. Default 16.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="How many workers like this process share the work. Default 1.")
     ] = None,
+    limit: Limit = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    shuffle: Shuffle = False,
+    seed: Annotated[int | None, typer.Option(help="Decides the random crops and the order. Default 0.")] = None,
     as_json: Json = False,
 ) -> None:
     """What an extraction will take, measured on a few pictures, or on paper: bytes, hours, bandwidth, precisions."""
@@ -357,18 +369,32 @@ def plan(
 
     if (corpus is None) == (num_images is None):
         raise ConfigError("give --corpus to measure on its pictures, or --num-images for a plan on paper")
-    only_measured = {"--weights": weights, "--dtype": dtype, "--batch-size": batch_size, "--workers": workers}
+    only_measured = {
+        "--weights": weights,
+        "--scale": scale,
+        "--ratio": ratio,
+        "--fidelity": fidelity,
+        "--pixels": pixels or None,
+        "--dtype": dtype,
+        "--batch-size": batch_size,
+        "--workers": workers,
+        "--limit": limit,
+        "--include": include,
+        "--exclude": exclude,
+        "--shuffle": shuffle or None,
+        "--seed": seed,
+    }
+    if num_images is not None and (idle := [name for name, value in only_measured.items() if value is not None]):
+        raise ConfigError(f"{idle[0]} has no meaning on paper; leave it out, or give --corpus for --num-images")
     wanted: dict[str, Any] = {
         "sizes": tuple(sorted(set(size or []))),
-        "views": parse_views(views, seed=0),
+        "views": parse_views(views, seed=seed or 0, scale=scale, ratio=ratio),
         "tokens": tuple(tokens.split(",")),
         "precision": precision,
         "grid": grid,
         "out": out_path,
     }
     if num_images is not None:
-        if idle := [name for name, value in only_measured.items() if value is not None]:
-            raise ConfigError(f"{idle[0]} has no meaning on paper; leave it out, or give --corpus for --num-images")
         on_paper = estimate_on_paper(PaperConfig(teachers=tuple(teacher), num_images=num_images, **wanted))
         if as_json:
             _finish(dataclasses.asdict(on_paper), as_json)
@@ -381,6 +407,12 @@ def plan(
         teacher=teacher[0],
         corpus=corpus or "",
         weights=weights,
+        fidelity=fidelity,
+        pixels=pixels,
+        limit=limit,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        shuffle=shuffle,
         dtype=dtype or "auto",
         workers=workers,
         batch_size=16 if batch_size is None else batch_size,
@@ -407,6 +439,7 @@ def _print_plan(plan: Estimate) -> None:
         "bytes per view": f"{_amount(plan.bytes_per_view)} ({precision}; raw fp16 {_amount(plan.raw_bytes_per_view)})",
         "bytes in all": f"{_amount(plan.need.stored)}, {_amount(plan.need.peak)} while it is made",
         f"free at {plan.out}": free,
+        **({"held there already": _amount(plan.held_bytes)} if plan.held_bytes else {}),
         "views/s, each alone": f"decode {r.decode:.4g}, forward {r.forward:.4g}, encode {r.encode:.4g}, "
         f"read {r.read:.4g}",
         "views/s of a worker": f"{plan.views_per_s:.4g}",

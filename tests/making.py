@@ -60,6 +60,7 @@ def make_store(
     fidelity: float | None = None,
     grid: int | None = None,
     pixels: bool = False,
+    batch_size: int = BATCH,
 ) -> Store:
     """A finished store, made in this process."""
     spec = resolve_teacher(teacher)
@@ -76,14 +77,14 @@ def make_store(
         grid=grid,
         pixels=pixels,
     )
-    plan = replace(plan, forward={"batch_size": BATCH})
+    plan = replace(plan, forward={"batch_size": batch_size})
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     loaded = load_teacher(spec, weights=weights, device=torch.device("cpu"), dtype=torch_dtype, sizes=sizes)
-    computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=BATCH)
+    computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)
     if precision != "fp16" or fidelity is not None:
         features = computer.compute(sample_task(plan, index)).features
         plan = settle(plan, measure(plan, features, candidates(plan, fidelity)), fidelity)
-        computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=BATCH)
+        computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)
     create_store(path, plan)
     Place.of(path).create(segment_name(0), index_bytes(index))
     worker = Worker([computer], [path])

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture is to be turned."""
+from eupe.corpus.decode import ORIENTATION
 
 
 def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:

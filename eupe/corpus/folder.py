@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from eupe.errors import CorpusError
@@ -73,6 +74,8 @@ def picture_row(root: Place, known: Known, key: str) -> Row:
         return row | {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     try:
         stat = (root.local / key).stat()
+        if not S_ISREG(stat.st_mode):
+            return row  # a pipe would be waited for, a device has no end
         row |= {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         if before is not None and all(before[name] == row[name] for name in ("num_bytes", "mtime_ns")):
             row["sha256"] = before["sha256"]

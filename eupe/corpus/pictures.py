@@ -41,6 +41,8 @@ def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
         inside: None for a picture that is a file of its own, called as its key says.
     Raises: CorpusError if the picture cannot be read; StorageError if an object store serves nothing at all.
     """
+    if inside is None and root.is_local and (path := root.local / key).exists() and not path.is_file():
+        raise CorpusError(f"{path} is a pipe, a device or a folder, not a file")
     try:
         if inside is None:
             return root.read(key)

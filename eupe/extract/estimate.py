@@ -9,28 +9,37 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from eupe.corpus.index import open_corpus
+from eupe.corpus.index import Corpus, open_corpus
 from eupe.corpus.views import ViewSpec
 from eupe.device import compute_dtype, dtype_name, pick_device
-from eupe.errors import ConfigError
-from eupe.extract.calibrate import Measured, measure, sample_task, settle
+from eupe.errors import ConfigError, StorageError
+from eupe.extract.calibrate import Measured, candidates, measure, sample_task, settle
 from eupe.extract.config import ExtractConfig
 from eupe.extract.count import counter, limit_blas
 from eupe.extract.forward import fastest_batch
-from eupe.extract.job import checked_teacher, picked, place_of_store, wanted_spec, with_absolute_paths
+from eupe.extract.job import (
+    checked_teacher,
+    picked,
+    place_of_store,
+    stored_index,
+    wanted_spec,
+    with_absolute_paths,
+)
 from eupe.extract.load import LoadedSample
 from eupe.extract.plan import PartTask, shape_of
 from eupe.extract.worker import Computer, PartInMaking
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
-from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, arrays, bytes_per_view, samples_per_part
+from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, arrays, bytes_per_view, differences, samples_per_part
 from eupe.store.precision import FP16, INT8, parse_precision
+from eupe.store.reader import ROOT_DOCUMENT
 from eupe.store.shard import bytes_of_index
 from eupe.store.writer import Part, StoreWriter, create_store
 from eupe.teachers.resolve import resolve_teacher
@@ -128,6 +137,8 @@ class Estimate:
     out: str
     free_bytes: int | None
     """None for an object store."""
+    held_bytes: int
+    """Of the need, what a store that this extraction would go on with holds already; 0 for an object store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,12 +258,35 @@ def free_bytes(place: Place) -> int | None:
     return shutil.disk_usage(there).free
 
 
-def require_room(need: Need, free: int | None, where: str) -> None:
-    """Raises: ConfigError if a local disk cannot hold what is to be made."""
-    if free is not None and need.peak > free:
+def held_bytes(place: Place, spec: StoreSpec, corpus: Corpus, *, fidelity: float | None) -> int:
+    """On the disk in a store that an extraction would go on with; 0 where there is none, and in an object store.
+
+    Args:
+        spec: as asked for, whatever its weights' hash.
+    """
+    if not place.is_local or not place.exists(ROOT_DOCUMENT):
+        return 0
+    store = open_store(place)
+    same_teacher = {**spec.teacher, "weights_sha256": store.spec.teacher["weights_sha256"]}
+    wanted = replace(spec, teacher=same_teacher, corpus=store.spec.corpus)
+    if fidelity is not None and store.spec.fidelity.get("asked") == fidelity:
+        wanted = replace(wanted, precision=store.spec.precision)
+    if differences(store.spec, wanted) or not _pictures(stored_index(store)) <= _pictures(corpus):
+        return 0
+    return sum(path.stat().st_size for path in place.local.rglob("*") if path.is_file())
+
+
+def _pictures(corpus: Corpus) -> set[tuple[str, str | None]]:
+    return set(zip(corpus.samples["key"].to_pylist(), corpus.samples["sha256"].to_pylist(), strict=True))
+
+
+def require_room(need: Need, free: int | None, where: str, *, held: int = 0) -> None:
+    """Raises: ConfigError if a local disk cannot hold what is to be made, beside what it holds of that already."""
+    if free is not None and need.peak - held > free:
+        there = f", {held / 1e9:,.4g} GB of it there already" if held else ""
         raise ConfigError(
             f"--out {where} has {free / 1e9:,.4g} GB free, and the features take {need.peak / 1e9:,.4g} GB while they "
-            f"are made ({need.stored / 1e9:,.4g} GB when finished); give another --out, a cheaper --precision, "
+            f"are made ({need.stored / 1e9:,.4g} GB when finished{there}); give another --out, a cheaper --precision, "
             "a smaller --grid, or fewer --views"
         )
 
@@ -262,7 +296,8 @@ def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda 
 
     Args:
         on_stage: told what begins.
-    Raises: an EupeError as `extract` does; ConfigError if the store cannot fit on the disk it is meant for.
+    Raises: an EupeError as `extract` does; ConfigError if the store cannot fit on the disk it is meant for; StorageError if
+        the temporary folder takes no sample.
     """
     config = with_absolute_paths(config)
     card = checked_teacher(config)
@@ -279,12 +314,27 @@ def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda 
     on_stage("decoding and computing")
     part, decode_s, forward_s = _timed_part(config, teacher, spec, corpus.root, task)
     on_stage("measuring precision")
-    tried = {kind: tuple(dict.fromkeys((*SHOWN, spec.precision[kind]))) for kind in spec.tokens}
-    measured = measure(spec, part.features, tried)
+    asked = candidates(spec, config.fidelity)
+    measured = measure(spec, part.features, {k: tuple(dict.fromkeys((*SHOWN, *asked[k]))) for k in spec.tokens})
+    spec = settle(spec, measured, config.fidelity)
     on_stage("writing and reading")
-    chunk_bytes, encode_s, read_s = _timed_store(settle(spec, measured, None), teacher, part)
+    with _full_disk_in_words():
+        chunk_bytes, encode_s, read_s = _timed_store(spec, teacher, part)
     rates = Rates(*(num_views / s for s in (decode_s, forward_s, encode_s, read_s)))
-    return _estimate(config, spec, rates, measured, chunk_bytes / num_views, device.type)
+    held = held_bytes(place_of_store(config), spec, corpus, fidelity=config.fidelity)
+    return _estimate(config, spec, rates, measured, chunk_bytes / num_views, device.type, held)
+
+
+@contextmanager
+def _full_disk_in_words() -> Iterator[None]:
+    """Raises: StorageError where the sample's store cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"the sample cannot be written to the temporary folder ({error.__cause__ or error}); free some space "
+            "there, or name a folder on another disk in TMPDIR"
+        ) from error
 
 
 def _estimate(
@@ -294,6 +344,7 @@ def _estimate(
     measured: Measured,
     chunks_per_view: float,
     device: str,
+    held: int,
 ) -> Estimate:
     num_views = spec.num_samples * spec.num_views
     on_gpu = device == "cuda"
@@ -317,7 +368,7 @@ def _estimate(
     )
     place = place_of_store(config)
     free = free_bytes(place)
-    require_room(need, free, str(place))
+    require_room(need, free, str(place), held=held)
     views_per_s = rates.pipeline(on_gpu=on_gpu)
     workers = config.workers or 1
     return Estimate(
@@ -342,6 +393,7 @@ def _estimate(
         choices=choices,
         out=str(place),
         free_bytes=free,
+        held_bytes=held,
     )
 
 
@@ -391,5 +443,8 @@ def _read_all(store: Store) -> None:
     views = np.tile(np.arange(store.spec.num_views), store.spec.num_samples)
     for start in range(0, len(rows), READ_VIEWS):
         batch = slice(start, start + READ_VIEWS)
+        places = rows[batch].tolist(), views[batch].tolist()
         for path in store.spec.feature_paths:
-            store.read_tokens(path, rows[batch].tolist(), views[batch].tolist())
+            store.read_tokens(path, *places)
+        for size in store.spec.sizes if store.spec.pixels else ():
+            store.read_pixels(*places, size=size)

@@ -86,7 +86,8 @@ class Forward:
                     raise
                 if self.batch_size == 1:
                     raise TeacherError(
-                        f"{self.teacher.spec.name} has no memory for a single view on {self.teacher.device}: {error}"
+                        f"{self.teacher.spec.name} does not fit a single view of {pixels.shape[1]} px into the memory "
+                        f"of {self.teacher.device}; give a smaller --size, or a device with more memory"
                     ) from error
             else:
                 break

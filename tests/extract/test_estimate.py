@@ -1,14 +1,19 @@
 """`eupe plan`: its arithmetic, its prediction against a store that was made, what it refuses, what it prints."""
 
+import errno
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from making import TWO_CROPS, make_store, random_weights
 
+from eupe import place
 from eupe.errors import ConfigError
 from eupe.extract.estimate import (
     NOMINAL_SHARES,
@@ -20,7 +25,9 @@ from eupe.extract.estimate import (
     need_of,
     require_room,
 )
-from eupe.extract.worker import Computer
+from eupe.extract.forward import Forward
+from eupe.store import open_store
+from eupe.teachers.teacher import Teacher
 
 Run = Callable[..., Any]
 
@@ -120,6 +127,17 @@ def test_every_option_changes_the_plan(
     assert plan("--grid", 2)["raw_bytes_per_view"] == 2 * (4 * 64 + 64)
     assert plan("--dtype", "bf16")["dtype"] == "bf16"
     assert plan("--precision", "bitround:4")["need"]["stored"] < plain["need"]["stored"]
+    assert plan("--fidelity", "0.9999")["precision"] != plain["precision"]
+    with_pixels = plan("--pixels")
+    assert with_pixels["bytes_per_view"] > plain["bytes_per_view"] + 1000
+    assert with_pixels["raw_bytes_per_view"] == plain["raw_bytes_per_view"]
+    assert plan("--limit", 5)["num_images"] == 5
+    assert plan("--include", "class0/*")["num_images"] == 8
+    assert plan("--include", "class0/*", "--include", "class1/*", "--exclude", "*/0000.png")["num_images"] == 15
+    first = plan("--limit", 5)["choices"]
+    assert plan("--limit", 5, "--shuffle")["choices"] != first
+    for more in (["--seed", 1], ["--scale", "0.2,0.3"], ["--ratio", "1,1"]):
+        assert plan(*more)["choices"] != plain["choices"]
     other = random_weights("test_vit", tmp_path / "other.safetensors", seed=1)
     assert planned(run_eupe, *words(tiny_corpus, other))["choices"] != plain["choices"]
     other.unlink()
@@ -131,13 +149,13 @@ def test_the_teacher_is_timed_on_batches_of_the_size_asked_for(
     tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: set[int] = set()
-    run_batch = Computer.run_batch
+    begin = Forward.begin
 
-    def noted(self: Computer, batch: Any, buffers: Any) -> None:
-        sizes.add(len(batch))
-        run_batch(self, batch, buffers)
+    def noted(self: Forward, views: Any) -> Any:
+        sizes.add(len(views))
+        return begin(self, views)
 
-    monkeypatch.setattr(Computer, "run_batch", noted)
+    monkeypatch.setattr(Forward, "begin", noted)
     planned(run_eupe, *words(tiny_corpus, tiny_weights, "--batch-size", 12))
     assert sizes == {12}
 
@@ -151,6 +169,78 @@ def test_a_store_that_does_not_fit_is_refused(
     paper = ["plan", "--teacher", "dinov2", "--num-images", 1000, "--json"]
     assert "give another --out" in refused(run_eupe, *paper, "--out", tmp_path)
     assert planned(run_eupe, *paper)["free_bytes"] is None
+
+
+def test_what_a_store_holds_need_not_be_free(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "s.zarr"
+    make_store(out, tiny_corpus, tiny_weights, views=TWO_CROPS)
+    asked = words(tiny_corpus, tiny_weights, "--out", out)
+    whole = planned(run_eupe, *asked)
+    assert whole["held_bytes"] >= open_store(out).stored_bytes
+    shutil.rmtree(out / "parts")
+    shutil.rmtree(out / "64" / "dense" / "c")
+    plan = planned(run_eupe, *asked)
+    on_disk = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert 0 < plan["held_bytes"] == on_disk < whole["held_bytes"]
+
+    missing = plan["need"]["peak"] - on_disk
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, missing + 2000))
+    assert planned(run_eupe, *asked)["free_bytes"] == missing + 2000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, missing - 2000))
+    assert "GB of it there already" in refused(run_eupe, *asked)
+    monkeypatch.undo()
+    assert planned(run_eupe, *asked, "--seed", 1)["held_bytes"] == 0
+    assert planned(run_eupe, *asked, "--limit", 20)["held_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_device_too_small_for_one_view_is_one_sentence(
+    error: Exception, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(self: Teacher, pixels: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(Teacher, "__call__", no_memory)
+    said = refused(run_eupe, *words(tiny_corpus, tiny_weights))
+    assert "does not fit a single view of 64 px into the memory of cpu" in said and "a smaller --size" in said
+
+
+def test_another_error_of_the_teacher_is_not_taken_for_too_little_memory(
+    tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Teacher, pixels: Any) -> Any:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(Teacher, "__call__", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run_eupe(*words(tiny_corpus, tiny_weights))
+
+
+def test_a_full_temporary_disk_is_one_sentence(
+    tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    asked = words(tiny_corpus, tiny_weights)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for owner, name in ((place, "_write_file"), (os, "mkdir")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            outcome = run_eupe(*asked)
+        said = " ".join(outcome.err.partition("error: ")[2].split())
+        assert (outcome.code, outcome.out) == (1, "")
+        assert "temporary folder ([Errno 28] No space left on device)" in said and "TMPDIR" in said
+        assert "committed" not in said and not list(tmp_path.iterdir())
 
 
 def test_on_paper_the_bytes_follow_from_the_cards() -> None:
@@ -211,6 +301,15 @@ def test_a_measured_plan_is_readable(tiny_corpus: Path, tiny_weights: Path, run_
         (["--num-images", 5, "--dtype", "bf16"], "--dtype has no meaning on paper"),
         (["--num-images", 5, "--batch-size", 4], "--batch-size has no meaning on paper"),
         (["--num-images", 5, "--workers", 4], "--workers has no meaning on paper"),
+        (["--num-images", 5, "--views", "rrc:2", "--scale", "0.2,1"], "--scale has no meaning on paper"),
+        (["--num-images", 5, "--views", "rrc:2", "--ratio", "1,1"], "--ratio has no meaning on paper"),
+        (["--num-images", 5, "--fidelity", 0.999], "--fidelity has no meaning on paper"),
+        (["--num-images", 5, "--pixels"], "--pixels has no meaning on paper"),
+        (["--num-images", 5, "--limit", 4], "--limit has no meaning on paper"),
+        (["--num-images", 5, "--include", "*"], "--include has no meaning on paper"),
+        (["--num-images", 5, "--exclude", "*"], "--exclude has no meaning on paper"),
+        (["--num-images", 5, "--shuffle"], "--shuffle has no meaning on paper"),
+        (["--num-images", 5, "--seed", 0], "--seed has no meaning on paper"),
         (["--num-images", 5, "--precision", "bitround:4"], "no nominal share"),
         (["--num-images", 5, "--tokens", "cls"], "--tokens takes"),
         (["--num-images", 5, "--size", 100], "--size 98"),
