@@ -129,6 +129,14 @@ class RayHead:
     environment: Mapping[str, str]
     """Of its clients: the token that it asks for."""
 
+    def ask(self, path: str) -> str:
+        """What its server says at `/api/PATH`."""
+        token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        asked = urllib.request.Request(f"{self.jobs_url}/api/{path}", headers=token)
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(asked, timeout=5) as answer:
+            return str(answer.read().decode())
+
 
 @contextmanager
 def ray_head(num_cpus: int) -> Iterator[RayHead]:
@@ -162,14 +170,10 @@ def ray_head(num_cpus: int) -> Iterator[RayHead]:
 
 def _wait_until_served(head: RayHead, process: subprocess.Popen[str], output: Path) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    asked = urllib.request.Request(
-        f"{head.jobs_url}/api/jobs/", headers={"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"}
-    )
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         assert process.poll() is None, output.read_text()
         try:
-            direct.open(asked, timeout=5).close()
+            head.ask("jobs/")
             return
         except OSError as error:
             assert time.monotonic() < deadline, f"{error}: {output.read_text()}"

@@ -87,6 +87,7 @@ def test_a_submitted_job_succeeds_and_leaves_the_store_of_one_process(
     code, output = job(head, "submit", "--submission-id", "whole", "--working-dir", folder, "--", *eupe)
     assert code == 0, output
     assert "Job 'whole' succeeded" in job(head, "status", "whole")[1]
+    assert "ExtractActor" in head.ask("v0/actors"), "the cluster did it, not a Ray of the job's own"
     assert_same_store(tmp_path / "s.zarr", store_files(tiny_store.path.local))
 
     code, output = job(head, "submit", "--submission-id", "refused", "--", *eupe, "--seed", 1)
@@ -141,6 +142,37 @@ def test_two_nodes_share_the_parts(tmp_path: Path, many_pictures: Path, tiny_wei
         cluster.shutdown()
     assert Counter(task.state for task in tasks) == {"FINISHED": 4}
     assert len({task.node_id for task in tasks}) == 2
+    with on_one_core():
+        alone = make_store(tmp_path / "e.zarr", many_pictures, tiny_weights, views=MANY_VIEWS)
+    assert_same_store(out, store_files(alone.path.local))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the tries of all parts that are left are spent on a worker whose node is gone, within seconds",
+)
+def test_a_node_that_is_taken_costs_only_what_was_under_way(
+    tmp_path: Path, many_pictures: Path, tiny_weights: Path
+) -> None:
+    """Its worker begins again on a node that comes later, and finds nothing of its own to be done twice."""
+    out = tmp_path / "s.zarr"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        taken = cluster.add_node(num_cpus=1)
+        words = extract_words(many_pictures, tiny_weights, out, views=16)
+        process = begin(*words, "--ray-address", cluster.address, cwd=tmp_path)
+        wait_until(lambda: committed(out) >= 1, process)
+        cluster.remove_node(taken, allow_graceful=False)
+        whole = {file: file.stat().st_mtime_ns for file in out.glob("parts/[0-9]*.parquet")}
+        assert 1 <= len(whole) < 4
+        cluster.add_node(num_cpus=1)
+        code, output = finish(process)
+        assert code == 0, output
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert {file: file.stat().st_mtime_ns for file in whole} == whole
     with on_one_core():
         alone = make_store(tmp_path / "e.zarr", many_pictures, tiny_weights, views=MANY_VIEWS)
     assert_same_store(out, store_files(alone.path.local))
