@@ -1,13 +1,11 @@
 """What the README tells people to type can be typed."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-import typer
+from typed import parsed
 
-from eupe.cli import app
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 
@@ -21,12 +19,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse_and_name_known_teachers(command: str) -> None:
-    words = shlex.split(command)[1:]
-    verb = typer.main.get_command(app)
-    while hasattr(verb, "commands") and words:
-        verb = verb.commands[words.pop(0)]
-    context = verb.make_context("eupe", words)
-    given = context.params.get("teacher") or []
+    given = parsed(command).get("teacher") or []
     for teacher in [given] if isinstance(given, str) else given:
         assert teacher.startswith("runs/") or resolve_teacher(teacher).name in REGISTRY
 

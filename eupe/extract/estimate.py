@@ -296,8 +296,8 @@ def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda 
 
     Args:
         on_stage: told what begins.
-    Raises: an EupeError as `extract` does; ConfigError if the store cannot fit on the disk it is meant for; StorageError if
-        the temporary folder takes no sample.
+    Raises: an EupeError as `extract` does; ConfigError if the store cannot fit on the disk it is meant for;
+        StorageError if the temporary folder takes no sample.
     """
     config = with_absolute_paths(config)
     card = checked_teacher(config)

@@ -2,20 +2,23 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from running import (
+    Start,
+    assert_same_store,
+    begin,
+    committed,
+    descendants,
+    extract_workers,
+    finish,
+    store_files,
+    wait_until,
+    wait_until_gone,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-PATIENCE_S = 240
-
-
-Start = Callable[[Path], "subprocess.Popen[str]"]
 
 
 @pytest.fixture(scope="module")
@@ -24,55 +27,7 @@ def start(many_pictures: Path, tiny_weights: Path) -> Start:
     words = ["--teacher", "timm:test_vit", "--weights", tiny_weights, "--corpus", many_pictures]
     words += ["--views", "rrc:16", "--size", "64", "--dtype", "fp32", "--batch-size", "4"]
 
-    def begin(out: Path) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-m", "eupe", "extract", *map(str, words), "--out", str(out)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    return begin
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    return process.returncode, output
-
-
-def committed(out: Path) -> int:
-    return len(list(out.glob("parts/[0-9]*.parquet")))
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def descendants(pid: int) -> Iterator[int]:
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        yield int(child)
-        yield from descendants(int(child))
-
-
-def extract_workers(pid: int) -> list[int]:
-    """Processes of the Ray actors that a driver has started."""
-    found = []
-    for child in descendants(pid):
-        try:
-            if b"ExtractActor" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(child)
-        except FileNotFoundError:
-            continue
-    return found
-
-
-def store_files(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+    return lambda out: begin("extract", *words, "--out", out)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +37,6 @@ def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[
     assert code == 0, output
     assert committed(out) == 4
     return store_files(out)
-
-
-def assert_same_store(out: Path, expected: dict[str, bytes]) -> None:
-    files = store_files(out)
-    assert files.keys() == expected.keys()
-    assert [name for name in files if files[name] != expected[name]] == []
 
 
 def assert_goes_on_to(start: Start, out: Path, expected: dict[str, bytes]) -> None:
@@ -124,19 +73,6 @@ def test_after_a_killed_driver_only_the_missing_parts_are_done(
     assert 1 <= len(whole) < len([name for name in undisturbed if name.startswith("parts/")])
     assert_goes_on_to(start, out, undisturbed)
     assert {file: file.stat().st_mtime_ns for file in whole} == whole
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    """Ray's processes follow their driver; should one not, it is killed."""
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        if time.monotonic() > deadline:
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-        time.sleep(0.1)
 
 
 def test_ctrl_c_keeps_what_is_whole_and_says_how_to_go_on(
