@@ -54,6 +54,9 @@ CorpusPath = Annotated[
 Weights = Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")]
 Sizes = Annotated[list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")]
 Views = Annotated[str, typer.Option(help="center, squash, or rrc:K for K random resized crops per picture.")]
+PhotometricKind = Annotated[
+    str, typer.Option("--photometric", help="eupe: each view jittered in colour, greyed, blurred, solarised; or none.")
+]
 TokenKinds = Annotated[str, typer.Option(help="summary, dense, or both.")]
 Grid = Annotated[int | None, typer.Option(help="Pool dense maps to G x G cells.")]
 PicturesPath = Annotated[
@@ -220,6 +223,7 @@ def extract(
     ratio: Annotated[
         str | None, typer.Option(help="MIN,MAX: a random crop's width over its height; 3/4 to 4/3 by itself.")
     ] = None,
+    photometric: PhotometricKind = "none",
     tokens: TokenKinds = "summary,dense",
     precision: Annotated[
         str, typer.Option(help="fp16, bitround:B, int8, or one for each kind: dense=int8,summary=fp16.")
@@ -245,7 +249,7 @@ def extract(
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="Pictures in random order; with --limit a sample.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Decides the random crops and the order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides all that is random about the views, and the order.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Run a teacher once over a corpus and cache its features."""
@@ -260,7 +264,7 @@ def extract(
         out=out_path,
         weights=weights,
         sizes=tuple(sorted(set(size or []))),
-        views=parse_views(views, seed=seed, scale=scale, ratio=ratio),
+        views=parse_views(views, seed=seed, scale=scale, ratio=ratio, photometric=photometric),
         tokens=tuple(tokens.split(",")),
         precision=precision,
         fidelity=fidelity,
@@ -299,6 +303,7 @@ def plan(
     weights: Weights = None,
     size: Sizes = None,
     views: Views = "center",
+    photometric: PhotometricKind = "none",
     tokens: TokenKinds = "summary,dense",
     precision: Annotated[str, typer.Option(help="As extract takes it.")] = "fp16",
     grid: Grid = None,
@@ -320,7 +325,7 @@ def plan(
     only_measured = {"--weights": weights, "--dtype": dtype, "--batch-size": batch_size, "--workers": workers}
     wanted: dict[str, Any] = {
         "sizes": tuple(sorted(set(size or []))),
-        "views": parse_views(views, seed=0),
+        "views": parse_views(views, seed=0, photometric=photometric),
         "tokens": tuple(tokens.split(",")),
         "precision": precision,
         "grid": grid,

@@ -128,8 +128,7 @@ def _centre_view(corpus: Corpus, key: str, size: int) -> np.ndarray[tuple[int, .
         image = decode_image(read_picture(corpus.root, key))
     except CorpusError as error:
         raise CorpusError(f"picture {key} of {corpus.root} cannot be read: {error}") from error
-    box, flip = draw_view(ViewSpec(), key, 0, image.width, image.height)
-    return render_view(image, box, flip, size)
+    return render_view(image, draw_view(ViewSpec(), key, 0, image.width, image.height), size)
 
 
 def _report(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from eupe.ahead import map_ahead
 from eupe.corpus.decode import decode_image
 from eupe.corpus.index import read_picture
+from eupe.corpus.photometric import Photometric
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
 from eupe.extract.count import counter
@@ -68,6 +69,8 @@ class LoadedSample:
     digests: NDArray[np.uint64]
     views: dict[int, list[NDArray[np.uint8]]]
     """Size to K views of [size, size, 3]."""
+    photometric: NDArray[np.float32]
+    """[K, 8]; NaN if it has an error."""
 
 
 class Computer:
@@ -161,6 +164,7 @@ def load_sample(sample: Sample, root: Place, spec: ViewSpec, sizes: tuple[int, .
     boxes = np.zeros((k, 4), np.int32)
     flips = np.zeros(k, np.bool_)
     digests = np.zeros(k, np.uint64)
+    photometric = np.full((k, len(Photometric._fields)), np.nan, np.float32)
     try:
         data = read_picture(root, sample.key)
         if sample.sha256 is not None and hashlib.sha256(data).hexdigest() != sample.sha256:
@@ -168,15 +172,16 @@ def load_sample(sample: Sample, root: Place, spec: ViewSpec, sizes: tuple[int, .
         image = decode_image(data)
     except CorpusError as error:
         row = Row(sample.key, sample.sha256, sample.label, error=str(error))
-        return LoadedSample(row, boxes, flips, digests, {})
+        return LoadedSample(row, boxes, flips, digests, {}, photometric)
     views: dict[int, list[NDArray[np.uint8]]] = {size: [] for size in sizes}
     for i in range(k):
-        box, flip = draw_view(spec, sample.key, i, image.width, image.height)
+        params = draw_view(spec, sample.key, i, image.width, image.height)
         for size in sizes:
-            views[size].append(render_view(image, box, flip, size))
-        boxes[i], flips[i], digests[i] = box, flip, view_digest(views[sizes[0]][i])
+            views[size].append(render_view(image, params, size))
+        boxes[i], flips[i], photometric[i] = params
+        digests[i] = view_digest(views[sizes[0]][i])
     row = Row(sample.key, sample.sha256, sample.label, image.width, image.height)
-    return LoadedSample(row, boxes, flips, digests, views)
+    return LoadedSample(row, boxes, flips, digests, views, photometric)
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,8 @@ class PartBuffers:
         self._boxes = np.zeros((n, k, 4), np.int32)
         self._flips = np.zeros((n, k), np.bool_)
         self._digests = np.zeros((n, k), np.uint64)
+        self._photometric = np.full((n, k, len(Photometric._fields)), np.nan, np.float32)
+        self._has_photometric = spec.photometric
         self._features: dict[str, NDArray[np.float16]] = {}
         self._num_clipped = 0
         self._num_nonfinite = 0
@@ -216,6 +223,7 @@ class PartBuffers:
         for i, sample in enumerate(samples):
             self._rows.append(sample.row)
             self._boxes[i], self._flips[i], self._digests[i] = sample.boxes, sample.flips, sample.digests
+            self._photometric[i] = sample.photometric
             if sample.row.error is not None:
                 progress.add(views=len(sample.flips), failed=1)
                 continue
@@ -247,6 +255,7 @@ class PartBuffers:
             self._num_clipped,
             self._num_nonfinite,
             installed_versions(),
+            self._photometric if self._has_photometric else None,
         )
 
     def _judged(self, i: int, row: Row, progress: Progress) -> Row:
@@ -259,6 +268,7 @@ class PartBuffers:
         for pixels in self._pixels.values():
             pixels[i] = 0
         self._boxes[i], self._flips[i], self._digests[i] = 0, False, 0
+        self._photometric[i] = np.nan
         return Row(row.key, row.sha256, row.label, error=f"the teacher gave non-finite values in {', '.join(bad)}")
 
 

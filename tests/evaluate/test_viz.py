@@ -323,8 +323,7 @@ class TestPage:
         assert stored.flips.any()
 
         def rendered(size: int) -> Pixels:
-            crops = zip(images, stored.boxes.tolist(), stored.flips.tolist(), strict=True)
-            return np.stack([render_view(image, tuple(box), flip, size) for image, box, flip in crops])
+            return np.stack([render_view(image, p, size) for image, p in zip(images, stored.params, strict=True)])
 
         difference = np.stack(page.views()).astype(int) - rendered(SHOWN_PX)
         assert np.abs(difference).mean() < 3  # JPEG
@@ -441,7 +440,7 @@ class TestErrors:
     def test_stores_of_different_crops(self, world: World, out: Path, tmp_path: Path) -> None:
         views = ViewSpec(policy="rrc", num_views=2, seed=1)
         other = make_store(tmp_path / "other.zarr", world.corpus, world.weights, views=views).path
-        self._refused(ConfigError, "different crops of .*--seed", [world.store, other], world.corpus, out)
+        self._refused(ConfigError, "different views of .*--seed", [world.store, other], world.corpus, out)
 
     def test_weights_for_what_is_no_teacher(self, world: World, out: Path) -> None:
         store = str(world.store)
