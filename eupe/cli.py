@@ -303,7 +303,7 @@ def plan(
     weights: Weights = None,
     size: Sizes = None,
     views: Views = "center",
-    photometric: PhotometricKind = "none",
+    photometric: Annotated[str | None, typer.Option(help="As extract takes it. Default none.")] = None,
     tokens: TokenKinds = "summary,dense",
     precision: Annotated[str, typer.Option(help="As extract takes it.")] = "fp16",
     grid: Grid = None,
@@ -322,10 +322,16 @@ def plan(
 
     if (corpus is None) == (num_images is None):
         raise ConfigError("give --corpus to measure on its pictures, or --num-images for a plan on paper")
-    only_measured = {"--weights": weights, "--dtype": dtype, "--batch-size": batch_size, "--workers": workers}
+    only_measured = {
+        "--photometric": photometric,
+        "--weights": weights,
+        "--dtype": dtype,
+        "--batch-size": batch_size,
+        "--workers": workers,
+    }
     wanted: dict[str, Any] = {
         "sizes": tuple(sorted(set(size or []))),
-        "views": parse_views(views, seed=0, photometric=photometric),
+        "views": parse_views(views, seed=0, photometric=photometric or "none"),
         "tokens": tuple(tokens.split(",")),
         "precision": precision,
         "grid": grid,

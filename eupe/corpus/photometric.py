@@ -2,19 +2,21 @@
 
 Applied to the uint8 view in this order: the colour jitter's four factors in an order of their own, greyscale, blur,
 solarisation. All is arithmetic on integers, or single operations of IEEE float32 that NumPy leaves no choice in.
+Whatever needs more than a table of levels goes strip by strip, so that it stays in the processor's cache.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-PHOTOMETRIC_KERNEL = "numpy-photometric"
+PHOTOMETRIC_KERNEL = "numpy-photometric-pillow-luma"
 
 ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
 """In lexicographic order of the factors' places; `Photometric.order` is a place in here."""
@@ -27,9 +29,8 @@ NUM_DRAWN = 10
 
 ONE = 1 << 16
 """1 in fixed point."""
-LUMA = (19595, 38470, 7471)
-"""ITU-R 601-2 in fixed point, as Pillow's "L": they sum to `ONE`."""
-BLUR_REACH = 4
+STRIP_ROWS = 32
+BLUR_REACH = 3
 """Standard deviations after which the Gaussian ends."""
 EXTRA_BITS = 6
 """Of a fraction of a level, kept between the two passes of the blur."""
@@ -105,74 +106,90 @@ def apply_photometric(view: NDArray[np.uint8], params: Photometric) -> NDArray[n
         if factor != getattr(NEUTRAL, name):
             view = JITTER[name](view, factor)
     if params.grey:
-        view = np.repeat(luma(view)[..., None], 3, axis=-1)
+        view = np.repeat(_luma(view)[..., None], 3, axis=-1)
     if params.blur:
-        view = blurred(view, params.blur * len(view))
+        view = _blurred(view, params.blur * len(view))
     if params.solarise < NEUTRAL.solarise:
         levels = np.arange(256)
-        inverted = np.where(levels < params.solarise, levels, 255 - levels).astype(np.uint8)
-        view = inverted[view]
+        view = _replaced(view, np.where(levels < params.solarise, levels, 255 - levels))
     return view
 
 
-def luma(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Grey levels, uint8 [S, S], equal to Pillow's "L" bit for bit."""
-    red, green, blue = (weight * view[..., i].astype(np.int32) for i, weight in enumerate(LUMA))
-    grey: NDArray[np.uint8] = ((red + green + blue + ONE // 2) >> 16).astype(np.uint8)
-    return grey
+def _replaced(view: NDArray[np.uint8], levels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Each of 256 levels by another."""
+    replaced: NDArray[np.uint8] = np.take(levels.astype(np.uint8), view)
+    return replaced
 
 
-def _blend(origin: Any, values: NDArray[np.integer[Any]], factor: float) -> NDArray[np.uint8]:
-    """origin + factor * (values - origin), rounded half up and clipped."""
-    fixed = round(factor * ONE)
-    mixed = (values * fixed + origin * (ONE - fixed) + ONE // 2) >> 16
-    blended: NDArray[np.uint8] = np.clip(mixed, 0, 255).astype(np.uint8)
-    return blended
+def _luma(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Grey levels of ITU-R 601-2, uint8 [S, S]: integers in Pillow, too."""
+    return np.asarray(Image.fromarray(view).convert("L"))
+
+
+def _strips(side: int) -> Iterator[slice]:
+    return (slice(start, min(start + STRIP_ROWS, side)) for start in range(0, side, STRIP_ROWS))
 
 
 def _brightened(view: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
-    return _blend(0, np.arange(256), factor)[view]
+    return _replaced(view, _blend(0, np.arange(256), factor))
 
 
 def _contrasted(view: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
     """About the mean grey level, a whole number as in Pillow."""
-    grey = luma(view)
+    grey = _luma(view)
     mean = (2 * int(grey.sum(dtype=np.int64)) + grey.size) // (2 * grey.size)
-    return _blend(mean, np.arange(256), factor)[view]
+    return _replaced(view, _blend(mean, np.arange(256), factor))
 
 
 def _saturated(view: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
-    return _blend(luma(view)[..., None].astype(np.int32), view.astype(np.int32), factor)
+    grey, saturated = _luma(view), np.empty_like(view)
+    for strip in _strips(len(view)):
+        for channel in range(3):
+            levels = view[strip, :, channel].astype(np.int32)
+            saturated[strip, :, channel] = _blend(grey[strip].astype(np.int32), levels, factor)
+    return saturated
+
+
+def _blend(origin: Any, levels: NDArray[Any], factor: float) -> NDArray[Any]:
+    """origin + factor * (levels - origin), rounded half up and clipped to 0 to 255."""
+    fixed = round(factor * ONE)
+    blended: NDArray[Any] = np.clip((levels * fixed + origin * (ONE - fixed) + ONE // 2) >> 16, 0, 255)
+    return blended
 
 
 def _hue_turned(view: NDArray[np.uint8], turn: float) -> NDArray[np.uint8]:
     """Turned about the colour circle of HSV; a pixel's largest and smallest channel keep their levels."""
-    red, green, blue = (view[..., i].astype(np.float32) for i in range(3))
-    largest = np.maximum(np.maximum(red, green), blue)
-    chroma = largest - np.minimum(np.minimum(red, green), blue)
-    divisor = np.maximum(chroma, 1)
-    sextant = np.where(largest == green, (blue - red) / divisor + 2, (red - green) / divisor + 4)
-    sextant = np.where(largest == red, (green - blue) / divisor, sextant) + np.float32(6 * turn)
     turned = np.empty_like(view)
-    for channel in range(3):
-        distance = np.abs(np.abs(sextant - 2 * channel) - 3)
-        turned[..., channel] = np.rint(largest - chroma * np.clip(2 - distance, 0, 1))
+    for strip in _strips(len(view)):
+        red, green, blue = (view[strip, :, channel].astype(np.float32) for channel in range(3))
+        largest = np.maximum(np.maximum(red, green), blue)
+        chroma = largest - np.minimum(np.minimum(red, green), blue)
+        divisor = np.maximum(chroma, 1)
+        sextant = np.where(largest == green, (blue - red) / divisor + 2, (red - green) / divisor + 4)
+        sextant = np.where(largest == red, (green - blue) / divisor, sextant) + np.float32(6 * (turn % 1))
+        sextant = np.where(sextant > 5, sextant - 6, sextant)
+        for channel in range(3):
+            distance = np.abs(np.abs(sextant - 2 * channel) - 3)
+            turned[strip, :, channel] = np.rint(largest - chroma * np.clip(2 - distance, 0, 1))
     return turned
 
 
 JITTER = {"brightness": _brightened, "contrast": _contrasted, "saturation": _saturated, "hue": _hue_turned}
 
 
-def blurred(view: NDArray[np.uint8], sigma_px: float) -> NDArray[np.uint8]:
+def _blurred(view: NDArray[np.uint8], sigma_px: float) -> NDArray[np.uint8]:
     """Gaussian blur; beyond an edge lies its last pixel again."""
     weights = _gaussian(sigma_px)
-    if len(weights) == 1:
+    if (reach := len(weights) - 1) == 0:
         return view
-    rows = _convolved(view.astype(np.int32), weights, axis=0)
-    rows = (rows + (1 << (15 - EXTRA_BITS))) >> (16 - EXTRA_BITS)
-    both = _convolved(rows, weights, axis=1)
-    smooth: NDArray[np.uint8] = ((both + (1 << (15 + EXTRA_BITS))) >> (16 + EXTRA_BITS)).astype(np.uint8)
-    return smooth
+    padded = np.pad(view, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    blurred = np.empty_like(view)
+    for strip in _strips(len(view)):
+        down = _convolved(padded[strip.start : strip.stop + 2 * reach].astype(np.int32), weights)
+        down = (down + (1 << (15 - EXTRA_BITS))) >> (16 - EXTRA_BITS)
+        across = _convolved(down.swapaxes(0, 1), weights).swapaxes(0, 1)
+        blurred[strip] = (across + (1 << (15 + EXTRA_BITS))) >> (16 + EXTRA_BITS)
+    return blurred
 
 
 def _gaussian(sigma_px: float) -> list[int]:
@@ -183,20 +200,14 @@ def _gaussian(sigma_px: float) -> list[int]:
     return [ONE - 2 * sum(outer), *outer]
 
 
-def _convolved(values: NDArray[np.int32], weights: Sequence[int], *, axis: int) -> NDArray[np.int32]:
-    """[S, S, 3], times `ONE`."""
-    reach, side = len(weights) - 1, values.shape[axis]
-    margins = [(0, 0)] * 3
-    margins[axis] = (reach, reach)
-    padded = np.pad(values, margins, mode="edge")
-
-    def shifted(by: int) -> NDArray[np.int32]:
-        window = slice(reach + by, reach + by + side)
-        return padded[window] if axis == 0 else padded[:, window]
-
-    total = shifted(0) * np.int32(weights[0])
+def _convolved(values: NDArray[np.int32], weights: Sequence[int]) -> NDArray[np.int32]:
+    """Along the first axis, which gets shorter by the reach on both sides; times `ONE`."""
+    reach = len(weights) - 1
+    size = len(values) - 2 * reach
+    total = values[reach : reach + size] * np.int32(weights[0])
+    pair = np.empty_like(total)
     for distance, weight in enumerate(weights[1:], 1):
-        pair = shifted(-distance) + shifted(distance)
+        np.add(values[reach - distance :][:size], values[reach + distance :][:size], out=pair)
         pair *= weight
         total += pair
     return total

@@ -148,11 +148,34 @@ def test_ranges_without_random_crops_are_refused(views: str) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [ViewSpec(), ViewSpec(policy="squash"), ViewSpec(policy="rrc", num_views=3, seed=7, scale=(0.2, 0.9), flip=0.25)],
+    [
+        ViewSpec(),
+        ViewSpec(policy="squash"),
+        ViewSpec(policy="rrc", num_views=3, seed=7, scale=(0.2, 0.9), flip=0.25),
+        ViewSpec(photometric="eupe", seed=3),
+        ViewSpec(policy="rrc", num_views=2, seed=3, photometric="eupe"),
+    ],
 )
 def test_stored_views_are_drawn_again_and_unknown_ones_refused(spec: ViewSpec) -> None:
     plain = json.loads(json.dumps(spec.to_json()))
     assert ViewSpec.from_json(plain) == spec
-    for change in ({"kernel": "lanczos"}, {"policy": "grid"}, {"jitter": 0.1}):
+    for change in ({"kernel": "lanczos"}, {"policy": "grid"}, {"jitter": 0.1}, {"photometric": "loud"}):
         with pytest.raises(ConfigError, match="cannot be drawn by this version"):
             ViewSpec.from_json({**plain, **change})
+
+
+def test_views_that_are_not_recoloured_are_written_as_they_were_before() -> None:
+    """An old store and a new request for the same are the same."""
+    assert ViewSpec(seed=5).to_json() == {"policy": "center", "num_views": 1, "kernel": "pillow-crop-bicubic"}
+    assert parse_views("rrc:2", seed=1, photometric="none").to_json() == {
+        "policy": "rrc",
+        "num_views": 2,
+        "seed": 1,
+        "scale": [0.08, 1.0],
+        "ratio": [0.75, 4 / 3],
+        "flip": 0.5,
+        "kernel": "pillow-crop-bicubic",
+    }
+    recoloured = parse_views("center", seed=1, photometric="eupe").to_json()
+    assert recoloured["photometric"] == "eupe" and recoloured["seed"] == 1
+    assert recoloured["kernel"].startswith("pillow-crop-bicubic+")
