@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from eupe.errors import CorpusError
 
@@ -42,6 +42,8 @@ def decode_image(data: bytes) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except CorpusError:
         raise
+    except UnidentifiedImageError as error:  # Pillow's own words have an address in memory, other ones each time
+        raise CorpusError(f"the file is no {', '.join(FORMATS)}") from error
     except Exception as error:  # a hostile file can raise anything from a decoder
         raise CorpusError(f"{type(error).__name__}: {error}") from error
 
