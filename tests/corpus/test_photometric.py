@@ -232,3 +232,63 @@ def test_rendering_recolours_after_the_flip() -> None:
     plain = render_view(image, view._replace(photometric=NEUTRAL), 56)
     assert np.array_equal(render_view(image, view, 56), apply_photometric(plain, view.photometric))
     assert not np.array_equal(render_view(image, view, 56), plain)
+
+
+def by_the_specification(view: Pixels, params: Photometric) -> Pixels:
+    """What FORMAT.md says, pixel by pixel, in Python's integers (and float32 for hue)."""
+    now = [[[int(v) for v in pixel] for pixel in row] for row in view]
+    side = len(now)
+
+    def grey(pixel: list[int]) -> int:
+        return (19595 * pixel[0] + 38470 * pixel[1] + 7471 * pixel[2] + 32768) >> 16
+
+    def blend(o: int, v: int, factor: float) -> int:
+        fixed = round(factor * 65536)
+        return max(0, min(255, (v * fixed + o * (65536 - fixed) + 32768) >> 16))
+
+    def turned(pixel: list[int]) -> list[int]:
+        r, g, b = (np.float32(v) for v in pixel)
+        high, chroma = max(r, g, b), max(r, g, b) - min(r, g, b)
+        c = max(chroma, np.float32(1))
+        h = (g - b) / c if r == high else (b - r) / c + 2 if g == high else (r - g) / c + 4
+        h = h + np.float32(6 * (params.hue % 1))
+        h = h - 6 if h > 5 else h
+        return [int(np.rint(high - chroma * min(max(2 - abs(abs(h - 2 * i) - 3), 0), 1))) for i in range(3)]
+
+    for change in list(itertools.permutations(range(4)))[int(params.order)]:
+        levels = [grey(pixel) for row in now for pixel in row]
+        mean = math.floor(sum(levels) / len(levels) + 0.5)
+        do = [
+            lambda p: [blend(0, v, params.brightness) for v in p],
+            lambda p, mean=mean: [blend(mean, v, params.contrast) for v in p],
+            lambda p: [blend(grey(p), v, params.saturation) for v in p],
+            turned,
+        ][change]
+        now = [[do(pixel) for pixel in row] for row in now]
+    if params.grey:
+        now = [[[grey(pixel)] * 3 for pixel in row] for row in now]
+    if params.blur:
+        sigma = params.blur * side
+        reach = math.ceil(3 * sigma)
+        bells = [math.exp(-(d**2) / (2 * sigma**2)) for d in range(-reach, reach + 1)]
+        weights = [round(bell / sum(bells) * 65536) for bell in bells]
+        weights[reach] += 65536 - sum(weights)
+        places = [[max(0, min(side - 1, i + d)) for d in range(-reach, reach + 1)] for i in range(side)]
+
+        def total(values: list[int]) -> int:
+            return sum(w * v for w, v in zip(weights, values, strict=True))
+
+        everywhere = list(itertools.product(range(side), range(side), range(3)))
+        down = {(y, x, i): (total([now[at][x][i] for at in places[y]]) + 512) >> 10 for y, x, i in everywhere}
+        for y, x, i in everywhere:
+            now[y][x][i] = (total([down[y, at, i] for at in places[x]]) + (1 << 21)) >> 22
+    now = [[[v if v < params.solarise else 255 - v for v in pixel] for pixel in row] for row in now]
+    return np.array(now, np.uint8)
+
+
+@pytest.mark.parametrize("key", range(12))
+def test_the_specification_is_the_code(key: int) -> None:
+    params = draw_view(ViewSpec(photometric="eupe"), str(key), 0, 8, 8).photometric
+    params = params._replace(blur=20 * params.blur)  # so that it has an extent at this size
+    view = noise(36, seed=key)
+    assert np.array_equal(apply_photometric(view, params), by_the_specification(view, params))
