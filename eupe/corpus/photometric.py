@@ -29,7 +29,7 @@ NUM_DRAWN = 10
 
 ONE = 1 << 16
 """1 in fixed point."""
-STRIP_ROWS = 32
+STRIP_PIXELS = 1 << 14
 BLUR_REACH = 3
 """Standard deviations after which the Gaussian ends."""
 EXTRA_BITS = 6
@@ -127,7 +127,8 @@ def _luma(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _strips(side: int) -> Iterator[slice]:
-    return (slice(start, min(start + STRIP_ROWS, side)) for start in range(0, side, STRIP_ROWS))
+    rows = max(1, STRIP_PIXELS // side)
+    return (slice(start, min(start + rows, side)) for start in range(0, side, rows))
 
 
 def _brightened(view: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
@@ -144,9 +145,9 @@ def _contrasted(view: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
 def _saturated(view: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
     grey, saturated = _luma(view), np.empty_like(view)
     for strip in _strips(len(view)):
+        origin = grey[strip].astype(np.int32)
         for channel in range(3):
-            levels = view[strip, :, channel].astype(np.int32)
-            saturated[strip, :, channel] = _blend(grey[strip].astype(np.int32), levels, factor)
+            saturated[strip, :, channel] = _blend(origin, view[strip, :, channel].astype(np.int32), factor)
     return saturated
 
 

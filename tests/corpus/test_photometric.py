@@ -292,3 +292,11 @@ def test_the_specification_is_the_code(key: int) -> None:
     params = params._replace(blur=20 * params.blur)  # so that it has an extent at this size
     view = noise(36, seed=key)
     assert np.array_equal(apply_photometric(view, params), by_the_specification(view, params))
+
+
+def test_it_makes_no_difference_how_the_view_is_cut_into_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = Photometric(1.2, 0.8, 1.1, 0.06, 13, 0, 2 / 224, 128)
+    whole = apply_photometric(noise(64), params)
+    for pixels in (1, 64 * 7, 64 * 63):
+        monkeypatch.setattr("eupe.corpus.photometric.STRIP_PIXELS", pixels)
+        assert np.array_equal(apply_photometric(noise(64), params), whole)
