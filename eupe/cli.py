@@ -56,6 +56,9 @@ CorpusPath = Annotated[
 Weights = Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")]
 Sizes = Annotated[list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")]
 Views = Annotated[str, typer.Option(help="center, squash, or rrc:K for K random resized crops per picture.")]
+PhotometricKind = Annotated[
+    str, typer.Option("--photometric", help="eupe: each view jittered in colour, greyed, blurred, solarised; or none.")
+]
 TokenKinds = Annotated[str, typer.Option(help="summary, dense, or both.")]
 Grid = Annotated[int | None, typer.Option(help="Pool dense maps to G x G cells.")]
 Scale = Annotated[
@@ -240,6 +243,7 @@ def extract(
     views: Views = "center",
     scale: Scale = None,
     ratio: Ratio = None,
+    photometric: PhotometricKind = "none",
     tokens: TokenKinds = "summary,dense",
     precision: Annotated[
         str, typer.Option(help="fp16, bitround:B, int8, or one for each kind: dense=int8,summary=fp16.")
@@ -258,7 +262,7 @@ def extract(
     include: Include = None,
     exclude: Exclude = None,
     shuffle: Shuffle = False,
-    seed: Annotated[int, typer.Option(help="Decides the random crops and the order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides all that is random about the views, and the order.")] = 0,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Make parts again that hold pictures without features.")
     ] = False,
@@ -274,7 +278,7 @@ def extract(
         teacher="",
         corpus=corpus,
         sizes=tuple(sorted(set(size or []))),
-        views=parse_views(views, seed=seed, scale=scale, ratio=ratio),
+        views=parse_views(views, seed=seed, scale=scale, ratio=ratio, photometric=photometric),
         tokens=tuple(tokens.split(",")),
         precision=precision,
         fidelity=fidelity,
@@ -344,13 +348,14 @@ def plan(
     views: Views = "center",
     scale: Scale = None,
     ratio: Ratio = None,
+    photometric: Annotated[str | None, typer.Option(help="As extract takes it. Default none.")] = None,
     tokens: TokenKinds = "summary,dense",
     precision: Annotated[str, typer.Option(help="As extract takes it.")] = "fp16",
     fidelity: FidelityWanted = None,
     grid: Grid = None,
     pixels: Pixels = False,
     dtype: Annotated[str | None, typer.Option(help="The teacher's arithmetic. Default auto.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Views per forward pass. Default 16.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Views per forward pass; the fastest is found.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="How many workers like this process share the work. Default 1.")
     ] = None,
@@ -370,6 +375,7 @@ def plan(
     if (corpus is None) == (num_images is None):
         raise ConfigError("give --corpus to measure on its pictures, or --num-images for a plan on paper")
     only_measured = {
+        "--photometric": photometric,
         "--weights": weights,
         "--scale": scale,
         "--ratio": ratio,
@@ -388,7 +394,7 @@ def plan(
         raise ConfigError(f"{idle[0]} has no meaning on paper; leave it out, or give --corpus for --num-images")
     wanted: dict[str, Any] = {
         "sizes": tuple(sorted(set(size or []))),
-        "views": parse_views(views, seed=seed or 0, scale=scale, ratio=ratio),
+        "views": parse_views(views, seed=seed or 0, scale=scale, ratio=ratio, photometric=photometric or "none"),
         "tokens": tuple(tokens.split(",")),
         "precision": precision,
         "grid": grid,
@@ -415,7 +421,7 @@ def plan(
         shuffle=shuffle,
         dtype=dtype or "auto",
         workers=workers,
-        batch_size=16 if batch_size is None else batch_size,
+        batch_size=batch_size,
         **wanted,
     )
     with report_progress(err, "views", quiet=as_json) as progress:

@@ -35,6 +35,11 @@ def sentence(outcome: Any) -> str:
         (["extract", "--teacher", "timm:vit_tinny", "--corpus", "pictures"], 2, "did you mean"),
         (["extract", "--teacher", "dinov2", "--corpus", "pictures", "--size", "100"], 2, "use --size 98 or --size 112"),
         (["extract", "--teacher", "dinov2", "--corpus", "pictures", "--views", "rrc"], 2, "rrc:K"),
+        (
+            ["extract", "--teacher", "dinov2", "--corpus", "pictures", "--photometric", "dino"],
+            2,
+            "--photometric 'dino' is unknown; give none or eupe",
+        ),
         (["extract", "--teacher", "dinov2", "--corpus", "pictures", "--tokens", "cls"], 2, "--tokens takes"),
         (["extract", "--teacher", "dinov2", "--corpus", "pictures", "--batch-size", "0"], 2, "--batch-size must be"),
         (["extract", "--teacher", "dinov2", "--corpus", "pictures", "--weights", "no"], 2, "no do not exist"),

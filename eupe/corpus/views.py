@@ -1,4 +1,4 @@
-"""What a view is: one crop of an upright picture, perhaps mirrored, rendered at any size with one fixed kernel.
+"""What a view is: one crop of an upright picture, perhaps mirrored and recoloured, at any size with one fixed kernel.
 
 A view is *drawn* from a hash of (seed, key, k), so every teacher gets the same crops in any order on any machine, and
 is *stored* as its parameters, so that replaying it needs no generator.
@@ -12,12 +12,13 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from eupe.corpus.photometric import NEUTRAL, PHOTOMETRIC_KERNEL, Photometric, apply_photometric, draw_photometric
 from eupe.errors import ConfigError
 
 Box = tuple[int, int, int, int]
@@ -29,6 +30,15 @@ KERNEL = "pillow-crop-bicubic"
 MAX_ATTEMPTS = 10
 
 POLICY = Literal["center", "squash", "rrc"]
+PHOTOMETRIC = Literal["none", "eupe"]
+
+
+class ViewParams(NamedTuple):
+    """All that makes a view of a picture."""
+
+    box: Box
+    flip: bool
+    photometric: Photometric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +56,18 @@ class ViewSpec:
     """`rrc`: range of width over height, drawn log-uniformly."""
     flip: float = 0.5
     """`rrc`: probability of mirroring. Part of the view, for a teacher's map does not flip with its picture."""
+    photometric: PHOTOMETRIC = "none"
+    """`eupe`: colours and sharpness are changed, too, see `eupe.corpus.photometric.draw_photometric`."""
 
     def to_json(self) -> dict[str, Any]:
         """What decides the views, and nothing that does not."""
+        drawn = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "photometric"}
         if self.policy != "rrc":
-            return {"policy": self.policy, "num_views": 1, "kernel": KERNEL}
-        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {**fields, "kernel": KERNEL}
+            seed = {} if self.photometric == "none" else {"seed": self.seed}
+            drawn = {"policy": self.policy, "num_views": 1, **seed}
+        if self.photometric == "none":
+            return {**drawn, "kernel": KERNEL}
+        return {**drawn, "photometric": self.photometric, "kernel": f"{KERNEL}+{PHOTOMETRIC_KERNEL}"}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> ViewSpec:
@@ -65,15 +80,18 @@ class ViewSpec:
             spec = cls(**fields)
         except TypeError as error:
             raise ConfigError(f"the stored views cannot be drawn by this version of eupe: {error}") from error
-        if spec.policy not in get_args(POLICY) or spec.to_json() != dict(plain):
+        known = spec.policy in get_args(POLICY) and spec.photometric in get_args(PHOTOMETRIC)
+        if not known or spec.to_json() != dict(plain):
             raise ConfigError(
-                f"the stored views (policy {spec.policy}, kernel {plain.get('kernel')}) cannot be drawn by this "
-                "version of eupe; use the one that made them"
+                f"the stored views (policy {spec.policy}, photometric {spec.photometric}, kernel "
+                f"{plain.get('kernel')}) cannot be drawn by this version of eupe; use the one that made them"
             )
         return spec
 
 
-def parse_views(text: str, *, seed: int, scale: str | None = None, ratio: str | None = None) -> ViewSpec:
+def parse_views(
+    text: str, *, seed: int, scale: str | None = None, ratio: str | None = None, photometric: str = "none"
+) -> ViewSpec:
     """`center`, `squash` or `rrc:K` from the command line, and the ranges of random crops, `MIN,MAX` each.
 
     Raises: ConfigError.
@@ -83,12 +101,15 @@ def parse_views(text: str, *, seed: int, scale: str | None = None, ratio: str | 
         raise ConfigError(
             f"--views {text!r} is unknown; give center, squash, or rrc:K with K views per picture (rrc:4)"
         )
+    if photometric not in get_args(PHOTOMETRIC):
+        raise ConfigError(f"--photometric {photometric!r} is unknown; give none or eupe")
+    colours = cast(PHOTOMETRIC, photometric)
     if not match:
         for name, words in (("scale", scale), ("ratio", ratio)):
             if words is not None:
                 raise ConfigError(f"--{name} belongs to random crops; --views {text} draws none")
-        return ViewSpec(policy="squash" if text == "squash" else "center", seed=seed)
-    spec = ViewSpec(policy="rrc", num_views=int(match[1]), seed=seed)
+        return ViewSpec(policy="squash" if text == "squash" else "center", seed=seed, photometric=colours)
+    spec = ViewSpec(policy="rrc", num_views=int(match[1]), seed=seed, photometric=colours)
     if scale is not None:
         spec = replace(spec, scale=_range("--scale", scale, most=1))
     if ratio is not None:
@@ -110,8 +131,17 @@ def _range(option: str, words: str, *, most: float) -> tuple[float, float]:
     return low, high
 
 
-def draw_view(spec: ViewSpec, key: str, k: int, width: int, height: int) -> tuple[Box, bool]:
-    """Box and flip of view `k` of the sample `key`, whose upright picture is `width` x `height` pixels.
+def draw_view(spec: ViewSpec, key: str, k: int, width: int, height: int) -> ViewParams:
+    """View `k` of the sample `key`, whose upright picture is `width` x `height` pixels."""
+    photometric = NEUTRAL
+    if spec.photometric != "none":
+        uniforms = (*_uniforms(spec.seed, key, k, "jitter"), *_uniforms(spec.seed, key, k, "filters"))
+        photometric = draw_photometric(uniforms)
+    return ViewParams(*_draw_crop(spec, key, k, width, height), photometric)
+
+
+def _draw_crop(spec: ViewSpec, key: str, k: int, width: int, height: int) -> tuple[Box, bool]:
+    """Box and flip.
 
     Source: `rrc` follows torchvision's RandomResizedCrop.get_params; deviation: a hash in place of a generator.
     """
@@ -140,18 +170,22 @@ def _centred(w: int, h: int, width: int, height: int) -> Box:
     return x0, y0, x0 + w, y0 + h
 
 
-def _uniforms(seed: int, key: str, k: int, attempt: int) -> tuple[float, ...]:
-    """Five numbers in [0, 1), a pure function of the arguments on every machine."""
-    digest = hashlib.blake2b(f"{seed}\0{key}\0{k}\0{attempt}".encode(), digest_size=40).digest()
+def _uniforms(seed: int, key: str, k: int, purpose: int | str) -> tuple[float, ...]:
+    """Five numbers in [0, 1), a pure function of the arguments on every machine.
+
+    Args:
+        purpose: the number of an attempt at a crop, or a word.
+    """
+    digest = hashlib.blake2b(f"{seed}\0{key}\0{k}\0{purpose}".encode(), digest_size=40).digest()
     return tuple((word >> 11) * 2.0**-53 for word in struct.unpack("<5Q", digest))
 
 
-def render_view(image: Image.Image, box: Box, flip: bool, size: int) -> NDArray[np.uint8]:
+def render_view(image: Image.Image, params: ViewParams, size: int) -> NDArray[np.uint8]:
     """The view's pixels, uint8 [size, size, 3]: what every teacher and the student see, bit for bit."""
-    view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
-    if flip:
+    view = image.crop(params.box).resize((size, size), Image.Resampling.BICUBIC)
+    if params.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(view)
+    return apply_photometric(np.asarray(view), params.photometric)
 
 
 def view_digest(view: NDArray[np.uint8]) -> int:

@@ -134,8 +134,7 @@ def _centre_view(
         image = decode_image(read_picture(root, key, inside))
     except CorpusError as error:
         raise CorpusError(f"picture {key} of {root} cannot be read: {error}") from error
-    box, flip = draw_view(ViewSpec(), key, 0, image.width, image.height)
-    return render_view(image, box, flip, size)
+    return render_view(image, draw_view(ViewSpec(), key, 0, image.width, image.height), size)
 
 
 def _report(

@@ -19,7 +19,7 @@ from PIL import Image
 from eupe.corpus.decode import decode_image
 from eupe.corpus.index import Corpus, open_corpus
 from eupe.corpus.pictures import Inside, insides, read_picture
-from eupe.corpus.views import Box, ViewSpec, draw_view, render_view
+from eupe.corpus.views import ViewParams, ViewSpec, draw_view, render_view
 from eupe.device import compute_dtype, pick_device
 from eupe.encoder import CARD_FILE, load_card
 from eupe.errors import ConfigError, CorpusError, RunError, TeacherError
@@ -70,12 +70,11 @@ class View:
 
     picture: Picture
     image: Image.Image
-    box: Box
-    flip: bool
+    params: ViewParams
 
     def render(self, size: int) -> NDArray[np.uint8]:
         """uint8 [S, S, 3]"""
-        return render_view(self.image, self.box, self.flip, size)
+        return render_view(self.image, self.params, size)
 
 
 @dataclass(frozen=True)
@@ -272,27 +271,19 @@ def _views(pictures: Sequence[Picture], images: Sequence[Image.Image], stored: S
     """
     if stored:
         _require_same_views(pictures, stored)
-        features = stored[0][1]
-        drawn = [(_box(box), bool(flip)) for box, flip in zip(features.boxes, features.flips, strict=True)]
+        drawn = stored[0][1].params
     else:
         drawn = [draw_view(ViewSpec(), "", 0, image.width, image.height) for image in images]
-    return [View(p, i, box, flip) for p, i, (box, flip) in zip(pictures, images, drawn, strict=True)]
-
-
-def _box(corners: NDArray[np.int32]) -> Box:
-    x0, y0, x1, y1 = corners.tolist()
-    return x0, y0, x1, y1
+    return [View(*view) for view in zip(pictures, images, drawn, strict=True)]
 
 
 def _require_same_views(pictures: Sequence[Picture], stored: Stored) -> None:
     first, expected = stored[0]
     for other, got in stored[1:]:
-        same = (got.boxes == expected.boxes).all(axis=1) & (got.flips == expected.flips)
-        if not same.all():
-            key = pictures[int(np.flatnonzero(~same)[0])].key
+        if (i := expected.first_difference(got)) is not None:
             raise ConfigError(
-                f"{first.store.path} and {other.store.path} hold different crops of {key}, so they cannot be "
-                "compared; extract both with the same --views and --seed"
+                f"{first.store.path} and {other.store.path} hold different views of {pictures[i].key}, so they cannot "
+                "be compared; extract both with the same --views, --photometric and --seed"
             )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from eupe.ahead import map_ahead
 from eupe.corpus.decode import decode_image
+from eupe.corpus.photometric import Photometric
 from eupe.corpus.pictures import read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
@@ -42,6 +43,8 @@ class LoadedSample:
     row: Row
     boxes: NDArray[np.int32]
     flips: NDArray[np.bool_]
+    photometric: NDArray[np.float32]
+    """[K, 8]; NaN if it has an error."""
     views: Mapping[int, Sequence[NDArray[np.uint8]]] = field(default_factory=dict)
     """Size to K views of [size, size, 3]."""
     digests: Mapping[int, NDArray[np.uint64]] = field(default_factory=dict)
@@ -52,7 +55,8 @@ def failed_sample(sample: Sample, spec: ViewSpec, error: str) -> LoadedSample:
     """Without views, for a reason."""
     k = spec.num_views
     row = Row(sample.key, sample.sha256, sample.label, error=error)
-    return LoadedSample(row, np.zeros((k, 4), np.int32), np.zeros(k, np.bool_))
+    photometric = np.full((k, len(Photometric._fields)), np.nan, np.float32)
+    return LoadedSample(row, np.zeros((k, 4), np.int32), np.zeros(k, np.bool_), photometric)
 
 
 def load_sample(
@@ -72,11 +76,11 @@ def load_sample(
     except CorpusError as error:
         return failed_sample(sample, spec, str(error))
     drawn = [draw_view(spec, sample.key, k, image.width, image.height) for k in range(spec.num_views)]
-    views = {size: [render_view(image, box, flip, size) for box, flip in drawn] for size in sizes}
+    views = {size: [render_view(image, params, size) for params in drawn] for size in sizes}
     row = Row(sample.key, sample.sha256, sample.label, image.width, image.height)
-    boxes, flips = (np.array(column) for column in zip(*drawn, strict=True))
+    boxes, flips, photometric = (np.array(column) for column in zip(*drawn, strict=True))
     digests = {size: np.array([view_digest(view) for view in views[size]], np.uint64) for size in digested}
-    return LoadedSample(row, boxes.astype(np.int32), flips, views, digests)
+    return LoadedSample(row, boxes.astype(np.int32), flips, photometric.astype(np.float32), views, digests)
 
 
 class Loader:

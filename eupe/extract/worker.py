@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eupe.corpus.photometric import Photometric
 from eupe.corpus.views import ViewSpec
 from eupe.extract.count import counter
 from eupe.extract.forward import Forward, Halves, Pending
@@ -237,6 +238,8 @@ class PartBuffers:
         self._boxes = np.zeros((n, k, 4), np.int32)
         self._flips = np.zeros((n, k), np.bool_)
         self._digests = np.zeros((n, k), np.uint64)
+        self._photometric = np.full((n, k, len(Photometric._fields)), np.nan, np.float32)
+        self._has_photometric = spec.photometric
         self._features: dict[str, NDArray[np.float16]] = {}
         self._num_clipped = 0
         self._num_nonfinite = 0
@@ -258,7 +261,7 @@ class PartBuffers:
             self.num_failed += 1
             return []
         self._boxes[i], self._flips[i] = sample.boxes, sample.flips
-        self._digests[i] = sample.digests[self._first_size]
+        self._photometric[i], self._digests[i] = sample.photometric, sample.digests[self._first_size]
         for size, pixels in self._pixels.items():
             pixels[i] = sample.views[size]
         return [
@@ -286,6 +289,7 @@ class PartBuffers:
             self._num_clipped,
             self._num_nonfinite,
             installed_versions(),
+            self._photometric if self._has_photometric else None,
         )
 
     def _judged(self, i: int, row: Row) -> Row:
@@ -298,4 +302,5 @@ class PartBuffers:
         for pixels in self._pixels.values():
             pixels[i] = 0
         self._boxes[i], self._flips[i], self._digests[i] = 0, False, 0
+        self._photometric[i] = np.nan
         return Row(row.key, row.sha256, row.label, error=f"the teacher gave non-finite values in {', '.join(bad)}")

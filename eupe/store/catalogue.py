@@ -71,13 +71,14 @@ def describe(store: Store) -> StoreEntry:
     """Raises: PartCorruptError if a commit file is damaged."""
     spec = store.spec
     views = spec.views
+    colours = f" photometric {views['photometric']}" if spec.photometric else ""
     seed = f" seed {views['seed']}" if "seed" in views else ""
     share = len(committed_parts(store.path)) / spec.num_parts
     return StoreEntry(
         name=store.path.name,
         teacher=str(spec.teacher["name"]),
         licence=str(spec.teacher["licence"]),
-        views=f"{views['policy']}:{views['num_views']}{seed}",
+        views=f"{views['policy']}:{views['num_views']}{colours}{seed}",
         sizes=spec.sizes,
         grids=spec.grids,
         precision=",".join(f"{kind}={spec.precision[kind]}" for kind in spec.tokens),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from eupe.corpus.photometric import Photometric
 from eupe.errors import ConfigError, FormatVersionError, StoreError
 from eupe.store.precision import INT8, INT8_FILL, Calibration, require_known, stored_channels
 
@@ -23,6 +24,7 @@ SUMMARY_CHUNK_BYTES = 64 * 2**10
 
 SUMMARY, DENSE = "summary", "dense"
 PIXELS = "pixels"
+PHOTOMETRIC = "photometric"
 KINDS = (SUMMARY, DENSE)
 
 
@@ -66,6 +68,11 @@ class StoreSpec:
     @property
     def num_views(self) -> int:
         return int(self.views["num_views"])
+
+    @property
+    def photometric(self) -> bool:
+        """Views are recoloured, by parameters that are stored beside their boxes."""
+        return PHOTOMETRIC in self.views
 
     @property
     def num_parts(self) -> int:
@@ -236,6 +243,10 @@ def arrays(spec: StoreSpec) -> list[ArrayLayout]:
         ArrayLayout("flips", (n, k), (p, k), (p, k), "bool", sv),
         ArrayLayout("digests", (n, k), (p, k), (p, k), "uint64", sv),
     ]
+    if spec.photometric:
+        values = len(Photometric._fields)
+        shapes = ((n, k, values), (p, k, values), (p, k, values))
+        layouts.append(ArrayLayout(PHOTOMETRIC, *shapes, "float32", (*sv, "parameter"), fill=float("nan")))
     for size, grid in zip(spec.sizes, spec.grids, strict=True):
         if SUMMARY in spec.tokens:
             layouts.append(_summaries(spec, feature_path(size, SUMMARY)))

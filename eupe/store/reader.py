@@ -20,10 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from eupe.corpus.photometric import NEUTRAL, Photometric
+from eupe.corpus.views import ViewParams
 from eupe.errors import PartCorruptError, StoreError
 from eupe.place import Place
 from eupe.store.handles import Array, open_array, read_result
-from eupe.store.layout import ATTRIBUTE, DENSE, PIXELS, SUMMARY, StoreSpec, arrays, feature_path, part_name
+from eupe.store.layout import ATTRIBUTE, DENSE, PHOTOMETRIC, PIXELS, SUMMARY, StoreSpec, arrays, feature_path, part_name
 from eupe.store.local import LocalViews
 from eupe.store.precision import Calibration, decode
 from eupe.store.stats import Moments, norm_bin_edges
@@ -63,13 +65,35 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class StoredFeatures:
-    """What was stored for a batch of B views at one size, not yet decoded."""
+class StoredViews:
+    """How B views were made."""
 
     boxes: NDArray[np.int32]
     """[B, 4], x0 y0 x1 y1 in pixels of the upright picture."""
     flips: NDArray[np.bool_]
     """[B]"""
+    photometric: NDArray[np.float32] | None
+    """[B, 8], see `eupe.corpus.photometric.Photometric`; None where the store's views are not recoloured."""
+
+    @property
+    def params(self) -> list[ViewParams]:
+        """[B], for `eupe.corpus.views.render_view`."""
+        colours = [NEUTRAL] * len(self.flips)
+        if self.photometric is not None:
+            colours = [Photometric(*values) for values in self.photometric.tolist()]
+        boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in self.boxes.tolist()]
+        return [ViewParams(*view) for view in zip(boxes, self.flips.tolist(), colours, strict=True)]
+
+    def first_difference(self, other: StoredViews) -> int | None:
+        """The first of the views that is made in another way in `other`; None if all are the same."""
+        pairs = zip(self.params, other.params, strict=True)
+        return next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+
+
+@dataclass(frozen=True)
+class StoredFeatures(StoredViews):
+    """What was stored for a batch of B views at one size, not yet decoded."""
+
     summary: Tokens | None = None
     """[B, Ds]"""
     dense: Tokens | None = None
@@ -77,13 +101,9 @@ class StoredFeatures:
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(StoredViews):
     """The features of B views at one size."""
 
-    boxes: NDArray[np.int32]
-    """[B, 4], x0 y0 x1 y1 in pixels of the upright picture."""
-    flips: NDArray[np.bool_]
-    """[B]"""
     summary: NDArray[Any] | None = None
     """[B, Ds], float16, or float32 where the store is int8."""
     dense: NDArray[Any] | None = None
@@ -139,7 +159,7 @@ class PendingFeatures:
         values = {name: read_result(future, self._store.path) for name, future in self._futures.items()}
         for kind in values.keys() & {SUMMARY, DENSE}:
             values[kind] = self._store.tokens(feature_path(self._size, kind), values[kind])
-        return StoredFeatures(**values)
+        return StoredFeatures(values.pop("boxes"), values.pop("flips"), values.pop(PHOTOMETRIC, None), **values)
 
     def result(self) -> Features:
         """Decoded.
@@ -148,7 +168,7 @@ class PendingFeatures:
         """
         stored = self.stored()
         summary, dense = (None if t is None else t.decode() for t in (stored.summary, stored.dense))
-        return Features(stored.boxes, stored.flips, summary, dense)
+        return Features(stored.boxes, stored.flips, stored.photometric, summary, dense)
 
 
 @dataclass(frozen=True)
@@ -338,7 +358,7 @@ class Store:
     def read_async(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> PendingFeatures:
         """`read`, begun now and waited for later."""
         size = self.spec.sizes[0] if size is None else size
-        paths = {"boxes": "boxes", "flips": "flips"}
+        paths = {name: name for name in ("boxes", "flips", *([PHOTOMETRIC] if self.spec.photometric else []))}
         paths |= {kind: feature_path(size, kind) for kind in (SUMMARY, DENSE) if kind in self.spec.tokens}
         futures = {name: self._begin(path, rows, views) for name, path in paths.items()}
         return PendingFeatures(self, size, futures)
@@ -410,8 +430,9 @@ def _by_key(keys: Sequence[str], pending: PendingFeatures, num_views: int) -> It
     features = pending.result()
     for i, key in enumerate(keys):
         views = slice(i * num_views, (i + 1) * num_views)
-        summary, dense = (None if x is None else x[views] for x in (features.summary, features.dense))
-        yield key, Features(features.boxes[views], features.flips[views], summary, dense)
+        optional = (features.photometric, features.summary, features.dense)
+        cut = (None if x is None else x[views] for x in optional)
+        yield key, Features(features.boxes[views], features.flips[views], *cut)
 
 
 def open_store(path: str | Path | Place) -> Store:

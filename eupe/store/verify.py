@@ -20,10 +20,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eupe.corpus.index import fingerprint, index_bytes, index_from_bytes
+from eupe.corpus.photometric import are_possible
 from eupe.errors import PartCorruptError, StorageError
 from eupe.place import Place, Where
 from eupe.store.handles import open_array, read_result
-from eupe.store.layout import ATTRIBUTE, DENSE, ArrayLayout, StoreSpec, arrays, moments_name, part_name, segment_name
+from eupe.store.layout import (
+    ATTRIBUTE,
+    DENSE,
+    PHOTOMETRIC,
+    ArrayLayout,
+    StoreSpec,
+    arrays,
+    moments_name,
+    part_name,
+    segment_name,
+)
 from eupe.store.reader import (
     PART_STATS,
     ROOT_DOCUMENT,
@@ -281,7 +292,8 @@ def _check_object(store: Store, commit: Commit, layout: ArrayLayout) -> tuple[in
         size, crc = _measure(store.path, key)
         if not _as_recorded(commit, key, size, crc):
             return size, _diagnosis(store, commit, layout, size)
-        if layout.path == "boxes" and (reason := _implausible(decode_chunk(store.path.read(key), layout), commit)):
+        implausible = IMPLAUSIBLE.get(layout.path)
+        if implausible and (reason := implausible(decode_chunk(store.path.read(key), layout), commit)):
             return size, PartDamage(commit.part, key, reason, rows)
         return size, None
     except FileNotFoundError:
@@ -316,7 +328,7 @@ def _diagnosis(store: Store, commit: Commit, layout: ArrayLayout, size: int) -> 
     return PartDamage(commit.part, key, reason, (first + (damage.first_row or 0), last))
 
 
-def _implausible(boxes: np.ndarray[Any, Any], commit: Commit) -> str | None:
+def _implausible_boxes(boxes: np.ndarray[Any, Any], commit: Commit) -> str | None:
     """Why the boxes cannot be those of the samples; None if they can."""
     boxes = boxes[: len(commit.samples)]
     ok = np.array(commit.samples["status"].to_pylist()) == "ok"
@@ -326,6 +338,19 @@ def _implausible(boxes: np.ndarray[Any, Any], commit: Commit) -> str | None:
     width, height = (np.array(commit.samples[side].to_pylist())[ok, None] for side in ("width", "height"))
     inside = (x0 >= 0) & (x0 < x1) & (x1 <= width) & (y0 >= 0) & (y0 < y1) & (y1 <= height)
     return None if inside.all() else "holds boxes that do not lie in their pictures"
+
+
+def _implausible_photometric(params: np.ndarray[Any, Any], commit: Commit) -> str | None:
+    """Why these cannot be the parameters of the samples' views; None if they can."""
+    params = params[: len(commit.samples)]
+    ok = np.array(commit.samples["status"].to_pylist()) == "ok"
+    if not np.isnan(params[~ok]).all():
+        return "holds photometric parameters of samples that failed"
+    return None if are_possible(params[ok]).all() else "holds photometric parameters that cannot be applied"
+
+
+IMPLAUSIBLE = {"boxes": _implausible_boxes, PHOTOMETRIC: _implausible_photometric}
+"""What is looked for in the content of an array that has the recorded bytes."""
 
 
 def _check_moments(place: Place, commit: Commit) -> tuple[int, PartDamage | None]:

@@ -26,6 +26,7 @@ from eupe.place import Place, remove_unfinished
 from eupe.store.layout import (
     ATTRIBUTE,
     DENSE,
+    PHOTOMETRIC,
     PIXELS,
     ArrayLayout,
     StoreSpec,
@@ -86,6 +87,8 @@ class Part:
     num_nonfinite: int = 0
     """Values that were NaN or infinite; their samples have failed."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    photometric: NDArray[np.float32] | None = None
+    """[samples, views, 8], NaN where a sample has an error; of a store whose views are recoloured."""
 
 
 def create_store(path: str | Path | Place, spec: StoreSpec) -> Store:
@@ -199,7 +202,11 @@ class StoreWriter:
         Raises: StorageError; nothing of the part is visible then.
         """
         objects: dict[str, tuple[int, int]] = {}
-        for name, values in (("boxes", part.boxes), ("flips", part.flips), ("digests", part.digests)):
+        params: dict[str, NDArray[Any]] = {"boxes": part.boxes, "flips": part.flips, "digests": part.digests}
+        assert (part.photometric is not None) == self.spec.photometric
+        if part.photometric is not None:
+            params[PHOTOMETRIC] = part.photometric
+        for name, values in params.items():
             layout = self._layouts[name]
             self._write_object(object_key(layout, part.index), (encode_chunk(values, layout),), objects)
         for size, pixels in part.pixels.items():

@@ -130,7 +130,7 @@ def awkward_views(size: int) -> NDArray[np.uint8]:
     """The centre views of the awkward pictures, uint8 [B, S, S, 3]."""
     images = [(name, decode_image(data)) for name, data in awkward_pictures().items()]
     drawn = [(image, draw_view(ViewSpec(), name, 0, image.width, image.height)) for name, image in images]
-    return np.stack([render_view(image, box, flip, size) for image, (box, flip) in drawn])
+    return np.stack([render_view(image, params, size) for image, params in drawn])
 
 
 def normalised_by_hand(views_u8_BHWC: NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

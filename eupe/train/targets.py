@@ -220,8 +220,7 @@ class TargetSet:
             assert kept is not None
             pixels = torch.from_numpy(kept.result())
         else:
-            boxes, flips = map(tuple, features[0].boxes.tolist()), features[0].flips.tolist()
-            rendered = pool.map(lambda image, box, flip: render_view(image, box, flip, size), images, boxes, flips)
+            rendered = pool.map(lambda image, params: render_view(image, params, size), images, features[0].params)
             pixels = torch.from_numpy(np.stack(list(rendered)))
         targets = tuple(TargetBatch(_target(f.summary), _target(f.dense)) for f in features)
         return Batch(pixels, targets, tuple(self.keys[i] for i in samples))
@@ -250,11 +249,10 @@ class TargetSet:
 
     def _require_same_views(self, features: list[StoredFeatures], samples: NDArray[np.int64]) -> None:
         for store, other in zip(self.stores[1:], features[1:], strict=True):
-            same = (other.boxes == features[0].boxes).all(axis=1) & (other.flips == features[0].flips)
-            if not same.all():
-                key = self.keys[int(samples[np.flatnonzero(~same)[0]])]
+            if (i := features[0].first_difference(other)) is not None:
+                key = self.keys[int(samples[i])]
                 raise ConfigError(
-                    f"{self.stores[0].path} and {store.path} hold different crops of {key}; extract one of them again"
+                    f"{self.stores[0].path} and {store.path} hold different views of {key}; extract one of them again"
                 )
 
     def check_views(self) -> None:
@@ -270,12 +268,8 @@ class TargetSet:
             size = store.spec.sizes[0]
             kept = self._begin_pixels(np.stack([picked, numbers], axis=1), size)
             views = None if kept is None else kept.result()
-            for i, (sample, digest) in enumerate(zip(picked, digests, strict=True)):
-                if views is None:
-                    box, flip = tuple(stored.boxes[i].tolist()), bool(stored.flips[i])
-                    view = render_view(self.read_image(int(sample)), box, flip, size)
-                else:
-                    view = views[i]
+            for i, (sample, params, digest) in enumerate(zip(picked, stored.params, digests, strict=True)):
+                view = render_view(self.read_image(int(sample)), params, size) if views is None else views[i]
                 if view_digest(view) != int(digest):
                     raise CorpusError(
                         f"a view of {self.keys[int(sample)]} is not the one that the teacher of {store.path} saw: the "
@@ -303,7 +297,7 @@ def open_targets(paths: Sequence[Where], *, corpus: Where | None, holdout: float
         if store.spec.views != stores[0].spec.views:
             raise ConfigError(
                 f"{stores[0].path} and {store.path} hold different views ({_views_words(stores[0])} against "
-                f"{_views_words(store)}); extract both with the same --views and --seed"
+                f"{_views_words(store)}); extract both with the same --views, --photometric and --seed"
             )
     root = Place.of(stores[0].spec.corpus["root"]) if corpus is None else corpus_root(corpus)
     targets = TargetSet(stores, root, holdout=holdout, corpus_given=corpus is not None)
@@ -314,7 +308,8 @@ def open_targets(paths: Sequence[Where], *, corpus: Where | None, holdout: float
 
 def _views_words(store: Store) -> str:
     views = store.spec.views
-    return f"{views['policy']}:{views['num_views']} seed {views.get('seed', '-')}"
+    colours = f" photometric {views['photometric']}" if store.spec.photometric else ""
+    return f"{views['policy']}:{views['num_views']}{colours} seed {views.get('seed', '-')}"
 
 
 def _join(stores: Sequence[Store]) -> pa.Table:

@@ -10,7 +10,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
-from eupe.corpus.views import ViewSpec, draw_view, parse_views, render_view, view_digest
+from eupe.corpus.photometric import NEUTRAL
+from eupe.corpus.views import ViewParams, ViewSpec, draw_view, parse_views, render_view, view_digest
 from eupe.errors import ConfigError
 
 RRC = ViewSpec(policy="rrc", num_views=4)
@@ -19,14 +20,14 @@ RRC = ViewSpec(policy="rrc", num_views=4)
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000), key=st.text(max_size=8), k=st.integers(0, 9))
 def test_boxes_lie_in_the_picture_and_have_area(width: int, height: int, key: str, k: int) -> None:
     for spec in (RRC, ViewSpec(), ViewSpec(policy="squash")):
-        (x0, y0, x1, y1), _ = draw_view(spec, key, k, width, height)
+        x0, y0, x1, y1 = draw_view(spec, key, k, width, height).box
         assert 0 <= x0 < x1 <= width
         assert 0 <= y0 < y1 <= height
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 60), (60, 100), (61, 100), (50, 50), (1, 9)])
 def test_center_is_the_largest_centred_square(width: int, height: int) -> None:
-    (x0, y0, x1, y1), flip = draw_view(ViewSpec(), "key", 0, width, height)
+    (x0, y0, x1, y1), flip, _ = draw_view(ViewSpec(), "key", 0, width, height)
     side = min(width, height)
     assert (x1 - x0, y1 - y0) == (side, side)
     assert abs((x0 + x1) - width) <= 1
@@ -38,10 +39,10 @@ def test_center_is_the_largest_centred_square(width: int, height: int) -> None:
 def test_squash_is_the_whole_picture(width: int, height: int) -> None:
     """As torchvision resizes it to a square, without keeping its shape."""
     image = picture(3, width, height)
-    box, flip = draw_view(ViewSpec(policy="squash"), "key", 0, width, height)
-    assert (box, flip) == ((0, 0, width, height), False)
+    params = draw_view(ViewSpec(policy="squash"), "key", 0, width, height)
+    assert params == ((0, 0, width, height), False, NEUTRAL)
     expected = tvf.resize(image, [32, 32], interpolation=InterpolationMode.BICUBIC, antialias=True)
-    assert np.array_equal(render_view(image, box, flip, 32), np.asarray(expected))
+    assert np.array_equal(render_view(image, params, 32), np.asarray(expected))
 
 
 def test_crops_are_distributed_as_torchvisions() -> None:
@@ -51,7 +52,7 @@ def test_crops_are_distributed_as_torchvisions() -> None:
     blank = Image.new("RGB", (width, height))
     theirs = [RandomResizedCrop.get_params(blank, list(RRC.scale), list(RRC.ratio)) for _ in range(n)]
     top, left, h, w = np.array(theirs).T
-    boxes, flips = zip(*(draw_view(RRC, str(i), 0, width, height) for i in range(n)), strict=True)
+    boxes, flips, _ = zip(*(draw_view(RRC, str(i), 0, width, height) for i in range(n)), strict=True)
     x0, y0, x1, y1 = np.array(boxes).T
     quantiles = np.linspace(0.05, 0.95, 7)
     pairs = [
@@ -71,21 +72,21 @@ def test_a_view_depends_on_seed_key_and_number_alone() -> None:
 
     assert draw(0, "a", 1) == draw(0, "a", 1)
     assert len({draw(0, "a", 1), draw(1, "a", 1), draw(0, "b", 1), draw(0, "a", 2)}) == 4
-    assert draw_view(RRC, "animals/cat.png", 3, 640, 480) == ((66, 16, 527, 437), True)
+    assert draw_view(RRC, "animals/cat.png", 3, 640, 480) == ((66, 16, 527, 437), True, NEUTRAL)
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 99), k=st.integers(0, 9), size=st.sampled_from([16, 56, 112]))
 def test_rendering_equals_torchvisions_crop_and_resize(seed: int, k: int, size: int) -> None:
     image = picture(seed, 97, 61)
-    box, flip = draw_view(RRC, str(seed), k, *image.size)
-    x0, y0, x1, y1 = box
+    params = draw_view(RRC, str(seed), k, *image.size)
+    x0, y0, x1, y1 = params.box
     expected = tvf.resized_crop(
         image, y0, x0, y1 - y0, x1 - x0, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
     )
-    if flip:
+    if params.flip:
         expected = tvf.hflip(expected)
-    assert np.array_equal(render_view(image, box, flip, size), np.asarray(expected))
+    assert np.array_equal(render_view(image, params, size), np.asarray(expected))
 
 
 def test_corners_stay_where_they_are() -> None:
@@ -94,16 +95,16 @@ def test_corners_stay_where_they_are() -> None:
     pixels[:20, :40], pixels[:20, 40:] = (255, 0, 0), (0, 255, 0)
     pixels[20:, :40], pixels[20:, 40:] = (0, 0, 255), (255, 255, 255)
     image = Image.fromarray(pixels)
-    box, flip = draw_view(ViewSpec(), "k", 0, *image.size)
-    view = torch.from_numpy(render_view(image, box, flip, 32).copy())
+    params = draw_view(ViewSpec(), "k", 0, *image.size)
+    view = torch.from_numpy(render_view(image, params, 32).copy())
     corners = [view[0, 0], view[0, -1], view[-1, 0], view[-1, -1]]
     assert [c.tolist() for c in corners] == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
-    mirrored = render_view(image, box, True, 32)
+    mirrored = render_view(image, params._replace(flip=True), 32)
     assert mirrored[0, 0].tolist() == [0, 255, 0]
 
 
 def test_the_digest_sees_one_level_of_one_pixel() -> None:
-    view = render_view(picture(1), (0, 0, 64, 64), False, 32).copy()
+    view = render_view(picture(1), ViewParams((0, 0, 64, 64), False, NEUTRAL), 32).copy()
     before = view_digest(view)
     assert before == view_digest(view.copy())
     view[3, 4, 1] ^= 1
@@ -147,11 +148,34 @@ def test_ranges_without_random_crops_are_refused(views: str) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [ViewSpec(), ViewSpec(policy="squash"), ViewSpec(policy="rrc", num_views=3, seed=7, scale=(0.2, 0.9), flip=0.25)],
+    [
+        ViewSpec(),
+        ViewSpec(policy="squash"),
+        ViewSpec(policy="rrc", num_views=3, seed=7, scale=(0.2, 0.9), flip=0.25),
+        ViewSpec(photometric="eupe", seed=3),
+        ViewSpec(policy="rrc", num_views=2, seed=3, photometric="eupe"),
+    ],
 )
 def test_stored_views_are_drawn_again_and_unknown_ones_refused(spec: ViewSpec) -> None:
     plain = json.loads(json.dumps(spec.to_json()))
     assert ViewSpec.from_json(plain) == spec
-    for change in ({"kernel": "lanczos"}, {"policy": "grid"}, {"jitter": 0.1}):
+    for change in ({"kernel": "lanczos"}, {"policy": "grid"}, {"jitter": 0.1}, {"photometric": "loud"}):
         with pytest.raises(ConfigError, match="cannot be drawn by this version"):
             ViewSpec.from_json({**plain, **change})
+
+
+def test_views_that_are_not_recoloured_are_written_as_they_were_before() -> None:
+    """An old store and a new request for the same are the same."""
+    assert ViewSpec(seed=5).to_json() == {"policy": "center", "num_views": 1, "kernel": "pillow-crop-bicubic"}
+    assert parse_views("rrc:2", seed=1, photometric="none").to_json() == {
+        "policy": "rrc",
+        "num_views": 2,
+        "seed": 1,
+        "scale": [0.08, 1.0],
+        "ratio": [0.75, 4 / 3],
+        "flip": 0.5,
+        "kernel": "pillow-crop-bicubic",
+    }
+    recoloured = parse_views("center", seed=1, photometric="eupe").to_json()
+    assert recoloured["photometric"] == "eupe" and recoloured["seed"] == 1
+    assert recoloured["kernel"].startswith("pillow-crop-bicubic+")

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from making import TINY_SIZE, TINY_STUDENT, TINY_TEACHER, make_corpus, make_store, picture, random_weights
+from making import TINY_SIZE, TINY_STUDENT, TINY_TEACHER, TWO_CROPS, make_corpus, make_store, picture, random_weights
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
 
 from eupe.corpus.decode import decode_image
-from eupe.corpus.views import ViewSpec, render_view
+from eupe.corpus.photometric import NEUTRAL
+from eupe.corpus.views import ViewParams, ViewSpec, render_view
 from eupe.encoder import load_encoder, normalise
 from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageError
 from eupe.evaluate.viz import SHOWN_PX, Picture, VizReport, choose_pictures, write_page
@@ -323,8 +324,7 @@ class TestPage:
         assert stored.flips.any()
 
         def rendered(size: int) -> Pixels:
-            crops = zip(images, stored.boxes.tolist(), stored.flips.tolist(), strict=True)
-            return np.stack([render_view(image, tuple(box), flip, size) for image, box, flip in crops])
+            return np.stack([render_view(image, p, size) for image, p in zip(images, stored.params, strict=True)])
 
         difference = np.stack(page.views()).astype(int) - rendered(SHOWN_PX)
         assert np.abs(difference).mean() < 3  # JPEG
@@ -333,6 +333,21 @@ class TestPage:
         with torch.inference_mode():
             dense = encoder(pixels).dense.numpy()
         _assert_same_maps(page.maps(2), pca_rgb(dense)[0])
+
+    def test_recoloured_views_are_shown_as_the_teacher_saw_them(self, world: World, tmp_path: Path) -> None:
+        store = tmp_path / "recoloured.zarr"
+        make_store(store, world.corpus, world.weights, views=dataclasses.replace(TWO_CROPS, photometric="eupe"))
+        page = make_page(world, tmp_path / "page.html", store, limit=6)
+        params = _view_0(store, page.keys, size=TINY_SIZE).params
+        images = [decode_image((world.corpus / key).read_bytes()) for key in page.keys]
+        shown = np.stack(page.views()).astype(int)
+
+        def distance(views: list[ViewParams]) -> float:
+            rendered = [render_view(image, view, SHOWN_PX) for image, view in zip(images, views, strict=True)]
+            return float(np.abs(shown - np.stack(rendered)).mean())
+
+        assert distance(params) < 3  # JPEG
+        assert distance([view._replace(photometric=NEUTRAL) for view in params]) > 10
 
     def test_a_teacher_says_what_its_store_says(self, page: Page, world: World, tmp_path: Path) -> None:
         """Compared on a page of its own: the centre view, at the teacher's native size."""
@@ -441,7 +456,7 @@ class TestErrors:
     def test_stores_of_different_crops(self, world: World, out: Path, tmp_path: Path) -> None:
         views = ViewSpec(policy="rrc", num_views=2, seed=1)
         other = make_store(tmp_path / "other.zarr", world.corpus, world.weights, views=views).path
-        self._refused(ConfigError, "different crops of .*--seed", [world.store, other], world.corpus, out)
+        self._refused(ConfigError, "different views of .*--seed", [world.store, other], world.corpus, out)
 
     def test_weights_for_what_is_no_teacher(self, world: World, out: Path) -> None:
         store = str(world.store)

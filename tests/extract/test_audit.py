@@ -57,7 +57,9 @@ def recommit(store: Store, **changes: Any) -> None:
     """The only part, with something of it changed; the statistics stay."""
     rows, views = np.repeat(np.arange(24), 2).tolist(), [0, 1] * 24
     stored = store.read(rows, views)
-    arrays = {name: values.reshape(24, 2, *values.shape[1:]) for name, values in vars(stored).items()}
+    arrays = {
+        name: values.reshape(24, 2, *values.shape[1:]) for name, values in vars(stored).items() if values is not None
+    }
     part = Part(
         0,
         [row_of(row) for row in store.samples.to_pylist()],

@@ -122,6 +122,7 @@ def test_every_option_changes_the_plan(
     assert plain["out"] == str(tmp_path / "store" / "timm-test_vit.zarr")
     assert plan("--out", tmp_path / "x.zarr")["out"] == str(tmp_path / "x.zarr")
     assert plan("--views", "rrc:3")["num_views"] == 72
+    assert plan("--photometric", "eupe")["need"]["stored"] > plain["need"]["stored"]
     assert plan("--size", 32)["raw_bytes_per_view"] == plain["raw_bytes_per_view"] + 2 * (4 * 64 + 64)
     assert plan("--tokens", "dense")["raw_bytes_per_view"] == 2 * 16 * 64
     assert plan("--grid", 2)["raw_bytes_per_view"] == 2 * (4 * 64 + 64)
@@ -298,6 +299,7 @@ def test_a_measured_plan_is_readable(tiny_corpus: Path, tiny_weights: Path, run_
         (["--corpus", ".", "--teacher", "dinov3"], "one --teacher at a time"),
         (["--num-images", 0], "--num-images must be at least 1"),
         (["--num-images", 5, "--weights", "w"], "--weights has no meaning on paper"),
+        (["--num-images", 5, "--photometric", "eupe"], "--photometric has no meaning on paper"),
         (["--num-images", 5, "--dtype", "bf16"], "--dtype has no meaning on paper"),
         (["--num-images", 5, "--batch-size", 4], "--batch-size has no meaning on paper"),
         (["--num-images", 5, "--workers", 4], "--workers has no meaning on paper"),

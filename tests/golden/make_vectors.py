@@ -28,8 +28,8 @@ CELLS = ((0, 0), (1, 4), (6, 6))
 
 def views(size: int) -> NDArray[np.uint8]:
     images = [picture(seed, width=160, height=120) for seed in SEEDS]
-    box, flip = draw_view(ViewSpec(), "", 0, 160, 120)
-    return np.stack([render_view(image, box, flip, size) for image in images])
+    params = draw_view(ViewSpec(), "", 0, 160, 120)
+    return np.stack([render_view(image, params, size) for image in images])
 
 
 def vectors(name: str, assets: Path) -> dict[str, NDArray[np.float32]]:

@@ -11,6 +11,7 @@ import pytest
 from making import make_corpus
 from mending import announce, extend, files, flip, make_parts
 from object_store import S3Server, upload
+from store_cases import as_arrays
 
 from eupe.errors import EupeError
 from eupe.store import open_store
@@ -170,7 +171,7 @@ def whole_part(path: Path, index: int) -> Part:
     n, k = rows.stop - rows.start, store.spec.num_views
     places, views = np.repeat(np.arange(rows.start, rows.stop), k).tolist(), np.tile(np.arange(k), n).tolist()
     stored = store.read(places, views)
-    arrays = {name: values.reshape(n, k, *values.shape[1:]) for name, values in vars(stored).items()}
+    arrays = {name: values.reshape(n, k, *values.shape[1:]) for name, values in as_arrays(stored).items()}
     listed = store.samples.slice(rows.start, n).drop_columns(["row", "status"]).to_pylist()
     return Part(
         index,
@@ -179,6 +180,7 @@ def whole_part(path: Path, index: int) -> Part:
         arrays["flips"],
         store.read_digests(places, views).reshape(n, k),
         {"64/summary": arrays["summary"], "64/dense": arrays["dense"]},
+        photometric=arrays.get("photometric"),
     )
 
 
