@@ -128,8 +128,7 @@ def _pe_core(
         native_size=size,
         **HALF,
         licence=APACHE,
-        note="it pools all tokens by attention, the class token among them where there is one; "
-        + _PE_VIEWS,
+        note="it pools all tokens by attention, the class token among them where there is one; " + _PE_VIEWS,
     )
     return _and_projected(row, projected)
 
@@ -187,7 +186,8 @@ def _clip(
 
 
 def _siglip_gelu(model: str) -> str:
-    return "the tanh" if model.startswith(("giantopt", "so400m_patch16")) else "the exact"
+    with_tanh = ("giantopt", "so400m_patch16", "large_patch16_siglip_512")
+    return "the tanh" if model.startswith(with_tanh) else "the exact"
 
 
 def _siglip(name: str, model: str, width: int, patch: int, size: int) -> TeacherSpec:
