@@ -69,6 +69,21 @@ def test_every_note_names_what_libraries_disagree_about(name: str) -> None:
     assert [word for word in words if word not in REGISTRY[name].note] == []
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Dinov2Config(), "without antialiasing"),
+        (CLIPVisionConfig(), "pass post_layernorm"),
+        (RadioConfig(), "pixels in [0, 1]"),
+        (DINOv3ConvNextConfig(), "see the repository"),
+    ],
+)
+def test_notes_of_hugging_face_directories(config: Any, words: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    note = resolve_teacher(f"hf:{tmp_path}").note
+    assert words in note and note.endswith("licence: see the repository") and not note.startswith(";")
+
+
 def cosines(got: Tensor, want: Tensor) -> Tensor:
     return nn.functional.cosine_similarity(got.double().flatten(0, -2), want.double().flatten(0, -2), dim=-1)
 

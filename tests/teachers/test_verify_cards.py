@@ -254,10 +254,13 @@ def test_a_spec_that_promises_other_shapes_is_a_failed_row_of_the_registry(monke
 def test_a_temporary_folder_that_refuses_is_one_sentence(
     run_eupe: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(verify_module, "REGISTRY", {"eupe-t": REGISTRY["eupe-t"]})
+
     def assert_one_sentence() -> None:
-        outcome = run_eupe("teachers", "verify", "timm:test_vit")
-        assert outcome.code == 1 and "Traceback" not in outcome.err
-        assert f"temporary folder in {tempfile.tempdir}" in outcome.err and "set TMPDIR" in outcome.err
+        for words in (["timm:test_vit"], []):
+            outcome = run_eupe("teachers", "verify", *words)
+            assert (outcome.code, outcome.out) == (1, "") and "Traceback" not in outcome.err
+            assert f"temporary folder in {tempfile.tempdir}" in outcome.err and "set TMPDIR" in outcome.err
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     assert_one_sentence()
