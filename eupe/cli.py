@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,17 +159,24 @@ def teachers_verify(
         str | None, typer.Argument(metavar="[NAME]", help="A teacher; every row of the registry where not given.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Local weights; else random ones.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Another arithmetic, bf16 say, whose tokens are compared with those of fp32.")
+    ] = "fp32",
     as_json: Json = False,
 ) -> None:
-    """Compare adapters with their library's own forward pass on awkward pictures; exit code 1 if any differs."""
+    """Compare adapters with their library's own forward pass on awkward pictures; exit code 1 if one differs."""
+    import torch
+
+    from eupe.device import compute_dtype, dtype_name
     from eupe.progress import report_progress
     from eupe.teachers.verify import LEAST, require_agreement, verify_teachers
 
     if weights is not None and teacher is None:
         raise ConfigError("--weights are those of one teacher; give its NAME, too")
+    arithmetic = compute_dtype(dtype, torch.device("cpu"))
     with report_progress(err, "teachers", quiet=as_json) as progress:
         comparisons = verify_teachers(
-            teacher, weights, progress=lambda done, of: progress.update("verifying", done, of)
+            teacher, weights, dtype=arithmetic, progress=lambda done, of: progress.update("verifying", done, of)
         )
     if as_json:
         rows = [{**dataclasses.asdict(c), "agrees": c.agrees} for c in comparisons]
@@ -177,15 +185,26 @@ def teachers_verify(
         table = Table(
             "teacher", Column("weights", overflow="fold"), "build", "size", "tokens", "least cosine", "mean", box=None
         )
+        rounded = dtype_name(arithmetic)
         for c in comparisons:
-            for kind, cosine in c.cosines.items():
+            in_rounded = {f"{kind} {rounded}": cosine for kind, cosine in c.rounding.items()}
+            for kind, cosine in {**c.cosines, **in_rounded}.items():
                 cells = (c.teacher, _escaped(c.weights), c.build, str(c.size), kind)
                 table.add_row(*cells, f"{cosine.least:.7f}", f"{cosine.mean:.7f}")
         out.print(table)
-        full = sum(c.build == "full" for c in comparisons)
+        if arithmetic != torch.float32:
+            out.print(
+                f"{rounded}: the adapter's own tokens in {rounded} against those in fp32, on the CPU", soft_wrap=True
+            )
+        for c in comparisons:
+            if c.failure is not None:
+                out.print(f"[red]{_escaped(c.teacher)} failed[/]: {_escaped(c.failure)}", soft_wrap=True)
+        builds = Counter(c.build for c in comparisons if c.failure is None)
+        failed = f", {len(comparisons) - builds.total()} failed" if builds.total() < len(comparisons) else ""
+        pictures = max(c.num_pictures for c in comparisons)
         out.print(
-            f"{len(comparisons)} teachers ({full} full, {len(comparisons) - full} narrow) on "
-            f"{comparisons[0].num_pictures} awkward pictures each",
+            f"{len(comparisons)} teachers ({builds['full']} full, {builds['narrow']} narrow{failed}) on "
+            f"{pictures} awkward pictures each",
             soft_wrap=True,
         )
     require_agreement(comparisons)

@@ -86,7 +86,8 @@ def timm_tokens(
     Args:
         model: a timm model: a ViT (its features are [B, prefix + N, D]) or a CNN (a map, channels first or last).
         pixels_BCHW: normalised float, on the model's device.
-        summary: "attention_pool" and "pooled" are the library's `forward_head(..., pre_logits=True)`.
+        summary: "attention_pool" and "pooled" are the library's `forward_head(..., pre_logits=True)`; "projected" is
+            `forward_head(...)`, of a model that was built with its projection as the classifier.
         dense: "normed" includes ConvNeXt's norm, which timm keeps in the head, behind the pooling.
         class_tokens: leading prefix tokens that "cls_concat" puts side by side.
     Returns: Tokens in the dtype that the model computes in.
@@ -341,6 +342,8 @@ def _check_summary(model: Any, features: Tensor, summary: SummaryKind) -> None:
     """Raises: ConfigError if the model has no such summary."""
     if summary == "attention_pool" and getattr(model, "attn_pool", None) is None:
         raise ConfigError(f"{type(model).__name__} has no attention pool for its summary")
+    if summary == "projected" and isinstance(getattr(model, "head", None), nn.Identity | None):
+        raise ConfigError(f"{type(model).__name__} was built without a projection for its summary")
     if summary in ("cls", "cls_concat") and (features.ndim != 3 or not _has_class_token(model)):
         raise ConfigError(f"{type(model).__name__} has no class token for its summary")
 
@@ -356,6 +359,9 @@ def _summary(
         case "attention_pool" | "pooled":
             pooled: Tensor = model.forward_head(features, pre_logits=True)
             return pooled
+        case "projected":
+            projected: Tensor = model.forward_head(features)
+            return projected
         case "mean":
             return dense_BhwD.mean(dim=(1, 2))
         case "none":

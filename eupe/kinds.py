@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-SummaryKind = Literal["cls", "cls_concat", "attention_pool", "mean", "pooled", "none"]
+SummaryKind = Literal["cls", "cls_concat", "attention_pool", "projected", "mean", "pooled", "none"]
 """Where the summary comes from: the class token as it leaves the backbone; several class tokens side by side (RADIO);
-a learned attention pool before any projection; the mean of the dense tokens; the library's own pooled vector before
-the classifier; nothing."""
+a learned attention pool before any projection; either of them behind the projection to the text space; the mean of the
+dense tokens; the library's own pooled vector before the classifier; nothing."""
 
 DenseKind = Literal["normed", "raw", "last_stage"]
 """Dense tokens after the model's final norm; as the library's feature forward gives them, where it has no final norm;

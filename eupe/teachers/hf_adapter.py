@@ -50,12 +50,20 @@ class Family:
     """Further arguments of the model's constructor."""
     run: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the forward pass."""
+    note: str = ""
+    """What other libraries, or this one, do otherwise with the same weights."""
 
 
 _INTERPOLATE = {"interpolate_pos_encoding": True}
 
 FAMILIES: dict[str, Family] = {
-    "dinov2": Family(model_class="Dinov2Model", summary="cls", dense="normed", normalisation=IMAGENET),
+    "dinov2": Family(
+        model_class="Dinov2Model",
+        summary="cls",
+        dense="normed",
+        normalisation=IMAGENET,
+        note="off its own grid the position table is resampled without antialiasing, unlike timm's",
+    ),
     "dinov2_with_registers": Family(
         model_class="Dinov2WithRegistersModel",
         summary="cls",
@@ -79,7 +87,12 @@ FAMILIES: dict[str, Family] = {
         width=lambda config: int(config.hidden_sizes[-1]),
     ),
     "clip_vision_model": Family(
-        model_class="CLIPVisionModel", summary="cls", dense="normed", normalisation=OPENAI, run=_INTERPOLATE
+        model_class="CLIPVisionModel",
+        summary="cls",
+        dense="normed",
+        normalisation=OPENAI,
+        run=_INTERPOLATE,
+        note="patch tokens pass post_layernorm, as in open_clip and timm; the library's last_hidden_state has not",
     ),
     "siglip_vision_model": Family(
         model_class="SiglipVisionModel",
@@ -95,6 +108,7 @@ FAMILIES: dict[str, Family] = {
         dense="raw",
         normalisation=UNIT,
         prefix=lambda config: int(config.num_summary_tokens),
+        note="the model normalises inside: pixels in [0, 1] go in, whatever the repository's preprocessor says",
     ),
     "vit": Family(
         model_class="ViTModel",
@@ -131,7 +145,7 @@ def describe(name: str) -> TeacherSpec:
         mean=mean,
         std=std,
         licence="unknown",
-        note="licence: see the repository",
+        note="; ".join(filter(None, (family.note, "licence: see the repository"))),
     )
 
 

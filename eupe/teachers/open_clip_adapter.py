@@ -51,7 +51,7 @@ def describe(name: str) -> TeacherSpec:
 
 
 def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> Any:
-    """open_clip's ViT without its projection, or the timm trunk of a tower that has one.
+    """open_clip's ViT, without its projection unless it is asked for, or the timm trunk of a tower that has one.
 
     A weights file may hold the whole model (tensors of the vision tower under `visual.`) or the vision tower alone.
     """
@@ -72,13 +72,14 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
     if visual is None:
         visual = open_clip.create_model(arch, load_weights=False, pretrained_text=False).visual
         load_state_dict_strictly(visual, state, source=source)
-    visual.proj = None
+    if spec.summary != "projected":
+        visual.proj = None
     visual.output_tokens = True
     return visual
 
 
 def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
-    """Tokens of normalised pixels; summary and dense tokens of the native ViT are both `ln_post`-ed, not projected.
+    """Tokens of normalised pixels; the native ViT's are all `ln_post`-ed, and the summary projected where asked for.
 
     Off its own grid the ViT's position table is resampled as open_clip does when it loads for another size.
     """

@@ -100,6 +100,8 @@ def narrow(spec: TeacherSpec) -> TeacherSpec:
     width = options.get("embed_dim") or options.get("dims", (spec.dense_dim,))[-1]
     if spec.summary == "none":
         return spec
+    if spec.summary == "projected":
+        return dataclasses.replace(spec, dense_dim=width)
     return dataclasses.replace(
         spec, dense_dim=width if options else spec.dense_dim, summary_dim=spec.summary_dim // spec.dense_dim * width
     )
@@ -142,7 +144,8 @@ def _timm_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:
     loading: dict[str, Any] = {}
     if weights is not None:
         loading = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": read_state_dict(weights)}}
-    model = timm.create_model(spec.model, num_classes=0, **loading)
+    classifier = {} if spec.summary == "projected" else {"num_classes": 0}
+    model = timm.create_model(spec.model, **classifier, **loading)
     return _with_timm_forward(spec, model, timm.get_pretrained_cfg(spec.model))
 
 
@@ -161,7 +164,7 @@ def _with_timm_forward(spec: TeacherSpec, model: Any, config: Any) -> OwnModel:
 
 
 def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Dense [B, N, D] and summary of a timm model without classifier, by `forward` and `forward_intermediates`.
+    """Dense [B, N, D] and summary of a timm model that ends in its summary, by `forward` and `forward_intermediates`.
 
     Raises: TeacherError if the model has no `forward_intermediates`.
     """
@@ -185,7 +188,7 @@ def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tens
             return dense, None
         case "mean":
             return dense, dense.mean(1)
-        case "attention_pool" | "pooled":
+        case "attention_pool" | "projected" | "pooled":
             return dense, model(x)
     assert prefix is not None
     return dense, torch.cat(prefix[:, : spec.summary_dim // spec.dense_dim].unbind(1), dim=-1)
@@ -230,6 +233,8 @@ def _open_clip_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:
         model.visual.trunk.reset_classifier(0)
         return OwnModel(model, lambda x: timm_forward(spec, model.visual.trunk.eval(), x), mean, std)
     model.visual.output_tokens = True
+    if spec.summary == "projected":
+        return OwnModel(model, lambda x: open_clip_projected(model, x), mean, std)
     return OwnModel(model, lambda x: open_clip_forward(model.visual, x), mean, std)
 
 
@@ -242,6 +247,16 @@ def open_clip_forward(visual: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         hook.remove()
     return dense, normed[0][:, 0]
+
+
+def open_clip_projected(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense [B, N, D] as open_clip puts it out, and its image embedding, the one that is compared with texts."""
+    _, dense = model.visual(x)
+    model.visual.output_tokens = False
+    try:
+        return dense, model.encode_image(x)
+    finally:
+        model.visual.output_tokens = True
 
 
 def _hf_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:

@@ -48,14 +48,15 @@ def describe(name: str) -> TeacherSpec:
 
 
 def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> Any:
-    """timm's model without its classifier (or, for CLIP-like models, its projection)."""
+    """timm's model without its classifier, or, for CLIP-like models, without its projection unless it is asked for."""
     size = _build_size(spec, sizes)
     if weights is None:
         with hub_errors(spec):
             model = create_timm(spec.model, size=size, num_classes=-1, pretrained=True)
-        model.reset_classifier(0)
+        if spec.summary != "projected":
+            model.reset_classifier(0)
         return model
-    model = create_timm(spec.model, size=size)
+    model = _built(spec, size)
     state = _without_classifier(model, read_state_dict(weights))
     if size is not None or state.keys() != model.state_dict().keys():
         state = _without_classifier(model, _in_timm_names(model, state))
@@ -90,10 +91,14 @@ def _takes(spec: TeacherSpec, build_size: int | None, size: int) -> bool:
         return True
     with torch.device("meta"), torch.no_grad():
         try:
-            tokens(create_timm(spec.model, size=build_size).eval(), spec, torch.zeros(1, 3, size, size))
+            tokens(_built(spec, build_size).eval(), spec, torch.zeros(1, 3, size, size))
         except Exception:
             return False
     return True
+
+
+def _built(spec: TeacherSpec, size: int | None) -> Any:
+    return create_timm(spec.model, size=size, num_classes=-1 if spec.summary == "projected" else 0)
 
 
 def _without_classifier(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

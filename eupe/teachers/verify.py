@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from eupe.corpus.awkward import awkward_pictures
 from eupe.corpus.decode import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
-from eupe.errors import ConformanceError
+from eupe.errors import ConformanceError, EupeError, StorageError
 from eupe.teachers.own_forward import OwnModel, built_narrow, fill_at_random, narrow, own_model, save_own
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, load_teacher
+from eupe.teachers.weights import brief
 
 LEAST = 0.9999
 """What the cosine of every token must reach: kernels differ in rounding only."""
@@ -38,7 +41,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Cosine:
-    """The cosines of one kind of token, between adapter and library."""
+    """The cosines of one kind of token, between two ways to compute it."""
 
     least: float
     mean: float
@@ -56,28 +59,47 @@ class Comparison:
     size: int
     num_pictures: int
     cosines: dict[str, Cosine]
-    """By kind of token."""
+    """Between adapter and library, by kind of token."""
+    rounding: dict[str, Cosine] = field(default_factory=dict)
+    """Between the adapter in the arithmetic that was asked for and in float32, by kind of token."""
+    failure: str | None = None
+    """Why there is nothing to compare: what was raised."""
 
     @property
     def agrees(self) -> bool:
-        return all(cosine.least >= LEAST for cosine in self.cosines.values())
+        return self.failure is None and all(cosine.least >= LEAST for cosine in self.cosines.values())
 
 
 def verify_teachers(
-    name: str | None, weights: Path | None = None, *, progress: Progress = lambda done, of: None
+    name: str | None,
+    weights: Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = lambda done, of: None,
 ) -> list[Comparison]:
-    """Compare one teacher, or every row of the registry.
+    """Compare one teacher, or every row of the registry; one that raises is a failed comparison, and the others go on.
 
     Args:
         weights: local weights of the one teacher; without them its library makes random ones, except that `hf:` names
             and runs bring their own.
-    Raises: TeacherError as `resolve_teacher` and `load_teacher` do.
+        dtype: an arithmetic of which to tell, beside, how near its tokens are to those of float32.
+    Raises: StorageError if the temporary folder refuses; for the one teacher, TeacherError as `resolve_teacher` and
+        `load_teacher` do.
     """
     specs = list(REGISTRY.values()) if name is None else [resolve_teacher(name)]
+    full_up_to = FULL_IN_REGISTRY if name is None else FULL_BY_NAME
     comparisons = []
     for i, spec in enumerate(specs):
         progress(i, len(specs))
-        comparisons.append(compare(spec, weights, full_up_to=FULL_IN_REGISTRY if name is None else FULL_BY_NAME))
+        try:
+            found = compare(spec, weights, full_up_to=full_up_to, dtype=dtype)
+        except StorageError:
+            raise
+        except Exception as error:
+            if name is not None and isinstance(error, EupeError):
+                raise
+            found = _failed(spec, weights, error)
+        comparisons.append(found)
         progress(i + 1, len(specs))
     return comparisons
 
@@ -88,12 +110,18 @@ def require_agreement(comparisons: list[Comparison]) -> None:
     if wrong:
         raise ConformanceError(
             f"{len(wrong)} of {len(comparisons)} teachers give other tokens than their library's own forward pass, at "
-            f"a cosine below {LEAST:g}: {', '.join(wrong)}"
+            f"a cosine below {LEAST:g}, or none at all: {', '.join(wrong)}"
         )
 
 
-def compare(spec: TeacherSpec, weights: Path | None = None, *, full_up_to: int = FULL_BY_NAME) -> Comparison:
-    """Compare one teacher at its native size, in float32 on the CPU.
+def compare(
+    spec: TeacherSpec,
+    weights: Path | None = None,
+    *,
+    full_up_to: int = FULL_BY_NAME,
+    dtype: torch.dtype = torch.float32,
+) -> Comparison:
+    """Compare one teacher at its native size, in float32 on the CPU, and there in `dtype` with itself in float32.
 
     Args:
         full_up_to: a registry row of more parameters that gets random weights is built narrow.
@@ -114,16 +142,52 @@ def compare(spec: TeacherSpec, weights: Path | None = None, *, full_up_to: int =
         size=spec.native_size,
         num_pictures=len(views),
         cosines=_cosines(teacher, own, views),
+        rounding={} if dtype == torch.float32 else _rounding(teacher, dtype, views),
+    )
+
+
+def _failed(spec: TeacherSpec, weights: Path | None, error: Exception) -> Comparison:
+    return Comparison(
+        teacher=spec.name,
+        weights=str(weights or "random weights"),
+        build="none",
+        size=spec.native_size,
+        num_pictures=0,
+        cosines={},
+        failure=f"{type(error).__name__}: {brief(error)}",
     )
 
 
 def random_pair(spec: TeacherSpec, *, is_narrow: bool, sizes: tuple[int, ...]) -> tuple[OwnModel, Teacher]:
-    """The library's model with random weights, and the teacher that loaded them from a file."""
-    with built_narrow(spec) if is_narrow else nullcontext(), tempfile.TemporaryDirectory() as folder:
+    """The library's model with random weights, and the teacher that loaded them from a file.
+
+    Raises: StorageError if the temporary folder refuses the file.
+    """
+    with built_narrow(spec) if is_narrow else nullcontext():
         own = own_model(spec)
         fill_at_random(own.module)
-        saved = save_own(own.module, Path(folder))
-        return own, _loaded(narrow(spec) if is_narrow else spec, saved, sizes)
+        with _saved(own.module) as saved:
+            return own, _loaded(narrow(spec) if is_narrow else spec, saved, sizes)
+
+
+@contextmanager
+def _saved(module: nn.Module) -> Iterator[Path]:
+    """Where the weights lie in a temporary folder, while it lasts.
+
+    Raises: StorageError if the folder cannot be made or written to.
+    """
+    place = "any place"
+    with ExitStack() as stack:
+        try:
+            place = tempfile.gettempdir()
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            saved = save_own(module, Path(folder))
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"random weights cannot be written to a temporary folder in {place} ({brief(error)}); "
+                "free space there or set TMPDIR to another place"
+            ) from error
+        yield saved
 
 
 def awkward_views(size: int) -> NDArray[np.uint8]:
@@ -160,6 +224,24 @@ def _cosines(teacher: Teacher, own: OwnModel, views: NDArray[np.uint8]) -> dict[
         found.setdefault("dense", []).append(_cosine(tokens.dense.flatten(1, 2), dense))
         if tokens.summary is not None and summary is not None:
             found.setdefault("summary", []).append(_cosine(tokens.summary, summary))
+    return _summed_up(found)
+
+
+@torch.inference_mode()
+def _rounding(teacher: Teacher, dtype: torch.dtype, views: NDArray[np.uint8]) -> dict[str, Cosine]:
+    """The teacher's tokens in `dtype` against its own in float32."""
+    rounded = dataclasses.replace(teacher, dtype=dtype)
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(views), BATCH_SIZE):
+        batch = torch.from_numpy(views[start : start + BATCH_SIZE])
+        got, want = rounded(batch), teacher(batch)
+        found.setdefault("dense", []).append(_cosine(got.dense, want.dense))
+        if got.summary is not None and want.summary is not None:
+            found.setdefault("summary", []).append(_cosine(got.summary, want.summary))
+    return _summed_up(found)
+
+
+def _summed_up(found: dict[str, list[Tensor]]) -> dict[str, Cosine]:
     joined = {kind: torch.cat(parts) for kind, parts in sorted(found.items(), reverse=True)}
     return {kind: Cosine(float(values.min()), float(values.mean())) for kind, values in joined.items()}
 

@@ -47,3 +47,29 @@ def load_state(spec: TeacherSpec, state: dict[str, Tensor], directory: Path, *, 
     path = directory / "weights.safetensors"
     safetensors.torch.save_file({k: v.contiguous().clone() for k, v in state.items()}, path)
     return load_teacher(spec, weights=path, device=CPU, dtype=torch.float32, sizes=sizes)
+
+
+def clip_in_hugging_face_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    swaps = {
+        "visual.class_embedding": "embeddings.class_embedding",
+        "visual.conv1": "embeddings.patch_embedding",
+        "visual.positional_embedding": "embeddings.position_embedding.weight",
+        "visual.ln_pre": "pre_layrnorm",
+        "visual.ln_post": "post_layernorm",
+        "visual.transformer.resblocks": "encoder.layers",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        for old, new in swaps.items():
+            name = name.replace(old, new)
+        if "attn.in_proj_" in name:
+            for part, piece in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
+                out[name.replace("attn.in_proj_", f"self_attn.{part}.")] = piece
+        elif name != "visual.proj":
+            out[name] = tensor
+    return out

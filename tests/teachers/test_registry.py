@@ -67,7 +67,8 @@ def test_timm_rows(spec: TeacherSpec) -> None:
     assert spec.licence.lower() == config["license"]
     assert spec.patch == model.feature_info[-1]["reduction"]
     assert spec.prefix_tokens == getattr(model, "num_prefix_tokens", 0)
-    assert meta_tokens(timm_adapter, timm_on_meta(spec.model, num_classes=0), spec) == promised(spec)
+    encoder = model if spec.summary == "projected" else timm_on_meta(spec.model, num_classes=0)
+    assert meta_tokens(timm_adapter, encoder, spec) == promised(spec)
     assert_kinds(spec, model)
 
 
@@ -77,7 +78,7 @@ def assert_kinds(spec: TeacherSpec, model: Any) -> None:
         assert (spec.dense == "normed") == isinstance(model.norm, nn.LayerNorm)
     if spec.model.startswith("convnext"):
         assert spec.dense == "normed" and type(model.head.norm).__name__.startswith("LayerNorm")
-    assert (spec.summary == "attention_pool") == (getattr(model, "attn_pool", None) is not None)
+    assert (spec.summary in ("attention_pool", "projected")) == (getattr(model, "attn_pool", None) is not None)
     assert (spec.summary == "none") == (spec.summary_dim == 0)
     if spec.summary in ("cls", "cls_concat"):
         assert spec.prefix_tokens * spec.dense_dim >= spec.summary_dim
@@ -95,7 +96,7 @@ def test_open_clip_rows(spec: TeacherSpec) -> None:
     assert visual.ln_post.normalized_shape == (spec.dense_dim,) and not visual.final_ln_after_pool
     gelu = type(visual.transformer.resblocks[0].mlp.gelu).__name__
     assert gelu == ("QuickGELU" if settings.get("quick_gelu") else "GELU")
-    visual.proj, visual.output_tokens = None, True
+    visual.proj, visual.output_tokens = visual.proj if spec.summary == "projected" else None, True
     assert meta_tokens(open_clip_adapter, visual, spec) == promised(spec)
 
 

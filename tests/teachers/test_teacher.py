@@ -148,6 +148,18 @@ def test_timm_s_own_download(small_timm: TeacherSpec, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("narrow_vits")
+def test_a_projection_is_downloaded_and_never_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spec = narrow(REGISTRY["pe-core-t-proj"])
+    state = dict(timm.create_model(spec.model.split(".")[0]).state_dict())
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **kwargs: dict(state))
+    module: Any = load_teacher(spec, weights=None, device=CPU, dtype=torch.float32, sizes=(384,)).module
+    assert torch.equal(module.head.weight, state["head.weight"])
+    without = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    with pytest.raises(TeacherError, match=r"2 missing \(head\.bias, head\.weight\)"):
+        load_state(spec, without, tmp_path, sizes=(384,))
+
+
+@pytest.mark.usefixtures("narrow_vits")
 def test_open_clip_s_own_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = narrow(REGISTRY["clip-laion-b16"])
     model = open_clip.create_model("ViT-B-16", load_weights=False)

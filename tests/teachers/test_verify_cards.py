@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,15 @@ def test_real_weights(name: str, folder: str, assets: Path, run_eupe: Run) -> No
     (row,) = report["teachers"]
     assert code == 0 and row["agrees"]
     assert (row["weights"], row["build"]) == (str(weights), "full")
+
+
+def test_bf16_against_fp32(assets: Path, run_eupe: Run) -> None:
+    """The bounds are what the real weights gave (least 0.99980 and 0.99997), with room for other kernels."""
+    code, report = verified(run_eupe, "dinov2-s", "--weights", assets / "weights" / "dinov2-small", "--dtype", "bf16")
+    (row,) = report["teachers"]
+    assert code == 0 and all(cosine["least"] > 0.9999999 for cosine in row["cosines"].values())
+    for kind, least in (("summary", 0.9998), ("dense", 0.999)):
+        assert least < row["rounding"][kind]["least"] < row["rounding"][kind]["mean"] < 0.999995
 
 
 def test_a_run_and_a_hugging_face_directory_bring_their_own_weights(tmp_path: Path, run_eupe: Run) -> None:
@@ -215,3 +226,66 @@ def test_mistakes(run_eupe: Run, tmp_path: Path) -> None:
         outcome = run_eupe("teachers", "verify", *words)
         assert outcome.code == 2
         assert said in " ".join(outcome.err.split())
+
+
+def test_one_that_raises_is_a_failed_row_and_the_others_go_on(run_eupe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "REGISTRY", {name: REGISTRY[name] for name in ("eupe-t", "dinov2-s")})
+    monkeypatch.setattr(verify_module, "FULL_IN_REGISTRY", NEVER_FULL)
+    monkeypatch.setattr(timm_adapter, "tokens", lambda model, spec, pixels: {}["rope"])
+    code, report = verified(run_eupe)
+    assert code == 1
+    assert {row["teacher"]: (row["agrees"], row["failure"]) for row in report["teachers"]} == {
+        "eupe-t": (False, "KeyError: 'rope'"),
+        "dinov2-s": (True, None),
+    }
+    outcome = run_eupe("teachers", "verify", "timm:test_vit")
+    assert outcome.code == 1
+    assert "timm:test_vit failed: KeyError: 'rope'" in " ".join(outcome.out.split())
+    assert "or none at all: timm:test_vit" in " ".join(outcome.err.split())
+
+
+def test_a_spec_that_promises_other_shapes_is_a_failed_row_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = dataclasses.replace(REGISTRY["eupe-t"], summary_dim=191)
+    monkeypatch.setattr(verify_module, "REGISTRY", {"eupe-t": wrong})
+    (found,) = verify_module.verify_teachers(None)
+    assert found.failure is not None and "where its spec promises" in found.failure
+
+
+def test_a_temporary_folder_that_refuses_is_one_sentence(
+    run_eupe: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(verify_module, "REGISTRY", {"eupe-t": REGISTRY["eupe-t"]})
+
+    def assert_one_sentence() -> None:
+        for words in (["timm:test_vit"], []):
+            outcome = run_eupe("teachers", "verify", *words)
+            assert (outcome.code, outcome.out) == (1, "") and "Traceback" not in outcome.err
+            assert f"temporary folder in {tempfile.tempdir}" in outcome.err and "set TMPDIR" in outcome.err
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    assert_one_sentence()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        assert_one_sentence()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_no_temporary_folder_anywhere(run_eupe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_place() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", no_place)
+    outcome = run_eupe("teachers", "verify", "timm:test_vit")
+    assert outcome.code == 1 and "No usable temporary directory" in outcome.err
+
+
+def test_fp32_has_no_rounding_and_an_unknown_arithmetic_is_refused(run_eupe: Run) -> None:
+    assert verified(run_eupe, "timm:test_vit")[1]["teachers"][0]["rounding"] == {}
+    words = run_eupe("teachers", "verify", "timm:test_vit", "--dtype", "bf16").out.split()
+    assert words.count("bf16") > 2
+    outcome = run_eupe("teachers", "verify", "timm:test_vit", "--dtype", "int8")
+    assert outcome.code == 2 and "--dtype int8 is unknown" in outcome.err
