@@ -34,7 +34,8 @@ from benchmarks.null_worker import SIZE, NullActor
 from eupe.corpus.index import SCHEMA, Corpus, write_index
 from eupe.corpus.views import ViewSpec
 from eupe.errors import IncompleteError
-from eupe.extract import job
+from eupe.extract import actors, job
+from eupe.extract.dispatch import Status
 from eupe.place import Place
 from eupe.store.layout import StoreSpec
 
@@ -42,7 +43,7 @@ SAMPLES_PER_PART = 256
 """As a part of DINOv2-B's tokens at 224 has them."""
 MS_PER_VIEW = 1.0
 RESUMED_AT = 0.99
-OVERHEAD, START_S = 0.01, 10.0
+OVERHEAD, START_S = 0.05, 10.0
 TEACHER = "test_vit"
 
 
@@ -72,7 +73,7 @@ class Watch:
     stages: dict[str, float] = field(default_factory=dict)
     asked: bool = False
 
-    def note(self, status: job.Status) -> None:
+    def note(self, status: Status) -> None:
         self.stages.setdefault(status.stage, time.perf_counter() - self.began)
         if self.stop_at is not None and not self.asked and status.done >= self.stop_at * status.total > 0:
             self.asked = True
@@ -111,7 +112,7 @@ def use_null_worker() -> None:
         return replace(wanted(*args, **options), samples_per_part=SAMPLES_PER_PART)
 
     job.wanted_spec = in_many_parts
-    job.ExtractActor = NullActor  # type: ignore[misc]
+    actors.ExtractActor = NullActor  # type: ignore[misc]
 
 
 def main() -> None:

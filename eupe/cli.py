@@ -20,6 +20,7 @@ from eupe.errors import ConfigError, EupeError
 if TYPE_CHECKING:
     from eupe.extract.dispatch import Status
     from eupe.extract.estimate import Estimate, PaperEstimate
+    from eupe.extract.job import ExtractReport
     from eupe.progress import Reporter
     from eupe.store.summary import StoreSummary
 
@@ -44,6 +45,8 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 NAMED_DUPLICATES = 5
+NEAR_FP32 = 0.999
+"""Least cosine of tokens in another arithmetic that is not worth a warning."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
 CorpusPath = Annotated[
@@ -322,14 +325,34 @@ def extract(
     ]
     with report_progress(err, "views", quiet=as_json) as progress:
         reports = extract_together(configs, on_status=lambda s: _show_status(progress, s))
+    for report in reports:
+        _warn_of_rounding(report)
     if as_json and len(reports) > 1:
         print(json.dumps({"stores": [dataclasses.asdict(report) for report in reports]}))
         return
     for report in reports:
         _finish(dataclasses.asdict(report), as_json)
+        if report.failures and not as_json:
+            kinds = "; ".join(f"{count} x {reason}" for reason, count in report.failures.items())
+            err.print(
+                f"{report.num_failed} pictures have no features: {_escaped(kinds)}. `eupe store info {report.store} "
+                "--json` names them; once they can be read, the same command with --retry-failed makes them",
+                soft_wrap=True,
+            )
         if not as_json:
             what = "nothing to do: the store holds all of this already" if report.cached else "done"
             out.print(f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME")
+
+
+def _warn_of_rounding(report: ExtractReport) -> None:
+    cosines = report.forward.get("cosine_to_fp32", {})
+    if rough := {kind: cosine for kind, cosine in cosines.items() if cosine < NEAR_FP32}:
+        words = ", ".join(f"{kind} {cosine:.4f}" for kind, cosine in rough.items())
+        err.print(
+            f"[yellow]warning:[/] {_escaped(report.store)}: this teacher's tokens are not near those in fp32 (least "
+            f"cosine over a few pictures: {words}); --dtype fp32 is exact, and slower",
+            soft_wrap=True,
+        )
 
 
 def _one_each(option: str, given: list[str] | None, teachers: list[str]) -> list[str | None]:

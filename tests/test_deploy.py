@@ -11,7 +11,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from typed import parsed
 
 from eupe.corpus.views import parse_views
-from eupe.extract.job import Node, place_workers
+from eupe.extract.actors import Node, place_workers
 from eupe.place import Place
 from eupe.teachers.registry import REGISTRY
 

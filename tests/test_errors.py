@@ -21,6 +21,7 @@ def test_gaps_and_full_disks_leave_with_1_and_mistakes_with_2() -> None:
     codes = {kind.__name__: kind.exit_code for kind in KINDS}
     assert {name for name, code in codes.items() if code == 1} == {
         "StorageError",
+        "OutageError",
         "IncompleteError",
         "TrainingError",
         "DriftError",

@@ -16,7 +16,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -77,13 +77,7 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the sorted (key, sha256) pairs: equal exactly where the pictures are equal."""
-        digest = hashlib.sha256()
-        order = pc.sort_indices(self.samples["key"])
-        for start in range(0, len(order), ROWS_AT_ONCE):
-            rows = self.samples.select(["key", "sha256"]).take(order.slice(start, ROWS_AT_ONCE))
-            for key, sha256 in zip(rows["key"].to_pylist(), rows["sha256"].to_pylist(), strict=True):
-                digest.update(_fingerprint_line(key, sha256))
-        return digest.hexdigest()
+        return fingerprint(self.samples)
 
     @property
     def duplicates(self) -> list[list[str]]:
@@ -113,6 +107,8 @@ class Corpus:
             limit: only the first so many, in that order.
         Raises: CorpusError if no picture is left.
         """
+        if not include and not exclude and shuffle is None:
+            return replace(self, samples=self.samples.slice(0, limit))
         keys = self.samples["key"].to_pylist()
         picked = [
             i for i, key in enumerate(keys) if (not include or _matches(key, include)) and not _matches(key, exclude)
@@ -137,16 +133,17 @@ def some_keys(keys: Sequence[str]) -> str:
     return ", ".join(keys[:NAMED_KEYS]) + (f", and {more} more" if more > 0 else "")
 
 
-def fingerprint(pairs: Iterable[tuple[str, str | None]]) -> str:
-    """SHA-256 of the sorted (key, sha256) pairs."""
+def fingerprint(samples: pa.Table) -> str:
+    """SHA-256 over the lines `key NUL sha256 LF` of an index, sorted by key; `unreadable` stands in for no hash."""
     digest = hashlib.sha256()
-    for key, sha256 in sorted(pairs, key=lambda pair: pair[0]):
-        digest.update(_fingerprint_line(key, sha256))
+    order = pc.sort_indices(samples["key"])
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        rows = samples.select(["key", "sha256"]).take(order.slice(start, ROWS_AT_ONCE))
+        ends = pc.binary_join_element_wise(pc.fill_null(rows["sha256"], "unreadable"), "", "\n")
+        lines = pc.binary_join_element_wise(rows["key"], ends, "\0")
+        for chunk in lines.chunks:
+            digest.update(b"".join(chunk.cast(pa.binary()).to_pylist()))
     return digest.hexdigest()
-
-
-def _fingerprint_line(key: str, sha256: str | None) -> bytes:
-    return f"{key}\0{sha256 or 'unreadable'}\n".encode()
 
 
 Progress = Callable[[int, int], None]

@@ -126,6 +126,7 @@ class Dispatch:
         """Views by host."""
         self._failed: Counter[str] = Counter()
         """Samples by host, of what is committed."""
+        self._asked_at = 0.0
         self.began = time.monotonic()
         """When the first worker had its teachers loaded."""
 
@@ -290,6 +291,9 @@ class Dispatch:
 
     def _ask_progress(self) -> None:
         now = time.monotonic()
+        if now - self._asked_at < POLL_SECONDS:
+            return
+        self._asked_at = now
         for hand in self._hands:
             if not hand.ready:
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -154,7 +154,7 @@ def _seconds(teacher: Teacher, sizes: Sequence[int], batch: int) -> float:
 
 def cosine_to_fp32(teacher: Teacher, pixels: Tensor) -> dict[str, float]:
     """The least cosine of each kind of token to the same teacher's in float32, over some views [B, S, S, 3]."""
-    exact = Teacher(teacher.spec, teacher.module, teacher.device, torch.float32)(pixels)
+    exact = replace(teacher, dtype=torch.float32)(pixels)
     fast = teacher(pixels)
     pairs = {SUMMARY: (exact.summary, fast.summary), DENSE: (exact.dense, fast.dense)}
     return {

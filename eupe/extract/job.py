@@ -125,10 +125,19 @@ def _store_to_fill(
 ) -> Store:
     """The store of one of the teachers."""
     config = actors.configs[i]
+    corpus = corpus if existing is None else _as_stored(corpus, stored_index(existing).samples)
     spec = wanted_spec(config, teacher, corpus, weights_sha256=actors.weights_sha256[i], dtype=actors.dtype_name)
     if config.out is None and (twin := find_store(STORES, spec, fidelity=config.fidelity)) is not None:
         place, existing = twin.path, twin
     return _open_or_create(actors, i, place, spec, corpus, existing, on_status)
+
+
+def _as_stored(corpus: Corpus, stored: pa.Table) -> Corpus:
+    """With the store's rows of pictures that could not be read when they were indexed: these may be anything."""
+    unreadable = stored.filter(pc.is_null(stored["sha256"]))["key"].combine_chunks()
+    hashes = pc.if_else(pc.is_in(corpus.samples["key"], unreadable), None, corpus.samples["sha256"])
+    place = corpus.samples.schema.get_field_index("sha256")
+    return replace(corpus, samples=corpus.samples.set_column(place, corpus.samples.schema.field(place), hashes))
 
 
 def _common_index(stores: Sequence[Store]) -> pa.Table:

@@ -215,7 +215,7 @@ def _segments(store: Store, bad: Sequence[int], pictures: pa.Table) -> list[pa.T
         segments[unknown[0]] = _listed(pictures, left[: counts[unknown[0]]])
     tables = [segments[segment] for segment in range(len(counts))]
     whole = pa.concat_tables(tables, promote_options="default")
-    made = fingerprint(zip(whole["key"].to_pylist(), whole["sha256"].to_pylist(), strict=True))
+    made = fingerprint(whole)
     if made != store.spec.corpus["fingerprint"]:
         raise CorpusError(
             f"those found have fingerprint {made}, the store was made of {store.spec.corpus['fingerprint']}; put the "

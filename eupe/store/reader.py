@@ -223,18 +223,22 @@ class Store:
     def missing_parts(self) -> list[int]:
         return sorted(set(range(self.spec.num_parts)) - set(committed_parts(self.path)))
 
-    @property
+    @cached_property
     def stored_bytes(self) -> int:
-        """Of all committed arrays' objects."""
-        facts = (read_part_metadata(self.path, part)["objects"] for part in committed_parts(self.path))
+        """Of the arrays' objects in `samples`."""
+        facts = (json.loads(table.schema.metadata[PART_STATS])["objects"] for table in self._commits)
         return sum(o["bytes"] for objects in facts for key, o in objects.items() if not key.endswith(".moments"))
+
+    @cached_property
+    def _commits(self) -> list[pa.Table]:
+        """Rows of every committed part, each file read once."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self._part_rows, committed_parts(self.path)))
 
     @cached_property
     def samples(self) -> pa.Table:
         """One row per sample of every committed part: `row`, its place in the arrays, and `ROW_SCHEMA`'s columns."""
-        parts = committed_parts(self.path)
-        with ThreadPoolExecutor() as pool:
-            tables = list(pool.map(self._part_rows, parts))
+        tables = [table.replace_schema_metadata() for table in self._commits]
         return pa.concat_tables(tables) if tables else _with_rows(ROW_SCHEMA.empty_table(), 0)
 
     @cached_property
@@ -303,7 +307,7 @@ class Store:
 
     def _part_rows(self, part: int) -> pa.Table:
         rows = self.spec.part_rows(part)
-        table = read_part(self.path, part).replace_schema_metadata()
+        table = read_part(self.path, part)
         if table.num_rows != rows.stop - rows.start:
             raise PartCorruptError(
                 f"{self.path / 'parts' / part_name(part)} has {table.num_rows} rows, the store's layout asks for "

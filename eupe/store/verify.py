@@ -200,7 +200,7 @@ def _read_index(store: Store) -> tuple[pa.Table | None, list[PartDamage]]:
     if damages:
         return None, damages
     index = pa.concat_tables(tables, promote_options="default")
-    found = fingerprint(zip(index["key"].to_pylist(), index["sha256"].to_pylist(), strict=True))
+    found = fingerprint(index)
     if found != store.spec.corpus["fingerprint"]:
         reason = f"lists pictures with fingerprint {found}, the specification says {store.spec.corpus['fingerprint']}"
         return None, [PartDamage(None, INDEX, reason)]

@@ -395,10 +395,13 @@ def merged_statistics(store: Store) -> tuple[dict[str, Moments], list[dict[str, 
     covered = store.totals.get("num_parts", 0)
     merged = {name: store.merged_moments(name) for name in store.spec.feature_paths} if covered else {}
     facts = []
-    for part in range(store.spec.num_parts):
-        facts.append(read_part_metadata(store.path, part))
-        if part >= covered:
-            for name, moments in _part_moments(store, part, facts[-1]).items():
+    with ThreadPoolExecutor() as pool:
+        recorded = map_ahead(pool, partial(read_part_metadata, store.path), range(store.spec.num_parts), ahead=64)
+        for part, noted in enumerate(recorded):
+            facts.append(noted)
+            if part < covered:
+                continue
+            for name, moments in _part_moments(store, part, noted).items():
                 merged[name] = merged[name].merge(moments) if name in merged else moments
             if part + 1 in store.spec.segment_ends[:-1]:
                 merged = {name: moments.as_kept() for name, moments in merged.items()}

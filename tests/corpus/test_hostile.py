@@ -17,7 +17,8 @@ from PIL import Image
 
 from eupe.corpus import decode
 from eupe.corpus.decode import decode_image
-from eupe.corpus.index import index_folder, read_picture, write_index
+from eupe.corpus.index import index_folder, write_index
+from eupe.corpus.pictures import read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
 from eupe.place import Place

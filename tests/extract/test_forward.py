@@ -1,0 +1,106 @@
+"""Batches through a teacher: pieces that fit, the batch that pays, the cosine to float32."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from making import TINY_SIZE, TINY_TEACHER
+from torch import Tensor
+
+from eupe.encoder import Tokens
+from eupe.errors import TeacherError
+from eupe.extract.forward import LARGEST_BATCH, Forward, cosine_to_fp32, fastest_batch
+from eupe.store import Store
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.teacher import Teacher, load_teacher
+
+
+class Cramped:
+    """A device with room for so many views at once, and what each forward pass takes."""
+
+    device = torch.device("cpu")
+    spec = resolve_teacher(TINY_TEACHER)
+
+    def __init__(self, teacher: Any = None, *, room: int = 10**6, pass_s: float = 0.0, view_s: float = 0.0) -> None:
+        self.teacher, self.room, self.pass_s, self.view_s = teacher, room, pass_s, view_s
+        self.batches: list[int] = []
+        self.clock_s = 0.0
+
+    def __call__(self, pixels: Tensor) -> Tokens:
+        self.batches.append(len(pixels))
+        if len(pixels) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.clock_s += self.pass_s + self.view_s * len(pixels)
+        if self.teacher is None:
+            return Tokens(summary=None, dense=torch.zeros(len(pixels), 1, 1, 1))
+        tokens: Tokens = self.teacher(pixels)
+        return tokens
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_weights: Path) -> Teacher:
+    spec = resolve_teacher(TINY_TEACHER)
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "sizes": (TINY_SIZE,)}
+    return load_teacher(spec, weights=tiny_weights, **options)  # type: ignore[arg-type]
+
+
+def views(count: int) -> list[dict[int, Any]]:
+    rng = np.random.default_rng(0)
+    return [{TINY_SIZE: rng.integers(0, 256, (TINY_SIZE, TINY_SIZE, 3), np.uint8)} for _ in range(count)]
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(teacher: Teacher, tiny_store: Store) -> None:
+    cramped = Cramped(teacher, room=3)
+    forward = Forward(cramped, tiny_store.spec, batch_size=16)  # type: ignore[arg-type]
+    asked = views(13)
+    ours = forward.begin(asked).wait()
+    assert forward.batch_size == 2
+    theirs = Forward(teacher, tiny_store.spec, batch_size=16).begin(asked).wait()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.path == other.path and mine.tokens.shape == other.tokens.shape
+        assert torch.allclose(mine.tokens.float(), other.tokens.float(), atol=2e-2)
+    tried = len(cramped.batches)
+    forward.begin(asked[:4])
+    assert cramped.batches[tried:] == [2, 2], "what did not fit once is not tried again"
+
+
+def test_no_room_for_one_view_is_a_sentence(tiny_store: Store) -> None:
+    forward = Forward(Cramped(room=0), tiny_store.spec, batch_size=4)  # type: ignore[arg-type]
+    with pytest.raises(TeacherError, match="does not fit a single view of 64 px into the memory of cpu"):
+        forward.begin(views(2))
+
+
+def test_other_errors_are_not_taken_for_too_little_memory(tiny_store: Store) -> None:
+    def broken(pixels: Tensor) -> Tokens:
+        raise RuntimeError("device-side assert triggered")
+
+    cramped = Cramped(broken)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        Forward(cramped, tiny_store.spec, batch_size=4).begin(views(2))  # type: ignore[arg-type]
+    assert cramped.batches == [2]
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen"),
+    [
+        (Cramped(view_s=0.001), 8),
+        (Cramped(pass_s=0.020, view_s=0.001), 256),  # 1.08 times the rate of 128, and 512 only 1.04 times that of 256
+        (Cramped(pass_s=0.020, view_s=0.001, room=32), 32),
+        (Cramped(pass_s=0.020), LARGEST_BATCH),
+        (Cramped(room=4), 8),  # to be halved when it is used
+    ],
+)
+def test_the_batch_grows_while_it_pays_and_fits(device: Cramped, chosen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: device.clock_s)
+    assert fastest_batch(device, (64,)) == chosen  # type: ignore[arg-type]
+
+
+def test_the_cosine_to_fp32_is_that_of_the_arithmetic(teacher: Teacher) -> None:
+    pixels = torch.from_numpy(np.stack([view[TINY_SIZE] for view in views(4)]))
+    assert cosine_to_fp32(teacher, pixels) == pytest.approx({"summary": 1.0, "dense": 1.0}, abs=1e-6)
+    rough = cosine_to_fp32(replace(teacher, dtype=torch.bfloat16), pixels)
+    assert all(0.98 < cosine < 1 - 1e-6 for cosine in rough.values())
