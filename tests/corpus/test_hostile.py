@@ -91,6 +91,7 @@ def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path: Path) -> None:
     (tmp_path / "link-to-folder.jpg").symlink_to(tmp_path / "folder.jpg")
     code = (
         "import sys; from eupe.corpus.index import *\n"
+        "from eupe.corpus.pictures import read_picture\n"
         "from eupe.errors import CorpusError\n"
         "corpus = index_folder(sys.argv[1])\n"
         "print({row['key'] for row in corpus.samples.to_pylist() if row['sha256']})\n"
@@ -170,5 +171,5 @@ def test_one_extraction_takes_all_of_them(tmp_path: Path, tiny_weights: Path, ru
     for file, digest in zip(exact, digests, strict=True):
         assert file.pixels is not None
         upright = Image.fromarray(np.ascontiguousarray(file.pixels))
-        box, flip = draw_view(VIEWS, file.name, 1, *upright.size)
-        assert view_digest(render_view(upright, box, flip, 64)) == int(digest), file.name
+        params = draw_view(VIEWS, file.name, 1, *upright.size)
+        assert view_digest(render_view(upright, params, 64)) == int(digest), file.name
