@@ -39,7 +39,7 @@ def _walk(folder: Path, prefix: str) -> Iterator[str]:
             names = [
                 f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
                 for entry in entries
-                if not entry.name.startswith(".") and not (entry.is_symlink() and os.path.isdir(entry))
+                if not entry.name.startswith(".") and not (entry.is_symlink() and Path(entry).is_dir())
             ]
     except OSError as error:
         raise CorpusError(f"corpus folder {error.filename} cannot be read: {error.strerror}") from error
