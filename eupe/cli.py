@@ -279,7 +279,9 @@ def extract(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Ray actors, one teacher each; one per GPU by itself.")] = None,
     gpus_per_worker: Annotated[float | None, typer.Option(help="The GPUs shared evenly where not given.")] = None,
-    ray_address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (auto, ray://...); else this machine.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (auto, ray://...); else this machine.")
+    ] = None,
     limit: Limit = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -654,7 +656,9 @@ def store_repair(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Ray actors, one teacher each; one per GPU by itself.")] = None,
     gpus_per_worker: Annotated[float | None, typer.Option(help="The GPUs shared evenly where not given.")] = None,
-    ray_address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (auto, ray://...); else this machine.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (auto, ray://...); else this machine.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make anew what is damaged or missing in a store, and nothing else."""

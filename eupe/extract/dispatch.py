@@ -20,7 +20,7 @@ import ray
 from eupe.errors import EupeError, IncompleteError, OutageError, WorkerDiedError
 from eupe.extract.actors import STRETCHES_IN_FLIGHT, JobActors, Whereabouts, get_loaded
 from eupe.extract.load import PICTURE_SECONDS, StuckError
-from eupe.extract.plan import Stretch, plan_stretches
+from eupe.extract.plan import PartTask, Stretch, plan_stretches
 from eupe.stopping import stop_signals
 from eupe.store import Store
 from eupe.store.layout import part_name
@@ -271,12 +271,8 @@ class Dispatch:
 
     def _redo(self, hand: Hand, work: Work) -> None:
         """What of it is not committed, later; or never, when it has cost too many workers."""
-        missing = tuple(
-            (store, task)
-            for store, task in work.stretch.tasks
-            if not self._places[store].exists(f"parts/{part_name(task.index)}")
-        )
         assert hand.where is not None
+        missing = tuple((store, task) for store, task in work.stretch.tasks if not self._is_committed(store, task))
         done = tuple(pair for pair in work.stretch.tasks if pair not in missing)
         self._note_committed(hand.where.host, Stretch(done))
         if not missing:
@@ -285,6 +281,13 @@ class Dispatch:
             self.given_up.append(f"{work.reason}, {work.deaths} times")
             return
         self._again.append(replace(work, stretch=Stretch(missing)))
+
+    def _is_committed(self, store: int, task: PartTask) -> bool:
+        """False where the storage does not answer: at worst a part is made twice."""
+        try:
+            return self._places[store].exists(f"parts/{part_name(task.index)}")
+        except OutageError:
+            return False
 
     def _note_committed(self, host: str, stretch: Stretch) -> None:
         self._committed[host] += self._num_views * sum(len(task.samples) for _, task in stretch.tasks)

@@ -78,9 +78,8 @@ def job(head: RayHead, *words: object) -> tuple[int, str]:
 def test_a_submitted_job_succeeds_and_leaves_the_store_of_one_process(
     head: RayHead, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, tiny_store: Store
 ) -> None:
-    """And one with a mistake in it fails with the sentence that says what is wrong."""
+    """By the address that Ray sets in a job; and one with a mistake in it fails with the sentence that says what."""
     eupe = [sys.executable, "-m", "eupe", *extract_words(tiny_corpus, tiny_weights, tmp_path / "s.zarr", views=2)]
-    eupe += ["--ray-address", "auto"]
     (folder := tmp_path / "cwd").mkdir()
     (folder / "note.txt").write_text("goes to the cluster\n")
 
