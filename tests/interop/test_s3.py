@@ -68,6 +68,24 @@ def test_an_extraction_on_ray_from_bucket_to_bucket(
     assert not s3.served("PUT")
 
 
+def test_a_server_that_is_away_for_longer_is_waited_for(
+    s3: S3Server, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, tiny_store: Store, run_eupe: Run
+) -> None:
+    """Nine refusals are more than the seven tries of one request: parts fail, in writing and in reading."""
+    photos = upload(tiny_corpus, s3.bucket / "photos")
+    words = ["extract", "--teacher", "timm:test_vit", "--weights", tiny_weights, "--size", 64, "--views", "rrc:2"]
+    words += ["--dtype", "fp32", "--batch-size", 8, "--json", "--out", s3.bucket / "x.zarr", "--corpus"]
+    index = tmp_path / "index.parquet"
+    assert run_eupe("index", "--corpus", photos, "--out", index).code == 0
+    s3.fail(503, "SlowDown", method="PUT", key="/dense/c/", times=9)
+    s3.fail(503, "SlowDown", method="GET", key="photos/class0/0000", times=9)
+    outcome = run_eupe(*words, index)
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["num_failed"] == 0
+    assert [len([a for a in s3.asked if a.status == 503 and a.method == m]) for m in ("PUT", "GET")] == [9, 9]
+    assert content(open_store(s3.bucket / "x.zarr")) == content(tiny_store)
+
+
 def trained(targets: Store | Path, out: Path) -> list[tuple[object, object]]:
     """Every loss and validation of a short run."""
     config = TrainConfig(
