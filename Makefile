@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both make the virtual environment where there is none.
+# Two commands: `make demo` and `make test` (`make test-slow`: Ray, faults, real weights, as CI runs them, too). Both make the virtual environment where there is none.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,13 +7,16 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test test-slow lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -23,7 +26,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test test-slow
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import ray
 
 from eupe.extract.actors import ExtractActor, Whereabouts
 from eupe.extract.plan import PartTask, Stretch
@@ -26,7 +27,7 @@ class NullActor(ExtractActor):
 
     def prepare(self, targets: Sequence[tuple[int, Place]]) -> Whereabouts:
         self._writer = StoreWriter(targets[0][1], threads=1)
-        return Whereabouts(socket.gethostname(), os.getpid())
+        return Whereabouts(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid())
 
     def run(self, stretch: Stretch, killers: Mapping[str, str], careful: bool) -> int:
         ((_, task),) = stretch.tasks

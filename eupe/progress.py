@@ -67,21 +67,22 @@ class Bar:
 
 
 class Lines:
-    """In a log: a line when a stage begins, and one now and then."""
+    """In a log: a line when a stage begins or another machine joins, and one now and then."""
 
     def __init__(self, console: Console, unit: str) -> None:
         self._console = console
         self._unit = unit
-        self._stage = ""
+        self._told = ("", 0)
         self._last = 0.0
 
     def update(
         self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "", lines: Sequence[str] = ()
     ) -> None:
         now = time.monotonic()
-        if stage == self._stage and now - self._last < LOG_SECONDS:
+        told = stage, len(lines)
+        if told == self._told and now - self._last < LOG_SECONDS:
             return
-        self._stage, self._last = stage, now
+        self._told, self._last = told, now
         self._console.print(f"{stage}: {done}/{total} {self._unit}, {failed} failed  {note}".rstrip(), soft_wrap=True)
         for line in lines:
             self._console.print(f"  {line}", soft_wrap=True, markup=False)

@@ -44,6 +44,8 @@ class Whereabouts:
     """Which process an actor is, now."""
 
     host: str
+    node: str
+    """Ray's name of the machine; several may be on one host."""
     pid: int
 
 
@@ -267,7 +269,7 @@ class ExtractActor:
             if self._worker is None:
                 computers = [self._computer(i, open_store(store).spec) for i, store in targets]
                 self._worker = Worker(computers, [store for _, store in targets])
-        return Whereabouts(socket.gethostname(), os.getpid())
+        return Whereabouts(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid())
 
     def run(self, stretch: Stretch, killers: Mapping[str, str], careful: bool) -> int:
         """See `Worker.run`."""

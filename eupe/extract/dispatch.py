@@ -123,9 +123,9 @@ class Dispatch:
             for rows in [spec.part_samples(part)]
         )
         self._committed: Counter[str] = Counter()
-        """Views by host."""
+        """Views by node."""
         self._failed: Counter[str] = Counter()
-        """Samples by host, of what is committed."""
+        """Samples by node, of what is committed."""
         self._asked_at = 0.0
         self.began = time.monotonic()
         """When the first worker had its teachers loaded."""
@@ -226,7 +226,7 @@ class Dispatch:
         work = hand.running.pop(reference)
         assert hand.where is not None
         try:
-            self._failed[hand.where.host] += ray.get(reference)
+            self._failed[hand.where.node] += ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             self._failed_with(hand, work, error.cause)
         except ray.exceptions.RayError as error:
@@ -237,7 +237,7 @@ class Dispatch:
                 self._load(hand)
             self._redo(hand, work)
         else:
-            self._note_committed(hand.where.host, work.stretch)
+            self._note_committed(hand.where.node, work.stretch)
 
     def _failed_with(self, hand: Hand, work: Work, cause: Any) -> None:
         if isinstance(cause, OutageError):
@@ -274,7 +274,7 @@ class Dispatch:
         assert hand.where is not None
         missing = tuple((store, task) for store, task in work.stretch.tasks if not self._is_committed(store, task))
         done = tuple(pair for pair in work.stretch.tasks if pair not in missing)
-        self._note_committed(hand.where.host, Stretch(done))
+        self._note_committed(hand.where.node, Stretch(done))
         if not missing:
             return
         if work.deaths >= MAX_DEATHS:
@@ -289,8 +289,8 @@ class Dispatch:
         except OutageError:
             return False
 
-    def _note_committed(self, host: str, stretch: Stretch) -> None:
-        self._committed[host] += self._num_views * sum(len(task.samples) for _, task in stretch.tasks)
+    def _note_committed(self, node: str, stretch: Stretch) -> None:
+        self._committed[node] += self._num_views * sum(len(task.samples) for _, task in stretch.tasks)
 
     def _ask_progress(self) -> None:
         now = time.monotonic()
@@ -325,16 +325,18 @@ class Dispatch:
             min(self.before + committed + under_way, self.total),
             self.total,
             sum(self._failed.values()) + sum(hand.failed for hand in self._hands),
-            tuple(self._node_status(host, seconds) for host in self._hosts()),
+            tuple(self._node_status(node, host, seconds) for node, host in self._nodes().items()),
         )
 
-    def _hosts(self) -> list[str]:
-        return sorted({hand.where.host for hand in self._hands if hand.where is not None})
+    def _nodes(self) -> dict[str, str]:
+        """Nodes and their hosts, by host."""
+        places = {hand.where for hand in self._hands if hand.where is not None}
+        return {where.node: where.host for where in sorted(places, key=lambda where: (where.host, where.node))}
 
-    def _node_status(self, host: str, seconds: float) -> NodeStatus:
-        here = [hand for hand in self._hands if hand.where is not None and hand.where.host == host]
-        views = self._committed[host] + sum(hand.views for hand in here)
-        failed = self._failed[host] + sum(hand.failed for hand in here)
+    def _node_status(self, node: str, host: str, seconds: float) -> NodeStatus:
+        here = [hand for hand in self._hands if hand.where is not None and hand.where.node == node]
+        views = self._committed[node] + sum(hand.views for hand in here)
+        failed = self._failed[node] + sum(hand.failed for hand in here)
         return NodeStatus(host, sum(hand.ready for hand in here), views / seconds, failed)
 
 

@@ -79,14 +79,15 @@ def extract_together(
     teachers = [checked_teacher(config) for config in configs]
     places = [place_of_store(config) for config in configs]
     existing = [open_store(place) if place.exists(ROOT_DOCUMENT) else None for place in places]
-    previous = next((stored_index(store) for store in existing if store is not None), None)
+    indexes = [None if store is None else stored_index(store) for store in existing]
+    previous = next((index for index in indexes if index is not None), None)
     corpus = open_corpus(
         configs[0].corpus, previous=previous, progress=lambda done, of: on_status(Status("indexing", done, of))
     )
     corpus = picked(configs[0], corpus)
     with JobActors(configs, teachers, corpus) as actors:
         stores = [
-            _store_to_fill(actors, i, teachers[i], corpus, places[i], existing[i], on_status)
+            _store_to_fill(actors, i, teachers[i], _as_stored(corpus, indexes[i]), places[i], existing[i], on_status)
             for i in range(len(configs))
         ]
         if configs[0].retry_failed:
@@ -125,16 +126,17 @@ def _store_to_fill(
 ) -> Store:
     """The store of one of the teachers."""
     config = actors.configs[i]
-    corpus = corpus if existing is None else _as_stored(corpus, stored_index(existing).samples)
     spec = wanted_spec(config, teacher, corpus, weights_sha256=actors.weights_sha256[i], dtype=actors.dtype_name)
     if config.out is None and (twin := find_store(STORES, spec, fidelity=config.fidelity)) is not None:
         place, existing = twin.path, twin
     return _open_or_create(actors, i, place, spec, corpus, existing, on_status)
 
 
-def _as_stored(corpus: Corpus, stored: pa.Table) -> Corpus:
+def _as_stored(corpus: Corpus, stored: Corpus | None) -> Corpus:
     """With the store's rows of pictures that could not be read when they were indexed: these may be anything."""
-    unreadable = stored.filter(pc.is_null(stored["sha256"]))["key"].combine_chunks()
+    if stored is None or not stored.samples["sha256"].null_count:
+        return corpus
+    unreadable = stored.samples.filter(pc.is_null(stored.samples["sha256"]))["key"].combine_chunks()
     hashes = pc.if_else(pc.is_in(corpus.samples["key"], unreadable), None, corpus.samples["sha256"])
     place = corpus.samples.schema.get_field_index("sha256")
     return replace(corpus, samples=corpus.samples.set_column(place, corpus.samples.schema.field(place), hashes))

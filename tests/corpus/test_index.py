@@ -1,11 +1,15 @@
 import hashlib
 import os
 from pathlib import Path
+from unittest import mock
 
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from making import make_corpus, picture
 
-from eupe.corpus.index import Corpus, index_folder, open_corpus, read_index, write_index
+from eupe.corpus.index import Corpus, fingerprint, index_folder, open_corpus, read_index, write_index
 from eupe.errors import CorpusError
 
 
@@ -124,3 +128,20 @@ def test_refusals_say_what_and_where(tmp_path: Path) -> None:
     corpus.rename(tmp_path / "moved")
     with pytest.raises(CorpusError, match="does not exist"):
         read_index(tmp_path / "i.parquet")
+
+
+@given(
+    st.dictionaries(
+        st.text("aé~/-9", min_size=1, max_size=4),
+        st.one_of(st.none(), st.text("0f", min_size=1, max_size=3)),
+        min_size=1,
+    ),
+    st.integers(1, 4),
+)
+def test_the_fingerprint_is_that_of_a_naive_loop(rows: dict[str, str | None], at_once: int) -> None:
+    lines = [f"{key}\0{sha256 or 'unreadable'}\n" for key, sha256 in sorted(rows.items())]
+    expected = hashlib.sha256("".join(lines).encode()).hexdigest()
+    with mock.patch("eupe.corpus.index.ROWS_AT_ONCE", at_once):
+        for order in (list(rows), sorted(rows)):
+            table = pa.table({"key": order, "sha256": pa.array([rows[key] for key in order], pa.string())})
+            assert fingerprint(pa.concat_tables([table.slice(0, 1), table.slice(1)])) == expected
