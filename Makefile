@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test` (`make test-slow`: Ray, faults, real weights, as CI runs them, too). Both make the virtual environment where there is none.
+# Two commands: `make demo` and `make test`. Both make the virtual environment where there is none.
+# `make test-slow` runs what takes longer (Ray, faults, clusters, real weights), as CI does.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
