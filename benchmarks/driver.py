@@ -34,7 +34,7 @@ from benchmarks.null_worker import SIZE, NullActor
 from eupe.corpus.index import SCHEMA, Corpus, write_index
 from eupe.corpus.views import ViewSpec
 from eupe.errors import IncompleteError
-from eupe.extract import job
+from eupe.extract import actors, job
 from eupe.place import Place
 from eupe.store.layout import StoreSpec
 
@@ -111,7 +111,7 @@ def use_null_worker() -> None:
         return replace(wanted(*args, **options), samples_per_part=SAMPLES_PER_PART)
 
     job.wanted_spec = in_many_parts
-    job.ExtractActor = NullActor  # type: ignore[misc]
+    actors.ExtractActor = NullActor  # type: ignore[misc]
 
 
 def main() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
-from eupe.extract.job import ExtractActor
-from eupe.extract.plan import PartTask
-from eupe.extract.worker import PartResult
+from eupe.extract.actors import ExtractActor, Whereabouts
+from eupe.extract.plan import PartTask, Stretch
 from eupe.place import Place
+from eupe.store.layout import StoreSpec
 from eupe.store.writer import Part, Row, StoreWriter
 
 SIZE = 64
@@ -16,11 +21,16 @@ SIZE = 64
 class NullActor(ExtractActor):
     """A worker without a teacher: every sample's summary is zero."""
 
-    def prepare(self, store: Place) -> None:
-        self._writer = StoreWriter(store, threads=1)
-        self._done = 0
+    def try_forward(self, i: int, spec: StoreSpec, task: PartTask) -> dict[str, Any]:
+        return {}
 
-    def run(self, task: PartTask, store: Place) -> PartResult:
+    def prepare(self, targets: Sequence[tuple[int, Place]]) -> Whereabouts:
+        ((_, store),) = targets
+        self._writer = StoreWriter(store, threads=1)
+        return Whereabouts(socket.gethostname(), os.getpid())
+
+    def run(self, stretch: Stretch, killers: Mapping[str, str], careful: bool) -> int:
+        ((_, task),) = stretch.tasks
         n = len(task.samples)
         rows = [Row(sample.key, sample.sha256, sample.label, SIZE, SIZE) for sample in task.samples]
         (path,) = self._writer.spec.feature_paths
@@ -28,8 +38,4 @@ class NullActor(ExtractActor):
         boxes = np.tile(np.array([0, 0, SIZE, SIZE], np.int32), (n, 1, 1))
         flips, digests = np.zeros((n, 1), np.bool_), np.ones((n, 1), np.uint64)
         self._writer.commit(Part(task.index, rows, boxes, flips, digests, {path: summary}))
-        self._done += n
-        return PartResult(task.index, n, 0)
-
-    def progress(self) -> tuple[int, int]:
-        return self._done, 0
+        return 0
