@@ -59,7 +59,7 @@ from eupe.teachers.teacher import Teacher, file_digest, load_teacher
 VIEWS = ViewSpec(policy="rrc", num_views=4)
 DINOV2, CNN = SOURCES["dinov2-s"], SOURCES["efficientnet_lite0"]
 BICUBIC = v2.InterpolationMode.BICUBIC
-STAGE_SHARE = 0.1
+STAGE_SHARE = 0.06
 """How many of a run's pictures each stage is measured on."""
 PIPELINE, PEER, BY_DEFAULT, TOGETHER = 0.95, 1.5, 1.5, 1.0
 """Targets."""
@@ -162,7 +162,7 @@ def work(computers: list[Computer], corpus: Corpus, folder: Path) -> Took:
     return Took.by(len(corpus) * VIEWS.num_views, run)
 
 
-def job(given: Given, source: Source, corpus: Corpus) -> Took:
+def job(given: Given, source: Source, corpus: Corpus, batch: int) -> Took:
     """By a whole job on a Ray of its own, since its teacher was loaded."""
     index, out = given.folder / "pictures.parquet", fresh(given.folder / "job.zarr")
     write_index(corpus, index)
@@ -175,6 +175,7 @@ def job(given: Given, source: Source, corpus: Corpus) -> Took:
             sizes=(source.size,),
             views=VIEWS,
             dtype=given.dtype,
+            batch_size=batch,
             workers=1,
         )
     )
@@ -244,7 +245,7 @@ def measure_ideal(given: Given) -> None:
             "forward": stages.forward,
             "encode": stages.encode,
             "worker": partial(work, [computer], corpus, given.folder),
-            "job": partial(job, given, DINOV2, corpus),
+            "job": partial(job, given, DINOV2, corpus, batch),
         },
         given.repeats,
     )
