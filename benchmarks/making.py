@@ -1,4 +1,4 @@
-"""Stores of given features, written without a teacher, and how their codec does alone."""
+"""Corpora of any size, stores of given features written without a teacher, and how their codec does alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numcodecs import blosc
 from numpy.typing import NDArray
 
+from eupe.corpus.index import SCHEMA, Corpus, index_folder
+from eupe.place import Place
 from eupe.store import Store
 from eupe.store.layout import StoreSpec, arrays
 from eupe.store.precision import INT8, Calibration, encode
@@ -23,6 +27,20 @@ from eupe.store.writer import Part, Row, StoreWriter, create_store, finish_store
 
 PART_VIEWS = 512
 PATH = "224/dense"
+Measured = TypeVar("Measured")
+
+
+def repeated_corpus(pictures: Path, folder: Path, count: int) -> Corpus:
+    """So many pictures: those of a folder again and again under other keys, by links in a folder to be made."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    once = index_folder(pictures).samples
+    copies = []
+    for i in range(-(-count // len(once))):
+        (folder / f"{i:05d}").symlink_to(pictures.resolve(), target_is_directory=True)
+        keys = pc.binary_join_element_wise(f"{i:05d}", once["key"], "/")
+        copies.append(once.set_column(0, SCHEMA.field("key"), keys))
+    return Corpus(Place.of(folder), pa.concat_tables(copies).slice(0, count).combine_chunks())
 
 
 def dense_spec(features: NDArray[np.float16], precision: str) -> StoreSpec:
@@ -88,9 +106,9 @@ def decode_rate(chunks: list[bytes], pool: ThreadPoolExecutor, threads: int) -> 
     return len(bare) / seconds(lambda: list(pool.map(job, range(threads))))
 
 
-def peak_mb() -> float:
-    """Most memory that this process has held, in MB; `getrusage` would count its parent's in."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+def peak_mb(process: int | str = "self") -> float:
+    """Most memory that a process has held, in MB; `getrusage` would count its parent's in."""
+    return int(Path(f"/proc/{process}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -100,9 +118,9 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def interleaved(measures: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def interleaved(measures: Mapping[str, Callable[[], Measured]], repeats: int) -> dict[str, list[Measured]]:
     """Each measure once in turn, over and over, so that the machine's noise hits all alike."""
-    results: dict[str, list[float]] = {name: [] for name in measures}
+    results: dict[str, list[Measured]] = {name: [] for name in measures}
     for _ in range(repeats):
         for name, measure in measures.items():
             results[name].append(measure())

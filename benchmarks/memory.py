@@ -1,0 +1,169 @@
+"""Memory that does not grow with the corpus: the most that an extraction's processes have held.
+
+python -m benchmarks.memory --folder SCRATCH [--views 1000 10000 100000]
+
+Whole jobs on Ray over few pictures under many keys, with a tiny teacher of random weights at 64 px: the driver, and its
+worker. Then DINOv2-S at 224 px in parts of full size, against what may be held: what the same process held once it had
+made small parts, and three full parts, and the queues. Each is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.extract import DINOV2, VIEWS, computer_of, fresh, loaded
+from benchmarks.features import ASSETS
+from benchmarks.making import peak_mb, repeated_corpus
+from demo.assets import prepare_assets
+from eupe.corpus.index import Corpus, write_index
+from eupe.device import compute_dtype, pick_device
+from eupe.extract.actors import DEFAULT_BATCH, STRETCHES_IN_FLIGHT
+from eupe.extract.config import ExtractConfig
+from eupe.extract.count import limit_blas
+from eupe.extract.job import extract
+from eupe.extract.plan import Stretch, part_task
+from eupe.extract.worker import Computer, Worker
+from eupe.store.layout import bytes_per_view
+from eupe.store.writer import VECTORS_PER_JOB, create_store
+
+TINY, SIZE = "test_vit", 64
+CORPUS_OF_FULL_PARTS = 4096
+"""Pictures; a smaller corpus is cut finer."""
+SMALL_PART = 16
+PARTS_IN_MEMORY = 3
+GROWTH = 1.1
+"""What the worker may hold over the largest corpus, as a multiple of what it holds over the smallest."""
+
+
+def whole_job(folder: Path, views: int) -> list[float]:
+    """Peaks of the driver and of the worker of a job over so many views."""
+    corpus = repeated_corpus(ASSETS / "photos", folder / "pictures", -(-views // VIEWS.num_views))
+    index, weights = folder / "pictures.parquet", folder / "tiny.safetensors"
+    write_index(corpus, index)
+    save_file(timm.create_model(TINY, num_classes=0).state_dict(), weights)
+    peaks = [0.0]
+    config = ExtractConfig(
+        teacher=f"timm:{TINY}",
+        weights=weights,
+        corpus=index,
+        out=fresh(folder / "job.zarr"),
+        sizes=(SIZE,),
+        views=VIEWS,
+        batch_size=64,
+        workers=1,
+    )
+    report = extract(config, on_status=lambda status: peaks.append(max([0.0, *worker_peaks_mb()])))
+    assert report.num_failed == 0
+    return [peak_mb(), max(peaks)]
+
+
+def worker_peaks_mb() -> list[float]:
+    """Of the Ray actors that this process has started, by way of its raylet."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if process.joinpath("cmdline").read_bytes().startswith(b"ray::ExtractActor") and is_ours(process.name):
+                found.append(peak_mb(int(process.name)))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def is_ours(process: str) -> bool:
+    """Whether this process is one of its ancestors."""
+    while process not in ("0", str(os.getpid())):
+        process = Path(f"/proc/{process}/status").read_text().split("PPid:")[1].split()[0]
+    return process != "0"
+
+
+def full_parts(folder: Path, num_parts: int) -> list[float]:
+    """Peaks of a worker before and after parts of full size, and what the parts and queues between may take."""
+    teacher = loaded(DINOV2, compute_dtype("auto", pick_device()))
+    corpus = repeated_corpus(ASSETS / "photos", folder / "pictures", CORPUS_OF_FULL_PARTS)
+    computer = computer_of(DINOV2, teacher, corpus, DEFAULT_BATCH)
+    spec = computer.spec
+    small = replace(spec, samples_per_part=SMALL_PART)
+    make_parts(
+        Computer(teacher, small, corpus_root=corpus.root, views=VIEWS, batch_size=DEFAULT_BATCH), corpus, folder, 4
+    )
+    before = peak_mb()
+    make_parts(computer, corpus, folder, num_parts)
+    one_part = spec.samples_per_part * spec.num_views * bytes_per_view(spec.grids, teacher.spec.dense_dim, 0)
+    decoded = STRETCHES_IN_FLIGHT * computer.samples_ahead * spec.num_views * 3 * DINOV2.size**2
+    coded = 2 * (os.cpu_count() or 1) * VECTORS_PER_JOB * 2 * teacher.spec.dense_dim
+    return [before, peak_mb(), one_part / 1e6, (decoded + coded) / 1e6]
+
+
+def make_parts(computer: Computer, corpus: Corpus, folder: Path, num_parts: int) -> None:
+    """The first parts of a store, two at once, as an actor makes them."""
+    create_store(store := fresh(folder / "worker.zarr"), computer.spec)
+    worker = Worker([computer], [store])
+    stretches = [Stretch(((0, part_task(computer.spec, corpus.samples, part)),)) for part in range(num_parts)]
+    with ThreadPoolExecutor(STRETCHES_IN_FLIGHT) as pool:
+        assert sum(pool.map(worker.run, stretches)) == 0
+
+
+CHILDREN = {"job": whole_job, "full": full_parts}
+
+
+def in_a_process(folder: Path, child: str, number: int) -> list[float]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--folder", str(folder), "--child", child, str(number)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [float(word) for word in done.stdout.splitlines()[-1].split()]
+
+
+def print_claims(folder: Path, views: list[int], num_parts: int) -> None:
+    print("| tiny teacher, views | driver, peak MB | worker, peak MB |\n|---|---|---|")
+    workers, drivers = [], []
+    for count in views:
+        driver, worker = in_a_process(folder, "job", count)
+        print(f"| {count:,} | {driver:,.0f} | {worker:,.0f} |", flush=True)
+        drivers.append(driver)
+        workers.append(worker)
+    before, after, part, queues = in_a_process(folder, "full", num_parts)
+    bound = before + PARTS_IN_MEMORY * part + queues
+    print(f"\n| DINOv2-S at {DINOV2.size} px, {num_parts} full parts | MB |\n|---|---|")
+    print(f"| the process before, with model and libraries | {before:,.0f} |\n| a part | {part:,.0f} |")
+    print(f"| queues | {queues:,.0f} |\n| peak | {after:,.0f} |")
+    span = f"{max(views):,} views / {min(views):,}"
+    print("\n| ratio | measured | target |\n|---|---|---|")
+    print(f"| worker, {span} | {workers[-1] / workers[0]:.3f} | ≤ {GROWTH} |")
+    print(f"| driver, {span} | {drivers[-1] / drivers[0]:.3f} | ≤ {GROWTH} |")
+    print(f"| full parts: peak / (before + {PARTS_IN_MEMORY} parts + queues) | {after / bound:.3f} | ≤ 1 |")
+    print(f"| full parts: parts in memory | {(after - before - queues) / part:.2f} | ≤ {PARTS_IN_MEMORY} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="Scratch space.")
+    parser.add_argument("--views", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--parts", type=int, default=6, help="Of full size.")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    folder = given.folder.absolute() / "memory"
+    folder.mkdir(parents=True, exist_ok=True)
+    if given.child:
+        limit_blas()
+        print(*CHILDREN[given.child[0]](folder, int(given.child[1])))
+        return
+    prepare_assets(ASSETS)
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("eupe", "torch", "ray"))
+    print(f"memory: {os.cpu_count()} cores; {libraries}; torch computes by {torch.get_num_threads()} threads\n")
+    print_claims(given.folder.absolute(), sorted(given.views), given.parts)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
