@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_decoder import poison, poisoned_environment
 from making import TINY_SIZE, TWO_CROPS, make_corpus
+from planting import planted_environment, poison
 
 from eupe.corpus.index import index_folder
 from eupe.extract import load
@@ -19,7 +19,7 @@ from eupe.store import Store
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, value in poisoned_environment(tmp_path).items():
+    for name, value in planted_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(load, "PICTURE_SECONDS", 4.0)
     return make_corpus(tmp_path / "corpus", count=9)
