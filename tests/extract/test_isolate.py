@@ -41,6 +41,7 @@ def test_every_killer_is_found_and_nothing_else(corpus: Path) -> None:
 def test_whole_pictures_are_no_killers(corpus: Path) -> None:
     index = index_folder(corpus)
     assert find_killers(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE]) == {}
+    assert find_killers([], index.root, TWO_CROPS, [TINY_SIZE]) == {}
 
 
 def test_a_child_that_cannot_start_is_not_blamed_on_a_picture(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -21,12 +21,13 @@ import pytest
 import ray
 from awkward import save_broken
 from making import make_corpus
-from planting import WriteFaults, planted_environment
+from planting import Outcomes, planted_environment
 from ray.cluster_utils import Cluster
 from running import PATIENCE_S, assert_same_store, committed, extract_workers, store_files
 
 from eupe.cli import main
 from eupe.corpus.index import index_folder
+from eupe.place import UNFINISHED
 from eupe.store import open_store
 from eupe.store.reader import committed_parts, read_part_metadata
 
@@ -78,7 +79,8 @@ class Ground:
     """Where the campaigns take place."""
 
     cluster: Cluster
-    writes: WriteFaults
+    writes: Outcomes
+    loads: Outcomes
     words: Sequence[str]
 
     def start(self, out: Path, *, workers: int) -> Job:
@@ -186,14 +188,14 @@ def ground(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iter
     save_broken(corpus)
     words = ["extract", "--teacher", "timm:test_vit", "--weights", tiny_weights, "--corpus", corpus]
     words += ["--size", 64, "--views", "rrc:16", "--dtype", "fp32", "--batch-size", 8]
-    writes = WriteFaults(folder / "writes", seconds=WRITE_SECONDS)
-    writes.plan([])
-    with mock.patch.dict(os.environ, planted_environment(writes=writes)):
+    writes, loads = Outcomes(folder / "writes"), Outcomes(folder / "loads")
+    planted = planted_environment(writes=writes, write_seconds=WRITE_SECONDS, loads=loads)
+    with mock.patch.dict(os.environ, planted):
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
             for _ in range(2):
                 cluster.add_node(num_cpus=1)
-            yield Ground(cluster, writes, words)
+            yield Ground(cluster, writes, loads, words)
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -252,3 +254,48 @@ def assert_finished(job: Job, expected: dict[str, bytes]) -> None:
 def store_keys(ground: Ground) -> list[str]:
     corpus = ground.words[ground.words.index("--corpus") + 1]
     return index_folder(corpus).samples["key"].to_pylist()
+
+
+def test_a_worker_that_dies_while_it_tries_the_teacher_is_replaced(
+    ground: Ground, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    ground.loads.plan(["SIGKILL"])
+    job = ground.start(tmp_path / "s.zarr", workers=1)
+    assert_finished(job, undisturbed)
+    assert ground.loads.spent
+
+
+def test_a_teacher_that_kills_every_worker_ends_the_job(
+    ground: Ground, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Where it was tried once, and a store is there, too: on machines with less memory, say."""
+    out = tmp_path / "s.zarr"
+    unpack({name: data for name, data in undisturbed.items() if not name.startswith(("parts/", "stats/"))}, out)
+    ground.loads.plan(["SIGKILL"] * 100)
+    job = ground.start(out, workers=2)
+    assert job.finish() == 2
+    ground.loads.plan([])
+    assert "a worker died while it loaded the teacher" in job.log.read_text()
+    assert_finished(ground.start(out, workers=2), undisturbed)
+
+
+@pytest.mark.parametrize("made", [("zarr.json",), ("zarr.json", "boxes/zarr.json")])
+def test_a_driver_killed_while_it_made_the_store_is_no_obstacle(
+    made: Sequence[str], ground: Ground, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    unpack({name: undisturbed[name] for name in made}, tmp_path / "s.zarr")
+    assert_finished(ground.start(tmp_path / "s.zarr", workers=2), undisturbed)
+
+
+def test_a_driver_killed_while_it_cleaned_up_leaves_that_to_the_next(
+    ground: Ground, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "s.zarr"
+    unpack({**undisturbed, "parts/00003.moments": b"merged", f"parts/x.{0:032x}{UNFINISHED}": b"half"}, out)
+    assert_finished(ground.start(out, workers=2), undisturbed)
+
+
+def unpack(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)

@@ -59,14 +59,13 @@ def little_patience(module):
 def failing_writes(module):
     """Of objects of parts, in the middle of each."""
     write = module._write_file
-    outcomes = Path(os.environ["PLANTED_WRITES"])
 
     def failing(path, blocks):
         folders = path.parts[:-1]
         if "stats" in folders or not ("c" in folders or path.parent.name == "parts"):
             return write(path, blocks)
         time.sleep(float(os.environ["PLANTED_WRITE_SECONDS"]))
-        return write(path, broken(blocks, next_outcome(outcomes)))
+        return write(path, broken(blocks, getattr(errno, next_outcome("PLANTED_WRITES"), 0)))
 
     module._write_file = failing
 
@@ -78,19 +77,27 @@ def broken(blocks, number):
             raise OSError(number, os.strerror(number))
 
 
-def next_outcome(outcomes):
-    """The first of the names of errors in a file, which is taken from it; 0 for `ok` and where none is left."""
-    try:
-        file = outcomes.open("r+")
-    except FileNotFoundError:
-        return 0
-    with file:
+def deadly_loads(module):
+    load = module.load_teacher
+
+    def deadly(*arguments, **named):
+        outcome = next_outcome("PLANTED_LOADS")
+        if outcome.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, outcome))
+        return load(*arguments, **named)
+
+    module.load_teacher = deadly
+
+
+def next_outcome(variable):
+    """The first of the words in the file that a variable names, which is taken from it; empty where none is left."""
+    with Path(os.environ[variable]).open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        name, _, others = file.read().partition(" ")
+        word, _, others = file.read().partition(" ")
         file.seek(0)
         file.write(others)
         file.truncate()
-    return getattr(errno, name, 0)
+    return word
 
 
 sys.meta_path.insert(0, Planting("eupe.corpus.decode", deadly_pictures))
@@ -98,3 +105,5 @@ if "PLANTED_PICTURE_SECONDS" in os.environ:
     sys.meta_path.insert(0, Planting("eupe.extract.load", little_patience))
 if "PLANTED_WRITES" in os.environ:
     sys.meta_path.insert(0, Planting("eupe.place", failing_writes))
+if "PLANTED_LOADS" in os.environ:
+    sys.meta_path.insert(0, Planting("eupe.teachers.teacher", deadly_loads))
