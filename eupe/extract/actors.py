@@ -119,10 +119,10 @@ class JobActors:
         """The first actor; once its process is there again, if it dies of it."""
         actor = self.handles[0]
         for _ in range(MAX_LOADS - 1):
-            ray.get(when_there(actor))
+            get_loaded(when_there(actor))
             with suppress(WorkerDiedError):
                 return get_loaded(getattr(actor, method).remote(*arguments, **named))
-        ray.get(when_there(actor))
+        get_loaded(when_there(actor))
         return get_loaded(getattr(actor, method).remote(*arguments, **named))
 
     def prepare(self, stores: Mapping[int, Store]) -> None:

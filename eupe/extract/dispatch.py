@@ -176,7 +176,13 @@ class Dispatch:
         self._coming[when_there(hand.actor)] = hand
 
     def _begin_load(self, hand: Hand, reference: Any) -> None:
-        if ray.get(reference) == hand.condemned:
+        """Raises: WorkerDiedError."""
+        try:
+            pid = get_loaded(reference)
+        except WorkerDiedError as error:
+            self._note_failed_load(hand, error)
+            return
+        if pid == hand.condemned:
             time.sleep(POLL_SECONDS)
             self._load(hand)
             return
@@ -186,18 +192,22 @@ class Dispatch:
         """Raises: TeacherError, and whatever else no worker would escape."""
         try:
             where: Whereabouts = get_loaded(reference)
-        except WorkerDiedError:
-            hand.failed_loads += 1
-            if hand.failed_loads < MAX_LOADS:
-                self._load(hand)
-                return
-            self._hands.remove(hand)
-            if not self._hands:
-                raise
+        except WorkerDiedError as error:
+            self._note_failed_load(hand, error)
             return
         if not any(other.where for other in self._hands):
             self.began = time.monotonic()
         hand.where, hand.ready, hand.failed_loads, hand.condemned = where, True, 0, None
+
+    def _note_failed_load(self, hand: Hand, error: WorkerDiedError) -> None:
+        """Raises: the error, if no worker is left."""
+        hand.failed_loads += 1
+        if hand.failed_loads < MAX_LOADS:
+            self._load(hand)
+            return
+        self._hands.remove(hand)
+        if not self._hands:
+            raise error
 
     def _has_work(self) -> bool:
         if self._again:
