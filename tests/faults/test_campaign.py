@@ -59,8 +59,7 @@ class Fault:
 
     @classmethod
     def drawn(cls, kind: str, rng: random.Random) -> Fault:
-        first = 1 if kind == "SIGTERM" else 0  # a driver that is asked to leave before it hands out work just leaves
-        return cls(kind, rng.randint(first, 4), rng.uniform(0, 0.3), rng.randint(1, 20), rng.randint(1, 3))
+        return cls(kind, rng.randint(0, 4), rng.uniform(0, 0.3), rng.randint(1, 20), rng.randint(1, 3))
 
 
 def drive(words: Sequence[str], log: Path) -> None:
@@ -85,9 +84,10 @@ class Ground:
 
     def start(self, out: Path, *, workers: int) -> Job:
         log = out.with_name(f"{time.monotonic_ns()}.log")
+        log.touch()
         words = [*self.words, "--out", out, "--workers", workers, "--ray-address", self.cluster.address]
         strangers = set(extract_workers(os.getpid()))
-        process = forking.Process(target=drive, args=(list(map(str, words)), log))
+        process = forking.Process(target=drive, args=(list(map(str, words)), log), daemon=True)
         process.start()
         return Job(self, out, log, process, strangers, committed(out))
 
@@ -125,7 +125,7 @@ class Job:
             if self.ended:
                 return False
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.01)
+            time.sleep(0.02)
         return True
 
     def finish(self) -> int:
@@ -136,7 +136,7 @@ class Job:
 
     def suffer(self, fault: Fault, rng: random.Random) -> bool:
         """False if the job was done before the fault could happen."""
-        if not self.wait_for(lambda: bool(self.workers) and committed(self.out) >= self.before + fault.after):
+        if not self.wait_for(lambda: self.has_come_to(fault)):
             return False
         time.sleep(fault.delay)
         if fault.kind == "worker killed":
@@ -152,6 +152,11 @@ class Job:
             return False
         assert code == (-signal.SIGKILL if fault.kind == "driver killed" else 1), self.log.read_text()
         return True
+
+    def has_come_to(self, fault: Fault) -> bool:
+        if fault.kind == "SIGTERM" and "extracting" not in self.log.read_text():
+            return False  # before it hands out work a driver just leaves
+        return committed(self.out) >= self.before + fault.after and bool(self.workers)
 
     def lose_worker(self, rng: random.Random) -> bool:
         if not (workers := self.workers):
@@ -199,6 +204,14 @@ def ground(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iter
         finally:
             ray.shutdown()
             cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_driver_outlives_its_test() -> Iterator[None]:
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 @pytest.fixture(scope="module")
