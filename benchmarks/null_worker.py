@@ -22,7 +22,7 @@ SIZE = 64
 class NullActor(ExtractActor):
     """A worker without a teacher: every sample's summary is zero."""
 
-    def try_forward(self, i: int, spec: StoreSpec, task: PartTask) -> dict[str, Any]:
+    def try_forward(self, i: int, spec: StoreSpec, task: PartTask, *, careful: bool) -> dict[str, Any]:
         return {"batch_size": 1}
 
     def prepare(self, targets: Sequence[tuple[int, Place]]) -> Whereabouts:

@@ -7,7 +7,8 @@ import os
 import socket
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from eupe.extract.calibrate import Measured, candidates, measure, sample_task
 from eupe.extract.config import ExtractConfig
 from eupe.extract.count import limit_blas
 from eupe.extract.forward import cosine_to_fp32, fastest_batch
+from eupe.extract.isolate import find_killers
+from eupe.extract.load import StuckError
 from eupe.extract.plan import PartTask, Stretch
 from eupe.extract.worker import Computer, Worker
 from eupe.place import Place
@@ -34,6 +37,8 @@ from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_di
 
 STRETCHES_IN_FLIGHT = 2
 """Per worker: one has the teachers while the other is written."""
+MAX_LOADS = 3
+"""Deaths of a worker that was loading its teachers, one after the other, after which it is given up."""
 DEFAULT_BATCH = 16
 """Where a store does not say, and before a device has been tried."""
 COMPARED_VIEWS = 8
@@ -81,26 +86,46 @@ class JobActors:
         weights = self.configs[teacher].weights or own
         if weights is not None:
             return file_digest(weights)
-        return str(get_loaded(self.handles[0].weights_sha256.remote(teacher)))
+        return str(self._ask("weights_sha256", teacher))
 
     @cached_property
     def dtype_name(self) -> str:
         """The arithmetic in words, decided by the machine that does the work."""
         if self._shared.ray_address is None:
             return dtype_name(compute_dtype(self._shared.dtype, pick_device()))
-        return str(get_loaded(self.handles[0].dtype_name.remote()))
+        return str(self._ask("dtype_name"))
 
     def measure(self, teacher: int, spec: StoreSpec) -> Measured:
         """Features of a sample of the corpus, coded as may be asked."""
-        task = sample_task(spec, self._corpus)
-        measured: Measured = get_loaded(self.handles[0].measure.remote(teacher, spec, task))
+        measured: Measured = self._ask_of_sample("measure", teacher, spec)
         return measured
 
     def try_forward(self, teacher: int, spec: StoreSpec) -> dict[str, Any]:
         """How a teacher runs on this machine, as `StoreSpec.forward` notes it."""
-        task = sample_task(spec, self._corpus)
-        noted: dict[str, Any] = get_loaded(self.handles[0].try_forward.remote(teacher, spec, task))
+        noted: dict[str, Any] = self._ask_of_sample("try_forward", teacher, spec)
         return noted
+
+    def _ask_of_sample(self, method: str, teacher: int, spec: StoreSpec) -> Any:
+        """Again if a worker dies of it, or is stuck, without the pictures that kill."""
+        task = sample_task(spec, self._corpus)
+        actor = self.handles[0]
+        try:
+            return get_loaded(getattr(actor, method).remote(teacher, spec, task, careful=False))
+        except WorkerDiedError:
+            pass
+        except StuckError:
+            ray.kill(actor, no_restart=False)
+        return self._ask(method, teacher, spec, task, careful=True)
+
+    def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """The first actor; once its process is there again, if it dies of it."""
+        actor = self.handles[0]
+        for _ in range(MAX_LOADS - 1):
+            get_loaded(when_there(actor))
+            with suppress(WorkerDiedError):
+                return get_loaded(getattr(actor, method).remote(*arguments, **named))
+        get_loaded(when_there(actor))
+        return get_loaded(getattr(actor, method).remote(*arguments, **named))
 
     def prepare(self, stores: Mapping[int, Store]) -> None:
         """Load the teachers, so that what is wrong with them is said before any part begins.
@@ -210,6 +235,9 @@ class ExtractActor:
         self._loaded: dict[int, Teacher] = {}
         self._worker: Worker | None = None
 
+    def pid(self) -> int:
+        return os.getpid()
+
     def _teacher(self, i: int) -> Teacher:
         if i not in self._loaded:
             config, card = self._configs[i], self._cards[i]
@@ -234,13 +262,20 @@ class ExtractActor:
         with self._loading:
             return weights_digest(self._teacher(i).module)
 
-    def measure(self, i: int, spec: StoreSpec, task: PartTask) -> Measured:
+    def measure(self, i: int, spec: StoreSpec, task: PartTask, *, careful: bool) -> Measured:
+        """
+        Args:
+            careful: a process died of the task's pictures, maybe; those that kill are left out.
+        """
         with self._loading:
+            task = self._without_killers(task, spec) if careful else task
             features = self._computer(i, spec).compute(task).features
             return measure(spec, features, candidates(spec, self._configs[i].fidelity))
 
-    def try_forward(self, i: int, spec: StoreSpec, task: PartTask) -> dict[str, Any]:
+    def try_forward(self, i: int, spec: StoreSpec, task: PartTask, *, careful: bool) -> dict[str, Any]:
+        """See `measure`."""
         with self._loading:
+            task = self._without_killers(task, spec) if careful else task
             teacher, asked = self._teacher(i), self._configs[i].batch_size
             noted: dict[str, Any] = {"batch_size": asked or fastest_batch(teacher, spec.sizes)}
             if teacher.dtype != torch.float32:
@@ -248,6 +283,10 @@ class ExtractActor:
                 if len(pixels):
                     noted["cosine_to_fp32"] = cosine_to_fp32(teacher, pixels)
             return noted
+
+    def _without_killers(self, task: PartTask, spec: StoreSpec) -> PartTask:
+        killers = find_killers(task.samples, self._corpus_root, self._configs[0].views, spec.sizes)
+        return replace(task, samples=tuple(sample for sample in task.samples if sample.key not in killers))
 
     def _some_views(self, computer: Computer, task: PartTask) -> torch.Tensor:
         """uint8 [at most COMPARED_VIEWS, S, S, 3]."""
@@ -281,6 +320,11 @@ class ExtractActor:
         return (0, 0) if self._worker is None else self._worker.progress.counts
 
 
+def when_there(actor: Any) -> Any:
+    """A reference to the number of an actor's process: what is asked before it is there (again) fails."""
+    return actor.pid.options(max_task_retries=-1).remote()
+
+
 def get(reference: Any) -> Any:
     """`ray.get` that raises what the actor raised, not Ray's wrapping of it."""
     try:
@@ -295,11 +339,13 @@ def get_loaded(reference: Any) -> Any:
     """`get` for what needs the teacher in memory.
 
     Raises: TeacherError if loading it failed in a way of its own (out of memory, say); WorkerDiedError if it cost the
-        worker its life.
+        worker its life; StuckError.
     """
     try:
         return get(reference)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, StuckError):
+            raise error.cause from None
         raise TeacherError(f"the teacher cannot be loaded: {type(error.cause).__name__}: {error.cause}") from error
     except ray.exceptions.RayError as error:
         raise WorkerDiedError(f"a worker died while it loaded the teacher: {str(error).splitlines()[0]}") from error

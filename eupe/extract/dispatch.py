@@ -18,7 +18,7 @@ import pyarrow as pa
 import ray
 
 from eupe.errors import EupeError, IncompleteError, OutageError, WorkerDiedError
-from eupe.extract.actors import STRETCHES_IN_FLIGHT, JobActors, Whereabouts, get_loaded
+from eupe.extract.actors import MAX_LOADS, STRETCHES_IN_FLIGHT, JobActors, Whereabouts, get_loaded, when_there
 from eupe.extract.load import PICTURE_SECONDS, StuckError
 from eupe.extract.plan import PartTask, Stretch, plan_stretches
 from eupe.stopping import stop_signals
@@ -30,8 +30,6 @@ POLL_SECONDS = 0.5
 GROW_SECONDS = 30.0
 MAX_DEATHS = 5
 """Of workers over one stretch, after which it is given up."""
-MAX_LOADS = 3
-"""Deaths of a worker that was loading its teachers, one after the other, after which it is given up."""
 OUTAGE_SECONDS = 900.0
 """How long a storage that does not answer is waited for."""
 OUTAGE_PAUSES = (2.0, 5.0, 10.0, 30.0, 60.0)
@@ -114,6 +112,7 @@ class Dispatch:
         self.given_up: list[str] = []
         """Reasons."""
         self._hands: list[Hand] = []
+        self._coming: dict[Any, Hand] = {}
         self._loading: dict[Any, Hand] = {}
         self.total = sum(spec.num_samples for spec in specs) * self._num_views
         self.before = self._num_views * sum(
@@ -154,11 +153,14 @@ class Dispatch:
 
     def _wait(self, running: Mapping[Any, Hand]) -> None:
         """For what ends next, a moment at most."""
-        if not running and not self._loading:
+        waited_for = [*running, *self._coming, *self._loading]
+        if not waited_for:
             time.sleep(POLL_SECONDS)
             return
-        for reference in ray.wait([*running, *self._loading], timeout=POLL_SECONDS)[0]:
-            if reference in self._loading:
+        for reference in ray.wait(waited_for, timeout=POLL_SECONDS)[0]:
+            if reference in self._coming:
+                self._begin_load(self._coming.pop(reference), reference)
+            elif reference in self._loading:
                 self._welcome(self._loading.pop(reference), reference)
             else:
                 self._settle(running[reference], reference)
@@ -169,31 +171,44 @@ class Dispatch:
         self._load(hand)
 
     def _load(self, hand: Hand) -> None:
-        """Ray queues the request until the worker is there (again)."""
+        """Once its process is there (again)."""
         hand.ready = False
         hand.views = hand.failed = 0
-        self._loading[hand.actor.prepare.options(max_task_retries=-1).remote(self._targets)] = hand
+        self._coming[when_there(hand.actor)] = hand
+
+    def _begin_load(self, hand: Hand, reference: Any) -> None:
+        """Raises: WorkerDiedError."""
+        try:
+            pid = get_loaded(reference)
+        except WorkerDiedError as error:
+            self._note_failed_load(hand, error)
+            return
+        if pid == hand.condemned:
+            time.sleep(POLL_SECONDS)
+            self._load(hand)
+            return
+        self._loading[hand.actor.prepare.remote(self._targets)] = hand
 
     def _welcome(self, hand: Hand, reference: Any) -> None:
         """Raises: TeacherError, and whatever else no worker would escape."""
         try:
             where: Whereabouts = get_loaded(reference)
-        except WorkerDiedError:
-            hand.failed_loads += 1
-            if hand.failed_loads < MAX_LOADS:
-                self._load(hand)
-                return
-            self._hands.remove(hand)
-            if not self._hands:
-                raise
-            return
-        if where.pid == hand.condemned:
-            time.sleep(POLL_SECONDS)
-            self._load(hand)
+        except WorkerDiedError as error:
+            self._note_failed_load(hand, error)
             return
         if not any(other.where for other in self._hands):
             self.began = time.monotonic()
         hand.where, hand.ready, hand.failed_loads, hand.condemned = where, True, 0, None
+
+    def _note_failed_load(self, hand: Hand, error: WorkerDiedError) -> None:
+        """Raises: the error, if no worker is left."""
+        hand.failed_loads += 1
+        if hand.failed_loads < MAX_LOADS:
+            self._load(hand)
+            return
+        self._hands.remove(hand)
+        if not self._hands:
+            raise error
 
     def _has_work(self) -> bool:
         if self._again:

@@ -35,6 +35,8 @@ def find_killers(samples: Sequence[Sample], root: Place, views: ViewSpec, sizes:
 
     Raises: RuntimeError if children die before they begin.
     """
+    if not samples:
+        return {}
     count = min(len(samples), os.cpu_count() or 1)
     slices = [samples[i * len(samples) // count : (i + 1) * len(samples) // count] for i in range(count)]
     with ThreadPoolExecutor(count) as pool:

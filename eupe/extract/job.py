@@ -24,7 +24,14 @@ from eupe.store.catalogue import find_store
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, bytes_per_view, segment_name
 from eupe.store.precision import FP16
 from eupe.store.reader import ROOT_DOCUMENT
-from eupe.store.writer import create_store, extend_store, finish_store, forget_parts, require_same_spec
+from eupe.store.writer import (
+    create_store,
+    extend_store,
+    finish_store,
+    forget_parts,
+    remove_leftovers,
+    require_same_spec,
+)
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 
@@ -79,7 +86,7 @@ def extract_together(
     teachers = [checked_teacher(config) for config in configs]
     places = [place_of_store(config) for config in configs]
     existing = [open_store(place) if place.exists(ROOT_DOCUMENT) else None for place in places]
-    indexes = [None if store is None else stored_index(store) for store in existing]
+    indexes = [stored_index(store) if store is not None and has_index(store) else None for store in existing]
     previous = next((index for index in indexes if index is not None), None)
     corpus = open_corpus(
         configs[0].corpus, previous=previous, progress=lambda done, of: on_status(Status("indexing", done, of))
@@ -97,6 +104,8 @@ def extract_together(
         if unfinished:
             views_per_s = run_parts(actors, unfinished, _common_index(list(unfinished.values())), on_status)
             stores = [finish_store(store.path) if i in unfinished else store for i, store in enumerate(stores)]
+        for store in stores:
+            remove_leftovers(store)  # also of a driver that was killed when it had just finished the store
     seconds = time.monotonic() - began
     return [
         _report(store, corpus, seconds=seconds, views_per_s=views_per_s if i in unfinished else None)
@@ -241,6 +250,11 @@ def _open_or_create(
     store = create_store(place, spec)
     store.path.create(segment_name(0), index_bytes(corpus))
     return store
+
+
+def has_index(store: Store) -> bool:
+    """Not so where its maker was killed before any part was begun."""
+    return store.path.exists(segment_name(0))
 
 
 def stored_index(store: Store) -> Corpus:

@@ -310,7 +310,7 @@ def finish_store(path: str | Path | Place) -> Store:
         raise StoreError(f"{store.path} lacks {len(missing)} of {store.spec.num_parts} parts and cannot be finished")
     if not store.finished:
         _write_statistics(store)
-    _remove_leftovers(store)
+    remove_leftovers(store)
     return open_store(path)
 
 
@@ -443,7 +443,7 @@ def _moments_of_features(store: Store, part: int, name: str) -> Moments:
     return Counted.total(counted).moments
 
 
-def _remove_leftovers(store: Store) -> None:
+def remove_leftovers(store: Store) -> None:
     """The parts' own moments, merged by now, and what writers that were killed left unfinished."""
     for name in store.path.list("parts/"):
         if name.endswith(".moments"):

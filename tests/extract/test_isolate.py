@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_decoder import poison, poisoned_environment
 from making import TINY_SIZE, TWO_CROPS, make_corpus
+from planting import planted_environment, poison
 
 from eupe.corpus.index import index_folder
 from eupe.extract import load
@@ -19,7 +19,7 @@ from eupe.store import Store
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, value in poisoned_environment(tmp_path).items():
+    for name, value in planted_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(load, "PICTURE_SECONDS", 4.0)
     return make_corpus(tmp_path / "corpus", count=9)
@@ -41,6 +41,7 @@ def test_every_killer_is_found_and_nothing_else(corpus: Path) -> None:
 def test_whole_pictures_are_no_killers(corpus: Path) -> None:
     index = index_folder(corpus)
     assert find_killers(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE]) == {}
+    assert find_killers([], index.root, TWO_CROPS, [TINY_SIZE]) == {}
 
 
 def test_a_child_that_cannot_start_is_not_blamed_on_a_picture(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,12 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 
 
 def descendants(pid: int) -> Iterator[int]:
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    """None of a process that is gone."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    for child in children:
         yield int(child)
         yield from descendants(int(child))
 
@@ -74,7 +79,7 @@ def extract_workers(pid: int) -> list[int]:
         try:
             if b"ExtractActor" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(child)
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             continue
     return found
 

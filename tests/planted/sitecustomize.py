@@ -1,0 +1,109 @@
+"""Run by every Python process that has this folder on its PYTHONPATH: plants what `tests/planting.py` asks for."""
+
+import errno
+import fcntl
+import importlib.util
+import os
+import signal
+import sys
+import time
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+
+MARK = b"POISON:"
+
+
+class Planting(MetaPathFinder):
+    """Changes a module as soon as it has been imported."""
+
+    def __init__(self, name, change):
+        self._name = name
+        self._change = change
+
+    def find_spec(self, name, path, target=None):
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        real = spec.loader.exec_module
+
+        def run(module):
+            real(module)
+            self._change(module)
+
+        spec.loader.exec_module = run
+        return spec
+
+
+def deadly_pictures(module):
+    decode = module.decode_image
+
+    def deadly(data):
+        mark = data.find(MARK)
+        word = b"" if mark < 0 else data[mark + len(MARK) :].split(b";")[0]
+        if word == b"segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if word == b"greedy":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while word == b"endless":
+            time.sleep(0.05)
+        return decode(data)
+
+    module.decode_image = deadly
+
+
+def little_patience(module):
+    module.PICTURE_SECONDS = float(os.environ["PLANTED_PICTURE_SECONDS"])
+
+
+def failing_writes(module):
+    """Of objects of parts, in the middle of each."""
+    write = module._write_file
+
+    def failing(path, blocks):
+        folders = path.parts[:-1]
+        if "stats" in folders or not ("c" in folders or path.parent.name == "parts"):
+            return write(path, blocks)
+        time.sleep(float(os.environ["PLANTED_WRITE_SECONDS"]))
+        return write(path, broken(blocks, getattr(errno, next_outcome("PLANTED_WRITES"), 0)))
+
+    module._write_file = failing
+
+
+def broken(blocks, number):
+    for block in blocks:
+        yield block
+        if number:
+            raise OSError(number, os.strerror(number))
+
+
+def deadly_loads(module):
+    load = module.load_teacher
+
+    def deadly(*arguments, **named):
+        outcome = next_outcome("PLANTED_LOADS")
+        if outcome.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, outcome))
+        return load(*arguments, **named)
+
+    module.load_teacher = deadly
+
+
+def next_outcome(variable):
+    """The first of the words in the file that a variable names, which is taken from it; empty where none is left."""
+    with Path(os.environ[variable]).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        word, _, others = file.read().partition(" ")
+        file.seek(0)
+        file.write(others)
+        file.truncate()
+    return word
+
+
+sys.meta_path.insert(0, Planting("eupe.corpus.decode", deadly_pictures))
+if "PLANTED_PICTURE_SECONDS" in os.environ:
+    sys.meta_path.insert(0, Planting("eupe.extract.load", little_patience))
+if "PLANTED_WRITES" in os.environ:
+    sys.meta_path.insert(0, Planting("eupe.place", failing_writes))
+if "PLANTED_LOADS" in os.environ:
+    sys.meta_path.insert(0, Planting("eupe.teachers.teacher", deadly_loads))
