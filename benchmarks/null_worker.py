@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 
-from eupe.extract.actors import ExtractActor, Whereabouts
+from eupe.extract.actors import ExtractActor, Whereabouts, this_process
 from eupe.extract.plan import PartTask, Stretch
 from eupe.place import Place
 from eupe.store.layout import StoreSpec
@@ -27,7 +25,7 @@ class NullActor(ExtractActor):
 
     def prepare(self, targets: Sequence[tuple[int, Place]]) -> Whereabouts:
         self._writer = StoreWriter(targets[0][1], threads=1)
-        return Whereabouts(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid())
+        return Whereabouts(socket.gethostname(), this_process())
 
     def run(self, stretch: Stretch, killers: Mapping[str, str], careful: bool) -> int:
         ((_, task),) = stretch.tasks

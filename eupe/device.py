@@ -42,7 +42,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a device, or the machine, had no room for what was asked."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words)
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

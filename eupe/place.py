@@ -148,7 +148,7 @@ class Place:
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{self / name} does not exist") from error
             except OSError as error:
-                raise StorageError(f"{self / name} cannot be read: {error}") from error
+                raise storage_error(error, self / name, "read") from error
         for end in (start + length, None):  # tensorstore takes no range that goes beyond the end, but an open one
             try:
                 result = self._objects.read(name, byte_range=slice(start, end)).result()
@@ -385,8 +385,11 @@ REFUSED = re.compile(
     r"PERMISSION_DENIED|UNAUTHENTICATED|http_response_code='40[13]'|InvalidAccessKeyId|Failed to get credentials"
 )
 UNANSWERED = re.compile(r"CURL error|retry attempts failed|UNAVAILABLE|DEADLINE_EXCEEDED")
-OUTAGES = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENETDOWN}
-"""What the system says of a disk of another machine that is away for a while."""
+OUTAGES = {errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENETDOWN}
+"""What the system says of a disk of another machine that is away for a while; and EIO, of writing: of reading it may be
+the one file that is bad for ever."""
+OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+"""In tensorstore's messages."""
 
 
 def is_outage(error: Exception) -> bool:
@@ -403,7 +406,9 @@ def storage_error(error: Exception, where: Place | Path, verb: str = "written") 
             f"no space left while writing {where}; the parts committed before are whole: free some space and run the "
             "same command again"
         )
-    lost = isinstance(error, OSError) and error.errno in OUTAGES
+    outages = OUTAGES | {errno.EIO} if verb == "written" else OUTAGES
+    code = error.errno if isinstance(error, OSError) else OS_ERROR.search(text)
+    lost = (int(code[1]) if isinstance(code, re.Match) else code) in outages
     if "://" in str(where):
         lost = UNANSWERED.search(text) is not None and not REFUSED.search(text) and "NoSuchBucket" not in text
         text = _server_words(text)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from eupe.corpus.tables import read_row
-from eupe.errors import CorpusError, StorageError
-from eupe.place import Place
+from eupe.errors import CorpusError, OutageError, StorageError
+from eupe.place import Place, storage_error
 
 PLACE_COLUMNS = ("file", "start", "length")
 """Of an index: the fields of `Inside`, null for a picture that is a file of its own."""
@@ -39,18 +40,21 @@ def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
 
     Args:
         inside: None for a picture that is a file of its own, called as its key says.
-    Raises: CorpusError if the picture cannot be read; StorageError if an object store serves nothing at all.
+    Raises: CorpusError if the picture cannot be read; StorageError if an object store serves nothing at all, and
+        OutageError if the disk that it should be on is away.
     """
-    if inside is None and root.is_local and (path := root.local / key).exists() and not path.is_file():
-        raise CorpusError(f"{path} is a pipe, a device or a folder, not a file")
     try:
         if inside is None:
+            _require_file(root, key)
             return root.read(key)
         if inside.length is None:
             return read_row(root, inside.file, inside.start)
         data = root.read_range(inside.file, inside.start, inside.length)
     except FileNotFoundError as error:
+        _require_root(root)
         raise CorpusError(str(error)) from error
+    except OutageError:
+        raise
     except StorageError as error:
         if root.is_local:
             raise CorpusError(str(error)) from error
@@ -60,3 +64,24 @@ def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
             f"{root / inside.file} ends before byte {inside.start + inside.length}, where {key} would end"
         )
     return data
+
+
+def _require_file(root: Place, key: str) -> None:
+    """Raises: CorpusError; OutageError."""
+    if not root.is_local:
+        return
+    path = root.local / key
+    try:
+        if path.exists() and not path.is_file():
+            raise CorpusError(f"{path} is a pipe, a device or a folder, not a file")
+    except OSError as error:
+        raise storage_error(error, path, "read") from error
+
+
+def _require_root(root: Place) -> None:
+    """A picture may be gone; where all are, their disk is.
+
+    Raises: OutageError.
+    """
+    if root.is_local and not (root.local.is_dir() and any(root.local.iterdir())):
+        raise OutageError(f"{root} is gone from {socket.gethostname()}, or empty; mount it again")

@@ -44,14 +44,24 @@ DEFAULT_BATCH = 16
 COMPARED_VIEWS = 8
 
 
+Process = tuple[str, int]
+"""Ray's name of a machine, of which several may be on one host, and the number of a process there."""
+
+
 @dataclass(frozen=True)
 class Whereabouts:
     """Which process an actor is, now."""
 
     host: str
-    node: str
-    """Ray's name of the machine; several may be on one host."""
-    pid: int
+    process: Process
+
+    @property
+    def node(self) -> str:
+        return self.process[0]
+
+
+def this_process() -> Process:
+    return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
 class JobActors:
@@ -148,9 +158,18 @@ class JobActors:
         """Start actors on what has come to the cluster; those that are new."""
         if self._shared.workers is not None or self._shared.ray_address is None:
             return []
-        new = [self._start_actor() for _ in range(self._placed()[0] - len(self.handles))]
+        try:
+            places = self._placed()[0]
+        except ConfigError:  # what there is now has no room for one
+            return []
+        new = [self._start_actor() for _ in range(places - len(self.handles))]
         self.handles.extend(new)
         return new
+
+    def dismiss(self, actor: Any) -> None:
+        """Give its place back."""
+        self.handles.remove(actor)
+        ray.kill(actor)
 
     def _placed(self) -> tuple[int, int, float]:
         nodes = [Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
@@ -210,7 +229,7 @@ def place_workers(nodes: Sequence[Node], workers: int | None, gpus_per_worker: f
         by_gpu = int(node.gpus / num_gpus + 1e-6) if num_gpus else node.cpus
         return min(node.cpus // cpus, by_gpu)
 
-    for cpus in range(max(node.cpus for node in nodes), 0, -1):
+    for cpus in range(max((node.cpus for node in nodes), default=0), 0, -1):
         if sum(places(node, cpus) for node in nodes) >= num_workers:
             return num_workers, cpus, num_gpus
     raise ConfigError(
@@ -235,8 +254,8 @@ class ExtractActor:
         self._loaded: dict[int, Teacher] = {}
         self._worker: Worker | None = None
 
-    def pid(self) -> int:
-        return os.getpid()
+    def process(self) -> Process:
+        return this_process()
 
     def _teacher(self, i: int) -> Teacher:
         if i not in self._loaded:
@@ -280,8 +299,10 @@ class ExtractActor:
             noted: dict[str, Any] = {"batch_size": asked or fastest_batch(teacher, spec.sizes)}
             if teacher.dtype != torch.float32:
                 pixels = self._some_views(self._computer(i, spec), task)
-                if len(pixels):
-                    noted["cosine_to_fp32"] = cosine_to_fp32(teacher, pixels)
+                if cosines := cosine_to_fp32(teacher, pixels):
+                    noted["cosine_to_fp32"] = cosines
+            if teacher.device.type == "cuda":
+                torch.cuda.empty_cache()  # of the largest batch, for workers that share the device
             return noted
 
     def _without_killers(self, task: PartTask, spec: StoreSpec) -> PartTask:
@@ -308,7 +329,7 @@ class ExtractActor:
             if self._worker is None:
                 computers = [self._computer(i, open_store(store).spec) for i, store in targets]
                 self._worker = Worker(computers, [store for _, store in targets])
-        return Whereabouts(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid())
+        return Whereabouts(socket.gethostname(), this_process())
 
     def run(self, stretch: Stretch, killers: Mapping[str, str], careful: bool) -> int:
         """See `Worker.run`."""
@@ -321,8 +342,13 @@ class ExtractActor:
 
 
 def when_there(actor: Any) -> Any:
-    """A reference to the number of an actor's process: what is asked before it is there (again) fails."""
-    return actor.pid.options(max_task_retries=-1).remote()
+    """A reference to an actor's process: what is asked before it is there (again) fails."""
+    return actor.process.options(max_task_retries=-1).remote()
+
+
+def first_line(error: Exception) -> str:
+    """Of what it says, if it says anything."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def get(reference: Any) -> Any:
@@ -348,4 +374,4 @@ def get_loaded(reference: Any) -> Any:
             raise error.cause from None
         raise TeacherError(f"the teacher cannot be loaded: {type(error.cause).__name__}: {error.cause}") from error
     except ray.exceptions.RayError as error:
-        raise WorkerDiedError(f"a worker died while it loaded the teacher: {str(error).splitlines()[0]}") from error
+        raise WorkerDiedError(f"a worker died while it loaded the teacher: {first_line(error)}") from error

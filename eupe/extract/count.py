@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from eupe.device import is_out_of_memory
 from eupe.store.stats import Counted, Moments
 
 FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
@@ -19,8 +21,22 @@ FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 def counter(device: torch.device) -> Callable[[NDArray[Any]], Counted]:
     """What takes a part's statistics: a GPU that is good at float64, else the CPU."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) in FAST_FLOAT64:
-        return partial(count_on, device=device)
+        return partial(_count_where_there_is_room, device=device)
     return Counted.of
+
+
+_one_at_a_time = threading.Lock()
+
+
+def _count_where_there_is_room(tokens: NDArray[Any], device: torch.device) -> Counted:
+    """On the device, which the teacher shares, or else on the CPU."""
+    try:
+        with _one_at_a_time:
+            return count_on(tokens, device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return Counted.of(tokens)
 
 
 def limit_blas() -> None:

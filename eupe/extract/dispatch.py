@@ -18,7 +18,17 @@ import pyarrow as pa
 import ray
 
 from eupe.errors import EupeError, IncompleteError, OutageError, WorkerDiedError
-from eupe.extract.actors import MAX_LOADS, STRETCHES_IN_FLIGHT, JobActors, Whereabouts, get_loaded, when_there
+from eupe.extract.actors import (
+    MAX_LOADS,
+    STRETCHES_IN_FLIGHT,
+    JobActors,
+    Process,
+    Whereabouts,
+    first_line,
+    get_loaded,
+    when_there,
+)
+from eupe.extract.isolate import ENDLESS
 from eupe.extract.load import PICTURE_SECONDS, StuckError
 from eupe.extract.plan import PartTask, Stretch, plan_stretches
 from eupe.stopping import stop_signals
@@ -81,8 +91,11 @@ class Hand:
     ready: bool = False
     """Its teachers are loaded."""
     failed_loads: int = 0
-    condemned: int | None = None
-    """Process that was told to die."""
+    condemned: Process | None = None
+    """Told to die."""
+    load_at: float | None = None
+    """When to load again, where the storage did not answer."""
+    outage_since: float | None = None
     running: dict[Any, Work] = field(default_factory=dict)
     views: int = 0
     """Of what is under way."""
@@ -126,6 +139,7 @@ class Dispatch:
         self._failed: Counter[str] = Counter()
         """Samples by node, of what is committed."""
         self._asked_at = 0.0
+        self._any_was_ready = False
         self.began = time.monotonic()
         """When the first worker had its teachers loaded."""
 
@@ -144,6 +158,7 @@ class Dispatch:
             if not running and (stop_asked() or not self._has_work()):
                 return
             self._wait(running)
+            self._load_after_outages()
             self._ask_progress()
             on_status(self._status())
             if time.monotonic() - grown > GROW_SECONDS:
@@ -165,6 +180,12 @@ class Dispatch:
             else:
                 self._settle(running[reference], reference)
 
+    def _load_after_outages(self) -> None:
+        for hand in self._hands:
+            if hand.load_at is not None and hand.load_at <= time.monotonic():
+                hand.load_at = None
+                self._load(hand)
+
     def _hire(self, actor: Any) -> None:
         hand = Hand(actor)
         self._hands.append(hand)
@@ -179,34 +200,45 @@ class Dispatch:
     def _begin_load(self, hand: Hand, reference: Any) -> None:
         """Raises: WorkerDiedError."""
         try:
-            pid = get_loaded(reference)
+            process: Process = get_loaded(reference)
         except WorkerDiedError as error:
             self._note_failed_load(hand, error)
             return
-        if pid == hand.condemned:
+        if process == hand.condemned:
             time.sleep(POLL_SECONDS)
             self._load(hand)
             return
         self._loading[hand.actor.prepare.remote(self._targets)] = hand
 
     def _welcome(self, hand: Hand, reference: Any) -> None:
-        """Raises: TeacherError, and whatever else no worker would escape."""
+        """Raises: what none of the workers has escaped so far; once one has, a failure is that worker's own."""
         try:
             where: Whereabouts = get_loaded(reference)
-        except WorkerDiedError as error:
+        except OutageError as error:
+            now = time.monotonic()
+            hand.outage_since = hand.outage_since or now
+            if now - hand.outage_since > OUTAGE_SECONDS:
+                raise error
+            hand.load_at = now + OUTAGE_PAUSES[-1]
+            return
+        except EupeError as error:
+            if not self._any_was_ready and not isinstance(error, WorkerDiedError):
+                raise
             self._note_failed_load(hand, error)
             return
-        if not any(other.where for other in self._hands):
+        if not self._any_was_ready:
+            self._any_was_ready = True
             self.began = time.monotonic()
-        hand.where, hand.ready, hand.failed_loads, hand.condemned = where, True, 0, None
+        hand.where, hand.ready, hand.failed_loads, hand.condemned, hand.outage_since = where, True, 0, None, None
 
-    def _note_failed_load(self, hand: Hand, error: WorkerDiedError) -> None:
+    def _note_failed_load(self, hand: Hand, error: EupeError) -> None:
         """Raises: the error, if no worker is left."""
         hand.failed_loads += 1
         if hand.failed_loads < MAX_LOADS:
             self._load(hand)
             return
         self._hands.remove(hand)
+        self._actors.dismiss(hand.actor)
         if not self._hands:
             raise error
 
@@ -220,19 +252,27 @@ class Dispatch:
         return True
 
     def _hand_out(self, hand: Hand, stop_asked: Callable[[], bool]) -> None:
+        """What has cost a worker is done by one that has nothing else, lest its neighbour is blamed, too."""
         while hand.ready and len(hand.running) < STRETCHES_IN_FLIGHT and not stop_asked():
-            work = self._next()
+            if any(work.deaths for work in hand.running.values()):
+                return
+            work = self._next(idle=not hand.running)
             if work is None:
                 return
             careful = work.deaths > 0
             hand.running[hand.actor.run.remote(work.stretch, work.killers, careful)] = work
 
-    def _next(self) -> Work | None:
+    def _next(self, *, idle: bool) -> Work | None:
+        """For a worker; one that is not idle waits while there is something that takes an idle one."""
         now = time.monotonic()
-        due = next((work for work in self._again if work.not_before <= now), None)
-        if due is not None:
-            self._again.remove(due)
-            return due
+        due = [work for work in self._again if work.not_before <= now]
+        suspect = next((work for work in due if work.deaths), None)
+        if suspect is not None and not idle:
+            return None
+        if due:
+            work = suspect or due[0]
+            self._again.remove(work)
+            return work
         upcoming = next(self._todo, None)
         return None if upcoming is None else Work(upcoming)
 
@@ -247,7 +287,8 @@ class Dispatch:
         except ray.exceptions.RayError as error:
             if hand.condemned is None:
                 work.deaths += 1
-                work.reason = f"the worker died: {str(error).splitlines()[0]}"
+                work.reason = f"the worker died: {first_line(error)}"
+            work.outage_since, work.num_outages = None, 0
             if hand.ready:
                 self._load(hand)
             self._redo(hand, work)
@@ -268,9 +309,10 @@ class Dispatch:
         if isinstance(cause, EupeError):
             raise cause
         work.deaths += 1
+        work.outage_since, work.num_outages = None, 0
         if isinstance(cause, StuckError):
-            work.killers[cause.key] = f"its decoder does not come to an end ({PICTURE_SECONDS:g} s)"
-            work.reason = f"{cause.key}: its decoder does not come to an end"
+            work.killers[cause.key] = f"{ENDLESS} ({PICTURE_SECONDS:g} s)"
+            work.reason = f"{cause.key}: {ENDLESS}"
         else:
             work.reason = f"{type(cause).__name__}: {cause}"
         self._replace(hand)
@@ -279,8 +321,8 @@ class Dispatch:
     def _replace(self, hand: Hand) -> None:
         """A process that has failed is not asked again."""
         assert hand.where is not None
-        if hand.condemned is None:
-            hand.condemned = hand.where.pid
+        if hand.condemned is None and hand.ready:
+            hand.condemned = hand.where.process
             ray.kill(hand.actor, no_restart=False)
             self._load(hand)
 

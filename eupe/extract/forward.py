@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from eupe.device import is_out_of_memory
-from eupe.encoder import Tokens
 from eupe.errors import TeacherError
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
 from eupe.store.precision import FP16_MAX
@@ -26,26 +28,43 @@ TRIALS = 2
 
 @dataclass(frozen=True)
 class Halves:
-    """One array's float16 tokens of a batch, perhaps still on their way from the device, and what was amiss."""
+    """One array's float16 tokens of some views of a batch, maybe still on their way from the device."""
 
     path: str
+    start: int
+    """Place of the first of these views in the batch."""
     tokens: Tensor
     num_clipped: Tensor
     num_nonfinite: Tensor
 
 
-@dataclass(frozen=True)
-class Pending:
+class Pending(Protocol):
     """A batch that the device works on."""
 
-    halves: tuple[Halves, ...]
-    done: torch.cuda.Event | None
-
-    def wait(self) -> tuple[Halves, ...]:
+    def wait(self) -> list[Halves]:
         """Once they have arrived in the host's memory."""
-        if self.done is not None:
-            self.done.synchronize()
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """Begun; its copies to the host come one after the other."""
+
+    halves: list[Halves]
+    done: torch.cuda.Event
+
+    def wait(self) -> list[Halves]:
+        self.done.synchronize()
         return self.halves
+
+
+@dataclass(frozen=True)
+class OnCpu:
+    """On one of the cores."""
+
+    future: Future[list[Halves]]
+
+    def wait(self) -> list[Halves]:
+        return self.future.result()
 
 
 class Forward:
@@ -56,50 +75,76 @@ class Forward:
         self._spec = spec
         self.batch_size = batch_size
         """Of the next batch; halved when the device runs out of memory."""
+        self._on_gpu = teacher.device.type == "cuda"
+        self.batches_at_once = 1 if self._on_gpu else torch.get_num_threads()
+        """How many are begun before one is waited for, so that the device always has work."""
+        self._cores = None if self._on_gpu else single_threads(self.batches_at_once)
 
     def begin(self, views: Sequence[dict[int, NDArray[np.uint8]]]) -> Pending:
-        """Start the work on views, given by size; on a GPU without waiting for its end.
+        """Start the work on views, given by size, without waiting for its end.
 
-        Raises: TeacherError if there is no memory for a single view.
+        Raises: TeacherError, here or when it is waited for, if there is no memory for a single view.
         """
-        on_gpu = self.teacher.device.type == "cuda"
-        halves = []
+        if self._cores is not None:
+            return OnCpu(self._cores.submit(self._tokens, views))
+        halves = self._tokens(views)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self.teacher.device))
+        return OnGpu(halves, done)
+
+    def _tokens(self, views: Sequence[dict[int, NDArray[np.uint8]]]) -> list[Halves]:
+        halves: list[Halves] = []
         for size, grid in zip(self._spec.sizes, self._spec.grids, strict=True):
             pixels = torch.from_numpy(np.stack([view[size] for view in views]))
-            tokens = self._tokens(pixels.pin_memory() if on_gpu else pixels)
-            for kind in self._spec.tokens:
-                values = tokens.summary if kind == SUMMARY else pool_cells(tokens.dense, grid)
-                assert values is not None
-                halves.append(_to_host(_halves(feature_path(size, kind), values)))
-        done = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
-        if done is not None:
-            done.record(torch.cuda.current_stream(self.teacher.device))
-        return Pending(tuple(halves), done)
+            halves += self._pieces(pixels.pin_memory() if self._on_gpu else pixels, size, grid)
+        return halves
 
-    def _tokens(self, pixels: Tensor) -> Tokens:
-        """Of [B, S, S, 3], in pieces that fit into memory."""
-        while True:
+    def _pieces(self, pixels: Tensor, size: int, grid: int) -> list[Halves]:
+        """Of [B, S, S, 3], piece by piece as they fit into memory."""
+        halves: list[Halves] = []
+        start = 0
+        while start < len(pixels):
+            piece = pixels[start : start + self.batch_size]
             try:
-                pieces = [self.teacher(piece) for piece in torch.split(pixels, self.batch_size)]
+                halves += self._halves(piece, start, size, grid)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.batch_size == 1:
+                if len(piece) == 1:
                     raise TeacherError(
-                        f"{self.teacher.spec.name} does not fit a single view of {pixels.shape[1]} px into the memory "
-                        f"of {self.teacher.device}; give a smaller --size, or a device with more memory"
+                        f"{self.teacher.spec.name} does not fit a single view of {size} px into the memory of "
+                        f"{self.teacher.device}; give a smaller --size, or a device with more memory"
                     ) from error
             else:
-                break
-            self.batch_size = -(-min(self.batch_size, len(pixels)) // 2)
+                start += len(piece)
+                continue
+            self.batch_size = -(-len(piece) // 2)
             if self.teacher.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if len(pieces) == 1:
-            return pieces[0]
-        summaries = [piece.summary for piece in pieces if piece.summary is not None]
-        return Tokens(
-            summary=torch.cat(summaries) if summaries else None, dense=torch.cat([piece.dense for piece in pieces])
-        )
+        return halves
+
+    def _halves(self, pixels: Tensor, start: int, size: int, grid: int) -> list[Halves]:
+        tokens = self.teacher(pixels)
+        halves = []
+        for kind in self._spec.tokens:
+            values = tokens.summary if kind == SUMMARY else pool_cells(tokens.dense, grid)
+            assert values is not None
+            halves.append(Halves(feature_path(size, kind), start, *map(_to_host, _as_halves(values))))
+        return halves
+
+
+def single_threads(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one core each.
+
+    On a CPU whole batches run side by side: where one is split over all cores they wait for each other after every
+    operation, and each time for whatever else a core has to do, such as decoding.
+    """
+
+    def limit() -> None:
+        torch.get_num_threads()  # which sets this thread's number for the first time
+        ThreadpoolController().select(user_api="openmp").limit(limits=1)
+
+    return ThreadPoolExecutor(count, initializer=limit)
 
 
 def pool_cells(dense_BhwD: Tensor, grid: int) -> Tensor:
@@ -110,27 +155,30 @@ def pool_cells(dense_BhwD: Tensor, grid: int) -> Tensor:
     return pooled.movedim(1, -1)
 
 
-def _halves(path: str, values: Tensor) -> Halves:
-    """float32 tokens as float16, what does not fit clipped, what is not finite NaN."""
+def _as_halves(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 tokens as float16, what does not fit clipped, what is not finite NaN; and how many of each there were."""
     finite = values.isfinite()
     clipped = values.clamp(-FP16_MAX, FP16_MAX)
     tokens = torch.where(finite, clipped, torch.nan).to(torch.float16)
-    return Halves(path, tokens, ((clipped != values) & finite).sum(), (~finite).sum())
+    return tokens, ((clipped != values) & finite).sum(), (~finite).sum()
 
 
-def _to_host(halves: Halves) -> Halves:
-    if halves.tokens.device.type == "cpu":
-        return halves
-
-    def pinned(values: Tensor) -> Tensor:
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        return host.copy_(values, non_blocking=True)
-
-    return Halves(halves.path, *map(pinned, (halves.tokens, halves.num_clipped, halves.num_nonfinite)))
+def _to_host(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
 
 
 def fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
     """The power of two beyond which this device makes hardly more views per second, or has no memory."""
+    if teacher.device.type == "cuda":
+        return _fastest_batch(teacher, sizes)
+    with single_threads(1) as core:
+        return core.submit(_fastest_batch, teacher, sizes).result()
+
+
+def _fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
     best, best_rate, batch = FIRST_BATCH, 0.0, FIRST_BATCH
     while batch <= LARGEST_BATCH:
         try:
@@ -153,12 +201,22 @@ def _seconds(teacher: Teacher, sizes: Sequence[int], batch: int) -> float:
 
 
 def cosine_to_fp32(teacher: Teacher, pixels: Tensor) -> dict[str, float]:
-    """The least cosine of each kind of token to the same teacher's in float32, over some views [B, S, S, 3]."""
-    exact = replace(teacher, dtype=torch.float32)(pixels)
-    fast = teacher(pixels)
-    pairs = {SUMMARY: (exact.summary, fast.summary), DENSE: (exact.dense, fast.dense)}
-    return {
-        kind: torch.nn.functional.cosine_similarity(a, b, dim=-1).min().item()
-        for kind, (a, b) in pairs.items()
-        if a is not None and b is not None
-    }
+    """The least cosine of each kind of token to the same teacher's in float32, view by view over [B, S, S, 3].
+
+    Returns: nothing, where there are no views, or no memory for one in float32.
+    """
+    exactly = replace(teacher, dtype=torch.float32)
+    least: dict[str, float] = {}
+    try:
+        for view in pixels[:, None]:
+            exact, fast = exactly(view), teacher(view)
+            pairs = {SUMMARY: (exact.summary, fast.summary), DENSE: (exact.dense, fast.dense)}
+            for kind, (a, b) in pairs.items():
+                if a is not None and b is not None:
+                    cosines = torch.nn.functional.cosine_similarity(a, b, dim=-1).nan_to_num(nan=-1.0)
+                    least[kind] = min(least.get(kind, 1.0), cosines.min().item())
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return {}
+    return least

@@ -28,16 +28,19 @@ from eupe.place import Place
 
 CHILD_BYTES = 8 * 2**30
 """Address space of a child: a picture that takes more would kill the worker, or its neighbours."""
+ENDLESS = "its decoder does not come to an end"
 
 
 def find_killers(samples: Sequence[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]) -> dict[str, str]:
     """Key to reason, of the pictures that no process survives; all others are only decoded.
 
+    A picture is accused when a child dies of it, and found guilty when another dies of it alone.
+
     Raises: RuntimeError if children die before they begin.
     """
     if not samples:
         return {}
-    count = min(len(samples), os.cpu_count() or 1)
+    count = min(len(samples), os.cpu_count() or 1, load.MAX_DECODE_THREADS)
     slices = [samples[i * len(samples) // count : (i + 1) * len(samples) // count] for i in range(count)]
     with ThreadPoolExecutor(count) as pool:
         found = pool.map(lambda some: _killers_of(list(some), root, views, sizes), slices)
@@ -52,7 +55,12 @@ def _killers_of(samples: list[Sample], root: Place, views: ViewSpec, sizes: Sequ
             break
         if named is None:
             raise RuntimeError(f"the process that looks for pictures that kill cannot start: {reason}")
-        killers[samples[named].key] = reason
+        accused = samples[named]
+        in_time = not reason.startswith(ENDLESS)
+        if in_time:
+            _, reason = _run_child([accused], root, views, sizes)
+        if reason is not None:
+            killers[accused.key] = reason
         samples = samples[named + 1 :]
     return killers
 
@@ -68,7 +76,7 @@ def _run_child(
         "sizes": list(sizes),
     }
     with subprocess.Popen(
-        [sys.executable, "-m", "eupe.extract.isolate"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        [sys.executable, "-m", "eupe.extract.isolate"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdin is not None and child.stdout is not None
         try:
@@ -81,7 +89,7 @@ def _run_child(
             child.kill()
         code = child.wait()
     if not in_time:
-        return named, f"its decoder does not come to an end ({load.PICTURE_SECONDS:g} s)"
+        return named, f"{ENDLESS} ({load.PICTURE_SECONDS:g} s)"
     if code == 0:
         return named, None
     return named, f"it kills the process that decodes it ({_how_it_died(code)})"

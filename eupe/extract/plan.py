@@ -176,6 +176,9 @@ def part_task(spec: StoreSpec, samples: pa.Table, part: int) -> PartTask:
 def plan_stretches(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence[Collection[int]]) -> Iterator[Stretch]:
     """What is still to be made of several stores of the same samples, in order: parts that share some go together.
 
+    Where stores were extended at different times their parts overlap like shingles; then a stretch ends all the same
+    when it is as long as the largest part, and a few samples are in two.
+
     Args:
         samples: the index of all of them.
         done: of each store, the parts whose commit file exists.
@@ -187,12 +190,15 @@ def plan_stretches(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence
         if part not in finished
     ]
     missing.sort(key=lambda item: (item[0].start, item[1]))
+    longest = max(spec.samples_per_part for spec in specs)
     group: list[tuple[int, int]] = []
-    end = 0
+    start = end = 0
     for rows, store, part in missing:
-        if group and rows.start >= end:
+        if group and rows.start >= min(end, start + longest):
             yield _stretch(specs, samples, group)
             group = []
+        if not group:
+            start = rows.start
         group.append((store, part))
         end = max(end, rows.stop)
     if group:

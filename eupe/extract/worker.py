@@ -7,6 +7,7 @@ until they are written.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Computer:
 class PartInMaking:
     """A part that takes samples one by one, in order, and hands them to the teacher batch by batch.
 
-    On a GPU a batch is fetched when the next one has been begun, so that the device always has work.
+    A batch is fetched when the next ones have been begun, so that the device always has work.
     """
 
     def __init__(self, computer: Computer, task: PartTask) -> None:
@@ -74,7 +75,7 @@ class PartInMaking:
         self._forward = computer.forward
         self._size = computer.forward.batch_size
         self._batch: list[RenderedView] = []
-        self._pending: tuple[list[RenderedView], Pending] | None = None
+        self._pending: deque[tuple[list[RenderedView], Pending]] = deque()
 
     def add(self, sample: LoadedSample) -> None:
         """The next sample of the part."""
@@ -86,26 +87,29 @@ class PartInMaking:
             if len(self._batch) == self._size:
                 self._begin()
 
-    def finish(self) -> Part:
-        """Once all samples have been added."""
+    def flush(self) -> None:
+        """Begin the last batch, once all samples have been added: another part may have the teacher then."""
         if self._batch:
             self._begin()
-        self._fetch()
+
+    def finish(self) -> Part:
+        """Once all samples have been added."""
+        self.flush()
+        self._fetch(but=0)
         return self.buffers.part()
 
     def _begin(self) -> None:
-        begun = self._batch, self._forward.begin([view.pixels for view in self._batch])
-        self._fetch()
-        self._pending, self._batch = begun, []
+        self._pending.append((self._batch, self._forward.begin([view.pixels for view in self._batch])))
+        self._batch = []
+        self._fetch(but=self._forward.batches_at_once)
 
-    def _fetch(self) -> None:
-        if self._pending is None:
-            return
-        views, pending = self._pending
-        for halves in pending.wait():
-            self.buffers.put(views, halves)
-        self.views_done += len(views)
-        self._pending = None
+    def _fetch(self, *, but: int) -> None:
+        """The oldest batches; all but so many."""
+        while len(self._pending) > but:
+            views, pending = self._pending.popleft()
+            for halves in pending.wait():
+                self.buffers.put(views[halves.start : halves.start + len(halves.tokens)], halves)
+            self.views_done += len(views)
 
 
 class Progress:
@@ -123,10 +127,6 @@ class Progress:
         with self._lock:
             for store, task in stretch.tasks:
                 self._counts.pop((store, task.index), None)
-
-    def num_failed(self, stretch: Stretch) -> int:
-        with self._lock:
-            return sum(self._counts[store, task.index][1] for store, task in stretch.tasks)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -157,9 +157,10 @@ class Worker:
         first = computers[0]
         ahead = max(computer.samples_ahead for computer in computers)
         self._loader = Loader(first.root, first.views, [computer.spec for computer in computers], ahead=ahead)
-        self._turn = threading.Lock()
+        self._turn, self._searching = threading.Lock(), threading.Lock()
         self._commits = ThreadPoolExecutor(len(computers))
         self._committing: list[Future[None] | None] = [None] * len(computers)
+        self._commit_turns = [threading.Lock() for _ in computers]
 
     def run(self, stretch: Stretch, *, killers: Mapping[str, str] | None = None, careful: bool = False) -> int:
         """Compute and commit the parts of a stretch.
@@ -177,23 +178,26 @@ class Worker:
         if careful:
             first = self._computers[0]
             others = [sample for sample in samples if sample.key not in known]
-            known |= find_killers(others, first.root, first.views, self._sizes)
+            with self._searching:
+                known |= find_killers(others, first.root, first.views, self._sizes)
         loaded = self._loader.load(samples, killers=known, one_by_one=careful)
         try:
             with self._turn:
-                commits = self._compute(stretch, zip(placed, loaded, strict=True))
-            for commit in commits:
+                commits, ended = self._compute(stretch, zip(placed, loaded, strict=True))
+            commits += [self._commit(store, making) for store, making in ended.items()]
+            for commit, _ in commits:
                 commit.result()
-            return self.progress.num_failed(stretch)
+            return sum(num_failed for _, num_failed in commits)
         finally:
             self.progress.forget(stretch)
 
     def _compute(
         self, stretch: Stretch, samples: Iterable[tuple[tuple[int, Sample], LoadedSample]]
-    ) -> list[Future[None]]:
-        """The commits of all parts, begun."""
+    ) -> tuple[list[tuple[Future[None], int]], dict[int, PartInMaking]]:
+        """Commits that have begun; and of each store the last part, whose last batches the teacher still has."""
         commits = []
         making: dict[int, PartInMaking] = {}
+        ended: dict[int, PartInMaking] = {}
         for (place, _), sample in samples:
             for store, task in stretch.tasks:
                 if not task.start <= place < task.stop:
@@ -203,18 +207,22 @@ class Worker:
                 making[store].add(sample)
                 self.progress.note(store, making[store])
                 if place + 1 == task.stop:
-                    part = making[store].finish()
-                    self.progress.note(store, making.pop(store))
-                    commits.append(self._commit(store, part))
-        return commits
+                    if store in ended:
+                        commits.append(self._commit(store, ended.pop(store)))
+                    ended[store] = making.pop(store)
+                    ended[store].flush()
+        return commits, ended
 
-    def _commit(self, store: int, part: Part) -> Future[None]:
-        """Begun once the store's part before is written, so that no more than one waits."""
-        if (before := self._committing[store]) is not None:
-            before.exception()
-        commit = self._commits.submit(self._writers[store].commit, part)
-        self._committing[store] = commit
-        return commit
+    def _commit(self, store: int, making: PartInMaking) -> tuple[Future[None], int]:
+        """Begun once the store's part before is written, so that only one waits; and how many samples failed."""
+        part = making.finish()
+        self.progress.note(store, making)
+        with self._commit_turns[store]:
+            if (before := self._committing[store]) is not None:
+                before.exception()
+            commit = self._commits.submit(self._writers[store].commit, part)
+            self._committing[store] = commit
+        return commit, making.buffers.num_failed
 
 
 @dataclass(frozen=True)

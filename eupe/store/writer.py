@@ -395,13 +395,20 @@ def merged_statistics(store: Store) -> tuple[dict[str, Moments], list[dict[str, 
     covered = store.totals.get("num_parts", 0)
     merged = {name: store.merged_moments(name) for name in store.spec.feature_paths} if covered else {}
     facts = []
-    with ThreadPoolExecutor() as pool:
-        recorded = map_ahead(pool, partial(read_part_metadata, store.path), range(store.spec.num_parts), ahead=64)
-        for part, noted in enumerate(recorded):
+    threads = os.cpu_count() or 1
+
+    def recorded(part: int) -> tuple[dict[str, Any], dict[str, Moments]]:
+        noted = read_part_metadata(store.path, part)
+        return noted, _part_moments(store, part, noted) if part >= covered else {}
+
+    with ThreadPoolExecutor(threads) as pool:
+        for part, (noted, of_part) in enumerate(
+            map_ahead(pool, recorded, range(store.spec.num_parts), ahead=2 * threads)
+        ):
             facts.append(noted)
             if part < covered:
                 continue
-            for name, moments in _part_moments(store, part, noted).items():
+            for name, moments in of_part.items():
                 merged[name] = merged[name].merge(moments) if name in merged else moments
             if part + 1 in store.spec.segment_ends[:-1]:
                 merged = {name: moments.as_kept() for name, moments in merged.items()}

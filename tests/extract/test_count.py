@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from eupe.extract import count
 from eupe.extract.count import FAST_FLOAT64, count_on, counter
 from eupe.store.stats import Counted
 
@@ -62,3 +63,20 @@ def test_numpy_multiplies_in_one_thread() -> None:
         "print({i['num_threads'] for i in threadpoolctl.threadpool_info() if 'numpy' in i['filepath']})"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "{1}"
+
+
+def test_a_device_without_room_leaves_the_counting_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Counted:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    values = np.random.default_rng(0).standard_normal((5, 3, 4)).astype(np.float16)
+    monkeypatch.setattr(count, "count_on", full)
+    got, expected = count._count_where_there_is_room(values, CPU), Counted.of(values)
+    assert np.array_equal(got.moments.scatter, expected.moments.scatter) and got.moments.count == 15
+
+    def broken(*_: object, **__: object) -> Counted:
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(count, "count_on", broken)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        count._count_where_there_is_room(values, CPU)

@@ -1,7 +1,8 @@
 """Batches through a teacher: pieces that fit, the batch that pays, the cosine to float32."""
 
+import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ class Cramped:
         return tokens
 
 
+@dataclass(frozen=True)
+class Broken:
+    """Overflows in all arithmetic but float32."""
+
+    dtype: torch.dtype = torch.float16
+
+    def __call__(self, pixels: Tensor) -> Tokens:
+        value = 1.0 if self.dtype == torch.float32 else float("nan")
+        return Tokens(summary=None, dense=torch.full((len(pixels), 1, 1, 4), value))
+
+
 @pytest.fixture(scope="module")
 def teacher(tiny_weights: Path) -> Teacher:
     spec = resolve_teacher(TINY_TEACHER)
@@ -60,18 +72,39 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(teacher: Teacher, tiny
     ours = forward.begin(asked).wait()
     assert forward.batch_size == 2
     theirs = Forward(teacher, tiny_store.spec, batch_size=16).begin(asked).wait()
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.path == other.path and mine.tokens.shape == other.tokens.shape
-        assert torch.allclose(mine.tokens.float(), other.tokens.float(), atol=2e-2)
+    assert [other.start for other in theirs] == [0, 0]
+    for other in theirs:
+        mine = [halves for halves in ours if halves.path == other.path]
+        assert [halves.start for halves in mine] == list(range(0, 13, 2))
+        tokens = torch.cat([halves.tokens for halves in mine])
+        assert tokens.shape == other.tokens.shape
+        assert torch.allclose(tokens.float(), other.tokens.float(), atol=2e-2)
     tried = len(cramped.batches)
-    forward.begin(asked[:4])
+    forward.begin(asked[:4]).wait()
     assert cramped.batches[tried:] == [2, 2], "what did not fit once is not tried again"
+
+
+def test_on_a_cpu_every_batch_has_one_core(teacher: Teacher, tiny_store: Store) -> None:
+    """And as many are under way as there are cores."""
+
+    def counting(pixels: Tensor) -> Tokens:
+        threads.append((threading.get_ident(), torch.get_num_threads()))
+        time.sleep(0.1)
+        return teacher(pixels)
+
+    threads: list[tuple[int, int]] = []
+    cores = torch.get_num_threads()
+    forward = Forward(Cramped(counting), tiny_store.spec, batch_size=4)  # type: ignore[arg-type]
+    for pending in [forward.begin(views(2)) for _ in range(2 * cores)]:
+        pending.wait()
+    assert {number for _, number in threads} == {1} and len({thread for thread, _ in threads}) == cores
+    assert forward.batches_at_once == cores == torch.get_num_threads(), "this thread keeps its own"
 
 
 def test_no_room_for_one_view_is_a_sentence(tiny_store: Store) -> None:
     forward = Forward(Cramped(room=0), tiny_store.spec, batch_size=4)  # type: ignore[arg-type]
     with pytest.raises(TeacherError, match="does not fit a single view of 64 px into the memory of cpu"):
-        forward.begin(views(2))
+        forward.begin(views(2)).wait()
 
 
 def test_other_errors_are_not_taken_for_too_little_memory(tiny_store: Store) -> None:
@@ -80,7 +113,7 @@ def test_other_errors_are_not_taken_for_too_little_memory(tiny_store: Store) -> 
 
     cramped = Cramped(broken)
     with pytest.raises(RuntimeError, match="device-side assert"):
-        Forward(cramped, tiny_store.spec, batch_size=4).begin(views(2))  # type: ignore[arg-type]
+        Forward(cramped, tiny_store.spec, batch_size=4).begin(views(2)).wait()  # type: ignore[arg-type]
     assert cramped.batches == [2]
 
 
@@ -102,5 +135,7 @@ def test_the_batch_grows_while_it_pays_and_fits(device: Cramped, chosen: int, mo
 def test_the_cosine_to_fp32_is_that_of_the_arithmetic(teacher: Teacher) -> None:
     pixels = torch.from_numpy(np.stack([view[TINY_SIZE] for view in views(4)]))
     assert cosine_to_fp32(teacher, pixels) == pytest.approx({"summary": 1.0, "dense": 1.0}, abs=1e-6)
+    assert cosine_to_fp32(teacher, pixels[:0]) == {}
+    assert cosine_to_fp32(Broken(), pixels[:1])["dense"] == -1, "NaN is near nothing"  # type: ignore[arg-type]
     rough = cosine_to_fp32(replace(teacher, dtype=torch.bfloat16), pixels)
     assert all(0.98 < cosine < 1 - 1e-6 for cosine in rough.values())

@@ -10,7 +10,7 @@ from making import TINY_SIZE, TWO_CROPS, make_corpus
 from planting import planted_environment, poison
 
 from eupe.corpus.index import index_folder
-from eupe.extract import load
+from eupe.extract import isolate, load
 from eupe.extract.isolate import find_killers
 from eupe.extract.load import LoadedSample, Loader, StuckError
 from eupe.extract.plan import Sample, samples_of
@@ -66,3 +66,21 @@ def test_a_picture_without_end_is_named(corpus: Path, monkeypatch: pytest.Monkey
     with pytest.raises(StuckError) as caught:
         list(loader.load(samples_of(index.samples)))
     assert caught.value.key == "class1/0004.png"
+
+
+def test_a_picture_is_not_condemned_for_what_came_from_outside(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that was ended for another reason; its picture, alone, does no harm."""
+    real = isolate._run_child
+    ended: list[str] = []
+
+    def ended_once(samples: list[Sample], *rest: Any) -> tuple[int | None, str | None]:
+        if not ended and len(samples) > 1:
+            ended.append(samples[1].key)
+            return 1, "it kills the process that decodes it (signal SIGTERM)"
+        return real(samples, *rest)
+
+    monkeypatch.setattr(isolate, "_run_child", ended_once)
+    poison(corpus / "class2/0005.png", "segfault")
+    index = index_folder(corpus)
+    assert set(find_killers(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE])) == {"class2/0005.png"}
+    assert len(ended) == 1

@@ -163,3 +163,24 @@ def test_what_cannot_share_a_pass_is_refused(tmp_path: Path, tiny_corpus: Path, 
         assert outcome.code == 2
         assert said in " ".join(outcome.err.split())
     assert not list(tmp_path.iterdir())
+
+
+@given(
+    segments=st.lists(st.integers(1, 60), min_size=2, max_size=3),
+    exponents=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+)
+def test_stores_extended_at_different_times_share_short_stretches(
+    segments: list[int], exponents: tuple[int, int]
+) -> None:
+    """Their parts overlap like shingles, which must not make one stretch of all."""
+    specs = [spec_of(segments, 1 << exponents[0]), spec_of([sum(segments)], 1 << exponents[1])]
+    keys = [f"{i:03d}" for i in range(sum(segments))]
+    samples = pa.table({"key": keys, "sha256": keys, "label": keys})
+    stretches = list(plan_stretches(specs, samples, [(), ()]))
+    made = Counter((store, task.index) for stretch in stretches for store, task in stretch.tasks)
+    assert set(made) == {(i, part) for i, spec in enumerate(specs) for part in range(spec.num_parts)}
+    assert set(made.values()) == {1}
+    for stretch in stretches:
+        places = [place for place, _ in stretch.samples]
+        assert places == list(range(places[0], places[-1] + 1))
+        assert len(places) < 2 * max(1 << exponent for exponent in exponents)
