@@ -200,20 +200,21 @@ class Stages:
         return Took.by(self._views, lambda: [None for _ in self._load()])
 
     def forward(self) -> Took:
-        """The teacher, and its tokens as float16: in this thread or another one, whichever is faster.
-
-        Where several threads have had torch's threads at work, those wait for one another asleep, else in busy loops,
-        which is faster on a machine of one's own and much slower on a shared one.
-        """
+        """The teacher, and its tokens as float16, by all cores: a batch on each, or each batch on all of them."""
         views = [{s: v[k] for s, v in sample.views.items()} for sample in self._load() for k in range(VIEWS.num_views)]
         forward, size = self._computer.forward, self._computer.forward.batch_size
+        (side,) = self._computer.spec.sizes
         batches = [views[i : i + size] for i in range(0, len(views), size)]
 
-        def run() -> Took:
-            return Took.by(self._views, lambda: [forward.begin(batch).wait() for batch in batches])
+        def side_by_side() -> None:
+            for pending in [forward.begin(batch) for batch in batches]:
+                pending.wait()
 
-        with ThreadPoolExecutor(1) as other:
-            return min(run(), other.submit(run).result(), key=lambda took: took.wall_s)
+        def one_by_one() -> None:
+            for batch in batches:
+                forward.teacher(torch.from_numpy(np.stack([view[side] for view in batch])))
+
+        return min((Took.by(self._views, run) for run in (side_by_side, one_by_one)), key=lambda took: took.wall_s)
 
     def encode(self) -> Took:
         """Coding, statistics, compression and writing, part by part, by as many threads as there are cores."""
