@@ -118,8 +118,7 @@ def dinov2_in_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def photographs(assets: Path, size: int) -> Tensor:
     """A photograph and its mirror image."""
     image = decode_image((assets / "photos" / "cat" / "0-0.png").read_bytes())
-    box, flip = draw_view(ViewSpec(), "cat", 0, image.width, image.height)
-    view = np.array(render_view(image, box, flip, size))
+    view = np.array(render_view(image, draw_view(ViewSpec(), "cat", 0, image.width, image.height), size))
     return torch.from_numpy(np.stack([view, view[:, ::-1]]))
 
 
