@@ -176,3 +176,15 @@ def test_help_loads_no_heavy_library() -> None:
     code = "import sys, eupe.cli; print({'torch', 'ray', 'zarr', 'timm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_process_ends_with_the_commands_code_and_all_that_it_said() -> None:
+    """Through a pipe, with what was to be done at its exit, and a mistake with its own code."""
+    code = (
+        "import atexit, sys; from eupe.__main__ import run; atexit.register(print, 'at exit'); "
+        "sys.argv[1:] = ['teachers']; run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("at exit\n") and "dinov2-s" in done.stdout
+    wrong = subprocess.run([sys.executable, "-m", "eupe", "teachers", "nobody"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stdout == "" and "nobody" in wrong.stderr
