@@ -119,7 +119,7 @@ class Forward:
                 start += len(piece)
                 continue
             self.batch_size = -(-len(piece) // 2)
-            if self.teacher.device.type == "cuda":
+            if self._on_gpu:
                 torch.cuda.empty_cache()
         return halves
 

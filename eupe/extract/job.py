@@ -103,9 +103,11 @@ def extract_together(
         views_per_s = None
         if unfinished:
             views_per_s = run_parts(actors, unfinished, _common_index(list(unfinished.values())), on_status)
-            stores = [finish_store(store.path) if i in unfinished else store for i, store in enumerate(stores)]
-        for store in stores:
-            remove_leftovers(store)  # also of a driver that was killed when it had just finished the store
+        for i, store in enumerate(stores):
+            if i in unfinished:
+                stores[i] = finish_store(store.path)
+            else:
+                remove_leftovers(store)  # of a driver that was killed when it had just finished the store
     seconds = time.monotonic() - began
     return [
         _report(store, corpus, seconds=seconds, views_per_s=views_per_s if i in unfinished else None)
