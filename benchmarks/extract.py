@@ -46,11 +46,12 @@ from eupe.corpus.index import Corpus, write_index
 from eupe.corpus.views import ViewSpec
 from eupe.device import autocast, compute_dtype, dtype_name, pick_device
 from eupe.extract.actors import STRETCHES_IN_FLIGHT
-from eupe.extract.count import counter, limit_blas
+from eupe.extract.count import counter
 from eupe.extract.forward import fastest_batch
 from eupe.extract.job import ExtractConfig, extract
 from eupe.extract.load import Loader
 from eupe.extract.plan import part_task, plan_stretches, store_spec
+from eupe.extract.process import prepare_process
 from eupe.extract.worker import Computer, Worker
 from eupe.store.writer import Part, StoreWriter, create_store
 from eupe.teachers.resolve import resolve_teacher
@@ -417,7 +418,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     prepare_assets(ASSETS)
-    limit_blas()
+    prepare_process()
     measure, seconds = MEASURES[given.measure]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("eupe", "torch", "transformers", "torchvision", "ray"))
     print(f"{given.measure}: {os.cpu_count()} cores; {libraries}")

@@ -31,9 +31,9 @@ from eupe.corpus.index import Corpus, write_index
 from eupe.device import compute_dtype, pick_device
 from eupe.extract.actors import DEFAULT_BATCH, STRETCHES_IN_FLIGHT
 from eupe.extract.config import ExtractConfig
-from eupe.extract.count import limit_blas
 from eupe.extract.job import extract
 from eupe.extract.plan import Stretch, part_task
+from eupe.extract.process import prepare_process
 from eupe.extract.worker import Computer, Worker
 from eupe.store.layout import bytes_per_view
 from eupe.store.writer import VECTORS_PER_JOB, create_store
@@ -155,7 +155,7 @@ def main() -> None:
     folder = given.folder.absolute() / "memory"
     folder.mkdir(parents=True, exist_ok=True)
     if given.child:
-        limit_blas()
+        prepare_process()
         print(*CHILDREN[given.child[0]](folder, int(given.child[1])))
         return
     prepare_assets(ASSETS)

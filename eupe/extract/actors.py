@@ -23,11 +23,11 @@ from eupe.encoder import WEIGHTS_FILE
 from eupe.errors import ConfigError, CorpusError, EupeError, TeacherError, WorkerDiedError
 from eupe.extract.calibrate import Measured, candidates, measure, sample_task
 from eupe.extract.config import ExtractConfig
-from eupe.extract.count import limit_blas
 from eupe.extract.forward import cosine_to_fp32, fastest_batch
 from eupe.extract.isolate import find_killers
 from eupe.extract.load import StuckError
 from eupe.extract.plan import PartTask, Stretch
+from eupe.extract.process import prepare_process
 from eupe.extract.worker import Computer, Worker
 from eupe.place import Place
 from eupe.store import Store, open_store
@@ -246,7 +246,7 @@ class ExtractActor:
         self, configs: Sequence[ExtractConfig], teachers: Sequence[TeacherSpec], corpus_root: Place, num_cpus: int
     ) -> None:
         torch.set_num_threads(num_cpus)
-        limit_blas()
+        prepare_process()
         self._configs = configs
         self._cards = teachers
         self._corpus_root = corpus_root

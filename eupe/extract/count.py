@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from eupe.device import is_out_of_memory
 from eupe.store.stats import Counted, Moments
@@ -37,15 +36,6 @@ def _count_where_there_is_room(tokens: NDArray[Any], device: torch.device) -> Co
         if not is_out_of_memory(error):
             raise
     return Counted.of(tokens)
-
-
-def limit_blas() -> None:
-    """Let NumPy multiply in the thread that asks.
-
-    The writer's threads each count what they compress; OpenBLAS would start as many again for each, which wait for one
-    another in busy loops.
-    """
-    ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1)
 
 
 def count_on(tokens: NDArray[Any], device: torch.device) -> Counted:

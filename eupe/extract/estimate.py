@@ -22,7 +22,7 @@ from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, StorageError
 from eupe.extract.calibrate import Measured, candidates, measure, sample_task, settle
 from eupe.extract.config import ExtractConfig
-from eupe.extract.count import counter, limit_blas
+from eupe.extract.count import counter
 from eupe.extract.forward import fastest_batch
 from eupe.extract.job import (
     checked_teacher,
@@ -34,6 +34,7 @@ from eupe.extract.job import (
 )
 from eupe.extract.load import LoadedSample
 from eupe.extract.plan import PartTask, shape_of
+from eupe.extract.process import prepare_process
 from eupe.extract.worker import Computer, PartInMaking
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
@@ -308,7 +309,7 @@ def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda 
     spec = wanted_spec(config, card, corpus, weights_sha256="", dtype=dtype_name(dtype))
     on_stage("loading teacher")
     teacher = load_teacher(card, weights=config.weights, device=device, dtype=dtype, sizes=spec.sizes)
-    limit_blas()
+    prepare_process()
     task = sample_task(spec, corpus)
     num_views = len(task.samples) * spec.num_views
     on_stage("decoding and computing")
