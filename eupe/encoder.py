@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import eupe.proxy  # noqa: F401 - its architectures are timm's from here on
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.kinds import DenseKind, SummaryKind
 
@@ -280,9 +281,17 @@ def load_state_dict_strictly(model: nn.Module, state: Mapping[str, Tensor], *, s
 
     Raises: TeacherError with counts and up to three examples of missing, unexpected and wrongly shaped tensors.
     """
+    misfits = find_misfits(model, state)
+    if any(misfits.values()):
+        raise TeacherError(f"the weights in {source} do not fit the model: {describe_misfits(misfits)}")
+    model.load_state_dict(state, strict=True)
+
+
+def find_misfits(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What keeps `state` from being the model's, sorted: "missing", "unexpected", "wrong shape" (with both shapes)."""
     want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     have = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    misfits = {
+    return {
         "missing": sorted(want.keys() - have.keys()),
         "unexpected": sorted(have.keys() - want.keys()),
         "wrong shape": [
@@ -291,9 +300,6 @@ def load_state_dict_strictly(model: nn.Module, state: Mapping[str, Tensor], *, s
             if have[name] != want[name]
         ],
     }
-    if any(misfits.values()):
-        raise TeacherError(f"the weights in {source} do not fit the model: {describe_misfits(misfits)}")
-    model.load_state_dict(state, strict=True)
 
 
 def describe_misfits(misfits: Mapping[str, list[str]]) -> str:

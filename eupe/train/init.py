@@ -1,0 +1,204 @@
+"""Where a student starts from: a finished run, or weights in timm's names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor, nn
+
+from eupe.encoder import (
+    WEIGHTS_FILE,
+    Encoder,
+    describe_misfits,
+    find_misfits,
+    load_card,
+    load_state_dict_strictly,
+)
+from eupe.errors import RunError, TeacherError
+from eupe.train.config import CONFIG_FILE
+
+REPORT_FILE = "report.json"
+HEADS_FILE = "heads.safetensors"
+PATCHES = "patch_embed.proj.weight"
+POSITIONS = "pos_embed"
+LEAST_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitReport:
+    """What a student has from elsewhere."""
+
+    source: str
+    num_tensors: int
+    """Tensors that came over."""
+    share: float
+    """Share of the parameters that came over: of the encoder's, and where the source is a run of the heads', too."""
+    fresh: tuple[str, ...]
+    """Tensors of the encoder (`reg_token`) and whole heads (`heads.0.summary`) that are as they were initialised."""
+    unused: tuple[str, ...]
+    """Tensors and heads of the source for which there was no place, by the source's names."""
+
+    def __str__(self) -> str:
+        """One line, with up to five names of each kind."""
+        words = f"{self.num_tensors} tensors ({self.share:.1%} of the parameters) from {self.source}"
+        for kind, names in (("fresh", self.fresh), ("unused", self.unused)):
+            if names:
+                words += f"; {len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        return words
+
+
+def init_from_run(
+    run: Path, encoder: Encoder, heads: nn.ModuleList, *, targets: Sequence[Mapping[str, Any]]
+) -> InitReport:
+    """Start where a finished run ended, as the paper's third stage does (EUPE, arXiv 2603.22387).
+
+    The student's weights come over exactly; a learned table of positions is resampled to another input size as timm
+    does on loading. A head comes over where the run has one of the same shapes for the same teacher; the n-th target
+    of a teacher takes the run's n-th, or the run's last where there are fewer.
+
+    Args:
+        encoder: of the architecture that the run trained; its input size may differ.
+        heads: a `TargetHeads` for each target.
+        targets: the new run's, as in `RunCard.targets`.
+    Raises: RunError if the run is missing, unfinished, damaged or of another architecture; then nothing has changed.
+    """
+    known = _finished_targets(run)
+    _check_same_model(run, encoder)
+    student = _fitted(_read(run / WEIGHTS_FILE, RunError), encoder.model)
+    theirs = _heads(_read(run / HEADS_FILE, RunError))
+    ours = {f"{i}.{kind}": head for i, pair in enumerate(heads) for kind, head in pair.named_children()}
+    sources = {
+        f"{i}.{kind}": f"{j}.{kind}" for i, j in _same_teachers(targets, known).items() for kind in ("summary", "dense")
+    }
+    sources = {
+        name: source
+        for name, source in sources.items()
+        if name in ours and source in theirs and not any(find_misfits(ours[name], theirs[source]).values())
+    }
+    try:
+        load_state_dict_strictly(encoder.model, student, source=str(run / WEIGHTS_FILE))
+    except TeacherError as error:
+        raise RunError(f"a run at {encoder.card.size} px cannot start from {run}: {error}") from error
+    for name, source in sources.items():
+        load_state_dict_strictly(ours[name], theirs[source], source=str(run / HEADS_FILE))
+    filled = [encoder.model, *(ours[name] for name in sources)]
+    return InitReport(
+        source=str(run),
+        num_tensors=sum(len(module.state_dict()) for module in filled),
+        share=sum(map(_num_parameters, filled)) / sum(map(_num_parameters, (encoder.model, heads))),
+        fresh=tuple(f"heads.{name}" for name in ours if name not in sources),
+        unused=tuple(f"heads.{name}" for name in sorted(theirs.keys() - set(sources.values()))),
+    )
+
+
+def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
+    """Start from the trunk of another model: every tensor of the same name and shape comes over, the rest stays.
+
+    Patch embeddings of another patch size and learned tables of positions for another grid are resampled as timm does
+    on loading.
+
+    Args:
+        path: a safetensors file in timm's names.
+    Raises: TeacherError if the file cannot be read, or fills less than half of the parameters; then nothing has
+        changed.
+    """
+    model = encoder.model
+    state = _fitted(_read(path, TeacherError), model)
+    places = model.state_dict()
+    fitting = {name: value for name, value in state.items() if name in places and value.shape == places[name].shape}
+    filled = sum(parameter.numel() for name, parameter in model.named_parameters() if name in fitting)
+    share = filled / _num_parameters(model)
+    if share < LEAST_SHARE:
+        raise TeacherError(
+            f"the weights in {path} fill {share:.1%} of {encoder.card.arch}, less than {LEAST_SHARE:.0%}: "
+            f"{describe_misfits(find_misfits(model, state))}; give a model of the same widths in timm's names"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return InitReport(
+        source=str(path),
+        num_tensors=len(fitting),
+        share=share,
+        fresh=tuple(name for name in places if name not in fitting),
+        unused=tuple(sorted(state.keys() - fitting.keys())),
+    )
+
+
+def _finished_targets(run: Path) -> list[dict[str, Any]]:
+    """Raises: RunError if there is no run, or an unfinished one."""
+    try:
+        targets: list[dict[str, Any]] = json.loads((run / CONFIG_FILE).read_text())["targets"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{run} is not a training run: no readable {CONFIG_FILE} ({error})") from error
+    if not (run / REPORT_FILE).exists():
+        raise RunError(f"run {run} is not finished: it has no {REPORT_FILE}; finish it with `eupe train ... --resume`")
+    return targets
+
+
+def _check_same_model(run: Path, encoder: Encoder) -> None:
+    """Raises: RunError naming what differs beside the input size."""
+    got, expected = (card.to_json() | {"size": None} for card in (load_card(run), encoder.card))
+    if different := [f"{key}: got {got[key]}, expected {expected[key]}" for key in got if got[key] != expected[key]]:
+        raise RunError(
+            f"the student of {run} is another model ({'; '.join(different)}); give its --student, or another run"
+        )
+
+
+def _same_teachers(targets: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """For each target whose teacher the run knows, the run's target that its heads come from."""
+    places: dict[str, list[int]] = {}
+    for j, target in enumerate(known):
+        places.setdefault(target["teacher"], []).append(j)
+    teachers = [target["teacher"] for target in targets]
+    return {
+        i: places[teacher][min(teachers[:i].count(teacher), len(places[teacher]) - 1)]
+        for i, teacher in enumerate(teachers)
+        if teacher in places
+    }
+
+
+def _heads(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """`0.summary.3.weight` of a run's file as `3.weight` of head `0.summary`."""
+    heads: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        number, kind, tensor = name.split(".", 2)
+        heads.setdefault(f"{number}.{kind}", {})[tensor] = value
+    return heads
+
+
+def _fitted(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The tensors with patch embedding and positions resampled where only the patch or the grid differs."""
+    fitted, places = dict(state), model.state_dict()
+    if PATCHES in state and PATCHES in places:
+        patches, wanted = state[PATCHES], places[PATCHES].shape
+        if patches.ndim == len(wanted) == 4 and patches.shape[:2] == wanted[:2] and patches.shape != wanted:
+            fitted[PATCHES] = resample_patch_embed(patches, list(wanted[2:]))
+    if POSITIONS in state and POSITIONS in places and hasattr(model, "num_prefix_tokens"):
+        table, wanted = state[POSITIONS], places[POSITIONS].shape
+        prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+        if table.ndim == len(wanted) == 3 and table.shape[2] == wanted[2] and _is_square(table.shape[1] - prefix):
+            fitted[POSITIONS] = resample_abs_pos_embed(table, model.patch_embed.grid_size, num_prefix_tokens=prefix)
+    return fitted
+
+
+def _is_square(cells: int) -> bool:
+    return cells > 0 and math.isqrt(cells) ** 2 == cells
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _read(path: Path, refusal: type[RunError] | type[TeacherError]) -> dict[str, Tensor]:
+    """Raises: `refusal` if there is no such file, or it is not safetensors."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise refusal(f"{path} is not a safetensors file that can be read ({error})") from error
