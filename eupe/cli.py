@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from eupe.extract.job import ExtractReport
     from eupe.progress import Reporter
     from eupe.store.summary import StoreSummary
+    from eupe.train.log import TrainStatus
 
 
 class _NameOrVerb(TyperGroup):
@@ -722,71 +723,158 @@ def store_audit(
 
 @app.command()
 def train(
-    targets: Annotated[list[str], typer.Option(help="A store to learn from, also s3:// or gs://; may be given again.")],
-    student: Annotated[str, typer.Option(help="Any timm ViT or CNN.")],
-    out_path: Annotated[Path, typer.Option("--out", help="The run's directory.")],
+    targets: Annotated[
+        list[str] | None, typer.Option(help="A store to learn from, also s3:// or gs://; may be given again.")
+    ] = None,
+    student: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Any timm ViT or CNN; given again, another student of the same stream, with an --out for each."
+        ),
+    ] = None,
+    out_path: Annotated[list[Path] | None, typer.Option("--out", help="The run's directory.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="stage1, stage2 or stage3: the paper's settings, which flags override.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Options from a YAML file, as each run has in its options.yaml.")
+    ] = None,
+    init: Annotated[
+        list[Path] | None,
+        typer.Option(help="A finished run to go on from, or weights (safetensors) of such a model; one per student."),
+    ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(help="SHARE:STORE[,STORE...]: another corpus, and the share of the steps that are its own."),
+    ] = None,
     corpus: PicturesPath = None,
     size: Annotated[
-        int | None, typer.Option(help="Side of the student's input; the first store's where not given.")
+        list[int] | None,
+        typer.Option(help="Side of the student's input, several: one drawn per step; the first store's by default."),
+    ] = None,
+    target_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Size of the targets, several: one drawn per step; each store's first by default."),
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over all training views (one where neither is given).")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates, in place of --epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Views per step. Default 128.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Views per update, over all workers. Default 128.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Pieces in which a worker takes its share of a batch. Default 1.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW. Default 1e-3.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default 1e-4.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps. Default 0.05.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Greatest norm of the gradient; not clipped by default.")] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(help="Decay of an average of the weights that is judged and exported in their place."),
+    ] = None,
     head_width: Annotated[int | None, typer.Option(help="Hidden width of the adapter heads. Default 3072.")] = None,
+    weight: Annotated[
+        list[str] | None, typer.Option(help="TARGET=W or TARGET/KIND=W (dinov2-s/dense=2): a loss's factor.")
+    ] = None,
+    normalise: Annotated[str | None, typer.Option(help="standard, phi-s or none. Default standard.")] = None,
+    drop: Annotated[
+        float | None, typer.Option(help="Probability that a target that is not the worst counts for nothing in a view.")
+    ] = None,
+    views: Annotated[
+        str | None, typer.Option(help="An epoch is all views, or one per picture: cycle or draw. Default all.")
+    ] = None,
+    photometric: Annotated[
+        str | None, typer.Option(help="eupe: recolour what the student sees, anew at each step. Default none.")
+    ] = None,
     holdout: Annotated[float | None, typer.Option(help="Share of pictures kept for validation. Default 0.1.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16. Default auto.")] = None,
     seed: Annotated[int | None, typer.Option(help="Default 0.")] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(help="Processes that share each batch, a GPU each where there are any. Default 1.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="The cluster of --num-workers; this machine by default.")
+    ] = None,
+    shard: Annotated[
+        bool | None, typer.Option("--shard", help="Spread weights and optimiser over the workers (FSDP2).")
+    ] = None,
+    compile_student: Annotated[bool | None, typer.Option("--compile", help="torch.compile the student.")] = None,
+    recompute: Annotated[
+        bool | None, typer.Option("--recompute", help="Recompute activations for the gradient, which saves memory.")
+    ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps. Default 10.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Newest checkpoints that stay. Default 2.")] = None,
+    keep_every: Annotated[int | None, typer.Option(help="Checkpoints at multiples of so many steps stay, too.")] = None,
+    wandb: Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Distil cached targets into a student; no teacher is loaded."""
+    """Distil cached targets into students; no teacher is loaded."""
     from eupe.progress import report_progress
-    from eupe.train.config import TrainConfig
-    from eupe.train.loop import train as run_train
+    from eupe.train.loop import train_together
+    from eupe.train.options import train_configs
 
-    given: dict[str, Any] = {
+    flags = {
+        "targets": targets,
+        "mix": mix,
+        "corpus": corpus,
         "size": size,
+        "target_size": target_size,
         "epochs": epochs,
         "steps": steps,
         "batch_size": batch_size,
+        "accumulate": accumulate,
         "lr": lr,
         "weight_decay": weight_decay,
         "warmup": warmup,
+        "clip": clip,
+        "ema": ema,
         "head_width": head_width,
+        "weight": weight,
+        "normalise": normalise,
+        "drop": drop,
+        "views": views,
+        "photometric": photometric,
         "holdout": holdout,
         "dtype": dtype,
         "seed": seed,
+        "num_workers": num_workers,
+        "ray_address": ray_address,
+        "shard": shard,
+        "compile": compile_student,
+        "recompute": recompute,
         "checkpoint_every": checkpoint_every,
         "validate_every": validate_every,
+        "log_every": log_every,
+        "keep": keep,
+        "keep_every": keep_every,
+        "wandb": wandb,
     }
-    config = TrainConfig(
-        targets=tuple(targets),
-        student=student,
-        out=out_path,
-        corpus=corpus,
+    configs = train_configs(
+        recipe=recipe,
+        config=config,
+        flags=flags,
+        students=student or [],
+        inits=init or [],
+        outs=out_path or [],
         resume=resume,
-        **{name: value for name, value in given.items() if value is not None},
     )
+    notes: dict[int, str] = {}
+
+    def show(place: int, status: TrainStatus) -> None:
+        notes[place] = status.words()
+        if len(configs) > 1:
+            notes[place] = f"{configs[place].out.name}: {notes[place]}"
+        progress.update("training", status.step, status.total_steps, note="  ".join(notes[i] for i in sorted(notes)))
+
     with report_progress(err, "steps", quiet=as_json) as progress:
-        report = run_train(
-            config,
-            on_status=lambda s: progress.update(
-                "training",
-                s.step,
-                s.total_steps,
-                note=f"loss {s.loss:.3f}  {s.images_per_s:.0f} img/s  data-wait {s.data_wait:.1%}",
-            ),
-        )
-    _finish(dataclasses.asdict(report), as_json)
-    if not as_json and report.cached:
-        out.print("nothing to do: this run is finished already")
+        reports = train_together(configs, on_status=show)
+    for report in reports:
+        _finish(dataclasses.asdict(report), as_json)
+        if not as_json and report.cached:
+            out.print("nothing to do: this run is finished already")
 
 
 @eval_app.command("agreement")

@@ -218,12 +218,15 @@ def build_encoder(arch: str, *, size: int) -> Encoder:
     return Encoder(card, create_timm(arch, size=size))
 
 
-def save_encoder(encoder: Encoder, directory: Path) -> None:
+def save_encoder(encoder: Encoder, directory: Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the weights, then the card, each whole or not at all.
 
+    Args:
+        weights: in place of the encoder's own, by the names of its model.
     Raises: StorageError if the disk refuses.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.model.state_dict().items()}
+    weights = encoder.model.state_dict() if weights is None else weights
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _replacing(directory / WEIGHTS_FILE) as temporary:

@@ -133,11 +133,13 @@ def _range(option: str, words: str, *, most: float) -> tuple[float, float]:
 
 def draw_view(spec: ViewSpec, key: str, k: int, width: int, height: int) -> ViewParams:
     """View `k` of the sample `key`, whose upright picture is `width` x `height` pixels."""
-    photometric = NEUTRAL
-    if spec.photometric != "none":
-        uniforms = (*_uniforms(spec.seed, key, k, "jitter"), *_uniforms(spec.seed, key, k, "filters"))
-        photometric = draw_photometric(uniforms)
+    photometric = NEUTRAL if spec.photometric == "none" else draw_colours(spec.seed, key, k)
     return ViewParams(*_draw_crop(spec, key, k, width, height), photometric)
+
+
+def draw_colours(seed: int, key: str, k: int, *, whose: str = "") -> Photometric:
+    """Colours and sharpness of the `k`-th view of the sample `key`; `whose` sets one purpose apart from another."""
+    return draw_photometric((*_uniforms(seed, key, k, f"{whose}jitter"), *_uniforms(seed, key, k, f"{whose}filters")))
 
 
 def _draw_crop(spec: ViewSpec, key: str, k: int, width: int, height: int) -> tuple[Box, bool]:

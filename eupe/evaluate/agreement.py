@@ -13,9 +13,13 @@ from torch import Tensor
 from eupe.errors import ConfigError
 from eupe.evaluate.run import Run, open_run
 from eupe.place import Where
-from eupe.train.loop import in_order, target_names, training_sample
-from eupe.train.targets import Batch, Views, stream
-from eupe.train.validate import Distiller, fit_gains, held_out_cosines
+from eupe.train.batch import Batch
+from eupe.train.config import target_names
+from eupe.train.distiller import Distiller
+from eupe.train.loop import judged, training_sample
+from eupe.train.sampling import Views
+from eupe.train.stream import stream
+from eupe.train.validate import fit_gains, held_out_cosines
 
 NEIGHBOURS = 10
 BLOCK_ROWS = 1024
@@ -101,8 +105,7 @@ def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
         stored.setdefault(target, []).append(truth.cpu())
 
     def batches(views: Views) -> Iterator[Batch]:
-        chosen = in_order(views, run.card.config["batch_size"])
-        return stream(run.targets, chosen, size=run.size, device=run.device)
+        return stream([run.targets], judged(run.card, run.targets, views), run.device)
 
     gains = fit_gains(distiller, batches(training_sample(run.targets)), run.device)
     held_out = run.targets.views_of(run.targets.held_out)

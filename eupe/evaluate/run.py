@@ -16,9 +16,9 @@ from eupe.encoder import load_encoder
 from eupe.errors import RunError
 from eupe.place import Where
 from eupe.train.config import CONFIG_FILE, RunCard, store_fingerprint
-from eupe.train.loop import HEADS_FILE, build
+from eupe.train.distiller import Distiller, build_distiller
+from eupe.train.init import HEADS_FILE
 from eupe.train.targets import TargetSet, open_targets
-from eupe.train.validate import Distiller
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Run:
 
     @property
     def size(self) -> int:
-        return int(self.card.config["size"])
+        return self.card.size
 
     def untrained(self) -> Distiller:
         """Student and heads as they were before the first step."""
-        return build(self.card, self.targets, self.device)[0].eval()
+        return build_distiller(self.card, self.targets, self.device)
 
 
 def read_card(path: Path) -> RunCard:
@@ -47,7 +47,7 @@ def read_card(path: Path) -> RunCard:
     """
     try:
         plain: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
-        return RunCard(**{**plain, "targets": tuple(plain["targets"])})
+        return RunCard.from_json(plain)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"{path} is not a training run: no readable {CONFIG_FILE} ({error})") from error
 
@@ -65,10 +65,10 @@ def open_run(path: Path, *, corpus: Where | None = None) -> Run:
             raise RunError(f"{store.path} is not the store that {path} learned from: it was made anew, otherwise")
     device = pick_device()
     encoder = load_encoder(path)
-    distiller, _ = build(card, targets, device)
+    distiller = build_distiller(card, targets, device)
     try:
         distiller.encoder.load_state_dict(encoder.state_dict())
         distiller.heads.load_state_dict(load_file(path / HEADS_FILE))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunError(f"run {path} has no usable heads ({error}); finish it with `eupe train ... --resume`") from error
-    return Run(path, card, distiller.eval(), targets, device)
+    return Run(path, card, distiller, targets, device)

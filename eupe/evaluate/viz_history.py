@@ -12,8 +12,8 @@ from typing import Any
 from eupe.errors import RunError
 from eupe.evaluate.viz_chart import Point, Series
 from eupe.store.layout import DENSE
+from eupe.train.init import REPORT_FILE
 from eupe.train.log import METRICS_FILE
-from eupe.train.loop import REPORT_FILE
 
 
 @dataclass(frozen=True)

@@ -320,7 +320,7 @@ class Store:
 
         Raises: StoreError if the store is not finished; PartCorruptError.
         """
-        self._require_finished()
+        self.require_finished()
         name = feature_path(size, kind)
         return ChannelStats(int(self._statistic(name, "count")), *(self._statistic(name, s) for s in ("mean", "std")))
 
@@ -339,7 +339,8 @@ class Store:
         count, mean, cov = (self._statistic(name, s) for s in ("count", "mean", "cov"))
         return Moments(int(count), mean, cov * int(count))
 
-    def _require_finished(self) -> None:
+    def require_finished(self) -> None:
+        """Raises: StoreError if parts or their statistics are missing."""
         if not self.finished:
             raise StoreError(
                 f"{self.path} is not finished: {len(self.missing_parts())} of {self.spec.num_parts} parts are missing; "

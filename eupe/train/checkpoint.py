@@ -1,54 +1,100 @@
 """A run's state on disk: one safetensors file a checkpoint, no pickle, written whole or not at all.
 
-Tensors are named `encoder.*`, `heads.*`, `optimizer.<parameter number>.<name>` and `rng`; the step is in the metadata.
+Tensors are named `encoder.*`, `heads.*`, `optimizer.<parameter number>.<name>` and `ema.*`; the step and a checksum are
+in the metadata. Random numbers, the schedule and the place in the data are functions of the step.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from eupe.encoder import Encoder
 from eupe.errors import RunError, StorageError
+from eupe.train.distiller import Distiller
+from eupe.train.ema import Ema
+from eupe.train.world import placed_like, whole
 
 FOLDER = "checkpoints"
-KEPT = 2
-RNG = "rng"
+CHECKSUM = "crc32"
 
 
 @dataclass(frozen=True)
 class Trainables:
     """All that training changes."""
 
-    encoder: Encoder
-    heads: nn.ModuleList
+    distiller: Distiller
     optimizer: torch.optim.Optimizer
+    ema: Ema | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Whole, on the CPU. Every worker must ask for them where they are spread over workers."""
+        return {name: whole(tensor).cpu() for name, tensor in self._places().items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises: RuntimeError unless they are those of this model."""
+        if not self.optimizer.state:
+            _make_slots(self.optimizer)
+        places = self._places()
+        if odd := sorted(places.keys() ^ tensors.keys()):
+            raise RuntimeError(f"{len(odd)} tensors are missing or unknown ({', '.join(odd[:3])})")
+        with torch.no_grad():
+            for name, place in places.items():
+                if place.shape != tensors[name].shape:
+                    raise RuntimeError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(place.shape)}")
+                place.copy_(placed_like(tensors[name], place))
+
+    def _places(self) -> dict[str, Tensor]:
+        """The tensors themselves, in an order that all workers share."""
+        places = {f"encoder.{name}": value for name, value in self.distiller.encoder.state_dict().items()}
+        places |= {f"heads.{name}": value for name, value in self.distiller.heads.state_dict().items()}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, parameter in enumerate(parameters):
+            slots = self.optimizer.state.get(parameter, {})
+            places |= {f"optimizer.{number}.{name}": value for name, value in sorted(slots.items())}
+        if self.ema is not None:
+            places |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        return places
 
 
-def save_checkpoint(run: Path, state: Trainables, *, step: int) -> None:
-    """Write the state after `step` updates; the last `KEPT` files stay.
+def _make_slots(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's state as before the first step, which it makes only then."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
+
+def save_checkpoint(run: Path, tensors: Mapping[str, Tensor], *, step: int, keep: int, keep_every: int | None) -> None:
+    """Write the state after `step` updates.
+
+    Args:
+        keep: newest checkpoints that stay.
+        keep_every: those of multiples of so many steps stay, too.
     Raises: StorageError; the files that were there stay.
     """
-    tensors = {f"encoder.{k}": v for k, v in state.encoder.state_dict().items()}
-    tensors |= {f"heads.{k}": v for k, v in state.heads.state_dict().items()}
-    for number, values in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
-    tensors[RNG] = torch.get_rng_state()
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    save_tensors(tensors, folder / f"{step:08d}.safetensors", step=step)
-    for old in checkpoints(run)[:-KEPT]:
-        old.unlink()
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    save_tensors(tensors, folder / _name(step), step=step)
+    for old in steps_kept(run)[:-keep]:
+        if keep_every is None or old % keep_every:
+            (folder / _name(old)).unlink()
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, *, step: int) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int) -> None:
     """A safetensors file under a temporary name, synced, then renamed.
 
     Raises: StorageError.
@@ -56,7 +102,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, *, step: int) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(contiguous, temporary, metadata={"step": str(step)})
+        save_file(contiguous, temporary, metadata={"step": str(step), CHECKSUM: checksum(contiguous)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -66,41 +112,40 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, *, step: int) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted((run / FOLDER).glob("[0-9]*.safetensors"))
+def steps_kept(run: Path) -> list[int]:
+    """Steps that there are checkpoints of, in order."""
+    return sorted(int(path.stem) for path in (run / FOLDER).glob("[0-9]*.safetensors"))
 
 
-def load_checkpoint(run: Path, state: Trainables) -> int:
-    """Restore the newest checkpoint into `state`; returns its step, 0 where there is none.
+def load_checkpoint(run: Path, state: Trainables, *, step: int) -> None:
+    """Restore the state after `step` updates.
 
-    Raises: RunError if it cannot be read or is of another model.
+    Raises: RunError if it is missing, damaged or of another model.
     """
-    files = checkpoints(run)
-    if not files:
-        return 0
+    path = run / FOLDER / _name(step)
     try:
-        with safe_open(files[-1], "pt") as file:
-            step = int(file.metadata()["step"])
-        tensors = load_file(files[-1])
-        state.encoder.load_state_dict(_below("encoder.", tensors))
-        state.heads.load_state_dict(_below("heads.", tensors))
-        _load_optimizer(state.optimizer, _below("optimizer.", tensors))
-        torch.set_rng_state(tensors[RNG])
-    except (SafetensorError, RuntimeError, KeyError, OSError) as error:
+        with safe_open(path, "pt") as file:
+            written = file.metadata().get(CHECKSUM)
+        tensors = load_file(path)
+        if checksum(tensors) != written:
+            raise RuntimeError("its tensors fail their checksum")
+        state.load(tensors)
+    except (SafetensorError, RuntimeError, OSError) as error:
         raise RunError(
-            f"checkpoint {files[-1]} cannot be resumed: {error}; remove it to go on from the one before"
+            f"checkpoint {path} cannot be resumed: {error}; remove it to go on from the one before"
         ) from error
-    return step
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        number, slot = name.split(".", 1)
-        state.setdefault(int(number), {})[slot] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 over names, types, shapes and bytes, in eight hexadecimal digits."""
+    crc = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(data, crc)
+    return f"{crc:08x}"
 
 
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _name(step: int) -> str:
+    return f"{step:08d}.safetensors"

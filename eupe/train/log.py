@@ -12,31 +12,53 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from eupe.train.targets import Batch
+from eupe.train.batch import Batch
 
 METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class TrainStatus:
-    """Where a run stands."""
+class Rates:
+    """How fast a run goes."""
+
+    images_per_s: float
+    """Of all workers."""
+    data_wait: float
+    """Share of the time that was spent waiting for data."""
+
+
+@dataclass(frozen=True)
+class TrainStatus(Rates):
+    """Where a run stands; rates are those since the last report."""
 
     step: int
     total_steps: int
     loss: float
-    images_per_s: float
-    data_wait: float
-    """Share of the time since the last report that was spent waiting for data."""
+    losses: dict[str, float]
+    """Per target and kind of token, `dinov2-s/dense`, not weighted."""
+    learning_rate: float
+    gradient_norm: float | None
+    """Before it was clipped; None where it is not."""
+
+    def words(self) -> str:
+        """For a line of progress: the loss, each target's, the rates."""
+        sums: dict[str, float] = {}
+        for name, value in self.losses.items():
+            target = name.rpartition("/")[0]
+            sums[target] = sums.get(target, 0.0) + value
+        each = [f"{target} {value:.3f}" for target, value in sums.items()] if len(sums) > 1 else []
+        rates = f"{self.images_per_s:.0f} img/s", f"data-wait {self.data_wait:.1%}"
+        return "  ".join((f"loss {self.loss:.3f}", *each, *rates))
 
 
 class Meter:
     """Time spent on steps, and the share of it spent waiting for data."""
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
         self._began = self._last = time.monotonic()
         self._waited = self._waited_before = 0.0
-        self._steps = self._steps_before = 0
+        self._images = self._images_before = 0
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; how long each is waited for is counted."""
@@ -46,22 +68,21 @@ class Meter:
             self._waited += time.monotonic() - asked
             if batch is None:
                 return
+            self._images += len(batch.keys) * self._world_size
             yield batch
-            self._steps += 1
 
-    def status(self, step: int, total_steps: int, loss: float) -> TrainStatus:
-        """Rates since the last call."""
+    def rates(self) -> Rates:
+        """Since the last call, at the end of a step."""
         now = time.monotonic()
         elapsed = now - self._last
-        images = (self._steps + 1 - self._steps_before) * self._batch_size
-        status = TrainStatus(step, total_steps, loss, images / elapsed, (self._waited - self._waited_before) / elapsed)
-        self._last, self._waited_before, self._steps_before = now, self._waited, self._steps + 1
-        return status
+        rates = Rates((self._images - self._images_before) / elapsed, (self._waited - self._waited_before) / elapsed)
+        self._last, self._waited_before, self._images_before = now, self._waited, self._images
+        return rates
 
-    def totals(self) -> tuple[float, float, float]:
-        """Seconds, images per second, share of the time spent waiting, since the start."""
+    def totals(self) -> tuple[float, Rates]:
+        """Seconds, and rates, since the start."""
         seconds = time.monotonic() - self._began
-        return seconds, self._steps * self._batch_size / seconds, self._waited / seconds
+        return seconds, Rates(self._images / seconds, self._waited / seconds)
 
 
 class RunLog:
@@ -84,16 +105,13 @@ class RunLog:
         self._file.close()
         self._board.close()
 
-    def step(self, status: TrainStatus, *, learning_rate: float, losses: dict[str, float]) -> None:
-        rates = {
-            "images_per_s": status.images_per_s,
-            "data_wait": status.data_wait,
-            "learning_rate": learning_rate,
-        }
-        self._line({"step": status.step, "loss": status.loss, "losses": losses, **rates})
-        self._board.add_scalar("loss", status.loss, status.step)
-        for name, value in {**losses, **rates}.items():
-            self._board.add_scalar(name, value, status.step)
+    def step(self, status: TrainStatus) -> None:
+        """Note where the run stands."""
+        values = {name: value for name, value in vars(status).items() if name != "total_steps" and value is not None}
+        self._line(values)
+        for name, value in {**values.pop("losses"), **values}.items():
+            if name != "step":
+                self._board.add_scalar(name, value, status.step)
 
     def validation(self, step: int, validation: dict[str, dict[str, dict[str, float]]]) -> None:
         self._line({"step": step, "validation": validation})

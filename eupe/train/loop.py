@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from eupe.device import compute_dtype, pick_device
-from eupe.encoder import build_encoder, save_encoder
-from eupe.errors import EupeError, IncompleteError, RunError, StorageError, TrainingError
+from eupe.device import pick_device
+from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, StorageError
 from eupe.stopping import stop_signals
-from eupe.train.checkpoint import Trainables, load_checkpoint, save_checkpoint, save_tensors
-from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve
-from eupe.train.heads import TargetHeads
+from eupe.train.batch import Batch, Request
+from eupe.train.checkpoint import steps_kept
+from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve, target_names
+from eupe.train.init import REPORT_FILE
+from eupe.train.learner import Learner
 from eupe.train.log import Meter, RunLog, TrainStatus
-from eupe.train.schedule import learning_rate
-from eupe.train.targets import Batch, TargetSet, Views, batch_at, open_targets, stream
-from eupe.train.validate import Distiller, fit_gains, held_out_cosines, normalisers
+from eupe.train.options import OPTIONS_FILE, write_options
+from eupe.train.sampling import Views
+from eupe.train.stream import open_corpora, stream, training_requests
+from eupe.train.targets import TargetSet
+from eupe.train.validate import fit_gains, held_out_cosines
+from eupe.train.world import World
 
-REPORT_FILE = "report.json"
-HEADS_FILE = "heads.safetensors"
+INIT_FILE = "init.json"
+OWN = frozenset(
+    [
+        "student",
+        "out",
+        "init",
+        "lr",
+        "weight_decay",
+        "warmup",
+        "clip",
+        "ema",
+        "head_width",
+        "weight",
+        "normalise",
+        "drop",
+        "dtype",
+    ]
+)
+"""Options in which students that share a stream may differ."""
 VALIDATION_VIEWS = 512
 GAIN_VIEWS = 256
+
+Validation = dict[str, dict[str, dict[str, float]]]
+"""Target, kind of token, measure (see `eupe.train.validate.Cosines`)."""
 
 
 @dataclass(frozen=True)
@@ -39,33 +64,15 @@ class TrainReport:
     cached: bool
     """It was finished already."""
     steps: int
+    pictures: int
+    """Of `--targets`, in every one of them."""
+    left_out: dict[str, int]
+    """Per store, its pictures that were not: they failed in it, or another store lacks them."""
     seconds: float
     images_per_s: float
     data_wait: float
     """These three since the run was started, or last resumed."""
-    validation: dict[str, dict[str, dict[str, float]]]
-    """Target, kind of token, measure (see `eupe.train.validate.Cosines`)."""
-
-
-@dataclass(frozen=True)
-class Session:
-    """A run while it is trained."""
-
-    config: TrainConfig
-    card: RunCard
-    targets: TargetSet
-    distiller: Distiller
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-
-    @property
-    def trainables(self) -> Trainables:
-        """What a checkpoint holds."""
-        return Trainables(self.distiller.encoder, self.distiller.heads, self.optimizer)
-
-    def batches(self, chosen: Iterator[Views]) -> Iterator[Batch]:
-        """The views asked for, at the student's size, loaded ahead."""
-        return stream(self.targets, chosen, size=self.card.config["size"], device=self.device)
+    validation: Validation
 
 
 def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lambda status: None) -> TrainReport:
@@ -73,123 +80,173 @@ def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lam
 
     Raises: an EupeError for whatever the user can mend; TrainingError before an update with a non-finite loss.
     """
-    targets = open_targets(config.targets, corpus=config.corpus, holdout=config.holdout)
-    size = config.size or targets.stores[0].spec.sizes[0]
-    targets.require_pictures(size)
-    card = resolve(config, targets, size=size)
-    if (report := _recognise(config, card)) is not None:
-        return report
-    targets.check_views()
-    _begin(config.out, card)
-    device = pick_device()
-    distiller, optimizer = build(card, targets, device)
-    session = Session(config, card, targets, distiller, optimizer, device)
-    first_step = load_checkpoint(config.out, session.trainables)
+    return train_together([config], on_status=lambda _, status: on_status(status))[0]
+
+
+def train_together(
+    configs: Sequence[TrainConfig], *, on_status: Callable[[int, TrainStatus], None] = lambda i, status: None
+) -> list[TrainReport]:
+    """Distil stores into several students that read one stream: each becomes what it would have become alone.
+
+    Args:
+        on_status: told the student's place among the configs, and where it stands.
+    Raises: as `train`; ConfigError if the students ask for different streams.
+    """
+    _require_one_stream(configs)
+    corpora = open_corpora(configs[0])
+    cards = [resolve(config, corpora) for config in configs]
+    for corpus in corpora:
+        corpus.require_pictures(*cards[0].config["size"])
+    reports = [_recognise(config, card) for config, card in zip(configs, cards, strict=True)]
+    unfinished = [i for i, report in enumerate(reports) if report is None]
+    if unfinished:
+        for corpus in corpora:
+            corpus.check_views()
+        for i in unfinished:
+            _begin(configs[i], cards[i])
+        made = _train_unfinished(
+            [configs[i] for i in unfinished],
+            [cards[i] for i in unfinished],
+            corpora,
+            lambda i, status: on_status(unfinished[i], status),
+        )
+        for i, report in zip(unfinished, made, strict=True):
+            reports[i] = report
+    return [report for report in reports if report is not None]
+
+
+def _train_unfinished(
+    configs: list[TrainConfig],
+    cards: list[RunCard],
+    corpora: list[TargetSet],
+    on_status: Callable[[int, TrainStatus], None],
+) -> list[TrainReport]:
+    if configs[0].num_workers > 1:
+        from eupe.train.distributed import train_on_ray
+
+        return train_on_ray(configs, cards, on_status)
+    with stop_signals(signal.SIGINT, signal.SIGTERM) as stop_asked:
+        return train_as_worker(configs, cards, corpora, World(), pick_device(), on_status, stop_asked)
+
+
+def train_as_worker(
+    configs: Sequence[TrainConfig],
+    cards: Sequence[RunCard],
+    corpora: Sequence[TargetSet],
+    world: World,
+    device: torch.device,
+    on_status: Callable[[int, TrainStatus], None],
+    stop_asked: Callable[[], bool],
+) -> list[TrainReport]:
+    """What every worker does: all steps that are left, then validation and export.
+
+    Raises: as `train`.
+    """
+    learners = [
+        Learner(config, card, corpora[0], world=world, device=device)
+        for config, card in zip(configs, cards, strict=True)
+    ]
+    first_step = _common_step([config.out for config in configs])
+    for learner in learners:
+        if learner.initialised is not None and world.leads:
+            _write_json(learner.config.out / INIT_FILE, asdict(learner.initialised))
     try:
-        with RunLog(config.out, first_step) as log:
-            rates = _run_steps(session, first_step, log, on_status).totals()
-            validation = _validate(session)
-            log.validation(card.total_steps, validation)
-        _export(config.out, session.trainables, card.total_steps)
-        report = TrainReport(str(config.out), False, card.total_steps, *rates, validation)
-        _write_json(config.out / REPORT_FILE, asdict(report))
+        with ExitStack() as stack:
+            logs = [stack.enter_context(RunLog(learner.config.out, first_step)) for learner in learners if world.leads]
+            for learner in learners:
+                learner.resume(first_step)
+            seconds, rates = _run_steps(learners, corpora, first_step, logs, on_status, stop_asked).totals()
+            validations = [
+                _validate(learner, corpora[0], learner.card.total_steps, logs[i : i + 1])
+                for i, learner in enumerate(learners)
+            ]
+        reports = []
+        for learner, validation in zip(learners, validations, strict=True):
+            learner.export(learner.card.total_steps)
+            report = TrainReport(
+                str(learner.config.out),
+                False,
+                learner.card.total_steps,
+                corpora[0].num_joined,
+                corpora[0].left_out,
+                seconds,
+                rates.images_per_s,
+                rates.data_wait,
+                validation,
+            )
+            if world.leads:
+                _write_json(learner.config.out / REPORT_FILE, asdict(report))
+            reports.append(report)
     except EupeError:
         raise
     except OSError as error:
-        raise StorageError(f"run {config.out} cannot be written: {error}; free some space and --resume") from error
-    return report
+        raise StorageError(f"run {configs[0].out} cannot be written: {error}; free some space and --resume") from error
+    return reports
 
 
-def build(card: RunCard, targets: TargetSet, device: torch.device) -> tuple[Distiller, torch.optim.Optimizer]:
-    """Student, heads and optimiser as at step 0; seeds torch's generators with the run's seed."""
-    torch.manual_seed(card.config["seed"])
-    encoder = build_encoder(card.config["student"], size=card.config["size"])
-    widths = (encoder.card.summary_dim, encoder.card.dense_dim)
-    heads = nn.ModuleList(
-        TargetHeads(widths, (target["summary_dim"], target["dense_dim"]), card.config["head_width"])
-        for target in card.targets
-    )
-    norms = [normalisers(store, device) for store in targets.stores]
-    distiller = Distiller(encoder, heads, norms, dtype=compute_dtype(card.config["dtype"], device)).to(device)
-    parameters = [p for p in distiller.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": card.config["weight_decay"]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return distiller, torch.optim.AdamW(groups, lr=card.config["lr"])
-
-
-def _run_steps(session: Session, first_step: int, log: RunLog, on_status: Callable[[TrainStatus], None]) -> Meter:
-    config, card, optimizer = session.config, session.card, session.optimizer
-    views = session.targets.views_of(~session.targets.held_out)
-    steps = range(first_step, card.total_steps)
-    wanted = (batch_at(views, step, batch_size=config.batch_size, seed=config.seed) for step in steps)
-    warmup_steps = round(config.warmup * card.total_steps)
-    meter = Meter(config.batch_size)
-    session.distiller.train()
-    with stop_signals(signal.SIGINT, signal.SIGTERM) as stop_asked:
-        for step, batch in zip(steps, meter.waiting(session.batches(wanted)), strict=True):
-            rate = learning_rate(step, peak=config.lr, warmup_steps=warmup_steps, total_steps=card.total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            losses = session.distiller(batch.to(session.device))
-            loss = torch.stack([value for kinds in losses for value in kinds.values()]).sum()
-            _require_finite(loss, step, batch)
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
-            done = step + 1
-            last = done == card.total_steps
-            if done % config.log_every == 0 or last:
-                status = meter.status(done, card.total_steps, loss.item())
-                log.step(status, learning_rate=rate, losses=_named(losses, card))
-                on_status(status)
-            if done % config.validate_every == 0 and not last:
-                log.validation(done, _validate(session))
-            stopping = stop_asked() and not last
-            if done % config.checkpoint_every == 0 or last or stopping:
-                save_checkpoint(config.out, session.trainables, step=done)
-            if stopping:
-                raise IncompleteError(f"stopped after step {done} of {card.total_steps}; go on with --resume")
+def _run_steps(
+    learners: Sequence[Learner],
+    corpora: Sequence[TargetSet],
+    first_step: int,
+    logs: Sequence[RunLog],
+    on_status: Callable[[int, TrainStatus], None],
+    stop_asked: Callable[[], bool],
+) -> Meter:
+    config, card, world, device = learners[0].config, learners[0].card, learners[0].world, learners[0].device
+    requests = training_requests(card, corpora, world, first_step=first_step, pieces=config.accumulate)
+    meter = Meter(world.size)
+    batches = meter.waiting(stream(corpora, requests, device))
+    for step in range(first_step, card.total_steps):
+        for piece in range(config.accumulate):
+            batch = next(batches)
+            for learner in learners:
+                learner.learn(batch, piece=piece)
+        progress = [learner.update(step) for learner in learners]
+        done, last = step + 1, step + 1 == card.total_steps
+        if done % config.log_every == 0 or last:
+            rates = meter.rates()
+            for i, log in enumerate(logs):
+                status = progress[i].status(done, card.total_steps, rates)
+                log.step(status)
+                on_status(i, status)
+        if done % config.validate_every == 0 and not last:
+            for i, learner in enumerate(learners):
+                _validate(learner, corpora[0], done, logs[i : i + 1])
+        stopping = world.any(stop_asked(), device) and not last
+        if done % config.checkpoint_every == 0 or last or stopping:
+            for learner in learners:
+                learner.save(done)
+        if stopping:
+            raise IncompleteError(f"stopped after step {done} of {card.total_steps}; go on with --resume")
     return meter
 
 
-def _require_finite(loss: Tensor, step: int, batch: Batch) -> None:
-    if not torch.isfinite(loss):
-        raise TrainingError(
-            f"the loss of step {step} is {loss.item()}, so nothing was updated; its pictures are "
-            f"{', '.join(sorted(set(batch.keys))[:5])}, ...; a lower --lr or --dtype fp32 may help, with another --out"
-        )
-
-
-def target_names(card: RunCard) -> list[str]:
-    """One name per target: its teacher's, numbered where two are the same."""
-    names = [Path(target["teacher"]).name for target in card.targets]
-    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
-
-
-def _named(losses: list[dict[str, Tensor]], card: RunCard) -> dict[str, float]:
-    return {
-        f"{name}/{kind}": value.item()
-        for name, kinds in zip(target_names(card), losses, strict=True)
-        for kind, value in kinds.items()
-    }
-
-
-def _validate(session: Session) -> dict[str, dict[str, dict[str, float]]]:
-    """Target, kind of token, measure: on held-out views."""
-    targets, distiller, device = session.targets, session.distiller, session.device
+def _validate(learner: Learner, targets: TargetSet, step: int, logs: Sequence[RunLog]) -> Validation:
+    """On held-out views of the first corpus, at the first sizes; every worker does the same."""
+    card, device = learner.card, learner.device
 
     def batches(views: Views) -> Iterator[Batch]:
-        return session.batches(in_order(views, session.config.batch_size))
+        return stream([targets], judged(card, targets, views), device)
 
-    gains = fit_gains(distiller, batches(training_sample(targets)), device)
-    held_out = spread(targets.views_of(targets.held_out), VALIDATION_VIEWS)
-    totals = held_out_cosines(distiller, batches(held_out), device, gains)
-    return {
+    with learner.averaged():
+        gains = fit_gains(learner.distiller, batches(training_sample(targets)), device)
+        held_out = spread(targets.views_of(targets.held_out), VALIDATION_VIEWS)
+        totals = held_out_cosines(learner.distiller, batches(held_out), device, gains)
+    validation = {
         name: {kind: cosines.means() for kind, cosines in kinds.items()}
-        for name, kinds in zip(target_names(session.card), totals, strict=True)
+        for name, kinds in zip(target_names(card), totals, strict=True)
     }
+    for log in logs:
+        log.validation(step, validation)
+    return validation
+
+
+def judged(card: RunCard, targets: TargetSet, views: Views) -> Iterator[Request]:
+    """All of the views as they come, at the first sizes, the last batch smaller."""
+    sizes = tuple(card.target_sizes(store)[0] for store in targets.stores)
+    length = card.config["batch_size"]
+    for start in range(0, len(views), length):
+        yield Request(views=views[start : start + length], size=card.size, target_sizes=sizes)
 
 
 def training_sample(targets: TargetSet) -> Views:
@@ -202,9 +259,21 @@ def spread(views: Views, limit: int) -> Views:
     return views if len(views) <= limit else views[np.linspace(0, len(views) - 1, limit).astype(np.int64)]
 
 
-def in_order(views: Views, batch_size: int) -> Iterator[Views]:
-    """All of the views as they come, the last batch smaller."""
-    return (views[i : i + batch_size] for i in range(0, len(views), batch_size))
+def _common_step(runs: Sequence[Path]) -> int:
+    """The newest step that all runs have a checkpoint of; 0 where there is none."""
+    common = set.intersection(*(set(steps_kept(run)) for run in runs))
+    return max(common, default=0)
+
+
+def _require_one_stream(configs: Sequence[TrainConfig]) -> None:
+    """Raises: ConfigError."""
+    if len({config.out.absolute() for config in configs}) < len(configs):
+        raise ConfigError("give each student an --out of its own")
+    for other in configs[1:]:
+        for field in dataclasses.fields(TrainConfig):
+            ours, theirs = getattr(configs[0], field.name), getattr(other, field.name)
+            if ours != theirs and field.name not in OWN:
+                raise ConfigError(f"students of one stream cannot differ in {field.name}: {ours} and {theirs}")
 
 
 def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
@@ -231,13 +300,15 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
     return None
 
 
-def _begin(run: Path, card: RunCard) -> None:
-    """Make the run's directory and leave its card there.
+def _begin(config: TrainConfig, card: RunCard) -> None:
+    """Make the run's directory and leave its card there, and the options that it was made with.
 
     Raises: StorageError.
     """
+    run = config.out
     try:
         run.mkdir(parents=True, exist_ok=True)
+        write_options(config, card, run / OPTIONS_FILE)
         _write_json(run / CONFIG_FILE, card.to_json())
     except OSError as error:
         raise StorageError(f"run {run} cannot be written: {error}") from error
@@ -252,17 +323,22 @@ def _card_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
     if old["total_steps"] != new["total_steps"]:
         phrases.append(f"steps: was {old['total_steps']}, now {new['total_steps']}")
-    prints = [[target["fingerprint"] for target in card["targets"]] for card in (old, new)]
-    if prints[0] != prints[1]:
-        places = [", ".join(target["path"] for target in card["targets"]) for card in (old, new)]
-        phrases.append(f"targets: was {places[0]}, now {places[1]}, or stores made anew")
+    for what, stores in (("targets", _targets), ("mix", _mixed_in)):
+        was, now = stores(old), stores(new)
+        if [store["fingerprint"] for store in was] != [store["fingerprint"] for store in now]:
+            places = [", ".join(store["path"] for store in stores) or "none" for stores in (was, now)]
+            phrases.append(f"{what}: was {places[0]}, now {places[1]}, or stores made anew")
+    if [mixed["share"] for mixed in old["mix"]] != [mixed["share"] for mixed in new["mix"]]:
+        phrases.append("the shares of --mix")
     return phrases
 
 
-def _export(run: Path, state: Trainables, step: int) -> None:
-    """The student on its own, and its heads beside it."""
-    save_encoder(state.encoder, run)
-    save_tensors(dict(state.heads.state_dict()), run / HEADS_FILE, step=step)
+def _targets(card: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(card["targets"])
+
+
+def _mixed_in(card: dict[str, Any]) -> list[dict[str, Any]]:
+    return [store for mixed in card["mix"] for store in mixed["targets"]]
 
 
 def _write_json(path: Path, plain: dict[str, Any]) -> None:

@@ -1,16 +1,11 @@
-"""The stream: batches of views with the features that their teachers gave, joined by key.
-
-A step's content is a pure function of (stores, seed, step). Reads and decoding run ahead of the trainer in threads.
-"""
+"""Stores of the same views of the same pictures, joined by key, with the pictures beside them."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import PIL
@@ -19,130 +14,25 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from eupe.ahead import map_ahead
 from eupe.corpus.decode import decode_image
+from eupe.corpus.photometric import apply_photometric
 from eupe.corpus.pictures import Inside, insides, read_picture
 from eupe.corpus.sources import corpus_root
-from eupe.corpus.views import render_view, view_digest
+from eupe.corpus.views import draw_colours, render_view, view_digest
 from eupe.errors import ConfigError, CorpusError
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.places import with_places
 from eupe.store.reader import PendingPixels, StoredFeatures, Tokens
+from eupe.train.batch import Batch, Request, TargetBatch, TargetTokens
+from eupe.train.sampling import Views
 
-PREFETCH_BATCHES = 3
 CHECKED_VIEWS = 16
-
-Views = NDArray[np.int64]
-"""[B, 2]: place of a sample in the join, and number of the view."""
-
-
-@dataclass(frozen=True)
-class TargetTokens:
-    """Features of B views as they are stored; decoded on the device that uses them."""
-
-    stored: Tensor
-    """float16 [B, ..., D], or int8 [B, ..., D + 2] with the token's float16 scale in the last two."""
-    mean: Tensor | None = None
-    std: Tensor | None = None
-    """float32 [D], the calibration of int8; None for float16."""
-
-    @classmethod
-    def of(cls, tokens: Tokens) -> TargetTokens:
-        stored, calibration = torch.from_numpy(tokens.stored), tokens.calibration
-        if calibration is None:
-            return cls(stored)
-        return cls(stored, torch.from_numpy(calibration.mean), torch.from_numpy(calibration.std))
-
-    def to(self, device: torch.device) -> TargetTokens:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> TargetTokens:
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, move: Callable[[Tensor], Tensor]) -> TargetTokens:
-        mean, std = (None if x is None else move(x) for x in (self.mean, self.std))
-        return TargetTokens(move(self.stored), mean, std)
-
-    def decode(self) -> Tensor:
-        """As the teacher gave them, float32 [B, ..., D]."""
-        if self.mean is None or self.std is None:
-            return self.stored.float()
-        return self._scaled().mul_(self.std).add_(self.mean)
-
-    def standardised(self, mean: Tensor, std: Tensor) -> Tensor:
-        """(tokens - mean) / std, float32 [B, ..., D], with as few passes over them as the precision allows.
-
-        Args:
-            mean, std: float32 [D].
-        """
-        if self.mean is None or self.std is None:
-            return _float_like(self.stored).sub_(mean).div_(std)
-        return self._scaled().mul_(self.std / std).add_((self.mean - mean) / std)
-
-    def _scaled(self) -> Tensor:
-        """int8 times its scale: tokens standardised by the calibration, float32 [B, ..., D]."""
-        scale = self.stored[..., -2:].contiguous().view(torch.float16).float()
-        return _float_like(self.stored[..., :-2]).mul_(scale)
-
-
-def _float_like(tokens: Tensor) -> Tensor:
-    """A float32 copy of [B, ..., D], channels before cells as they are stored.
-
-    On a CPU in memory of NumPy's, which the system backs with large pages; torch's is faulted in anew for every batch.
-    """
-    channels_first = tokens.movedim(-1, 1)
-    if tokens.device.type != "cpu":
-        return channels_first.to(torch.float32, memory_format=torch.contiguous_format).movedim(1, -1)
-    floats = torch.from_numpy(np.empty(channels_first.shape, np.float32))
-    return floats.copy_(channels_first).movedim(1, -1)
-
-
-@dataclass(frozen=True)
-class TargetBatch:
-    """One target's features for B views, as stored: not normalised."""
-
-    summary: TargetTokens | None
-    """Of width Ds, [B, Ds] once decoded."""
-    dense: TargetTokens | None
-    """[B, h, w, D] once decoded."""
-
-    def to(self, device: torch.device) -> TargetBatch:
-        return self._each(lambda tokens: tokens.to(device))
-
-    def pinned(self) -> TargetBatch:
-        return self._each(TargetTokens.pinned)
-
-    def _each(self, move: Callable[[TargetTokens], TargetTokens]) -> TargetBatch:
-        return TargetBatch(*(None if tokens is None else move(tokens) for tokens in (self.summary, self.dense)))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B views and their targets."""
-
-    pixels: Tensor
-    """uint8 [B, S, S, 3]: the views themselves."""
-    targets: tuple[TargetBatch, ...]
-    """One per store, in the order given."""
-    keys: tuple[str, ...]
-
-    def to(self, device: torch.device) -> Batch:
-        """Copied to a device without waiting, where the memory is pinned."""
-        if device.type == "cpu":
-            return self
-        pixels = self.pixels.to(device, non_blocking=True)
-        return Batch(pixels, tuple(target.to(device) for target in self.targets), self.keys)
-
-    def pinned(self) -> Batch:
-        """In page-locked memory, from which a GPU copies by itself."""
-        return Batch(self.pixels.pin_memory(), tuple(target.pinned() for target in self.targets), self.keys)
 
 
 class TargetSet:
-    """Stores of the same views of the same pictures, joined by key, with the pictures beside them."""
+    """The samples that every store has features of."""
 
     def __init__(
         self, stores: Sequence[Store], corpus_root: Place, *, holdout: float, corpus_given: bool = False
@@ -155,6 +45,8 @@ class TargetSet:
         self._joined = _join(stores)
         self.held_out = np.array([is_held_out(key, holdout) for key in self._joined["key"].to_pylist()])
         """bool [samples]: never trained on."""
+        self.left_out = {str(store.path): store.samples.num_rows - self.num_joined for store in stores}
+        """Per store, its samples that are not trained on: they failed in it, or another store lacks them."""
 
     @property
     def num_joined(self) -> int:
@@ -183,6 +75,17 @@ class TargetSet:
     def _inside(self, sample: int) -> Inside | None:
         return insides(self._places.slice(sample, 1))[0]
 
+    @cached_property
+    def training(self) -> NDArray[np.int64]:
+        """Places of the samples that are trained on."""
+        return np.flatnonzero(~self.held_out)
+
+    @cached_property
+    def training_parts(self) -> NDArray[np.int64] | None:
+        """The first store's part of each sample in `training`; None where its reads need no nearness."""
+        store = self.stores[0]
+        return None if store.path.is_local else self._rows[0][self.training] // store.spec.samples_per_part
+
     def views_of(self, samples: NDArray[np.bool_]) -> Views:
         """All views of the samples that a mask picks, in order."""
         picked = np.flatnonzero(samples)
@@ -202,28 +105,35 @@ class TargetSet:
                 "put it back, or give the corpus's new place with --corpus"
             ) from error
 
-    def load(self, views: Views, *, size: int, pool: ThreadPoolExecutor) -> Batch:
-        """Read features and render the views, at `size` pixels a side.
+    def load(self, request: Request, *, pool: ThreadPoolExecutor) -> Batch:
+        """Read features and render the views.
 
         Raises: CorpusError, PartCorruptError, and ConfigError if two stores disagree on a view's crop.
         """
-        samples, numbers = views[:, 0], views[:, 1]
+        samples, numbers = request.views[:, 0], request.views[:, 1]
+        sizes = request.target_sizes or tuple(store.spec.sizes[0] for store in self.stores)
         pending = [
-            store.read_async(rows[samples].tolist(), numbers.tolist())
-            for store, rows in zip(self.stores, self._rows, strict=True)
+            store.read_async(rows[samples].tolist(), numbers.tolist(), size=size)
+            for store, rows, size in zip(self.stores, self._rows, sizes, strict=True)
         ]
-        kept = self._begin_pixels(views, size)
+        kept = self._begin_pixels(request.views, request.size)
         images = None if kept is not None else pool.map(self.read_image, samples.tolist())
         features = [reads.stored() for reads in pending]
         self._require_same_views(features, samples)
         if images is None:
             assert kept is not None
-            pixels = torch.from_numpy(kept.result())
+            views: Iterable[NDArray[np.uint8]] = kept.result()
         else:
-            rendered = pool.map(lambda image, params: render_view(image, params, size), images, features[0].params)
-            pixels = torch.from_numpy(np.stack(list(rendered)))
-        targets = tuple(TargetBatch(_target(f.summary), _target(f.dense)) for f in features)
-        return Batch(pixels, targets, tuple(self.keys[i] for i in samples))
+            views = pool.map(lambda image, how: render_view(image, how, request.size), images, features[0].params)
+        keys = tuple(self.keys[i] for i in samples)
+        if request.colours_seed is not None:
+            drawn = (draw_colours(request.colours_seed, key, request.step, whose="student ") for key in keys)
+            views = pool.map(apply_photometric, views, drawn)
+        pixels = torch.from_numpy(views if isinstance(views, np.ndarray) else np.stack(list(views)))
+        targets = tuple(
+            TargetBatch(size, _target(f.summary), _target(f.dense)) for size, f in zip(sizes, features, strict=True)
+        )
+        return Batch(request, pixels, targets, keys)
 
     def _pixel_store(self, size: int) -> int | None:
         """Which store keeps the views at a size; None where they come from the pictures."""
@@ -237,13 +147,14 @@ class TargetSet:
             return None
         return self.stores[i].read_pixels_async(self._rows[i, views[:, 0]].tolist(), views[:, 1].tolist(), size=size)
 
-    def require_pictures(self, size: int) -> None:
+    def require_pictures(self, *sizes: int) -> None:
         """Raises: CorpusError if views of a size can be had neither from a store nor from the pictures."""
         root = self.corpus_root
-        if self._pixel_store(size) is not None or not root.is_local or root.local.is_dir():
+        lacking = [size for size in sizes if self._pixel_store(size) is None]
+        if not lacking or not root.is_local or root.local.is_dir():
             return
         kept = sorted({side for store in self.stores if store.spec.pixels for side in store.spec.sizes})
-        words = f"the stores keep pixels at {', '.join(map(str, kept))} px, not at {size}, and " if kept else ""
+        words = f"the stores keep pixels at {', '.join(map(str, kept))} px, not at {lacking[0]}, and " if kept else ""
         advice = f"; give --size {kept[0]}, or its place with --corpus" if kept else "; give its place with --corpus"
         raise CorpusError(f"{words}the corpus folder {root} does not exist{advice}")
 
@@ -292,8 +203,7 @@ def open_targets(paths: Sequence[Where], *, corpus: Where | None, holdout: float
     """
     stores = [open_store(path) for path in paths]
     for store in stores:
-        for kind in store.spec.tokens:
-            store.stats(store.spec.sizes[0], kind)
+        store.require_finished()
         if store.spec.views != stores[0].spec.views:
             raise ConfigError(
                 f"{stores[0].path} and {store.path} hold different views ({_views_words(stores[0])} against "
@@ -344,27 +254,3 @@ def is_held_out(key: str, share: float) -> bool:
     """Whether a picture is kept out of training: decided by its key alone, so every run keeps out the same."""
     digest = hashlib.blake2b(b"held out\0" + key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < share * 2**64
-
-
-def batch_at(views: Views, step: int, *, batch_size: int, seed: int) -> Views:
-    """The views of a training step: each epoch is a permutation of its own, its last partial batch left out."""
-    epoch, place = divmod(step, len(views) // batch_size)
-    order = _epoch_order(len(views), seed, epoch)
-    return views[order[place * batch_size : (place + 1) * batch_size]]
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(num_views: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_views)
-
-
-def stream(targets: TargetSet, batches: Iterator[Views], *, size: int, device: torch.device) -> Iterator[Batch]:
-    """Batches in order, loaded ahead of their use."""
-    threads = targets.corpus_root.threads(os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(PREFETCH_BATCHES) as loaders:
-
-        def load(views: Views) -> Batch:
-            batch = targets.load(views, size=size, pool=decoders)
-            return batch.pinned() if device.type == "cuda" else batch
-
-        yield from map_ahead(loaders, load, batches, ahead=PREFETCH_BATCHES - 1)

@@ -7,87 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from eupe.device import autocast
-from eupe.encoder import Encoder, normalise
-from eupe.store import Store
 from eupe.store.layout import DENSE, SUMMARY
-from eupe.train.losses import dense_loss, match_grids, summary_loss
-from eupe.train.targets import Batch, TargetBatch, TargetTokens
-
-Predictions = list[tuple[Tensor | None, Tensor | None]]
-"""Per target: summary [B, Ds] and dense [B, h, w, D], normalised, dense on the student's grid."""
-
-
-@dataclass(frozen=True)
-class Normaliser:
-    """One kind of token of one target: to and from zero mean and unit variance per channel."""
-
-    mean: Tensor
-    std: Tensor
-    """float32 [D]; 1 for a channel that never changes."""
-
-    def __call__(self, tokens: TargetTokens | Tensor) -> Tensor:
-        """Stored tokens, or [..., D] as the teacher gave them, to float32 as the loss sees them."""
-        if isinstance(tokens, TargetTokens):
-            return tokens.standardised(self.mean, self.std)
-        return (tokens.float() - self.mean) / self.std
-
-    def inverse(self, normalised: Tensor) -> Tensor:
-        """A head's output [..., D] as the teacher would have said it, float32."""
-        return normalised.float() * self.std + self.mean
-
-
-def normalisers(store: Store, device: torch.device) -> dict[str, Normaliser]:
-    """By kind of token, from the store's statistics at its first size."""
-    made = {}
-    for kind in store.spec.tokens:
-        stats = store.stats(store.spec.sizes[0], kind)
-        mean = torch.tensor(stats.mean, dtype=torch.float32, device=device)
-        std = torch.tensor(stats.std, dtype=torch.float32, device=device)
-        made[kind] = Normaliser(mean, torch.where(std > 0, std, 1.0))
-    return made
-
-
-class Distiller(nn.Module):
-    """The student, one pair of heads per target, and the targets' normalisers: from a batch to losses."""
-
-    def __init__(
-        self, encoder: Encoder, heads: nn.ModuleList, norms: list[dict[str, Normaliser]], *, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.heads = heads
-        self.norms = norms
-        self.dtype = dtype
-
-    def predict(self, pixels_u8_BSSC: Tensor) -> Predictions:
-        """Every target's tokens, predicted from views."""
-        card = self.encoder.card
-        with autocast(self.dtype, pixels_u8_BSSC.device):
-            tokens = self.encoder(normalise(pixels_u8_BSSC, card.mean, card.std))
-            return [head(tokens) for head in self.heads]
-
-    def forward(self, batch: Batch) -> list[dict[str, Tensor]]:
-        """Per target, the loss of each kind of token: float32 scalars."""
-        return [
-            target_losses(prediction, target, norms)
-            for prediction, target, norms in zip(self.predict(batch.pixels), batch.targets, self.norms, strict=True)
-        ]
-
-
-def target_losses(
-    prediction: tuple[Tensor | None, Tensor | None], target: TargetBatch, norms: dict[str, Normaliser]
-) -> dict[str, Tensor]:
-    """The paper's losses for one target, on normalised features and the larger of the two grids."""
-    summary, dense = prediction
-    losses: dict[str, Tensor] = {}
-    if summary is not None and target.summary is not None:
-        losses[SUMMARY] = summary_loss(summary, norms[SUMMARY](target.summary))
-    if dense is not None and target.dense is not None:
-        losses[DENSE] = dense_loss(*match_grids(dense, norms[DENSE](target.dense)))
-    return losses
+from eupe.train.batch import Batch
+from eupe.train.distiller import Distiller
+from eupe.train.losses import match_grids
+from eupe.train.normalise import Normaliser
 
 
 @dataclass
@@ -95,7 +21,7 @@ class Cosines:
     """Sums over held-out views of one kind of token of one target."""
 
     normalised: float = 0.0
-    """Cosine in the loss's space: 0 for the mean-feature predictor, by construction."""
+    """Cosine in the loss's space: 0 for the mean-feature predictor, by construction (not with normalisation `none`)."""
     raw: float = 0.0
     """Cosine between features as the teacher gives them, the prediction scaled by its gain."""
     mean_raw: float = 0.0
@@ -128,10 +54,10 @@ def fit_gains(distiller: Distiller, batches: Iterable[Batch], device: torch.devi
 
     A head that learns by cosine gives a direction, but no length of its own; undoing the normalisation needs one.
     """
-    dots: list[dict[str, float]] = [dict.fromkeys(norms, 0.0) for norms in distiller.norms]
-    squares: list[dict[str, float]] = [dict.fromkeys(norms, 0.0) for norms in distiller.norms]
-    for i, kind, predicted, stored in _pairs(distiller, batches, device):
-        dots[i][kind] += float((predicted * distiller.norms[i][kind](stored)).sum())
+    dots: list[dict[str, float]] = [dict.fromkeys(kinds, 0.0) for kinds in distiller.kinds]
+    squares: list[dict[str, float]] = [dict.fromkeys(kinds, 0.0) for kinds in distiller.kinds]
+    for i, kind, predicted, stored, norm in _pairs(distiller, batches, device):
+        dots[i][kind] += float((predicted * norm(stored)).sum())
         squares[i][kind] += float(predicted.square().sum())
     return [{kind: dots[i][kind] / squares[i][kind] for kind in kinds} for i, kinds in enumerate(dots)]
 
@@ -150,9 +76,9 @@ def held_out_cosines(
         on_summary: called per batch and target with the predicted summaries as the teacher would give them, and the
             stored ones.
     """
-    totals: list[dict[str, Cosines]] = [{kind: Cosines() for kind in norms} for norms in distiller.norms]
-    for i, kind, predicted, stored in _pairs(distiller, batches, device):
-        norm, gain = distiller.norms[i][kind], gains[i][kind]
+    totals: list[dict[str, Cosines]] = [{kind: Cosines() for kind in kinds} for kinds in distiller.kinds]
+    for i, kind, predicted, stored, norm in _pairs(distiller, batches, device):
+        gain = gains[i][kind]
         totals[i][kind].add(predicted, stored, norm, gain)
         if kind == SUMMARY:
             on_summary(i, norm.inverse(gain * predicted), stored)
@@ -162,8 +88,8 @@ def held_out_cosines(
 @torch.inference_mode()
 def _pairs(
     distiller: Distiller, batches: Iterable[Batch], device: torch.device
-) -> Iterator[tuple[int, str, Tensor, Tensor]]:
-    """Target, kind, prediction (normalised) and stored features (raw), float32 on one grid.
+) -> Iterator[tuple[int, str, Tensor, Tensor, Normaliser]]:
+    """Target, kind, prediction (normalised) and stored features (raw), float32 on one grid, and their normaliser.
 
     Leaves the modules in the mode they were in.
     """
@@ -173,8 +99,9 @@ def _pairs(
         moved = batch.to(device)
         for i, (prediction, target) in enumerate(zip(distiller.predict(moved.pixels), moved.targets, strict=True)):
             summary, dense = prediction
+            norms = distiller.norms[i][target.size]
             if summary is not None and target.summary is not None:
-                yield i, SUMMARY, summary.float(), target.summary.decode()
+                yield i, SUMMARY, summary.float(), target.summary.decode(), norms[SUMMARY]
             if dense is not None and target.dense is not None:
-                yield i, DENSE, *match_grids(dense.float(), target.dense.decode())
+                yield i, DENSE, *match_grids(dense.float(), target.dense.decode()), norms[DENSE]
     distiller.train(was_training)

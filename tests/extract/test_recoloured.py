@@ -28,6 +28,7 @@ from eupe.store.catalogue import describe
 from eupe.store.dataset import StoreDataset
 from eupe.store.verify import verify
 from eupe.store.writer import Part, Row, StoreWriter
+from eupe.train.batch import Request
 from eupe.train.targets import TargetSet, open_targets
 
 VIEWS = ViewSpec(policy="rrc", num_views=2, photometric="eupe")
@@ -68,7 +69,7 @@ def replayed(folder: Path, key: str, box: list[int], flip: bool, params: list[fl
 def all_views(targets: TargetSet, size: int) -> Pixels:
     with ThreadPoolExecutor(2) as pool:
         views = targets.views_of(np.ones(targets.num_joined, bool))
-        return targets.load(views, size=size, pool=pool).pixels.numpy()
+        return targets.load(Request(views=views, size=size), pool=pool).pixels.numpy()
 
 
 def test_what_zarr_reads_replays_to_the_digests_and_the_pixels(corpus: Path, whole: Store) -> None:

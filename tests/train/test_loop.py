@@ -19,7 +19,7 @@ from eupe.corpus.views import ViewSpec
 from eupe.encoder import load_encoder
 from eupe.errors import ConfigError, IncompleteError, RunError, TrainingError
 from eupe.store import Store
-from eupe.train.checkpoint import checkpoints
+from eupe.train.checkpoint import FOLDER, steps_kept
 from eupe.train.config import TrainConfig
 from eupe.train.log import TrainStatus
 from eupe.train.loop import train
@@ -46,6 +46,10 @@ def lines(run: Path, key: str) -> list[dict[str, object]]:
     return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if key in line]
 
 
+def checkpoint(run: Path) -> Path:
+    return run / FOLDER / f"{steps_kept(run)[-1]:08d}.safetensors"
+
+
 def test_a_run_leaves_a_student_heads_metrics_and_a_report(config: TrainConfig) -> None:
     seen: list[TrainStatus] = []
     report = train(config, on_status=seen.append)
@@ -60,7 +64,7 @@ def test_a_run_leaves_a_student_heads_metrics_and_a_report(config: TrainConfig) 
     board = EventAccumulator(str(config.out / "tensorboard"))
     board.Reload()
     assert len(board.Scalars("loss")) == 12
-    assert [path.stem for path in checkpoints(config.out)] == ["00000010", "00000012"]
+    assert steps_kept(config.out) == [10, 12]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -71,7 +75,7 @@ def test_a_signal_is_obeyed_after_the_step_with_a_checkpoint(config: TrainConfig
 
     with pytest.raises(IncompleteError, match="after step 3 of 12; go on with --resume"):
         train(config, on_status=interrupt)
-    assert [path.stem for path in checkpoints(config.out)] == ["00000003"]
+    assert steps_kept(config.out) == [3]
     train(replace(config, resume=True))
     whole = replace(config, out=config.out.with_name("whole"))
     train(whole)
@@ -139,7 +143,7 @@ def test_a_line_cut_short_by_a_full_disk_does_not_stop_a_resume(config: TrainCon
 def test_a_damaged_checkpoint_is_named(config: TrainConfig) -> None:
     train(config)
     (config.out / "report.json").unlink()
-    last = checkpoints(config.out)[-1]
+    last = checkpoint(config.out)
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.raises(RunError, match=last.name):
         train(replace(config, resume=True))
@@ -148,26 +152,26 @@ def test_a_damaged_checkpoint_is_named(config: TrainConfig) -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_update(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eupe.train import validate
+    from eupe.train import distiller
 
     calls = []
 
     def poisoned(*args: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return args[0].sum() * (math.nan if len(calls) > 7 else 0.0)
+        return args[0].sum(dim=1) * (math.nan if len(calls) > 7 else 0.0)
 
-    monkeypatch.setattr(validate, "summary_loss", poisoned)
-    with pytest.raises(TrainingError, match=r"loss of step 7 is nan.*class\d/"):
+    monkeypatch.setattr(distiller, "summary_loss", poisoned)
+    with pytest.raises(TrainingError, match=r"loss of step 7 of .* is nan.*class\d/"):
         train(config)
-    saved = load_file(checkpoints(config.out)[-1])
-    assert checkpoints(config.out)[-1].stem == "00000005"
+    saved = load_file(checkpoint(config.out))
+    assert steps_kept(config.out)[-1] == 5
     assert all(value.isfinite().all() for value in saved.values() if value.is_floating_point())
 
 
 def test_gradients_reach_every_parameter_of_student_and_heads(config: TrainConfig) -> None:
     """AdamW keeps a second moment for every parameter that ever had a gradient; all of them changed something."""
     train(config)
-    saved = load_file(checkpoints(config.out)[-1])
+    saved = load_file(checkpoint(config.out))
     moments = [value for name, value in saved.items() if name.endswith("exp_avg_sq")]
     trained = [n for n in saved if n.startswith(("encoder.", "heads."))]
     assert len(moments) == len(trained)
@@ -181,7 +185,7 @@ def test_any_number_of_targets_has_its_own_heads(
     views = ViewSpec(policy="rrc", num_views=2)
     coarse = make_store(tmp_path / "coarse.zarr", tiny_corpus, tiny_weights, views=views, sizes=(32,))
     fine = make_store(tmp_path / "fine.zarr", tiny_corpus, tiny_weights, views=views, sizes=(96,))
-    report = train(replace(config, targets=(fine.path, coarse.path), size=64))
+    report = train(replace(config, targets=(fine.path, coarse.path), size=(64,)))
     assert len(report.validation) == 2
     heads = load_file(config.out / "heads.safetensors")
     assert {name.split(".")[0] for name in heads} == {"0", "1"}
@@ -202,7 +206,7 @@ def test_what_cannot_work_is_said_together(tiny_store: Store, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="did you mean"):
         train(replace(fine, student="test_vitt", batch_size=4, steps=1))
     with pytest.raises(ConfigError, match="must divide"):
-        train(replace(fine, size=50, batch_size=4, steps=1))
+        train(replace(fine, size=(50,), batch_size=4, steps=1))
 
 
 FRESH = """
@@ -244,7 +248,7 @@ def test_a_student_of_real_features_beats_the_mean_feature_on_held_out_pictures(
         targets=(store.path,),
         student="vit_tiny_patch16_dinov3_qkvb",
         out=tmp_path / "run",
-        size=64,
+        size=(64,),
         steps=80,
         batch_size=32,
         head_width=256,

@@ -12,6 +12,7 @@ from making import TINY_STUDENT, make_corpus, make_store, picture
 
 from eupe.errors import CorpusError, StoreError
 from eupe.store import Store
+from eupe.train.batch import Request
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 from eupe.train.targets import TargetSet, open_targets
@@ -30,7 +31,7 @@ def store(tmp_path: Path, corpus: Path, tiny_weights: Path) -> Store:
 
 def pixels(targets: TargetSet, size: int) -> np.ndarray:  # type: ignore[type-arg]
     with ThreadPoolExecutor(2) as pool:
-        return targets.load(targets.views_of(np.ones(8, bool)), size=size, pool=pool).pixels.numpy()
+        return targets.load(Request(views=targets.views_of(np.ones(8, bool)), size=size), pool=pool).pixels.numpy()
 
 
 @pytest.mark.parametrize("size", [64, 96])

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from making import make_corpus, make_store, picture
 
 from eupe.corpus.views import ViewSpec, view_digest
@@ -16,12 +14,13 @@ from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.store import Store
 from eupe.store.precision import Calibration, decode, encode
 from eupe.store.reader import Tokens
-from eupe.train.targets import TargetSet, TargetTokens, batch_at, is_held_out, open_targets
+from eupe.train.batch import Request, TargetTokens
+from eupe.train.targets import TargetSet, is_held_out, open_targets
 
 
 def load(targets: TargetSet, views: Sequence[tuple[int, int]], size: int = 64):  # type: ignore[no-untyped-def]
     with ThreadPoolExecutor(2) as pool:
-        return targets.load(np.array(views), size=size, pool=pool)
+        return targets.load(Request(views=np.array(views), size=size), pool=pool)
 
 
 def test_replayed_views_equal_the_teachers_pixel_for_pixel(tiny_store: Store) -> None:
@@ -131,29 +130,6 @@ def test_an_unfinished_store_is_refused(tmp_path: Path, tiny_corpus: Path, tiny_
     next((store.path.local / "parts").iterdir()).unlink()
     with pytest.raises(StoreError, match="1 of 1 parts are missing"):
         open_targets([store.path], corpus=None, holdout=0.2)
-
-
-@given(num=st.integers(1, 200), batch=st.integers(1, 50), seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
-def test_an_epoch_repeats_no_view_and_leaves_out_less_than_a_batch(num: int, batch: int, seed: int, epoch: int) -> None:
-    batch = min(batch, num)
-    views = np.stack([np.arange(num), np.zeros(num, int)], axis=1)
-    steps = num // batch
-    seen = [
-        int(sample)
-        for step in range(epoch * steps, (epoch + 1) * steps)
-        for sample in batch_at(views, step, batch_size=batch, seed=seed)[:, 0]
-    ]
-    assert len(seen) == len(set(seen)) == steps * batch > num - batch
-
-
-def test_epochs_and_seeds_differ_and_steps_repeat() -> None:
-    views = np.stack([np.arange(100), np.zeros(100, int)], axis=1)
-
-    def at(step: int, seed: int) -> list[int]:
-        return batch_at(views, step, batch_size=50, seed=seed)[:, 0].tolist()
-
-    assert at(0, 0) == at(0, 0)
-    assert len({tuple(at(0, 0)), tuple(at(2, 0)), tuple(at(0, 1))}) == 3
 
 
 def test_holding_out_depends_on_the_key_alone_and_nests() -> None:

@@ -1,0 +1,165 @@
+"""Several workers in one process group, started and started again by Ray Train: all that training knows of Ray."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from eupe.errors import ConfigError, EupeError, IncompleteError, StorageError, TrainingError
+from eupe.stopping import stop_signals
+from eupe.train.config import RunCard, TrainConfig
+from eupe.train.log import TrainStatus
+from eupe.train.loop import TrainReport, train_as_worker
+from eupe.train.stream import open_corpora
+from eupe.train.world import World
+
+RESTARTS = 10
+"""Of the workers, before a run that loses them gives up; each goes on from the newest checkpoint."""
+POLL_S = 0.5
+RAY_FOLDER = "ray"
+AGREED = (IncompleteError, TrainingError)
+"""Errors that all workers come to at the same step."""
+
+
+class _Desk:
+    """Where the first worker and the driver leave word for each other."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, TrainStatus]] = []
+        self.stop_asked = False
+        self.outcome: list[TrainReport] | EupeError | None = None
+
+    def tell(self, place: int, status: TrainStatus) -> bool:
+        """Called by the first worker; whether it shall stop."""
+        self.told.append((place, status))
+        return self.stop_asked
+
+    def end(self, outcome: list[TrainReport] | EupeError) -> None:
+        self.outcome = outcome
+
+    def ask_to_stop(self) -> None:
+        self.stop_asked = True
+
+    def news(self) -> list[tuple[int, TrainStatus]]:
+        news, self.told = self.told, []
+        return news
+
+    def result(self) -> list[TrainReport] | EupeError | None:
+        return self.outcome
+
+
+def train_on_ray(
+    configs: Sequence[TrainConfig], cards: Sequence[RunCard], on_status: Callable[[int, TrainStatus], None]
+) -> list[TrainReport]:
+    """`train_as_worker` in `num_workers` processes, each with a share of every batch.
+
+    The runs' directories, stores and pictures must be the same files for all of them.
+
+    Raises: ConfigError if the cluster does not answer or has no room; StorageError if workers keep dying; else as
+        `train_as_worker`.
+    """
+    try:
+        import ray
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise ConfigError(f"--num-workers needs Ray Train: pip install 'eupe[cluster]' ({error})") from error
+    config = configs[0]
+    with _ray(config) as use_gpu:
+        desk = ray.remote(num_cpus=0)(_Desk).remote()
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"configs": list(configs), "cards": list(cards), "desk": desk},
+            scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
+            run_config=RunConfig(
+                name=RAY_FOLDER,
+                storage_path=str(config.out.absolute()),
+                failure_config=FailureConfig(max_failures=RESTARTS),
+            ),
+        )
+        with stop_signals(signal.SIGINT, signal.SIGTERM) as stop_asked, ThreadPoolExecutor(1) as thread:
+            running = thread.submit(trainer.fit)
+            ended = threading.Event()
+            running.add_done_callback(lambda _: ended.set())
+            while not ended.wait(POLL_S):
+                if stop_asked():
+                    desk.ask_to_stop.remote()
+                for place, status in ray.get(desk.news.remote()):
+                    on_status(place, status)
+        outcome: list[TrainReport] | EupeError | None = ray.get(desk.result.remote())
+        shutil.rmtree(config.out / RAY_FOLDER, ignore_errors=True)
+        if isinstance(outcome, EupeError):
+            raise outcome
+        if outcome is None:
+            raise StorageError(
+                f"run {config.out} lost its workers more than {RESTARTS} times ({running.exception()}); "
+                "go on with --resume"
+            )
+        return outcome
+
+
+def _work(told: dict[str, Any]) -> None:
+    """What Ray Train runs in every worker."""
+    import ray
+    import ray.train
+    from ray.train.torch import get_device
+
+    configs, cards, desk = told["configs"], told["cards"], told["desk"]
+    if isinstance(ray.get(desk.result.remote()), EupeError):
+        return
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+    asked = threading.Event()
+
+    def tell(place: int, status: TrainStatus) -> None:
+        if ray.get(desk.tell.remote(place, status)):
+            asked.set()
+
+    try:
+        outcome: list[TrainReport] | EupeError = train_as_worker(
+            configs, cards, open_corpora(configs[0]), world, get_device(), tell, asked.is_set
+        )
+    except EupeError as error:
+        ray.get(desk.end.remote(error))
+        if not isinstance(error, AGREED):
+            raise  # so that workers that wait for this one are ended, too
+        return
+    if world.leads:
+        ray.get(desk.end.remote(outcome))
+
+
+@contextmanager
+def _ray(config: TrainConfig) -> Iterator[bool]:
+    """Ray, started or joined; whether workers get a GPU each.
+
+    Raises: ConfigError.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    try:
+        if config.ray_address is not None:
+            ray.init(address=config.ray_address, **quiet)
+        else:
+            cpus = max(os.cpu_count() or 1, config.num_workers)
+            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"no Ray cluster answers at --ray-address {config.ray_address}: {error}") from error
+    try:
+        resources = ray.cluster_resources()
+        kind = "GPU" if resources.get("GPU", 0) else "CPU"
+        if resources.get(kind, 0) < config.num_workers:
+            raise ConfigError(
+                f"--num-workers {config.num_workers} asks for a {kind} each, and there are {resources.get(kind, 0):g}; "
+                "give fewer"
+            )
+        yield kind == "GPU"
+    finally:
+        ray.shutdown()

@@ -1,0 +1,44 @@
+"""An exponential moving average of a module's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Averages, in float32, of every floating parameter and buffer (the running statistics of BatchNorm, too)."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        """Begins with the module's values as they are."""
+        self.decay = decay
+        state = module.state_dict(keep_vars=True)
+        self._values = {name: value.detach() for name, value in state.items() if value.is_floating_point()}
+        self._averages = {name: value.float().clone() for name, value in self._values.items()}
+
+    def update(self) -> None:
+        """average = decay * average + (1 - decay) * value."""
+        values = [value.float() for value in self._values.values()]
+        torch._foreach_lerp_(list(self._averages.values()), values, 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module has its averages; afterwards its own values again, to the bit."""
+        own = {name: value.clone() for name, value in self._values.items()}
+        _copy(self._averages, self._values)
+        try:
+            yield
+        finally:
+            _copy(own, self._values)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by the module's names."""
+        return dict(self._averages)
+
+
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, value in source.items():
+        target[name].copy_(value)

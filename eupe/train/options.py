@@ -1,0 +1,152 @@
+"""Options of `eupe train` from a file: a recipe's presets, a run's own, or one that a user wrote.
+
+A file is YAML: the flags without their dashes, each with its value, or a list of values where the flag may be repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eupe.encoder import near
+from eupe.errors import ConfigError
+from eupe.train.config import RunCard, TrainConfig
+
+OPTIONS_FILE = "options.yaml"
+RECIPES = ("stage1", "stage2", "stage3")
+NOT_IN_FILES = frozenset({"out", "resume"})
+
+Options = dict[str, Any]
+"""Values of fields of TrainConfig, by name."""
+
+
+def train_configs(
+    *,
+    recipe: str | None,
+    config: Path | None,
+    flags: Mapping[str, Any],
+    students: Sequence[str],
+    inits: Sequence[Path],
+    outs: Sequence[Path],
+    resume: bool,
+) -> list[TrainConfig]:
+    """One config for each `--out`.
+
+    Raises: ConfigError.
+    """
+    options = train_options(recipe=recipe, config=config, flags=flags, init=bool(inits))
+    if not outs:
+        raise ConfigError("give the run's directory with --out")
+    for option, given in (("--student", students), ("--init", inits)):
+        if given and len(given) != len(outs):
+            raise ConfigError(
+                f"{option} was given {len(given)} times, --out {len(outs)} times; give one for each student"
+            )
+    if len(outs) > 1 and not students and not inits:
+        raise ConfigError(f"--out was given {len(outs)} times; give a --student for each")
+    own: list[Options] = [{} for _ in outs]
+    for name, given in (("student", students), ("init", inits)):
+        for each, value in zip(own, given, strict=bool(given)):
+            each[name] = value
+    return [
+        TrainConfig(**{"targets": (), **options, **each, "out": out, "resume": resume})
+        for each, out in zip(own, outs, strict=True)
+    ]
+
+
+def train_options(*, recipe: str | None, config: Path | None, flags: Mapping[str, Any], init: bool = False) -> Options:
+    """What a run is asked for: flags over the file's options, these over the recipe's.
+
+    Args:
+        flags: None, or an empty list, for one that was not given.
+        init: where the student starts from was given.
+    Raises: ConfigError for an unknown recipe, or naming every option of a file that is unknown or cannot be so.
+    """
+    options: Options = {}
+    if recipe is not None:
+        if recipe not in RECIPES:
+            raise ConfigError(f"--recipe {recipe!r} is unknown; give {', '.join(RECIPES)}")
+        _override(options, read_options(Path(str(files("eupe") / "recipes" / "stages" / f"{recipe}.yaml"))))
+    if config is not None:
+        _override(options, read_options(config))
+    given = {name: value for name, value in flags.items() if value is not None and value != []}
+    _override(options, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    if recipe == "stage3" and not init and options.get("init") is None:
+        raise ConfigError("--recipe stage3 goes on from a student of stage 2; give its run with --init")
+    return options
+
+
+def read_options(path: Path) -> Options:
+    """A file's options, with the types that TrainConfig has.
+
+    Raises: ConfigError.
+    """
+    try:
+        plain = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"--config {path} must hold options, like `batch-size: 128`")
+    kinds = typing.get_type_hints(TrainConfig)
+    known = {name.replace("_", "-"): name for name in kinds if name not in NOT_IN_FILES}
+    options, wrong = {}, []
+    for key, value in plain.items():
+        if key not in known:
+            wrong.append(f"{key} is no option{near(str(key), list(known))}")
+            continue
+        try:
+            options[known[key]] = _typed(kinds[known[key]], value)
+        except (TypeError, ValueError):
+            wrong.append(f"{key} cannot be {value!r}")
+    if wrong:
+        raise ConfigError(f"--config {path}: {'; '.join(wrong)}")
+    return options
+
+
+def write_options(config: TrainConfig, card: RunCard, path: Path) -> None:
+    """Every option that a run has, as it was resolved, for `--config`."""
+    resolved = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_IN_FILES}
+    resolved |= {name: card.config[name] for name in ("student", "size")}
+    resolved |= {"steps": card.total_steps, "epochs": None}
+    plain = {name.replace("_", "-"): _plain(value) for name, value in resolved.items() if value is not None}
+    path.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+def _override(options: Options, stronger: Options) -> None:
+    """A duration given in one way replaces one that was given in the other."""
+    if stronger.keys() & {"steps", "epochs"}:
+        options.pop("steps", None)
+        options.pop("epochs", None)
+    options.update(stronger)
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """Raises: TypeError, ValueError."""
+    if isinstance(kind, types.UnionType):
+        kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
+        return None if value is None else _typed(str if str in kinds else kinds[0], value)
+    if typing.get_origin(kind) is tuple:
+        (item, _) = typing.get_args(kind)
+        return tuple(_typed(item, each) for each in (value if isinstance(value, list) else [value]))
+    if kind is bool or isinstance(value, bool):
+        if kind is not bool or not isinstance(value, bool):
+            raise TypeError
+        return value
+    if value is None or isinstance(value, list | dict):
+        raise TypeError
+    if kind is int and int(value) != float(value):
+        raise ValueError
+    return kind(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, bool | int | float) else str(value)

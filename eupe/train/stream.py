@@ -1,0 +1,107 @@
+"""The batches of a run, loaded ahead of their use: each is a pure function of (card, step, worker)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from eupe.ahead import map_ahead
+from eupe.train.batch import Batch, Request
+from eupe.train.config import RunCard, TrainConfig, parse_mix
+from eupe.train.sampling import Mix, Sampler
+from eupe.train.targets import TargetSet, open_targets
+from eupe.train.world import World
+
+PREFETCH_BATCHES = 3
+SIZES = 0x512E5
+"""Sets the draw of sizes apart from others of the same seed."""
+
+
+def open_corpora(config: TrainConfig) -> list[TargetSet]:
+    """The targets, then the corpora mixed in.
+
+    Raises: StoreError, ConfigError, CorpusError.
+    """
+    mixes = parse_mix(config.mix, num_targets=len(config.targets))
+    return [
+        open_targets(config.targets, corpus=config.corpus, holdout=config.holdout),
+        *(open_targets(mixed.stores, corpus=None, holdout=config.holdout) for mixed in mixes),
+    ]
+
+
+def mix_of(card: RunCard, corpora: Sequence[TargetSet]) -> Mix:
+    """Which corpus, and which of its views, each step takes."""
+    shares = [float(mixed["share"]) for mixed in card.mix]
+    seed = card.config["seed"]
+    samplers = tuple(
+        Sampler(
+            samples=corpus.training,
+            num_views=corpus.num_views,
+            seed=seed,
+            views=card.config["views"],
+            parts=corpus.training_parts,
+        )
+        for corpus in corpora
+    )
+    return Mix(samplers=samplers, shares=(1 - sum(shares), *shares), seed=seed)
+
+
+def training_requests(
+    card: RunCard, corpora: Sequence[TargetSet], world: World, *, first_step: int, pieces: int
+) -> Iterator[Request]:
+    """What one worker trains on from a step to the end, each step in so many pieces."""
+    mix, config = mix_of(card, corpora), card.config
+    for step in range(first_step, card.total_steps):
+        corpus, views = mix.batch(step, batch_size=config["batch_size"], rank=world.rank, world=world.size)
+        choices = [config["size"], *(card.target_sizes(store) for store in corpora[corpus].stores)]
+        size, *target_sizes = draw_sizes(config["seed"], step, choices)
+        length = len(views) // pieces
+        for start in range(0, len(views), length):
+            yield Request(
+                views=views[start : start + length],
+                size=size,
+                target_sizes=tuple(target_sizes),
+                corpus=corpus,
+                step=step,
+                first=world.rank * len(views) + start,
+                colours_seed=config["seed"] if config["photometric"] == "eupe" else None,
+            )
+
+
+def draw_sizes(seed: int, step: int, choices: Sequence[Sequence[int]]) -> list[int]:
+    """One of each choice, independently and alike on every worker."""
+    generator = np.random.Generator(np.random.Philox(key=[seed ^ SIZES, step]))
+    return [sizes[int(generator.integers(len(sizes)))] for sizes in choices]
+
+
+def stream(corpora: Sequence[TargetSet], requests: Iterable[Request], device: torch.device) -> Iterator[Batch]:
+    """Batches in order, on a device, loaded and copied ahead of their use.
+
+    Raises (while iterating): as `TargetSet.load` does.
+    """
+    threads = max(corpus.corpus_root.threads(os.cpu_count() or 1) for corpus in corpora)
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(PREFETCH_BATCHES) as loaders:
+
+        def load(request: Request) -> tuple[Batch, torch.cuda.Event | None]:
+            batch = corpora[request.corpus].load(request, pool=decoders)
+            if copies is None:
+                return batch, None
+            with torch.cuda.stream(copies):
+                return batch.pinned().to(device), copies.record_event()
+
+        for batch, copied in map_ahead(loaders, load, requests, ahead=PREFETCH_BATCHES - 1):
+            if copied is not None:
+                _hand_over(batch, copied, torch.cuda.current_stream(device))
+            yield batch
+
+
+def _hand_over(batch: Batch, copied: torch.cuda.Event, user: torch.cuda.Stream) -> None:
+    """Make a stream wait for a copy, and its memory stay until that stream has used it."""
+    user.wait_event(copied)
+    for tensor in batch.tensors():
+        tensor.record_stream(user)
