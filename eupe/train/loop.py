@@ -21,9 +21,10 @@ from eupe.train.checkpoint import Trainables, load_checkpoint, save_checkpoint, 
 from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve
 from eupe.train.heads import TargetHeads
 from eupe.train.log import Meter, RunLog, TrainStatus
+from eupe.train.normalise import STANDARD, normalisers
 from eupe.train.schedule import learning_rate
 from eupe.train.targets import Batch, TargetSet, Views, batch_at, open_targets, stream
-from eupe.train.validate import Distiller, fit_gains, held_out_cosines, normalisers
+from eupe.train.validate import Distiller, fit_gains, held_out_cosines
 
 REPORT_FILE = "report.json"
 HEADS_FILE = "heads.safetensors"
@@ -109,7 +110,7 @@ def build(card: RunCard, targets: TargetSet, device: torch.device) -> tuple[Dist
         TargetHeads(widths, (target["summary_dim"], target["dense_dim"]), card.config["head_width"])
         for target in card.targets
     )
-    norms = [normalisers(store, device) for store in targets.stores]
+    norms = [normalisers(store, store.spec.sizes[0], device, STANDARD) for store in targets.stores]
     distiller = Distiller(encoder, heads, norms, dtype=compute_dtype(card.config["dtype"], device)).to(device)
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     groups = [

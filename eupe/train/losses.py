@@ -13,24 +13,25 @@ SMOOTH_L1_WEIGHT = 0.1
 
 
 def summary_loss(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
-    """1 - cosine, mean over the batch.
+    """1 - cosine of each view.
 
     Args:
         student_BD: head output, any float dtype; receives the gradient.
         teacher_BD: same shape, normalised by the store's statistics.
-    Returns: float32 scalar.
+    Returns: float32 [B].
     """
-    return cosine_distance(student_BD, teacher_BD).mean()
+    return cosine_distance(student_BD, teacher_BD)
 
 
 def dense_loss(student_BhwD: Tensor, teacher_BhwD: Tensor) -> Tensor:
-    """0.9 (1 - cosine) + 0.1 smooth-L1 (transition at 1), mean over batch and cells.
+    """0.9 (1 - cosine) + 0.1 smooth-L1 (transition at 1) of each view, mean over its cells.
 
     Args: as for `summary_loss`, on the same grid.
-    Returns: float32 scalar.
+    Returns: float32 [B].
     """
-    cosine = cosine_distance(student_BhwD, teacher_BhwD).mean()
-    return COSINE_WEIGHT * cosine + SMOOTH_L1_WEIGHT * F.smooth_l1_loss(student_BhwD.float(), teacher_BhwD.float())
+    cosine = cosine_distance(student_BhwD, teacher_BhwD).mean(dim=(1, 2))
+    smooth_l1 = F.smooth_l1_loss(student_BhwD.float(), teacher_BhwD.float(), reduction="none").mean(dim=(1, 2, 3))
+    return COSINE_WEIGHT * cosine + SMOOTH_L1_WEIGHT * smooth_l1
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:

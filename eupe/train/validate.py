@@ -11,43 +11,13 @@ from torch import Tensor, nn
 
 from eupe.device import autocast
 from eupe.encoder import Encoder, normalise
-from eupe.store import Store
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.losses import dense_loss, match_grids, summary_loss
-from eupe.train.targets import Batch, TargetBatch, TargetTokens
+from eupe.train.normalise import Normaliser
+from eupe.train.targets import Batch, TargetBatch
 
 Predictions = list[tuple[Tensor | None, Tensor | None]]
 """Per target: summary [B, Ds] and dense [B, h, w, D], normalised, dense on the student's grid."""
-
-
-@dataclass(frozen=True)
-class Normaliser:
-    """One kind of token of one target: to and from zero mean and unit variance per channel."""
-
-    mean: Tensor
-    std: Tensor
-    """float32 [D]; 1 for a channel that never changes."""
-
-    def __call__(self, tokens: TargetTokens | Tensor) -> Tensor:
-        """Stored tokens, or [..., D] as the teacher gave them, to float32 as the loss sees them."""
-        if isinstance(tokens, TargetTokens):
-            return tokens.standardised(self.mean, self.std)
-        return (tokens.float() - self.mean) / self.std
-
-    def inverse(self, normalised: Tensor) -> Tensor:
-        """A head's output [..., D] as the teacher would have said it, float32."""
-        return normalised.float() * self.std + self.mean
-
-
-def normalisers(store: Store, device: torch.device) -> dict[str, Normaliser]:
-    """By kind of token, from the store's statistics at its first size."""
-    made = {}
-    for kind in store.spec.tokens:
-        stats = store.stats(store.spec.sizes[0], kind)
-        mean = torch.tensor(stats.mean, dtype=torch.float32, device=device)
-        std = torch.tensor(stats.std, dtype=torch.float32, device=device)
-        made[kind] = Normaliser(mean, torch.where(std > 0, std, 1.0))
-    return made
 
 
 class Distiller(nn.Module):
@@ -84,9 +54,9 @@ def target_losses(
     summary, dense = prediction
     losses: dict[str, Tensor] = {}
     if summary is not None and target.summary is not None:
-        losses[SUMMARY] = summary_loss(summary, norms[SUMMARY](target.summary))
+        losses[SUMMARY] = summary_loss(summary, norms[SUMMARY](target.summary)).mean()
     if dense is not None and target.dense is not None:
-        losses[DENSE] = dense_loss(*match_grids(dense, norms[DENSE](target.dense)))
+        losses[DENSE] = dense_loss(*match_grids(dense, norms[DENSE](target.dense))).mean()
     return losses
 
 
@@ -95,7 +65,7 @@ class Cosines:
     """Sums over held-out views of one kind of token of one target."""
 
     normalised: float = 0.0
-    """Cosine in the loss's space: 0 for the mean-feature predictor, by construction."""
+    """Cosine in the loss's space: 0 for the mean-feature predictor, by construction (not with normalisation `none`)."""
     raw: float = 0.0
     """Cosine between features as the teacher gives them, the prediction scaled by its gain."""
     mean_raw: float = 0.0

@@ -1,5 +1,7 @@
 """Losses and grids against slow references written out here."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -26,27 +28,42 @@ def pair(*shape: int) -> tuple[Tensor, Tensor]:
     return torch.randn(*shape, generator=generator), 2 * torch.randn(*shape, generator=generator)
 
 
-def test_summary_loss_is_one_minus_cosine() -> None:
+def test_summary_loss_is_one_minus_cosine_of_each_view() -> None:
     student, teacher = pair(5, 7)
-    assert summary_loss(student, teacher).item() == pytest.approx(slow_cosine_distance(student, teacher), abs=1e-6)
-    assert summary_loss(3 * teacher, teacher).item() == pytest.approx(0, abs=1e-6)
-    assert summary_loss(-teacher, teacher).item() == pytest.approx(2, abs=1e-6)
+    expected = [slow_cosine_distance(s, t) for s, t in zip(student, teacher, strict=True)]
+    assert summary_loss(student, teacher).tolist() == pytest.approx(expected, abs=1e-6)
+    assert summary_loss(3 * teacher, teacher).tolist() == pytest.approx([0] * 5, abs=1e-6)
+    assert summary_loss(-teacher, teacher).tolist() == pytest.approx([2] * 5, abs=1e-6)
 
 
-def test_dense_loss_is_the_papers_mix() -> None:
-    student, teacher = pair(2, 3, 3, 6)
-    expected = 0.9 * slow_cosine_distance(student, teacher) + 0.1 * slow_smooth_l1(student, teacher)
-    assert dense_loss(student, teacher).item() == pytest.approx(expected, abs=1e-6)
-    assert dense_loss(2 * teacher, teacher).item() > 0.05
+def test_dense_loss_is_the_papers_mix_of_each_view() -> None:
+    student, teacher = pair(4, 3, 3, 6)
+    expected = [
+        0.9 * slow_cosine_distance(s, t) + 0.1 * slow_smooth_l1(s, t) for s, t in zip(student, teacher, strict=True)
+    ]
+    assert dense_loss(student, teacher).tolist() == pytest.approx(expected, abs=1e-6)
+    assert dense_loss(2 * teacher, teacher).min().item() > 0.05
 
 
-def test_losses_are_float32_and_differentiable_whatever_the_student_computes_in() -> None:
-    student, teacher = pair(2, 3, 3, 6)
+def test_the_mean_over_views_is_the_mean_over_all_cells() -> None:
+    """The loss of a batch, whatever it is cut into."""
+    student, teacher = pair(4, 3, 3, 6)
+    whole = 0.9 * slow_cosine_distance(student, teacher) + 0.1 * slow_smooth_l1(student, teacher)
+    assert dense_loss(student, teacher).mean().item() == pytest.approx(whole, abs=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "shape"), [(summary_loss, (3, 6)), (dense_loss, (3, 2, 2, 6))])
+def test_losses_are_float32_and_differentiable_whatever_the_student_computes_in(
+    loss: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    """A view's loss moves that view alone."""
+    student, teacher = pair(*shape)
     half = student.bfloat16().requires_grad_()
-    loss = dense_loss(half, teacher)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert half.grad is not None and half.grad.abs().sum() > 0
+    of_views = loss(half, teacher)
+    of_views[1].backward()
+    assert of_views.shape == (3,) and of_views.dtype == torch.float32
+    assert half.grad is not None
+    assert half.grad.float().flatten(1).abs().sum(dim=1).ne(0).tolist() == [False, True, False]
 
 
 def test_shapes_that_differ_are_refused() -> None:
