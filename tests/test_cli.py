@@ -188,3 +188,45 @@ def test_a_process_ends_with_the_commands_code_and_all_that_it_said() -> None:
     assert done.returncode == 0 and done.stdout.endswith("at exit\n") and "dinov2-s" in done.stdout
     wrong = subprocess.run([sys.executable, "-m", "eupe", "teachers", "nobody"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stdout == "" and "nobody" in wrong.stderr
+
+
+def test_a_family_and_its_options_through_the_command_line(tiny_store: Store, tmp_path: Path, run_eupe: Run) -> None:
+    words = [
+        "train",
+        "--targets",
+        tiny_store.path,
+        "--batch-size",
+        4,
+        "--steps",
+        2,
+        "--head-width",
+        16,
+        "--holdout",
+        0.3,
+    ]
+    words += [
+        "--size",
+        32,
+        "--size",
+        64,
+        "--clip",
+        1,
+        "--ema",
+        0.9,
+        "--weight",
+        "timm:test_vit/dense=2",
+        "--views",
+        "cycle",
+    ]
+    pair = ["--student", TINY_STUDENT, "--out", tmp_path / "a", "--student", "test_vit2", "--out", tmp_path / "b"]
+    outcome = run_eupe(*words, *pair, "--json")
+    assert outcome.code == 0, outcome.err
+    reports = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [Path(report["run"]).name for report in reports] == ["a", "b"]
+    config = json.loads((tmp_path / "b" / "config.json").read_text())["config"]
+    assert config["size"] == [32, 64] and config["weight"] == ["timm:test_vit/dense=2"] and config["views"] == "cycle"
+    assert config["clip"] == 1.0 and config["ema"] == 0.9 and config["student"] == "test_vit2"
+    again = run_eupe("train", "--config", tmp_path / "a" / "options.yaml", "--out", tmp_path / "a")
+    assert again.code == 0 and "finished already" in again.out
+    third = ["--init", tmp_path / "a", "--out", tmp_path / "third", "--steps", 1]
+    assert run_eupe(*words[:7], "--head-width", 16, "--holdout", 0.3, *third).code == 0

@@ -167,6 +167,8 @@ class TrainConfig:
             wrong.append(f"--warmup must be at least 0 and below 1, got {self.warmup:g}")
         if not 0 <= self.drop < 1:
             wrong.append(f"--drop must be at least 0 and below 1, got {self.drop:g}")
+        if self.seed < 0:
+            wrong.append(f"--seed must be at least 0, got {self.seed}")
         if self.lr <= 0:
             wrong.append(f"--lr must be above 0, got {self.lr:g}")
         if self.clip is not None and self.clip <= 0:

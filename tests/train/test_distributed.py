@@ -1,13 +1,19 @@
 """Training in several processes: Ray Train, gloo, real kills."""
 
+import json
+import os
+import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from making import TINY_STUDENT
+from making import TINY_STUDENT, make_corpus, make_store
 from safetensors.torch import load_file
 
+from eupe.errors import ConfigError, CorpusError, IncompleteError
 from eupe.store import Store
+from eupe.train.checkpoint import steps_kept
 from eupe.train.config import TrainConfig
 from eupe.train.log import TrainStatus
 from eupe.train.loop import train
@@ -34,8 +40,6 @@ def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
 
 
 def losses_of(run: Path) -> list[float]:
-    import json
-
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
@@ -75,3 +79,55 @@ def test_a_spread_model_goes_the_way_of_a_whole_one_and_either_resumes_the_other
     train(replace(spread, resume=True))
     after = load_file(config.out / "student.safetensors")
     assert max((after[key] - before[key]).abs().max().item() for key in before) < 1e-4
+
+
+def worker_processes() -> list[int]:
+    """Of Ray Train, on this machine."""
+    listed = subprocess.run(["pgrep", "-f", "^ray::RayTrainWorker"], capture_output=True, text=True).stdout
+    return [int(pid) for pid in listed.split()]
+
+
+def test_a_worker_that_is_killed_costs_the_steps_since_the_checkpoint(config: TrainConfig) -> None:
+    killed: list[int] = []
+
+    def kill(status: TrainStatus) -> None:
+        if status.step >= 6 and not killed:
+            killed.append(worker_processes()[1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    report = train(replace(config, steps=200), on_status=kill)
+    assert killed and report.steps == 200
+    whole = replace(config, steps=200, out=config.out.with_name("whole"), num_workers=1)
+    train(whole)
+    assert losses_of(config.out) == pytest.approx(losses_of(whole.out), rel=1e-3)
+
+
+def test_a_signal_stops_all_workers_with_a_checkpoint(config: TrainConfig) -> None:
+    def stop(status: TrainStatus) -> None:
+        if status.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    long = replace(config, steps=3000)
+    with pytest.raises(IncompleteError, match=r"stopped after step \d+ of 3000; go on with --resume"):
+        train(long, on_status=stop)
+    assert len(losses_of(config.out)) == steps_kept(config.out)[-1] < 3000
+
+
+def test_a_mistake_that_workers_find_is_the_users(config: TrainConfig, tmp_path: Path, tiny_weights: Path) -> None:
+    corpus = make_corpus(tmp_path / "pictures")
+    store = make_store(tmp_path / "s.zarr", corpus, tiny_weights)
+    lost = []
+
+    def lose_a_picture(status: TrainStatus) -> None:
+        if not lost:
+            lost.extend(corpus.rglob("*.png"))
+            for path in lost:
+                path.unlink()
+
+    with pytest.raises(CorpusError, match="had features made but cannot be read now"):
+        train(replace(config, targets=(store.path,), steps=3000), on_status=lose_a_picture)
+
+
+def test_a_cluster_that_is_not_there_is_refused(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="no Ray cluster answers at --ray-address"):
+        train(replace(config, ray_address="127.0.0.1:1"))

@@ -1,5 +1,6 @@
 """What the paper's stages ask of the trainer, on tiny stores."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from eupe.corpus.photometric import apply_photometric
 from eupe.corpus.views import ViewSpec, draw_colours, render_view
-from eupe.errors import ConfigError
+from eupe.errors import ConfigError, RunError
 from eupe.store import Store
 from eupe.train.batch import Batch
 from eupe.train.config import TrainConfig, resolve
@@ -260,3 +261,30 @@ def test_recomputing_activations_changes_nothing(config: TrainConfig, tmp_path: 
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
     with pytest.raises(ConfigError, match="cannot recompute the activations"):
         train(replace(config, out=tmp_path / "x", student="dla34", recompute=True))
+
+
+def test_the_third_stage_goes_on_from_the_second(config: TrainConfig, tmp_path: Path) -> None:
+    train(config)
+    third = replace(config, student="", init=config.out, out=tmp_path / "third", size=(32, 64), target_size=(32, 64))
+    report = train(third)
+    told = json.loads((third.out / "init.json").read_text())
+    assert told["share"] == 1.0 and not told["fresh"] and report.steps == 6
+    assert distiller_of(third).encoder.card.arch == TINY_STUDENT
+    start = load_file(config.out / "student.safetensors")
+    train(replace(third, out=tmp_path / "still", lr=1e-12))
+    end = load_file(tmp_path / "still" / "student.safetensors")
+    assert all(torch.allclose(start[key], end[key], atol=1e-6) for key in start)
+    with pytest.raises(RunError, match="init: was"):
+        train(replace(third, init=third.out))
+
+
+def test_views_of_an_epoch_are_cycled_or_all(config: TrainConfig) -> None:
+    one_epoch = replace(config, steps=None, epochs=1.0, batch_size=1)
+    seen = {
+        how: [tuple(batch.request.views[0].tolist()) for batch in batches_of(replace(one_epoch, views=how))]
+        for how in ("all", "cycle", "draw")
+    }
+    samples = set(open_corpora(config)[0].training.tolist())
+    assert len(seen["all"]) == 2 * len(samples) and len(set(seen["all"])) == len(seen["all"])
+    for how in ("cycle", "draw"):
+        assert len(seen[how]) == len(samples) and {sample for sample, _ in seen[how]} == samples
