@@ -7,11 +7,10 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from eupe.errors import ConfigError, EupeError, IncompleteError, StorageError, TrainingError
+from eupe.errors import ConfigError, EupeError, IncompleteError, TrainingError
 from eupe.stopping import stop_signals
 from eupe.train.config import RunCard, TrainConfig
 from eupe.train.log import TrainStatus
@@ -61,7 +60,7 @@ def train_on_ray(
 
     The runs' directories, stores and pictures must be the same files for all of them.
 
-    Raises: ConfigError if the cluster does not answer or has no room; StorageError if workers keep dying; else as
+    Raises: ConfigError if the cluster does not answer or has no room; TrainingError if workers keep dying; else as
         `train_as_worker`.
     """
     try:
@@ -83,11 +82,12 @@ def train_on_ray(
                 failure_config=FailureConfig(max_failures=RESTARTS),
             ),
         )
-        with stop_signals(signal.SIGINT, signal.SIGTERM) as stop_asked, ThreadPoolExecutor(1) as thread:
-            running = thread.submit(trainer.fit)
-            ended = threading.Event()
-            running.add_done_callback(lambda _: ended.set())
-            while not ended.wait(POLL_S):
+        problem: list[Exception] = []
+        running = threading.Thread(target=_fit, args=(trainer, problem), daemon=True)
+        with stop_signals(signal.SIGINT, signal.SIGTERM) as stop_asked:
+            running.start()
+            while running.is_alive():
+                running.join(POLL_S)
                 if stop_asked():
                     desk.ask_to_stop.remote()
                 for place, status in ray.get(desk.news.remote()):
@@ -97,11 +97,23 @@ def train_on_ray(
         if isinstance(outcome, EupeError):
             raise outcome
         if outcome is None:
-            raise StorageError(
-                f"run {config.out} lost its workers more than {RESTARTS} times ({running.exception()}); "
+            raise TrainingError(
+                f"run {config.out} lost its workers more than {RESTARTS} times, at last by: {_first_line(problem)}; "
                 "go on with --resume"
             )
         return outcome
+
+
+def _fit(trainer: Any, problem: list[Exception]) -> None:
+    """In a thread, where Ray Train leaves signals alone."""
+    try:
+        trainer.fit()
+    except Exception as error:
+        problem.append(error)
+
+
+def _first_line(problem: list[Exception]) -> str:
+    return next(iter(str(problem[0]).splitlines()), "an error without words") if problem else "no error at all"
 
 
 def _work(told: dict[str, Any]) -> None:

@@ -288,3 +288,12 @@ def test_views_of_an_epoch_are_cycled_or_all(config: TrainConfig) -> None:
     assert len(seen["all"]) == 2 * len(samples) and len(set(seen["all"])) == len(seen["all"])
     for how in ("cycle", "draw"):
         assert len(seen[how]) == len(samples) and {sample for sample, _ in seen[how]} == samples
+
+
+@pytest.mark.slow
+def test_a_compiled_student_goes_the_way_of_a_plain_one(config: TrainConfig, tmp_path: Path) -> None:
+    train(config)
+    train(replace(config, out=tmp_path / "compiled", compile=True))
+    ours, theirs = (load_file(run / "student.safetensors") for run in (config.out, tmp_path / "compiled"))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-4
