@@ -90,11 +90,9 @@ def _words(name: str, value: float) -> str:
     if name.endswith("_bytes"):
         return amount(value)
     path, _, last = name.rpartition(" ")
-    return (
-        f"{path} {last.replace('_', ' ')} {value:.4g}".strip()
-        if isinstance(value, float)
-        else f"{value:,} {name.rpartition('_')[2]}"
-    )
+    if isinstance(value, float):
+        return f"{path} {last.replace('_', ' ')} {value:.4g}".strip()
+    return f"{value:,} {last.removeprefix('num_')}"
 
 
 def _numbers(plain: Any, name: str) -> Iterator[tuple[str, float]]:

@@ -176,13 +176,13 @@ def is_free(lock: Path) -> bool:
 
 
 def test_while_a_step_outlives_a_killed_pipeline_no_other_begins(tmp_path: Path, tiny_store: Store) -> None:
-    write(tmp_path, training_of(tiny_store.path, 100_000), let="{every: 20}")
+    write(tmp_path, training_of(tiny_store.path, 20_000), let="{every: 20}")
     process = begin(tmp_path)
     wait_for(lambda: list((tmp_path / "out").glob("student-*/checkpoints/*.safetensors")), process)
     (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     try:
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()
         second = run(tmp_path)
         assert second.code == 2, second.err
         assert "is at work in out; wait for its end" in " ".join(second.err.split())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from making import make_corpus
+from planning import plan, problems_of
 
 from eupe.extract.estimate import NOMINAL_SHARES
 from eupe.pipeline.recipe import shipped_names
@@ -42,6 +44,13 @@ def test_every_shipped_recipe_is_valid_without_its_pictures(
     assert shown.code == 0
     assert all(step in shown.out for step in steps)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_recipe_in_the_documentation_is_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs/pipelines.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert problems_of(example) == []
+    assert "proxy" in plan(example)
 
 
 def test_the_papers_stores_cost_what_the_plan_on_paper_says(run_eupe: Run) -> None:
