@@ -1,42 +1,31 @@
 """The main job on real weights and real photographs: `make demo`, or `python -m demo`.
 
-Two experts (DINOv2 ViT-S/14, EfficientNet-Lite0) are cached once, a proxy learns from both caches, the proxy is cached,
-and a ViT-T learns from the proxy's cache alone. Then student and proxy are judged on photographs and digits that they
-never trained on. Every step is a command that you could type; a step that is done already is a cache hit.
+Prepares weights and pictures, runs the shipped recipe `desk` (eupe/recipes/desk.yaml) on them, and shows what came
+of it. Every step is a command that you could type; a step that is done already is a cache hit.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from demo.assets import AssetError, prepare_assets
+from eupe.cli import app
+from eupe.errors import EupeError
+from eupe.pipeline.execute import Result
+from eupe.pipeline.prepare import prepare, run
+from eupe.pipeline.verbs import read_verbs
 
 ASSETS = Path("assets")
 OUT = Path("demo-out")
-PHOTOS, DIGITS = ASSETS / "photos", ASSETS / "digits"
-DINOV2 = ASSETS / "weights" / "dinov2-small"
-EFFICIENTNET = ASSETS / "weights" / "efficientnet_lite0" / "model.safetensors"
-VIEWS = "--views rrc:12"
-PROXY_ARCH, STUDENT_ARCH = "vit_small_patch16_dinov3_qkvb", "vit_tiny_patch16_dinov3_qkvb"
-TRAINING = "--size 112 --batch-size 32 --head-width 1024 --holdout 0.15"
-
-EXTRACTIONS = {
-    "dinov2": f"--teacher dinov2 --weights {DINOV2} --corpus {PHOTOS} {VIEWS} --size 112",
-    "efficientnet": f"--teacher efficientnet-lite0 --weights {EFFICIENTNET} --corpus {PHOTOS} {VIEWS} --size 224",
-    "proxy": f"--teacher {OUT}/runs/proxy --corpus {PHOTOS} {VIEWS} --size 112",
-    "digits": f"--teacher dinov2 --weights {DINOV2} --corpus {DIGITS} --size 112 --tokens summary",
-}
 
 console = Console(highlight=False, width=max(Console().width, 110))
 
@@ -44,100 +33,61 @@ console = Console(highlight=False, width=max(Console().width, 110))
 def main() -> None:
     """Run every step, then show what came of them."""
     began = time.monotonic()
+    os.environ["HF_HUB_OFFLINE"] = "1"
     console.rule("real weights and real photographs")
     try:
         prepare_assets(ASSETS)
+        results = {result.step: result for result in run_desk()}
     except AssetError as error:
         sys.exit(f"error: {error}")
-    stores = {name: extract(name) for name in ("dinov2", "efficientnet")}
-    runs = {"proxy": train("proxy", PROXY_ARCH, ["dinov2", "efficientnet"], steps=140)}
-    stores["proxy"] = extract("proxy")
-    runs["student"] = train("student", STUDENT_ARCH, ["proxy"], steps=60)
-    extract("digits")
-    changed = not all(report["cached"] for report in [*stores.values(), *runs.values()])
-    agreements = {name: judge(f"eval agreement {OUT}/runs/{name}", changed=changed) for name in runs}
-    accuracies = {"DINOv2-S": judge(f"eval knn {OUT}/store/digits.zarr", changed=changed)}
-    for name in runs:
-        accuracies[name] = judge(f"eval knn {OUT}/runs/{name} --corpus {DIGITS}", changed=changed)
-    weights = f"--weights dinov2={DINOV2} --weights efficientnet-lite0={EFFICIENTNET}"
-    models = f"dinov2 efficientnet-lite0 {OUT}/runs/proxy {OUT}/runs/student"
-    judge(f"viz {models} {weights} --images {PHOTOS} --out {OUT}/page.html", changed=changed)
-    show(stores, runs, agreements, accuracies)
-    console.print(
-        f"{time.monotonic() - began:.0f} s in all; look at [bold]{(OUT / 'page.html').resolve()}[/]", soft_wrap=True
-    )
+    except EupeError as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    show(results)
+    page = Path(str(results["page"].output)).resolve()
+    console.print(f"{time.monotonic() - began:.0f} s in all; look at [bold]{page}[/]", soft_wrap=True)
 
 
-def extract(name: str) -> dict[str, Any]:
-    """Cache one teacher."""
-    return eupe(f"extract {EXTRACTIONS[name]} --out {OUT}/store/{name}.zarr")
+def run_desk() -> list[Result]:
+    """`eupe run desk`."""
+    settings = {"assets": str(ASSETS), "out": str(OUT)}
+    prepared = prepare("desk", settings, read_verbs(typer.main.get_command(app)))
+    told = lambda command: console.print(f"\n[bold]$ {escape(command)}[/]", soft_wrap=True)  # noqa: E731
+    return list(run(prepared, on_command=told))
 
 
-def train(name: str, arch: str, targets: list[str], *, steps: int) -> dict[str, Any]:
-    """Distil stores into a run; one that was stopped goes on."""
-    run = OUT / "runs" / name
-    resume = "--resume" if (run / "config.json").exists() else ""
-    flags = " ".join(f"--targets {OUT}/store/{target}.zarr" for target in targets)
-    return eupe(f"train {flags} --student {arch} --out {run} {TRAINING} --steps {steps} {resume}".strip())
-
-
-def judge(command: str, *, changed: bool) -> dict[str, Any]:
-    """A report that is kept while the stores and runs that it judges stay what they are."""
-    kept = OUT / "reports" / f"{hashlib.sha256(command.encode()).hexdigest()[:16]}.json"
-    if changed or not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(eupe(command)))
-    report: dict[str, Any] = json.loads(kept.read_text())
-    return report
-
-
-def eupe(command: str) -> dict[str, Any]:
-    """Show and run one command; its JSON report."""
-    console.print(f"\n[bold]$ eupe {command}[/]", soft_wrap=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "eupe", *shlex.split(command), "--json"],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode:
-        sys.exit(done.returncode)
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
-
-
-def show(
-    stores: dict[str, dict[str, Any]],
-    runs: dict[str, dict[str, Any]],
-    agreements: dict[str, dict[str, Any]],
-    accuracies: dict[str, dict[str, Any]],
-) -> None:
+def show(results: dict[str, Result]) -> None:
     """The closing tables."""
+    names = {Path(str(result.output)).name: step for step, result in results.items()}
+    by_verb: dict[str, dict[str, dict[str, Any]]] = {}
+    for step, result in results.items():
+        by_verb.setdefault(result.verb, {})[step] = result.report
     console.print()
     table = Table("store", "views", "MB", "of raw fp16", "views/s", "where", title="What was cached", box=None)
-    for name, r in stores.items():
-        rate = "cache hit" if r["cached"] else f"{r['views_per_s']:.0f}"
+    for step, r in by_verb["extract"].items():
+        rate = "cache hit" if results[step].cached or r["cached"] else f"{r['views_per_s']:.0f}"
         share = f"{r['stored_bytes'] / r['raw_bytes']:.0%}"
-        table.add_row(
-            name, str(r["num_views"]), f"{r['stored_bytes'] / 1e6:.1f}", share, rate, os.path.relpath(r["store"])
-        )
+        where = os.path.relpath(r["store"])
+        table.add_row(step, str(r["num_views"]), f"{r['stored_bytes'] / 1e6:.1f}", share, rate, where)
     console.print(table)
     table = Table("run", "steps", "images/s", "data-wait", "where", title="\nWhat was trained", box=None)
-    for name, r in runs.items():
-        table.add_row(name, str(r["steps"]), f"{r['images_per_s']:.0f}", f"{r['data_wait']:.1%}", r["run"])
+    for step, r in by_verb["train"].items():
+        table.add_row(step, str(r["steps"]), f"{r['images_per_s']:.0f}", f"{r['data_wait']:.1%}", r["run"])
     console.print(table)
-    names = ("run", "target", "tokens", "cosine", "mean feature", "untrained", "normalised", "untrained")
-    table = Table(*names, title="\nAgreement on held-out pictures", box=None)
-    for name, report in agreements.items():
+    columns = ("run", "target", "tokens", "cosine", "mean feature", "untrained", "normalised", "untrained")
+    table = Table(*columns, title="\nAgreement on held-out pictures", box=None)
+    for step, report in by_verb["eval agreement"].items():
         for target in report["targets"]:
             for kind, a in target["kinds"].items():
                 raw = (a["cosine"], a["cosine_mean"], a["cosine_untrained"])
-                numbers = (*raw, a["normalised_cosine"], a["normalised_untrained"])
-                table.add_row(name, target["target"], kind, *(f"{x:.3f}" for x in numbers))
+                numbers = (f"{x:.3f}" for x in (*raw, a["normalised_cosine"], a["normalised_untrained"]))
+                name = names.get(target["target"], target["target"])
+                table.add_row(step.removesuffix("-agreement"), name, kind, *numbers)
     console.print(table)
     table = Table("summaries of", "accuracy", "untrained", "commonest digit", title="\nk-NN on unseen digits", box=None)
-    for name, r in accuracies.items():
+    for step, r in by_verb["eval knn"].items():
         untrained = "" if r["untrained"] is None else f"{r['untrained']:.1%}"
-        table.add_row(name, f"{r['accuracy']:.1%}", untrained, f"{r['majority']:.1%}")
+        table.add_row(step.removesuffix("-digits"), f"{r['accuracy']:.1%}", untrained, f"{r['majority']:.1%}")
     console.print(table)
 
 

@@ -479,23 +479,24 @@ def plan(
 
 def _print_plan(plan: Estimate) -> None:
     from eupe.extract.estimate import STUDENT_IMAGES_PER_S
+    from eupe.progress import amount
 
     r = plan.rates
     precision = ", ".join(f"{kind} {word}" for kind, word in plan.precision.items())
     even = "never: reading is no faster" if plan.break_even_epochs is None else f"{plan.break_even_epochs:.2f} epochs"
-    free = "not asked (no local disk)" if plan.free_bytes is None else _amount(plan.free_bytes)
+    free = "not asked (no local disk)" if plan.free_bytes is None else amount(plan.free_bytes)
     facts = {
         "measured": f"{plan.teacher} on {plan.sampled_views} views, {plan.dtype} on {plan.device}, this machine alone",
         "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views",
-        "bytes per view": f"{_amount(plan.bytes_per_view)} ({precision}; raw fp16 {_amount(plan.raw_bytes_per_view)})",
-        "bytes in all": f"{_amount(plan.need.stored)}, {_amount(plan.need.peak)} while it is made",
+        "bytes per view": f"{amount(plan.bytes_per_view)} ({precision}; raw fp16 {amount(plan.raw_bytes_per_view)})",
+        "bytes in all": f"{amount(plan.need.stored)}, {amount(plan.need.peak)} while it is made",
         f"free at {plan.out}": free,
-        **({"held there already": _amount(plan.held_bytes)} if plan.held_bytes else {}),
+        **({"held there already": amount(plan.held_bytes)} if plan.held_bytes else {}),
         "views/s, each alone": f"decode {r.decode:.4g}, forward {r.forward:.4g}, encode {r.encode:.4g}, "
         f"read {r.read:.4g}",
         "views/s of a worker": f"{plan.views_per_s:.4g}",
         f"hours, {plan.workers} worker{'s' * (plan.workers > 1)} like this": f"{plan.hours:.4g}",
-        f"student of {STUDENT_IMAGES_PER_S} images/s reads": f"{_amount(plan.read_bytes_per_s)}/s",
+        f"student of {STUDENT_IMAGES_PER_S} images/s reads": f"{amount(plan.read_bytes_per_s)}/s",
         "targets of one epoch": f"{plan.epoch_hours_cached:.4g} h from the cache, "
         f"{plan.epoch_hours_online:.4g} h from the teacher",
         "the cache pays off after": even,
@@ -503,37 +504,30 @@ def _print_plan(plan: Estimate) -> None:
     table = Table("array", "precision", "share of fp16", "in all", "cosine p5", "mean", box=None)
     for c in plan.choices:
         cosines = (f"{c.cosine_p5:.6f}", f"{c.cosine_mean:.6f}")
-        table.add_row(c.path, c.precision, f"{c.share:.3f}", _amount(c.total_bytes), *cosines)
+        table.add_row(c.path, c.precision, f"{c.share:.3f}", amount(c.total_bytes), *cosines)
     _finish(facts, False)
     out.print(table)
 
 
 def _print_paper(plan: PaperEstimate) -> None:
+    from eupe.progress import amount
+
     facts = {
         "on paper": "nothing was measured; bytes are those of raw fp16 by nominal shares",
         "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views of each teacher",
-        f"bytes in all, {plan.precision}": f"{_amount(plan.need.stored)}, {_amount(plan.need.peak)} while made",
+        f"bytes in all, {plan.precision}": f"{amount(plan.need.stored)}, {amount(plan.need.peak)} while made",
     }
     if plan.free_bytes is not None:
-        facts["free"] = _amount(plan.free_bytes)
+        facts["free"] = amount(plan.free_bytes)
     _finish(facts, False)
     table = Table("on paper", "size", "grid", "precision", "share of fp16", "per view", "in all", box=None)
     for t in plan.teachers:
         sizes, grids = ("+".join(map(str, numbers)) for numbers in (t.sizes, t.grids))
         for precision, total in t.choices.items():
             share = plan.nominal_shares[precision]
-            amounts = (_amount(total / plan.num_views), _amount(total))
+            amounts = (amount(total / plan.num_views), amount(total))
             table.add_row(t.teacher, sizes, grids, precision, f"{share:g}", *amounts)
     out.print(table)
-
-
-def _amount(num_bytes: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.4g} PB"
 
 
 @store_app.command("ls")
@@ -924,6 +918,42 @@ def eval_knn(
 
     report = knn(path, corpus=corpus, k=k, metric=metric)  # type: ignore[arg-type]
     _finish(dataclasses.asdict(report), as_json)
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file (.yaml), or the name of one that comes with eupe.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="NAME=VALUE in place of the recipe's; out=DIR is where all goes. May be given again."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what is wrong, what is done, and what the rest costs.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a whole pipeline from one file; what is done already is not done again."""
+    from eupe.pipeline.prepare import prepare, run
+    from eupe.pipeline.recipe import parse_settings
+    from eupe.pipeline.show import show_plan, show_results
+    from eupe.pipeline.verbs import read_verbs
+
+    verbs = read_verbs(typer.main.get_command(app))
+    prepared = prepare(recipe, parse_settings(settings or []), verbs)
+    if dry_run:
+        if as_json:
+            print(json.dumps(prepared.to_json()))
+        else:
+            show_plan(prepared, out)
+        return
+    told = err if as_json else out
+    results = list(run(prepared, on_command=lambda command: told.print(f"$ {_escaped(command)}", soft_wrap=True)))
+    if as_json:
+        print(json.dumps({"out": str(prepared.recipe.out), "steps": [dataclasses.asdict(r) for r in results]}))
+    else:
+        show_results(results, out)
 
 
 @app.command()

@@ -82,3 +82,9 @@ class IncompleteError(EupeError, RuntimeError):
     """The work ended with gaps; what is whole is committed, and the same command goes on."""
 
     exit_code = 1
+
+
+class StepError(EupeError, RuntimeError):
+    """A step of a pipeline failed; its `exit_code` is that command's own."""
+
+    exit_code = 1

@@ -1,4 +1,4 @@
-"""The progress bar of every long verb: rate, time left, failures."""
+"""The progress bar of every long verb: rate, time left, failures; and bytes in words."""
 
 from __future__ import annotations
 
@@ -107,3 +107,12 @@ def report_progress(console: Console, unit: str, *, quiet: bool) -> Iterator[Rep
     progress, below = Progress(*columns, console=console), Text()
     with Live(Group(progress, below), console=console):
         yield Bar(progress, below)
+
+
+def amount(num_bytes: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.4g} PB"

@@ -26,4 +26,5 @@ def test_gaps_and_full_disks_leave_with_1_and_mistakes_with_2() -> None:
         "TrainingError",
         "DriftError",
         "ConformanceError",
+        "StepError",
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -221,23 +221,32 @@ def estimate_on_paper(config: PaperConfig) -> PaperEstimate:
     return PaperEstimate(config.num_images, num_views, config.precision, plans, need, free)
 
 
-def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
-    sizes, grids, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
-    dims = {SUMMARY: teacher.summary_dim, DENSE: teacher.dense_dim}
-    raw = {
-        SUMMARY: bytes_per_view(grids, 0, dims[SUMMARY]),
-        DENSE: bytes_per_view(grids, dims[DENSE], 0),
-    }
-    chosen = parse_precision(config.precision, kept)
-    if unknown := set(chosen.values()) - set(NOMINAL_SHARES):
+def stored_bytes_per_view(teacher: TeacherSpec, grid: int, precision: Mapping[str, str]) -> tuple[int, float]:
+    """Of one view at one size, on paper: raw fp16, and stored at nominal shares.
+
+    Args:
+        grid: cells along one side of the map that is stored.
+        precision: of each kind of token that is stored.
+    Raises: ConfigError for a precision without a nominal share.
+    """
+    if unknown := set(precision.values()) - set(NOMINAL_SHARES):
         raise ConfigError(
             f"--precision {sorted(unknown)[0]} has no nominal share on paper; give {', '.join(NOMINAL_SHARES)}, or "
             "--corpus to measure it"
         )
-    per_view = sum(raw[kind] for kind in kept)
+    dims = {SUMMARY: (0, teacher.summary_dim), DENSE: (teacher.dense_dim, 0)}
+    raw = {kind: bytes_per_view((grid,), *dims[kind]) for kind in precision}
+    return sum(raw.values()), sum(raw[kind] * NOMINAL_SHARES[word] for kind, word in precision.items())
+
+
+def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
+    sizes, grids, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
+    dims = {SUMMARY: teacher.summary_dim, DENSE: teacher.dense_dim}
+    precision = parse_precision(config.precision, kept)
+    both = [stored_bytes_per_view(teacher, grid, precision) for grid in grids]
+    per_view, stored = sum(raw for raw, _ in both), sum(share for _, share in both)
     num_views = config.num_images * config.views.num_views
     per_part = samples_per_part(config.num_images, config.views.num_views * per_view)
-    stored = num_views * sum(raw[kind] * NOMINAL_SHARES[chosen[kind]] for kind in kept)
     return PaperTeacher(
         teacher=teacher.name,
         sizes=sizes,
@@ -245,7 +254,10 @@ def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
         raw_bytes_per_view=per_view,
         raw_bytes=num_views * per_view,
         need=need_of(
-            stored, num_samples=config.num_images, per_part=per_part, dims=[dims[kind] for kind in kept] * len(sizes)
+            num_views * stored,
+            num_samples=config.num_images,
+            per_part=per_part,
+            dims=[dims[kind] for kind in kept] * len(sizes),
         ),
         choices={p: round(num_views * per_view * share) for p, share in NOMINAL_SHARES.items()},
     )

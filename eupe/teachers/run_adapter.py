@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from eupe.encoder import Encoder, Tokens, load_card, load_encoder, load_state_dict_strictly
+from eupe.encoder import Encoder, EncoderCard, Tokens, load_card, load_encoder, load_state_dict_strictly
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import read_state_dict
 
@@ -16,7 +16,11 @@ def describe(directory: str) -> TeacherSpec:
 
     Raises: RunError if there is no readable card.
     """
-    card = load_card(Path(directory))
+    return as_teacher(load_card(Path(directory)), directory)
+
+
+def as_teacher(card: EncoderCard, directory: str) -> TeacherSpec:
+    """The spec of a student whose run lies, or will lie, in a directory."""
     return TeacherSpec(
         name=directory,
         backend="run",

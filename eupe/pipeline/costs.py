@@ -1,0 +1,185 @@
+"""What steps will take, on paper: bytes of stores from teachers' cards, views and bytes that training reads.
+
+Nothing is measured and no weights are read; shares of raw fp16 are nominal, as in `eupe plan --num-images`. A teacher
+that an earlier step trains is known by its student's architecture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eupe.corpus.views import parse_views
+from eupe.encoder import EncoderCard, load_card, timm_card
+from eupe.errors import ConfigError, EupeError
+from eupe.extract.estimate import NOMINAL_SHARES, stored_bytes_per_view
+from eupe.extract.plan import shape_of
+from eupe.pipeline.inputs import Inputs
+from eupe.pipeline.plan import PlannedStep
+from eupe.pipeline.recipe import Problems
+from eupe.pipeline.validate import RUN, Ref, Word
+from eupe.store import open_store
+from eupe.store.precision import FP16, parse_precision
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.run_adapter import as_teacher
+from eupe.teachers.spec import TeacherSpec
+from eupe.train.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreCost:
+    """Of a store, on paper."""
+
+    num_images: int | None
+    """None where it cannot be known."""
+    views_per_image: int
+    bytes_per_view: float
+    """Of all sizes together."""
+    sizes: tuple[int, ...]
+    at_most: bool
+    """Reckoned as fp16, because the precision is found by measurement or has no nominal share."""
+
+    @property
+    def num_views(self) -> int | None:
+        return None if self.num_images is None else self.num_images * self.views_per_image
+
+    @property
+    def num_bytes(self) -> float | None:
+        return None if self.num_views is None else self.num_views * self.bytes_per_view
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCost:
+    """Of a run, on paper; None where something it takes cannot be known."""
+
+    steps: int | None
+    batch_size: int | None
+    bytes_per_view: float
+    """Read of all targets, each at one of its sizes."""
+
+    @property
+    def num_views(self) -> int | None:
+        return None if self.steps is None or self.batch_size is None else self.steps * self.batch_size
+
+    @property
+    def num_bytes(self) -> float | None:
+        return None if self.num_views is None else self.num_views * self.bytes_per_view
+
+
+Cost = StoreCost | TrainCost
+
+
+class Costs:
+    """Goes through the steps in order; what the teachers and students themselves refuse are problems of the recipe."""
+
+    def __init__(self, inputs: Inputs, num_images: int | None, problems: Problems) -> None:
+        self._inputs = inputs
+        self._num_images = num_images
+        self._problems = problems
+        self._cards: dict[str, EncoderCard] = {}
+        self._stores: dict[str, StoreCost] = {}
+        self._failed: set[str] = set()
+
+    def of(self, planned: PlannedStep) -> Cost | None:
+        """None for a step that is no extraction and no training, or that could not be reckoned."""
+        step = planned.step
+        if step.makes is None or self._failed & set(step.needs):
+            self._failed |= {step.name} if step.makes else set()
+            return None
+        params = step.verb.parsed(planned.words[len(step.verb.name.split()) :])
+        try:
+            if step.makes == RUN:
+                self._cards[step.name] = self._student(planned, params)
+                return self._run(planned, params)
+            self._stores[step.name] = self._store(planned, params)
+            return self._stores[step.name]
+        except EupeError as error:
+            self._problems.add(f"steps.{step.name}.{step.verb.name}", str(error))
+            self._failed.add(step.name)
+            return None
+
+    def _store(self, planned: PlannedStep, params: Mapping[str, Any]) -> StoreCost:
+        teacher = self._teacher(planned, params["teacher"][0])
+        sizes = tuple(sorted(set(params["size"] or ())))
+        tokens = tuple(params["tokens"].split(","))
+        sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=params["grid"])
+        precision = parse_precision(params["precision"], kept)
+        at_most = params["fidelity"] is not None or bool(set(precision.values()) - set(NOMINAL_SHARES))
+        if at_most:
+            precision = dict.fromkeys(kept, FP16)
+        views = parse_views(
+            params["views"],
+            seed=params["seed"],
+            scale=params["scale"],
+            ratio=params["ratio"],
+            photometric=params["photometric"],
+        )
+        pixels = sum(3 * size * size for size in sizes) if params["pixels"] else 0
+        return StoreCost(
+            num_images=self._count(planned, params),
+            views_per_image=views.num_views,
+            bytes_per_view=sum(stored_bytes_per_view(teacher, grid, precision)[1] for grid in grids) + pixels,
+            sizes=sizes,
+            at_most=at_most or bool(pixels),
+        )
+
+    def _teacher(self, planned: PlannedStep, words: str) -> TeacherSpec:
+        (word,) = planned.step.options["teacher"]
+        return as_teacher(self._cards[word.step], words) if isinstance(word, Ref) else resolve_teacher(words)
+
+    def _count(self, planned: PlannedStep, params: Mapping[str, Any]) -> int | None:
+        limit = params["limit"]
+        counted = None
+        if not planned.missing:
+            pictures = self._inputs.pictures(params["corpus"])
+            counted = pictures.count(include=params["include"] or (), exclude=params["exclude"] or (), limit=limit)
+        if counted is None and self._num_images is not None:
+            return min(self._num_images, limit or self._num_images)
+        return counted
+
+    def _run(self, planned: PlannedStep, params: Mapping[str, Any]) -> TrainCost:
+        preset = params.get("recipe") or params.get("config")
+        defaults = {} if preset else {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+        known = {**defaults, **{name: value for name, value in params.items() if value is not None}}
+        targets = planned.step.options["targets"]
+        batch_size, steps = known.get("batch_size"), known.get("steps")
+        if steps is None and batch_size is not None and not preset:
+            steps = self._steps(targets[0], known.get("epochs") or 1.0, known["holdout"], batch_size)
+        bytes_per_view = sum(self._bytes_read(word) for word in targets)
+        return TrainCost(steps=steps, batch_size=batch_size, bytes_per_view=bytes_per_view)
+
+    def _student(self, planned: PlannedStep, params: Mapping[str, Any]) -> EncoderCard:
+        """Of the architecture that is given, or of the run that the student begins as."""
+        (first,) = planned.step.options.get("init", (None,))
+        if params["student"] is not None:
+            arch = str(params["student"])
+        elif first is None:
+            raise ConfigError("--student is missing; give an architecture")
+        else:
+            arch = (self._cards[first.step] if isinstance(first, Ref) else load_card(Path(first))).arch
+        sizes = params["size"] if isinstance(params["size"], list) else [params["size"]]
+        size = next((size for size in sizes if size), None)
+        return timm_card(arch, size or self._sizes(planned.step.options["targets"][0])[0])
+
+    def _sizes(self, target: Word) -> tuple[int, ...]:
+        return self._stores[target.step].sizes if isinstance(target, Ref) else open_store(target).spec.sizes
+
+    def _bytes_read(self, target: Word) -> float:
+        """Of one view at one of the store's sizes."""
+        if isinstance(target, Ref):
+            cost = self._stores[target.step]
+            return cost.bytes_per_view / len(cost.sizes)
+        store = open_store(target)
+        return store.stored_bytes / (store.spec.num_samples * store.spec.num_views * len(store.spec.sizes))
+
+    def _steps(self, target: Word, epochs: float, holdout: float, batch_size: int) -> int | None:
+        """Of so many passes over what is not held out, as nearly as that is known beforehand."""
+        if isinstance(target, Ref):
+            num_views = self._stores[target.step].num_views
+        else:
+            spec = open_store(target).spec
+            num_views = spec.num_samples * spec.num_views
+        return None if num_views is None else max(1, round(epochs * (num_views * (1 - holdout) // batch_size)))

@@ -1,0 +1,139 @@
+"""Running what is not done yet, one command after the other, each in a process of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eupe.errors import ConfigError, IncompleteError, StepError, StorageError
+from eupe.pipeline.plan import REPORTS, PlannedStep, read_report
+from eupe.stopping import stop_signals
+
+POLL_SECONDS = 0.2
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a step ended."""
+
+    step: str
+    verb: str
+    cached: bool
+    """It was done before, and nothing was run."""
+    seconds: float
+    """When it was run; over all its starts only the last."""
+    output: str | None
+    report: dict[str, Any]
+    """What the verb prints with `--json`."""
+
+
+def run_steps(
+    planned: Sequence[PlannedStep], out: Path, *, on_command: Callable[[str], None] = lambda command: None
+) -> Iterator[Result]:
+    """Run the steps in order; those that are done are not run.
+
+    SIGINT, SIGTERM and SIGHUP reach the step under way as SIGTERM, so that it commits what it has.
+
+    Args:
+        on_command: told each command before it runs.
+    Raises: StepError if one fails, with its exit code; IncompleteError when a signal asked for an end; ConfigError if
+        another process works in the directory; StorageError.
+    """
+    with _alone(out) as lock, stop_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop_asked:
+        for one in planned:
+            kept = read_report(one.report) if one.state == "done" else None
+            if kept is None:
+                kept = _run(one, lock, stop_asked, on_command)
+            output = None if one.output is None else str(one.output)
+            yield Result(
+                one.step.name, one.step.verb.name, one.state == "done", kept["seconds"], output, kept["report"]
+            )
+            if stop_asked() and one is not planned[-1]:
+                raise IncompleteError(f"stopped after step {one.step.name}; the same command goes on")
+
+
+def _run(
+    one: PlannedStep, lock: int, stop_asked: Callable[[], bool], on_command: Callable[[str], None]
+) -> dict[str, Any]:
+    """The step's kept report."""
+    one.report.unlink(missing_ok=True)
+    words = one.command()
+    command = shlex.join(["eupe", *words])
+    on_command(command)
+    printed = one.report.with_name(f".{one.report.name}.out")
+    began = time.monotonic()
+    with printed.open("wb") as stdout:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "eupe", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            start_new_session=True,  # a terminal's Ctrl-C is for this process, which passes it on once
+            pass_fds=(lock,),
+        )
+        code = _wait(child, stop_asked)
+    seconds = time.monotonic() - began
+    if code and stop_asked():
+        raise IncompleteError(f"stopped in step {one.step.name}; the same command goes on")
+    if code:
+        how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
+        error = StepError(f"step {one.step.name} ended {how}; the same command goes on there once that is mended")
+        error.exit_code = max(code, 1)
+        raise error
+    kept = {"command": command, "content": one.content, "seconds": seconds, "report": _read(printed, one.step.name)}
+    printed.write_text(json.dumps(kept, indent=2) + "\n")
+    printed.replace(one.report)
+    return kept
+
+
+def _wait(child: subprocess.Popen[bytes], stop_asked: Callable[[], bool]) -> int:
+    told = False
+    while True:
+        try:
+            return child.wait(timeout=POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            if stop_asked() and not told:
+                child.terminate()
+                told = True
+        except KeyboardInterrupt:  # a second signal: the step shall not wait, either
+            child.terminate()
+
+
+def _read(printed: Path, step: str) -> Any:
+    """Raises: StepError if it is no JSON."""
+    try:
+        return json.loads(printed.read_text())
+    except ValueError as error:
+        raise StepError(f"step {step} printed no JSON report ({error}); it is in {printed}") from error
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[int]:
+    """The pipeline's directory and its lock, which a step that outlives this process holds on to.
+
+    Raises: ConfigError if it is held; StorageError.
+    """
+    try:
+        (out / REPORTS).mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise StorageError(f"the pipeline's directory {out} cannot be made: {error}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another `eupe run`, or a step of one, is at work in {out}; wait for its end") from error
+        yield lock
+    finally:
+        os.close(lock)

@@ -1,0 +1,112 @@
+"""What a pipeline reads that it has not made: pictures and files, known by their content as far as that is cheap."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from eupe.corpus.index import Corpus, read_index
+from eupe.corpus.sources import find_source
+from eupe.place import Place
+from eupe.teachers.weights import weights_files
+
+DIGESTS = ".digests.json"
+"""Of files that have been read before, in a pipeline's directory: path to size, modification time and sha256."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A corpus as it is now."""
+
+    stamp: str | None
+    """Changes when the pictures do: of an index, from their hashes; of files, from names, sizes and times. None for
+    what is not on this machine."""
+    keys: Sequence[str] | None = None
+    """None where they cannot be known without reading: tars, tables, object stores."""
+
+    def count(self, *, include: Sequence[str], exclude: Sequence[str], limit: int | None) -> int | None:
+        """How many of them an extraction takes.
+
+        Raises: CorpusError if none.
+        """
+        if self.keys is None:
+            return None
+        corpus = Corpus(Place("/"), pa.table({"key": pa.array(self.keys, pa.string())}))
+        return len(corpus.pick(include=include, exclude=exclude, limit=limit))
+
+
+class Inputs:
+    """Looks at each corpus and file once."""
+
+    def __init__(self, out: Path) -> None:
+        self._memory = out / DIGESTS
+        self._pictures: dict[str, Pictures] = {}
+        try:
+            self._digests: dict[str, list[int | str]] = json.loads(self._memory.read_text())
+        except (OSError, ValueError):
+            self._digests = {}
+
+    def keep(self) -> None:
+        """Remember digests for the next time."""
+        temporary = self._memory.with_name(f"{DIGESTS}.tmp")
+        temporary.write_text(json.dumps(self._digests))
+        temporary.replace(self._memory)
+
+    def pictures(self, words: str) -> Pictures:
+        """Raises: CorpusError if there is no corpus of that name."""
+        if words not in self._pictures:
+            self._pictures[words] = self._look(words)
+        return self._pictures[words]
+
+    def _look(self, words: str) -> Pictures:
+        if not Place.of(words).is_local:
+            return Pictures(None)
+        found = find_source(words)
+        if found.kind == "index":
+            index = read_index(found.root / found.files[0])
+            return Pictures(index.fingerprint, index.samples["key"].to_pylist())
+        keys = list(found.picture_keys()) if found.kind == "pictures" else None
+        return Pictures(_stamp(found.root.local, found.files if keys is None else keys), keys)
+
+    def content(self, words: str) -> str | None:
+        """sha256 of a local file, or of a folder's weights and documents, as models, runs and stores have them.
+
+        Args:
+            words: a path, or NAME=PATH; of anything else there is None.
+        """
+        path = next((path for path in map(Path, (words, words.partition("=")[2])) if path.name and path.exists()), None)
+        if path is None:
+            return None
+        if path.is_file():
+            return self._digest(path)
+        files = sorted({*path.glob("*.json"), *weights_files(path)})
+        parts = [f"{file.name} {self._digest(file)}" for file in files]
+        return _sha256("\n".join(parts)) if parts else None
+
+    def _digest(self, file: Path) -> str:
+        status = file.stat()
+        name, seen = str(file.resolve()), [status.st_size, status.st_mtime_ns]
+        if self._digests.get(name, [])[:2] != seen:
+            with file.open("rb") as stream:
+                self._digests[name] = [*seen, hashlib.file_digest(stream, "sha256").hexdigest()]
+        return str(self._digests[name][2])
+
+
+def _stamp(root: Path, names: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            status = (root / name).stat()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(f"{name}\0unreadable\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,168 @@
+"""What each step of a recipe comes to: its key, where its output lies, its command, and whether it is done already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eupe.errors import EupeError
+from eupe.pipeline.inputs import Inputs
+from eupe.pipeline.validate import MAKES, RUN, STORE, Ref, Step
+from eupe.store.reader import ROOT_DOCUMENT
+from eupe.train.config import CONFIG_FILE
+
+REPORTS = "reports"
+KEY_LENGTH = 8
+PICTURES = ("corpus", "images")
+"""Options that name pictures."""
+
+INDIFFERENT: Mapping[str, Mapping[str, str]] = {
+    "": {
+        "workers": "how the work is shared out",
+        "gpus-per-worker": "how the work is shared out",
+        "ray-address": "where the work is done",
+        "out": "named after the key",
+    },
+    "extract": {
+        "batch-size": "changes rounding only; a store takes it for the same content, too",
+        "retry-failed": "repairs what is there",
+    },
+    "train": {
+        "corpus": "where the pictures are now; which they are, the stores say",
+        "checkpoint-every": "how much is lost when a run is killed",
+    },
+    "eval agreement": {"corpus": "where the pictures are now; which they are, the stores say"},
+}
+"""Options that decide nothing about a step's result and so are no part of its key, by verb (all verbs: ""), with the
+reason. An option that is not here counts."""
+
+State = Literal["done", "to go on", "to do"]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step with everything known about it before it is run."""
+
+    step: Step
+    key: str
+    """sha256 of verb, decisive options, input files, and what the steps before it come to; it names the output."""
+    content: str
+    """The key, and of an extraction the pictures as they are now: more of them extend the store in its place."""
+    output: Path | None
+    """A store, a run or a page; None for a step that leaves a report only."""
+    report: Path
+    words: tuple[str, ...]
+    """After `eupe`, without `--resume` and `--json`."""
+    state: State
+    missing: tuple[str, ...]
+    """Why it could not begin now: pictures and weights that are not there."""
+
+    def command(self) -> list[str]:
+        """What is typed; a run that was begun is gone on with."""
+        begun = self.step.makes == RUN and self.output is not None and (self.output / CONFIG_FILE).exists()
+        return [*self.words, *(["--resume"] if begun else []), "--json"]
+
+
+def plan_steps(steps: tuple[Step, ...], out: Path, inputs: Inputs) -> tuple[PlannedStep, ...]:
+    """Keys, places and states of all steps, in order."""
+    planned: dict[str, PlannedStep] = {}
+    for step in steps:
+        planned[step.name] = _plan(step, out, inputs, planned)
+    return tuple(planned.values())
+
+
+def key_of(step: Step, contents: Mapping[str, str], stamps: Mapping[str, str]) -> str:
+    """sha256 of what decides a step's result.
+
+    Args:
+        contents: of the steps that it needs.
+        stamps: of files and pictures, by their words.
+    """
+    indifferent = {*INDIFFERENT[""], *INDIFFERENT.get(step.verb.name, {})}
+    decisive = {
+        name: [_decisive(word, name, contents, stamps) for word in words]
+        for name, words in sorted(step.options.items())
+        if name not in indifferent
+    }
+    return hashlib.sha256(json.dumps([step.verb.name, decisive]).encode()).hexdigest()
+
+
+def _decisive(word: str | Ref, option: str, contents: Mapping[str, str], stamps: Mapping[str, str]) -> Any:
+    if isinstance(word, Ref):
+        return {"step": contents[word.step]}
+    if word not in stamps:
+        return word
+    named = word.partition("=")[0] if "=" in word else ""
+    return {"pictures": word, "stamp": stamps[word]} if option in PICTURES else {"file": stamps[word], "of": named}
+
+
+def _plan(step: Step, out: Path, inputs: Inputs, before: Mapping[str, PlannedStep]) -> PlannedStep:
+    extends = MAKES.get(step.verb.name) == STORE
+    files, pictures, missing = _stamps(step, inputs)
+    contents = {name: before[name].content for name in step.needs}
+    key = key_of(step, contents, files if extends else files | pictures)
+    content = key_of(step, contents, files | pictures)
+    stem = f"{step.name}-{key[:KEY_LENGTH]}"
+    output = _output(step, out, stem)
+    words = [*step.verb.name.split(), *step.words({name: str(before[name].output) for name in step.needs})]
+    if output is not None:
+        words = [*_without_out(words, step), "--out", str(output)]
+    report = out / REPORTS / f"{stem}.json"
+    state = _state(step, output, report, content)
+    return PlannedStep(step, key, content, output, report, tuple(words), state, tuple(missing))
+
+
+def _stamps(step: Step, inputs: Inputs) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Of files and of pictures, by word; and what is not there."""
+    files: dict[str, str] = {}
+    pictures: dict[str, str] = {}
+    missing = []
+    for name, words in step.options.items():
+        for word in (word for word in words if isinstance(word, str) and name != "out"):
+            if name in PICTURES:
+                try:
+                    stamp = inputs.pictures(word).stamp
+                except EupeError as error:
+                    missing.append(str(error))
+                    continue
+                pictures |= {} if stamp is None else {word: stamp}
+            elif (digest := inputs.content(word)) is not None:
+                files[word] = digest
+            elif name == "weights" and word != "hub":
+                missing.append(f"weights {word.rpartition('=')[2]} do not exist")
+    return files, pictures, missing
+
+
+def _output(step: Step, out: Path, stem: str) -> Path | None:
+    if step.makes is not None:
+        return out / (f"{stem}.zarr" if step.makes == STORE else stem)
+    named = step.options.get("out")
+    return None if named is None else out / f"{stem}{Path(str(named[0])).suffix}"
+
+
+def _without_out(words: list[str], step: Step) -> list[str]:
+    if "out" not in step.options:
+        return words
+    place = words.index("--out")
+    return words[:place] + words[place + 2 :]
+
+
+def _state(step: Step, output: Path | None, report: Path, content: str) -> State:
+    there = output is None or output.exists()
+    if there and (kept := read_report(report)) is not None and kept["content"] == content:
+        return "done"
+    begun = {STORE: ROOT_DOCUMENT, RUN: CONFIG_FILE}.get(step.makes or "")
+    return "to go on" if begun and output is not None and (output / begun).exists() else "to do"
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """What is kept of a finished step: `command`, `content`, `seconds`, and the verb's own `report`."""
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text())
+        return kept if {"command", "content", "seconds", "report"} <= kept.keys() else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,87 @@
+"""From a recipe's name to a plan that can be shown or run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from eupe.pipeline.costs import Cost, Costs
+from eupe.pipeline.execute import Result, run_steps
+from eupe.pipeline.inputs import Inputs
+from eupe.pipeline.plan import PlannedStep, plan_steps
+from eupe.pipeline.recipe import Problems, Recipe, parse_recipe, read_recipe
+from eupe.pipeline.validate import check_steps
+from eupe.pipeline.verbs import Verb
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe without mistakes."""
+
+    recipe: Recipe
+    inputs: Inputs
+    steps: tuple[PlannedStep, ...]
+    costs: tuple[Cost | None, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The dry run."""
+        return {
+            "recipe": self.recipe.path,
+            "out": str(self.recipe.out),
+            "steps": [_plain(*pair) for pair in zip(self.steps, self.costs, strict=True)],
+        }
+
+
+def prepare(name: str, settings: Mapping[str, Any], verbs: Mapping[str, Verb]) -> Prepared:
+    """Read a recipe, hold it against the command line, and see what is done.
+
+    Args:
+        name: a file, or the name of a shipped recipe.
+        settings: in place of the recipe's named values.
+    Raises: ConfigError with everything that is wrong.
+    """
+    problems = Problems()
+    recipe = parse_recipe(name, read_recipe(name), settings, problems)
+    steps = check_steps(recipe, verbs, problems)
+    problems.require_none(name)
+    inputs = Inputs(recipe.out)
+    planned = plan_steps(steps, recipe.out, inputs)
+    costs = Costs(inputs, recipe.num_images, problems)
+    reckoned = tuple(costs.of(one) for one in planned)
+    problems.require_none(name)
+    return Prepared(recipe, inputs, planned, reckoned)
+
+
+def run(prepared: Prepared, *, on_command: Callable[[str], None] = lambda command: None) -> Iterator[Result]:
+    """Run what is not done; see `run_steps`.
+
+    Raises: also ConfigError if pictures or weights are not there.
+    """
+    problems = Problems()
+    for one in prepared.steps:
+        for words in one.missing:
+            problems.add(f"steps.{one.step.name}.{one.step.verb.name}", words)
+    problems.require_none(prepared.recipe.path)
+    for result in run_steps(prepared.steps, prepared.recipe.out, on_command=on_command):
+        prepared.inputs.keep()
+        yield result
+
+
+def _plain(one: PlannedStep, cost: Cost | None) -> dict[str, Any]:
+    reckoned = None
+    if cost is not None:
+        reckoned = {**asdict(cost), "num_views": cost.num_views, "num_bytes": cost.num_bytes}
+    return {
+        "step": one.step.name,
+        "verb": one.step.verb.name,
+        "needs": list(one.step.needs),
+        "key": one.key,
+        "state": one.state,
+        "missing": list(one.missing),
+        "output": None if one.output is None else str(one.output),
+        "report": str(one.report),
+        "command": shlex.join(["eupe", *one.command()]),
+        "cost": reckoned,
+    }

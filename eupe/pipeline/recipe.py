@@ -1,0 +1,204 @@
+"""A recipe's file: YAML, named values put in, and the shape of its steps; what verbs take is not known here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eupe.errors import ConfigError
+
+SHIPPED = resources.files("eupe") / "recipes"
+TOP = ("about", "out", "let", "steps")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+NUM_IMAGES = "num-images"
+"""The named value that says how many pictures there are where the corpus is not there to be counted."""
+
+_WRITTEN = re.compile(r"\$\{([^{}\n]*)\}")
+_OPEN, _CLOSE = "\ue000", "\ue001"
+"""In place of `${` and `}` while YAML reads the text: braces would end a value inside `{...}`."""
+_HELD = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
+
+
+@dataclass(frozen=True)
+class RawStep:
+    """One step as it is written, named values put in."""
+
+    name: str
+    verb: str
+    options: Mapping[str, Any]
+
+    def where(self, option: str | None = None) -> str:
+        """The path of keys that leads there."""
+        words = ["steps", self.name, self.verb, option]
+        return ".".join(word for word in words if word)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole pipeline as it is written."""
+
+    path: str
+    about: str
+    out: Path
+    num_images: int | None
+    steps: tuple[RawStep, ...]
+
+
+@dataclass
+class Problems:
+    """Everything that is wrong with a recipe, each with the path of keys that leads there."""
+
+    found: list[str] = field(default_factory=list)
+
+    def add(self, where: str, words: str) -> None:
+        self.found.append(f"{where}: {words}")
+
+    def require_none(self, recipe: str) -> None:
+        """Raises: ConfigError with all of them, one a line."""
+        if self.found:
+            count = "1 mistake" if len(self.found) == 1 else f"{len(self.found)} mistakes"
+            raise ConfigError("\n  ".join([f"{recipe} has {count}, nothing was run:", *self.found]))
+
+
+def shipped_names() -> list[str]:
+    """Of the recipes that come with the package."""
+    return sorted(file.name.removesuffix(".yaml") for file in SHIPPED.iterdir() if file.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> str:
+    """The text of a file, or of a shipped recipe where there is no such file.
+
+    Raises: ConfigError if there is neither.
+    """
+    path = Path(name)
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        if name in shipped_names():
+            return (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {name} cannot be read: {error}") from error
+    raise ConfigError(f"there is no recipe {name}; give a file, or one of {', '.join(shipped_names())}")
+
+
+def parse_settings(words: list[str]) -> dict[str, Any]:
+    """`--set NAME=VALUE`, the value as YAML reads it.
+
+    Raises: ConfigError.
+    """
+    settings = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set takes NAME=VALUE, got {word}")
+        try:
+            settings[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {word}: the value is not YAML ({' '.join(str(error).split())})") from error
+    return settings
+
+
+def parse_recipe(path: str, text: str, settings: Mapping[str, Any], problems: Problems) -> Recipe:
+    """The recipe, as far as it can be understood; all that is wrong goes to `problems`.
+
+    Args:
+        settings: named values that replace those of `let`; `out` replaces the directory.
+    Raises: ConfigError if it is not YAML, or no mapping.
+    """
+    plain = _load(path, text)
+    for key in plain.keys() - set(TOP):
+        problems.add(str(key), f"is not a part of a recipe; those are {', '.join(TOP)}")
+    values = _named_values(plain.get("let"), settings, problems)
+    out = settings.get("out", _put_in(plain.get("out"), "out", values, problems))
+    if not isinstance(out, str) or not out or "://" in out:
+        problems.add("out", f"must be a local directory, got {out!r}")
+    count = values.get(NUM_IMAGES)
+    if count is not None and (type(count) is not int or count < 1):
+        problems.add(f"let.{NUM_IMAGES}", f"must be a whole number above 0, got {count!r}")
+        count = None
+    steps = plain.get("steps")
+    if not isinstance(steps, dict) or not steps:
+        problems.add("steps", "must be a mapping of names to verbs with their options")
+        steps = {}
+    raw = [_step(name, body, values, problems) for name, body in steps.items()]
+    about = " ".join(str(plain.get("about") or "").split())
+    return Recipe(path, about, Path(str(out)), count, tuple(step for step in raw if step is not None))
+
+
+def _load(path: str, text: str) -> dict[str, Any]:
+    held = _WRITTEN.sub(lambda match: f"{_OPEN}{match[1]}{_CLOSE}", text)
+    try:
+        plain = yaml.load(held, Loader=_Strict)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {_as_written(' '.join(str(error).split()))}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} is not a recipe: it must be a mapping with {', '.join(TOP)}")
+    return plain
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not the last one's silent win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if isinstance(key, str) and keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _named_values(let: Any, settings: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
+    if let is not None and not isinstance(let, dict):
+        problems.add("let", "must be a mapping of names to values")
+        let = None
+    values: dict[str, Any] = {}
+    for name, value in (let or {}).items():
+        values[str(name)] = settings.get(name, _put_in(value, f"let.{name}", values, problems))
+        if values[str(name)] is None:
+            problems.add(f"let.{name}", f"has no value of its own; give --set {name}=...")
+            values[str(name)] = f"${{{name}}}"
+    for name in settings.keys() - values.keys() - {"out", NUM_IMAGES}:
+        problems.add(f"--set {name}", f"is not among the recipe's named values: {', '.join(['out', *values])}")
+    if NUM_IMAGES in settings:
+        values[NUM_IMAGES] = settings[NUM_IMAGES]
+    return values
+
+
+def _step(name: Any, body: Any, values: Mapping[str, Any], problems: Problems) -> RawStep | None:
+    where = f"steps.{_as_written(str(name))}"
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        problems.add(where, "a step's name has letters, digits, '-', '_' and '.' only")
+        return None
+    if not isinstance(body, dict) or len(body) != 1:
+        problems.add(where, "must be one verb with its options: {VERB: {OPTION: VALUE, ...}}")
+        return None
+    ((verb, options),) = body.items()
+    if not isinstance(options, dict | None):
+        problems.add(f"{where}.{verb}", "must be a mapping of options to values")
+        return None
+    filled = {str(k): _put_in(v, f"{where}.{verb}.{k}", values, problems) for k, v in (options or {}).items()}
+    return RawStep(name, str(verb), filled)
+
+
+def _put_in(value: Any, where: str, values: Mapping[str, Any], problems: Problems) -> Any:
+    """A value that is nothing but `${name}` keeps the named value's type."""
+    if isinstance(value, list):
+        return [_put_in(item, f"{where}.{i}", values, problems) for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    names = _HELD.findall(value)
+    if unknown := [name for name in names if name not in values]:
+        problems.add(where, f"${{{unknown[0]}}} has no value at that place; name it under `let`, above its use")
+        return _as_written(value)
+    if whole := _HELD.fullmatch(value):
+        return values[whole[1]]
+    return _HELD.sub(lambda match: str(values[match[1]]), value)
+
+
+def _as_written(text: str) -> str:
+    return _HELD.sub(lambda match: f"${{{match[1]}}}", text)

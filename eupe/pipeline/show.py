@@ -1,0 +1,108 @@
+"""What is printed of a pipeline: the dry run, and the end of a run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from eupe.pipeline.costs import Cost, StoreCost
+from eupe.pipeline.execute import Result
+from eupe.pipeline.prepare import Prepared
+from eupe.progress import amount
+
+HEADLINES: Mapping[str, Sequence[str]] = {
+    "extract": ("num_views", "stored_bytes", "num_failed"),
+    "train": ("steps", "normalised"),
+}
+"""Fields of reports that are shown, wherever they stand; of other verbs, the first fraction of each part."""
+UNSAID = ("kinds", "validation")
+"""Levels of reports that say nothing by their names."""
+
+
+def show_plan(prepared: Prepared, console: Console) -> None:
+    """Step, state, cost and command."""
+    if prepared.recipe.about:
+        console.print(prepared.recipe.about, soft_wrap=True, markup=False)
+    table = Table(
+        Column("step", no_wrap=True), Column("state", no_wrap=True), "on paper", Column("command", overflow="fold")
+    )
+    table.box = None
+    for one, cost in zip(prepared.steps, prepared.costs, strict=True):
+        command = shlex.join(["eupe", *one.command()])
+        table.add_row(one.step.name, one.state, cost_words(cost), escape(command))
+    console.print(table)
+    stored = [cost.num_bytes for cost in prepared.costs if isinstance(cost, StoreCost)]
+    if stored:
+        known = sum(number for number in stored if number is not None)
+        unknown = f" and {stored.count(None)} of unknown size" if None in stored else ""
+        console.print(f"stores in all: {amount(known)}{unknown}, on paper: nothing was measured", soft_wrap=True)
+    missing: dict[str, list[str]] = {}
+    for one in prepared.steps:
+        for words in one.missing:
+            missing.setdefault(words, []).append(one.step.name)
+    for words, steps in missing.items():
+        console.print(f"not there yet, for {', '.join(steps)}: {words}", soft_wrap=True, markup=False)
+
+
+def cost_words(cost: Cost | None) -> str:
+    """A cost in one cell."""
+    if cost is None:
+        return ""
+    if isinstance(cost, StoreCost):
+        most = "at most " if cost.at_most else ""
+        per_view = f"{most}{amount(cost.bytes_per_view)} a view"
+        if cost.num_images is None or cost.num_bytes is None:
+            return f"{per_view}; pictures not counted: --set num-images=N"
+        views = f"{cost.views_per_image} view{'s' * (cost.views_per_image > 1)}"
+        return f"{cost.num_images:,} pictures x {views}, {per_view}, {amount(cost.num_bytes)}"
+    if cost.num_bytes is None:
+        return f"{amount(cost.bytes_per_view)} a view; steps or batch not known here"
+    return f"{cost.steps:,} steps x {cost.batch_size:,} = {cost.num_views:,} views, {amount(cost.num_bytes)} read"
+
+
+def show_results(results: Sequence[Result], console: Console) -> None:
+    """Step, cached or seconds, what came of it."""
+    table = Table(Column("step", no_wrap=True), "took", "result", Column("output", overflow="fold"), box=None)
+    for result in results:
+        took = "cached" if result.cached else f"{result.seconds:.0f} s"
+        table.add_row(result.step, took, escape(", ".join(headline(result))), escape(result.output or ""))
+    console.print(table)
+
+
+def headline(result: Result) -> list[str]:
+    """The numbers of a report that matter most, each with its name."""
+    wanted = HEADLINES.get(result.verb)
+    numbers = list(_numbers(result.report, ""))
+    if wanted is None:
+        first = {name.rpartition(" ")[0]: (name, v) for name, v in reversed(numbers) if isinstance(v, float)}
+        chosen = list(reversed(first.values()))
+    else:
+        chosen = [(name, value) for name, value in numbers if name.rpartition(" ")[2] in wanted]
+    return [_words(name, value) for name, value in chosen]
+
+
+def _words(name: str, value: float) -> str:
+    if name.endswith("_bytes"):
+        return amount(value)
+    path, _, last = name.rpartition(" ")
+    if isinstance(value, float):
+        return f"{path} {last.replace('_', ' ')} {value:.4g}".strip()
+    return f"{value:,} {last.removeprefix('num_')}"
+
+
+def _numbers(plain: Any, name: str) -> Iterator[tuple[str, float]]:
+    """All numbers of a report, named by the words on the way to them; members of a list by their first words."""
+    if isinstance(plain, dict):
+        for key, value in plain.items():
+            yield from _numbers(value, name if key in UNSAID else f"{name} {key}".strip())
+    elif isinstance(plain, list):
+        for item in plain:
+            words = next((w for w in item.values() if isinstance(w, str)), "") if isinstance(item, dict) else ""
+            yield from _numbers(item, words)
+    elif isinstance(plain, int | float) and not isinstance(plain, bool):
+        yield name, plain

@@ -1,0 +1,202 @@
+"""From a recipe to its steps: every option held against the verb's own, every name against the steps before it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eupe.errors import EupeError
+from eupe.pipeline.recipe import Problems, RawStep, Recipe
+from eupe.pipeline.verbs import Option, Verb
+from eupe.teachers.resolve import resolve_teacher
+
+STORE, RUN = "store", "run"
+MAKES = {"extract": STORE, "train": RUN}
+"""What later steps can take from a verb; all others leave a report, or a page."""
+TAKES = {
+    "teacher": (RUN,),
+    "targets": (STORE,),
+    "init": (RUN,),
+    "run": (RUN,),
+    "path": (STORE, RUN),
+    "items": (STORE, RUN),
+}
+"""Options and arguments that may name an earlier step, and what that step must make."""
+GIVEN = {"out": ("extract", "train"), "json": (), "resume": ()}
+"""Options that the pipeline gives by itself, to these verbs; to all where none is named."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Of an earlier step: what it made."""
+
+    step: str
+
+
+Word = str | Ref
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a pipeline, whose words are not all known yet."""
+
+    name: str
+    verb: Verb
+    options: Mapping[str, tuple[Word, ...]]
+    """Values as they are typed; of a flag, the flag."""
+
+    @property
+    def makes(self) -> str | None:
+        return MAKES.get(self.verb.name)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Earlier steps, each once."""
+        refs = (word.step for words in self.options.values() for word in words if isinstance(word, Ref))
+        return tuple(dict.fromkeys(refs))
+
+    def words(self, places: Mapping[str, str]) -> list[str]:
+        """All options on the command line, arguments first.
+
+        Args:
+            places: of each step that is needed, where what it makes lies.
+        """
+        options = sorted(self.options.items(), key=lambda item: self.verb.options[item[0]].word is not None)
+        return [
+            word
+            for name, values in options
+            for word in self.verb.options[name].words([places[v.step] if isinstance(v, Ref) else v for v in values])
+        ]
+
+
+def check_steps(recipe: Recipe, verbs: Mapping[str, Verb], problems: Problems) -> tuple[Step, ...]:
+    """The steps that can be understood, in order; all that is wrong goes to `problems`."""
+    steps: dict[str, Step] = {}
+    makes = {raw.name: MAKES.get(raw.verb) for raw in recipe.steps}
+    cycles = _cycles(recipe.steps)
+    for raw in recipe.steps:
+        if raw.verb not in verbs:
+            problems.add(raw.where(), f"is not a verb of a step{_near(raw.verb, verbs)}")
+            continue
+        names = _Names(raw, list(steps), makes, cycles)
+        verb = verbs[raw.verb]
+        options = {}
+        for key, value in raw.options.items():
+            if key not in verb.options:
+                problems.add(raw.where(key), f"is not an option of eupe {verb.name}{_near(key, verb.options)}")
+            elif key in GIVEN and raw.verb in (GIVEN[key] or (raw.verb,)):
+                problems.add(raw.where(key), "is given by the pipeline itself; leave it out")
+            elif (words := _words(verb, verb.options[key], value, names, problems)) is not None:
+                options[key] = words
+        for option in verb.options.values():
+            given = option.name in GIVEN and raw.verb in (GIVEN[option.name] or (raw.verb,))
+            if option.required and option.name not in raw.options and not given:
+                problems.add(raw.where(option.name), f"is missing; eupe {verb.name} needs it")
+        steps[raw.name] = Step(raw.name, verb, options)
+    return tuple(steps.values())
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a name in one step may stand for."""
+
+    raw: RawStep
+    earlier: Sequence[str]
+    makes: Mapping[str, str | None]
+    cycles: Mapping[str, str]
+
+    def resolve(self, option: str, word: str) -> Word | EupeError:
+        """The step of that name, or the word itself if it is something outside the pipeline; else what is wrong."""
+        takes = (STORE,) if self.raw.verb.startswith("store ") else TAKES[option]
+        if word in self.earlier and self.makes[word] in takes:
+            return Ref(word)
+        outside = _outside(option, word)
+        if outside is None:
+            return word
+        kinds = " or a ".join(takes)
+        if word == self.raw.name:
+            return EupeError(f"{word!r} is this step itself")
+        if word in self.cycles and self.raw.name in self.cycles:
+            return EupeError(f"{word!r} waits for this step in turn: {self.cycles[self.raw.name]}")
+        if word in self.earlier:
+            return EupeError(f"step {word!r} makes a {self.makes[word] or 'report'}, and this takes a {kinds}")
+        if word in self.makes:
+            return EupeError(f"{word!r} is a later step; put it above this one")
+        near = _near(word, [name for name in self.earlier if self.makes[name] in takes])
+        return EupeError(f"there is no earlier step {word!r}{near}; {outside}")
+
+
+def _outside(option: str, word: str) -> str | None:
+    """None for something that is there without the pipeline, else what was looked for."""
+    if "://" in word or (option != "teacher" and Path(word).exists()):
+        return None
+    if option not in ("teacher", "items"):
+        return f"{word} does not exist, either"
+    try:
+        resolve_teacher(word)
+    except EupeError as error:
+        return str(error)
+    return None
+
+
+def _words(verb: Verb, option: Option, value: Any, names: _Names, problems: Problems) -> tuple[Word, ...] | None:
+    """None where the option is to be left out, or is wrong."""
+    where = names.raw.where(option.name)
+    if option.flag:
+        if not isinstance(value, bool):
+            problems.add(where, f"is a flag: true or false, got {value!r}")
+        word = option.word if value is True else option.negative
+        return None if word is None else (word,)
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not option.multiple:
+        problems.add(where, f"takes one value, got a list of {len(value)}")
+    elif option.name == "teacher" and len(values) > 1:
+        problems.add(where, "takes one teacher a step, so that each has a key of its own; write a step for each")
+    elif not values or any(isinstance(item, bool | dict | list | None) for item in values):
+        problems.add(where, f"takes text or a number, got {value!r}")
+    elif (complaint := verb.complaint(option, [str(item) for item in values])) is not None:
+        problems.add(where, complaint)
+    else:
+        return tuple(_resolved([str(item) for item in values], option, names, problems))
+    return None
+
+
+def _resolved(values: Iterable[str], option: Option, names: _Names, problems: Problems) -> Iterable[Word]:
+    for value in values:
+        word = names.resolve(option.name, value) if option.name in TAKES else value
+        if isinstance(word, EupeError):
+            problems.add(names.raw.where(option.name), str(word))
+        else:
+            yield word
+
+
+def _cycles(raws: Sequence[RawStep]) -> dict[str, str]:
+    """Steps that wait for themselves, and by what way."""
+    makes = {raw.name: MAKES.get(raw.verb) for raw in raws}
+    ahead: dict[str, list[str]] = {raw.name: [] for raw in raws}
+    for raw in raws:
+        for option in TAKES.keys() & raw.options.keys():
+            value = raw.options[option]
+            words = [str(word) for word in (value if isinstance(value, list) else [value])]
+            ahead[raw.name] += [word for word in words if makes.get(word) in TAKES[option]]
+    found: dict[str, str] = {}
+    for start in ahead:
+        paths = [[start]]
+        seen: set[str] = set()
+        while paths:
+            path = paths.pop()
+            for step in ahead[path[-1]]:
+                if step == start and len(path) > 1:
+                    found.setdefault(start, " -> ".join([*path, start]))
+                elif step not in seen:
+                    seen.add(step)
+                    paths.append([*path, step])
+    return found
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=3)
+    return f"; did you mean {', '.join(close)}?" if close else ""
