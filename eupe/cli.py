@@ -792,7 +792,7 @@ def train(
     shard: Annotated[
         bool | None, typer.Option("--shard", help="Spread weights and optimiser over the workers (FSDP2).")
     ] = None,
-    compile_student: Annotated[bool | None, typer.Option("--compile", help="torch.compile the student.")] = None,
+    compile: Annotated[bool | None, typer.Option("--compile", help="torch.compile the student.")] = None,
     recompute: Annotated[
         bool | None, typer.Option("--recompute", help="Recompute activations for the gradient, which saves memory.")
     ] = None,
@@ -837,7 +837,7 @@ def train(
         "num_workers": num_workers,
         "ray_address": ray_address,
         "shard": shard,
-        "compile": compile_student,
+        "compile": compile,
         "recompute": recompute,
         "checkpoint_every": checkpoint_every,
         "validate_every": validate_every,

@@ -7,14 +7,14 @@ that an earlier step trains is known by its student's architecture.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eupe.corpus.views import parse_views
 from eupe.encoder import EncoderCard, load_card, timm_card
-from eupe.errors import ConfigError, EupeError
+from eupe.errors import EupeError
 from eupe.extract.estimate import NOMINAL_SHARES, stored_bytes_per_view
 from eupe.extract.plan import shape_of
 from eupe.pipeline.inputs import Inputs
@@ -27,6 +27,9 @@ from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.run_adapter import as_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.train.config import TrainConfig
+from eupe.train.options import train_configs
+
+TRAIN_FLAGS = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in ("student", "init", "out", "resume")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,28 +144,37 @@ class Costs:
         return counted
 
     def _run(self, planned: PlannedStep, params: Mapping[str, Any]) -> TrainCost:
-        preset = params.get("recipe") or params.get("config")
-        defaults = {} if preset else {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-        known = {**defaults, **{name: value for name, value in params.items() if value is not None}}
-        targets = planned.step.options["targets"]
-        batch_size, steps = known.get("batch_size"), known.get("steps")
-        if steps is None and batch_size is not None and not preset:
-            steps = self._steps(targets[0], known.get("epochs") or 1.0, known["holdout"], batch_size)
+        config, targets = self._config(planned, params)
+        steps = config.steps or self._steps(targets[0], config.epochs or 1.0, config.holdout, config.batch_size)
         bytes_per_view = sum(self._bytes_read(word) for word in targets)
-        return TrainCost(steps=steps, batch_size=batch_size, bytes_per_view=bytes_per_view)
+        return TrainCost(steps=steps, batch_size=config.batch_size, bytes_per_view=bytes_per_view)
+
+    def _config(self, planned: PlannedStep, params: Mapping[str, Any]) -> tuple[TrainConfig, Sequence[Word]]:
+        """What a run is asked for, and its targets.
+
+        Raises: ConfigError for options that cannot be together.
+        """
+        assert planned.output is not None
+        (config,) = train_configs(
+            recipe=params["recipe"],
+            config=params["config"],
+            flags={name: params[name] for name in TRAIN_FLAGS},
+            students=params["student"] or [],
+            inits=params["init"] or [],
+            outs=[planned.output],
+            resume=False,
+        )
+        return config, planned.step.options.get("targets") or [str(path) for path in config.targets]
 
     def _student(self, planned: PlannedStep, params: Mapping[str, Any]) -> EncoderCard:
         """Of the architecture that is given, or of the run that the student begins as."""
+        config, targets = self._config(planned, params)
         (first,) = planned.step.options.get("init", (None,))
-        if params["student"] is not None:
-            arch = str(params["student"])
-        elif first is None:
-            raise ConfigError("--student is missing; give an architecture")
-        else:
+        arch = config.student
+        if not arch:
+            assert first is not None
             arch = (self._cards[first.step] if isinstance(first, Ref) else load_card(Path(first))).arch
-        sizes = params["size"] if isinstance(params["size"], list) else [params["size"]]
-        size = next((size for size in sizes if size), None)
-        return timm_card(arch, size or self._sizes(planned.step.options["targets"][0])[0])
+        return timm_card(arch, (config.size or self._sizes(targets[0]))[0])
 
     def _sizes(self, target: Word) -> tuple[int, ...]:
         return self._stores[target.step].sizes if isinstance(target, Ref) else open_store(target).spec.sizes

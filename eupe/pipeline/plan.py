@@ -34,6 +34,16 @@ INDIFFERENT: Mapping[str, Mapping[str, str]] = {
     "train": {
         "corpus": "where the pictures are now; which they are, the stores say",
         "checkpoint-every": "how much is lost when a run is killed",
+        "keep": "which checkpoints stay",
+        "keep-every": "which checkpoints stay",
+        "validate-every": "what is told on the way",
+        "log-every": "what is told on the way",
+        "wandb": "what is told on the way",
+        "num-workers": "how the work is shared out; changes rounding only",
+        "shard": "how the work is shared out; changes rounding only",
+        "accumulate": "how the work is shared out; changes rounding only",
+        "recompute": "memory against time",
+        "compile": "how fast it is; changes rounding only",
     },
     "eval agreement": {"corpus": "where the pictures are now; which they are, the stores say"},
 }

@@ -103,7 +103,7 @@ OPTIONS = [
 @pytest.mark.parametrize(("verb", "option"), OPTIONS)
 def test_an_option_changes_the_key_unless_the_table_says_why_not(verb: str, option: str) -> None:
     wanted = {key: value for key, value in required(verb).items() if key not in GIVEN or verb == "viz"}
-    value = True if VERBS[verb].options[option].flag else "photos" if option in TAKES else "1"
+    value = True if VERBS[verb].options[option].flag else "photos/a" if option in TAKES else "1"
     without, given = (plan(one_step(verb, options))["step"] for options in (wanted, {**wanted, option: value}))
     indifferent = option in INDIFFERENT[""] or option in INDIFFERENT.get(verb, {})
     assert (without.key == given.key) == indifferent
