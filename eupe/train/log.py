@@ -179,8 +179,9 @@ class _WandbRun:
                 settings=self._wandb.Settings(console="off"),
             )
         except self._wandb.Error as error:
+            reason = str(error).rstrip(".")
             raise ConfigError(
-                f"--wandb {project} cannot be logged to: {error}; with WANDB_MODE=offline it is kept for `wandb sync`"
+                f"--wandb {project} cannot be logged to: {reason}; with WANDB_MODE=offline it is kept for `wandb sync`"
             ) from error
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
