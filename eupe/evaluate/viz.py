@@ -27,7 +27,7 @@ from eupe.evaluate.page import make_place, write_whole
 from eupe.evaluate.run import read_card
 from eupe.evaluate.viz_history import read_history
 from eupe.evaluate.viz_page import ModelColumn, PictureCell, render_page
-from eupe.evaluate.viz_pca import pca_rgb
+from eupe.pca import fit_pca
 from eupe.place import Place, Where
 from eupe.store import Features, Store, open_store
 from eupe.store.layout import DENSE
@@ -314,5 +314,5 @@ def _column(item: Item, views: Sequence[View], stored: Features | None) -> Model
         about = "" if item.run is None else load_card(item.run).arch
     if not np.isfinite(dense).all():
         raise ConfigError(f"{item.name} gives features that are not finite, which have no colours")
-    maps, explained = pca_rgb(dense)
-    return ModelColumn(item.name, kind, about, size, dense.shape[1], dense.shape[-1], explained, maps)
+    pca = fit_pca(dense)
+    return ModelColumn(item.name, kind, about, size, dense.shape[1], dense.shape[-1], pca.explained, pca.rgb(dense))

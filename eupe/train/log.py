@@ -1,20 +1,27 @@
-"""How a run is going: rates, `metrics.jsonl`, TensorBoard."""
+"""How a run is going: rates, `metrics.jsonl`, pictures, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from eupe.errors import ConfigError
 from eupe.train.batch import Batch
+from eupe.train.config import RunCard, TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
+PICTURES = "pictures"
+WANDB_FILE = "wandb_id"
 
 
 @dataclass(frozen=True)
@@ -86,42 +93,119 @@ class Meter:
 
 
 class RunLog:
-    """`metrics.jsonl` and TensorBoard; lines of steps that will be done again are dropped."""
+    """`metrics.jsonl`, `pictures/`, TensorBoard and, where asked, W&B; lines of steps to be done again are dropped."""
 
-    def __init__(self, run: Path, first_step: int) -> None:
+    def __init__(self, config: TrainConfig, card: RunCard, first_step: int) -> None:
+        """Raises: ConfigError if Weights & Biases is asked for and cannot be had."""
+        self._run = run = config.out
         self._path = run / METRICS_FILE
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
             temporary = self._path.with_suffix(".tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept))
             temporary.replace(self._path)
+        self._wandb = None if config.wandb is None else _WandbRun(run, config.wandb, card)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def __enter__(self) -> RunLog:
         self._file = self._path.open("a")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish(failed=kind is not None)
 
     def step(self, status: TrainStatus) -> None:
         """Note where the run stands."""
         values = {name: value for name, value in vars(status).items() if name != "total_steps" and value is not None}
         self._line(values)
-        for name, value in {**values.pop("losses"), **values}.items():
-            if name != "step":
-                self._board.add_scalar(name, value, status.step)
+        scalars = {**values.pop("losses"), **values}
+        del scalars["step"]
+        self._scalars(status.step, scalars)
 
     def validation(self, step: int, validation: dict[str, dict[str, dict[str, float]]]) -> None:
         self._line({"step": step, "validation": validation})
-        for target, kinds in validation.items():
-            for kind, measures in kinds.items():
-                self._board.add_scalar(f"validation/{target}/{kind}", measures["normalised"], step)
+        scalars = {
+            f"validation/{target}/{kind}": measures["normalised"]
+            for target, kinds in validation.items()
+            for kind, measures in kinds.items()
+        }
+        self._scalars(step, scalars)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Keep what the student makes of some views after so many steps."""
+        path = self._run / PICTURES / f"{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        picture.save(temporary, format="png")
+        temporary.replace(path)
+        self._board.add_image(PICTURES, np.asarray(picture), step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.picture(step, picture)
 
     def _line(self, values: dict[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+
+    def _scalars(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.scalars(step, scalars)
+
+
+class _WandbRun:
+    """A run of Weights & Biases, the same one after `--resume`; what it has of steps that are done again stays."""
+
+    def __init__(self, run: Path, project: str, card: RunCard) -> None:
+        """Raises: ConfigError."""
+        self._wandb = require_wandb()
+        path = run / WANDB_FILE
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(secrets.token_hex(4))
+            temporary.replace(path)
+        try:
+            self._run = self._wandb.init(
+                project=project,
+                id=path.read_text(),
+                resume="allow",
+                reinit="create_new",
+                name=run.name,
+                dir=run,
+                config=card.to_json(),
+                settings=self._wandb.Settings(console="off"),
+            )
+        except self._wandb.Error as error:
+            reason = str(error).rstrip(".")
+            raise ConfigError(
+                f"--wandb {project} cannot be logged to: {reason}; with WANDB_MODE=offline it is kept for `wandb sync`"
+            ) from error
+
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        self._run.log({PICTURES: self._wandb.Image(picture)}, step=step)
+
+    def finish(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def require_wandb() -> Any:
+    """The package.
+
+    Raises: ConfigError if it is not installed; a mere folder `wandb`, which Python would import, is not it.
+    """
+    try:
+        from wandb import init  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"--wandb needs Weights & Biases: pip install wandb ({error})") from error
+    import wandb
+
+    return wandb
 
 
 def _step_of(line: str) -> float:

@@ -22,8 +22,9 @@ from eupe.train.checkpoint import steps_kept
 from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve, target_names
 from eupe.train.init import REPORT_FILE
 from eupe.train.learner import Learner
-from eupe.train.log import Meter, RunLog, TrainStatus
+from eupe.train.log import Meter, RunLog, TrainStatus, require_wandb
 from eupe.train.options import OPTIONS_FILE, write_options
+from eupe.train.pictures import SHOWN_VIEWS, dense_maps, draw_maps
 from eupe.train.sampling import Views
 from eupe.train.stream import open_corpora, stream, training_requests
 from eupe.train.targets import TargetSet
@@ -93,6 +94,8 @@ def train_together(
     Raises: as `train`; ConfigError if the students ask for different streams.
     """
     _require_one_stream(configs)
+    if any(config.wandb is not None for config in configs):
+        require_wandb()
     corpora = open_corpora(configs[0])
     cards = [resolve(config, corpora) for config in configs]
     for corpus in corpora:
@@ -147,17 +150,23 @@ def train_as_worker(
         for config, card in zip(configs, cards, strict=True)
     ]
     first_step = _common_step([config.out for config in configs])
+    held_out = spread(corpora[0].views_of(corpora[0].held_out), SHOWN_VIEWS)
+    shown = list(stream(corpora[:1], judged(cards[0], corpora[0], held_out), device))
     for learner in learners:
         if learner.initialised is not None and world.leads:
             _write_json(learner.config.out / INIT_FILE, asdict(learner.initialised))
     try:
         with ExitStack() as stack:
-            logs = [stack.enter_context(RunLog(learner.config.out, first_step)) for learner in learners if world.leads]
+            logs = [
+                stack.enter_context(RunLog(config, card, first_step))
+                for config, card in zip(configs, cards, strict=True)
+                if world.leads
+            ]
             for learner in learners:
                 learner.resume(first_step)
-            seconds, rates = _run_steps(learners, corpora, first_step, logs, on_status, stop_asked).totals()
+            seconds, rates = _run_steps(learners, corpora, first_step, shown, logs, on_status, stop_asked).totals()
             validations = [
-                _validate(learner, corpora[0], learner.card.total_steps, logs[i : i + 1])
+                _validate(learner, corpora[0], learner.card.total_steps, shown, logs[i : i + 1])
                 for i, learner in enumerate(learners)
             ]
         reports = []
@@ -188,6 +197,7 @@ def _run_steps(
     learners: Sequence[Learner],
     corpora: Sequence[TargetSet],
     first_step: int,
+    shown: Sequence[Batch],
     logs: Sequence[RunLog],
     on_status: Callable[[int, TrainStatus], None],
     stop_asked: Callable[[], bool],
@@ -211,7 +221,7 @@ def _run_steps(
                 on_status(i, status)
         if done % config.validate_every == 0 and not last:
             for i, learner in enumerate(learners):
-                _validate(learner, corpora[0], done, logs[i : i + 1])
+                _validate(learner, corpora[0], done, shown, logs[i : i + 1])
         stopping = world.any(stop_asked(), device) and not last
         if done % config.checkpoint_every == 0 or last or stopping:
             for learner in learners:
@@ -221,7 +231,9 @@ def _run_steps(
     return meter
 
 
-def _validate(learner: Learner, targets: TargetSet, step: int, logs: Sequence[RunLog]) -> Validation:
+def _validate(
+    learner: Learner, targets: TargetSet, step: int, shown: Sequence[Batch], logs: Sequence[RunLog]
+) -> Validation:
     """On held-out views of the first corpus, at the first sizes; every worker does the same."""
     card, device = learner.card, learner.device
 
@@ -232,12 +244,15 @@ def _validate(learner: Learner, targets: TargetSet, step: int, logs: Sequence[Ru
         gains = fit_gains(learner.distiller, batches(training_sample(targets)), device)
         held_out = spread(targets.views_of(targets.held_out), VALIDATION_VIEWS)
         totals = held_out_cosines(learner.distiller, batches(held_out), device, gains)
+        maps = dense_maps(learner.distiller, shown, target_names(card), device)
     validation = {
         name: {kind: cosines.means() for kind, cosines in kinds.items()}
         for name, kinds in zip(target_names(card), totals, strict=True)
     }
     for log in logs:
         log.validation(step, validation)
+        if maps:
+            log.picture(step, draw_maps(shown, maps))
     return validation
 
 

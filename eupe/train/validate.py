@@ -56,7 +56,7 @@ def fit_gains(distiller: Distiller, batches: Iterable[Batch], device: torch.devi
     """
     dots: list[dict[str, float]] = [dict.fromkeys(kinds, 0.0) for kinds in distiller.kinds]
     squares: list[dict[str, float]] = [dict.fromkeys(kinds, 0.0) for kinds in distiller.kinds]
-    for i, kind, predicted, stored, norm in _pairs(distiller, batches, device):
+    for i, kind, predicted, stored, norm in pairs(distiller, batches, device):
         dots[i][kind] += float((predicted * norm(stored)).sum())
         squares[i][kind] += float(predicted.square().sum())
     return [{kind: dots[i][kind] / squares[i][kind] for kind in kinds} for i, kinds in enumerate(dots)]
@@ -77,7 +77,7 @@ def held_out_cosines(
             stored ones.
     """
     totals: list[dict[str, Cosines]] = [{kind: Cosines() for kind in kinds} for kinds in distiller.kinds]
-    for i, kind, predicted, stored, norm in _pairs(distiller, batches, device):
+    for i, kind, predicted, stored, norm in pairs(distiller, batches, device):
         gain = gains[i][kind]
         totals[i][kind].add(predicted, stored, norm, gain)
         if kind == SUMMARY:
@@ -86,7 +86,7 @@ def held_out_cosines(
 
 
 @torch.inference_mode()
-def _pairs(
+def pairs(
     distiller: Distiller, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[int, str, Tensor, Tensor, Normaliser]]:
     """Target, kind, prediction (normalised) and stored features (raw), float32 on one grid, and their normaliser.

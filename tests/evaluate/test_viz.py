@@ -1,4 +1,4 @@
-"""The page of PCA maps: its arithmetic, what it shows of each kind of item, and in a browser."""
+"""The page of PCA maps: what it shows of each kind of item, and in a browser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ import torch
 from making import TINY_SIZE, TINY_STUDENT, TINY_TEACHER, TWO_CROPS, make_corpus, make_store, picture, random_weights
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.decomposition import PCA
 
 from eupe.corpus.decode import decode_image
 from eupe.corpus.photometric import NEUTRAL
@@ -31,7 +30,7 @@ from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageEr
 from eupe.evaluate.viz import SHOWN_PX, Picture, VizReport, choose_pictures, write_page
 from eupe.evaluate.viz_chart import MAX_POINTS, Series, linear_axis, log_axis, svg_chart, thin, value_axis
 from eupe.evaluate.viz_history import read_history
-from eupe.evaluate.viz_pca import pca_rgb, pca_scores
+from eupe.pca import fit_pca
 from eupe.store import Features, open_store
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
@@ -155,67 +154,6 @@ def page(world: World, tmp_path_factory: pytest.TempPathFactory) -> Page:
     return make_page(world, out, *items, limit=24, weights={TINY_TEACHER: world.weights})
 
 
-class TestPca:
-    @pytest.mark.parametrize("shape", [(3, 5, 4, 8), (2, 2, 2, 40)], ids=["more tokens", "more channels"])
-    def test_scores_are_those_of_scikit_learn_up_to_sign(self, shape: tuple[int, ...]) -> None:
-        dense = np.random.default_rng(0).normal(size=shape) * np.linspace(3, 1, shape[-1]) + 7
-        scores, explained = pca_scores(dense)
-        oracle = PCA(3, svd_solver="full").fit(dense.reshape(-1, shape[-1]))
-        expected = oracle.transform(dense.reshape(-1, shape[-1])).reshape(*shape[:-1], 3)
-        np.testing.assert_allclose(np.abs(scores), np.abs(expected), atol=1e-9)
-        assert explained == pytest.approx(oracle.explained_variance_ratio_.sum())
-
-    def test_sign_and_colours_do_not_depend_on_the_solver(self) -> None:
-        """A turned basis of the channels gives the same scores, by either of the square products."""
-        rng = np.random.default_rng(1)
-        dense = rng.normal(size=(2, 4, 4, 6)) * np.array([9, 6, 4, 1, 1, 1])
-        turn = np.linalg.qr(rng.normal(size=(50, 6)))[0]
-        np.testing.assert_allclose(pca_scores(dense)[0], pca_scores(dense @ turn.T)[0], atol=1e-9)
-        largest = np.abs(pca_scores(dense)[0]).reshape(-1, 3).argmax(axis=0)
-        assert (pca_scores(dense)[0].reshape(-1, 3)[largest, [0, 1, 2]] > 0).all()
-
-    def test_one_projection_for_all_pictures(self) -> None:
-        rng = np.random.default_rng(2)
-        dense = rng.normal(size=(4, 3, 3, 8))
-        dense[2] = dense[0]
-        rgb, _ = pca_rgb(dense)
-        np.testing.assert_array_equal(rgb[0], rgb[2])
-        assert (rgb[0] != rgb[1]).any()
-        alone = np.concatenate([pca_rgb(one[None])[0] for one in dense])
-        assert (alone != rgb).any()
-
-    def test_one_scale_for_all_pictures_and_places(self) -> None:
-        """Over every token of every picture, a larger score is never a darker shade."""
-        dense = np.random.default_rng(5).normal(size=(3, 4, 6, 8)) * np.arange(1, 4)[:, None, None, None]
-        scores, rgb = pca_scores(dense)[0].reshape(-1, 3), pca_rgb(dense)[0].reshape(-1, 3).astype(int)
-        for component in range(3):
-            assert (np.diff(rgb[scores[:, component].argsort(), component]) >= 0).all()
-
-    def test_colours_span_the_percentiles_and_outliers_are_clipped(self) -> None:
-        dense = np.random.default_rng(3).normal(size=(2, 16, 16, 3))
-        dense[0, 0, 0] = 1e6
-        rgb, _ = pca_rgb(dense)
-        assert rgb[..., 1:].min() == 0 and rgb[..., 1:].max() == 255
-        assert rgb[0, 0, 0, 0] == 255
-
-    @pytest.mark.parametrize(
-        "dense",
-        [np.full((2, 3, 3, 5), 4.0), np.zeros((1, 1, 1, 8)), np.ones((1, 1, 1, 1))],
-        ids=["constant", "one token", "one number"],
-    )
-    def test_what_does_not_vary_is_mid_grey(self, dense: NDArray[np.float64]) -> None:
-        rgb, explained = pca_rgb(dense)
-        assert (rgb == 128).all() and rgb.shape == (*dense.shape[:-1], 3)
-        assert explained == 0
-
-    def test_missing_components_are_mid_grey_and_not_amplified_noise(self) -> None:
-        line = np.random.default_rng(4).normal(size=(2, 4, 4, 1))
-        for dense in (line, line * np.linspace(0.1, 0.9, 7, dtype=np.float32)):
-            rgb, explained = pca_rgb(dense)
-            assert (rgb[..., 1:] == 128).all() and rgb[..., 0].max() == 255
-            assert explained == pytest.approx(1)
-
-
 class TestChoice:
     @pytest.mark.parametrize("limit", [1, 3, 5, 9])
     def test_held_out_first_then_each_label_in_turn(self, limit: int) -> None:
@@ -315,7 +253,7 @@ class TestPage:
         for model, (path, size) in enumerate([(world.store, TINY_SIZE), (world.other, 2 * TINY_SIZE)]):
             dense = _view_0(path, page.keys, size=size).dense
             assert dense is not None
-            np.testing.assert_array_equal(np.stack(page.maps(model)), pca_rgb(dense)[0])
+            np.testing.assert_array_equal(np.stack(page.maps(model)), fit_pca(dense).rgb(dense))
 
     def test_all_see_the_view_of_the_store(self, world: World, page: Page) -> None:
         """The picture shown is the stored crop; the student's map is made of that crop at its own size."""
@@ -332,7 +270,7 @@ class TestPage:
         pixels = normalise(torch.from_numpy(rendered(encoder.card.size)), encoder.card.mean, encoder.card.std)
         with torch.inference_mode():
             dense = encoder(pixels).dense.numpy()
-        _assert_same_maps(page.maps(2), pca_rgb(dense)[0])
+        _assert_same_maps(page.maps(2), fit_pca(dense).rgb(dense))
 
     def test_recoloured_views_are_shown_as_the_teacher_saw_them(self, world: World, tmp_path: Path) -> None:
         store = tmp_path / "recoloured.zarr"
