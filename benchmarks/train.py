@@ -387,13 +387,15 @@ def ablations(
 
 def measure_quality(given: Given) -> None:
     """The same student, views, steps and seed from fp16 targets in a store, and from float32 targets of the moment."""
-    corpus, (size,) = index_folder(ASSETS / "photos"), given.sizes
+    whole, (size,) = index_folder(ASSETS / "photos"), given.sizes
+    corpus = Corpus(whole.root, whole.samples.slice(0, given.pictures))
     teacher = loaded(SMALL, teacher_side(size))
     extracted(computer_of(teacher, corpus, size, of_student.VIEWS), corpus, given.folder)
     store = finish_store(given.folder / "0.zarr").path.local
     print(
         f"\n{given.student} at {size} px, {given.steps} steps of {given.batch_size} views at {of_student.LR:g}, "
-        f"float32; {SMALL} in {dtype_name(teacher.dtype)}; {of_student.HOLDOUT:.0%} of {len(corpus)} pictures held out\n"
+        f"float32; {SMALL} in {dtype_name(teacher.dtype)}; {len(corpus)} pictures of {of_student.VIEWS.num_views} "
+        f"views, {of_student.HOLDOUT:.0%} held out\n"
     )
     print("| targets | seed | summary, raw | summary, normalised | dense, raw | dense, normalised |")
     print("|---|---|---|---|---|---|", flush=True)
@@ -478,7 +480,7 @@ DEFAULTS: dict[str, tuple[Callable[[Given], None], dict[str, Any]]] = {
     "quality": (
         measure_quality,
         {"student": of_student.STUDENT, "head_width": 512, "batch_size": of_student.BATCH_SIZE, "sizes": (112,)}
-        | {"pictures": 0, "steps": 1500, "repeats": 2},
+        | {"pictures": 130, "steps": 1500, "repeats": 2},
     ),
     "memory": (
         measure_memory,
@@ -497,7 +499,7 @@ def main() -> None:
     parser.add_argument("--teachers", nargs="+", default=(SMALL, LARGE), choices=(SMALL, LARGE), help="Of `online`.")
     parser.add_argument("--student")
     parser.add_argument("--head-width", type=int)
-    parser.add_argument("--pictures", type=int, help="Photographs, repeated; `quality` takes each once.")
+    parser.add_argument("--pictures", type=int, help="Photographs, repeated; `quality` takes each at most once.")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--steps", type=int, help="Timed at a time; of `quality`, of a run.")
     parser.add_argument("--repeats", type=int, help="Of `quality`: seeds.")
