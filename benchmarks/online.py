@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from eupe.corpus.views import ViewSpec, draw_view, render_view
-from eupe.extract.forward import fastest_batch, single_threads
+from eupe.extract.forward import single_threads
 from eupe.teachers.teacher import Teacher
 from eupe.train.batch import Batch, Request, TargetBatch, TargetTokens
 from eupe.train.stream import stream
@@ -44,10 +44,14 @@ class PicturesAlone(TargetSet):
 class OnlineTeacher:
     """A teacher that gives a batch's targets, as float32, by all cores: a piece on each, as extraction does it."""
 
-    def __init__(self, teacher: Teacher, size: int) -> None:
+    def __init__(self, teacher: Teacher, size: int, *, batch_size: int) -> None:
+        """
+        Args:
+            batch_size: most views that one core is given at once.
+        """
         self._teacher, self._size = teacher, size
         self._threads = torch.get_num_threads()
-        self._piece = fastest_batch(teacher, (size,))
+        self._piece = batch_size
         self._cores = None if teacher.device.type == "cuda" else single_threads(self._threads)
 
     def targets(self, pixels: Tensor) -> TargetBatch:

@@ -119,6 +119,10 @@ def loaded(name: str, size: int) -> Teacher:
     return Teacher(spec=spec, module=module.to(device), device=device, dtype=dtype)
 
 
+def repeated(given: Given) -> Corpus:
+    return repeated_corpus(ASSETS / "photos", given.folder / "pictures", given.pictures)
+
+
 def computer_of(teacher: Teacher, corpus: Corpus, size: int, views: ViewSpec) -> Computer:
     spec = store_spec(
         teacher.spec,
@@ -133,16 +137,16 @@ def computer_of(teacher: Teacher, corpus: Corpus, size: int, views: ViewSpec) ->
     return Computer(teacher, spec, corpus_root=corpus.root, views=views, batch_size=batch)
 
 
-def extracted(computer: Computer, corpus: Corpus, folder: Path) -> Took:
-    """Make the store `0.zarr` in a folder."""
-    return work([computer], corpus, folder)
+def store_of(computer: Computer, corpus: Corpus, folder: Path) -> Path:
+    """A finished store."""
+    work([computer], corpus, folder)
+    return finish_store(folder / "0.zarr").path.local
 
 
 def store_for(given: Given, teacher: Teacher, size: int) -> Path:
     """A finished store of the photographs, repeated."""
-    corpus = repeated_corpus(ASSETS / "photos", given.folder / "pictures", given.pictures)
-    extracted(computer_of(teacher, corpus, size, VIEWS), corpus, given.folder / f"{size}")
-    return finish_store(given.folder / f"{size}" / "0.zarr").path.local
+    corpus = repeated(given)
+    return store_of(computer_of(teacher, corpus, size, VIEWS), corpus, given.folder / f"{size}")
 
 
 class Run:
@@ -339,14 +343,14 @@ def measure_online(given: Given) -> None:
 
 
 def compare_online(given: Given, teacher: Teacher, size: int) -> None:
-    run = Run(config_of(given, store_for(given, teacher, size), size))
-    corpus = repeated_corpus(ASSETS / "photos", given.folder / "pictures", given.pictures)
-    again = partial(extracted, computer_of(teacher, corpus, size, VIEWS), corpus, given.folder / "again")
-    by_step = OnlineTeacher(teacher, size)
+    corpus = repeated(given)
+    computer = computer_of(teacher, corpus, size, VIEWS)
+    run = Run(config_of(given, store_of(computer, corpus, given.folder / f"{size}"), size))
+    by_step = OnlineTeacher(teacher, size, batch_size=computer.forward.batch_size)
     print(f"\n{describe(given, size, teacher)}; the teacher computes in {dtype_name(teacher.dtype)}\n", flush=True)
     found = interleaved(
         {
-            "extraction": again,
+            "extraction": partial(work, [computer], corpus, given.folder / "again"),
             "cached": partial(run.timed, run.cached, given.steps),
             "online": partial(run.timed, partial(run.online, by_step), given.steps),
         },
@@ -390,8 +394,9 @@ def measure_quality(given: Given) -> None:
     whole, (size,) = index_folder(ASSETS / "photos"), given.sizes
     corpus = Corpus(whole.root, whole.samples.slice(0, given.pictures))
     teacher = loaded(SMALL, teacher_side(size))
-    extracted(computer_of(teacher, corpus, size, of_student.VIEWS), corpus, given.folder)
-    store = finish_store(given.folder / "0.zarr").path.local
+    computer = computer_of(teacher, corpus, size, of_student.VIEWS)
+    store = store_of(computer, corpus, given.folder)
+    by_step = OnlineTeacher(teacher, size, batch_size=computer.forward.batch_size)
     print(
         f"\n{given.student} at {size} px, {given.steps} steps of {given.batch_size} views at {of_student.LR:g}, "
         f"float32; {SMALL} in {dtype_name(teacher.dtype)}; {len(corpus)} pictures of {of_student.VIEWS.num_views} "
@@ -402,7 +407,7 @@ def measure_quality(given: Given) -> None:
     found: dict[tuple[str, int], list[float]] = {}
     for seed in range(given.repeats):
         for how in ("cached", "online"):
-            found[how, seed] = agreement_of(given, store, size, seed, None if how == "cached" else teacher)
+            found[how, seed] = agreement_of(given, store, size, seed, None if how == "cached" else by_step)
             print(f"| {how} | {seed} | {' | '.join(f'{x:.5f}' for x in found[how, seed])} |", flush=True)
     print()
     for seed in range(given.repeats):
@@ -413,11 +418,11 @@ def measure_quality(given: Given) -> None:
         print(f"cached, seed {seed} against 0: {words}")
 
 
-def agreement_of(given: Given, store: Path, size: int, seed: int, teacher: Teacher | None) -> list[float]:
+def agreement_of(given: Given, store: Path, size: int, seed: int, teacher: OnlineTeacher | None) -> list[float]:
     """Train to the end, and judge on all views of the held-out pictures, as they are in the store."""
     recipe: dict[str, Any] = {"steps": given.steps, "lr": of_student.LR, "warmup": 0.1, "dtype": "fp32", "seed": seed}
     run = Run(config_of(given, store, size, holdout=of_student.HOLDOUT, **recipe))
-    for batch in run.cached() if teacher is None else run.online(OnlineTeacher(teacher, size)):
+    for batch in run.cached() if teacher is None else run.online(teacher):
         run.learn(batch)
     (targets,) = run.corpora
 

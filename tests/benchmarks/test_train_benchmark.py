@@ -44,7 +44,7 @@ def teacher(tiny_weights: Path) -> Teacher:
 
 
 def test_online_batches_are_the_cached_ones_but_for_float16(run: train.Run, teacher: Teacher) -> None:
-    online = run.online(OnlineTeacher(teacher, TINY_SIZE), 3)
+    online = run.online(OnlineTeacher(teacher, TINY_SIZE, batch_size=3), 3)
     for cached, taught in islice(zip(run.cached(3), online, strict=True), 3):
         assert cached.keys == taught.keys
         assert torch.equal(cached.pixels, taught.pixels)
@@ -56,7 +56,7 @@ def test_online_batches_are_the_cached_ones_but_for_float16(run: train.Run, teac
 
 def test_online_targets_can_be_learnt_from(run: train.Run, teacher: Teacher) -> None:
     before = [weight.clone() for weight in run.learner.distiller.parameters()]
-    for batch in islice(run.online(OnlineTeacher(teacher, TINY_SIZE)), 2):
+    for batch in islice(run.online(OnlineTeacher(teacher, TINY_SIZE, batch_size=3)), 2):
         run.learn(batch)
     after = run.learner.distiller.parameters()
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
