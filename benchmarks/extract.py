@@ -160,7 +160,7 @@ def work(computers: list[Computer], corpus: Corpus, folder: Path) -> Took:
             failed = sum(pool.map(worker.run, stretches))
         assert failed == 0
 
-    return Took.by(len(corpus) * VIEWS.num_views, run)
+    return Took.by(len(corpus) * computers[0].views.num_views, run)
 
 
 def job(given: Given, source: Source, corpus: Corpus, batch: int) -> Took:
