@@ -22,7 +22,7 @@ from eupe.train.checkpoint import steps_kept
 from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve, target_names
 from eupe.train.init import REPORT_FILE
 from eupe.train.learner import Learner
-from eupe.train.log import Meter, RunLog, TrainStatus, require_wandb
+from eupe.train.log import Meter, Rates, RunLog, TrainStatus, require_wandb
 from eupe.train.options import OPTIONS_FILE, write_options
 from eupe.train.pictures import SHOWN_VIEWS, dense_maps, draw_maps
 from eupe.train.sampling import Views
@@ -150,110 +150,123 @@ def train_as_worker(
         for config, card in zip(configs, cards, strict=True)
     ]
     first_step = _common_step([config.out for config in configs])
-    held_out = spread(corpora[0].views_of(corpora[0].held_out), SHOWN_VIEWS)
-    shown = list(stream(corpora[:1], judged(cards[0], corpora[0], held_out), device))
-    for learner in learners:
-        if learner.initialised is not None and world.leads:
-            _write_json(learner.config.out / INIT_FILE, asdict(learner.initialised))
     try:
         with ExitStack() as stack:
-            logs = [
-                stack.enter_context(RunLog(config, card, first_step))
-                for config, card in zip(configs, cards, strict=True)
-                if world.leads
-            ]
+            logs = [stack.enter_context(RunLog(each.config, each.card, first_step)) for each in learners if world.leads]
+            worker = Worker(learners, corpora, logs, device)
             for learner in learners:
                 learner.resume(first_step)
-            seconds, rates = _run_steps(learners, corpora, first_step, shown, logs, on_status, stop_asked).totals()
-            validations = [
-                _validate(learner, corpora[0], learner.card.total_steps, shown, logs[i : i + 1])
-                for i, learner in enumerate(learners)
-            ]
-        reports = []
-        for learner, validation in zip(learners, validations, strict=True):
-            learner.export(learner.card.total_steps)
-            report = TrainReport(
-                str(learner.config.out),
-                False,
-                learner.card.total_steps,
-                corpora[0].num_joined,
-                corpora[0].left_out,
-                seconds,
-                rates.images_per_s,
-                rates.data_wait,
-                validation,
-            )
-            if world.leads:
-                _write_json(learner.config.out / REPORT_FILE, asdict(report))
-            reports.append(report)
+            seconds, rates = worker.run(first_step, on_status, stop_asked).totals()
+            validations = worker.validate(cards[0].total_steps)
+        return [
+            worker.finish(learner, seconds, rates, validation)
+            for learner, validation in zip(learners, validations, strict=True)
+        ]
     except EupeError:
         raise
     except OSError as error:
         raise StorageError(f"run {configs[0].out} cannot be written: {error}; free some space and --resume") from error
-    return reports
 
 
-def _run_steps(
-    learners: Sequence[Learner],
-    corpora: Sequence[TargetSet],
-    first_step: int,
-    shown: Sequence[Batch],
-    logs: Sequence[RunLog],
-    on_status: Callable[[int, TrainStatus], None],
-    stop_asked: Callable[[], bool],
-) -> Meter:
-    config, card, world, device = learners[0].config, learners[0].card, learners[0].world, learners[0].device
-    requests = training_requests(card, corpora, world, first_step=first_step, pieces=config.accumulate)
-    meter = Meter(world.size)
-    batches = meter.waiting(stream(corpora, requests, device))
-    for step in range(first_step, card.total_steps):
-        for piece in range(config.accumulate):
-            batch = next(batches)
-            for learner in learners:
-                learner.learn(batch, piece=piece)
-        progress = [learner.update(step) for learner in learners]
-        done, last = step + 1, step + 1 == card.total_steps
-        if done % config.log_every == 0 or last:
-            rates = meter.rates()
-            for i, log in enumerate(logs):
-                status = progress[i].status(done, card.total_steps, rates)
-                log.step(status)
-                on_status(i, status)
-        if done % config.validate_every == 0 and not last:
-            for i, learner in enumerate(learners):
-                _validate(learner, corpora[0], done, shown, logs[i : i + 1])
-        stopping = world.any(stop_asked(), device) and not last
-        if done % config.checkpoint_every == 0 or last or stopping:
-            for learner in learners:
-                learner.save(done)
-        if stopping:
-            raise IncompleteError(f"stopped after step {done} of {card.total_steps}; go on with --resume")
-    return meter
+class Worker:
+    """Learners that share a stream, in one process."""
 
+    def __init__(
+        self, learners: Sequence[Learner], corpora: Sequence[TargetSet], logs: Sequence[RunLog], device: torch.device
+    ) -> None:
+        """
+        Args:
+            logs: one for each learner; none where another process leads.
+        """
+        self.learners = learners
+        self.corpora = corpora
+        self.logs = logs
+        self.device = device
+        card, targets = learners[0].card, corpora[0]
+        held_out = targets.views_of(targets.held_out)
+        self._judged = spread(held_out, VALIDATION_VIEWS)
+        self._shown = list(stream([targets], judged(card, targets, spread(held_out, SHOWN_VIEWS)), device))
 
-def _validate(
-    learner: Learner, targets: TargetSet, step: int, shown: Sequence[Batch], logs: Sequence[RunLog]
-) -> Validation:
-    """On held-out views of the first corpus, at the first sizes; every worker does the same."""
-    card, device = learner.card, learner.device
+    def run(
+        self, first_step: int, on_status: Callable[[int, TrainStatus], None], stop_asked: Callable[[], bool]
+    ) -> Meter:
+        """Every step from the first on.
 
-    def batches(views: Views) -> Iterator[Batch]:
-        return stream([targets], judged(card, targets, views), device)
+        Raises: TrainingError before an update that is not finite; IncompleteError, with a checkpoint, where asked to
+            stop; StorageError, CorpusError, PartCorruptError.
+        """
+        config, card, world = self.learners[0].config, self.learners[0].card, self.learners[0].world
+        requests = training_requests(card, self.corpora, world, first_step=first_step, pieces=config.accumulate)
+        meter = Meter(world.size)
+        batches = meter.waiting(stream(self.corpora, requests, self.device))
+        for step in range(first_step, card.total_steps):
+            for piece in range(config.accumulate):
+                batch = next(batches)
+                for learner in self.learners:
+                    learner.learn(batch, piece=piece)
+            progress = [learner.update(step) for learner in self.learners]
+            done, last = step + 1, step + 1 == card.total_steps
+            if done % config.log_every == 0 or last:
+                rates = meter.rates()
+                for i, log in enumerate(self.logs):
+                    status = progress[i].status(done, card.total_steps, rates)
+                    log.step(status)
+                    on_status(i, status)
+            if done % config.validate_every == 0 and not last:
+                self.validate(done)
+            stopping = world.any(stop_asked(), self.device) and not last
+            if done % config.checkpoint_every == 0 or last or stopping:
+                for learner in self.learners:
+                    learner.save(done)
+            if stopping:
+                raise IncompleteError(f"stopped after step {done} of {card.total_steps}; go on with --resume")
+        return meter
 
-    with learner.averaged():
-        gains = fit_gains(learner.distiller, batches(training_sample(targets)), device)
-        held_out = spread(targets.views_of(targets.held_out), VALIDATION_VIEWS)
-        totals = held_out_cosines(learner.distiller, batches(held_out), device, gains)
-        maps = dense_maps(learner.distiller, shown, target_names(card), device)
-    validation = {
-        name: {kind: cosines.means() for kind, cosines in kinds.items()}
-        for name, kinds in zip(target_names(card), totals, strict=True)
-    }
-    for log in logs:
-        log.validation(step, validation)
-        if maps:
-            log.picture(step, draw_maps(shown, maps))
-    return validation
+    def validate(self, step: int) -> list[Validation]:
+        """On held-out views of the first corpus, at the first sizes; every worker does the same, the first notes it."""
+        validations = []
+        for i, learner in enumerate(self.learners):
+            with learner.averaged():
+                validations.append(self._cosines(learner))
+                maps = dense_maps(learner.distiller, self._shown, target_names(learner.card), self.device)
+            for log in self.logs[i : i + 1]:
+                log.validation(step, validations[-1])
+                if maps:
+                    log.picture(step, draw_maps(self._shown, maps))
+        return validations
+
+    def finish(self, learner: Learner, seconds: float, rates: Rates, validation: Validation) -> TrainReport:
+        """Leave the student, and the report that marks the run as finished."""
+        learner.export(learner.card.total_steps)
+        report = TrainReport(
+            run=str(learner.config.out),
+            cached=False,
+            steps=learner.card.total_steps,
+            pictures=self.corpora[0].num_joined,
+            left_out=self.corpora[0].left_out,
+            seconds=seconds,
+            images_per_s=rates.images_per_s,
+            data_wait=rates.data_wait,
+            validation=validation,
+        )
+        if self.logs:
+            if learner.initialised is not None:
+                _write_json(learner.config.out / INIT_FILE, asdict(learner.initialised))
+            _write_json(learner.config.out / REPORT_FILE, asdict(report))
+        return report
+
+    def _cosines(self, learner: Learner) -> Validation:
+        card, targets, distiller = learner.card, self.corpora[0], learner.distiller
+
+        def batches(views: Views) -> Iterator[Batch]:
+            return stream([targets], judged(card, targets, views), self.device)
+
+        gains = fit_gains(distiller, batches(training_sample(targets)), self.device)
+        totals = held_out_cosines(distiller, batches(self._judged), self.device, gains)
+        return {
+            name: {kind: cosines.means() for kind, cosines in kinds.items()}
+            for name, kinds in zip(target_names(card), totals, strict=True)
+        }
 
 
 def judged(card: RunCard, targets: TargetSet, views: Views) -> Iterator[Request]:
