@@ -102,7 +102,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int) -> Non
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(contiguous, temporary, metadata={"step": str(step), CHECKSUM: checksum(contiguous)})
+        save_file(contiguous, temporary, metadata={"step": str(step), CHECKSUM: checksum(contiguous, step)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -127,8 +127,8 @@ def load_checkpoint(run: Path, state: Trainables, *, step: int) -> None:
         with safe_open(path, "pt") as file:
             written = file.metadata().get(CHECKSUM)
         tensors = load_file(path)
-        if checksum(tensors) != written:
-            raise RuntimeError("its tensors fail their checksum")
+        if checksum(tensors, step) != written:
+            raise RuntimeError("it fails its checksum")
         state.load(tensors)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise RunError(
@@ -136,9 +136,9 @@ def load_checkpoint(run: Path, state: Trainables, *, step: int) -> None:
         ) from error
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 over names, types, shapes and bytes, in eight hexadecimal digits."""
-    crc = 0
+def checksum(tensors: Mapping[str, Tensor], step: int) -> str:
+    """CRC-32 over the step, names, types, shapes and bytes, in eight hexadecimal digits."""
+    crc = zlib.crc32(str(step).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
