@@ -372,7 +372,7 @@ def compare_online(given: Given, teacher: Teacher, size: int) -> None:
     rows = [("an epoch: online / cached", [o / c for o, c in zip(online, cached, strict=True)], "")]
     for epochs in EPOCHS:
         ours, theirs = ablations(extraction, cached, online, epochs)
-        words = f"{ABLATIONS} ablations of {epochs} epochs: online / store"
+        words = f"{ABLATIONS} ablations, epochs of each: {epochs}: online / store"
         rows.append((words, [b / a for a, b in zip(ours, theirs, strict=True)], f"≥ {ONLINE:g}"))
     print_ratios(*rows)
 

@@ -114,8 +114,8 @@ def printed(measure: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
             "online",
             [
                 "an epoch: online / cached",
-                "5 ablations of 1 epochs: online / store",
-                "5 ablations of 10 epochs: online / store",
+                "5 ablations, epochs of each: 1: online / store",
+                "5 ablations, epochs of each: 10: online / store",
             ],
         ),
         ("memory", ["last / first after the warm-up"]),
