@@ -50,7 +50,8 @@ from eupe.store.writer import finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, load_teacher
 from eupe.train.batch import Batch, Request
-from eupe.train.config import RunCard, TrainConfig, resolve
+from eupe.train.card import RunCard, resolve
+from eupe.train.config import TrainConfig
 from eupe.train.learner import Learner
 from eupe.train.log import Meter, TrainStatus
 from eupe.train.loop import judged, train, training_sample

@@ -790,11 +790,12 @@ def train(
         str | None, typer.Option(envvar="RAY_ADDRESS", help="The cluster of --num-workers; this machine by default.")
     ] = None,
     shard: Annotated[
-        bool | None, typer.Option("--shard", help="Spread weights and optimiser over the workers (FSDP2).")
+        bool | None, typer.Option("--shard/--no-shard", help="Spread weights and optimiser over the workers (FSDP2).")
     ] = None,
-    compile: Annotated[bool | None, typer.Option("--compile", help="torch.compile the student.")] = None,
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile the student.")] = None,
     recompute: Annotated[
-        bool | None, typer.Option("--recompute", help="Recompute activations for the gradient, which saves memory.")
+        bool | None,
+        typer.Option("--recompute/--no-recompute", help="Recompute activations for the gradient, which saves memory."),
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +144,21 @@ def timm_card(arch: str, size: int | None) -> EncoderCard:
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
+
+
+def check_sizes(arch: str, sizes: Sequence[int]) -> None:
+    """Raises: ConfigError unless one model of an architecture, laid out for the first size, takes all of them."""
+    for size in sizes:
+        timm_card(arch, size)
+    with torch.device("meta"), torch.no_grad():
+        model = create_timm(arch, size=sizes[0]).eval()
+        for size in sizes[1:]:
+            try:
+                model.forward_features(torch.zeros(1, 3, size, size))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"{arch} laid out for {sizes[0]} px does not take {size} px, too ({error}); give one --size"
+                ) from error
 
 
 def create_timm(arch: str, *, size: int | None = None, num_classes: int = 0, pretrained: bool = False) -> Any:

@@ -61,6 +61,7 @@ def make_store(
     grid: int | None = None,
     pixels: bool = False,
     batch_size: int = BATCH,
+    tokens: tuple[str, ...] = ("summary", "dense"),
 ) -> Store:
     """A finished store, made in this process."""
     spec = resolve_teacher(teacher)
@@ -70,7 +71,7 @@ def make_store(
         index,
         views=views,
         sizes=sizes,
-        tokens=("summary", "dense"),
+        tokens=tokens,
         weights_sha256=file_digest(weights),
         dtype=dtype,
         precision=precision,

@@ -224,7 +224,7 @@ def test_a_family_and_its_options_through_the_command_line(tiny_store: Store, tm
     reports = [json.loads(line) for line in outcome.out.splitlines()]
     assert [Path(report["run"]).name for report in reports] == ["a", "b"]
     config = json.loads((tmp_path / "b" / "config.json").read_text())["config"]
-    assert config["size"] == [32, 64] and config["weight"] == ["timm:test_vit/dense=2"] and config["views"] == "cycle"
+    assert config["size"] == [32, 64] and config["weight"]["timm:test_vit/dense"] == 2 and config["views"] == "cycle"
     assert config["clip"] == 1.0 and config["ema"] == 0.9 and config["student"] == "test_vit2"
     again = run_eupe("train", "--config", tmp_path / "a" / "options.yaml", "--out", tmp_path / "a")
     assert again.code == 0 and "finished already" in again.out

@@ -14,7 +14,7 @@ from eupe.errors import ConfigError
 from eupe.evaluate.run import Run, open_run
 from eupe.place import Where
 from eupe.train.batch import Batch
-from eupe.train.config import target_names
+from eupe.train.card import target_names
 from eupe.train.distiller import Distiller
 from eupe.train.loop import judged, training_sample
 from eupe.train.sampling import Views
@@ -32,7 +32,7 @@ class KindAgreement:
     cosine: float
     """Between prediction and feature as the teacher gives it; the prediction's length is fitted on training views."""
     cosine_untrained: float
-    """The same student and heads before the first step."""
+    """The same student and heads with random weights."""
     cosine_mean: float
     """The predictor that always says the store's mean."""
     normalised_cosine: float
@@ -72,7 +72,7 @@ def agreement(path: Path, *, corpus: Where | None = None, neighbours: int = NEIG
     run = open_run(path, corpus=corpus)
     trained, untrained = _measure(run, run.distiller, neighbours), _measure(run, run.untrained(), neighbours)
     targets = []
-    for i, name in enumerate(target_names(run.card)):
+    for i, name in enumerate(target_names(run.card.targets)):
         kinds = {
             kind: KindAgreement(
                 cosine=values["raw"],
@@ -105,7 +105,7 @@ def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
         stored.setdefault(target, []).append(truth.cpu())
 
     def batches(views: Views) -> Iterator[Batch]:
-        return stream([run.targets], judged(run.card, run.targets, views), run.device)
+        return stream([run.targets], judged(run.card, views), run.device)
 
     gains = fit_gains(distiller, batches(training_sample(run.targets)), run.device)
     held_out = run.targets.views_of(run.targets.held_out)

@@ -15,9 +15,8 @@ from eupe.device import pick_device
 from eupe.encoder import load_encoder
 from eupe.errors import RunError
 from eupe.place import Where
-from eupe.train.config import CONFIG_FILE, RunCard, store_fingerprint
+from eupe.train.card import CONFIG_FILE, HEADS_FILE, RunCard, store_fingerprint
 from eupe.train.distiller import Distiller, build_distiller
-from eupe.train.init import HEADS_FILE
 from eupe.train.targets import TargetSet, open_targets
 
 
@@ -36,7 +35,7 @@ class Run:
         return self.card.size
 
     def untrained(self) -> Distiller:
-        """Student and heads as they were before the first step."""
+        """Student and heads of random weights: as before the first step of a run without `--init`."""
         return build_distiller(self.card, self.targets, self.device)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from eupe.errors import RunError
 from eupe.evaluate.viz_chart import Point, Series
 from eupe.store.layout import DENSE
-from eupe.train.init import REPORT_FILE
+from eupe.train.card import REPORT_FILE
 from eupe.train.log import METRICS_FILE
 
 

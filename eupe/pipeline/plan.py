@@ -13,7 +13,7 @@ from eupe.errors import EupeError
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.validate import MAKES, RUN, STORE, Ref, Step
 from eupe.store.reader import ROOT_DOCUMENT
-from eupe.train.config import CONFIG_FILE
+from eupe.train.card import CONFIG_FILE
 
 REPORTS = "reports"
 KEY_LENGTH = 8

@@ -35,9 +35,9 @@ class Trainables:
     optimizer: torch.optim.Optimizer
     ema: Ema | None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Whole, on the CPU. Every worker must ask for them where they are spread over workers."""
-        return {name: whole(tensor).cpu() for name, tensor in self._places().items()}
+    def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """See `on_cpu`."""
+        return on_cpu(self._places(), keep=keep)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises: RuntimeError unless they are those of this model."""
@@ -63,6 +63,23 @@ class Trainables:
         if self.ema is not None:
             places |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
         return places
+
+
+def on_cpu(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors, on the CPU. Where they are spread over workers every one of these must ask.
+
+    Args:
+        keep: False for a worker that only takes part: it gets nothing.
+    """
+    gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in gathered if keep}
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Remove checkpoints of later steps, which are done again."""
+    for later in steps_kept(run):
+        if later > step:
+            (run / FOLDER / _name(later)).unlink()
 
 
 def _make_slots(optimizer: torch.optim.Optimizer) -> None:

@@ -11,7 +11,7 @@ from eupe.device import autocast, compute_dtype
 from eupe.encoder import Encoder, build_encoder, normalise
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.batch import Batch, Request, TargetBatch
-from eupe.train.config import RunCard, loss_weights
+from eupe.train.card import RunCard, loss_weights
 from eupe.train.dropping import draws, keep_teachers
 from eupe.train.heads import TargetHeads
 from eupe.train.losses import dense_loss, match_grids, summary_loss
@@ -95,8 +95,8 @@ def build_distiller(card: RunCard, targets: TargetSet, device: torch.device) -> 
     torch.manual_seed(card.config["seed"])
     encoder = build_encoder(card.config["student"], size=card.size)
     norms = [
-        {size: normalisers(store, size, device, card.config["normalise"]) for size in card.target_sizes(store)}
-        for store in targets.stores
+        {size: normalisers(store, size, device, card.config["normalise"]) for size in sizes}
+        for store, sizes in zip(targets.stores, card.target_sizes, strict=True)
     ]
     dtype = compute_dtype(card.config["dtype"], device)
     return Distiller(card, encoder, norms, dtype=dtype).to(device).eval()

@@ -8,11 +8,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+from eupe.device import is_out_of_memory
 from eupe.errors import ConfigError, EupeError, IncompleteError, TrainingError
+from eupe.place import Place, Where
 from eupe.stopping import stop_signals
-from eupe.train.config import RunCard, TrainConfig
+from eupe.train.card import RunCard
+from eupe.train.config import TrainConfig, parse_mix
 from eupe.train.log import TrainStatus
 from eupe.train.loop import TrainReport, train_as_worker
 from eupe.train.stream import open_corpora
@@ -34,13 +38,16 @@ class _Desk:
         self.stop_asked = False
         self.outcome: list[TrainReport] | EupeError | None = None
 
-    def tell(self, place: int, status: TrainStatus) -> bool:
-        """Called by the first worker; whether it shall stop."""
+    def tell(self, place: int, status: TrainStatus) -> None:
         self.told.append((place, status))
+
+    def shall_stop(self) -> bool:
         return self.stop_asked
 
     def end(self, outcome: list[TrainReport] | EupeError) -> None:
-        self.outcome = outcome
+        """What a worker found wrong goes before what all of them came to."""
+        if self.outcome is None or isinstance(self.outcome, AGREED):
+            self.outcome = outcome
 
     def ask_to_stop(self) -> None:
         self.stop_asked = True
@@ -74,7 +81,7 @@ def train_on_ray(
         desk = ray.remote(num_cpus=0)(_Desk).remote()
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"configs": list(configs), "cards": list(cards), "desk": desk},
+            train_loop_config={"configs": [_absolute(each) for each in configs], "cards": list(cards), "desk": desk},
             scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
             run_config=RunConfig(
                 name=RAY_FOLDER,
@@ -127,23 +134,58 @@ def _work(told: dict[str, Any]) -> None:
         return
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size())
-    asked = threading.Event()
+    asked, ended = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        while not ended.wait(POLL_S):
+            if ray.get(desk.shall_stop.remote()):
+                asked.set()
 
     def tell(place: int, status: TrainStatus) -> None:
-        if ray.get(desk.tell.remote(place, status)):
-            asked.set()
+        desk.tell.remote(place, status)
 
+    if world.leads:
+        threading.Thread(target=listen, daemon=True).start()
     try:
         outcome: list[TrainReport] | EupeError = train_as_worker(
             configs, cards, open_corpora(configs[0]), world, get_device(), tell, asked.is_set
         )
-    except EupeError as error:
-        ray.get(desk.end.remote(error))
+    except Exception as error:
+        if (told_error := _for_the_user(error)) is not None:
+            ray.get(desk.end.remote(told_error))
         if not isinstance(error, AGREED):
             raise  # so that workers that wait for this one are ended, too
         return
+    finally:
+        ended.set()
     if world.leads:
         ray.get(desk.end.remote(outcome))
+
+
+def _for_the_user(error: Exception) -> EupeError | None:
+    """What starting anew would not mend; None for what may be another worker's death."""
+    if is_out_of_memory(error):
+        words = next(iter(str(error).splitlines()), "")
+        return TrainingError(f"a worker is out of memory ({words}); give more --accumulate, --recompute or --shard")
+    return error if isinstance(error, EupeError) else None
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """As workers see it, whose working directory is another."""
+    mixes = parse_mix(config.mix, num_targets=len(config.targets))
+    return replace(
+        config,
+        out=config.out.absolute(),
+        init=None if config.init is None else config.init.absolute(),
+        targets=tuple(_place(path) for path in config.targets),
+        corpus=None if config.corpus is None else _place(config.corpus),
+        mix=tuple(f"{mixed.share!r}:{','.join(map(_place, mixed.stores))}" for mixed in mixes),
+    )
+
+
+def _place(path: Where) -> str:
+    place = Place.of(path)
+    return str(place.local.absolute()) if place.is_local else str(place)
 
 
 @contextmanager

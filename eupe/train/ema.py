@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Ema:
@@ -18,11 +19,14 @@ class Ema:
         state = module.state_dict(keep_vars=True)
         self._values = {name: value.detach() for name, value in state.items() if value.is_floating_point()}
         self._averages = {name: value.float().clone() for name, value in self._values.items()}
+        spread = {name for name, value in self._values.items() if isinstance(value, DTensor)}
+        self._alike = [sorted(names) for names in (spread, self._values.keys() - spread) if names]
 
     def update(self) -> None:
         """average = decay * average + (1 - decay) * value."""
-        values = [value.float() for value in self._values.values()]
-        torch._foreach_lerp_(list(self._averages.values()), values, 1 - self.decay)
+        for names in self._alike:
+            averages = [self._averages[name] for name in names]
+            torch._foreach_lerp_(averages, [self._values[name].float() for name in names], 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

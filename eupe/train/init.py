@@ -23,10 +23,8 @@ from eupe.encoder import (
     load_state_dict_strictly,
 )
 from eupe.errors import RunError, TeacherError
-from eupe.train.config import CONFIG_FILE
+from eupe.train.card import CONFIG_FILE, HEADS_FILE, REPORT_FILE
 
-REPORT_FILE = "report.json"
-HEADS_FILE = "heads.safetensors"
 PATCHES = "patch_embed.proj.weight"
 POSITIONS = "pos_embed"
 LEAST_SHARE = 0.5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eupe.encoder import save_encoder
+from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, TrainingError
+from eupe.store.layout import KINDS
 from eupe.train.batch import Batch
-from eupe.train.checkpoint import Trainables, load_checkpoint, save_checkpoint, save_tensors
-from eupe.train.config import RunCard, TrainConfig, target_names
+from eupe.train.card import HEADS_FILE, RunCard, target_names
+from eupe.train.checkpoint import Trainables, forget_after, load_checkpoint, on_cpu, save_checkpoint, save_tensors
+from eupe.train.config import TrainConfig
 from eupe.train.distiller import Distiller, build_distiller
 from eupe.train.ema import Ema
-from eupe.train.init import HEADS_FILE, InitReport, init_from_run, init_from_weights
+from eupe.train.init import InitReport, init_from_run, init_from_weights
 from eupe.train.log import Rates, TrainStatus
 from eupe.train.schedule import learning_rate
 from eupe.train.targets import TargetSet
-from eupe.train.world import World, gradients_kept_local, whole
+from eupe.train.world import World, forget_gathered, gradients_kept_local, whole
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Learner:
         self.initialised: InitReport | None = None
         if config.init is not None:
             self.initialised = self._initialise(config.init)
+        freeze_unused(self.distiller)
         if config.recompute:
             recompute_activations(self.distiller)
         if config.compile:
@@ -55,7 +59,7 @@ class Learner:
         self._model = world.spread(self.distiller, shard=config.shard)
         self.optimizer = adamw(self.distiller, card)
         self.ema = None if config.ema is None else Ema(self.distiller, config.ema)
-        self._names = target_names(card)
+        self._names = target_names(card.targets)
         self._step = _Step()
 
     @property
@@ -64,12 +68,14 @@ class Learner:
         return Trainables(self.distiller, self.optimizer, self.ema)
 
     def resume(self, step: int) -> None:
-        """Go on as after `step` updates.
+        """Go on as after `step` updates; later checkpoints are forgotten.
 
         Raises: RunError if its checkpoint is damaged or of another model.
         """
         if step:
             load_checkpoint(self.config.out, self.state, step=step)
+        if self.world.leads:
+            forget_after(self.config.out, step)
 
     def learn(self, batch: Batch, *, piece: int) -> None:
         """Add the gradients of one piece of a step.
@@ -95,11 +101,11 @@ class Learner:
         done, self._step = self._step, _Step()
         assert isinstance(done.loss, Tensor)
         loss = self.world.mean(done.loss)
-        self._require_finite("loss", loss, step, done.keys)
-        norm = None
+        parameters = [p for p in self.distiller.parameters() if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        self._require_finite(loss, norm, step, done.keys)
         if self.config.clip is not None:
-            norm = whole(nn.utils.clip_grad_norm_(self.distiller.parameters(), self.config.clip))
-            self._require_finite("gradient's norm", norm, step, done.keys)
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
         rate = self.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -119,22 +125,23 @@ class Learner:
 
         Raises: StorageError.
         """
-        tensors = self.state.tensors()
+        tensors = self.state.tensors(keep=self.world.leads)
         if self.world.leads:
             run, config = self.config.out, self.config
             save_checkpoint(run, tensors, step=step, keep=config.keep, keep_every=config.keep_every)
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """The weights that are judged and exported are in place."""
-        return nullcontext() if self.ema is None else self.ema.applied()
+        with nullcontext() if self.ema is None else self.ema.applied():
+            yield
+            forget_gathered(self.distiller)
 
     def export(self, step: int) -> None:
         """Leave the student on its own, and its heads beside it; every worker must, and the first writes."""
         encoder, heads = self.distiller.encoder, self.distiller.heads
         with self.averaged():
-            weights, of_heads = (
-                {name: whole(value) for name, value in module.state_dict().items()} for module in (encoder.model, heads)
-            )
+            weights, of_heads = (on_cpu(each.state_dict(), keep=self.world.leads) for each in (encoder.model, heads))
             if self.world.leads:
                 save_encoder(encoder, self.config.out, weights=weights)
                 save_tensors(of_heads, self.config.out / HEADS_FILE, step=step)
@@ -144,12 +151,12 @@ class Learner:
             return init_from_run(source, self.distiller.encoder, self.distiller.heads, targets=self.card.targets)
         return init_from_weights(source, self.distiller.encoder)
 
-    def _require_finite(self, what: str, value: Tensor, step: int, keys: set[str]) -> None:
-        if not torch.isfinite(value):
+    def _require_finite(self, loss: Tensor, norm: Tensor, step: int, keys: set[str]) -> None:
+        if not torch.isfinite(loss + norm):
             raise TrainingError(
-                f"the {what} of step {step} of {self.config.out} is {value.item()}, so nothing was updated; its "
-                f"pictures are {', '.join(sorted(keys)[:5])}, ...; a lower --lr or --dtype fp32 may help, with another "
-                "--out"
+                f"the loss of step {step} of {self.config.out} is {loss.item()}, its gradient's norm {norm.item()}, so "
+                f"nothing was updated; its pictures are {', '.join(sorted(keys)[:5])}, ...; a lower --lr, --clip, or "
+                "--dtype fp32 may help, with another --out"
             )
 
 
@@ -162,7 +169,8 @@ class Progress:
     each: dict[str, Tensor]
     """By target and kind, of this worker's views."""
     learning_rate: float
-    gradient_norm: Tensor | None
+    gradient_norm: Tensor
+    """Before it is clipped."""
 
     def status(self, step: int, total_steps: int, rates: Rates) -> TrainStatus:
         """The same in numbers, which waits for a GPU."""
@@ -173,12 +181,30 @@ class Progress:
             loss=self.loss.item(),
             losses={name: value.item() for name, value in self.each.items()},
             learning_rate=self.learning_rate,
-            gradient_norm=None if self.gradient_norm is None else self.gradient_norm.item(),
+            gradient_norm=self.gradient_norm.item(),
         )
 
 
 def _seed(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+def freeze_unused(distiller: Distiller) -> None:
+    """Take parameters that no loss depends on out of training, such as an attention pool where no target has a summary.
+
+    They would have no gradient to share among workers, and no state in a checkpoint.
+    """
+    kinds = {kind for kinds in distiller.kinds for kind in kinds}
+    card = distiller.encoder.card
+    if kinds == set(KINDS):
+        return
+    with torch.device("meta"):
+        model = build_encoder(card.arch, size=card.size).train()
+        tokens = vars(model(torch.zeros(2, 3, card.size, card.size)))
+        torch.autograd.backward([tokens[kind].sum() for kind in sorted(kinds)])
+    unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    for name, parameter in distiller.encoder.named_parameters():
+        parameter.requires_grad_(name not in unused)
 
 
 def adamw(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
@@ -194,6 +220,11 @@ def adamw(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
 def recompute_activations(distiller: Distiller) -> None:
     """Raises: ConfigError if the student's class does not know how."""
     model = distiller.encoder.model
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        raise ConfigError(
+            f"--recompute would count every batch twice in the running statistics of {distiller.encoder.card.arch}; "
+            "leave it out"
+        )
     try:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:

@@ -17,7 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from eupe.errors import ConfigError
 from eupe.train.batch import Batch
-from eupe.train.config import RunCard, TrainConfig
+from eupe.train.card import RunCard
+from eupe.train.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
 PICTURES = "pictures"
@@ -44,8 +45,8 @@ class TrainStatus(Rates):
     losses: dict[str, float]
     """Per target and kind of token, `dinov2-s/dense`, not weighted."""
     learning_rate: float
-    gradient_norm: float | None
-    """Before it was clipped; None where it is not."""
+    gradient_norm: float
+    """Before it is clipped."""
 
     def words(self) -> str:
         """For a line of progress: the loss, each target's, the rates."""
@@ -119,7 +120,7 @@ class RunLog:
 
     def step(self, status: TrainStatus) -> None:
         """Note where the run stands."""
-        values = {name: value for name, value in vars(status).items() if name != "total_steps" and value is not None}
+        values = {name: value for name, value in vars(status).items() if name != "total_steps"}
         self._line(values)
         scalars = {**values.pop("losses"), **values}
         del scalars["step"]

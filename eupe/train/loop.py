@@ -18,11 +18,11 @@ from eupe.device import pick_device
 from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, StorageError
 from eupe.stopping import stop_signals
 from eupe.train.batch import Batch, Request
+from eupe.train.card import CONFIG_FILE, REPORT_FILE, RunCard, resolve, target_names
 from eupe.train.checkpoint import steps_kept
-from eupe.train.config import CONFIG_FILE, RunCard, TrainConfig, resolve, target_names
-from eupe.train.init import REPORT_FILE
+from eupe.train.config import TrainConfig
 from eupe.train.learner import Learner
-from eupe.train.log import Meter, Rates, RunLog, TrainStatus, require_wandb
+from eupe.train.log import METRICS_FILE, Meter, Rates, RunLog, TrainStatus, require_wandb
 from eupe.train.options import OPTIONS_FILE, write_options
 from eupe.train.pictures import SHOWN_VIEWS, dense_maps, draw_maps
 from eupe.train.sampling import Views
@@ -52,6 +52,7 @@ OWN = frozenset(
 """Options in which students that share a stream may differ."""
 VALIDATION_VIEWS = 512
 GAIN_VIEWS = 256
+JUDGED_AT_ONCE = 32
 
 Validation = dict[str, dict[str, dict[str, float]]]
 """Target, kind of token, measure (see `eupe.train.validate.Cosines`)."""
@@ -150,6 +151,8 @@ def train_as_worker(
         for config, card in zip(configs, cards, strict=True)
     ]
     first_step = _common_step([config.out for config in configs])
+    if not world.agree(f"{first_step} {[card.to_json() for card in cards]}"):
+        raise RunError(f"workers see different things in {configs[0].out}; --out must be one folder for all of them")
     try:
         with ExitStack() as stack:
             logs = [stack.enter_context(RunLog(each.config, each.card, first_step)) for each in learners if world.leads]
@@ -165,7 +168,9 @@ def train_as_worker(
     except EupeError:
         raise
     except OSError as error:
-        raise StorageError(f"run {configs[0].out} cannot be written: {error}; free some space and --resume") from error
+        raise StorageError(
+            f"run {configs[0].out} stopped: {error}; go on with --resume when there is space and all that it reads"
+        ) from error
 
 
 class Worker:
@@ -185,7 +190,7 @@ class Worker:
         card, targets = learners[0].card, corpora[0]
         held_out = targets.views_of(targets.held_out)
         self._judged = spread(held_out, VALIDATION_VIEWS)
-        self._shown = list(stream([targets], judged(card, targets, spread(held_out, SHOWN_VIEWS)), device))
+        self._shown = list(stream([targets], judged(card, spread(held_out, SHOWN_VIEWS)), device))
 
     def run(
         self, first_step: int, on_status: Callable[[int, TrainStatus], None], stop_asked: Callable[[], bool]
@@ -228,7 +233,7 @@ class Worker:
         for i, learner in enumerate(self.learners):
             with learner.averaged():
                 validations.append(self._cosines(learner))
-                maps = dense_maps(learner.distiller, self._shown, target_names(learner.card), self.device)
+                maps = dense_maps(learner.distiller, self._shown, target_names(learner.card.targets), self.device)
             for log in self.logs[i : i + 1]:
                 log.validation(step, validations[-1])
                 if maps:
@@ -259,22 +264,21 @@ class Worker:
         card, targets, distiller = learner.card, self.corpora[0], learner.distiller
 
         def batches(views: Views) -> Iterator[Batch]:
-            return stream([targets], judged(card, targets, views), self.device)
+            return stream([targets], judged(card, views), self.device)
 
         gains = fit_gains(distiller, batches(training_sample(targets)), self.device)
         totals = held_out_cosines(distiller, batches(self._judged), self.device, gains)
         return {
             name: {kind: cosines.means() for kind, cosines in kinds.items()}
-            for name, kinds in zip(target_names(card), totals, strict=True)
+            for name, kinds in zip(target_names(card.targets), totals, strict=True)
         }
 
 
-def judged(card: RunCard, targets: TargetSet, views: Views) -> Iterator[Request]:
-    """All of the views as they come, at the first sizes, the last batch smaller."""
-    sizes = tuple(card.target_sizes(store)[0] for store in targets.stores)
-    length = card.config["batch_size"]
-    for start in range(0, len(views), length):
-        yield Request(views=views[start : start + length], size=card.size, target_sizes=sizes)
+def judged(card: RunCard, views: Views) -> Iterator[Request]:
+    """All of the views as they come, at the first sizes, so many at once that any GPU that trains has room for them."""
+    sizes = tuple(sizes[0] for sizes in card.target_sizes)
+    for start in range(0, len(views), JUDGED_AT_ONCE):
+        yield Request(views=views[start : start + JUDGED_AT_ONCE], size=card.size, target_sizes=sizes)
 
 
 def training_sample(targets: TargetSet) -> Views:
@@ -288,8 +292,16 @@ def spread(views: Views, limit: int) -> Views:
 
 
 def _common_step(runs: Sequence[Path]) -> int:
-    """The newest step that all runs have a checkpoint of; 0 where there is none."""
-    common = set.intersection(*(set(steps_kept(run)) for run in runs))
+    """The newest step that all runs have a checkpoint of; 0 where none has any.
+
+    Raises: RunError if some have, but none that all have.
+    """
+    kept = [set(steps_kept(run)) for run in runs]
+    common = set.intersection(*kept)
+    if not common and any(kept):
+        raise RunError(
+            f"{', '.join(map(str, runs))} have no checkpoint of the same step; resume them one by one, or give others"
+        )
     return max(common, default=0)
 
 
@@ -297,6 +309,8 @@ def _require_one_stream(configs: Sequence[TrainConfig]) -> None:
     """Raises: ConfigError."""
     if len({config.out.absolute() for config in configs}) < len(configs):
         raise ConfigError("give each student an --out of its own")
+    if len(configs) > 1 and configs[0].keep == 1:
+        raise ConfigError("--keep 1 could leave students without a checkpoint of the same step; give 2 or more")
     for other in configs[1:]:
         for field in dataclasses.fields(TrainConfig):
             ours, theirs = getattr(configs[0], field.name), getattr(other, field.name)
@@ -309,22 +323,28 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
 
     Raises: RunError if the directory holds another run, or an unfinished one and `--resume` was not given.
     """
-    path = config.out / CONFIG_FILE
-    if not path.exists():
+    run = config.out
+    if not (run / CONFIG_FILE).exists():
         if config.resume:
-            raise RunError(f"--resume: there is no run in {config.out}; leave --resume out to start it")
-        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-            raise RunError(f"{config.out} holds something that is no training run; give another --out")
+            raise RunError(f"--resume: there is no run in {run}; leave --resume out to start it")
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise RunError(f"{run} holds something that is no training run; give another --out")
         return None
-    if different := _card_differences(json.loads(path.read_text()), card.to_json()):
+    try:
+        kept = RunCard.from_json(json.loads((run / CONFIG_FILE).read_text()))
+        report = json.loads((run / REPORT_FILE).read_text()) if (run / REPORT_FILE).exists() else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{run} holds a {CONFIG_FILE} that is no training run's; give another --out") from error
+    if not (run / METRICS_FILE).exists():
+        return None  # something was wrong before its first step
+    if different := kept.differences(card):
         raise RunError(
-            f"{config.out} holds another run ({'; '.join(different)}); "
-            "give another --out, or the options it was made with"
+            f"{run} holds another run ({'; '.join(different)}); give another --out, or the options it was made with"
         )
-    if (config.out / REPORT_FILE).exists():
-        return TrainReport(**{**json.loads((config.out / REPORT_FILE).read_text()), "cached": True})
+    if report is not None:
+        return TrainReport(**{**report, "cached": True})
     if not config.resume:
-        raise RunError(f"{config.out} holds this run unfinished; go on with --resume, or give another --out")
+        raise RunError(f"{run} holds this run unfinished; go on with --resume, or give another --out")
     return None
 
 
@@ -340,33 +360,6 @@ def _begin(config: TrainConfig, card: RunCard) -> None:
         _write_json(run / CONFIG_FILE, card.to_json())
     except OSError as error:
         raise StorageError(f"run {run} cannot be written: {error}") from error
-
-
-def _card_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One phrase for each thing that makes two runs different; a target's place is not such a thing."""
-    phrases = [
-        f"{name}: was {old['config'].get(name)}, now {new['config'].get(name)}"
-        for name in sorted({*old["config"], *new["config"]})
-        if old["config"].get(name) != new["config"].get(name)
-    ]
-    if old["total_steps"] != new["total_steps"]:
-        phrases.append(f"steps: was {old['total_steps']}, now {new['total_steps']}")
-    for what, stores in (("targets", _targets), ("mix", _mixed_in)):
-        was, now = stores(old), stores(new)
-        if [store["fingerprint"] for store in was] != [store["fingerprint"] for store in now]:
-            places = [", ".join(store["path"] for store in stores) or "none" for stores in (was, now)]
-            phrases.append(f"{what}: was {places[0]}, now {places[1]}, or stores made anew")
-    if [mixed["share"] for mixed in old["mix"]] != [mixed["share"] for mixed in new["mix"]]:
-        phrases.append("the shares of --mix")
-    return phrases
-
-
-def _targets(card: dict[str, Any]) -> list[dict[str, Any]]:
-    return list(card["targets"])
-
-
-def _mixed_in(card: dict[str, Any]) -> list[dict[str, Any]]:
-    return [store for mixed in card["mix"] for store in mixed["targets"]]
 
 
 def _write_json(path: Path, plain: dict[str, Any]) -> None:

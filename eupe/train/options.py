@@ -17,7 +17,8 @@ import yaml
 
 from eupe.encoder import near
 from eupe.errors import ConfigError
-from eupe.train.config import RunCard, TrainConfig
+from eupe.train.card import RunCard
+from eupe.train.config import TrainConfig
 
 OPTIONS_FILE = "options.yaml"
 RECIPES = ("stage1", "stage2", "stage3")
@@ -103,7 +104,7 @@ def read_options(path: Path) -> Options:
             continue
         try:
             options[known[key]] = _typed(kinds[known[key]], value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             wrong.append(f"{key} cannot be {value!r}")
     if wrong:
         raise ConfigError(f"--config {path}: {'; '.join(wrong)}")

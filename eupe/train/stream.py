@@ -11,7 +11,8 @@ import torch
 
 from eupe.ahead import map_ahead
 from eupe.train.batch import Batch, Request
-from eupe.train.config import RunCard, TrainConfig, parse_mix
+from eupe.train.card import RunCard
+from eupe.train.config import TrainConfig, parse_mix
 from eupe.train.sampling import Mix, Sampler
 from eupe.train.targets import TargetSet, open_targets
 from eupe.train.world import World
@@ -57,7 +58,7 @@ def training_requests(
     mix, config = mix_of(card, corpora), card.config
     for step in range(first_step, card.total_steps):
         corpus, views = mix.batch(step, batch_size=config["batch_size"], rank=world.rank, world=world.size)
-        choices = [config["size"], *(card.target_sizes(store) for store in corpora[corpus].stores)]
+        choices = [config["size"], *card.target_sizes]
         size, *target_sizes = draw_sizes(config["seed"], step, choices)
         length = len(views) // pieces
         for start in range(0, len(views), length):

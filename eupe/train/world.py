@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,14 @@ class World:
             value /= self.size
         return value
 
+    def agree(self, words: str) -> bool:
+        """Whether all workers say the same."""
+        said: list[Any] = [words]
+        if self.size > 1:
+            said *= self.size
+            dist.all_gather_object(said, words)
+        return len(set(said)) == 1
+
     def any(self, asked: bool, device: torch.device) -> bool:
         """Whether one of the workers says so."""
         if self.size == 1:
@@ -68,6 +77,13 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     """What a model is made of in sequence: a ViT's blocks, a CNN's stages."""
     series = [child for child in model.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
     return [block for child in series for block in child if any(True for _ in block.parameters())]
+
+
+def forget_gathered(module: nn.Module) -> None:
+    """Free what a forward pass without a backward pass gathered, which the next one would take for current (FSDP2)."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

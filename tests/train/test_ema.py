@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from eupe.store import Store
+from eupe.train.card import resolve
 from eupe.train.checkpoint import load_checkpoint, save_checkpoint
-from eupe.train.config import TrainConfig, resolve
+from eupe.train.config import TrainConfig
 from eupe.train.ema import Ema
 from eupe.train.learner import Learner
 from eupe.train.stream import open_corpora

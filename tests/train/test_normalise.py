@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from eupe.errors import ConfigError
 from eupe.store import Store
 from eupe.teachers.registry import REGISTRY
-from eupe.train.batch import TargetTokens
+from eupe.train.batch import Request, TargetTokens
 from eupe.train.normalise import NORMALISATIONS, hadamard, normalisers, phi_s
 from eupe.train.targets import open_targets
 
@@ -123,7 +123,7 @@ def test_batches_are_normalised_as_the_trainer_reads_them(store: Store) -> None:
     """Through the stream's own reading, whose maps lie channel by channel."""
     targets = open_targets([store.path], corpus=None, holdout=0.2)
     with ThreadPoolExecutor(1) as pool:
-        batch = targets.load(np.array([[3, 1], [0, 0]]), size=64, pool=pool)
+        batch = targets.load(Request(views=np.array([[3, 1], [0, 0]]), size=64), pool=pool)
     dense = batch.targets[0].dense
     assert dense is not None
     norm = normalisers(store, 64, CPU, "phi-s")["dense"]

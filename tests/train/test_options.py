@@ -100,6 +100,7 @@ def test_every_option_may_stand_in_a_file(tmp_path: Path) -> None:
     [
         ("batch-sise: 3", "batch-sise is no option; did you mean batch-size?"),
         ("batch-size: many\nlr: [1]\nout: x", "batch-size cannot be 'many'; lr cannot be .*; out is no option"),
+        ("steps: .inf", "steps cannot be inf"),
         ("batch-size: 1.5", "batch-size cannot be 1.5"),
         ("batch-size: true", "batch-size cannot be True"),
         ("recompute: 1", "recompute cannot be 1"),
@@ -129,6 +130,11 @@ def test_a_file_with_mistakes_names_all_of_them(tmp_path: Path, text: str, words
         ({"flags": {"targets": ["s"], "num_workers": 3}}, "--batch-size 128 does not divide among 3 workers"),
         ({"flags": {"targets": ["s"], "shard": True}}, "--shard spreads the model over workers"),
         ({"flags": {"targets": ["s"], "seed": -1}}, "--seed must be at least 0"),
+        ({"flags": {"targets": ["s"], "seed": 2**64}}, "--seed must be at least 0 and below"),
+        ({"flags": {"targets": ["s"], "lr": float("nan")}}, "--lr must be a finite number, got nan"),
+        ({"flags": {"targets": ["s"], "epochs": float("inf")}}, "--epochs must be a finite number"),
+        ({"flags": {"targets": ["s"], "weight_decay": -1.0}}, "--weight-decay must be at least 0"),
+        ({"flags": {"targets": ["s"], "drop": 0.5}}, "--drop leaves out targets, never the last"),
         ({"flags": {"targets": ["s"], "ema": 1.0}}, "--ema must be between 0 and 1"),
         (
             {"flags": {"targets": ["s"], "normalise": "z", "views": "y", "photometric": "x"}},

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eupe.pca import fit_pca
 from eupe.store import Store
-from eupe.train.config import TrainConfig, resolve
+from eupe.train.card import resolve
+from eupe.train.config import TrainConfig
 from eupe.train.distiller import build_distiller
 from eupe.train.loop import judged, train
 from eupe.train.losses import match_grids
@@ -78,7 +79,7 @@ def test_a_row_shows_a_held_out_view_the_stored_map_and_the_exported_students(
     targets = corpora[0]
     held_out = targets.views_of(targets.held_out)
     chosen = held_out[[i * (len(held_out) - 1) // 3 for i in range(4)]]
-    (batch,) = stream(corpora, judged(replace(card, config={**card.config, "batch_size": 4}), targets, chosen), CPU)
+    (batch,) = stream(corpora, judged(card, chosen), CPU)
     distiller = build_distiller(card, targets, CPU)
     distiller.encoder.model.load_state_dict(load_file(config.out / "student.safetensors"))
     distiller.heads.load_state_dict(load_file(config.out / "heads.safetensors"))
@@ -102,7 +103,7 @@ def test_a_row_shows_a_held_out_view_the_stored_map_and_the_exported_students(
 def test_a_student_that_predicts_the_target_has_its_colours_and_a_constant_one_has_one(config: TrainConfig) -> None:
     corpora = open_corpora(config)
     card = resolve(config, corpora)
-    batches = list(stream(corpora, judged(card, corpora[0], corpora[0].views_of(corpora[0].held_out)[:4]), CPU))
+    batches = list(stream(corpora, judged(card, corpora[0].views_of(corpora[0].held_out)[:4]), CPU))
     assert len(batches) == 2
     maps = dense_maps(build_distiller(card, corpora[0], CPU), batches, ["it"], CPU)["it"]
     assert maps.stored.shape == maps.predicted.shape and len(maps.stored) == 4

@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import TINY_STUDENT, make_corpus, make_store
+from making import TINY_STUDENT, make_corpus, make_store, random_weights
 from safetensors.torch import load_file
 
 from eupe.corpus.photometric import apply_photometric
 from eupe.corpus.views import ViewSpec, draw_colours, render_view
-from eupe.errors import ConfigError, RunError
+from eupe.errors import ConfigError, RunError, TrainingError
 from eupe.store import Store
 from eupe.train.batch import Batch
-from eupe.train.config import TrainConfig, resolve
+from eupe.train.card import RunCard, resolve
+from eupe.train.config import TrainConfig
 from eupe.train.distiller import Distiller, build_distiller
 from eupe.train.loop import train, train_together
 from eupe.train.stream import draw_sizes, open_corpora, stream, training_requests
@@ -179,6 +180,18 @@ class TestMix:
         assert report.steps == 40 and report.pictures == 24
         assert len(load_file(mixed.out / "heads.safetensors")) == 8
 
+    def test_stores_of_another_teacher_or_without_the_sizes_are_refused(
+        self, mixed: TrainConfig, tmp_path: Path, tiny_corpus: Path
+    ) -> None:
+        weights = random_weights("test_vit2", tmp_path / "w.safetensors")
+        other = make_store(
+            tmp_path / "x.zarr", tiny_corpus, weights, teacher="timm:test_vit2", views=VIEWS, sizes=(32,)
+        )
+        with pytest.raises(ConfigError, match=r"x\.zarr holds summary\+dense of timm:test_vit2, in whose place"):
+            train(replace(mixed, mix=(f"0.25:{other.path}",)))
+        with pytest.raises(ConfigError, match=r"other\.zarr has no features at 64 px, only at 32"):
+            train(replace(mixed, target_size=(64,)))
+
     @pytest.mark.parametrize(
         ("word", "words"),
         [("x.zarr", "takes SHARE:STORE"), ("1.5:x.zarr", "share between 0 and 1"), ("0.5:a,b", "names 2 stores")],
@@ -224,6 +237,8 @@ class TestFamily:
             train_together([config, replace(config, out=tmp_path / "b", batch_size=4)])
         with pytest.raises(ConfigError, match="an --out of its own"):
             train_together([config, config])
+        with pytest.raises(ConfigError, match="--keep 1 could leave"):
+            train_together([replace(config, keep=1), replace(config, keep=1, out=tmp_path / "b")])
 
 
 def test_a_batch_in_pieces_gives_the_same_student_within_rounding(config: TrainConfig, tmp_path: Path) -> None:
@@ -259,8 +274,8 @@ def test_recomputing_activations_changes_nothing(config: TrainConfig, tmp_path: 
     train(replace(config, out=tmp_path / "recomputed", recompute=True))
     ours, theirs = (load_file(run / "student.safetensors") for run in (config.out, tmp_path / "recomputed"))
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
-    with pytest.raises(ConfigError, match="cannot recompute the activations"):
-        train(replace(config, out=tmp_path / "x", student="dla34", recompute=True))
+    with pytest.raises(ConfigError, match="would count every batch twice in the running"):
+        train(replace(config, out=tmp_path / "x", student="test_resnet", recompute=True))
 
 
 def test_the_third_stage_goes_on_from_the_second(config: TrainConfig, tmp_path: Path) -> None:
@@ -297,3 +312,88 @@ def test_a_compiled_student_goes_the_way_of_a_plain_one(config: TrainConfig, tmp
     ours, theirs = (load_file(run / "student.safetensors") for run in (config.out, tmp_path / "compiled"))
     assert ours.keys() == theirs.keys()
     assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-4
+
+
+def test_a_student_whose_pool_no_target_needs_goes_on_after_a_stop(
+    config: TrainConfig, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path
+) -> None:
+    """test_vit2 pools by attention, which dense tokens do not depend on."""
+    store = make_store(tmp_path / "d.zarr", tiny_corpus, tiny_weights, views=VIEWS, sizes=(32,), tokens=("dense",))
+    config = replace(config, targets=(store.path,), student="test_vit2", checkpoint_every=2, keep=3)
+    train(config)
+    whole = load_file(config.out / "student.safetensors")
+    (config.out / "report.json").unlink()
+    (config.out / "checkpoints" / "00000006.safetensors").unlink()
+    train(replace(config, resume=True))
+    assert all(torch.equal(value, whole[key]) for key, value in load_file(config.out / "student.safetensors").items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eupe.train import learner
+
+    adamw = learner.adamw
+
+    def poisoned(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
+        steps = iter(range(100))
+        weight = next(distiller.heads.parameters())
+        weight.register_hook(lambda gradient: gradient * (torch.inf if next(steps) == 3 else 1))
+        return adamw(distiller, card)
+
+    monkeypatch.setattr(learner, "adamw", poisoned)
+    with pytest.raises(TrainingError, match=r"its gradient's norm (inf|nan), so nothing was updated"):
+        train(replace(config, checkpoint_every=1))
+    saved = load_file(config.out / "checkpoints" / "00000003.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_the_same_pictures_make_the_same_run(
+    config: TrainConfig, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path
+) -> None:
+    """A store that was made again, with a picture that it could not read, has the same specification."""
+    train(config)
+    card = RunCard.from_json(json.loads((config.out / "config.json").read_text()))
+    assert card.differences(card) == []
+    assert card.differences(replace(card, pictures=("x",))) == [
+        "the pictures that all targets have are others (a store was repaired, or extended)"
+    ]
+    with pytest.raises(RunError, match="the pictures that all targets have are others"):
+        write_json(config.out / "config.json", {**card.to_json(), "pictures": ["x"]})
+        train(replace(config, resume=True))
+
+
+def write_json(path: Path, plain: dict[str, object]) -> None:
+    path.write_text(json.dumps(plain))
+
+
+def test_words_for_what_is_so_anyway_make_the_same_run(config: TrainConfig) -> None:
+    train(config)
+    assert train(replace(config, target_size=(32,), size=(32,), weight=("timm:test_vit=1",))).cached
+
+
+def test_where_a_student_starts_from_is_part_of_the_run(config: TrainConfig, tmp_path: Path) -> None:
+    train(config)
+    third = replace(config, student=TINY_STUDENT, init=config.out, out=tmp_path / "third")
+    train(third)
+    with pytest.raises(RunError, match="init: was"):
+        train(replace(third, init=config.out / "student.safetensors"))
+
+
+def test_a_mistake_found_before_the_first_step_does_not_block_the_directory(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError):
+        train(replace(config, student="test_resnet", recompute=True))
+    assert not train(replace(config, student="test_resnet")).cached
+
+
+def test_something_else_in_the_directory_is_refused(config: TrainConfig) -> None:
+    config.out.mkdir()
+    for text in ("", "{}", '{"architectures": ["Dinov2Model"]}'):
+        (config.out / "config.json").write_text(text)
+        with pytest.raises(RunError, match="no training run's; give another --out"):
+            train(config)
+
+
+def test_a_student_that_takes_one_size_only_is_refused(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="nest_tiny_jx"):
+        train(replace(config, student="nest_tiny_jx", size=(224, 256)))

@@ -1,0 +1,282 @@
+"""What decides a run's outcome."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from eupe.encoder import WEIGHTS_FILE, check_sizes, load_card, near
+from eupe.errors import ConfigError
+from eupe.store import Store
+from eupe.store.layout import KINDS
+from eupe.train.config import MixedIn, TrainConfig, parse_mix
+from eupe.train.targets import TargetSet
+
+CONFIG_FILE = "config.json"
+HEADS_FILE = "heads.safetensors"
+REPORT_FILE = "report.json"
+VERSIONED = ("eupe", "torch", "timm", "pillow")
+HOW = frozenset(
+    [
+        "targets",
+        "mix",
+        "out",
+        "corpus",
+        "resume",
+        "epochs",
+        "steps",
+        "init",
+        "wandb",
+        "log_every",
+        "checkpoint_every",
+        "validate_every",
+        "keep",
+        "keep_every",
+        "num_workers",
+        "ray_address",
+        "accumulate",
+        "compile",
+        "recompute",
+        "shard",
+    ]
+)
+"""Options that do not make another run: where things are, how long (the steps are kept apart), and how it is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCard:
+    """What decides a run's outcome, kept as `config.json`: two runs with equal cards are the same run."""
+
+    config: dict[str, Any]
+    targets: tuple[dict[str, Any], ...]
+    """Per store: place, fingerprint of its spec, teacher, licence, widths."""
+    mix: tuple[dict[str, Any], ...] = ()
+    """Per corpus mixed in: `share`, and `targets` as above."""
+    pictures: tuple[str, ...]
+    """Per corpus, a digest of the keys that its targets have in common."""
+    total_steps: int
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of what trains, which does not make another run."""
+
+    def to_json(self) -> dict[str, Any]:
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> RunCard:
+        """Raises: TypeError, KeyError."""
+        return cls(**{**plain, **{name: tuple(plain[name]) for name in ("targets", "mix", "pictures")}})
+
+    @property
+    def size(self) -> int:
+        """The student's first size in pixels, at which it is judged."""
+        return int(self.config["size"][0])
+
+    @property
+    def target_sizes(self) -> list[tuple[int, ...]]:
+        """Per target, the sizes that are drawn from."""
+        return [tuple(sizes) for sizes in self.config["target_size"]]
+
+    def differences(self, other: RunCard) -> list[str]:
+        """One phrase for each thing that makes the other one another run; a target's place is not such a thing."""
+        phrases = [
+            f"{name}: was {self.config.get(name)}, now {other.config.get(name)}"
+            for name in sorted({*self.config, *other.config})
+            if _plain(self.config.get(name)) != _plain(other.config.get(name))
+        ]
+        if self.total_steps != other.total_steps:
+            phrases.append(f"steps: was {self.total_steps}, now {other.total_steps}")
+        for what, stores in (("targets", _targets), ("mix", _mixed_in)):
+            was, now = stores(self), stores(other)
+            if [store["fingerprint"] for store in was] != [store["fingerprint"] for store in now]:
+                places = [", ".join(store["path"] for store in stores) or "none" for stores in (was, now)]
+                phrases.append(f"{what}: was {places[0]}, now {places[1]}, or stores made anew")
+        if [mixed["share"] for mixed in self.mix] != [mixed["share"] for mixed in other.mix]:
+            phrases.append("the shares of --mix")
+        if self.pictures != other.pictures and len(self.pictures) == len(other.pictures):
+            phrases.append("the pictures that all targets have are others (a store was repaired, or extended)")
+        return phrases
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _targets(card: RunCard) -> list[dict[str, Any]]:
+    return list(card.targets)
+
+
+def _mixed_in(card: RunCard) -> list[dict[str, Any]]:
+    return [store for mixed in card.mix for store in mixed["targets"]]
+
+
+def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
+    """Turn durations into steps and name the targets.
+
+    Args:
+        corpora: that of `config.targets`, then those of `config.mix`.
+    Raises: ConfigError if the student is unknown or cannot take a size, a store lacks one, the batch exceeds what there
+        is to train on, or nothing is held out.
+    """
+    targets = corpora[0]
+    student = config.student or load_card(_run(config.init)).arch
+    sizes = config.size or targets.stores[0].spec.sizes[:1]
+    check_sizes(student, sizes)
+    target_sizes = [config.target_size or store.spec.sizes[:1] for store in targets.stores]
+    for corpus in corpora:
+        for store, first, wanted in zip(corpus.stores, targets.stores, target_sizes, strict=True):
+            _require_same_teacher(store, first)
+            _require_sizes(store, wanted)
+    mixes = parse_mix(config.mix, num_targets=len(config.targets))
+    cards = tuple(target_card(store) for store in targets.stores)
+    decisive = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in HOW}
+    decisive |= {
+        "student": student,
+        "size": sizes,
+        "target_size": target_sizes,
+        "weight": parse_weights(config.weight, cards),
+        "init": None if config.init is None else _digest(config.init),
+    }
+    return RunCard(
+        config=decisive,
+        targets=cards,
+        mix=tuple(
+            {"share": mixed.share, "targets": tuple(target_card(store) for store in corpus.stores)}
+            for mixed, corpus in zip(mixes, corpora[1:], strict=True)
+        ),
+        pictures=tuple(hashlib.sha256("\0".join(corpus.keys).encode()).hexdigest() for corpus in corpora),
+        total_steps=_total_steps(config, corpora, mixes),
+        versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+    )
+
+
+def _require_same_teacher(store: Store, first: Store) -> None:
+    """Raises: ConfigError unless the store of a mixed corpus has the tokens of the first one's teacher."""
+    if store.spec.teacher != first.spec.teacher or store.spec.tokens != first.spec.tokens:
+        raise ConfigError(
+            f"--mix: {store.path} holds {'+'.join(store.spec.tokens)} of {store.spec.teacher['name']}, in whose place "
+            f"--targets has {first.path} with {'+'.join(first.spec.tokens)} of {first.spec.teacher['name']}, or other "
+            "weights of it; give stores of the same teachers in the same order"
+        )
+
+
+def _require_sizes(store: Store, wanted: Sequence[int]) -> None:
+    """Raises: ConfigError."""
+    if lacking := set(wanted) - set(store.spec.sizes):
+        raise ConfigError(
+            f"{store.path} has no features at {', '.join(map(str, sorted(lacking)))} px, only at "
+            f"{', '.join(map(str, store.spec.sizes))}; give another --target-size"
+        )
+
+
+def _total_steps(config: TrainConfig, corpora: Sequence[TargetSet], mixes: Sequence[MixedIn]) -> int:
+    """Steps asked for; an epoch is one of the first corpus.
+
+    Raises: ConfigError if a corpus holds nothing out, or less than a batch.
+    """
+    for corpus in corpora:
+        num_train = len(corpus.training) * (corpus.num_views if config.views == "all" else 1)
+        if not corpus.held_out.any():
+            raise ConfigError(
+                f"--holdout {config.holdout:g} keeps out none of the {corpus.num_joined} pictures; give a larger share"
+            )
+        if config.batch_size > num_train:
+            raise ConfigError(f"--batch-size {config.batch_size} exceeds the {num_train} views there are to train on")
+    first = len(corpora[0].training) * (corpora[0].num_views if config.views == "all" else 1)
+    per_epoch = first // config.batch_size / (1 - sum(mixed.share for mixed in mixes))
+    return config.steps or max(1, round((config.epochs or 1) * per_epoch))
+
+
+def _run(init: Path | None) -> Path:
+    """Raises: ConfigError unless it is a run, whose architecture is known."""
+    if init is None or not init.is_dir():
+        raise ConfigError(f"--init {init} is no training run, so give --student, too")
+    return init
+
+
+def _digest(init: Path) -> str:
+    """SHA-256 of the weights that a student starts from.
+
+    Raises: ConfigError if there are none.
+    """
+    digest = hashlib.sha256(b"run" if init.is_dir() else b"weights")
+    try:
+        for path in (init / WEIGHTS_FILE, init / HEADS_FILE) if init.is_dir() else (init,):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise ConfigError(f"--init {init} is neither a finished training run nor a file of weights: {error}") from error
+    return digest.hexdigest()
+
+
+def target_card(store: Store) -> dict[str, Any]:
+    """What a run keeps of a target."""
+    teacher = store.spec.teacher
+    return {
+        "path": str(store.path),
+        "fingerprint": store_fingerprint(store),
+        "teacher": teacher["name"],
+        "licence": teacher["licence"],
+        "summary_dim": teacher["summary_dim"] if "summary" in store.spec.tokens else 0,
+        "dense_dim": teacher["dense_dim"] if "dense" in store.spec.tokens else 0,
+    }
+
+
+def target_names(targets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One name per target of a card: its teacher's, numbered where two are the same."""
+    names = [Path(target["teacher"]).name for target in targets]
+    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+
+
+def parse_weights(words: Sequence[str], targets: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The factor of every loss by `TARGET/KIND`.
+
+    Args:
+        words: `TARGET=W` or `TARGET/KIND=W`; later ones win.
+    Raises: ConfigError for a word that is no weight, or names no target or kind.
+    """
+    names = target_names(targets)
+    weights = {
+        f"{name}/{kind}": 1.0
+        for name, target in zip(names, targets, strict=True)
+        for kind in KINDS
+        if target[f"{kind}_dim"]
+    }
+    for word in words:
+        name, _, number = word.rpartition("=")
+        chosen = [known for known in weights if known == name or known.rpartition("/")[0] == name]
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = -1.0
+        if not 0 <= factor < math.inf:
+            raise ConfigError(f"--weight takes TARGET=W or TARGET/KIND=W with W at least 0, got {word!r}")
+        if not chosen:
+            known = ", ".join([*names, *weights])
+            raise ConfigError(f"--weight {word!r} names no target{near(name, list(weights))}; there are {known}")
+        weights.update(dict.fromkeys(chosen, factor))
+    if not any(weights.values()):
+        raise ConfigError("--weight leaves no loss to learn from; give one of them a weight above 0")
+    return weights
+
+
+def loss_weights(card: RunCard) -> list[dict[str, float]]:
+    """Per target, the factor of each kind of token's loss."""
+    weights: dict[str, float] = card.config["weight"]
+    return [
+        {known.rpartition("/")[2]: w for known, w in weights.items() if known.rpartition("/")[0] == name}
+        for name in target_names(card.targets)
+    ]
+
+
+def store_fingerprint(store: Store) -> str:
+    """SHA-256 of what decides a store's content, wherever it lies and whatever made it."""
+    return hashlib.sha256(json.dumps(store.spec.identity(), sort_keys=True).encode()).hexdigest()
