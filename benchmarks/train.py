@@ -428,7 +428,7 @@ def agreement_of(given: Given, store: Path, size: int, seed: int, teacher: Onlin
     (targets,) = run.corpora
 
     def batches(views: Any) -> Iterator[Batch]:
-        return stream([targets], judged(run.card, targets, views), run.device)
+        return stream([targets], judged(run.card, views), run.device)
 
     gains = fit_gains(run.learner.distiller, batches(training_sample(targets)), run.device)
     held_out = batches(targets.views_of(targets.held_out))

@@ -103,7 +103,8 @@ def test_a_row_shows_a_held_out_view_the_stored_map_and_the_exported_students(
 def test_a_student_that_predicts_the_target_has_its_colours_and_a_constant_one_has_one(config: TrainConfig) -> None:
     corpora = open_corpora(config)
     card = resolve(config, corpora)
-    batches = list(stream(corpora, judged(card, corpora[0].views_of(corpora[0].held_out)[:4]), CPU))
+    views = corpora[0].views_of(corpora[0].held_out)[:4]
+    batches = [batch for part in (views[:2], views[2:]) for batch in stream(corpora, judged(card, part), CPU)]
     assert len(batches) == 2
     maps = dense_maps(build_distiller(card, corpora[0], CPU), batches, ["it"], CPU)["it"]
     assert maps.stored.shape == maps.predicted.shape and len(maps.stored) == 4
