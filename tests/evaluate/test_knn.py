@@ -61,7 +61,9 @@ def test_a_run_is_embedded_on_a_labelled_folder(tmp_path: Path, tiny_corpus: Pat
     """The student's summaries of centre views are those that extraction stores for it."""
     torch.manual_seed(3)
     save_encoder(build_encoder("test_vit", size=64), tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text('{"config": {"seed": 3}, "targets": [], "total_steps": 1}')
+    (tmp_path / "run" / "config.json").write_text(
+        '{"config": {"seed": 3}, "targets": [], "mix": [], "pictures": [], "total_steps": 1}'
+    )
     store = make_store(
         tmp_path / "s.zarr",
         tiny_corpus,

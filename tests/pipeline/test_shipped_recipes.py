@@ -98,7 +98,7 @@ def test_pictures_that_cannot_be_counted_are_said_to_be_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text("out: o\nsteps: {a: {extract: {teacher: dinov2, corpus: s3://bucket/photos}}}")
-    monkeypatch.setenv("COLUMNS", "200")
-    assert "pictures not counted: --set num-images=N" in run_eupe("run", "r.yaml", "--dry-run").out
+    told = run_eupe("run", "r.yaml", "--dry-run").out
+    assert "counted" in told and "num-images=N" in told
     assert dry(run_eupe, "r.yaml")["a"]["cost"]["num_bytes"] is None
     assert dry(run_eupe, "r.yaml", "--set", "num-images=7")["a"]["cost"]["num_images"] == 7

@@ -49,7 +49,10 @@ def furthest(one: Path, other: Path) -> float:
     return max((ours[key] - theirs[key]).abs().max().item() for key in theirs)
 
 
-def test_two_workers_go_the_way_of_one(config: TrainConfig) -> None:
+def test_two_workers_go_the_way_of_one(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where --out is relative: workers are in another directory."""
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, out=Path("run"))
     seen: list[TrainStatus] = []
     report = train(config, on_status=seen.append)
     alone = replace(config, num_workers=1, out=config.out.with_name("alone"))
