@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from eupe.device import is_out_of_memory
@@ -137,14 +136,12 @@ def single_threads(count: int) -> ThreadPoolExecutor:
     """Threads in which torch uses one core each.
 
     On a CPU whole batches run side by side: where one is split over all cores they wait for each other after every
-    operation, and each time for whatever else a core has to do, such as decoding.
+    operation, and each time for whatever else a core has to do, such as decoding. Only torch's own setting reaches MKL,
+    which would else take the process's number of threads, and on some processors round otherwise.
     """
 
-    def limit() -> None:
-        torch.get_num_threads()  # which sets this thread's number for the first time
-        ThreadpoolController().select(user_api="openmp").limit(limits=1)
-
-    return ThreadPoolExecutor(count, initializer=limit)
+    torch.get_num_threads()  # settles the caller's number, which would else become the last that was set
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def pool_cells(dense_BhwD: Tensor, grid: int) -> Tensor:

@@ -44,3 +44,15 @@ def test_threads_allocate_from_one_arena(tmp_path: Path) -> None:
         return (tmp_path / how).read_text().count("<heap nr")
 
     assert arenas("prepared") == 1 < arenas("as it comes")
+
+
+def test_cores_have_one_thread_each_and_the_caller_keeps_its_own() -> None:
+    """In a process whose torch has been told a number, as a worker's is."""
+    code = (
+        "import torch; torch.set_num_threads(3); from eupe.extract.forward import single_threads;"
+        "cores = single_threads(2); there = [cores.submit(torch.__config__.parallel_info) for _ in range(2)];"
+        "words = [line for each in there for line in each.result().splitlines() if 'get_max_threads' in line];"
+        "print(sorted({line.split(':')[-1].strip() for line in words}), torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "['1'] 3", done.stderr
