@@ -85,9 +85,10 @@ def show(results: dict[str, Result]) -> None:
                 table.add_row(step.removesuffix("-agreement"), name, kind, *numbers)
     console.print(table)
     table = Table("summaries of", "accuracy", "untrained", "commonest digit", title="\nk-NN on unseen digits", box=None)
-    for step, r in by_verb["eval knn"].items():
-        untrained = "" if r["untrained"] is None else f"{r['untrained']:.1%}"
-        table.add_row(step.removesuffix("-digits"), f"{r['accuracy']:.1%}", untrained, f"{r['majority']:.1%}")
+    for step, report in by_verb["eval knn"].items():
+        judged, *untrained = (result["scores"] for result in report["results"])
+        fresh = "".join(f"{scores['accuracy']:.1%}" for scores in untrained)
+        table.add_row(step.removesuffix("-digits"), f"{judged['accuracy']:.1%}", fresh, f"{judged['majority']:.1%}")
     console.print(table)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
 import eupe
+from eupe.cli_eval import eval_app
+from eupe.cli_shared import Json, PicturesPath, err, escaped, finish, out
 from eupe.errors import ConfigError, EupeError
 
 if TYPE_CHECKING:
@@ -35,21 +36,16 @@ class _NameOrVerb(TyperGroup):
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=eupe.__doc__)
-eval_app = typer.Typer(no_args_is_help=True, help="Judge stores and runs; the encoder stays frozen.")
 teachers_app = typer.Typer(cls=_NameOrVerb, subcommand_metavar="[NAME] | COMMAND [ARGS]...")
 store_app = typer.Typer(no_args_is_help=True, help="Look into a store.")
 app.add_typer(teachers_app, name="teachers")
 app.add_typer(eval_app, name="eval")
 app.add_typer(store_app, name="store")
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
 NAMED_DUPLICATES = 5
 NEAR_FP32 = 0.999
 """Least cosine of tokens in another arithmetic that is not worth a warning."""
 
-Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
 CorpusPath = Annotated[
     str,
     typer.Option(
@@ -82,11 +78,6 @@ Include = Annotated[
 ]
 Exclude = Annotated[list[str] | None, typer.Option(help="No picture whose key matches: '*.gif'. May be given again.")]
 Shuffle = Annotated[bool, typer.Option("--shuffle", help="Pictures in random order; with --limit a sample.")]
-PicturesPath = Annotated[
-    str | None,
-    typer.Option("--corpus", help="Where the pictures are now; else the place noted in the store."),
-]
-
 StoredWeights = Annotated[
     Path | None, typer.Option("--weights", help="Local weights: the file that the store was made with.")
 ]
@@ -100,14 +91,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except EupeError as error:
-        err.print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _version(asked: bool) -> None:
@@ -193,7 +178,7 @@ def teachers_verify(
         for c in comparisons:
             in_rounded = {f"{kind} {rounded}": cosine for kind, cosine in c.rounding.items()}
             for kind, cosine in {**c.cosines, **in_rounded}.items():
-                cells = (c.teacher, _escaped(c.weights), c.build, str(c.size), kind)
+                cells = (c.teacher, escaped(c.weights), c.build, str(c.size), kind)
                 table.add_row(*cells, f"{cosine.least:.7f}", f"{cosine.mean:.7f}")
         out.print(table)
         if arithmetic != torch.float32:
@@ -202,7 +187,7 @@ def teachers_verify(
             )
         for c in comparisons:
             if c.failure is not None:
-                out.print(f"[red]{_escaped(c.teacher)} failed[/]: {_escaped(c.failure)}", soft_wrap=True)
+                out.print(f"[red]{escaped(c.teacher)} failed[/]: {escaped(c.failure)}", soft_wrap=True)
         builds = Counter(c.build for c in comparisons if c.failure is None)
         failed = f", {len(comparisons) - builds.total()} failed" if builds.total() < len(comparisons) else ""
         pictures = max(c.num_pictures for c in comparisons)
@@ -237,7 +222,7 @@ def index(
     if as_json:
         print(json.dumps({**facts, "duplicates": duplicates}))
         return
-    _finish({**facts, "duplicates": sum(len(keys) - 1 for keys in duplicates)}, as_json)
+    finish({**facts, "duplicates": sum(len(keys) - 1 for keys in duplicates)}, as_json)
     for keys in duplicates[:NAMED_DUPLICATES]:
         out.print(f"the same picture: {some_keys(keys)}", markup=False)
     if len(duplicates) > NAMED_DUPLICATES:
@@ -334,11 +319,11 @@ def extract(
         print(json.dumps({"stores": [dataclasses.asdict(report) for report in reports]}))
         return
     for report in reports:
-        _finish(dataclasses.asdict(report), as_json)
+        finish(dataclasses.asdict(report), as_json)
         if report.failures and not as_json:
             kinds = "; ".join(f"{count} x {reason}" for reason, count in report.failures.items())
             err.print(
-                f"{report.num_failed} pictures have no features: {_escaped(kinds)}. `eupe store info {report.store} "
+                f"{report.num_failed} pictures have no features: {escaped(kinds)}. `eupe store info {report.store} "
                 "--json` names them; once they can be read, the same command with --retry-failed makes them",
                 soft_wrap=True,
             )
@@ -352,7 +337,7 @@ def _warn_of_rounding(report: ExtractReport) -> None:
     if rough := {kind: cosine for kind, cosine in cosines.items() if cosine < NEAR_FP32}:
         words = ", ".join(f"{kind} {cosine:.4f}" for kind, cosine in rough.items())
         err.print(
-            f"[yellow]warning:[/] {_escaped(report.store)}: this teacher's tokens are not near those in fp32 (least "
+            f"[yellow]warning:[/] {escaped(report.store)}: this teacher's tokens are not near those in fp32 (least "
             f"cosine over a few pictures: {words}); --dtype fp32 is exact, and slower",
             soft_wrap=True,
         )
@@ -448,7 +433,7 @@ def plan(
     if num_images is not None:
         on_paper = estimate_on_paper(PaperConfig(teachers=tuple(teacher), num_images=num_images, **wanted))
         if as_json:
-            _finish(dataclasses.asdict(on_paper), as_json)
+            finish(dataclasses.asdict(on_paper), as_json)
         else:
             _print_paper(on_paper)
         return
@@ -472,7 +457,7 @@ def plan(
     with report_progress(err, "views", quiet=as_json) as progress:
         measured = estimate(config, on_stage=lambda stage: progress.update(stage, 0, 0))
     if as_json:
-        _finish(dataclasses.asdict(measured), as_json)
+        finish(dataclasses.asdict(measured), as_json)
     else:
         _print_plan(measured)
 
@@ -505,7 +490,7 @@ def _print_plan(plan: Estimate) -> None:
     for c in plan.choices:
         cosines = (f"{c.cosine_p5:.6f}", f"{c.cosine_mean:.6f}")
         table.add_row(c.path, c.precision, f"{c.share:.3f}", amount(c.total_bytes), *cosines)
-    _finish(facts, False)
+    finish(facts, False)
     out.print(table)
 
 
@@ -519,7 +504,7 @@ def _print_paper(plan: PaperEstimate) -> None:
     }
     if plan.free_bytes is not None:
         facts["free"] = amount(plan.free_bytes)
-    _finish(facts, False)
+    finish(facts, False)
     table = Table("on paper", "size", "grid", "precision", "share of fp16", "per view", "in all", box=None)
     for t in plan.teachers:
         sizes, grids = ("+".join(map(str, numbers)) for numbers in (t.sizes, t.grids))
@@ -559,7 +544,7 @@ def store_info(path: str, as_json: Json = False) -> None:
     store = open_store(path)
     ledger = store.failures
     reasons = dict(zip(*(store.failed[name].to_pylist() for name in ("key", "error")), strict=True))
-    _finish(
+    finish(
         {
             **{k: v for k, v in store.spec.to_json().items() if k not in ("versions", "calibration")},
             "finished": store.finished,
@@ -593,17 +578,17 @@ def store_stats(
         write_stats_page(summary, out_path)
     page = None if out_path is None else str(out_path)
     if as_json:
-        _finish({**summary.to_json(), "page": page}, as_json)
+        finish({**summary.to_json(), "page": page}, as_json)
         return
     _print_statistics(summary)
     if page is not None:
-        out.print(f"page: {_escaped(page)}", soft_wrap=True)
+        out.print(f"page: {escaped(page)}", soft_wrap=True)
 
 
 def _print_statistics(summary: StoreSummary) -> None:
     from eupe.evaluate.stats_words import NOTES, identity, token_facts, token_title
 
-    _finish({"store": summary.path, **dict(identity(summary))}, False)
+    finish({"store": summary.path, **dict(identity(summary))}, False)
     for token in summary.tokens:
         table = Table(f"\n{token_title(token)}", "", box=None)
         for name, value in token_facts(token):
@@ -627,9 +612,9 @@ def store_verify(path: str, as_json: Json = False) -> None:
         for part in report.missing:
             out.print(f"part {part} is missing", soft_wrap=True)
         for damage in report.damages:
-            out.print(_escaped(str(damage)), soft_wrap=True)
+            out.print(escaped(str(damage)), soft_wrap=True)
         for name in report.strays:
-            out.print(f"{_escaped(name)} belongs to no part of the store and does no harm", soft_wrap=True)
+            out.print(f"{escaped(name)} belongs to no part of the store and does no harm", soft_wrap=True)
         out.print(f"{report.num_objects} objects, {report.num_bytes / 1e6:.1f} MB read", soft_wrap=True)
     if not report.whole:
         raise IncompleteError(
@@ -673,7 +658,7 @@ def store_repair(
     with report_progress(err, "steps", quiet=as_json) as progress:
         report = repair(config, on_status=lambda s: progress.update(s.stage, s.done, s.total, failed=s.failed))
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(report).items()}
-    _finish(plain, as_json)
+    finish(plain, as_json)
 
 
 @store_app.command("audit")
@@ -867,58 +852,9 @@ def train(
     with report_progress(err, "steps", quiet=as_json) as progress:
         reports = train_together(configs, on_status=show)
     for report in reports:
-        _finish(dataclasses.asdict(report), as_json)
+        finish(dataclasses.asdict(report), as_json)
         if not as_json and report.cached:
             out.print("nothing to do: this run is finished already")
-
-
-@eval_app.command("agreement")
-def eval_agreement(
-    run: Annotated[Path, typer.Argument(help="A finished training run.")],
-    corpus: PicturesPath = None,
-    k: Annotated[int, typer.Option(help="Neighbours of the mutual-neighbour measure.")] = 10,
-    as_json: Json = False,
-) -> None:
-    """Cosine and neighbours in common with every target, on held-out pictures."""
-    from eupe.evaluate.agreement import agreement
-
-    report = agreement(run, corpus=corpus, neighbours=k)
-    if as_json:
-        _finish(dataclasses.asdict(report), as_json)
-        return
-    table = Table("target", "tokens", "cosine", "untrained", "mean feature", "normalised", "untrained", box=None)
-    for target in report.targets:
-        for kind, a in target.kinds.items():
-            numbers = (
-                a.cosine,
-                a.cosine_untrained,
-                a.cosine_mean,
-                a.normalised_cosine,
-                a.normalised_untrained,
-            )
-            table.add_row(target.target, kind, *(f"{x:.4f}" for x in numbers))
-    out.print(table)
-    for target in report.targets:
-        if target.mutual_neighbours is not None:
-            out.print(
-                f"{target.target}: {target.mutual_neighbours:.1%} of {report.neighbours} nearest neighbours in common "
-                f"(untrained {target.mutual_neighbours_untrained:.1%}, chance {target.mutual_neighbours_chance:.1%})"
-            )
-
-
-@eval_app.command("knn")
-def eval_knn(
-    path: Annotated[str, typer.Argument(help="A store with labels, or a training run.")],
-    corpus: Annotated[str | None, typer.Option(help="For a run: the labelled folder to judge it on.")] = None,
-    k: Annotated[int, typer.Option(help="Neighbours that vote.")] = 10,
-    metric: Annotated[str, typer.Option(help="l2 or cosine.")] = "l2",
-    as_json: Json = False,
-) -> None:
-    """k-NN accuracy of summaries, each picture against all others."""
-    from eupe.evaluate.knn import knn
-
-    report = knn(path, corpus=corpus, k=k, metric=metric)  # type: ignore[arg-type]
-    _finish(dataclasses.asdict(report), as_json)
 
 
 @app.command("run")
@@ -950,7 +886,7 @@ def run_recipe(
             show_plan(prepared, out)
         return
     told = err if as_json else out
-    results = list(run(prepared, on_command=lambda command: told.print(f"$ {_escaped(command)}", soft_wrap=True)))
+    results = list(run(prepared, on_command=lambda command: told.print(f"$ {escaped(command)}", soft_wrap=True)))
     if as_json:
         print(json.dumps({"out": str(prepared.recipe.out), "steps": [dataclasses.asdict(r) for r in results]}))
     else:
@@ -974,16 +910,4 @@ def viz(
         raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}")
     local = {name: Path(path) for name, _, path in pairs}
     report = write_page(items, images=images, out=out_path, limit=limit, weights=local)
-    _finish(dataclasses.asdict(report), as_json)
-
-
-def _finish(report: dict[str, Any], as_json: bool) -> None:
-    """The verb's result: one JSON line, or readable lines."""
-    if as_json:
-        print(json.dumps(report))
-        return
-    for name, value in report.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        if isinstance(value, dict | list):
-            shown = json.dumps(value)
-        out.print(f"{name.replace('_', ' ')}: {_escaped(str(shown))}", soft_wrap=True)
+    finish(dataclasses.asdict(report), as_json)

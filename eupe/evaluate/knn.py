@@ -1,185 +1,167 @@
-"""k-nearest-neighbour accuracy of summaries: from a store, or from a run on a labelled folder.
+"""k-nearest-neighbour accuracy of summaries.
 
-Each picture is classified by the summaries of all *other* pictures. Source of the protocol (k = 10, L2, majority vote):
-EUPE, arXiv 2603.22387, evaluation; deviation: leave-one-picture-out instead of separate training and test sets.
+Source of the protocol (k = 10, L2, majority vote, 224 px): EUPE, arXiv 2603.22387, evaluation. Where the data has no
+training split, each picture is classified by all *other* pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eupe.corpus.decode import decode_image
-from eupe.corpus.index import Corpus, open_corpus
-from eupe.corpus.pictures import Inside, insides, read_picture
-from eupe.corpus.views import ViewSpec, draw_view, render_view
-from eupe.device import autocast, compute_dtype, pick_device
-from eupe.encoder import CARD_FILE, Encoder, build_encoder, load_encoder, normalise
-from eupe.errors import ConfigError, CorpusError
-from eupe.evaluate.run import read_card
-from eupe.place import Place, Where
-from eupe.store import Store, open_store
+from eupe.device import pick_device
+from eupe.errors import ConfigError
+from eupe.evaluate.layouts import Labelled, labelled_splits
+from eupe.evaluate.pictures import centre
+from eupe.evaluate.result import Result
+from eupe.evaluate.subject import StoreSubject, Subject
+from eupe.place import Where
 from eupe.store.layout import SUMMARY
 
 Metric = Literal["l2", "cosine"]
-BATCH = 64
+SIZE = 224
+K = 10
+QUERIES, BANK = 1024, 65536
+"""Rows of which distances are in memory at a time."""
 
 
 @dataclass(frozen=True)
-class KnnReport:
-    """Accuracies of one set of summaries."""
+class Summaries:
+    """Summaries of labelled views."""
 
-    source: str
-    accuracy: float
-    majority: float
-    """Share of the commonest label: what guessing it would score."""
-    untrained: float | None
-    """For a run: the same student before its first step."""
-    num_queries: int
-    num_labels: int
-    k: int
+    features: Tensor
+    """float32 [N, Ds]"""
+    labels: tuple[str, ...]
+    pictures: tuple[str, ...]
+    """Key of the picture that each is a view of."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
-def knn(path: Where, *, corpus: Where | None = None, k: int = 10, metric: Metric = "l2") -> KnnReport:
-    """k-NN accuracy of a store's summaries, or of a run's student on the pictures of `corpus`.
+@dataclass(frozen=True)
+class Parts:
+    """What is judged, and what it is judged by."""
 
-    Raises: StoreError, RunError, CorpusError; ConfigError if there are no labels, no summaries, or `k` is too large.
+    train: Summaries | None
+    val: Summaries
+    size: int
+    data: str
+
+
+def summaries_of(subject: Subject, data: Where | None, *, size: int | None) -> Parts:
+    """Summaries of both splits: of the data's pictures, or of a store's own labelled samples.
+
+    Raises: ConfigError, CorpusError, StoreError.
+    """
+    if data is None:
+        if not isinstance(subject, StoreSubject):
+            raise ConfigError(f"{subject.name} is no store: give the labelled pictures to judge it on with --data")
+        chosen = subject.size(size)
+        seen, labels, keys = subject.labelled(size=chosen)
+        assert seen.summary is not None
+        places = seen.picture_V.tolist()
+        own = Summaries(seen.summary, tuple(labels[i] for i in places), tuple(keys[i] for i in places))
+        return Parts(None, own, chosen, str(subject.store.path))
+    chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
+    train, val = (None if part is None else _look(subject, part, chosen) for part in labelled_splits(data))
+    assert val is not None
+    return Parts(train, val, chosen, str(data))
+
+
+def _look(subject: Subject, part: Labelled, size: int) -> Summaries:
+    seen = subject.look(part.pictures, kind=SUMMARY, size=size, cut=centre)
+    assert seen.summary is not None
+    places = seen.picture_V.tolist()
+    labels = tuple(part.labels[i] for i in places)
+    return Summaries(seen.summary, labels, tuple(part.pictures.keys[i] for i in places))
+
+
+def knn(
+    subject: Subject, *, data: Where | None = None, k: int = K, metric: Metric = "l2", size: int | None = None
+) -> Result:
+    """k-NN accuracy of a subject's summaries.
+
+    Raises: StoreError, RunError, CorpusError; ConfigError if there are no labels or summaries, or `k` is too large.
     """
     if metric not in ("l2", "cosine"):
         raise ConfigError(f"--metric {metric} is unknown; give l2 or cosine")
-    run = Path(str(path))
-    if (run / CARD_FILE).exists():
-        if corpus is None:
-            raise ConfigError(f"{path} is a run: give the labelled folder to judge it on with --corpus")
-        encoder = load_encoder(run)
-        labelled = _labelled(open_corpus(corpus))
-        trained = embed(encoder, labelled)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(read_card(run).config["seed"])
-            fresh = embed(build_encoder(encoder.card.arch, size=encoder.card.size), labelled)
-        labels, keys = labelled.samples["label"].to_pylist(), labelled.samples["key"].to_pylist()
-        return _report(str(path), trained, labels, keys, k, metric, untrained=fresh)
-    if corpus is not None:
-        raise ConfigError(f"{path} is no training run, and a store brings its own labels; leave --corpus out")
-    summaries, labels, keys = stored_summaries(open_store(path))
-    return _report(str(path), summaries, labels, keys, k, metric)
-
-
-def _labelled(corpus: Corpus) -> Corpus:
-    samples = corpus.samples.filter(pc.is_valid(corpus.samples["label"]))
-    if not samples.num_rows:
-        raise ConfigError(f"no picture of {corpus.root} has a label; put the pictures in one folder per class")
-    return Corpus(corpus.root, samples)
-
-
-def stored_summaries(store: Store) -> tuple[Tensor, list[str], list[str]]:
-    """Summaries [N, D] of all labelled views of a store, with their labels and keys.
-
-    Raises: ConfigError if the store has no summaries or no labels.
-    """
-    if SUMMARY not in store.spec.tokens:
-        raise ConfigError(f"{store.path} holds no summaries; extract it with --tokens summary,dense")
-    samples = store.valid.filter(pc.is_valid(store.valid["label"]))
-    if not samples.num_rows:
-        raise ConfigError(f"no sample of {store.path} has a label; its corpus has no class folders")
-    k = store.spec.num_views
-    rows, views = np.repeat(samples["row"].to_numpy(), k), np.tile(np.arange(k), samples.num_rows)
-    batches = [
-        store.read_summaries(rows[i : i + 4096].tolist(), views[i : i + 4096].tolist())
-        for i in range(0, len(rows), 4096)
-    ]
-    summaries = torch.from_numpy(np.concatenate(batches)).float()
-    labels = np.repeat(np.array(samples["label"].to_pylist(), dtype=object), k).tolist()
-    keys = np.repeat(np.array(samples["key"].to_pylist(), dtype=object), k).tolist()
-    return summaries, labels, keys
-
-
-@torch.inference_mode()
-def embed(encoder: Encoder, corpus: Corpus) -> Tensor:
-    """Summaries [N, D] of the centre view of every picture, at the encoder's own size.
-
-    Raises: CorpusError naming the first picture that cannot be read.
-    """
-    device = pick_device()
-    encoder = encoder.to(device).eval()
-    dtype = compute_dtype("auto", device)
-    size = encoder.card.size
-    keys: list[str] = corpus.samples["key"].to_pylist()
-    places = insides(corpus.samples)
-    out = []
-    for start in range(0, len(keys), BATCH):
-        batch = slice(start, start + BATCH)
-        pictures = zip(keys[batch], places[batch], strict=True)
-        views = np.stack([_centre_view(corpus.root, key, inside, size) for key, inside in pictures])
-        pixels = normalise(torch.from_numpy(views).to(device), encoder.card.mean, encoder.card.std)
-        with autocast(dtype, device):
-            summary = encoder(pixels).summary
-        assert summary is not None
-        out.append(summary.float().cpu())
-    return torch.cat(out)
-
-
-def _centre_view(
-    root: Place, key: str, inside: Inside | None, size: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    try:
-        image = decode_image(read_picture(root, key, inside))
-    except CorpusError as error:
-        raise CorpusError(f"picture {key} of {root} cannot be read: {error}") from error
-    return render_view(image, draw_view(ViewSpec(), key, 0, image.width, image.height), size)
-
-
-def _report(
-    source: str,
-    summaries: Tensor,
-    labels: Sequence[str],
-    keys: Sequence[str],
-    k: int,
-    metric: Metric,
-    *,
-    untrained: Tensor | None = None,
-) -> KnnReport:
-    names, codes = np.unique(np.array(labels), return_inverse=True)
-    groups = np.unique(np.array(keys), return_inverse=True)[1]
-    most = int(np.unique(groups, return_counts=True)[1].max())
-    if k < 1 or k > len(codes) - most:
-        raise ConfigError(f"--k {k} does not fit {len(codes)} labelled views; give 1 to {len(codes) - most}")
-    y, g = torch.from_numpy(codes), torch.from_numpy(groups)
-    return KnnReport(
-        source=source,
-        accuracy=accuracy(summaries, y, g, k=k, metric=metric),
-        majority=float(np.bincount(codes).max() / len(codes)),
-        untrained=None if untrained is None else accuracy(untrained, y, g, k=k, metric=metric),
-        num_queries=len(codes),
-        num_labels=len(names),
-        k=k,
+    parts = summaries_of(subject, data, size=size)
+    val, bank = parts.val, parts.train or parts.val
+    names, codes = np.unique(np.array(bank.labels + val.labels), return_inverse=True)
+    bank_labels, val_labels = torch.from_numpy(codes[: len(bank)]), torch.from_numpy(codes[len(bank) :])
+    groups = None if parts.train is not None else torch.from_numpy(np.unique(val.pictures, return_inverse=True)[1])
+    most = 0 if groups is None else int(torch.bincount(groups).max())
+    if k < 1 or k > len(bank) - most:
+        raise ConfigError(f"--k {k} does not fit {len(bank)} labelled views; give 1 to {len(bank) - most}")
+    correct = accuracy(
+        val.features, val_labels, bank.features, bank_labels, k=k, metric=metric, groups_N=groups, num_labels=len(names)
+    )
+    return Result(
+        task="knn",
+        subject=subject.name,
+        kind=subject.kind,
+        untrained=subject.untrained,
+        scores={"accuracy": correct, "majority": int(torch.bincount(val_labels).max()) / len(val_labels)},
+        protocol={
+            **subject.protocol(parts.size),
+            "k": k,
+            "metric": metric,
+            "judged_by": "the other pictures" if parts.train is None else "the training split",
+        },
+        data={"path": parts.data, "train": len(bank), "val": len(val), "labels": len(names)},
     )
 
 
-def accuracy(features_ND: Tensor, labels_N: Tensor, groups_N: Tensor, *, k: int, metric: Metric) -> float:
-    """Share of rows whose k nearest rows of *other* groups vote for their label.
+def accuracy(
+    queries_ND: Tensor,
+    labels_N: Tensor,
+    bank_MD: Tensor,
+    bank_labels_M: Tensor,
+    *,
+    k: int,
+    metric: Metric,
+    num_labels: int,
+    groups_N: Tensor | None = None,
+) -> float:
+    """Share of queries whose k nearest rows of the bank vote for their label.
 
     A tie goes to the label whose votes rank nearer.
+
+    Args:
+        groups_N: where the queries are the bank itself, rows of one group do not vote for each other.
     """
-    features = features_ND.double()
-    if metric == "cosine":
-        features = F.normalize(features, dim=1)
-    correct = 0
-    votes_for = F.one_hot(labels_N).double()
+    device = pick_device()
+    exact = torch.float64 if device.type == "cpu" else torch.float32
+    queries, bank = (
+        F.normalize(x.to(exact), dim=1) if metric == "cosine" else x.to(exact) for x in (queries_ND, bank_MD)
+    )
+    votes_of = F.one_hot(bank_labels_M, num_labels).double()
     nearness = torch.arange(k, 0, -1, dtype=torch.float64) / (2 * k * k)
-    for start in range(0, len(features), 1024):
-        rows = slice(start, start + 1024)
-        distance = torch.cdist(features[rows], features)
-        distance[groups_N[rows, None] == groups_N[None, :]] = torch.inf
-        near = distance.topk(k, largest=False).indices
-        votes = (votes_for[near] * (1 + nearness[None, :, None])).sum(dim=1)
+    correct = 0
+    for start in range(0, len(queries), QUERIES):
+        rows = slice(start, start + QUERIES)
+        near = _nearest(queries[rows].to(device), bank, None if groups_N is None else groups_N[rows], groups_N, k)
+        votes = (votes_of[near] * (1 + nearness[None, :, None])).sum(dim=1)
         correct += int((votes.argmax(dim=1) == labels_N[rows]).sum())
-    return correct / len(features)
+    return correct / len(queries)
+
+
+def _nearest(queries_QD: Tensor, bank_MD: Tensor, groups_Q: Tensor | None, groups_M: Tensor | None, k: int) -> Tensor:
+    """Rows of the bank, nearest first, [Q, k]; never one of the query's own group."""
+    best, at = torch.empty(len(queries_QD), 0), torch.empty(len(queries_QD), 0, dtype=torch.int64)
+    for start in range(0, len(bank_MD), BANK):
+        block = bank_MD[start : start + BANK].to(queries_QD.device)
+        distance = torch.cdist(queries_QD, block).cpu()
+        if groups_Q is not None and groups_M is not None:
+            distance[groups_Q[:, None] == groups_M[None, start : start + BANK]] = torch.inf
+        distance = torch.cat([best.to(distance.dtype), distance], dim=1)
+        numbers = torch.arange(start, start + len(block)).expand(len(queries_QD), -1)
+        best, picked = distance.topk(min(k, distance.shape[1]), largest=False)
+        at = torch.cat([at, numbers], dim=1).gather(1, picked)
+    return at

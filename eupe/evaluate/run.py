@@ -51,6 +51,15 @@ def read_card(path: Path) -> RunCard:
         raise RunError(f"{path} is not a training run: no readable {CONFIG_FILE} ({error})") from error
 
 
+def is_run(path: Path) -> bool:
+    """Whether a training run was begun there; another library's folder may have a `config.json` too."""
+    try:
+        read_card(path)
+    except RunError:
+        return False
+    return True
+
+
 def open_run(path: Path, *, corpus: Where | None = None) -> Run:
     """Load student and heads, and open the stores that they learned from.
 

@@ -17,7 +17,7 @@ from eupe.train.card import CONFIG_FILE
 
 REPORTS = "reports"
 KEY_LENGTH = 8
-PICTURES = ("corpus", "images")
+PICTURES = ("corpus", "images", "data")
 """Options that name pictures."""
 
 INDIFFERENT: Mapping[str, Mapping[str, str]] = {
@@ -26,6 +26,7 @@ INDIFFERENT: Mapping[str, Mapping[str, str]] = {
         "gpus-per-worker": "how the work is shared out",
         "ray-address": "where the work is done",
         "out": "named after the key",
+        "results": "one more place for what is told",
     },
     "extract": {
         "batch-size": "changes rounding only; a store takes it for the same content, too",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eupe.errors import EupeError
+from eupe.evaluate.subject import PIXELS
 from eupe.pipeline.recipe import Problems, RawStep, Recipe
 from eupe.pipeline.verbs import Option, Verb
 from eupe.teachers.resolve import resolve_teacher
@@ -21,7 +22,8 @@ TAKES = {
     "targets": (STORE,),
     "init": (RUN,),
     "run": (RUN,),
-    "path": (STORE, RUN),
+    "path": (STORE,),
+    "subjects": (STORE, RUN),
     "items": (STORE, RUN),
 }
 """Options and arguments that may name an earlier step, and what that step must make."""
@@ -110,7 +112,7 @@ class _Names:
 
     def resolve(self, option: str, word: str) -> Word | EupeError:
         """The step of that name, or the word itself if it is something outside the pipeline; else what is wrong."""
-        takes = (STORE,) if self.raw.verb.startswith("store ") else TAKES[option]
+        takes = TAKES[option]
         if word in self.earlier and self.makes[word] in takes:
             return Ref(word)
         outside = _outside(option, word)
@@ -131,9 +133,9 @@ class _Names:
 
 def _outside(option: str, word: str) -> str | None:
     """None for something that is there without the pipeline, else what was looked for."""
-    if "://" in word or (option != "teacher" and Path(word).exists()):
+    if "://" in word or (option, word) == ("subjects", PIXELS) or (option != "teacher" and Path(word).exists()):
         return None
-    if option not in ("teacher", "items"):
+    if option not in ("teacher", "items", "subjects"):
         return f"{word} does not exist, either"
     try:
         resolve_teacher(word)

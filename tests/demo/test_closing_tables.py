@@ -29,7 +29,12 @@ def test_each_table_has_a_row_for_each_step(
         result("b-features", "extract", {**store, "store": "o/b.zarr"}, cached=True),
         result("proxy", "train", run, output="o/proxy-01234567"),
         result("student-agreement", "eval agreement", agreement),
-        result("proxy-digits", "eval knn", {"accuracy": 0.5, "untrained": None, "majority": 0.1}),
+        result("dinov2-digits", "eval knn", {"results": [{"scores": {"accuracy": 0.5, "majority": 0.1}}]}),
+        result(
+            "proxy-digits",
+            "eval knn",
+            {"results": [{"scores": {"accuracy": a, "majority": 0.1}} for a in (0.4, 0.3)]},
+        ),
     ]
     show({one.step: one for one in results})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -37,4 +42,5 @@ def test_each_table_has_a_row_for_each_step(
     assert ["b-features", "24", "0.8", "80%", "cache", "hit", "o/b.zarr"] in rows
     assert ["proxy", "140", "12", "1.0%", "o/p"] in rows
     assert ["student", "proxy", "dense", "0.750", "0.250", "0.250", "0.250", "0.250"] in rows
-    assert ["proxy", "50.0%", "10.0%"] in rows
+    assert ["dinov2", "50.0%", "10.0%"] in rows
+    assert ["proxy", "40.0%", "30.0%", "10.0%"] in rows

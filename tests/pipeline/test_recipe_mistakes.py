@@ -80,7 +80,7 @@ def recipe(*steps: str, let: str = "{}") -> str:
         (recipe(STORE, "e: {eval agreement: {run: a}}"), ["step 'a' makes a store, and this takes a run"]),
         (recipe(STORE, RUN, "e: {store stats: {path: b}}"), ["step 'b' makes a run, and this takes a store"]),
         (
-            recipe(STORE, RUN, "e: {eval agreement: {run: b}}", "f: {eval knn: {path: e}}"),
+            recipe(STORE, RUN, "e: {eval agreement: {run: b}}", "f: {eval knn: {subjects: e}}"),
             ["step 'e' makes a report, and this takes a store or a run"],
         ),
         (

@@ -90,7 +90,7 @@ def test_the_whole_way_runs_once_and_again_only_what_a_change_touches(tmp_path: 
   proxy-features: {{extract: {{teacher: proxy, corpus: photos, views: "rrc:2", size: 64}}}}
   student: {{train: {{targets: proxy-features, {training}, lr: ${{lr}}}}}}
   agreement: {{eval agreement: {{run: student}}}}
-  knn: {{eval knn: {{path: expert, k: 3}}}}
+  knn: {{eval knn: {{subjects: expert, k: 3}}}}
   whole: {{store verify: {{path: proxy-features}}}}
   page: {{viz: {{items: [expert, proxy], images: photos, out: page.html, limit: 2}}}}
 """,

@@ -1,0 +1,262 @@
+"""`eupe eval`: one skeleton for all tasks; the encoder stays frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Column, Table
+
+from eupe.cli_shared import Json, PicturesPath, err, escaped, finish, out
+from eupe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from eupe.evaluate.dense_probe import Training
+    from eupe.evaluate.result import Result
+    from eupe.evaluate.subject import Subject
+
+OnStep = Callable[[int, int], None]
+
+eval_app = typer.Typer(no_args_is_help=True, help="Judge stores, runs and teachers; the encoder stays frozen.")
+
+Subjects = Annotated[
+    list[str],
+    typer.Argument(help="Stores, training runs, teachers, or `pixels`, which is no encoder at all: a row each."),
+]
+Weights = Annotated[list[str] | None, typer.Option(help="TEACHER=PATH: local weights of a teacher.")]
+Untrained = Annotated[
+    bool, typer.Option("--untrained", help="Beside every run and teacher, the same with random weights.")
+]
+Results = Annotated[
+    Path | None, typer.Option(help="Append the results to this file (.jsonl), too; a run keeps its own.")
+]
+Size = Annotated[
+    int | None, typer.Option(help="Side of what encoders see, in pixels; what their patch leaves of it is taken.")
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first pictures of each split.")]
+Steps = Annotated[int | None, typer.Option(help="Updates of the head; the paper's number by default.")]
+BatchSize = Annotated[int | None, typer.Option(help="Views per update of the head. Default 16.")]
+Rate = Annotated[float | None, typer.Option(help="Peak learning rate of the head; the paper's by default.")]
+Seed = Annotated[int, typer.Option(help="Of the head's first weights, and of the order of views.")]
+
+
+@eval_app.command("agreement")
+def eval_agreement(
+    run: Annotated[Path, typer.Argument(help="A finished training run.")],
+    corpus: PicturesPath = None,
+    k: Annotated[int, typer.Option(help="Neighbours of the mutual-neighbour measure.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Cosine and neighbours in common with every target, on held-out pictures."""
+    from eupe.evaluate.agreement import agreement
+
+    report = agreement(run, corpus=corpus, neighbours=k)
+    if as_json:
+        finish(dataclasses.asdict(report), as_json)
+        return
+    table = Table("target", "tokens", "cosine", "untrained", "mean feature", "normalised", "untrained", box=None)
+    for target in report.targets:
+        for kind, a in target.kinds.items():
+            numbers = (
+                a.cosine,
+                a.cosine_untrained,
+                a.cosine_mean,
+                a.normalised_cosine,
+                a.normalised_untrained,
+            )
+            table.add_row(target.target, kind, *(f"{x:.4f}" for x in numbers))
+    out.print(table)
+    for target in report.targets:
+        if target.mutual_neighbours is not None:
+            out.print(
+                f"{target.target}: {target.mutual_neighbours:.1%} of {report.neighbours} nearest neighbours in common "
+                f"(untrained {target.mutual_neighbours_untrained:.1%}, chance {target.mutual_neighbours_chance:.1%})"
+            )
+
+
+@eval_app.command("knn")
+def eval_knn(
+    subjects: Subjects,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled pictures: train/CLASS and val/CLASS, or one corpus of any kind, each picture then judged by "
+            "all others. A store's own labels where not given."
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option(help="Neighbours that vote.")] = 10,
+    metric: Annotated[str, typer.Option(help="l2 or cosine.")] = "l2",
+    size: Size = None,
+    weights: Weights = None,
+    untrained: Untrained = False,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """k-NN accuracy of summaries."""
+    from eupe.evaluate.knn import knn
+
+    def judge(subject: Subject, on_step: OnStep) -> Result:
+        return knn(subject, data=data, k=k, metric=metric, size=size)  # type: ignore[arg-type]
+
+    _judge(subjects, weights, untrained, results, as_json, judge)
+
+
+@eval_app.command("linear")
+def eval_linear(
+    subjects: Subjects,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled pictures: train/CLASS and val/CLASS, or one corpus of any kind, a fifth of which is then "
+            "judged. A store's own labels where not given."
+        ),
+    ] = None,
+    penalty: Annotated[
+        list[float] | None, typer.Option(help="Of the weights; the best of several, 1e-6 to 100 by default.")
+    ] = None,
+    size: Size = None,
+    weights: Weights = None,
+    untrained: Untrained = False,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy of logistic regression on summaries."""
+    from eupe.evaluate.linear import PENALTIES, linear
+
+    def judge(subject: Subject, on_step: OnStep) -> Result:
+        return linear(subject, data=data, penalties=tuple(penalty or PENALTIES), size=size)
+
+    _judge(subjects, weights, untrained, results, as_json, judge)
+
+
+@eval_app.command("segment")
+def eval_segment(
+    subjects: Subjects,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="images/{training,validation} with annotations/ (ADE20K), or images/{train,val} with masks/."
+        ),
+    ],
+    size: Size = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    seed: Seed = 0,
+    limit: Limit = None,
+    weights: Weights = None,
+    untrained: Untrained = False,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Mean IoU of a linear layer on dense tokens."""
+    from eupe.evaluate.segment import TRAINING, segment
+
+    how = _training(TRAINING, steps, batch_size, lr, seed)
+
+    def judge(subject: Subject, on_step: OnStep) -> Result:
+        return segment(subject, data=data, size=size, training=how, limit=limit, on_step=on_step)
+
+    _judge(subjects, weights, untrained, results, as_json, judge)
+
+
+@eval_app.command("depth")
+def eval_depth(
+    subjects: Subjects,
+    data: Annotated[
+        Path, typer.Option(help="nyu_train.txt and nyu_test.txt (NYUv2), or images/{train,val} with depth/{train,val}.")
+    ],
+    max_depth: Annotated[float, typer.Option(help="Metres, beyond which nothing counts.")] = 10.0,
+    size: Size = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    seed: Seed = 0,
+    limit: Limit = None,
+    weights: Weights = None,
+    untrained: Untrained = False,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """RMSE of depth by a linear layer on dense tokens."""
+    from eupe.evaluate.depth import TRAINING, depth
+
+    how = _training(TRAINING, steps, batch_size, lr, seed)
+
+    def judge(subject: Subject, on_step: OnStep) -> Result:
+        return depth(subject, data=data, size=size, training=how, max_m=max_depth, limit=limit, on_step=on_step)
+
+    _judge(subjects, weights, untrained, results, as_json, judge)
+
+
+@eval_app.command("correspond")
+def eval_correspond(
+    subjects: Subjects,
+    data: Annotated[Path, typer.Option(help="JPEGImages, PairAnnotation/test and Layout/large/test.txt (SPair-71k).")],
+    alpha: Annotated[float, typer.Option(help="Share of the target's box within which a point is found.")] = 0.1,
+    size: Size = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
+    weights: Weights = None,
+    untrained: Untrained = False,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """PCK of the nearest dense token, nothing trained."""
+    from eupe.evaluate.correspond import correspond
+
+    def judge(subject: Subject, on_step: OnStep) -> Result:
+        return correspond(subject, data=data, size=size, alpha=alpha, limit=limit, on_step=on_step)
+
+    _judge(subjects, weights, untrained, results, as_json, judge)
+
+
+def _training(paper: Training, steps: int | None, batch_size: int | None, lr: float | None, seed: int) -> Training:
+    return dataclasses.replace(
+        paper,
+        steps=paper.steps if steps is None else steps,
+        batch_size=paper.batch_size if batch_size is None else batch_size,
+        lr=paper.lr if lr is None else lr,
+        seed=seed,
+    )
+
+
+def _judge(
+    words: list[str],
+    weights: list[str] | None,
+    untrained: bool,
+    results: Path | None,
+    as_json: bool,
+    judge: Callable[[Subject, OnStep], Result],
+) -> None:
+    """One row for each subject; a subject's result is kept as soon as it is known."""
+    from eupe.evaluate.result import keep_results
+    from eupe.evaluate.subject import open_subjects
+    from eupe.progress import report_progress
+
+    pairs = [word.partition("=") for word in weights or []]
+    if malformed := [name for name, _, path in pairs if not path]:
+        raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}")
+    subjects = open_subjects(words, {name: Path(path) for name, _, path in pairs}, untrained=untrained)
+    found = []
+    with report_progress(err, "steps", quiet=as_json) as progress:
+        for subject in subjects:
+            found.append(judge(subject, partial(progress.update, subject.name)))
+            keep_results(found[-1:], results)
+    if as_json:
+        print(json.dumps({"results": [result.to_json() for result in found]}))
+    else:
+        show_table(found)
+
+
+def show_table(found: list[Result]) -> None:
+    """Subjects by measures."""
+    measures = list(dict.fromkeys(name for result in found for name in result.scores))
+    table = Table("subject", *(Column(name.replace("_", " "), justify="right") for name in measures), box=None)
+    for result in found:
+        table.add_row(escaped(result.name), *(f"{result.scores[name]:.4f}" for name in measures))
+    out.print(table)

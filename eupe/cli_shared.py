@@ -1,0 +1,36 @@
+"""What all verbs of the command line have in common."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
+PicturesPath = Annotated[
+    str | None,
+    typer.Option("--corpus", help="Where the pictures are now; else the place noted in the store."),
+]
+
+
+def escaped(text: str) -> str:
+    """Words from outside, which are no markup."""
+    return escape(text)
+
+
+def finish(report: dict[str, Any], as_json: bool) -> None:
+    """The verb's result: one JSON line, or readable lines."""
+    if as_json:
+        print(json.dumps(report))
+        return
+    for name, value in report.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        if isinstance(value, dict | list):
+            shown = json.dumps(value)
+        out.print(f"{name.replace('_', ' ')}: {escaped(str(shown))}", soft_wrap=True)

@@ -1,0 +1,139 @@
+"""Semantic correspondence: where does the token of a point have its nearest token in another picture?
+
+Source: EUPE, arXiv 2603.22387 (SPair-71k): pictures squashed to 512 px (patch 16) or 448 px (patch 14), features
+resized to the picture, bilinear, the place with the greatest cosine; PCK@0.1 of the longer side of the target's box.
+Nothing is trained.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eupe.corpus.views import ViewParams
+from eupe.device import pick_device
+from eupe.errors import ConfigError, StoreError
+from eupe.evaluate.layouts import PointPair, point_pairs
+from eupe.evaluate.pictures import whole
+from eupe.evaluate.result import Result
+from eupe.evaluate.subject import Seen, StoreSubject, Subject
+from eupe.store.layout import DENSE
+
+SIZES = {14: 448}
+SIZE = 512
+ALPHA = 0.1
+BAND_ROWS = 32
+"""Of the resized features, rows that are in memory at a time."""
+
+
+def correspond(
+    subject: Subject,
+    *,
+    data: Path,
+    size: int | None = None,
+    alpha: float = ALPHA,
+    limit: int | None = None,
+    on_step: Callable[[int, int], None] = lambda done, of: None,
+) -> Result:
+    """Share of points found within `alpha` of the target's box: over all points, and the mean over categories.
+
+    Raises: CorpusError, StoreError, RunError, TeacherError, ConfigError.
+    """
+    if not alpha > 0:
+        raise ConfigError(f"--alpha must be above 0, got {alpha:g}")
+    pictures, pairs = point_pairs(data, limit=limit)
+    chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZES.get(subject.patch, SIZE))
+    seen = subject.look(pictures, kind=DENSE, size=chosen, cut=whole)
+    if len(seen) != len(pictures):
+        raise StoreError(f"{subject.name} holds several views of each picture; extract one with --views squash")
+    found: dict[str, list[bool]] = defaultdict(list)
+    for number, pair in enumerate(pairs, start=1):
+        found[pair.category] += _found(seen, pair, alpha)
+        on_step(number, len(pairs))
+    points = [hit for hits in found.values() for hit in hits]
+    by_category = {f"pck/{name}": float(np.mean(hits)) for name, hits in sorted(found.items())}
+    return Result(
+        task="correspond",
+        subject=subject.name,
+        kind=subject.kind,
+        untrained=subject.untrained,
+        scores={
+            "pck": float(np.mean(points)),
+            "pck_by_category": float(np.mean(list(by_category.values()))),
+            **by_category,
+        },
+        protocol={**subject.protocol(chosen), "alpha": alpha},
+        data={"path": str(data), "pairs": len(pairs), "points": len(points)},
+    )
+
+
+def _found(seen: Seen, pair: PointPair, alpha: float) -> list[bool]:
+    assert seen.dense is not None
+    device = pick_device()
+    source, target = (seen.dense[place].to(device).float() for place in (pair.source, pair.target))
+    points = to_view(pair.source_points, seen.params[pair.source], seen.size)
+    said = nearest_points(source, points, target, size=seen.size)
+    places = from_view(said, seen.params[pair.target], seen.size)
+    x0, y0, x1, y1 = pair.target_box
+    apart = np.linalg.norm(places - pair.target_points, axis=1)
+    hits: list[bool] = (apart <= alpha * max(x1 - x0, y1 - y0)).tolist()
+    return hits
+
+
+def nearest_points(
+    source_hwD: Tensor, points_P2: NDArray[np.float64], target_hwD: Tensor, *, size: int
+) -> NDArray[np.float64]:
+    """For each point of the source the pixel of the target, [P, 2] as x and y, whose features have the greatest cosine.
+
+    Args:
+        source_hwD, target_hwD: float32; resized to `size` x `size`, bilinear, a band of rows at a time.
+        points_P2: x and y in pixels of the source view, where a pixel's centre is a whole number.
+    """
+    columns, rows = points_P2.round().astype(int).clip(0, size - 1).T
+    wanted_PD = torch.stack([_band(source_hwD, row, row + 1, size)[0, x] for row, x in zip(rows, columns, strict=True)])
+    wanted_PD = F.normalize(wanted_PD, dim=1)
+    best_P = torch.full((len(points_P2),), -torch.inf, device=target_hwD.device)
+    at_P = torch.zeros(len(points_P2), dtype=torch.int64, device=target_hwD.device)
+    for start in range(0, size, BAND_ROWS):
+        band = _band(target_hwD, start, min(start + BAND_ROWS, size), size)
+        cosine_PN = wanted_PD @ F.normalize(band.flatten(0, 1), dim=1).T
+        greatest_P, place_P = cosine_PN.max(dim=1)
+        better_P = greatest_P > best_P
+        best_P = torch.where(better_P, greatest_P, best_P)
+        at_P = torch.where(better_P, place_P + start * size, at_P)
+    at = at_P.cpu().numpy()
+    return np.stack([at % size, at // size], axis=1).astype(np.float64)
+
+
+def _band(tokens_hwD: Tensor, first: int, last: int, size: int) -> Tensor:
+    """Rows of the tokens resized to `size` x `size`, [rows, size, D]: bilinear, a pixel's centre at its middle."""
+    side = tokens_hwD.shape[0]
+    down = ((torch.arange(first, last, device=tokens_hwD.device) + 0.5) * side / size - 0.5).clamp(0, side - 1)
+    above = down.floor().long()
+    below = (above + 1).clamp(max=side - 1)
+    share = (down - above)[:, None, None]
+    rows = tokens_hwD[above] * (1 - share) + tokens_hwD[below] * share
+    resized = F.interpolate(rows.permute(0, 2, 1), size=size, mode="linear", align_corners=False)
+    return resized.permute(0, 2, 1)
+
+
+def to_view(points_P2: NDArray[np.float64], params: ViewParams, size: int) -> NDArray[np.float64]:
+    """From pixels of the picture to pixels of a view of it."""
+    x0, y0, x1, y1 = params.box
+    scaled = (points_P2 + 0.5 - (x0, y0)) * size / (x1 - x0, y1 - y0) - 0.5
+    return np.stack([size - 1 - scaled[:, 0], scaled[:, 1]], axis=1) if params.flip else scaled
+
+
+def from_view(points_P2: NDArray[np.float64], params: ViewParams, size: int) -> NDArray[np.float64]:
+    """The inverse of `to_view`."""
+    x0, y0, x1, y1 = params.box
+    points = np.stack([size - 1 - points_P2[:, 0], points_P2[:, 1]], axis=1) if params.flip else points_P2
+    back: NDArray[np.float64] = (points + 0.5) * (x1 - x0, y1 - y0) / size - 0.5 + (x0, y0)
+    return back

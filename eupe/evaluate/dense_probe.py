@@ -1,0 +1,160 @@
+"""A small head on frozen dense tokens, trained on maps of truth: what segmentation and depth have in common.
+
+Features are computed once, before the first step; views are windows that cover a picture, or those that a store holds.
+Where windows overlap, what the head says of a pixel is averaged.
+
+Shapes: B views of a batch, S side of a view in pixels, C outputs of the head, H W pixels of a whole picture.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from eupe.ahead import map_ahead
+from eupe.corpus.views import ViewParams
+from eupe.device import pick_device
+from eupe.errors import ConfigError, CorpusError, TrainingError
+from eupe.evaluate.layouts import Mapped
+from eupe.evaluate.subject import Seen
+from eupe.train.schedule import learning_rate
+
+Truth = NDArray[Any]
+ReadTruth = Callable[[int], Truth]
+"""From a picture's place to its map of truth, [H, W]."""
+
+BATCHES_AHEAD = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a head is trained."""
+
+    steps: int
+    lr: float
+    batch_size: int = 16
+    weight_decay: float = 1e-3
+    warmup: float
+    """Share of the steps."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ConfigError(f"--steps and --batch-size must be at least 1, got {self.steps} and {self.batch_size}")
+        if not self.lr > 0:
+            raise ConfigError(f"--lr must be above 0, got {self.lr:g}")
+
+
+def train_head(
+    head: nn.Module,
+    seen: Seen,
+    read_truth: ReadTruth,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    how: Training,
+    *,
+    on_step: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """AdamW on batches of views, drawn without replacement epoch by epoch; leaves the head in evaluation mode.
+
+    Args:
+        head: from dense tokens [B, h, w, D] to [B, C, h, w], which is resized to the view, bilinear.
+        loss: of [B, C, S, S] and the views' truth [B, S, S].
+    Raises: TrainingError where the loss is not finite; CorpusError for a map that cannot be read.
+    """
+    device = pick_device()
+    assert seen.dense is not None
+    head.to(device).train()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=how.lr, betas=how.betas, weight_decay=how.weight_decay)
+    for step, (tokens, truth) in enumerate(_batches(seen, read_truth, how)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step, peak=how.lr, warmup_steps=round(how.warmup * how.steps), total_steps=how.steps
+            )
+        said = head(tokens.to(device).float())
+        value = loss(_resized(said, truth.shape[1:]), truth.to(device))
+        if not torch.isfinite(value):
+            raise TrainingError(f"the head's loss is {value.item()} at step {step}; a lower --lr may help")
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(value)
+        if how.clip is not None:
+            nn.utils.clip_grad_norm_(head.parameters(), how.clip)
+        optimizer.step()
+        on_step(step + 1, how.steps)
+    head.eval()
+
+
+def _batches(seen: Seen, read_truth: ReadTruth, how: Training) -> Iterator[tuple[Tensor, Tensor]]:
+    assert seen.dense is not None
+    dense = seen.dense
+
+    def load(views: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        maps = [view_of(read_truth(int(seen.picture_V[v])), seen.params[v], seen.size) for v in views]
+        return dense[torch.from_numpy(views)], torch.from_numpy(np.stack(maps))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from map_ahead(pool, load, _drawn(len(seen), how), ahead=BATCHES_AHEAD)
+
+
+def _drawn(num_views: int, how: Training) -> Iterator[NDArray[np.int64]]:
+    generator = np.random.default_rng(how.seed)
+    left = np.empty(0, dtype=np.int64)
+    for _ in range(how.steps):
+        while len(left) < how.batch_size:
+            left = np.concatenate([left, generator.permutation(num_views)])
+        yield left[: how.batch_size]
+        left = left[how.batch_size :]
+
+
+@torch.inference_mode()
+def predictions(head: nn.Module, seen: Seen, read_truth: ReadTruth) -> Iterator[tuple[Tensor, Truth]]:
+    """Picture by picture, what the head says of every pixel, and the truth.
+
+    Returns (while iterating): float32 [C, H, W], NaN where no view reaches; [H, W].
+    """
+    device = pick_device()
+    assert seen.dense is not None
+    for i in np.unique(seen.picture_V).tolist():
+        truth = read_truth(i)
+        total: Tensor | float = 0.0
+        covered = torch.zeros(truth.shape, device=device)
+        for v in np.flatnonzero(seen.picture_V == i).tolist():
+            x0, y0, x1, y1 = seen.params[v].box
+            said = _resized(head(seen.dense[v : v + 1].to(device).float()), (y1 - y0, x1 - x0))[0]
+            said = said.flip(-1) if seen.params[v].flip else said
+            total = total + F.pad(said, (x0, truth.shape[1] - x1, y0, truth.shape[0] - y1))
+            covered[y0:y1, x0:x1] += 1
+        yield torch.where(covered > 0, total / covered.clamp(min=1), torch.nan), truth
+
+
+def view_of(truth: Truth, params: ViewParams, size: int) -> Truth:
+    """The part of a map of truth that a view shows, [S, S]: the nearest value, never a mixture."""
+    image = Image.fromarray(truth).crop(params.box).resize((size, size), Image.Resampling.NEAREST)
+    values = np.asarray(image)
+    return np.ascontiguousarray(values[:, ::-1]) if params.flip else values
+
+
+def require_same_sides(mapped: Mapped, i: int, truth: Truth) -> Truth:
+    """Raises: CorpusError if a map is of another size than its picture."""
+    image = mapped.pictures.image(i)
+    if truth.shape != (image.height, image.width):
+        raise CorpusError(
+            f"{mapped.maps[i]} has {truth.shape[1]}x{truth.shape[0]} pixels, its picture {mapped.pictures.keys[i]} "
+            f"{image.width}x{image.height}; they must be the same"
+        )
+    return truth
+
+
+def _resized(said_BChw: Tensor, sides: tuple[int, ...]) -> Tensor:
+    return F.interpolate(said_BChw.float(), size=tuple(sides), mode="bilinear", align_corners=False)

@@ -1,0 +1,141 @@
+"""Monocular depth: BatchNorm and a linear layer on dense tokens.
+
+Source: EUPE, arXiv 2603.22387 (NYUv2): batch 16, AdamW 3e-4, weight decay 1e-3, 38,400 steps, a third of them rising,
+RMSE. The layer's 256 outputs share out a depth between least and greatest (AdaBins, arXiv 2011.14141, with bins of
+equal width); the loss is scale-invariant (Eigen et al., arXiv 1406.2283). Deviation: features are computed once, so
+training views are not cropped or recoloured at random, and nothing is mirrored in the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from eupe.errors import ConfigError, CorpusError
+from eupe.evaluate.dense_probe import Training, predictions, require_same_sides, train_head
+from eupe.evaluate.layouts import NYU_SIDES, Mapped, depth_split, read_depth
+from eupe.evaluate.pictures import windows
+from eupe.evaluate.result import Result
+from eupe.evaluate.subject import StoreSubject, Subject
+from eupe.store.layout import DENSE
+
+SIZE = 512
+TRAINING = Training(steps=38_400, lr=3e-4, warmup=1 / 3, betas=(0.9, 0.99), clip=35.0)
+MIN_M, MAX_M = 1e-3, 10.0
+BINS = 256
+EVEN_SHARE = 0.1
+"""Added to every output, so that none is ever without weight."""
+SCALE_SHARE = 0.15
+"""Of the squared mean of the logarithms' differences, beside their variance."""
+
+
+class LinearDepth(nn.Module):
+    """Tokens [B, h, w, D] to metres [B, 1, h, w]."""
+
+    def __init__(self, width: int, *, min_m: float, max_m: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width)
+        self.linear = nn.Conv2d(width, BINS, kernel_size=1)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        assert self.linear.bias is not None
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("bins_m", torch.linspace(min_m, max_m, BINS))
+
+    def forward(self, tokens_BhwD: Tensor) -> Tensor:
+        shares = torch.relu(self.linear(self.norm(tokens_BhwD.permute(0, 3, 1, 2)))) + EVEN_SHARE
+        shares = shares / shares.sum(dim=1, keepdim=True)
+        return (shares * self.bins_m[:, None, None]).sum(dim=1, keepdim=True)  # type: ignore[index]
+
+
+def depth(
+    subject: Subject,
+    *,
+    data: Path,
+    size: int | None = None,
+    training: Training = TRAINING,
+    max_m: float = MAX_M,
+    limit: int | None = None,
+    on_step: Callable[[int, int], None] = lambda done, of: None,
+) -> Result:
+    """RMSE in metres, absolute relative error and delta 1 (share within a factor of 1.25), each the mean over pictures.
+
+    Args:
+        max_m: pixels farther than this do not count.
+    Raises: CorpusError for a map that is missing, of another size than its picture, or empty; StoreError, RunError,
+        TeacherError, ConfigError.
+    """
+    if not max_m > MIN_M:
+        raise ConfigError(f"--max-depth must be above {MIN_M:g} m, got {max_m:g}")
+    train, val = (depth_split(data, split).limited(limit) for split in ("train", "val"))
+    chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
+    seen_train, seen_val = (subject.look(part.pictures, kind=DENSE, size=chosen, cut=windows) for part in (train, val))
+    assert seen_train.dense is not None
+    with torch.random.fork_rng():
+        torch.manual_seed(training.seed)
+        head = LinearDepth(seen_train.dense.shape[-1], min_m=MIN_M, max_m=max_m)
+        train_head(
+            head,
+            seen_train,
+            lambda i: _read(train, i),
+            lambda said, truth: scale_invariant_loss(said[:, 0], truth, max_m=max_m),
+            training,
+            on_step=on_step,
+        )
+    errors = []
+    for said, truth in predictions(head, seen_val, lambda i: _read(val, i)):
+        judged = _judged(truth, val, max_m) & torch.isfinite(said[0]).cpu().numpy()
+        if judged.any():
+            errors.append(depth_errors(said[0].cpu().numpy()[judged], truth[judged]))
+    if not errors:
+        raise CorpusError(f"the depth maps of the val split of {data} hold nothing between {MIN_M:g} and {max_m:g} m")
+    means = {name: float(np.mean([error[name] for error in errors])) for name in errors[0]}
+    return Result(
+        task="depth",
+        subject=subject.name,
+        kind=subject.kind,
+        untrained=subject.untrained,
+        scores=means,
+        lower_is_better=True,
+        protocol={**subject.protocol(chosen), **asdict(training), "max_m": max_m, "crop": val.crop},
+        data={"path": str(data), "train": len(train.maps), "val": len(errors)},
+    )
+
+
+def scale_invariant_loss(metres_BSS: Tensor, truth_BSS: Tensor, *, max_m: float) -> Tensor:
+    """Root of the variance of the logarithms' differences plus a share of their squared mean, over known pixels."""
+    known = (truth_BSS > MIN_M) & (truth_BSS <= max_m)
+    if not known.any():
+        return metres_BSS.sum() * 0
+    apart = torch.log(metres_BSS[known]) - torch.log(truth_BSS[known])
+    return torch.sqrt(apart.var(correction=0) + SCALE_SHARE * apart.mean().square() + 1e-12)
+
+
+def depth_errors(metres_N: NDArray[np.float32], truth_N: NDArray[np.float32]) -> dict[str, float]:
+    """Of one picture's pixels, in metres."""
+    said, true = metres_N.astype(np.float64), truth_N.astype(np.float64)
+    return {
+        "rmse": float(np.sqrt(np.square(said - true).mean())),
+        "abs_rel": float((np.abs(said - true) / true).mean()),
+        "delta1": float((np.maximum(said / true, true / said) < 1.25).mean()),
+    }
+
+
+def _read(mapped: Mapped, i: int) -> NDArray[np.float32]:
+    truth = require_same_sides(mapped, i, read_depth(mapped.maps[i]))
+    return truth.astype(np.float32)
+
+
+def _judged(truth: NDArray[np.float32], val: Mapped, max_m: float) -> NDArray[np.bool_]:
+    known = (truth > MIN_M) & (truth <= max_m)
+    if val.crop is None or truth.shape[::-1] != NYU_SIDES:
+        return known
+    x0, y0, x1, y1 = val.crop
+    inside = np.zeros_like(known)
+    inside[y0:y1, x0:x1] = True
+    return known & inside

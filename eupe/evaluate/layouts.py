@@ -1,0 +1,271 @@
+"""The folders that standard data sets come in: pictures, and the truth about them.
+
+| task | layout |
+|---|---|
+| labels | `train/CLASS/*`, `val/CLASS/*` (ImageNet); or one corpus of any kind with labels |
+| masks | `images/{training,validation}/X.jpg`, `annotations/.../X.png`, 0 is nothing (ADE20K); or `images/{train,val}`,
+  `masks/{train,val}`, 255 is nothing |
+| depth | `nyu_train.txt`, `nyu_test.txt`: lines of picture, depth map, focal length (NYUv2); or `images/{train,val}`,
+  `depth/{train,val}`; 16-bit PNGs of millimetres, or `.npy` of metres, 0 is nothing |
+| pairs | `JPEGImages`, `PairAnnotation/test`, `Layout/large/test.txt` (SPair-71k) |
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from PIL import Image
+
+from eupe.corpus.decode import EXTENSIONS
+from eupe.corpus.index import Corpus, open_corpus
+from eupe.corpus.pictures import insides
+from eupe.errors import ConfigError, CorpusError
+from eupe.evaluate.pictures import Pictures
+from eupe.place import Place, Where
+
+Split = Literal["train", "val"]
+SPLITS: dict[str, tuple[str, ...]] = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+ADE_NOTHING, MASK_NOTHING = 0, 255
+MILLIMETRE = 1e-3
+NYU_LISTS: dict[str, str] = {"train": "nyu_train.txt", "val": "nyu_test.txt"}
+NYU_SIDES = (640, 480)
+EIGEN_CROP = (41, 45, 601, 471)
+"""x0, y0, x1, y1 of a 640x480 picture, in which NYUv2 is judged; source: Eigen et al., arXiv 1406.2283."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pictures with a word for each."""
+
+    pictures: Pictures
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Pictures with a map of truth for each: masks, or depth."""
+
+    pictures: Pictures
+    maps: tuple[Path, ...]
+    nothing: int = 0
+    """The value that stands for no truth."""
+    crop: tuple[int, int, int, int] | None = None
+    """The part of a 640x480 picture that is judged."""
+
+    def limited(self, limit: int | None) -> Mapped:
+        """The first so many."""
+        count = len(self.maps) if limit is None else limit
+        places = range(len(self.maps))[:count]
+        return Mapped(self.pictures.pick(places), self.maps[:count], self.nothing, self.crop)
+
+
+@dataclass(frozen=True)
+class PointPair:
+    """Two pictures of things of one kind, and points that correspond."""
+
+    source: int
+    target: int
+    """Places among the pictures."""
+    category: str
+    source_points: NDArray[np.float64]
+    target_points: NDArray[np.float64]
+    """[P, 2], x and y in pixels."""
+    target_box: tuple[float, float, float, float]
+
+
+def labelled_splits(data: Where) -> tuple[Labelled | None, Labelled]:
+    """Train and val; no train where the data is one corpus.
+
+    Raises: CorpusError, ConfigError if a split has no labels.
+    """
+    place = Place.of(data)
+    if place.is_local and place.local.is_dir():
+        found = {split: _first_folder(place.local, names) for split, names in SPLITS.items()}
+        if found["train"] is not None and found["val"] is not None:
+            return _labelled(open_corpus(found["train"])), _labelled(open_corpus(found["val"]))
+    return None, _labelled(open_corpus(data))
+
+
+def _labelled(corpus: Corpus) -> Labelled:
+    samples = corpus.samples.filter(pc.is_valid(corpus.samples["label"]))
+    if not samples.num_rows:
+        raise ConfigError(f"no picture of {corpus.root} has a label; put the pictures in one folder per class")
+    keys = tuple(samples["key"].to_pylist())
+    return Labelled(Pictures(corpus.root, keys, tuple(insides(samples))), tuple(samples["label"].to_pylist()))
+
+
+def mask_split(data: Path, split: Split) -> Mapped:
+    """Pictures and masks of a split.
+
+    Raises: CorpusError if a folder, or a picture's mask, is missing.
+    """
+    kind = _only(data, ("annotations", "masks"), "masks: annotations/{training,validation} or masks/{train,val}")
+    nothing = ADE_NOTHING if kind == "annotations" else MASK_NOTHING
+    return _paired(data, kind, split, (".png",), nothing)
+
+
+def class_names(data: Path) -> tuple[str, ...] | None:
+    """Of the masks' values, from 0 on, or from 1 in ADE20K's layout; None where the data has none.
+
+    They stand in `classes.txt`, one a line, or in ADE20K's `objectInfo150.txt`.
+    """
+    if (data / "classes.txt").exists():
+        return tuple(line.strip() for line in (data / "classes.txt").read_text().splitlines() if line.strip())
+    if (data / "objectInfo150.txt").exists():
+        lines = (data / "objectInfo150.txt").read_text().splitlines()[1:]
+        return tuple(line.split("\t")[-1].strip() for line in lines if line.strip())
+    return None
+
+
+def depth_split(data: Path, split: Split) -> Mapped:
+    """Pictures and depth maps of a split.
+
+    Raises: CorpusError if a list, a folder, or a picture's map is missing.
+    """
+    if not (data / NYU_LISTS["train"]).exists():
+        _only(data, ("depth",), "depth maps: nyu_train.txt and nyu_test.txt, or depth/{train,val}")
+        return _paired(data, "depth", split, (".png", ".npy"), 0)
+    listed = data / NYU_LISTS[split]
+    if not listed.exists():
+        raise CorpusError(f"{listed} is missing beside {NYU_LISTS['train']}; NYUv2's lists are both needed")
+    keys, maps = [], []
+    for number, line in enumerate(listed.read_text().splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) != 3:
+            raise CorpusError(f"line {number} of {listed} should be `PICTURE DEPTH FOCAL`, got {line!r}")
+        if words[1] == "None":  # the list of the test set has pictures without truth
+            continue
+        keys.append(words[0].lstrip("/"))
+        maps.append(data / words[1].lstrip("/"))
+    _require_files([*(data / key for key in keys), *maps], listed)
+    return Mapped(Pictures(Place.of(data), tuple(keys)), tuple(maps), 0, EIGEN_CROP)
+
+
+def point_pairs(data: Path, *, limit: int | None = None) -> tuple[Pictures, list[PointPair]]:
+    """SPair-71k's test pairs.
+
+    Raises: CorpusError naming the file that is missing or not SPair's.
+    """
+    listed = data / "Layout" / "large" / "test.txt"
+    if not listed.exists():
+        raise CorpusError(f"{data} holds no correspondences in SPair-71k's layout: {listed} is missing")
+    names = [line.strip() for line in listed.read_text().splitlines() if line.strip()][:limit]
+    if not names:
+        raise CorpusError(f"{listed} lists no pairs")
+    places: dict[str, int] = {}
+    pairs = [_point_pair(data, name, places) for name in names]
+    pictures = Pictures(Place.of(data), tuple(places))
+    _require_files([data / key for key in places], listed)
+    return pictures, pairs
+
+
+def _point_pair(data: Path, name: str, places: dict[str, int]) -> PointPair:
+    path = data / "PairAnnotation" / "test" / f"{name}.json"
+    try:
+        plain: dict[str, Any] = json.loads(path.read_text())
+        category = plain["category"]
+        keys = [f"JPEGImages/{category}/{plain[side]}" for side in ("src_imname", "trg_imname")]
+        source, target = (np.array(plain[side], dtype=np.float64).reshape(-1, 2) for side in ("src_kps", "trg_kps"))
+        x0, y0, x1, y1 = map(float, plain["trg_bndbox"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{path} is no annotation of SPair-71k's: {type(error).__name__}: {error}") from error
+    if len(source) != len(target) or not len(source):
+        raise CorpusError(
+            f"{path} has {len(source)} source and {len(target)} target points; both need as many, and some"
+        )
+    first, second = (places.setdefault(key, len(places)) for key in keys)
+    return PointPair(first, second, category, source, target, (x0, y0, x1, y1))
+
+
+def read_mask(path: Path) -> NDArray[np.int32]:
+    """[H, W] class numbers.
+
+    Raises: CorpusError unless it is a picture of one channel.
+    """
+    values = _read_image(path)
+    if values.ndim != 2:
+        raise CorpusError(f"mask {path} has {values.shape[-1]} channels; class numbers take one")
+    return values.astype(np.int32)
+
+
+def read_depth(path: Path) -> NDArray[np.float32]:
+    """[H, W] in metres, 0 where nothing is known.
+
+    Raises: CorpusError unless it is a 16-bit PNG, or an array of two axes.
+    """
+    if path.suffix == ".npy":
+        try:
+            metres = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"depth map {path} cannot be read: {error}") from error
+        unit = 1.0
+    else:
+        metres, unit = _read_image(path), MILLIMETRE
+        if metres.dtype == np.uint8:
+            raise CorpusError(f"depth map {path} has 8 bits; millimetres take a 16-bit PNG")
+    if metres.ndim != 2:
+        raise CorpusError(f"depth map {path} has shape {metres.shape}, not height x width")
+    depth: NDArray[np.float32] = np.nan_to_num(metres.astype(np.float32) * unit, posinf=0, neginf=0)
+    return depth
+
+
+def _read_image(path: Path) -> NDArray[Any]:
+    try:
+        with Image.open(io.BytesIO(path.read_bytes()), formats=("PNG", "TIFF", "BMP")) as image:
+            return np.asarray(image)
+    except Exception as error:  # a hostile file can raise anything from a decoder
+        raise CorpusError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _paired(data: Path, kind: str, split: Split, suffixes: Sequence[str], nothing: int) -> Mapped:
+    folders = []
+    for word in ("images", kind):
+        folder = _first_folder(data / word, SPLITS[split])
+        if folder is None:
+            names = " or ".join(SPLITS[split])
+            raise CorpusError(f"{data / word} has no folder {names}; the {split} split belongs there")
+        folders.append(folder)
+    images, maps = folders
+    files = sorted(path for path in images.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise CorpusError(f"{images} holds no pictures")
+    truths = [_beside(path, images, maps, suffixes) for path in files]
+    keys = tuple(path.relative_to(data).as_posix() for path in files)
+    return Mapped(Pictures(Place.of(data), keys), tuple(truths), nothing)
+
+
+def _beside(picture: Path, images: Path, maps: Path, suffixes: Sequence[str]) -> Path:
+    stem = maps / picture.relative_to(images).with_suffix("")
+    for suffix in suffixes:
+        if (found := stem.with_name(stem.name + suffix)).exists():
+            return found
+    raise CorpusError(f"picture {picture} has no {' or '.join(stem.name + s for s in suffixes)} in {stem.parent}")
+
+
+def _first_folder(parent: Path, names: Iterable[str]) -> Path | None:
+    return next((parent / name for name in names if (parent / name).is_dir()), None)
+
+
+def _only(data: Path, kinds: Sequence[str], wanted: str) -> str:
+    if not data.is_dir():
+        raise CorpusError(f"{data} is no folder; --data takes a data set in its standard layout")
+    for kind in kinds:
+        if (data / kind).is_dir():
+            return kind
+    raise CorpusError(f"{data} holds no {wanted}")
+
+
+def _require_files(paths: Iterable[Path], listed: Path) -> None:
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise CorpusError(f"{listed} names {len(missing)} files that are missing; the first is {missing[0]}")

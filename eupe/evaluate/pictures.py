@@ -1,0 +1,87 @@
+"""Pictures that are judged, and the views of them that a subject is shown."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from eupe.corpus.decode import decode_image
+from eupe.corpus.photometric import NEUTRAL
+from eupe.corpus.pictures import Inside, read_picture
+from eupe.corpus.views import ViewParams, ViewSpec, draw_view
+from eupe.errors import CorpusError
+from eupe.place import Place
+
+Cut = Callable[[int, int], list[ViewParams]]
+"""From width and height of an upright picture to the views of it that are shown."""
+
+STRIDE = 2 / 3
+"""Of a window's side, from one window to the next (EUPE's and DINOv3's segmentation: 341 of 512)."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures by key, and where their bytes are."""
+
+    root: Place
+    keys: tuple[str, ...]
+    insides: tuple[Inside | None, ...] = field(default=(), repr=False)
+    """Where each lies in a tar or table; empty where all are files of their own."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, i: int) -> bytes:
+        """Raises: CorpusError if it is gone."""
+        try:
+            return read_picture(self.root, self.keys[i], self.insides[i] if self.insides else None)
+        except CorpusError as error:
+            raise CorpusError(f"picture {self.keys[i]} of {self.root} cannot be read: {error}") from error
+
+    def sha256(self, i: int) -> str:
+        """Of a picture's bytes, by which stores know it."""
+        return hashlib.sha256(self.read(i)).hexdigest()
+
+    def image(self, i: int) -> Image.Image:
+        """Upright, 8-bit RGB.
+
+        Raises: CorpusError naming the picture if it cannot be read or decoded.
+        """
+        try:
+            return decode_image(self.read(i))
+        except CorpusError as error:
+            if self.keys[i] in str(error):
+                raise
+            raise CorpusError(f"picture {self.keys[i]} of {self.root} cannot be read: {error}") from error
+
+    def pick(self, places: Sequence[int]) -> Pictures:
+        """Some of them."""
+        insides = tuple(self.insides[i] for i in places) if self.insides else ()
+        return Pictures(self.root, tuple(self.keys[i] for i in places), insides)
+
+
+def centre(width: int, height: int) -> list[ViewParams]:
+    """The largest centred square."""
+    return [draw_view(ViewSpec(), "", 0, width, height)]
+
+
+def whole(width: int, height: int) -> list[ViewParams]:
+    """The whole picture, squashed to a square."""
+    return [draw_view(ViewSpec(policy="squash"), "", 0, width, height)]
+
+
+def windows(width: int, height: int) -> list[ViewParams]:
+    """Squares as large as the picture allows, side by side with an overlap of a third, which cover it.
+
+    What a sliding window sees of a picture whose shorter side was resized to the window's; source: EUPE, arXiv
+    2603.22387, segmentation (512 px, stride 341).
+    """
+    side = min(width, height)
+    stride = max(1, round(side * STRIDE))
+    steps = -(-(max(width, height) - side) // stride)
+    starts = [min(i * stride, max(width, height) - side) for i in range(steps + 1)]
+    corners = [(start, 0) if width >= height else (0, start) for start in starts]
+    return [ViewParams((x, y, x + side, y + side), False, NEUTRAL) for x, y in corners]

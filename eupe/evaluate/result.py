@@ -1,0 +1,103 @@
+"""What every evaluation leaves: scores, and the protocol and data that they hold for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eupe.errors import RunError, StorageError
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One subject on one task."""
+
+    task: str
+    """The verb: `knn`, `segment`, ..."""
+    subject: str
+    """Store, run or teacher, as it was named."""
+    kind: str
+    """store, run, teacher or pixels."""
+    untrained: bool = False
+    """The same architecture with random weights."""
+    scores: dict[str, float]
+    """By measure; the first is the one that is compared."""
+    lower_is_better: bool = False
+    """Of the first measure."""
+    protocol: dict[str, Any]
+    """Every constant that decides the scores, given the subject and the data."""
+    data: dict[str, Any]
+    """Where it lies, and how much of it there was."""
+
+    @property
+    def name(self) -> str:
+        """For a table's row."""
+        return f"{self.subject}, untrained" if self.untrained else self.subject
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Result:
+        """The inverse of `to_json`.
+
+        Raises: TypeError.
+        """
+        return cls(**plain)
+
+
+def keep_results(results: Iterable[Result], also: Path | None = None) -> None:
+    """Append each result to its run's `evaluations.jsonl`, those of untrained students too, and all to one more file.
+
+    A line is written in one piece, so evaluations that run side by side do not mix.
+
+    Raises: StorageError.
+    """
+    for result in results:
+        places = [also] if also is not None else []
+        if result.kind == "run":
+            places.append(Path(result.subject) / EVALUATIONS_FILE)
+        line = json.dumps(result.to_json()) + "\n"
+        for place in places:
+            try:
+                descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                try:
+                    os.write(descriptor, line.encode())
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                raise StorageError(f"the result cannot be appended to {place}: {error}") from error
+
+
+def read_results(path: Path) -> list[Result]:
+    """Of a run's directory, or of a file of results; none where the run has not been judged. The newest comes last.
+
+    Raises: RunError if there is something else.
+    """
+    place = path / EVALUATIONS_FILE if path.is_dir() else path
+    if path.is_dir() and not place.exists():
+        return []
+    try:
+        return [Result.from_json(json.loads(line)) for line in place.read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{place} holds no results of evaluations ({error})") from error
+
+
+def newest(results: Sequence[Result]) -> list[Result]:
+    """The last of every (task, subject, protocol, data), in the order in which they first came."""
+    kept: dict[str, Result] = {}
+    for result in results:
+        plain = result.to_json()
+        kept[json.dumps([plain[k] for k in ("task", "subject", "untrained", "protocol", "data")], sort_keys=True)] = (
+            result
+        )
+    return list(kept.values())
