@@ -244,7 +244,8 @@ def _judge(
     subjects = open_subjects(words, {name: Path(path) for name, _, path in pairs}, untrained=untrained)
     found = []
     with report_progress(err, "steps", quiet=as_json) as progress:
-        for subject in subjects:
+        while subjects:
+            subject = subjects.pop(0)  # what was loaded for the last one goes with it
             found.append(judge(subject, partial(progress.update, subject.name)))
             keep_results(found[-1:], results)
     if as_json:

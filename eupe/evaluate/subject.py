@@ -191,9 +191,16 @@ class EncoderSubject:
         Raises: CorpusError for a picture that cannot be read; TeacherError, RunError if it cannot be loaded.
         """
         self.require(kind)
-        teacher = self._loaded(size)
         _require_room(len(pictures), self.spec.grid(size), self.spec.dense_dim if kind == DENSE else 0, of=self.name)
+        if size not in self._teachers:
+            self._teachers[size] = self._loaded(size)
+        teacher = self._teachers[size]
         return _look(pictures, lambda views: teacher(torch.from_numpy(views)), kind=kind, size=size, cut=cut)
+
+    @cached_property
+    def _teachers(self) -> dict[int, Teacher]:
+        """What is loaded, by size."""
+        return {}
 
     def _loaded(self, size: int) -> Teacher:
         device = pick_device()

@@ -1,7 +1,7 @@
 """A run's state on disk: one safetensors file a checkpoint, no pickle, written whole or not at all.
 
-Tensors are named `encoder.*`, `heads.*`, `optimizer.<parameter number>.<name>` and `ema.*`; the step and a checksum are
-in the metadata. Random numbers, the schedule and the place in the data are functions of the step.
+Tensors are named `encoder.*`, `heads.*`, `optimizer.<parameter number>.<name>` and `ema.*`; step, arithmetic and
+a checksum are in the metadata. Random numbers, the schedule and the place in the data are functions of the step.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from eupe.train.world import placed_like, whole
 
 FOLDER = "checkpoints"
 CHECKSUM = "crc32"
+DTYPE = "dtype"
 
 
 @dataclass(frozen=True)
@@ -93,25 +94,28 @@ def _make_slots(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def save_checkpoint(run: Path, tensors: Mapping[str, Tensor], *, step: int, keep: int, keep_every: int | None) -> None:
+def save_checkpoint(
+    run: Path, tensors: Mapping[str, Tensor], *, step: int, keep: int, keep_every: int | None, dtype: str
+) -> None:
     """Write the state after `step` updates.
 
     Args:
         keep: newest checkpoints that stay.
         keep_every: those of multiples of so many steps stay, too.
+        dtype: the arithmetic in which the run computes.
     Raises: StorageError; the files that were there stay.
     """
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
-    save_tensors(tensors, folder / _name(step), step=step)
+    save_tensors(tensors, folder / _name(step), step=step, dtype=dtype)
     for old in steps_kept(run)[:-keep]:
         if keep_every is None or old % keep_every:
             (folder / _name(old)).unlink()
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int, dtype: str | None = None) -> None:
     """A safetensors file under a temporary name, synced, then renamed.
 
     Raises: StorageError.
@@ -119,7 +123,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int) -> Non
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(contiguous, temporary, metadata={"step": str(step), CHECKSUM: checksum(contiguous, step)})
+        facts = {"step": str(step), CHECKSUM: checksum(contiguous, step)} | ({DTYPE: dtype} if dtype else {})
+        save_file(contiguous, temporary, metadata=facts)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -134,19 +139,26 @@ def steps_kept(run: Path) -> list[int]:
     return sorted(int(path.stem) for path in (run / FOLDER).glob("[0-9]*.safetensors"))
 
 
-def load_checkpoint(run: Path, state: Trainables, *, step: int) -> None:
+def load_checkpoint(run: Path, state: Trainables, *, step: int, dtype: str) -> None:
     """Restore the state after `step` updates.
 
-    Raises: RunError if it is missing, damaged or of another model.
+    Raises: RunError if it is missing, damaged, of another model, or was made in another arithmetic.
     """
     path = run / FOLDER / _name(step)
     try:
         with safe_open(path, "pt") as file:
-            written = file.metadata().get(CHECKSUM)
+            facts = file.metadata()
         tensors = load_file(path)
-        if checksum(tensors, step) != written:
+        if checksum(tensors, step) != facts.get(CHECKSUM):
             raise RuntimeError("it fails its checksum")
+        if (made_in := facts.get(DTYPE)) != dtype:
+            raise RunError(
+                f"{run} was trained in {made_in} so far, and --dtype auto is {dtype} here; go on with it on a machine "
+                f"that computes in {made_in}, or begin another run with --dtype given"
+            )
         state.load(tensors)
+    except RunError:
+        raise
     except (SafetensorError, RuntimeError, OSError) as error:
         raise RunError(
             f"checkpoint {path} cannot be resumed: {error}; remove it to go on from the one before"

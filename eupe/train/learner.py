@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eupe.device import dtype_name
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, TrainingError
 from eupe.store.layout import KINDS
@@ -61,6 +62,7 @@ class Learner:
         self.ema = None if config.ema is None else Ema(self.distiller, config.ema)
         self._names = target_names(card.targets)
         self._step = _Step()
+        self._dtype = dtype_name(self.distiller.dtype)
 
     @property
     def state(self) -> Trainables:
@@ -73,7 +75,7 @@ class Learner:
         Raises: RunError if its checkpoint is damaged or of another model.
         """
         if step:
-            load_checkpoint(self.config.out, self.state, step=step)
+            load_checkpoint(self.config.out, self.state, step=step, dtype=self._dtype)
         if self.world.leads:
             forget_after(self.config.out, step)
 
@@ -128,7 +130,7 @@ class Learner:
         tensors = self.state.tensors(keep=self.world.leads)
         if self.world.leads:
             run, config = self.config.out, self.config
-            save_checkpoint(run, tensors, step=step, keep=config.keep, keep_every=config.keep_every)
+            save_checkpoint(run, tensors, step=step, keep=config.keep, keep_every=config.keep_every, dtype=self._dtype)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eupe.errors import RunError, StorageError
 from eupe.train.checkpoint import (
     CHECKSUM,
+    DTYPE,
     FOLDER,
     Trainables,
     checksum,
@@ -50,25 +51,25 @@ def trainables(*, width: int = 4, seed: int = 0, steps: int = 0) -> Trainables:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A checkpoint of a run in `tmp_path`."""
-    save_checkpoint(tmp_path, trainables(steps=3).tensors(), step=3, keep=2, keep_every=None)
+    save_checkpoint(tmp_path, trainables(steps=3).tensors(), step=3, keep=2, keep_every=None, dtype="fp32")
     return tmp_path / FOLDER / "00000003.safetensors"
 
 
 def refusal(path: Path, state: Trainables | None = None) -> str:
     with pytest.raises(RunError) as refused:
-        load_checkpoint(path.parents[1], state or trainables(), step=3)
+        load_checkpoint(path.parents[1], state or trainables(), step=3, dtype="fp32")
     assert str(path) in str(refused.value)
     return str(refused.value)
 
 
 def rewrite(path: Path, tensors: dict[str, Tensor]) -> None:
     """With a checksum that is right."""
-    save_file(tensors, path, metadata={"step": "3", CHECKSUM: checksum(tensors, 3)})
+    save_file(tensors, path, metadata={"step": "3", DTYPE: "fp32", CHECKSUM: checksum(tensors, 3)})
 
 
 def test_a_checkpoint_restores_model_optimiser_and_average_to_the_bit(path: Path) -> None:
     state = trainables(seed=1)
-    load_checkpoint(path.parents[1], state, step=3)
+    load_checkpoint(path.parents[1], state, step=3, dtype="fp32")
     ours, theirs = state.tensors(), trainables(steps=3).tensors()
     assert ours.keys() == theirs.keys() and any(name.startswith("optimizer.") for name in ours)
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
@@ -93,6 +94,15 @@ def test_a_file_cut_short_is_refused(path: Path, share: float) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     assert "remove it to go on from the one before" in refusal(path)
+
+
+def test_a_run_does_not_go_on_in_another_arithmetic(path: Path) -> None:
+    """`--dtype auto` may be another one on another machine."""
+    state = trainables(seed=1)
+    before = {name: value.clone() for name, value in state.tensors().items()}
+    with pytest.raises(RunError, match="was trained in fp32 so far, and --dtype auto is bf16 here"):
+        load_checkpoint(path.parents[1], state, step=3, dtype="bf16")
+    assert all(torch.equal(state.tensors()[name], value) for name, value in before.items())
 
 
 def test_a_missing_file_is_refused(path: Path) -> None:
@@ -127,7 +137,7 @@ def test_the_newest_checkpoints_stay_and_those_of_multiples(
     tmp_path: Path, keep: int, keep_every: int | None, kept: list[int]
 ) -> None:
     for step in range(1, 10):
-        save_checkpoint(tmp_path, {"x": torch.zeros(1)}, step=step, keep=keep, keep_every=keep_every)
+        save_checkpoint(tmp_path, {"x": torch.zeros(1)}, step=step, keep=keep, keep_every=keep_every, dtype="fp32")
     assert steps_kept(tmp_path) == kept
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [f"{i:08d}.safetensors" for i in kept]
 
@@ -136,15 +146,15 @@ def test_what_killed_writers_left_is_no_checkpoint_and_goes_with_the_next_one(pa
     leftover = path.with_name(".00000004.safetensors.123.tmp")
     leftover.write_bytes(b"half")
     assert steps_kept(path.parents[1]) == [3]
-    save_checkpoint(path.parents[1], {"x": torch.zeros(1)}, step=5, keep=2, keep_every=None)
+    save_checkpoint(path.parents[1], {"x": torch.zeros(1)}, step=5, keep=2, keep_every=None, dtype="fp32")
     assert not leftover.exists() and steps_kept(path.parents[1]) == [3, 5]
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_those_that_were_there(path: Path) -> None:
     (path.parent / "00000004.safetensors").mkdir()
     with pytest.raises(StorageError, match=r"00000004\.safetensors cannot be written"):
-        save_checkpoint(path.parents[1], {"x": torch.zeros(1)}, step=4, keep=1, keep_every=None)
-    load_checkpoint(path.parents[1], trainables(), step=3)
+        save_checkpoint(path.parents[1], {"x": torch.zeros(1)}, step=4, keep=1, keep_every=None, dtype="fp32")
+    load_checkpoint(path.parents[1], trainables(), step=3, dtype="fp32")
     assert not list(path.parent.glob(".*.tmp"))
 
 
@@ -183,7 +193,7 @@ from eupe.train.checkpoint import FOLDER, save_checkpoint, steps_kept
 def write(run):
     for step in range(1, 10**8):
         tensors = {"x": torch.full((1 << 20,), float(step)), "y": torch.full((3,), float(step))}
-        save_checkpoint(run, tensors, step=step, keep=2, keep_every=None)
+        save_checkpoint(run, tensors, step=step, keep=2, keep_every=None, dtype="fp32")
 
 torch.set_num_threads(1)
 chosen = random.Random(0)

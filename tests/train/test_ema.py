@@ -121,8 +121,8 @@ def test_averages_go_through_a_checkpoint_to_the_bit(tiny_store: Store, tmp_path
     saved.optimizer.step()
     saved.ema.update()
     assert any(name.endswith("running_var") for name in saved.ema.state_dict())
-    save_checkpoint(tmp_path, saved.state.tensors(), step=1, keep=1, keep_every=None)
-    load_checkpoint(tmp_path, loaded.state, step=1)
+    save_checkpoint(tmp_path, saved.state.tensors(), step=1, keep=1, keep_every=None, dtype="fp32")
+    load_checkpoint(tmp_path, loaded.state, step=1, dtype="fp32")
     assert_same(loaded.ema.state_dict(), saved.ema.state_dict())
     with loaded.averaged():
         applied = loaded.distiller.state_dict()

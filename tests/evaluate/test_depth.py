@@ -1,0 +1,139 @@
+"""Depth: its numbers against naive loops, its protocol against the paper, its layouts on tiny files."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from planted import SIDE, depth_pairs, nyu, save
+
+from eupe.errors import ConfigError, CorpusError
+from eupe.evaluate.dense_probe import Training
+from eupe.evaluate.depth import BINS, MAX_M, MIN_M, TRAINING, LinearDepth, depth, depth_errors, scale_invariant_loss
+from eupe.evaluate.layouts import EIGEN_CROP, depth_split, read_depth
+from eupe.evaluate.subject import open_subjects
+
+FAST = Training(steps=150, lr=0.02, warmup=0.1, batch_size=4)
+
+
+def judged(data: Path, **options: Any) -> Any:
+    (subject,) = open_subjects(["pixels"], {})
+    return depth(subject, data=data, size=SIDE, **{"training": FAST, **options})
+
+
+def test_the_depth_protocol_is_the_papers() -> None:
+    assert (TRAINING.steps, TRAINING.batch_size, TRAINING.lr, TRAINING.weight_decay) == (38_400, 16, 3e-4, 1e-3)
+    assert (MIN_M, MAX_M, BINS) == (1e-3, 10, 256)
+    head = LinearDepth(5, min_m=MIN_M, max_m=MAX_M)
+    kinds = [type(module).__name__ for module in head.children()]
+    assert kinds == ["BatchNorm2d", "Conv2d"]
+
+
+def test_a_depth_is_the_mean_of_the_bins_by_their_shares() -> None:
+    head = LinearDepth(5, min_m=0.5, max_m=4).eval()
+    tokens = torch.randn(2, 3, 3, 5)
+    said = head(tokens)
+    logits = head.linear(head.norm(tokens.permute(0, 3, 1, 2)))
+    for b, y, x in ((0, 0, 0), (1, 2, 1)):
+        shares = [max(float(v), 0) + 0.1 for v in logits[b, :, y, x]]
+        bins = [0.5 + i * 3.5 / 255 for i in range(256)]
+        assert float(said[b, 0, y, x]) == pytest.approx(
+            sum(s * m for s, m in zip(shares, bins, strict=True)) / sum(shares), rel=1e-5
+        )
+
+
+def test_errors_equal_naive_ones() -> None:
+    generator = np.random.default_rng(0)
+    truth, said = (generator.uniform(0.5, 9, 500).astype(np.float32) for _ in range(2))
+    got = depth_errors(said, truth)
+    pairs = list(zip(said.astype(float), truth.astype(float), strict=True))
+    assert got["rmse"] == pytest.approx(math.sqrt(sum((s - t) ** 2 for s, t in pairs) / 500), abs=1e-9)
+    assert got["abs_rel"] == pytest.approx(sum(abs(s - t) / t for s, t in pairs) / 500, abs=1e-9)
+    assert got["delta1"] == pytest.approx(sum(max(s / t, t / s) < 1.25 for s, t in pairs) / 500, abs=1e-12)
+
+
+def test_the_loss_forgives_a_common_scale_and_skips_what_is_unknown() -> None:
+    truth = torch.rand(2, 4, 4, dtype=torch.float64) * 5 + 0.5
+    truth[0, 0, 0], truth[1, 1, 1] = 0, 50
+    said = truth.clamp(0.1, 9) * 2
+    known = (truth > 0) & (truth < 10)
+    apart = torch.log(said[known]) - torch.log(truth[known])
+    naive = math.sqrt(float(((apart - apart.mean()) ** 2).mean()) + 0.15 * float(apart.mean()) ** 2)
+    assert float(scale_invariant_loss(said, truth, max_m=10)) == pytest.approx(naive, abs=1e-5)
+    assert naive == pytest.approx(math.sqrt(0.15) * math.log(2), abs=1e-6)
+    assert float(scale_invariant_loss(said, truth * 0, max_m=10)) == 0
+
+
+@pytest.mark.parametrize("make", [depth_pairs, nyu])
+def test_both_depth_layouts_are_learnt_from_colours(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    result = judged(make(tmp_path))
+    assert list(result.scores) == ["rmse", "abs_rel", "delta1"]
+    assert result.lower_is_better
+    assert result.scores["delta1"] > 0.75, "blocks blur at their edges"
+    assert result.scores["rmse"] < 1.1
+
+
+def test_what_lies_beyond_the_greatest_depth_does_not_count(tmp_path: Path) -> None:
+    data = depth_pairs(tmp_path)
+    near = judged(data, max_m=3.0)
+    assert near.scores["rmse"] < judged(data).scores["rmse"]
+    with pytest.raises(CorpusError, match="hold nothing between"):
+        judged(data, max_m=0.5)
+    with pytest.raises(ConfigError, match="--max-depth"):
+        judged(data, max_m=0.0)
+
+
+def test_nyus_pictures_are_judged_in_eigens_crop(tmp_path: Path) -> None:
+    """Only pictures of NYUv2's size have it; what lies outside could be anything."""
+    data = nyu(tmp_path / "a", width=640, height=480)
+    x0, y0, x1, y1 = EIGEN_CROP
+    assert (x1 - x0, y1 - y0) == (560, 426)
+    before = judged(data, training=Training(steps=2, lr=1e-3, warmup=0)).scores
+    for path in (data / "scene").glob("sync_depth_10*.png"):
+        outside = np.full((480, 640), 9000, dtype=np.uint16)
+        outside[y0:y1, x0:x1] = (read_depth(path) * 1000).round().astype(np.uint16)[y0:y1, x0:x1]
+        save(outside, path)
+    assert judged(data, training=Training(steps=2, lr=1e-3, warmup=0)).scores == before
+    assert depth_split(data, "val").crop == EIGEN_CROP
+
+
+def test_arrays_of_metres_are_read_as_pngs_of_millimetres_are(tmp_path: Path) -> None:
+    data = depth_pairs(tmp_path)
+    expected = judged(data).scores
+    for path in (data / "depth").rglob("*.png"):
+        np.save(path.with_suffix(".npy"), read_depth(path))
+        path.unlink()
+    assert judged(data).scores == pytest.approx(expected, rel=1e-6)
+
+
+def test_depth_maps_that_cannot_be_true_get_a_sentence(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    data = depth_pairs(tmp_path / "eight")
+    save(np.ones((48, 48), dtype=np.uint8), data / "depth" / "train" / "0.png")
+    with pytest.raises(CorpusError, match="has 8 bits"):
+        judged(data)
+    data = nyu(tmp_path / "lists")
+    (data / "nyu_test.txt").write_text("/scene/rgb_1.png\n")
+    with pytest.raises(CorpusError, match="line 1 of"):
+        judged(data)
+    (data / "nyu_test.txt").write_text("/scene/gone.png /scene/sync_depth_1.png 518\n")
+    with pytest.raises(CorpusError, match=r"names 1 files that are missing; the first is .*gone.png"):
+        judged(data)
+    (data / "nyu_test.txt").unlink()
+    outcome = run_eupe("eval", "depth", "pixels", "--data", data)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    pickled = depth_pairs(tmp_path / "pickled")
+    (pickled / "depth" / "train" / "0.png").unlink()
+    np.save(pickled / "depth" / "train" / "0.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(CorpusError, match="cannot be read"):
+        judged(pickled)
+
+
+def test_the_verb_takes_the_greatest_depth(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    words = ["eval", "depth", "pixels", "--data", depth_pairs(tmp_path), "--size", 48, "--steps", 2, "--json"]
+    far, near = (json.loads(run_eupe(*words, "--max-depth", m).out)["results"][0] for m in (10, 3))
+    assert far["scores"] != near["scores"]
+    assert (far["protocol"]["max_m"], near["protocol"]["max_m"]) == (10, 3)

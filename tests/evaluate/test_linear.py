@@ -1,0 +1,87 @@
+"""Logistic regression against scikit-learn's."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from making import make_corpus
+from sklearn.linear_model import LogisticRegression
+
+from eupe.errors import ConfigError
+from eupe.evaluate.linear import PENALTIES, fit_logistic, linear
+from eupe.evaluate.subject import open_subjects
+from eupe.store import Store
+
+
+def data(seed: int, count: int = 120, labels: int = 4, width: int = 6) -> tuple[Any, Any]:
+    generator = np.random.default_rng(seed)
+    codes = np.arange(count) % labels
+    centres = generator.normal(size=(labels, width))
+    return centres[codes] + generator.normal(size=(count, width)), codes
+
+
+@pytest.mark.parametrize("penalty", [1e-4, 1e-2, 1.0])
+def test_weights_equal_scikit_learns(penalty: float) -> None:
+    features, codes = data(0)
+    fitted = fit_logistic(torch.from_numpy(features), torch.from_numpy(codes), penalty=penalty, num_labels=4)
+    theirs = LogisticRegression(C=1 / (penalty * len(codes)), tol=1e-12, max_iter=10_000).fit(features, codes)
+    ours = torch.softmax(fitted.logits(torch.from_numpy(features)), dim=1).numpy()
+    assert np.abs(ours - theirs.predict_proba(features)).max() < 1e-6
+    assert np.abs(fitted.weight_CD.numpy() - theirs.coef_).max() < 1e-5
+
+
+def test_a_stores_summaries_are_split_by_picture(tiny_store: Store) -> None:
+    """All views of a picture are on one side; the accuracy is that of scikit-learn on the same split."""
+    (subject,) = open_subjects([str(tiny_store.path)], {})
+    result = linear(subject, penalties=(1e-2,))
+    assert result.data["train"] + result.data["val"] == 48
+    assert result.data["val"] % 2 == 0
+    assert result.scores["penalty"] == 1e-2
+    from eupe.evaluate.knn import summaries_of
+    from eupe.train.targets import is_held_out
+
+    whole = summaries_of(subject, None, size=None).val
+    held_out = np.array([is_held_out(key, 0.2) for key in whole.pictures])
+    features, labels = whole.features.double().numpy(), np.array(whole.labels)
+    mean, std = features[~held_out].mean(axis=0), features[~held_out].std(axis=0)
+    scaled = (features - mean) / std
+    count = int((~held_out).sum())
+    model = LogisticRegression(C=1 / (1e-2 * count), tol=1e-12, max_iter=10_000)
+    model.fit(scaled[~held_out], labels[~held_out])
+    assert result.scores["accuracy"] == pytest.approx(model.score(scaled[held_out], labels[held_out]), abs=1e-12)
+
+
+def test_the_best_penalty_of_several_is_taken(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "train", count=60)
+    make_corpus(tmp_path / "val", count=30)
+    (subject,) = open_subjects(["pixels"], {})
+    swept = linear(subject, data=tmp_path, size=32)
+    assert swept.scores["penalty"] in PENALTIES
+    assert swept.protocol["judged_on"] == "the val split"
+    fixed = linear(subject, data=tmp_path, penalties=(swept.scores["penalty"],), size=32)
+    assert fixed.scores == swept.scores
+    assert swept.scores["accuracy"] > 0.9, "half of the val pictures are train pictures, and few colours tell the rest"
+
+
+def test_what_cannot_be_learnt_is_refused(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    (subject,) = open_subjects(["pixels"], {})
+    one = make_corpus(tmp_path / "one", count=6, classes=1)
+    with pytest.raises(ConfigError, match="has 1 labels to learn"):
+        linear(subject, data=one, size=32)
+    few = make_corpus(tmp_path / "few", count=3)
+    outcome = run_eupe("eval", "linear", "pixels", "--data", few, "--size", 32)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    with pytest.raises(ConfigError, match="--penalty must be above 0"):
+        linear(subject, data=few, penalties=(0.0,))
+
+
+def test_penalties_of_the_verb_decide(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    corpus = make_corpus(tmp_path / "c", count=40)
+    words = ["eval", "linear", "pixels", "--data", corpus, "--size", 32, "--json"]
+    weak, strong = (json.loads(run_eupe(*words, "--penalty", p).out)["results"][0] for p in (1e-3, 1000.0))
+    assert (weak["scores"]["penalty"], strong["scores"]["penalty"]) == (1e-3, 1000.0)
+    assert weak["scores"]["accuracy"] > strong["scores"]["accuracy"]

@@ -1,0 +1,157 @@
+"""Who may be judged, what they say of views, and what is kept of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from making import make_corpus, picture
+from planted import ade20k
+
+from eupe.corpus.views import render_view
+from eupe.errors import ConfigError, CorpusError, RunError, StorageError
+from eupe.evaluate import subject as module
+from eupe.evaluate.pictures import Pictures, centre, windows
+from eupe.evaluate.result import Result, keep_results, newest, read_results
+from eupe.evaluate.subject import PixelSubject, open_subjects
+from eupe.place import Place
+from eupe.store import Store
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.teacher import load_teacher
+
+
+def some_pictures(folder: Path, count: int = 5, *, width: int = 80) -> Pictures:
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        picture(i, width, 64).save(folder / f"{i}.png")
+    return Pictures(Place.of(folder), tuple(f"{i}.png" for i in range(count)))
+
+
+def test_an_encoder_sees_each_view_in_turn(tmp_path: Path, tiny_weights: Path) -> None:
+    """Tokens equal those of the teacher's own call on views rendered one by one."""
+    pictures = some_pictures(tmp_path / "p", count=9, width=150)
+    (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
+    seen = {kind: subject.look(pictures, kind=kind, size=64, cut=windows) for kind in ("summary", "dense")}
+    spec = resolve_teacher("timm:test_vit")
+    teacher = load_teacher(spec, weights=tiny_weights, device=torch.device("cpu"), dtype=torch.float32, sizes=(64,))
+    assert len(seen["dense"]) == 9 * len(windows(150, 64)) > 16, "more than one batch"
+    for v in (0, 1, 8, len(seen["dense"]) - 1):
+        image = pictures.image(int(seen["dense"].picture_V[v]))
+        view = render_view(image, seen["dense"].params[v], 64)
+        tokens = teacher(torch.from_numpy(view[None]))
+        for kind, expected in (("summary", tokens.summary), ("dense", tokens.dense)):
+            got = getattr(seen[kind], kind)[v].float().flatten()
+            assert torch.nn.functional.cosine_similarity(got, expected[0].flatten(), dim=0) > 0.999
+
+
+def test_pixels_are_the_colours_of_the_patches(tmp_path: Path) -> None:
+    pictures = some_pictures(tmp_path / "p", count=2)
+    seen = PixelSubject().look(pictures, kind="dense", size=32, cut=centre)
+    view = render_view(pictures.image(1), seen.params[1], 32).astype(float) / 255
+    assert seen.dense is not None and seen.dense.shape == (2, 2, 2, 48)
+    quarter = view[16:20, 4:8].mean(axis=(0, 1))
+    patch = seen.dense[1, 1, 0].float().numpy().reshape(3, 4, 4)
+    assert np.abs(patch[:, 0, 1] - quarter).max() < 1e-3
+    summary = PixelSubject().look(pictures, kind="summary", size=32, cut=centre).summary
+    assert summary is not None
+    assert np.abs(summary[1].numpy().reshape(3, 16, 16)[:, 3, 5] - view[6:8, 10:12].mean(axis=(0, 1))).max() < 1e-5
+
+
+def test_an_untrained_teacher_has_no_weight_of_the_trained_one(tiny_weights: Path) -> None:
+    trained, untrained = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights}, untrained=True)
+    assert (untrained.name, untrained.untrained, trained.untrained) == (trained.name, True, False)
+    ours, fresh, again = (
+        dict(s._loaded(64).module.named_parameters())
+        for s in (trained, untrained, untrained)  # type: ignore[union-attr]
+    )
+    assert all(torch.equal(fresh[name], again[name]) for name in fresh)
+    same = [name for name in ours if torch.equal(ours[name], fresh[name])]
+    assert all(ours[name].ndim == 1 for name in same), "norms and biases are initialised alike"
+    assert all(torch.isfinite(p).all() for p in fresh.values())
+
+
+def test_what_is_nobody_gets_a_sentence(tmp_path: Path, tiny_store: Store) -> None:
+    with pytest.raises(ConfigError, match="nothing to judge"):
+        open_subjects([], {})
+    with pytest.raises(ConfigError, match="no-such is no store"):
+        open_subjects(["no-such"], {})
+    with pytest.raises(ConfigError, match="weights are given for dinov2"):
+        open_subjects([str(tiny_store.path)], {"dinov2": tmp_path})
+    (tmp_path / "config.json").write_text(
+        json.dumps({"config": {}, "targets": [], "mix": [], "pictures": [], "total_steps": 1})
+    )
+    with pytest.raises(RunError, match="has no student yet"):
+        open_subjects([str(tmp_path)], {})
+
+
+def test_tokens_that_would_not_fit_are_refused_before_a_picture_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
+) -> None:
+    pictures = Pictures(Place.of(tmp_path), tuple(f"{i}.png" for i in range(100)))
+    monkeypatch.setattr(module, "_free_bytes", lambda: 100 * 16 * 64 * 2)
+    (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
+    with pytest.raises(ConfigError, match="dense tokens of 100 views of timm:test_vit take"):
+        subject.look(pictures, kind="dense", size=64, cut=centre)
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    pictures = some_pictures(tmp_path / "p")
+    (tmp_path / "p" / "3.png").write_bytes(b"\x89PNG")
+    with pytest.raises(CorpusError, match=r"picture 3\.png of"):
+        PixelSubject().look(pictures, kind="summary", size=32, cut=centre)
+
+
+def result(**changes: Any) -> Result:
+    plain = {"task": "knn", "subject": "x", "kind": "teacher", "scores": {"accuracy": 0.5}, "protocol": {}, "data": {}}
+    return Result(**{**plain, **changes})
+
+
+def test_results_are_appended_to_their_run_and_read_again(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "all.jsonl"
+    run.mkdir()
+    mine = result(subject=str(run), kind="run", scores={"accuracy": 0.25})
+    keep_results([mine, result()], other)
+    keep_results([mine])
+    assert read_results(run) == [mine, mine]
+    assert read_results(other) == [mine, result()]
+    assert read_results(tmp_path) == []
+    better = result(subject=str(run), kind="run", scores={"accuracy": 0.75})
+    assert newest([mine, result(), better]) == [better, result()]
+    assert newest([mine, result(subject=str(run), kind="run", untrained=True)])[1].name == f"{run}, untrained"
+    other.write_text("{}\n")
+    with pytest.raises(RunError, match="holds no results"):
+        read_results(other)
+    with pytest.raises(StorageError, match="cannot be appended"):
+        keep_results([mine], tmp_path / "no" / "where.jsonl")
+
+
+def test_a_table_has_a_row_for_each_subject_and_json_tells_all(
+    tmp_path: Path, tiny_weights: Path, run_eupe: Callable[..., Any]
+) -> None:
+    corpus = make_corpus(tmp_path / "c", count=12)
+    words = ["eval", "knn", "pixels", "timm:test_vit", "--data", corpus, "--k", 3, "--size", 32]
+    words += ["--weights", f"timm:test_vit={tiny_weights}", "--untrained", "--results", tmp_path / "r.jsonl"]
+    outcome = run_eupe(*words)
+    rows = [line.split("  ")[0].strip() for line in outcome.out.splitlines()]
+    assert rows == ["subject", "pixels", "timm:test_vit", "timm:test_vit, untrained"]
+    told = json.loads(run_eupe(*words, "--json").out)["results"]
+    assert [Result.from_json(plain) for plain in told] == read_results(tmp_path / "r.jsonl")[3:]
+    assert (run_eupe(*words, "--weights", "dinov2").err).startswith("error: --weights takes TEACHER=PATH")
+
+
+def test_a_run_keeps_what_it_scored(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    from eupe.encoder import build_encoder, save_encoder
+
+    run = tmp_path / "run"
+    save_encoder(build_encoder("test_vit", size=32), run)
+    (run / "config.json").write_text(
+        json.dumps({"config": {"seed": 0}, "targets": [], "mix": [], "pictures": [], "total_steps": 1})
+    )
+    data = ade20k(tmp_path / "data", train=2, val=1)
+    outcome = run_eupe("eval", "segment", run, "pixels", "--data", data, "--size", 32, "--steps", 2, "--json")
+    assert outcome.code == 0, outcome.err
+    (kept,) = read_results(run)
+    assert kept.to_json() == json.loads(outcome.out)["results"][0]
