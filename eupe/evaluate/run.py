@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +13,8 @@ from eupe.device import pick_device
 from eupe.encoder import load_encoder
 from eupe.errors import RunError
 from eupe.place import Where
-from eupe.train.card import CONFIG_FILE, HEADS_FILE, RunCard, store_fingerprint
+from eupe.train.card import HEADS_FILE, RunCard, store_fingerprint
+from eupe.train.card import read_card as read_card
 from eupe.train.distiller import Distiller, build_distiller
 from eupe.train.targets import TargetSet, open_targets
 
@@ -37,18 +36,6 @@ class Run:
     def untrained(self) -> Distiller:
         """Student and heads of random weights: as before the first step of a run without `--init`."""
         return build_distiller(self.card, self.targets, self.device)
-
-
-def read_card(path: Path) -> RunCard:
-    """The card of a training run.
-
-    Raises: RunError if there is none.
-    """
-    try:
-        plain: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
-        return RunCard.from_json(plain)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{path} is not a training run: no readable {CONFIG_FILE} ({error})") from error
 
 
 def is_run(path: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eupe.encoder import WEIGHTS_FILE, check_sizes, load_card, near
-from eupe.errors import ConfigError
+from eupe.errors import ConfigError, RunError
 from eupe.store import Store
 from eupe.store.layout import KINDS
 from eupe.train.config import MixedIn, TrainConfig, parse_mix
@@ -22,6 +22,7 @@ from eupe.train.targets import TargetSet
 
 CONFIG_FILE = "config.json"
 HEADS_FILE = "heads.safetensors"
+NORMS_FILE = "norms.safetensors"
 REPORT_FILE = "report.json"
 VERSIONED = ("eupe", "torch", "timm", "pillow")
 HOW = frozenset(
@@ -104,6 +105,29 @@ class RunCard:
         if self.pictures != other.pictures and len(self.pictures) == len(other.pictures):
             phrases.append("the pictures that all targets have are others (a store was repaired, or extended)")
         return phrases
+
+
+def read_card(run: Path) -> RunCard:
+    """The card of a training run.
+
+    Raises: RunError if there is none.
+    """
+    try:
+        plain: dict[str, Any] = json.loads((run / CONFIG_FILE).read_text())
+        return RunCard.from_json(plain)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{run} is not a training run: no readable {CONFIG_FILE} ({error})") from error
+
+
+def finished_card(run: Path) -> RunCard:
+    """The card of a run that has come to its end.
+
+    Raises: RunError if there is no run, or an unfinished one.
+    """
+    card = read_card(run)
+    if not (run / REPORT_FILE).exists():
+        raise RunError(f"run {run} is not finished: it has no {REPORT_FILE}; finish it with `eupe train ... --resume`")
+    return card
 
 
 def _plain(value: Any) -> Any:

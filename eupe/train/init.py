@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from eupe.encoder import (
     load_state_dict_strictly,
 )
 from eupe.errors import RunError, TeacherError
-from eupe.train.card import CONFIG_FILE, HEADS_FILE, REPORT_FILE
+from eupe.train.card import HEADS_FILE, finished_card
 
 PATCHES = "patch_embed.proj.weight"
 POSITIONS = "pos_embed"
@@ -68,7 +67,7 @@ def init_from_run(
         targets: the new run's, as in `RunCard.targets`.
     Raises: RunError if the run is missing, unfinished, damaged or of another architecture; then nothing has changed.
     """
-    known = _finished_targets(run)
+    known = finished_card(run).targets
     _check_same_model(run, encoder)
     student = _fitted(_read(run / WEIGHTS_FILE, RunError), encoder.model)
     theirs = _heads(_read(run / HEADS_FILE, RunError))
@@ -127,17 +126,6 @@ def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
         fresh=tuple(name for name in places if name not in fitting),
         unused=tuple(sorted(state.keys() - fitting.keys())),
     )
-
-
-def _finished_targets(run: Path) -> list[dict[str, Any]]:
-    """Raises: RunError if there is no run, or an unfinished one."""
-    try:
-        targets: list[dict[str, Any]] = json.loads((run / CONFIG_FILE).read_text())["targets"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{run} is not a training run: no readable {CONFIG_FILE} ({error})") from error
-    if not (run / REPORT_FILE).exists():
-        raise RunError(f"run {run} is not finished: it has no {REPORT_FILE}; finish it with `eupe train ... --resume`")
-    return targets
 
 
 def _check_same_model(run: Path, encoder: Encoder) -> None:

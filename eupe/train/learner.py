@@ -17,15 +17,17 @@ from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, TrainingError
 from eupe.store.layout import KINDS
 from eupe.train.batch import Batch
-from eupe.train.card import HEADS_FILE, RunCard, target_names
+from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, target_names
 from eupe.train.checkpoint import Trainables, forget_after, load_checkpoint, on_cpu, save_checkpoint, save_tensors
 from eupe.train.config import TrainConfig
 from eupe.train.distiller import Distiller, build_distiller
 from eupe.train.ema import Ema
 from eupe.train.init import InitReport, init_from_run, init_from_weights
 from eupe.train.log import Rates, TrainStatus
+from eupe.train.predict import norm_tensors
 from eupe.train.schedule import learning_rate
 from eupe.train.targets import TargetSet
+from eupe.train.validate import Gains
 from eupe.train.world import World, forget_gathered, gradients_kept_local, whole
 
 
@@ -139,14 +141,23 @@ class Learner:
             yield
             forget_gathered(self.distiller)
 
-    def export(self, step: int) -> None:
-        """Leave the student on its own, and its heads beside it; every worker must, and the first writes."""
+    def export(self, step: int, gains: Gains) -> None:
+        """Leave the student on its own, and beside it its heads, and what undoes the normalisation of their targets.
+
+        Every worker must, and the first writes.
+
+        Args:
+            gains: of these heads.
+        """
         encoder, heads = self.distiller.encoder, self.distiller.heads
         with self.averaged():
             weights, of_heads = (on_cpu(each.state_dict(), keep=self.world.leads) for each in (encoder.model, heads))
             if self.world.leads:
                 save_encoder(encoder, self.config.out, weights=weights)
                 save_tensors(of_heads, self.config.out / HEADS_FILE, step=step)
+                judged_at = (sizes[0] for sizes in self.card.target_sizes)
+                norms = [sizes[size] for sizes, size in zip(self.distiller.norms, judged_at, strict=True)]
+                save_tensors(norm_tensors(norms, gains), self.config.out / NORMS_FILE, step=step)
 
     def _initialise(self, source: Path) -> InitReport:
         if source.is_dir():

@@ -28,7 +28,7 @@ from eupe.train.pictures import SHOWN_VIEWS, dense_maps, draw_maps
 from eupe.train.sampling import Views
 from eupe.train.stream import open_corpora, stream, training_requests
 from eupe.train.targets import TargetSet
-from eupe.train.validate import fit_gains, held_out_cosines
+from eupe.train.validate import Gains, fit_gains, held_out_cosines
 from eupe.train.world import World
 
 INIT_FILE = "init.json"
@@ -56,6 +56,15 @@ JUDGED_AT_ONCE = 32
 
 Validation = dict[str, dict[str, dict[str, float]]]
 """Target, kind of token, measure (see `eupe.train.validate.Cosines`)."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a validation found."""
+
+    cosines: Validation
+    gains: Gains
+    """With which the heads' predictions were compared with raw features."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +169,8 @@ def train_as_worker(
             for learner in learners:
                 learner.resume(first_step)
             seconds, rates = worker.run(first_step, on_status, stop_asked).totals()
-            validations = worker.validate(cards[0].total_steps)
-        return [
-            worker.finish(learner, seconds, rates, validation)
-            for learner, validation in zip(learners, validations, strict=True)
-        ]
+            found = worker.validate(cards[0].total_steps)
+        return [worker.finish(learner, seconds, rates, each) for learner, each in zip(learners, found, strict=True)]
     except EupeError:
         raise
     except OSError as error:
@@ -227,22 +233,22 @@ class Worker:
                 raise IncompleteError(f"stopped after step {done} of {card.total_steps}; go on with --resume")
         return meter
 
-    def validate(self, step: int) -> list[Validation]:
+    def validate(self, step: int) -> list[Judged]:
         """On held-out views of the first corpus, at the first sizes; every worker does the same, the first notes it."""
-        validations = []
+        found = []
         for i, learner in enumerate(self.learners):
             with learner.averaged():
-                validations.append(self._cosines(learner))
+                found.append(self._judge(learner))
                 maps = dense_maps(learner.distiller, self._shown, target_names(learner.card.targets), self.device)
             for log in self.logs[i : i + 1]:
-                log.validation(step, validations[-1])
+                log.validation(step, found[-1].cosines)
                 if maps:
                     log.picture(step, draw_maps(self._shown, maps))
-        return validations
+        return found
 
-    def finish(self, learner: Learner, seconds: float, rates: Rates, validation: Validation) -> TrainReport:
+    def finish(self, learner: Learner, seconds: float, rates: Rates, found: Judged) -> TrainReport:
         """Leave the student, and the report that marks the run as finished."""
-        learner.export(learner.card.total_steps)
+        learner.export(learner.card.total_steps, found.gains)
         report = TrainReport(
             run=str(learner.config.out),
             cached=False,
@@ -252,7 +258,7 @@ class Worker:
             seconds=seconds,
             images_per_s=rates.images_per_s,
             data_wait=rates.data_wait,
-            validation=validation,
+            validation=found.cosines,
         )
         if self.logs:
             if learner.initialised is not None:
@@ -260,7 +266,7 @@ class Worker:
             _write_json(learner.config.out / REPORT_FILE, asdict(report))
         return report
 
-    def _cosines(self, learner: Learner) -> Validation:
+    def _judge(self, learner: Learner) -> Judged:
         card, targets, distiller = learner.card, self.corpora[0], learner.distiller
 
         def batches(views: Views) -> Iterator[Batch]:
@@ -268,10 +274,11 @@ class Worker:
 
         gains = fit_gains(distiller, batches(training_sample(targets)), self.device)
         totals = held_out_cosines(distiller, batches(self._judged), self.device, gains)
-        return {
+        cosines = {
             name: {kind: cosines.means() for kind, cosines in kinds.items()}
             for name, kinds in zip(target_names(card.targets), totals, strict=True)
         }
+        return Judged(cosines, gains)
 
 
 def judged(card: RunCard, views: Views) -> Iterator[Request]:

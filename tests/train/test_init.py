@@ -186,7 +186,8 @@ def finished(folder: Path, encoder: Encoder, heads: nn.ModuleList, targets: list
     """The files of a finished run, without the training."""
     save_encoder(encoder, folder)
     save_file(heads.state_dict(), folder / "heads.safetensors")
-    (folder / "config.json").write_text(json.dumps({"config": {}, "targets": targets, "total_steps": 1}))
+    card = {"config": {}, "targets": targets, "mix": [], "pictures": [], "total_steps": 1}
+    (folder / "config.json").write_text(json.dumps(card))
     (folder / "report.json").write_text("{}")
     return folder
 

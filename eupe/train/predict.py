@@ -1,0 +1,146 @@
+"""What a finished run's heads say, in the teachers' own words: no store and no teacher is opened.
+
+Shapes: B pictures, h w cells of the student's grid, D width of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from eupe.encoder import Tokens, load_card, load_state_dict_strictly
+from eupe.errors import RunError, TeacherError
+from eupe.store.layout import KINDS
+from eupe.train.card import HEADS_FILE, NORMS_FILE, REPORT_FILE, finished_card, target_names
+from eupe.train.heads import AdapterHead
+from eupe.train.normalise import Normaliser
+from eupe.train.validate import Gains
+
+
+class KindPredictor(nn.Module):
+    """One kind of token of one target: `norm.inverse(gain * head(token))`."""
+
+    mean: Tensor
+    centre: Tensor
+    scale: Tensor
+    rotation: Tensor | None
+    gain: Tensor
+
+    def __init__(self, widths: tuple[int, int, int], *, rotated: bool) -> None:
+        """
+        Args:
+            widths: of the student's token, of the head's hidden layer, of the target's token.
+            rotated: whether the loss saw the target rotated.
+        """
+        super().__init__()
+        width = widths[2]
+        self.head = AdapterHead(*widths)
+        for name in ("mean", "centre", "scale"):
+            self.register_buffer(name, torch.zeros(width))
+        self.register_buffer("rotation", torch.zeros(width, width) if rotated else None)
+        self.register_buffer("gain", torch.zeros(()))
+
+    @property
+    def norm(self) -> Normaliser:
+        """What the loss saw the target through."""
+        return Normaliser(mean=self.mean, centre=self.centre, scale=self.scale, rotation=self.rotation)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The student's tokens [..., width] to the teacher's [..., D], float32."""
+        return self.norm.inverse(self.gain * self.head(tokens))
+
+
+class TargetPredictor(nn.Module):
+    """The heads of one target: from what the student says to what its teacher would have said."""
+
+    def __init__(
+        self, name: str, target: Mapping[str, Any], student: Mapping[str, int], head_width: int, rotated: Sequence[str]
+    ) -> None:
+        """
+        Args:
+            name: see `target_names`.
+            target: as in `RunCard.targets`.
+            student: the width of each kind of token.
+            rotated: the kinds that the loss saw rotated.
+        """
+        super().__init__()
+        self.name = name
+        self.teacher: str = target["teacher"]
+        self.widths: dict[str, int] = {kind: target[f"{kind}_dim"] for kind in KINDS if target[f"{kind}_dim"]}
+        """Of the teacher's tokens, by kind; a kind that the store does not hold is left out."""
+        self.kinds = nn.ModuleDict(
+            {
+                kind: KindPredictor((student[kind], head_width, width), rotated=kind in rotated)
+                for kind, width in self.widths.items()
+            }
+        )
+
+    def forward(self, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
+        """Summary [B, Ds] and dense [B, h, w, D] as the teacher would have given them, on the student's grid."""
+        said = {kind: predictor(getattr(tokens, kind)) for kind, predictor in self.kinds.items()}
+        summary, dense = (said.get(kind) for kind in KINDS)
+        return summary, dense
+
+
+def load_predictors(run: Path) -> list[TargetPredictor]:
+    """The heads of a finished run, on the CPU, in evaluation mode, in the order of its targets.
+
+    Raises: RunError if the run is not finished, is older than this file of its, or its files do not fit each other.
+    """
+    card, student = finished_card(run), load_card(run)
+    heads, norms = _read(run / HEADS_FILE), _read(run / NORMS_FILE)
+    widths = dict(zip(KINDS, (student.summary_dim, student.dense_dim), strict=True))
+    predictors = []
+    for i, (name, target) in enumerate(zip(target_names(card.targets), card.targets, strict=True)):
+        rotated = [kind for kind in KINDS if f"{i}.{kind}.rotation" in norms]
+        with torch.device("meta"):
+            predictor = TargetPredictor(name, target, widths, card.config["head_width"], rotated)
+        state = {f"{kind}.head.{tensor}": value for (kind, tensor), value in _of(heads, i).items()}
+        state |= {f"{kind}.{tensor}": value for (kind, tensor), value in _of(norms, i).items()}
+        try:
+            load_state_dict_strictly(predictor.to_empty(device="cpu").kinds, state, source=str(run))
+        except TeacherError as error:
+            raise RunError(f"the heads of run {run} cannot be used: {error}") from error
+        predictors.append(predictor.eval())
+    return predictors
+
+
+def norm_tensors(norms: Sequence[Mapping[str, Normaliser]], gains: Gains) -> dict[str, Tensor]:
+    """What undoes the normalisation of heads: `TARGET_NUMBER.KIND.` and `mean`, `centre`, `scale`, `rotation`, `gain`.
+
+    Args:
+        norms: per target, by kind of token.
+        gains: see `fit_gains`.
+    """
+    tensors = {}
+    for i, (kinds, factors) in enumerate(zip(norms, gains, strict=True)):
+        for kind, norm in kinds.items():
+            found = {**vars(norm), "gain": torch.tensor(factors[kind], dtype=torch.float32)}
+            tensors |= {f"{i}.{kind}.{name}": value for name, value in found.items() if value is not None}
+    return tensors
+
+
+def _of(tensors: Mapping[str, Tensor], target: int) -> dict[tuple[str, str], Tensor]:
+    """Those of one target, by kind and name."""
+    parts = {name: name.split(".", 2) for name in tensors}
+    return {(kind, rest): tensors[name] for name, (number, kind, rest) in parts.items() if number == str(target)}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Raises: RunError."""
+    if not path.exists():
+        run = path.parent
+        raise RunError(
+            f"run {run} has no {path.name}, which turns what its heads say into features of its teachers: an older "
+            f"eupe finished it; remove {run / REPORT_FILE} and finish it again with `eupe train ... --resume`"
+        )
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} is not a safetensors file that can be read ({error})") from error
