@@ -22,7 +22,7 @@ FAST = Training(steps=150, lr=0.02, warmup=0.1, batch_size=4)
 
 def judged(data: Path, **options: Any) -> Any:
     (subject,) = open_subjects(["pixels"], {})
-    return depth(subject, data=data, size=SIDE, **{"training": FAST, **options})
+    return depth(subject, data=data, **{"training": FAST, "size": SIDE, **options})
 
 
 def test_the_depth_protocol_is_the_papers() -> None:
@@ -36,8 +36,8 @@ def test_the_depth_protocol_is_the_papers() -> None:
 def test_a_depth_is_the_mean_of_the_bins_by_their_shares() -> None:
     head = LinearDepth(5, min_m=0.5, max_m=4).eval()
     tokens = torch.randn(2, 3, 3, 5)
-    said = head(tokens)
-    logits = head.linear(head.norm(tokens.permute(0, 3, 1, 2)))
+    said = head(tokens).detach()
+    logits = head.linear(head.norm(tokens.permute(0, 3, 1, 2))).detach()
     for b, y, x in ((0, 0, 0), (1, 2, 1)):
         shares = [max(float(v), 0) + 0.1 for v in logits[b, :, y, x]]
         bins = [0.5 + i * 3.5 / 255 for i in range(256)]
@@ -70,11 +70,11 @@ def test_the_loss_forgives_a_common_scale_and_skips_what_is_unknown() -> None:
 
 @pytest.mark.parametrize("make", [depth_pairs, nyu])
 def test_both_depth_layouts_are_learnt_from_colours(make: Callable[[Path], Path], tmp_path: Path) -> None:
-    result = judged(make(tmp_path))
+    result = judged(make(tmp_path), size=4 * SIDE)
     assert list(result.scores) == ["rmse", "abs_rel", "delta1"]
     assert result.lower_is_better
-    assert result.scores["delta1"] > 0.75, "blocks blur at their edges"
-    assert result.scores["rmse"] < 1.1
+    assert result.scores["delta1"] > 0.85, "blocks blur at their edges"
+    assert result.scores["rmse"] < 0.8
 
 
 def test_what_lies_beyond_the_greatest_depth_does_not_count(tmp_path: Path) -> None:

@@ -127,11 +127,11 @@ def test_overlapping_windows_are_averaged_where_they_overlap_and_mirrored_back()
 @pytest.mark.parametrize("make", [ade20k, masks])
 def test_both_layouts_are_learnt_from_colours(make: Callable[[Path], Path], tmp_path: Path) -> None:
     data = make(tmp_path)
-    result = segment(pixels_subject(), data=data, size=SIDE, training=FAST)
+    result = segment(pixels_subject(), data=data, size=2 * SIDE, training=FAST)
     assert result.scores["miou"] > 0.95
-    assert result.scores["pixel_accuracy"] > 0.97
+    assert result.scores["pixel_accuracy"] > 0.95
     assert result.data == {"path": str(data), "train": 6, "val": 3, "classes": 3}
-    assert (result.protocol["steps"], result.protocol["size"]) == (60, SIDE)
+    assert (result.protocol["steps"], result.protocol["size"]) == (60, 2 * SIDE)
 
 
 def test_wide_pictures_are_judged_in_windows(tmp_path: Path) -> None:
