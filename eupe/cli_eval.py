@@ -43,6 +43,27 @@ Steps = Annotated[int | None, typer.Option(help="Updates of the head; the paper'
 BatchSize = Annotated[int | None, typer.Option(help="Views per update of the head. Default 16.")]
 Rate = Annotated[float | None, typer.Option(help="Peak learning rate of the head; the paper's by default.")]
 Seed = Annotated[int, typer.Option(help="Of the head's first weights, and of the order of views.")]
+TextWeights = Annotated[
+    Path | None,
+    typer.Option(help="open_clip's checkpoint of the whole model, or its directory; the hub's where not given."),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="A file of `eupe eval text`, or the teacher whose text tower is to run; the one that subjects lead to "
+        "where not given."
+    ),
+]
+TowardsTeacher = Annotated[
+    str | None,
+    typer.Option("--teacher", help="Whose text space, where a run's heads lead to several; or the way to it."),
+]
+ClassNames = Annotated[
+    Path | None, typer.Option(help="A name a line, in the order of the sorted folders, or FOLDER<TAB>NAME.")
+]
+Templates = Annotated[
+    Path | None, typer.Option(help="A template a line, `{}` for the name; `a photo of a {}.` where not given.")
+]
 
 
 @eval_app.command("agreement")
@@ -211,6 +232,95 @@ def eval_correspond(
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return correspond(subject, data=data, size=size, alpha=alpha, limit=limit, on_step=on_step)
+
+    _judge(subjects, weights, untrained, results, as_json, judge)
+
+
+@eval_app.command("text")
+def eval_text(
+    tower: Annotated[str, typer.Argument(help="A teacher with a text space: clip-*-proj, pe-core-*-proj, siglip*.")],
+    output: Annotated[Path, typer.Option("--out", help="Where embeddings are kept (.safetensors).")],
+    classes: ClassNames = None,
+    captions: Annotated[Path | None, typer.Option(help="COCO's folder, whose captions are embedded instead.")] = None,
+    templates: Templates = None,
+    text_weights: TextWeights = None,
+    as_json: Json = False,
+) -> None:
+    """Embed class names or captions once, so that judging needs no text tower."""
+    from eupe.evaluate.text import cache_texts
+    from eupe.progress import report_progress
+
+    with report_progress(err, "prompts", quiet=as_json) as progress:
+        texts = cache_texts(
+            tower,
+            output,
+            classes=classes,
+            captions=captions,
+            templates=templates,
+            weights=text_weights,
+            on_step=partial(progress.update, tower),
+        )
+    count, width = texts.embeddings.shape
+    report = {"texts": str(output), "teacher": texts.teacher, "embeddings": count, "width": width}
+    finish({**report, "templates": list(texts.templates)}, as_json)
+
+
+@eval_app.command("zeroshot")
+def eval_zeroshot(
+    subjects: Subjects,
+    data: Annotated[str, typer.Option(help="Labelled pictures: val/CLASS beside train/CLASS, or one corpus.")],
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="A name a line, in the order of the sorted folders, or FOLDER<TAB>NAME; the folders' own names where "
+            "not given."
+        ),
+    ] = None,
+    templates: Templates = None,
+    text: Text = None,
+    text_weights: TextWeights = None,
+    teacher: TowardsTeacher = None,
+    size: Size = None,
+    weights: Weights = None,
+    untrained: Untrained = False,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Zero-shot accuracy in a teacher's text space, through a run's heads."""
+    from eupe.evaluate.text import open_source
+    from eupe.evaluate.zeroshot import zeroshot
+
+    texts = open_source(text, classes=classes, templates=templates, weights=text_weights)
+
+    def judge(subject: Subject, on_step: OnStep) -> Result:
+        return zeroshot(subject, data=data, texts=texts, teacher=teacher, size=size, on_step=on_step)
+
+    _judge(subjects, weights, untrained, results, as_json, judge)
+
+
+@eval_app.command("retrieval")
+def eval_retrieval(
+    subjects: Subjects,
+    data: Annotated[Path, typer.Option(help="captions_val2017.json, or that in annotations/, and val2017/ (COCO).")],
+    text: Text = None,
+    text_weights: TextWeights = None,
+    teacher: TowardsTeacher = None,
+    size: Size = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first pictures.")] = None,
+    weights: Weights = None,
+    untrained: Untrained = False,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Recall of captions by pictures and of pictures by captions, in a teacher's text space."""
+    from eupe.evaluate.prompts import AS_IT_IS
+    from eupe.evaluate.retrieval import retrieval
+    from eupe.evaluate.text import open_source
+
+    texts = open_source(text, weights=text_weights, usual=AS_IT_IS)
+
+    def judge(subject: Subject, on_step: OnStep) -> Result:
+        return retrieval(subject, data=data, texts=texts, teacher=teacher, size=size, limit=limit, on_step=on_step)
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 

@@ -8,16 +8,21 @@
 | depth | `nyu_train.txt`, `nyu_test.txt`: lines of picture, depth map, focal length (NYUv2); or `images/{train,val}`,
   `depth/{train,val}`; 16-bit PNGs of millimetres, or `.npy` of metres, 0 is nothing |
 | pairs | `JPEGImages`, `PairAnnotation/test`, `Layout/large/test.txt` (SPair-71k) |
+| captions | `captions_val2017.json`, or that in `annotations/`, and `val2017/` (COCO) |
+| questions | `questions.json`, a list of `image` (a path below its folder), `split` (train or val), `kind`, `question`
+  and `answer` |
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -37,6 +42,8 @@ ADE_NOTHING, MASK_NOTHING = 0, 255
 MILLIMETRE = 1e-3
 NYU_LISTS: dict[str, str] = {"train": "nyu_train.txt", "val": "nyu_test.txt"}
 NYU_SIDES = (640, 480)
+COCO_CAPTIONS, COCO_PICTURES = "captions_val2017.json", "val2017"
+QUESTIONS = "questions.json"
 EIGEN_CROP = (41, 45, 601, 471)
 """x0, y0, x1, y1 of a 640x480 picture, in which NYUv2 is judged; source: Eigen et al., arXiv 1406.2283."""
 
@@ -79,6 +86,28 @@ class PointPair:
     target_points: NDArray[np.float64]
     """[P, 2], x and y in pixels."""
     target_box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Pictures, with one caption or more of each."""
+
+    pictures: Pictures
+    captions: tuple[str, ...]
+    picture_of: NDArray[np.int64]
+    """Whose caption each is: its place among the pictures."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a picture, and its answer."""
+
+    picture: int
+    """Its place among the pictures."""
+    split: Split
+    kind: str
+    question: str
+    answer: str
 
 
 def labelled_splits(data: Where) -> tuple[Labelled | None, Labelled]:
@@ -185,6 +214,101 @@ def _point_pair(data: Path, name: str, places: dict[str, int]) -> PointPair:
         )
     first, second = (places.setdefault(key, len(places)) for key in keys)
     return PointPair(first, second, category, source, target, (x0, y0, x1, y1))
+
+
+def caption_split(data: Path, *, limit: int | None = None) -> Captioned:
+    """COCO's val2017: pictures in the order of the list, captions picture by picture.
+
+    Args:
+        limit: only the first pictures.
+    Raises: CorpusError if the list or a picture is missing, an id comes twice, or a picture has no caption.
+    """
+    places = (data / COCO_CAPTIONS, data / "annotations" / COCO_CAPTIONS)
+    listed = next((place for place in places if place.is_file()), None)
+    if listed is None:
+        raise CorpusError(f"{data} holds no captions in COCO's layout: {places[0]} and {places[1]} are missing")
+    try:
+        plain = json.loads(listed.read_text(encoding="utf-8"))
+        images = [(each["id"], _word(each["file_name"])) for each in plain["images"]]
+        said = [(each["id"], each["image_id"], _word(each["caption"])) for each in plain["annotations"]]
+        repeated = [("picture", i) for i, n in Counter(i for i, _ in images).items() if n > 1]
+        repeated += [("caption", i) for i, n in Counter(i for i, _, _ in said).items() if n > 1]
+        captions: dict[Any, list[str]] = {i: [] for i, _ in images}
+        homeless = [(i, image) for i, image, _ in said if image not in captions]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{listed} is no list of captions of COCO's: {type(error).__name__}: {error}") from error
+    if repeated:
+        raise CorpusError(f"{listed} has {repeated[0][0]} {repeated[0][1]} more than once")
+    if homeless:
+        raise CorpusError(f"caption {homeless[0][0]} of {listed} is of picture {homeless[0][1]}, which is not listed")
+    for _, image, caption in said:
+        captions[image].append(caption)
+    kept = images[:limit]
+    if not kept:
+        raise CorpusError(f"{listed} lists no pictures")
+    if silent := [name for i, name in kept if not captions[i]]:
+        raise CorpusError(f"{listed} has no caption of {silent[0]} ({len(silent)} of {len(kept)} pictures have none)")
+    keys = tuple(f"{COCO_PICTURES}/{name}" for _, name in kept)
+    _require_files([data / key for key in keys], listed)
+    own = [(place, caption) for place, (i, _) in enumerate(kept) for caption in captions[i]]
+    picture_of = np.array([place for place, _ in own], dtype=np.int64)
+    return Captioned(Pictures(Place.of(data), keys), tuple(caption for _, caption in own), picture_of)
+
+
+def _word(value: Any) -> str:
+    """Raises: TypeError, ValueError unless it is a string that says something."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no string")
+    if not value.strip():
+        raise ValueError("an empty string")
+    return value.strip()
+
+
+def question_set(data: Path) -> tuple[Pictures, list[Question]]:
+    """Pictures in the order in which they are first asked about, and the questions.
+
+    Raises: CorpusError if the list or a picture is missing, a question lacks something, a picture is in both splits, or
+        a kind of question is not asked in both.
+    """
+    listed = data / QUESTIONS
+    try:
+        plain = json.loads(listed.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"{listed} cannot be read: {error}") from error
+    if not isinstance(plain, list) or not plain:
+        raise CorpusError(f"{listed} is no list of questions, or an empty one")
+    places: dict[str, int] = {}
+    questions = [_question(each, number, listed, places) for number, each in enumerate(plain)]
+    keys = tuple(places)
+    splits: dict[int, Split] = {}
+    for each in questions:
+        if splits.setdefault(each.picture, each.split) != each.split:
+            raise CorpusError(f"{listed} asks about {keys[each.picture]} in both splits; keep each picture in one")
+    for kind in sorted({each.kind for each in questions}):
+        asked = {each.split for each in questions if each.kind == kind}
+        if lacking := {"train", "val"} - asked:
+            raise CorpusError(f"{listed} has no {kind} questions in the {lacking.pop()} split")
+    _require_files([data / key for key in keys], listed)
+    return Pictures(Place.of(data), keys), questions
+
+
+def _question(plain: Any, number: int, listed: Path, places: dict[str, int]) -> Question:
+    try:
+        image, split, kind, question = (_word(plain[name]) for name in ("image", "split", "kind", "question"))
+        answer = plain["answer"]
+        answer = str(answer) if isinstance(answer, int) and not isinstance(answer, bool) else _word(answer)
+        if split not in ("train", "val"):
+            raise ValueError(f"split {split!r} is neither train nor val")
+        if not question_words(question):
+            raise ValueError(f"{question!r} has no words")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"question {number} of {listed} cannot be used: {type(error).__name__}: {error}") from error
+    return Question(places.setdefault(image, len(places)), cast(Split, split), kind, question, answer)
+
+
+def question_words(question: str) -> list[str]:
+    """In lower case, without punctuation."""
+    return re.findall(r"\w+", question.lower())
 
 
 def read_mask(path: Path) -> NDArray[np.int32]:

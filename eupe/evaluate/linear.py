@@ -67,7 +67,7 @@ def linear(
     codes_train = torch.tensor([names.index(label) for label in train.labels])
     codes_val = torch.tensor([names.index(label) if label in names else -1 for label in val.labels])
     tuning = torch.tensor([is_held_out(key, TUNING_SHARE) for key in train.pictures])
-    chosen = _choose(scaled_train, codes_train, tuning, len(names), penalties)
+    chosen = choose_penalty(scaled_train, codes_train, tuning, len(names), penalties)
     fitted = fit_logistic(scaled_train, codes_train, penalty=chosen, num_labels=len(names))
     correct = (fitted.logits(scaled_val.to(fitted.weight_CD)).argmax(dim=1).cpu() == codes_val) & known
     majority = int(torch.bincount(codes_val[known], minlength=1).max()) / len(val)
@@ -86,8 +86,13 @@ def linear(
     )
 
 
-def _choose(features: Tensor, codes: Tensor, tuning: Tensor, num_labels: int, penalties: tuple[float, ...]) -> float:
-    """The penalty with the best accuracy on the tuning part; of several the greatest."""
+def choose_penalty(
+    features: Tensor, codes: Tensor, tuning: Tensor, num_labels: int, penalties: tuple[float, ...]
+) -> float:
+    """The penalty with the best accuracy on the tuning part; of several the greatest.
+
+    Raises: ConfigError if there is nothing to tune on, or nothing else.
+    """
     if len(penalties) == 1:
         return penalties[0]
     if not tuning.any() or tuning.all():

@@ -210,7 +210,7 @@ class EncoderSubject:
             return Teacher(self.spec, encoder.eval().requires_grad_(False).to(device), device, dtype)
         teacher = load_teacher(self.spec, weights=self.weights, device=device, dtype=dtype, sizes=(size,))
         if self.untrained:
-            _draw_anew(teacher.module)
+            draw_anew(teacher.module)
         return teacher
 
 
@@ -332,7 +332,7 @@ def _as_before_training(run: Path) -> Encoder:
         return build_encoder(card.arch, size=card.size)
 
 
-def _draw_anew(module: nn.Module) -> None:
+def draw_anew(module: nn.Module) -> None:
     """Random weights, seed 0: as torch initialises its layers; vectors that belong to none are 1, tables small."""
     own = {id(p) for part in module.modules() if hasattr(part, "reset_parameters") for p in part.parameters(False)}
     with torch.random.fork_rng(), torch.no_grad():
@@ -352,7 +352,7 @@ def _draw_anew(module: nn.Module) -> None:
 def _require_room(num_views: int, grid: int, width: int, *, of: str) -> None:
     """Raises: ConfigError if the dense tokens of so many views do not fit the memory that is free."""
     wanted = num_views * grid * grid * width * 2
-    free = _free_bytes()
+    free = free_bytes()
     if wanted > MEMORY_SHARE * free:
         raise ConfigError(
             f"the dense tokens of {num_views} views of {of} take {wanted / 1e9:.1f} GB, more than half of the "
@@ -360,7 +360,8 @@ def _require_room(num_views: int, grid: int, width: int, *, of: str) -> None:
         )
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
+    """Memory of this machine that is free."""
     try:
         words = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()
         return int(words[0]) * 1024

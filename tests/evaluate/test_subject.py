@@ -92,7 +92,7 @@ def test_tokens_that_would_not_fit_are_refused_before_a_picture_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
 ) -> None:
     pictures = Pictures(Place.of(tmp_path), tuple(f"{i}.png" for i in range(100)))
-    monkeypatch.setattr(module, "_free_bytes", lambda: 100 * 16 * 64 * 2)
+    monkeypatch.setattr(module, "free_bytes", lambda: 100 * 16 * 64 * 2)
     (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
     with pytest.raises(ConfigError, match="dense tokens of 100 views of timm:test_vit take"):
         subject.look(pictures, kind="dense", size=64, cut=centre)

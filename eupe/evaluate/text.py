@@ -1,0 +1,224 @@
+"""What is said of pictures: class names in templates, or captions, as unit vectors; embedded once and kept in a file.
+
+Source of the averaging: CLIP, arXiv 2103.00020, section 3.1.4: the prompts of a class are embedded, each brought to
+unit length, averaged, and the mean brought to unit length.
+Shapes: C classes or captions, T templates, N pictures, D width of the space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from eupe.errors import ConfigError
+from eupe.evaluate.layouts import caption_split
+from eupe.evaluate.prompts import AS_IT_IS, SLOT, TEMPLATES, Classes, read_classes, read_templates
+from eupe.evaluate.text_tower import TextTower, load_tower
+from eupe.place import Place
+from eupe.teachers.registry import ALIASES
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.spec import TeacherSpec
+
+METADATA = "eupe.text"
+EMBEDDINGS, SCALE, BIAS = "embeddings", "logit_scale", "logit_bias"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Embedded class names or captions."""
+
+    teacher: str
+    """Whose space it is."""
+    classes: Classes
+    templates: tuple[str, ...]
+    embeddings: Tensor
+    """float32 [C, D], unit length."""
+    logit_scale: float
+    logit_bias: float
+
+    def logits(self, images_ND: Tensor) -> Tensor:
+        """[N, C] in the dtype of the unit vectors given: cosines at the teacher's own temperature."""
+        return images_ND @ self.embeddings.to(images_ND).T * self.logit_scale + self.logit_bias
+
+    def rows(self, names: Sequence[str], *, path: str) -> Tensor:
+        """Embeddings of names, which may come more than once, [len(names), D].
+
+        Args:
+            path: of the file that they are from, for the message.
+        Raises: ConfigError naming the first that is not there.
+        """
+        places = {name: i for i, name in enumerate(self.classes.names)}
+        if missing := [name for name in names if name not in places]:
+            raise ConfigError(f"{path} has no embedding of {missing[0]!r} ({len(missing)} of {len(names)} are missing)")
+        return self.embeddings[[places[name] for name in names]]
+
+    @property
+    def words_digest(self) -> str:
+        """sha256 of all that was said, in short."""
+        return hashlib.sha256(json.dumps([self.classes.names, self.templates]).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where embeddings come from: a file, or the text tower of whichever teacher is asked for, run once."""
+
+    classes: Classes | None = None
+    """None where the folders' names are taken."""
+    templates: tuple[str, ...] = TEMPLATES
+    teacher: str | None = None
+    """Whose space is asked for, where that was said."""
+    weights: Path | None = None
+    """Of the text tower; the hub's where not given."""
+    cached: Texts | None = None
+    path: str = ""
+    """Of the file."""
+    _made: dict[tuple[str, Classes], Texts] = field(default_factory=dict, repr=False, compare=False)
+
+    def embed(
+        self, spec: TeacherSpec, classes: Classes, on_step: Callable[[int, int], None] = lambda done, of: None
+    ) -> Texts:
+        """Embeddings in a teacher's space.
+
+        Raises: ConfigError if another teacher's were asked for, or are in the file; TeacherError if there is no tower.
+        """
+        if self.teacher is not None and ALIASES.get(self.teacher, self.teacher) != spec.name:
+            raise ConfigError(
+                f"--text {self.path or self.teacher} is in the space of {self.teacher}, where --teacher leads to that "
+                f"of {spec.name}; leave one of them out"
+            )
+        if self.cached is not None:
+            if self.cached.embeddings.shape[1] != spec.summary_dim:
+                raise ConfigError(
+                    f"the embeddings in {self.path} are {self.cached.embeddings.shape[1]} wide, those of {spec.name} "
+                    f"{spec.summary_dim}; make the file again with `eupe eval text {spec.name}`"
+                )
+            return self.cached
+        key = (spec.name, classes)
+        if key not in self._made:
+            tower = load_tower(spec, weights=self.weights)
+            self._made[key] = embed_texts(tower, classes, self.templates, on_step)
+        return self._made[key]
+
+
+def open_source(
+    word: str | None,
+    *,
+    classes: Path | None = None,
+    templates: Path | None = None,
+    weights: Path | None = None,
+    usual: tuple[str, ...] = TEMPLATES,
+) -> TextSource:
+    """What `--text` and the options beside it ask for.
+
+    Args:
+        word: a file that `eupe eval text` made, or a teacher's name; None for the teacher that subjects lead to.
+        usual: templates where neither file gives any.
+    Raises: ConfigError for a file that cannot be used, or options that a file has decided.
+    """
+    if word is not None and (Path(word).is_file() or Path(word).suffix == ".safetensors"):
+        given = {"--classes": classes, "--templates": templates, "--text-weights": weights}
+        if decided := [option for option, value in given.items() if value is not None]:
+            raise ConfigError(f"{word} is embedded already, so {decided[0]} changes nothing; leave it out")
+        texts = load_texts(Path(word))
+        return TextSource(texts.classes, texts.templates, texts.teacher, cached=texts, path=word)
+    return TextSource(
+        None if classes is None else read_classes(classes),
+        usual if templates is None else read_templates(templates),
+        word,
+        weights,
+    )
+
+
+def cache_texts(
+    tower: str,
+    out: Path,
+    *,
+    classes: Path | None = None,
+    captions: Path | None = None,
+    templates: Path | None = None,
+    weights: Path | None = None,
+    on_step: Callable[[int, int], None] = lambda done, of: None,
+) -> Texts:
+    """Embed class names, or COCO's captions as they are, and keep them in a file.
+
+    Args:
+        tower: the teacher whose text space it is.
+    Raises: ConfigError unless it is one of both; CorpusError, TeacherError, StorageError.
+    """
+    if (classes is None) == (captions is None):
+        raise ConfigError("give either --classes or --captions: what is to be embedded")
+    if captions is not None and templates is not None:
+        raise ConfigError("captions are embedded as they are; leave --templates out")
+    if captions is not None:
+        said, usual = Classes(tuple(dict.fromkeys(caption_split(captions).captions))), AS_IT_IS
+    else:
+        assert classes is not None
+        said, usual = read_classes(classes), TEMPLATES
+    chosen = usual if templates is None else read_templates(templates)
+    texts = embed_texts(load_tower(resolve_teacher(tower), weights=weights), said, chosen, on_step)
+    save_texts(texts, out)
+    return texts
+
+
+def embed_texts(
+    tower: TextTower,
+    classes: Classes,
+    templates: tuple[str, ...] = TEMPLATES,
+    on_step: Callable[[int, int], None] = lambda done, of: None,
+) -> Texts:
+    """All names in all templates, averaged over the templates."""
+    prompts = [template.replace(SLOT, name) for name in classes.names for template in templates]
+    each_CTD = tower(prompts, on_step).reshape(len(classes.names), len(templates), -1)
+    mean = F.normalize(each_CTD.mean(dim=1), dim=1)
+    return Texts(tower.teacher, classes, templates, mean, tower.logit_scale, tower.logit_bias)
+
+
+def save_texts(texts: Texts, path: Path) -> None:
+    """One safetensors file, written whole.
+
+    Raises: StorageError.
+    """
+    plain = {
+        "teacher": texts.teacher,
+        "names": texts.classes.names,
+        "folders": texts.classes.folders,
+        "templates": texts.templates,
+    }
+    tensors = {
+        EMBEDDINGS: texts.embeddings.contiguous(),
+        SCALE: torch.tensor(texts.logit_scale, dtype=torch.float64),
+        BIAS: torch.tensor(texts.logit_bias, dtype=torch.float64),
+    }
+    Place.of(path.parent).write(path.name, safetensors.torch.save(tensors, metadata={METADATA: json.dumps(plain)}))
+
+
+def load_texts(path: Path) -> Texts:
+    """The inverse of `save_texts`.
+
+    Raises: ConfigError if there is nothing of the kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            plain: dict[str, Any] = json.loads((file.metadata() or {})[METADATA])
+            tensors = {name: file.get_tensor(name) for name in (EMBEDDINGS, SCALE, BIAS)}
+        folders = plain["folders"]
+        classes = Classes(tuple(plain["names"]), None if folders is None else tuple(folders))
+        embeddings = tensors[EMBEDDINGS]
+        if embeddings.ndim != 2 or len(embeddings) != len(classes.names):
+            raise ValueError(f"{tuple(embeddings.shape)} embeddings of {len(classes.names)} names")
+        scale, bias = (float(tensors[name]) for name in (SCALE, BIAS))
+        return Texts(plain["teacher"], classes, tuple(plain["templates"]), embeddings.float(), scale, bias)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} holds no text embeddings ({type(error).__name__}: {error}); make it with `eupe eval text`"
+        ) from error

@@ -1,0 +1,127 @@
+"""From what a subject says of pictures to a teacher's text space: directly, or through the heads of runs.
+
+A student's head says its target's summary normalised; cosines with texts need the direction in the teacher's own space,
+so the normalisation is undone (`eupe.train.predict`). A student of a proxy goes through its own head into the proxy's
+summaries, and on through the proxy's heads, as many runs as there are.
+
+Shapes: N views, Ds width of the subject's summary, D width of the space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eupe.errors import ConfigError, EupeError
+from eupe.evaluate.subject import EncoderSubject, PixelSubject, Subject, draw_anew
+from eupe.evaluate.text_tower import text_model, why_no_text
+from eupe.store.layout import SUMMARY
+from eupe.teachers.registry import ALIASES
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.spec import TeacherSpec
+from eupe.train.card import finished_card, target_names
+from eupe.train.predict import KindPredictor, load_predictors
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a subject's summary becomes a teacher's image embedding."""
+
+    teacher: TeacherSpec
+    heads: tuple[tuple[Path, int], ...] = ()
+    """Runs, and which target's head of each; none where the summary is the embedding."""
+    name: str = ""
+    """What chooses it: the targets on the way, separated by commas, or the teacher itself."""
+
+
+def choose_way(subject: Subject, wanted: str | None) -> Way:
+    """The way that is asked for, or the only one.
+
+    Args:
+        wanted: a teacher with a text space, or a way's name.
+    Raises: ConfigError if there is none, or several; RunError if the subject is an unfinished run.
+    """
+    ways, dead_ends = ways_to_text(subject)
+    known = ", ".join(way.name for way in ways)
+    if not ways:
+        raise ConfigError(f"{subject.name} leads to no text space: {'; '.join(dead_ends)}")
+    if wanted is None:
+        if len(ways) > 1:
+            raise ConfigError(f"{subject.name} leads to several text spaces; choose with --teacher among {known}")
+        return ways[0]
+    teacher = ALIASES.get(wanted, wanted)
+    fitting = [way for way in ways if way.name == wanted] or [way for way in ways if way.teacher.name == teacher]
+    if not fitting:
+        raise ConfigError(f"{subject.name} does not lead to the text space of {wanted}, only to {known}")
+    if len(fitting) > 1:
+        names = ", ".join(way.name for way in fitting)
+        raise ConfigError(f"{subject.name} leads to the text space of {wanted} in several ways; give --teacher {names}")
+    return fitting[0]
+
+
+def ways_to_text(subject: Subject) -> tuple[list[Way], list[str]]:
+    """All ways, and why the others end.
+
+    Raises: RunError if the subject is an unfinished run.
+    """
+    if isinstance(subject, PixelSubject):
+        return [], ["raw pixels are no teacher's words"]
+    spec = subject.spec if isinstance(subject, EncoderSubject) else TeacherSpec.from_json(subject.store.spec.teacher)
+    return _ways(spec, (), ())
+
+
+def _ways(
+    spec: TeacherSpec, heads: tuple[tuple[Path, int], ...], names: tuple[str, ...]
+) -> tuple[list[Way], list[str]]:
+    if text_model(spec) is not None:
+        return [Way(spec, heads, ",".join(names) or spec.name)], []
+    if spec.backend != "run":
+        return [], [why_no_text(spec)]
+    run = Path(spec.model)
+    if run in (earlier for earlier, _ in heads):
+        return [], [f"run {run} is its own teacher"]
+    card = finished_card(run)
+    ways: list[Way] = []
+    dead_ends: list[str] = []
+    for i, (name, target) in enumerate(zip(target_names(card.targets), card.targets, strict=True)):
+        if not target["summary_dim"]:
+            dead_ends.append(f"run {run} has no head for the summary of {name}")
+            continue
+        try:
+            further, ends = _ways(_target_spec(target["teacher"]), (*heads, (run, i)), (*names, name))
+        except EupeError as error:
+            further, ends = [], [f"{name}, a target of run {run}: {error}"]
+        ways += further
+        dead_ends += ends
+    return ways, dead_ends
+
+
+def _target_spec(teacher: str) -> TeacherSpec:
+    """Raises: ConfigError for one that is gone, and for one that could only be known from the hub; TeacherError."""
+    if teacher.startswith("hf:"):
+        raise ConfigError(f"{teacher} has no text space")
+    if Path(teacher).name != teacher and ":" not in teacher and not Path(teacher).is_dir():
+        raise ConfigError(f"there is no run {teacher} any more (seen from {Path.cwd()})")
+    return resolve_teacher(teacher)
+
+
+def to_text_space(subject: Subject, way: Way, summaries_NDs: Tensor) -> Tensor:
+    """Image embeddings of unit length, float64 [N, D], on the CPU.
+
+    The head of an untrained student is drawn anew, too.
+
+    Raises: RunError if the heads of a run cannot be used.
+    """
+    said = summaries_NDs
+    for number, (run, target) in enumerate(way.heads):
+        predictor = load_predictors(run)[target].kinds[SUMMARY]
+        assert isinstance(predictor, KindPredictor)
+        if number == 0 and subject.untrained:
+            draw_anew(predictor.head)
+        with torch.inference_mode():
+            said = predictor(said)
+    return F.normalize(said.double(), dim=1)

@@ -1,0 +1,76 @@
+"""Zero-shot classification: the class whose prompt is nearest to a picture, nothing trained.
+
+Source of the protocol: CLIP, arXiv 2103.00020, section 3.1: centre crop, cosine with the mean embedding of a class's
+prompts. Students are compared in the space of the teacher whose summary their heads predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from eupe.evaluate.layouts import labelled_splits
+from eupe.evaluate.pictures import centre
+from eupe.evaluate.prompts import class_numbers, folder_classes
+from eupe.evaluate.ranking import best_places, share_within
+from eupe.evaluate.result import Result
+from eupe.evaluate.subject import Subject
+from eupe.evaluate.text import TextSource
+from eupe.evaluate.text_space import choose_way, to_text_space
+from eupe.place import Where
+from eupe.store.layout import SUMMARY
+
+TOP = 5
+
+
+def zeroshot(
+    subject: Subject,
+    *,
+    data: Where,
+    texts: TextSource,
+    teacher: str | None = None,
+    size: int | None = None,
+    on_step: Callable[[int, int], None] = lambda done, of: None,
+) -> Result:
+    """Top-1 and top-5 accuracy on the val split, or on the one corpus that there is, and the mean cross-entropy.
+
+    With no more than five classes there is no top-5. The cross-entropy, in nats, is that of the softmax at the
+    teacher's own temperature.
+
+    Args:
+        teacher: see `choose_way`; where not given, that of the texts.
+    Raises: ConfigError if there is no way to a text space, or classes do not match the folders; CorpusError, RunError,
+        StoreError, TeacherError.
+    """
+    way = choose_way(subject, teacher or texts.teacher)
+    _, val = labelled_splits(data)
+    classes = texts.classes or folder_classes(val.labels)
+    numbers = class_numbers(classes, val.labels, data=str(data))
+    said = texts.embed(way.teacher, classes, on_step)
+    chosen = subject.size(size)
+    seen = subject.look(val.pictures, kind=SUMMARY, size=chosen, cut=centre)
+    assert seen.summary is not None
+    logits = said.logits(to_text_space(subject, way, seen.summary))
+    labels = torch.tensor([numbers[val.labels[i]] for i in seen.picture_V.tolist()])
+    places = best_places(logits, F.one_hot(labels, len(classes.names)).bool())
+    scores = {"top1": share_within(places, 1)}
+    if len(classes.names) > TOP:
+        scores["top5"] = share_within(places, TOP)
+    scores["majority"] = int(torch.bincount(labels).max()) / len(labels)
+    scores["cross_entropy"] = float(F.cross_entropy(logits, labels))
+    return Result(
+        task="zeroshot",
+        subject=subject.name,
+        kind=subject.kind,
+        untrained=subject.untrained,
+        scores=scores,
+        protocol={
+            **subject.protocol(chosen),
+            "teacher": way.name,
+            "templates": list(said.templates),
+            "prompts": said.words_digest,
+        },
+        data={"path": str(data), "val": len(labels), "classes": len(classes.names), "folders": len(numbers)},
+    )
