@@ -325,6 +325,28 @@ def eval_retrieval(
     _judge(subjects, weights, untrained, results, as_json, judge)
 
 
+@eval_app.command("vqa")
+def eval_vqa(
+    subjects: Subjects,
+    data: Annotated[Path, typer.Option(help="questions.json (image, split, kind, question, answer) and the pictures.")],
+    penalty: Annotated[
+        list[float] | None, typer.Option(help="Of the weights; the best of several, 1e-5 to 1 by default.")
+    ] = None,
+    size: Size = None,
+    weights: Weights = None,
+    untrained: Untrained = False,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """A probe, no language model: logistic regression from features and a question's words to its answer."""
+    from eupe.evaluate.vqa import PENALTIES, vqa
+
+    def judge(subject: Subject, on_step: OnStep) -> Result:
+        return vqa(subject, data=data, penalties=tuple(penalty or PENALTIES), size=size, on_step=on_step)
+
+    _judge(subjects, weights, untrained, results, as_json, judge)
+
+
 def _training(paper: Training, steps: int | None, batch_size: int | None, lr: float | None, seed: int) -> Training:
     return dataclasses.replace(
         paper,
