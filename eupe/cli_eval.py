@@ -54,9 +54,9 @@ Text = Annotated[
         "where not given."
     ),
 ]
-TowardsTeacher = Annotated[
+Space = Annotated[
     str | None,
-    typer.Option("--teacher", help="Whose text space, where a run's heads lead to several; or the way to it."),
+    typer.Option("--space", help="Whose text space, where a run's heads lead to several; or the way to it."),
 ]
 ClassNames = Annotated[
     Path | None, typer.Option(help="A name a line, in the order of the sorted folders, or FOLDER<TAB>NAME.")
@@ -279,7 +279,7 @@ def eval_zeroshot(
     templates: Templates = None,
     text: Text = None,
     text_weights: TextWeights = None,
-    teacher: TowardsTeacher = None,
+    space: Space = None,
     size: Size = None,
     weights: Weights = None,
     untrained: Untrained = False,
@@ -293,7 +293,7 @@ def eval_zeroshot(
     texts = open_source(text, classes=classes, templates=templates, weights=text_weights)
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return zeroshot(subject, data=data, texts=texts, teacher=teacher, size=size, on_step=on_step)
+        return zeroshot(subject, data=data, texts=texts, teacher=space, size=size, on_step=on_step)
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 
@@ -304,7 +304,7 @@ def eval_retrieval(
     data: Annotated[Path, typer.Option(help="captions_val2017.json, or that in annotations/, and val2017/ (COCO).")],
     text: Text = None,
     text_weights: TextWeights = None,
-    teacher: TowardsTeacher = None,
+    space: Space = None,
     size: Size = None,
     limit: Annotated[int | None, typer.Option(help="Only the first pictures.")] = None,
     weights: Weights = None,
@@ -320,7 +320,7 @@ def eval_retrieval(
     texts = open_source(text, weights=text_weights, usual=AS_IT_IS)
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return retrieval(subject, data=data, texts=texts, teacher=teacher, size=size, limit=limit, on_step=on_step)
+        return retrieval(subject, data=data, texts=texts, teacher=space, size=size, limit=limit, on_step=on_step)
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 

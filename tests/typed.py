@@ -15,6 +15,7 @@ def parsed(command: str) -> dict[str, Any]:
     words = shlex.split(command)[1:]
     verb: Any = typer.main.get_command(app)
     while hasattr(verb, "commands") and words:
-        verb = verb.commands[words.pop(0)]
+        named = verb.name == "teachers" and words[0] not in verb.commands
+        verb = verb.commands["show" if named else words.pop(0)]
     params: dict[str, Any] = verb.make_context("eupe", words).params
     return params

@@ -93,7 +93,7 @@ class TextSource:
         """
         if self.teacher is not None and ALIASES.get(self.teacher, self.teacher) != spec.name:
             raise ConfigError(
-                f"--text {self.path or self.teacher} is in the space of {self.teacher}, where --teacher leads to that "
+                f"--text {self.path or self.teacher} is in the space of {self.teacher}, where --space leads to that "
                 f"of {spec.name}; leave one of them out"
             )
         if self.cached is not None:

@@ -51,7 +51,7 @@ def choose_way(subject: Subject, wanted: str | None) -> Way:
         raise ConfigError(f"{subject.name} leads to no text space: {'; '.join(dead_ends)}")
     if wanted is None:
         if len(ways) > 1:
-            raise ConfigError(f"{subject.name} leads to several text spaces; choose with --teacher among {known}")
+            raise ConfigError(f"{subject.name} leads to several text spaces; choose with --space among {known}")
         return ways[0]
     teacher = ALIASES.get(wanted, wanted)
     fitting = [way for way in ways if way.name == wanted] or [way for way in ways if way.teacher.name == teacher]
@@ -59,7 +59,7 @@ def choose_way(subject: Subject, wanted: str | None) -> Way:
         raise ConfigError(f"{subject.name} does not lead to the text space of {wanted}, only to {known}")
     if len(fitting) > 1:
         names = ", ".join(way.name for way in fitting)
-        raise ConfigError(f"{subject.name} leads to the text space of {wanted} in several ways; give --teacher {names}")
+        raise ConfigError(f"{subject.name} leads to the text space of {wanted} in several ways; give --space {names}")
     return fitting[0]
 
 

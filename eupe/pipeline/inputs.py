@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from eupe.corpus.folder import file_names
 from eupe.corpus.index import Corpus, read_index
 from eupe.corpus.sources import find_source
 from eupe.place import Place
@@ -72,6 +73,13 @@ class Inputs:
             return Pictures(index.fingerprint, index.samples["key"].to_pylist())
         keys = list(found.picture_keys()) if found.kind == "pictures" else None
         return Pictures(_stamp(found.root.local, found.files if keys is None else keys), keys)
+
+    def folder(self, words: str) -> str:
+        """Changes when any file below a local folder does: names, sizes and times, which links to folders hide.
+
+        Raises: CorpusError if it cannot be read.
+        """
+        return _stamp(Path(words), list(file_names(Place.of(words))))
 
     def content(self, words: str) -> str | None:
         """sha256 of a local file, or of a folder's weights and documents, as models, runs and stores have them.

@@ -18,7 +18,7 @@ from eupe.train.card import CONFIG_FILE
 REPORTS = "reports"
 KEY_LENGTH = 8
 PICTURES = ("corpus", "images", "data")
-"""Options that name pictures."""
+"""Options that name pictures; `data` names what is known about them, too."""
 
 INDIFFERENT: Mapping[str, Mapping[str, str]] = {
     "": {
@@ -136,7 +136,8 @@ def _stamps(step: Step, inputs: Inputs) -> tuple[dict[str, str], dict[str, str],
         for word in (word for word in words if isinstance(word, str) and name != "out"):
             if name in PICTURES:
                 try:
-                    stamp = inputs.pictures(word).stamp
+                    whole = name == "data" and Path(word).is_dir()
+                    stamp = inputs.folder(word) if whole else inputs.pictures(word).stamp
                 except EupeError as error:
                     missing.append(str(error))
                     continue

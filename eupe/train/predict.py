@@ -118,7 +118,7 @@ def norm_tensors(norms: Sequence[Mapping[str, Normaliser]], gains: Gains) -> dic
         norms: per target, by kind of token.
         gains: see `fit_gains`.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, (kinds, factors) in enumerate(zip(norms, gains, strict=True)):
         for kind, norm in kinds.items():
             found = {**vars(norm), "gain": torch.tensor(factors[kind], dtype=torch.float32)}

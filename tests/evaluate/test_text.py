@@ -229,12 +229,10 @@ def test_files_of_texts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="is embedded already, so --templates changes nothing"):
         open_source(str(path), templates=tmp_path / "t.txt")
-    with pytest.raises(
-        ConfigError, match="is in the space of clip-b32-proj, where --teacher leads to that of pe-core-t"
-    ):
+    with pytest.raises(ConfigError, match="is in the space of clip-b32-proj, where --space leads to that of pe-core-t"):
         open_source(str(path)).embed(REGISTRY[PE], Classes(()))
     with pytest.raises(
-        ConfigError, match=r"--text siglip is in the space of siglip, where --teacher leads to that of pe"
+        ConfigError, match=r"--text siglip is in the space of siglip, where --space leads to that of pe"
     ):
         open_source("siglip").embed(REGISTRY[PE], Classes(()))
     with pytest.raises(ConfigError, match="are 24 wide, those of clip-b32-proj 512; make the file again"):

@@ -240,7 +240,7 @@ def test_the_way_is_the_one_that_is_asked_for(chain: Chain) -> None:
     assert [way.name for way in ways_to_text(subject)[0]] == [f"proxy,{CLIP}", CLIP]
     assert choose_way(subject, f"proxy,{CLIP}").heads == ((chain.of_both, 0), (chain.proxy, 0))
     assert choose_way(subject, CLIP).heads == ((chain.of_both, 1),)
-    with pytest.raises(ConfigError, match=rf"several text spaces; choose with --teacher among proxy,{CLIP}, {CLIP}$"):
+    with pytest.raises(ConfigError, match=rf"several text spaces; choose with --space among proxy,{CLIP}, {CLIP}$"):
         choose_way(subject, None)
     with pytest.raises(ConfigError, match="does not lead to the text space of siglip, only to proxy"):
         choose_way(subject, "siglip")
@@ -325,7 +325,7 @@ def test_a_way_chooses_among_heads_on_the_command_line(
     classes = Classes(NAMES, ("class0", "class1", "class2"))
     save_texts(embed_texts(tower, classes), tmp_path / "t.safetensors")
     words = ["eval", "zeroshot", chain.of_both, "--data", tiny_corpus, "--text", tmp_path / "t.safetensors", "--json"]
-    found = [json.loads(run_eupe(*words, "--teacher", way).out)["results"][0] for way in (CLIP, f"proxy,{CLIP}")]
+    found = [json.loads(run_eupe(*words, "--space", way).out)["results"][0] for way in (CLIP, f"proxy,{CLIP}")]
     assert found[0]["scores"]["cross_entropy"] != found[1]["scores"]["cross_entropy"]
     assert json.loads(run_eupe(*words).out)["results"][0]["protocol"]["teacher"] == CLIP
     refused = run_eupe("eval", "zeroshot", "pixels", "--data", tiny_corpus)

@@ -102,7 +102,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("verb", "option"), OPTIONS)
 def test_an_option_changes_the_key_unless_the_table_says_why_not(verb: str, option: str) -> None:
-    wanted = {key: value for key, value in required(verb).items() if key not in GIVEN or verb == "viz"}
+    given_to = {key: verbs or (verb,) for key, verbs in GIVEN.items()}
+    wanted = {key: value for key, value in required(verb).items() if verb not in given_to.get(key, ())}
     value = True if VERBS[verb].options[option].flag else "photos/a" if option in TAKES else "1"
     without, given = (plan(one_step(verb, options))["step"] for options in (wanted, {**wanted, option: value}))
     indifferent = option in INDIFFERENT[""] or option in INDIFFERENT.get(verb, {})
@@ -204,3 +205,20 @@ steps:
     assert planned["digits"].step.needs == ()
     assert planned["digits"].words[1:3] == ("--teacher", "dinov2")
     assert planned["page"].words[1:3] == (str(planned["dinov2"].output), "siglip2-b-256")
+
+
+def test_truth_beside_pictures_counts_for_an_evaluation() -> None:
+    """Masks, annotations and questions are no pictures of a corpus, but what is judged by."""
+    recipe = """
+out: out
+steps:
+  segment: {eval segment: {subjects: pixels, data: set}}
+  knn: {eval knn: {subjects: pixels, data: photos}}
+"""
+    for name in ("set/images/train/1.png", "set/masks/train/1.png", "set/classes.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(name.encode())
+    pretend_done(plan(recipe))
+    assert all(one.state == "done" for one in plan(recipe).values())
+    Path("set/classes.txt").write_text("another")
+    assert {name for name, one in plan(recipe).items() if one.state != "done"} == {"segment"}
