@@ -125,10 +125,8 @@ def _draw_head(figure: Image.Image, layout: Layout, column: int, name: str, fact
     pen = ImageDraw.Draw(figure)
     left, top = layout.corner(0, column)
     middle, bottom = left + layout.cell / 2, top - layout.gap
-    if facts:
-        _draw_line(pen, (middle, bottom), facts, layout.facts_px, SOFT, layout.cell)
-        bottom -= round(1.35 * layout.facts_px)
-    _draw_line(pen, (middle, bottom), name, layout.name_px, INK, layout.cell)
+    _draw_line(pen, (middle, bottom - round(1.35 * layout.facts_px)), name, layout.name_px, INK, layout.cell)
+    _draw_line(pen, (middle, bottom), facts, layout.facts_px, SOFT, layout.cell)
 
 
 def _draw_line(
@@ -139,7 +137,11 @@ def _draw_line(
     ink: tuple[int, int, int],
     width: int,
 ) -> None:
-    """One line of text, centred on `foot`, its middle left out if it is too long for `width` even when smaller."""
+    """One line of text, centred on `foot`, its middle left out if it is too long for `width` even when smaller.
+
+    What is not ASCII becomes a question mark: the font that comes with Pillow would draw an empty box.
+    """
+    words = words.encode("ascii", "replace").decode()
     for smaller in range(size_px, max(7, round(0.7 * size_px)) - 1, -1):
         font = ImageFont.load_default(smaller)
         if font.getlength(words) <= width:

@@ -56,12 +56,12 @@ class ModelColumn:
     @property
     def grid(self) -> int:
         """Cells along a side."""
-        return self.dense_PhwD.shape[1]
+        return int(self.dense_PhwD.shape[1])
 
     @property
     def dim(self) -> int:
         """Channels of a token."""
-        return self.dense_PhwD.shape[-1]
+        return int(self.dense_PhwD.shape[-1])
 
 
 def colour_maps(dense_PhwD: Maps, *, foreground: bool) -> Colours:

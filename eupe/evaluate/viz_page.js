@@ -40,18 +40,18 @@
       this.row = row;
       this.element = element;
       this.grid = Number(element.dataset.grid || finest);
-      this.cursor = this.add("div", "cursor");
-      this.mark = this.add("div", "mark");
-      this.at = [0.5, 0.5];
-      element.tabIndex = 0;
-      element.setAttribute("role", "application");
-      const what = element.querySelector("img").alt;
-      element.setAttribute("aria-label", what + ": arrow keys choose a patch, Enter compares, Escape shows the maps");
       if (element.dataset.features) {
         this.canvas = this.add("canvas", "similarity");
         this.canvas.width = this.canvas.height = this.grid;
         this.words = this.add("output", "cosine");
       }
+      this.cursor = this.add("div", "cursor");
+      this.mark = this.add("div", "mark");
+      this.at = [0.5, 0.5];
+      const what = element.querySelector("img").alt;
+      element.tabIndex = 0;
+      element.setAttribute("role", "application");
+      element.setAttribute("aria-label", what + ": arrow keys choose a patch, Enter compares, Escape shows the maps");
       this.listen();
     }
 

@@ -57,8 +57,8 @@ def render_page(
 
 
 FOREGROUND_LEGEND = """<li>Only <b>foreground</b> is in colour: the first component of all of a model's tokens is cut in
-two where that fits best, the side that is commoner along the pictures' borders is background and left blank, and the
-colours are the components of the rest alone.</li>"""
+two at its mean, the side that is commoner along the pictures' borders is background and left blank, and the colours
+are the components of the rest alone.</li>"""
 
 HELD_OUT_LEGEND = '<li><span class="tag">held out</span> never trained on by any run shown here</li>'
 
@@ -90,15 +90,17 @@ def _ramp(name: str, ramp: Ramp) -> str:
 
 def _head(model: ModelColumn) -> str:
     colours = model.colours
-    shares = " + ".join(f"{share:.0%}" for share in colours.explained)
+    shares = "+".join(f"{100 * share:.0f}" for share in colours.explained)
     facts = [f"{model.size} px", f"{model.grid}×{model.grid} cells", f"{model.dim} channels"]
     if colours.foreground is None:
-        facts.append(f"{shares} of variance")
+        facts.append(f"{shares}% of variance")
     else:
-        facts += [f"{colours.foreground:.0%} foreground", f"{shares} of its variance"]
-    about = [f'<span class="about">{escape(model.about)}</span>'] if model.about else []
+        facts += [f"{colours.foreground:.0%} foreground", f"{shares}% of its variance"]
+    about = [f'<span class="long">{escape(model.about)}</span>'] if model.about else []
     note = f'<p class="note">{escape(colours.note)}</p>' if colours.note else ""
-    spans = " ".join([*about, *(f"<span>{fact}</span>" for fact in facts)])
+    spans = " ".join(
+        [*about, *(f"<span>{fact}</span>" for fact in facts[:-1]), f'<span class="long">{facts[-1]}</span>']
+    )
     return (
         f'<div class="head"><b title="{escape(model.name)}">{escape(model.name)}</b>'
         f'<span class="kind {model.kind}">{model.kind}</span><p>{spans}</p>{note}</div>'

@@ -14,8 +14,8 @@ from eupe.pca import Maps, leading_directions
 
 MAX_TEXT_BYTES = 4_000_000
 """Of all features in one page, as base64."""
-MAX_KEPT = 64
-MIN_KEPT = 16
+MAX_KEPT = 128
+MIN_KEPT = 32
 """Fewer channels would tell little about the model."""
 
 

@@ -370,8 +370,8 @@ class TestForeground:
         for component in range(3):  # of either sign
             steps = np.diff(colours[scores[:, component].argsort(), component])
             assert (steps >= 0).all() or (steps <= 0).all()
-        shares = " + ".join(f"{share:.0%}" for share in oracle.explained_variance_ratio_)
-        assert f"{mask.mean():.0%} foreground" in page.text and f"{shares} of its variance" in page.text
+        shares = "+".join(f"{100 * share:.0f}" for share in oracle.explained_variance_ratio_)
+        assert f"{mask.mean():.0%} foreground" in page.text and f"{shares}% of its variance" in page.text
         assert "Only <b>foreground</b> is in colour" in page.text and not page.report.notes
 
     def test_where_there_is_none_all_tokens_are_in_colour_and_the_page_says_why(

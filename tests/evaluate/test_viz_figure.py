@@ -47,3 +47,9 @@ def test_names_too_long_lose_their_middle() -> None:
     assert 130 < font.getlength(shortened) <= 150
     assert shorten("dinov2", font, 150) == "dinov2"
     assert shorten(LONG, font, 1) == "..."
+
+
+def test_letters_that_the_font_lacks_are_question_marks() -> None:
+    layout = plan_figure(1, 2, 100)
+    np.testing.assert_array_equal(drawn(layout, ["é 写真"]), drawn(layout, ["? ??"]))
+    assert (drawn(layout, ["é"]) != drawn(layout, ["e"])).any()

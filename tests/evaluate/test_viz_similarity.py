@@ -78,20 +78,20 @@ class TestEmbedding:
         assert embed(features(3, 2), 16).codes_PNK.shape[-1] == 2
 
     def test_channels_are_as_many_as_fit_the_page(self) -> None:
-        for num_tokens in (1, 2_000, 46_000, 100_000, 187_500):
+        for num_tokens in (1, 2_000, 46_000, 93_750):
             kept = channels_to_keep(num_tokens)
             assert kept is not None and MIN_KEPT <= kept <= MAX_KEPT
             assert kept * num_tokens * 4 / 3 <= MAX_TEXT_BYTES
             assert kept == MAX_KEPT or (kept + 1) * num_tokens * 4 / 3 > MAX_TEXT_BYTES
-        assert channels_to_keep(187_501) is None
+        assert channels_to_keep(93_751) is None
 
 
-def columns(*, foreground: bool = False) -> list[ModelColumn]:
+def columns() -> list[ModelColumn]:
     """Three models of different grids; in the last, one token is zeros."""
     made = [features(grid, seed=grid) for grid in GRIDS]
     made[-1][0, 2, 5] = 0
     return [
-        ModelColumn(f"model{grid}", "teacher", "", 64, dense, colour_maps(dense, foreground=foreground))
+        ModelColumn(f"model{grid}", "teacher", "", 64, dense, colour_maps(dense, foreground=False))
         for grid, dense in zip(GRIDS, made, strict=True)
     ]
 
@@ -201,6 +201,17 @@ class TestInABrowser:
             assert browser.run(f"getComputedStyle({canvas}).display") == "block"
         assert not browser.complaints()
 
+    @pytest.mark.parametrize("column", [0, 1, 2, 3])
+    def test_the_patch_is_marked_in_the_view_and_in_every_map(self, page: str, browser: Browser, column: int) -> None:
+        browser.click(frame(0, 1), 0.4, 0.6)
+        browser.point("document.querySelector('h1')", 0.5, 0.5)
+        grid = max(GRIDS) if column == 0 else GRIDS[column - 1]
+        drawn = browser.look(frame(0, column))
+        side = drawn.shape[0] / grid
+        left, top = int(int(0.4 * grid) * side) + 1, int(int(0.6 * grid) * side) + 1
+        for y, x in [(top, left + side / 2), (top + side - 2, left + side / 2), (top + side / 2, left)]:
+            assert (drawn[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2].min(axis=-1) == 255).any()
+
     def test_what_is_under_the_pointer_is_read_from_every_map(self, page: str, browser: Browser) -> None:
         browser.click(frame(1, 1), 0.2, 0.2)
         browser.point(frame(1, 2), 0.9, 0.6)
@@ -252,15 +263,17 @@ class TestInABrowser:
         assert np.abs(drawn - models[0].colours.maps_PhwC[1]).max() <= 1
 
     def test_background_is_blank_in_every_component(self, tmp_path: Path, browser: Browser) -> None:
-        models = columns(foreground=True)
-        (tmp_path / "page.html").write_text(page_of(models))
+        dense = np.random.default_rng(1).normal(size=(PICTURES, 6, 6, 8)).astype(np.float32)
+        dense[:, 1:5, 2:5] += 8
+        model = ModelColumn("model", "teacher", "", 64, dense, colour_maps(dense, foreground=True))
+        (tmp_path / "page.html").write_text(page_of([model]))
         browser.open(tmp_path / "page.html")
         browser.click("document.querySelector('label[for=cells]')")
-        background = models[0].colours.maps_PhwC[0, ..., 3] == 0
-        assert background.any() and not background.all()
+        background = np.ones((6, 6), dtype=bool)
+        background[1:5, 2:5] = False
         for name in ("all", "first"):
             browser.click(f"document.querySelector('label[for={name}]')")
-            cells = cells_of(browser.look(frame(0, 1)), GRIDS[0])
+            cells = cells_of(browser.look(frame(0, 1)), 6)
             (blank,) = {tuple(map(int, cell)) for cell in cells[background]}
             assert np.ptp(blank) < 12 and (np.ptp(cells[~background], axis=-1) > 20).mean() > 0.8
 
