@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 import eupe
 from eupe.cli_eval import eval_app
-from eupe.cli_shared import Json, PicturesPath, err, escaped, finish, out
+from eupe.cli_shared import Json, LocalWeights, PicturesPath, err, escaped, finish, local_weights, out
 from eupe.errors import ConfigError, EupeError
 
 if TYPE_CHECKING:
@@ -900,17 +900,25 @@ def run_recipe(
 def viz(
     items: Annotated[list[str], typer.Argument(help="Stores, training runs, or teachers: one column each.")],
     images: Annotated[str, typer.Option(help="Folder of pictures, or an index.")],
-    out_path: Annotated[Path, typer.Option("--out", help="The page to write (.html).")],
+    out_path: Annotated[Path, typer.Option("--out", help="The page (.html) or figure (.png) to write.")],
     limit: Annotated[int, typer.Option(help="How many pictures.")] = 8,
-    weights: Annotated[list[str] | None, typer.Option(help="TEACHER=PATH: local weights of a teacher.")] = None,
+    weights: LocalWeights = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Colour the foreground alone, found by a model's first component.")
+    ] = False,
+    cell: Annotated[int | None, typer.Option(help="Side of a figure's cells in pixels; 224 by itself.")] = None,
     as_json: Json = False,
 ) -> None:
-    """One self-contained page: dense features as PCA maps side by side, and the runs' loss curves."""
-    from eupe.evaluate.viz import write_page
+    """Dense features as PCA maps side by side: a self-contained page, with the runs' loss curves, or a PNG figure."""
+    from eupe.evaluate.viz import write_maps
 
-    pairs = [word.partition("=") for word in weights or []]
-    if malformed := [name for name, _, path in pairs if not path]:
-        raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}")
-    local = {name: Path(path) for name, _, path in pairs}
-    report = write_page(items, images=images, out=out_path, limit=limit, weights=local)
+    report = write_maps(
+        items,
+        images=images,
+        out=out_path,
+        limit=limit,
+        weights=local_weights(weights),
+        foreground=foreground,
+        cell_px=cell,
+    )
     finish(dataclasses.asdict(report), as_json)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from eupe.cli_shared import Json, PicturesPath, err, escaped, finish, out
-from eupe.errors import ConfigError
+from eupe.cli_shared import Json, LocalWeights, PicturesPath, err, escaped, finish, local_weights, out
 
 if TYPE_CHECKING:
     from eupe.evaluate.dense_probe import Training
@@ -28,7 +27,6 @@ Subjects = Annotated[
     list[str],
     typer.Argument(help="Stores, training runs, teachers, or `pixels`, which is no encoder at all: a row each."),
 ]
-Weights = Annotated[list[str] | None, typer.Option(help="TEACHER=PATH: local weights of a teacher.")]
 Untrained = Annotated[
     bool, typer.Option("--untrained", help="Beside every run and teacher, the same with random weights.")
 ]
@@ -113,7 +111,7 @@ def eval_knn(
     k: Annotated[int, typer.Option(help="Neighbours that vote.")] = 10,
     metric: Annotated[str, typer.Option(help="l2 or cosine.")] = "l2",
     size: Size = None,
-    weights: Weights = None,
+    weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -141,7 +139,7 @@ def eval_linear(
         list[float] | None, typer.Option(help="Of the weights; the best of several, 1e-6 to 100 by default.")
     ] = None,
     size: Size = None,
-    weights: Weights = None,
+    weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -170,7 +168,7 @@ def eval_segment(
     lr: Rate = None,
     seed: Seed = 0,
     limit: Limit = None,
-    weights: Weights = None,
+    weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -199,7 +197,7 @@ def eval_depth(
     lr: Rate = None,
     seed: Seed = 0,
     limit: Limit = None,
-    weights: Weights = None,
+    weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -222,7 +220,7 @@ def eval_correspond(
     alpha: Annotated[float, typer.Option(help="Share of the target's box within which a point is found.")] = 0.1,
     size: Size = None,
     limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
-    weights: Weights = None,
+    weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -281,7 +279,7 @@ def eval_zeroshot(
     text_weights: TextWeights = None,
     space: Space = None,
     size: Size = None,
-    weights: Weights = None,
+    weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -307,7 +305,7 @@ def eval_retrieval(
     space: Space = None,
     size: Size = None,
     limit: Annotated[int | None, typer.Option(help="Only the first pictures.")] = None,
-    weights: Weights = None,
+    weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -333,7 +331,7 @@ def eval_vqa(
         list[float] | None, typer.Option(help="Of the weights; the best of several, 1e-5 to 1 by default.")
     ] = None,
     size: Size = None,
-    weights: Weights = None,
+    weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -370,10 +368,7 @@ def _judge(
     from eupe.evaluate.subject import open_subjects
     from eupe.progress import report_progress
 
-    pairs = [word.partition("=") for word in weights or []]
-    if malformed := [name for name, _, path in pairs if not path]:
-        raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}")
-    subjects = open_subjects(words, {name: Path(path) for name, _, path in pairs}, untrained=untrained)
+    subjects = open_subjects(words, local_weights(weights), untrained=untrained)
     found = []
     with report_progress(err, "steps", quiet=as_json) as progress:
         while subjects:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from eupe.errors import ConfigError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -17,6 +20,18 @@ PicturesPath = Annotated[
     str | None,
     typer.Option("--corpus", help="Where the pictures are now; else the place noted in the store."),
 ]
+LocalWeights = Annotated[list[str] | None, typer.Option("--weights", help="TEACHER=PATH: local weights of a teacher.")]
+
+
+def local_weights(words: list[str] | None) -> dict[str, Path]:
+    """By the teacher's word.
+
+    Raises: ConfigError.
+    """
+    pairs = [word.partition("=") for word in words or []]
+    if malformed := [name for name, _, path in pairs if not path]:
+        raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}")
+    return {name: Path(path) for name, _, path in pairs}
 
 
 def escaped(text: str) -> str:

@@ -1,6 +1,6 @@
 """Dense features as colours: three leading principal components, one projection for all maps of a model.
 
-Shapes: P pictures, h w cells, D channels, N = P*h*w tokens, C = 3 components.
+Shapes: P pictures, h w cells, D channels, N = P*h*w tokens, C = 3 components, K directions.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Pca:
     low_C: NDArray[np.float64]
     high_C: NDArray[np.float64]
     """Scores drawn as 0 and as 255."""
-    explained: float
-    """Share of the tokens' variance that the three explain (0 to 1)."""
+    explained_C: NDArray[np.float64]
+    """Share of the tokens' variance that each component explains (0 to 1)."""
 
     def scores(self, dense_PhwD: Maps) -> NDArray[np.float64]:
         """Of every token on the three components: [P, h, w, 3]."""
@@ -53,27 +53,43 @@ def fit_pca(dense_PhwD: Maps) -> Pca:
     mean_D = tokens_ND.mean(axis=0)
     tokens_ND -= mean_D
     total = float(np.square(tokens_ND).sum())
-    variances, components_DC = _leading(tokens_ND, negligible=NEGLIGIBLE * total)
+    squares_C, components_DC = leading_directions(tokens_ND, NUM_COMPONENTS)
     scores_NC = tokens_ND @ components_DC
     largest = scores_NC[np.abs(scores_NC).argmax(axis=0), np.arange(NUM_COMPONENTS)]
     signs_C = np.where(largest < 0, -1.0, 1.0)
     low_C, high_C = np.percentile(scores_NC * signs_C, PERCENTILES, axis=0)
-    explained = float(variances.sum()) / total if total else 0.0
-    return Pca(mean_D, components_DC * signs_C, low_C, high_C, explained)
+    return Pca(mean_D, components_DC * signs_C, low_C, high_C, squares_C / total if total else squares_C)
 
 
-def _leading(tokens_ND: NDArray[np.float64], *, negligible: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Variances (summed over tokens) [3] and directions [D, 3], largest first, from the smaller square product.
+def leading_directions(tokens_ND: NDArray[np.float64], count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The orthonormal directions along which the tokens are largest, from the smaller square product.
 
-    Both are 0 where there is no more than a negligible variance.
+    Returns: the sums of squares along them [K], largest first, and the directions [D, K]; K is `count`. Both are 0
+        where the tokens have no such direction, or a negligible share of their squares along it.
     """
     wide = tokens_ND.shape[1] > tokens_ND.shape[0]
     eigenvalues, vectors = np.linalg.eigh(tokens_ND @ tokens_ND.T if wide else tokens_ND.T @ tokens_ND)
-    variances = eigenvalues[::-1][:NUM_COMPONENTS]
-    kept = variances > negligible
-    vectors = vectors[:, ::-1][:, :NUM_COMPONENTS]
+    squares = eigenvalues[::-1][:count]
+    kept = squares > NEGLIGIBLE * float(np.square(tokens_ND).sum())
+    vectors = vectors[:, ::-1][:, :count]
     if wide:
-        vectors = tokens_ND.T @ vectors / np.sqrt(np.where(kept, variances, 1.0))
-    lacking = NUM_COMPONENTS - len(variances)
-    directions_DC = np.pad(np.where(kept, vectors, 0.0), ((0, 0), (0, lacking)))
-    return np.pad(np.where(kept, variances, 0.0), (0, lacking)), directions_DC
+        vectors = tokens_ND.T @ vectors / np.sqrt(np.where(kept, squares, 1.0))
+    lacking = count - len(squares)
+    directions_DK = np.pad(np.where(kept, vectors, 0.0), ((0, 0), (0, lacking)))
+    return np.pad(np.where(kept, squares, 0.0), (0, lacking)), directions_DK
+
+
+def find_foreground(dense_PhwD: Maps) -> NDArray[np.bool_]:
+    """Which tokens are foreground: [P, h, w]; none where all tokens are alike.
+
+    The first component of all tokens is cut in two at its mean. Background is the side that is commoner along the
+    pictures' borders than in the pictures; if neither is, the larger one.
+
+    Source: DINOv2 (arXiv:2304.07193), figure 1; there, the side is chosen by eye.
+    """
+    above_Phw = fit_pca(dense_PhwD).scores(dense_PhwD)[..., 0] > 0
+    border_hw = np.ones(above_Phw.shape[1:], dtype=bool)
+    border_hw[1:-1, 1:-1] = False
+    along_border, overall = above_Phw[:, border_hw].mean(), above_Phw.mean()
+    background_is_above = along_border > overall or (along_border == overall and overall > 0.5)
+    return ~above_Phw if background_is_above else above_Phw

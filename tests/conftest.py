@@ -23,6 +23,7 @@ from eupe.cli import main
 from eupe.store import Store
 
 if TYPE_CHECKING:
+    from browser import Browser
     from object_store import S3Server
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,15 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_weights: Path) -> Store:
     """A finished store of the tiny corpus, two random crops each. Not to be changed."""
     return make_store(tmp_path_factory.mktemp("store") / "tiny.zarr", tiny_corpus, tiny_weights)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    from browser import Browser
+
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,10 @@ def test_the_page_shows_a_teacher_with_local_weights(
     words = ["viz", "timm:test_vit", "--weights", f"timm:test_vit={tiny_weights}", "--images", tiny_corpus]
     outcome = run_eupe(*words, "--out", tmp_path / "p.html", "--limit", 2, "--json")
     assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["num_pictures"] == 2
+    assert len(json.loads(outcome.out)["pictures"]) == 2
+    figure = run_eupe(*words, "--out", tmp_path / "f.png", "--limit", 2, "--cell", 40, "--foreground", "--json")
+    assert figure.code == 0, figure.err
+    assert json.loads(figure.out)["num_bytes"] == (tmp_path / "f.png").stat().st_size
 
 
 def test_the_list_of_teachers_is_quick_and_complete(run_eupe: Run) -> None:

@@ -1,11 +1,11 @@
-"""Three principal components as colours, against scikit-learn's."""
+"""Three principal components as colours, against scikit-learn's, and what is foreground."""
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from eupe.pca import fit_pca
+from eupe.pca import find_foreground, fit_pca, leading_directions
 
 
 def scores(dense: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -23,7 +23,7 @@ def test_scores_are_those_of_scikit_learn_up_to_sign(shape: tuple[int, ...]) -> 
     oracle = PCA(3, svd_solver="full").fit(dense.reshape(-1, shape[-1]))
     expected = oracle.transform(dense.reshape(-1, shape[-1])).reshape(*shape[:-1], 3)
     np.testing.assert_allclose(np.abs(pca.scores(dense)), np.abs(expected), atol=1e-9)
-    assert pca.explained == pytest.approx(oracle.explained_variance_ratio_.sum())
+    np.testing.assert_allclose(pca.explained_C, oracle.explained_variance_ratio_)
 
 
 def test_sign_and_colours_do_not_depend_on_the_solver() -> None:
@@ -71,7 +71,7 @@ def test_colours_span_the_percentiles_and_outliers_are_clipped() -> None:
 def test_what_does_not_vary_is_mid_grey(dense: NDArray[np.float64]) -> None:
     rgb = colours(dense)
     assert (rgb == 128).all() and rgb.shape == (*dense.shape[:-1], 3)
-    assert fit_pca(dense).explained == 0
+    assert (fit_pca(dense).explained_C == 0).all()
 
 
 def test_missing_components_are_mid_grey_and_not_amplified_noise() -> None:
@@ -79,7 +79,7 @@ def test_missing_components_are_mid_grey_and_not_amplified_noise() -> None:
     for dense in (line, line * np.linspace(0.1, 0.9, 7, dtype=np.float32)):
         rgb = colours(dense)
         assert (rgb[..., 1:] == 128).all() and rgb[..., 0].max() == 255
-        assert fit_pca(dense).explained == pytest.approx(1)
+        np.testing.assert_allclose(fit_pca(dense).explained_C, [1, 0, 0])
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 4, 8), (2, 2, 2, 40)], ids=["more tokens", "more channels"])
@@ -93,3 +93,52 @@ def test_other_tokens_are_projected_as_scikit_learn_does_and_shaded_alike(shape:
     both = pca.rgb(np.concatenate([fitted.reshape(1, 1, -1, shape[-1]), others.reshape(1, 1, -1, shape[-1])], axis=2))
     np.testing.assert_array_equal(both[0, 0, : fitted[..., 0].size], colours(fitted).reshape(-1, 3))
     np.testing.assert_array_equal(both[0, 0, fitted[..., 0].size :], pca.rgb(others).reshape(-1, 3))
+
+
+@pytest.mark.parametrize("shape", [(60, 8), (10, 40), (3, 5)], ids=["more tokens", "more channels", "few"])
+def test_leading_directions_are_the_singular_vectors(shape: tuple[int, int]) -> None:
+    tokens = np.random.default_rng(7).normal(size=shape) + 2
+    squares, directions = leading_directions(tokens, 4)
+    _, singular, vectors = np.linalg.svd(tokens, full_matrices=False)
+    found = min(4, *shape)
+    np.testing.assert_allclose(squares[:found], singular[:found] ** 2)
+    np.testing.assert_allclose(np.abs(np.diag(vectors[:found] @ directions)), 1)
+    assert not squares[found:].any() and not directions[:, found:].any()
+
+
+def _scene(object_cells: slice, *, sign: float = 1) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Two pictures of an object on a ground, in features that vary a little on both, and where the object is."""
+    rng = np.random.default_rng(8)
+    mask = np.zeros((2, 12, 12), dtype=bool)
+    mask[:, object_cells, object_cells] = True
+    directions = np.linalg.qr(rng.normal(size=(16, 2)))[0].T
+    return rng.normal(size=(2, 12, 12, 16)) * 0.05 + sign * 5 * directions[mask.astype(int)], mask
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("cells", [slice(4, 7), slice(3, 9), slice(1, 11), slice(5, 12)])
+def test_foreground_is_what_the_borders_show_least_of(cells: slice, sign: float) -> None:
+    """Small, larger than the ground, cut by the border, and whichever way the component points."""
+    dense, mask = _scene(cells, sign=sign)
+    np.testing.assert_array_equal(find_foreground(dense), mask)
+
+
+def test_foreground_is_one_decision_for_all_pictures() -> None:
+    """A picture of nothing but ground has none, one of nothing but the object is all foreground."""
+    dense, mask = _scene(slice(2, 10))
+    dense = np.concatenate([dense, np.broadcast_to(dense[:1, :1, :1], (1, 12, 12, 16))])
+    dense = np.concatenate([dense, np.broadcast_to(dense[:1, 5:6, 5:6], (1, 12, 12, 16))])
+    found = find_foreground(dense)
+    np.testing.assert_array_equal(found[:2], mask)
+    assert not found[2].any() and found[3].all()
+
+
+def test_what_does_not_vary_has_no_foreground() -> None:
+    for shape in ((2, 4, 4, 5), (1, 1, 1, 3)):
+        assert not find_foreground(np.full(shape, 2.5)).any()
+
+
+def test_where_all_cells_are_border_the_lesser_part_is_foreground() -> None:
+    dense = np.zeros((3, 2, 2, 4))
+    dense[0, 0, 0] = dense[1, 1, 1] = 7
+    np.testing.assert_array_equal(find_foreground(dense), dense[..., 0] == 7)

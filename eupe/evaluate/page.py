@@ -27,30 +27,29 @@ def fill_template(template: str, **values: object) -> str:
 
 
 def make_place(out: Path) -> None:
-    """Make the folder that a page goes to.
+    """Make the folder that a page or figure goes to.
 
-    Raises: StorageError if a page cannot stand at `out`.
+    Raises: StorageError if it cannot stand at `out`.
     """
     if out.is_dir():
-        raise StorageError(f"the page cannot be written to {out}: it is a folder; name a file in it")
+        raise StorageError(f"{out} cannot be written: it is a folder; name a file in it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"the page cannot be written to {out}: {error}") from error
+        raise StorageError(f"{out} cannot be written: {error}") from error
 
 
-def write_whole(out: Path, page: str) -> int:
-    """Write the page whole or not at all; returns its bytes.
+def write_whole(out: Path, data: bytes) -> int:
+    """Write a page or figure whole or not at all; returns its bytes.
 
     Raises: StorageError.
     """
-    data = page.encode(errors="replace")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
         temporary.replace(out)
     except OSError as error:
-        raise StorageError(f"the page cannot be written to {out}: {error}") from error
+        raise StorageError(f"{out} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return len(data)

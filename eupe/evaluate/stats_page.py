@@ -34,7 +34,7 @@ def write_stats_page(summary: StoreSummary, out: Path) -> int:
     """
     require_page_name(out)
     make_place(out)
-    return write_whole(out, render_stats_page(summary))
+    return write_whole(out, render_stats_page(summary).encode(errors="replace"))
 
 
 def render_stats_page(summary: StoreSummary) -> str:

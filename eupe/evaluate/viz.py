@@ -1,4 +1,4 @@
-"""PCA maps of dense features side by side: stores, runs and teachers on the very same views, on one page.
+"""PCA maps of dense features side by side: stores, runs and teachers on the very same views, on one page or figure.
 
 Shapes: P pictures, S pixels along a side, h w cells, D channels.
 """
@@ -7,229 +7,111 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from eupe.corpus.decode import decode_image
 from eupe.corpus.index import Corpus, open_corpus
-from eupe.corpus.pictures import Inside, insides, read_picture
-from eupe.corpus.views import ViewParams, ViewSpec, draw_view, render_view
-from eupe.device import compute_dtype, pick_device
-from eupe.encoder import CARD_FILE, load_card
-from eupe.errors import ConfigError, CorpusError, RunError, TeacherError
+from eupe.corpus.pictures import insides, read_picture
+from eupe.corpus.views import ViewSpec, draw_view
+from eupe.encoder import load_card
+from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.page import make_place, write_whole
 from eupe.evaluate.run import read_card
+from eupe.evaluate.viz_figure import draw_figure, plan_figure
 from eupe.evaluate.viz_history import read_history
-from eupe.evaluate.viz_page import ModelColumn, PictureCell, render_page
-from eupe.pca import fit_pca
+from eupe.evaluate.viz_items import EncoderItem, Item, Picture, StoreItem, View, open_items
+from eupe.evaluate.viz_maps import ModelColumn, PictureCell, colour_maps
+from eupe.evaluate.viz_page import render_page
 from eupe.place import Place, Where
-from eupe.store import Features, Store, open_store
-from eupe.store.layout import DENSE
-from eupe.teachers.resolve import resolve_teacher
-from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.teacher import load_teacher
+from eupe.store import Features
 from eupe.train.targets import is_held_out
 
+PAGE, FIGURE = ".html", ".png"
 SHOWN_PX = 320
 """Side of the views on the page."""
-BATCH = 8
 
 
 @dataclass(frozen=True)
 class VizReport:
     """What was written."""
 
-    page: str
+    out: str
     models: tuple[str, ...]
-    num_pictures: int
+    pictures: tuple[str, ...]
+    """Their keys, from top to bottom."""
     num_held_out: int
+    notes: tuple[str, ...]
+    """What could not be shown as asked, and why."""
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture that may be shown."""
-
-    key: str
-    label: str | None
-    sha256: str | None
-    held_out: bool
-    inside: Inside | None = None
-    """Where its bytes are, if it is no file of its own."""
-
-
-@dataclass(frozen=True)
-class View:
-    """The part of a picture that all models see."""
-
-    picture: Picture
-    image: Image.Image
-    params: ViewParams
-
-    def render(self, size: int) -> NDArray[np.uint8]:
-        """uint8 [S, S, 3]"""
-        return render_view(self.image, self.params, size)
-
-
-@dataclass(frozen=True)
-class StoreItem:
-    """Features that were cached: no model is run."""
-
-    name: str
-    store: Store
-
-    @property
-    def size(self) -> int:
-        """The finest of the store's sizes."""
-        return max(self.store.spec.sizes)
-
-    @cached_property
-    def places(self) -> dict[str, tuple[int, str | None]]:
-        """Row and hash of every sample that has features, by key."""
-        samples = self.store.samples.select(["key", "row", "sha256", "status"]).to_pylist()
-        return {s["key"]: (s["row"], s["sha256"]) for s in samples if s["status"] == "ok"}
-
-    def read(self, pictures: Sequence[Picture]) -> Features:
-        """View 0 of each picture.
-
-        Raises: CorpusError if a picture is not the one that the store's teacher saw; PartCorruptError.
-        """
-        for picture in pictures:
-            if self.places[picture.key][1] != picture.sha256:
-                raise CorpusError(
-                    f"picture {picture.key} is not the file whose features {self.store.path} holds; "
-                    "give --images the pictures that it was extracted from, or extract again"
-                )
-        rows = [self.places[picture.key][0] for picture in pictures]
-        return self.store.read(rows, [0] * len(rows), size=self.size)
-
-
-@dataclass(frozen=True)
-class EncoderItem:
-    """A run's student, or a teacher: loaded and run."""
-
-    name: str
-    spec: TeacherSpec
-    weights: Path | None = None
-
-    @property
-    def run(self) -> Path | None:
-        """The training run that this is, or None for a teacher."""
-        return Path(self.spec.model) if self.spec.backend == "run" else None
-
-    def dense(self, views: Sequence[View]) -> NDArray[np.float32]:
-        """Dense tokens [P, h, w, D] at the encoder's own size.
-
-        Raises: TeacherError, RunError if it cannot be loaded.
-        """
-        size, device = self.spec.native_size, pick_device()
-        teacher = load_teacher(
-            self.spec, weights=self.weights, device=device, dtype=compute_dtype("auto", device), sizes=(size,)
-        )
-        pixels = torch.from_numpy(np.stack([view.render(size) for view in views]))
-        batches = [teacher(pixels[i : i + BATCH]).dense.cpu() for i in range(0, len(pixels), BATCH)]
-        dense: NDArray[np.float32] = torch.cat(batches).numpy()
-        return dense
-
-
-Item = StoreItem | EncoderItem
 Stored = Sequence[tuple[StoreItem, Features]]
 """What each store holds of the pictures chosen."""
 
 
-def write_page(
+def write_maps(
     items: Sequence[str],
     *,
     images: Where,
     out: Path,
     limit: int = 8,
     weights: Mapping[str, Path] | None = None,
+    foreground: bool = False,
+    cell_px: int | None = None,
 ) -> VizReport:
-    """Write one HTML file that shows what each model makes of the same pictures.
+    """Write one HTML page, or one PNG figure, that shows what each model makes of the same pictures.
 
     Args:
         items: stores, runs' directories and teachers' names, one column each.
         images: a folder of pictures, or an index; those that every store has features of may be shown.
+        out: ends in .html or .png.
         limit: most pictures to show.
         weights: local weights in place of the hub's, for teachers among the items.
+        foreground: colour the foreground alone, found by each model's own first component.
+        cell_px: side of a figure's cells.
     Raises: ConfigError, CorpusError, StoreError, RunError or TeacherError for what the user can mend;
         StorageError if `out` cannot be written.
     """
-    if limit < 1:
-        raise ConfigError(f"--limit must be at least 1, got {limit}")
+    _require_words(out, limit, cell_px)
     opened = open_items(items, weights or {})
     make_place(out)
     corpus = open_corpus(images)
     stores = [item for item in opened if isinstance(item, StoreItem)]
     runs = {item.name: item.run for item in opened if isinstance(item, EncoderItem) and item.run}
     pictures = choose_pictures(_pictures_in_common(corpus, stores, list(runs.values())), limit)
+    layout = plan_figure(len(pictures), 1 + len(opened), cell_px) if out.suffix == FIGURE else None
     decoded = [_read_image(corpus.root, picture) for picture in pictures]
     stored = {item.name: item.read(pictures) for item in stores}
     views = _views(pictures, decoded, [(item, stored[item.name]) for item in stores])
-    columns = [_column(item, views, stored.get(item.name)) for item in opened]
-    histories = [(name, read_history(run)) for name, run in runs.items()]
-    page = render_page([_cell(view) for view in views], columns, histories)
+    columns = [_column(item, views, stored.get(item.name), foreground) for item in opened]
+    cells = [_cell(view, layout.cell if layout else SHOWN_PX) for view in views]
+    if layout:
+        data = draw_figure(layout, cells, columns)
+    else:
+        page = render_page(cells, columns, [(name, read_history(run)) for name, run in runs.items()])
+        data = page.encode(errors="replace")
     return VizReport(
-        page=str(out),
+        out=str(out),
         models=tuple(column.name for column in columns),
-        num_pictures=len(pictures),
+        pictures=tuple(picture.key for picture in pictures),
         num_held_out=sum(picture.held_out for picture in pictures),
-        num_bytes=write_whole(out, page),
+        notes=tuple(f"{column.name}: {column.colours.note}" for column in columns if column.colours.note),
+        num_bytes=write_whole(out, data),
     )
 
 
-def open_items(items: Sequence[str], weights: Mapping[str, Path]) -> list[Item]:
-    """Each item as a store, a run or a teacher; loads no weights.
-
-    Raises: ConfigError for none, or one that is none of the three; StoreError, RunError for a damaged one.
-    """
-    if not items:
-        raise ConfigError("nothing to show: name at least one store, training run or teacher")
-    opened = [_open_item(item, weights.get(item)) for item in items]
-    teachers = {item.name for item in opened if isinstance(item, EncoderItem) and not item.run}
-    if misplaced := sorted(set(weights) - teachers):
-        raise ConfigError(f"weights are given for {misplaced[0]}, which is no teacher among the items")
-    return _with_short_names(opened)
-
-
-def _open_item(words: str, weights: Path | None) -> Item:
-    path, place = Path(words), Place.of(words)
-    if not place.is_local or place.exists("zarr.json"):
-        store = open_store(place)
-        if DENSE not in store.spec.tokens:
-            raise ConfigError(f"{place} holds no dense features; extract it with --tokens summary,dense")
-        return StoreItem(words, store)
-    if _is_run(path) and not (path / CARD_FILE).is_file():
-        raise RunError(f"run {path} has no student yet; finish it with `eupe train ... --resume`")
-    try:
-        return EncoderItem(words, resolve_teacher(words), weights)
-    except TeacherError as error:
-        raise ConfigError(f"{words} is no store (no zarr.json), run or teacher: {error}") from error
-
-
-def _is_run(path: Path) -> bool:
-    """Whether a training run was begun there; another library's folder may have a `config.json` too."""
-    try:
-        read_card(path)
-    except RunError:
-        return False
-    return True
-
-
-def _with_short_names(items: list[Item]) -> list[Item]:
-    """A path's last part in place of the path, where that tells the items apart."""
-    short = [
-        Path(item.name).name if isinstance(item, StoreItem) or Path(item.name).is_dir() else item.name for item in items
-    ]
-    unique = Counter(short)
-    pairs = zip(items, short, strict=True)
-    return [replace(item, name=name) if unique[name] == 1 else item for item, name in pairs]
+def _require_words(out: Path, limit: int, cell_px: int | None) -> None:
+    """Raises: ConfigError for options that cannot work, alone or together."""
+    if limit < 1:
+        raise ConfigError(f"--limit must be at least 1, got {limit}")
+    if out.suffix not in (PAGE, FIGURE):
+        raise ConfigError(f"--out {out} must end in {PAGE} for a page or in {FIGURE} for a figure")
+    if cell_px is not None and out.suffix != FIGURE:
+        raise ConfigError(f"--cell is for figures, and --out {out} is a page; leave --cell out, or write a {FIGURE}")
 
 
 def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreItem], runs: Sequence[Path]) -> list[Picture]:
@@ -294,13 +176,13 @@ def _read_image(root: Place, picture: Picture) -> Image.Image:
         raise CorpusError(f"picture {picture.key} of {root} cannot be read: {error}") from error
 
 
-def _cell(view: View) -> PictureCell:
+def _cell(view: View, side_px: int) -> PictureCell:
     picture = view.picture
-    return PictureCell(picture.key, picture.label, picture.held_out, view.render(SHOWN_PX))
+    return PictureCell(picture.key, picture.label, picture.held_out, view.render(side_px))
 
 
-def _column(item: Item, views: Sequence[View], stored: Features | None) -> ModelColumn:
-    """A model's features as colours.
+def _column(item: Item, views: Sequence[View], stored: Features | None, foreground: bool) -> ModelColumn:
+    """A model's features and their colours.
 
     Raises: ConfigError if they are not all numbers.
     """
@@ -314,5 +196,4 @@ def _column(item: Item, views: Sequence[View], stored: Features | None) -> Model
         about = "" if item.run is None else load_card(item.run).arch
     if not np.isfinite(dense).all():
         raise ConfigError(f"{item.name} gives features that are not finite, which have no colours")
-    pca = fit_pca(dense)
-    return ModelColumn(item.name, kind, about, size, dense.shape[1], dense.shape[-1], pca.explained, pca.rgb(dense))
+    return ModelColumn(item.name, kind, about, size, dense, colour_maps(dense, foreground=foreground))

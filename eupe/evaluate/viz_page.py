@@ -1,51 +1,29 @@
-"""The page itself: one HTML file without scripts, fonts or links, every string from outside escaped."""
+"""The page itself: one HTML file without fonts or links, its one script named by its hash, every string from outside
+escaped. Without scripts it reads as well; then no patch can be compared with others."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from eupe.evaluate.colour_ramps import MAGMA, VIRIDIS, Ramp, css_gradient, svg_component_filter
 from eupe.evaluate.page import fill_template
-from eupe.evaluate.viz_chart import Series, svg_chart
-from eupe.evaluate.viz_history import Cosine, History
+from eupe.evaluate.viz_history import History
+from eupe.evaluate.viz_maps import Colours, ModelColumn, PictureCell
+from eupe.evaluate.viz_similarity import MAX_TEXT_BYTES, Embedding, channels_to_keep, embed
+from eupe.evaluate.viz_training import render_training
 
-TEMPLATE = "viz_page.html"
+TEMPLATE, SCRIPT = "viz_page.html", "viz_page.js"
 JPEG_QUALITY = 90
-
-
-@dataclass(frozen=True)
-class PictureCell:
-    """The first cell of a row."""
-
-    key: str
-    label: str | None
-    held_out: bool
-    pixels: NDArray[np.uint8]
-    """[S, S, 3]: the view that all models saw."""
-
-
-@dataclass(frozen=True)
-class ModelColumn:
-    """A column: a model, and its map of every picture."""
-
-    name: str
-    kind: str
-    """store, run or teacher."""
-    about: str
-    """Whose features these are, where the name does not say."""
-    size: int
-    grid: int
-    dim: int
-    explained: float
-    """Share of the tokens' variance that the colours show."""
-    maps_PhwC: NDArray[np.uint8]
+COMPONENTS = ("first", "second", "third")
 
 
 def render_page(
@@ -53,57 +31,102 @@ def render_page(
 ) -> str:
     """The whole page; `histories` are the runs among the models, by name."""
     names = ", ".join(model.name for model in models)
+    kept = channels_to_keep(sum(model.dense_PhwD[..., 0].size for model in models))
+    embeddings = [embed(model.dense_PhwD, kept) if kept else None for model in models]
+    rows = "\n".join(_row(picture, i, models, embeddings) for i, picture in enumerate(pictures))
+    script = (files("eupe.evaluate") / SCRIPT).read_text(encoding="utf-8") if kept else ""
     return fill_template(
         TEMPLATE,
         title=escape(f"Dense features of {names}"),
         names=escape(names),
         counts=f"{_count(len(models), 'model')}, {_count(len(pictures), 'picture')}",
         columns=len(models) + 1,
+        foreground=FOREGROUND_LEGEND if any(_asked_for_foreground(model.colours) for model in models) else "",
         held_out=HELD_OUT_LEGEND if any(picture.held_out for picture in pictures) else "",
+        components_ramp=_ramp("components", VIRIDIS),
+        similarity=SIMILARITY_LEGEND.format(ramp=_ramp("similarity", MAGMA)) if kept else NO_SIMILARITY_LEGEND,
+        filters="".join(svg_component_filter(f"only-{name}", i, VIRIDIS) for i, name in enumerate(COMPONENTS)),
         heads="\n".join(_head(model) for model in models),
-        rows="\n".join(_row(picture, i, models) for i, picture in enumerate(pictures)),
-        runs="\n".join(_run(name, history) for name, history in histories),
+        rows=rows,
+        exactness=_exactness(models, embeddings),
+        runs="\n".join(render_training(name, history) for name, history in histories),
+        megabytes=f"{len(rows) / 1e6:.2f}",
+        policy=f"; script-src 'sha256-{_digest(script)}'" if script else "",
+        script=f"<script>{script}</script>" if script else "",
     )
 
 
+FOREGROUND_LEGEND = """<li>Only <b>foreground</b> is in colour: the first component of all of a model's tokens is cut in
+two at its mean, the side that is commoner along the pictures' borders is background and left blank, and the colours
+are the components of the rest alone.</li>"""
+
 HELD_OUT_LEGEND = '<li><span class="tag">held out</span> never trained on by any run shown here</li>'
+
+SIMILARITY_LEGEND = """<li class="scripted"><b>Click a patch</b> of any picture or map (or go there with Tab and the
+arrow keys, and press Enter) to see how similar every model finds the picture's other patches to it: the cosine of their
+features, {ramp} from the least similar patch of a map to the patch itself.</li>"""
+
+NO_SIMILARITY_LEGEND = f"""<li>So many maps leave no room for features ({MAX_TEXT_BYTES / 1e6:.0f} MB at most), by which
+patches could be compared: show fewer pictures.</li>"""
+
+
+def _asked_for_foreground(colours: Colours) -> bool:
+    return colours.foreground is not None or bool(colours.note)
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def _digest(script: str) -> str:
+    """As a content security policy names a script."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _ramp(name: str, ramp: Ramp) -> str:
+    stops = " ".join(ramp)
+    return f'<span class="ramp {name}" style="background:{css_gradient(ramp)}" data-stops="{stops}"></span>'
+
+
 def _head(model: ModelColumn) -> str:
-    facts = (
-        f"{model.size} px",
-        f"{model.grid}×{model.grid} cells",
-        f"{model.dim} channels",
-        f"{model.explained:.0%} of variance",
+    colours = model.colours
+    shares = "+".join(f"{100 * share:.0f}" for share in colours.explained)
+    facts = [f"{model.size} px", f"{model.grid}×{model.grid} cells", f"{model.dim} channels"]
+    if colours.foreground is None:
+        facts.append(f"{shares}% of variance")
+    else:
+        facts += [f"{colours.foreground:.0%} foreground", f"{shares}% of its variance"]
+    about = [f'<span class="long">{escape(model.about)}</span>'] if model.about else []
+    note = f'<p class="note">{escape(colours.note)}</p>' if colours.note else ""
+    spans = " ".join(
+        [*about, *(f"<span>{fact}</span>" for fact in facts[:-1]), f'<span class="long">{facts[-1]}</span>']
     )
-    about = [f'<span class="about">{escape(model.about)}</span>'] if model.about else []
-    spans = " ".join([*about, *(f"<span>{fact}</span>" for fact in facts)])
     return (
         f'<div class="head"><b title="{escape(model.name)}">{escape(model.name)}</b>'
-        f'<span class="kind {model.kind}">{model.kind}</span><p>{spans}</p></div>'
+        f'<span class="kind {model.kind}">{model.kind}</span><p>{spans}</p>{note}</div>'
     )
 
 
-def _row(picture: PictureCell, i: int, models: Sequence[ModelColumn]) -> str:
+def _row(picture: PictureCell, i: int, models: Sequence[ModelColumn], embeddings: Sequence[Embedding | None]) -> str:
     label = f'<span class="label">{escape(picture.label)}</span>' if picture.label is not None else ""
     tag = '<span class="tag">held out</span>' if picture.held_out else ""
     what = escape(picture.key)
     view = _figure("the view", f'<img src="{jpeg_uri(picture.pixels)}" alt="The view of {what}">')
-    maps = "\n".join(_map(model, i, what) for model in models)
+    maps = "\n".join(_map(*pair, i, what) for pair in zip(models, embeddings, strict=True))
     return f"<article><h3>{what}{label}{tag}</h3>\n<div class='cells'>\n{view}\n{maps}\n</div></article>"
 
 
-def _map(model: ModelColumn, i: int, what: str) -> str:
-    name, source = escape(model.name), png_uri(model.maps_PhwC[i])
-    return _figure(name, f'<img class="map" src="{source}" alt="PCA map of {what} by {name}">')
+def _map(model: ModelColumn, embedding: Embedding | None, i: int, what: str) -> str:
+    name, source = escape(model.name), png_uri(model.colours.maps_PhwC[i])
+    data = ""
+    if embedding is not None:
+        features = base64.b64encode(embedding.codes_PNK[i].tobytes()).decode()
+        data = f' data-grid="{model.grid}" data-features="{features}"'
+    return _figure(name, f'<img class="map" src="{source}" alt="PCA map of {what} by {name}">', data)
 
 
-def _figure(caption: str, image: str) -> str:
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+def _figure(caption: str, image: str, data: str = "") -> str:
+    return f'<figure><div class="frame"{data}>{image}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def png_uri(pixels: NDArray[np.uint8]) -> str:
@@ -122,54 +145,28 @@ def _data_uri(pixels: NDArray[np.uint8], kind: str, **options: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _run(name: str, history: History) -> str:
-    charts = []
-    if history.losses:
-        charts.append(_chart("Training loss", history.losses, name, "loss", allow_log=True))
-    if history.cosines:
-        charts.append(_chart("Validation on held-out pictures", history.cosines, name, "normalised cosine"))
-    facts = f"<p>{escape(history.facts)}</p>" if history.facts else ""
-    body = "\n".join(charts) or "<p>This run has no log.</p>"
-    return (
-        f'<section class="training"><h2>Training of {escape(name)}</h2>{facts}\n'
-        f'<div class="charts">{body}</div>\n{_outcome(history.outcome)}</section>'
-    )
-
-
-def _chart(title: str, series: Sequence[Series], run: str, y_label: str, *, allow_log: bool = False) -> str:
-    drawn = svg_chart(series, label=f"{title}: {run}", y_label=y_label, x_label="step", allow_log=allow_log)
-    keys = "".join(
-        '<li><svg viewBox="0 0 26 8" aria-hidden="true">'
-        f'<line class="{one.css}" x1="1" x2="25" y1="4" y2="4"/></svg>'
-        f"{escape(one.name)} <b>{one.points[-1][1]:.3g}</b></li>"
-        for one in series
-    )
-    return f'<figure><h3>{escape(title)}</h3>{drawn}<ul class="keys">{keys}</ul></figure>'
-
-
-def _outcome(rows: Sequence[Cosine]) -> str:
-    if not rows:
+def _exactness(models: Sequence[ModelColumn], embeddings: Sequence[Embedding | None]) -> str:
+    """How near the page's cosines are to those of the features themselves."""
+    shown = [(model, embedding) for model, embedding in zip(models, embeddings, strict=True) if embedding is not None]
+    if not shown:
         return ""
-    return OUTCOME_TABLE.format(body="\n".join(_outcome_row(row) for row in rows))
-
-
-def _outcome_row(row: Cosine) -> str:
-    gain = row.raw - row.mean_raw
-    return (
-        f'<tr><th scope="row">{escape(row.target)}</th><td>{escape(row.tokens)}</td>'
-        f"<td>{row.normalised:.4f}</td><td>{row.raw:.4f}</td><td>{row.mean_raw:.4f}</td>"
-        f'<td class="{"better" if gain > 0 else "worse"}">{gain:+.4f}</td></tr>'
+    num_bytes = sum(embedding.codes_PNK.nbytes for _, embedding in shown) * 4 / 3
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(model.name)}</th><td>{embedding.codes_PNK.shape[-1]} of {model.dim}</td>'
+        f"<td>{embedding.mean_error:.4f}</td><td>{embedding.largest_error:.4f}</td></tr>"
+        for model, embedding in shown
     )
+    return EXACTNESS_SECTION.format(body=body, megabytes=num_bytes / 1e6, most=MAX_TEXT_BYTES / 1e6)
 
 
-OUTCOME_TABLE = """<div class="scroll"><table>
-<caption>Cosine between what the finished student predicts and what the teacher said, on held-out pictures.
-<i>Normalised</i>: channels standardised as in the loss, where always saying the teacher's mean feature
-scores about 0.
-<i>Mean feature</i>: what that constant answer scores on the raw features.</caption>
-<thead><tr><th scope="col">target</th><th scope="col">tokens</th>
-<th scope="col">normalised</th><th scope="col">raw</th><th scope="col">mean feature</th>
-<th scope="col">raw − mean feature</th></tr></thead>
+EXACTNESS_SECTION = """<section class="exactness scripted">
+<h2>How exact the similarities are</h2>
+<p>They are computed in this page, from {megabytes:.2f} MB of features ({most:.0f} MB at most): every patch keeps the
+channels along which a model's patches are largest, rounded to 8 bits.</p>
+<div class="scroll"><table>
+<caption>Differences from the cosines of the full features, over all pairs of patches of a picture.</caption>
+<thead><tr><th scope="col">model</th><th scope="col">channels kept</th><th scope="col">mean difference</th>
+<th scope="col">largest difference</th></tr></thead>
 <tbody>
 {body}
-</tbody></table></div>"""
+</tbody></table></div></section>"""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,19 +18,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import Browser, needs_browser
 from making import TINY_SIZE, TINY_STUDENT, TINY_TEACHER, TWO_CROPS, make_corpus, make_store, picture, random_weights
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.decomposition import PCA
+from typed import parsed
 
 from eupe.corpus.decode import decode_image
 from eupe.corpus.photometric import NEUTRAL
 from eupe.corpus.views import ViewParams, ViewSpec, render_view
 from eupe.encoder import load_encoder, normalise
 from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageError
-from eupe.evaluate.viz import SHOWN_PX, Picture, VizReport, choose_pictures, write_page
+from eupe.evaluate.viz import SHOWN_PX, VizReport, choose_pictures, write_maps
 from eupe.evaluate.viz_chart import MAX_POINTS, Series, linear_axis, log_axis, svg_chart, thin, value_axis
+from eupe.evaluate.viz_figure import BLANK, plan_figure
 from eupe.evaluate.viz_history import read_history
-from eupe.pca import fit_pca
+from eupe.evaluate.viz_items import Picture
+from eupe.evaluate.viz_maps import MIN_TOKENS
+from eupe.pca import find_foreground, fit_pca
 from eupe.store import Features, open_store
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
@@ -40,7 +46,6 @@ Pixels = NDArray[np.uint8]
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'${names}.png"
 HOLDOUT = 0.25
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +144,7 @@ class _Parser(HTMLParser):
 
 
 def make_page(world: World, out: Path, *items: Path | str, limit: int = 8, **options: Any) -> Page:
-    report = write_page([str(item) for item in items], images=world.corpus, out=out, limit=limit, **options)
+    report = write_maps([str(item) for item in items], images=world.corpus, out=out, limit=limit, **options)
     text = out.read_text()
     parser = _Parser()
     parser.feed(text)
@@ -240,7 +245,8 @@ class TestHistory:
 class TestPage:
     def test_a_row_per_picture_and_a_column_per_item(self, page: Page) -> None:
         assert page.report.models == ("first.zarr", "second.zarr", "run", TINY_TEACHER)
-        assert page.report.num_pictures == len(page.titles) == 24
+        assert len(page.report.pictures) == len(page.titles) == 24 and list(page.report.pictures) == page.keys
+        assert not page.report.notes
         assert len(page.images) == 24 * 5
         assert page.report.num_bytes == page.path.stat().st_size
         assert all(image["alt"] for image in page.images)
@@ -317,14 +323,22 @@ class TestPage:
         np.testing.assert_array_equal(first, second)
         assert (first != third).any()
 
-    def test_is_one_file_without_scripts_or_links(self, page: Page) -> None:
+    def test_is_one_file_without_links_and_its_script_is_named_by_its_hash(self, page: Page) -> None:
         parser = _Parser()
         parser.feed(page.text)
-        assert not parser.tags & {"script", "link", "iframe", "object", "a", "base", "form"}
-        assert "default-src 'none'" in page.text
-        assert not re.search(r"https?:|url\(|@import|(src|href)=[\"'](?!data:)", page.text)
+        assert not parser.tags & {"link", "iframe", "object", "a", "base", "form"}
+        assert not re.search(r"https?:|url\((?!#)|@import|(src|href)=[\"'](?!data:)", page.text)
         assert all(image["src"].startswith("data:image/") for image in page.images)
         assert "$" not in page.text.replace("${names}", "")
+        (script,) = re.findall(r"<script>(.*?)</script>", page.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+        assert f'content="{policy}"' in page.text
+        assert not re.search(r"fetch|XMLHttpRequest|import\b|eval|innerHTML", script)
+
+    def test_its_size_is_told(self, page: Page) -> None:
+        (told,) = re.findall(r"features take ([\d.]+) MB", page.text)
+        assert float(told) * 1e6 == pytest.approx(page.report.num_bytes, rel=0.1)
 
     def test_hostile_names_are_text(self, page: Page) -> None:
         assert any(title.startswith(f"<b>bold/{HOSTILE}|<b>bold|") for title in page.titles)
@@ -334,14 +348,87 @@ class TestPage:
     def test_the_same_inputs_give_the_same_bytes(self, world: World, tmp_path: Path) -> None:
         pages = [make_page(world, tmp_path / f"{i}.html", world.store, world.run, limit=3) for i in range(2)]
         assert pages[0].text == pages[1].text
-        assert pages[0].report.num_pictures == 3
+        assert len(pages[0].report.pictures) == 3
         assert sorted(path.name for path in tmp_path.iterdir()) == ["0.html", "1.html"]
+
+
+def test_commands_of_the_docs_can_be_typed() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "viz.md").read_text()
+    commands = [parsed(line) for line in page.splitlines() if line.startswith("eupe viz ")]
+    assert len(commands) == 3 and commands[-1]["foreground"] and commands[-1]["cell"] == 320
+
+
+class TestForeground:
+    def test_only_the_foreground_is_in_the_colours_of_its_own_components(self, world: World, tmp_path: Path) -> None:
+        page = make_page(world, tmp_path / "page.html", world.other, foreground=True)
+        dense = _view_0(world.other, page.keys, size=2 * TINY_SIZE).dense
+        assert dense is not None
+        mask, maps = find_foreground(dense), np.stack(page.maps(0))
+        np.testing.assert_array_equal(maps[..., 3], mask * 255)
+        oracle = PCA(3, svd_solver="full").fit(dense[mask].astype(float))
+        scores, colours = oracle.transform(dense[mask].astype(float)), maps[mask].astype(int)
+        for component in range(3):  # of either sign
+            steps = np.diff(colours[scores[:, component].argsort(), component])
+            assert (steps >= 0).all() or (steps <= 0).all()
+        shares = "+".join(f"{100 * share:.0f}" for share in oracle.explained_variance_ratio_)
+        assert f"{mask.mean():.0%} foreground" in page.text and f"{shares}% of its variance" in page.text
+        assert "Only <b>foreground</b> is in colour" in page.text and not page.report.notes
+
+    def test_where_there_is_none_all_tokens_are_in_colour_and_the_page_says_why(
+        self, world: World, tmp_path: Path
+    ) -> None:
+        """A map of 16 tokens: no cut leaves as many on both sides."""
+        page, plain = (
+            make_page(world, tmp_path / f"{foreground}.html", world.store, limit=1, foreground=foreground)
+            for foreground in (True, False)
+        )
+        np.testing.assert_array_equal(page.maps(0), plain.maps(0))
+        (note,) = page.report.notes
+        words = "no foreground: its first component sets . of 16 tokens apart, fewer than"
+        assert re.fullmatch(rf"first\.zarr: {words} {MIN_TOKENS}", note)
+        assert f'<p class="note">{note.removeprefix("first.zarr: ")}</p>' in page.text
+        assert "foreground" not in plain.text
+
+
+class TestFigure:
+    @pytest.mark.parametrize("foreground", [False, True])
+    def test_its_cells_are_the_views_and_maps_of_the_page(self, world: World, tmp_path: Path, foreground: bool) -> None:
+        items, side = (world.store, world.other), 48
+        page = make_page(world, tmp_path / "page.html", *items, limit=3, foreground=foreground)
+        report = write_maps(
+            [str(item) for item in items],
+            images=world.corpus,
+            out=tmp_path / "figure.png",
+            limit=3,
+            foreground=foreground,
+            cell_px=side,
+        )
+        assert dataclasses.replace(page.report, out=report.out, num_bytes=report.num_bytes) == report
+        drawn = Image.open(tmp_path / "figure.png")
+        layout = plan_figure(3, 3, side)
+        assert (drawn.mode, drawn.size) == ("RGB", layout.size)
+        columns = [page.views(), page.maps(0), page.maps(1)]
+        for row, column in itertools.product(range(3), range(3)):
+            left, top = layout.corner(row, column)
+            cell = np.asarray(drawn.crop((left, top, left + side, top + side))).astype(int)
+            shown = Image.fromarray(columns[column][row])
+            if column:
+                assert np.abs(cell - _on_blank(shown.resize((side, side), Image.Resampling.BICUBIC))).max() <= 2
+            else:
+                assert np.abs(cell - np.asarray(shown.resize((side, side), Image.Resampling.BOX))).mean() < 12
+        assert (np.asarray(drawn)[-layout.gap :] == 255).all() and (np.asarray(drawn)[:, : layout.gap] == 255).all()
 
 
 def _view_0(path: Path, keys: list[str], *, size: int) -> Features:
     store = open_store(path)
     row_of = {sample["key"]: sample["row"] for sample in store.samples.to_pylist()}
     return store.read([row_of[key] for key in keys], [0] * len(keys), size=size)
+
+
+def _on_blank(image: Image.Image) -> NDArray[np.float64]:
+    pixels = np.asarray(image.convert("RGBA")).astype(float)
+    alpha = pixels[..., 3:] / 255
+    return pixels[..., :3] * alpha + np.array(BLANK) * (1 - alpha)
 
 
 def _assert_same_maps(got: list[Pixels], expected: Pixels) -> None:
@@ -360,7 +447,7 @@ class TestErrors:
 
     def _refused(self, kind: type[EupeError], words: str, items: list[Any], images: Path, out: Path) -> None:
         with pytest.raises(kind, match=words) as refused:
-            write_page([str(item) for item in items], images=images, out=out)
+            write_maps([str(item) for item in items], images=images, out=out)
         assert "\n" not in str(refused.value)
 
     def test_no_item(self, world: World, out: Path) -> None:
@@ -399,52 +486,44 @@ class TestErrors:
     def test_weights_for_what_is_no_teacher(self, world: World, out: Path) -> None:
         store = str(world.store)
         with pytest.raises(ConfigError, match="no teacher among the items"):
-            write_page([store], images=world.corpus, out=out, weights={store: world.weights})
+            write_maps([store], images=world.corpus, out=out, weights={store: world.weights})
 
     def test_limit(self, world: World, out: Path) -> None:
         with pytest.raises(ConfigError, match="--limit"):
-            write_page([str(world.store)], images=world.corpus, out=out, limit=0)
+            write_maps([str(world.store)], images=world.corpus, out=out, limit=0)
+
+    def test_a_name_that_is_neither_a_page_nor_a_figure(self, world: World, tmp_path: Path) -> None:
+        for name in ("maps.pdf", "maps", "maps.jpg"):
+            with pytest.raises(ConfigError, match=r"must end in \.html for a page or in \.png"):
+                write_maps([str(world.store)], images=world.corpus, out=tmp_path / name)
+
+    def test_cells_of_a_page_have_no_size(self, world: World, out: Path) -> None:
+        with pytest.raises(ConfigError, match="--cell is for figures"):
+            write_maps([str(world.store)], images=world.corpus, out=out, cell_px=64)
+
+    def test_cells_too_small_and_figures_too_big_to_be_drawn(self, world: World, tmp_path: Path) -> None:
+        for cell_px, words in ((31, "at least 32 px, got 31"), (10_000, "more than 200,000,000")):
+            with pytest.raises(ConfigError, match=words):
+                write_maps([str(world.store)], images=world.corpus, out=tmp_path / "f.png", limit=2, cell_px=cell_px)
+        assert not list(tmp_path.iterdir())
 
     def test_a_place_that_cannot_be_written(self, world: World, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("kept")
-        for place in (tmp_path, tmp_path / "file" / "page.html", Path("/proc/page.html")):
+        (tmp_path / "folder.html").mkdir()
+        for place in (tmp_path / "folder.html", tmp_path / "file" / "page.html", Path("/proc/page.html")):
             with pytest.raises(StorageError, match="cannot be written"):
-                write_page([str(world.store)], images=world.corpus, out=place, limit=1)
-        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+                write_maps([str(world.store)], images=world.corpus, out=place, limit=1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.html"]
 
 
-PROBE = """<script>
-window.alert = () => { document.title = "attacked"; };
-addEventListener("load", () => {
-  const images = [...document.images];
-  document.body.dataset.decoded = images.filter(image => image.naturalWidth > 0).length;
-  document.body.dataset.images = images.length;
-  const widths = document.documentElement;
-  document.body.dataset.overflow = widths.scrollWidth - widths.clientWidth;
-  document.body.dataset.pixelated = (document.getElementById("cells").click(),
-    images.filter(image => getComputedStyle(image).imageRendering === "pixelated").length);
-});
-</script></body>"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: chromium, chromium-browser or google-chrome")
+@needs_browser
 @pytest.mark.parametrize("width", [1280, 700, 500])
-def test_a_browser_shows_every_image(page: Page, tmp_path: Path, width: int) -> None:
-    """A copy with a probe, for which alone scripts are allowed; a hostile name would have its chance here."""
-    probed = page.text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
-    (tmp_path / "probed.html").write_text(probed.replace("</body>", PROBE))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
-    quiet = "--disable-background-networking --disable-component-update --disable-sync"
-    dump = "--virtual-time-budget=5000 --dump-dom"
-    place = (tmp_path / "probed.html").as_uri()
-    words = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", place]
-    dom = subprocess.run(
-        [str(CHROMIUM), *flags.split(), *quiet.split(), *dump.split(), *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
-    found = dict(re.findall(r'data-(\w+)="(-?\d+)"', dom))
-    assert found == {"images": "120", "decoded": "120", "overflow": "0", "pixelated": "96"}
-    assert "<title>attacked" not in dom
+def test_a_browser_shows_every_image(page: Page, browser: Browser, width: int) -> None:
+    """Even where every script may run, so that a hostile name has its chance."""
+    browser.open(page.path, width=width, any_script=True)
+    images = "[...document.images]"
+    assert browser.run(f"{images}.filter(image => image.naturalWidth && image.width > 60).length") == 24 * 5
+    assert browser.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    browser.click("document.querySelector('label[for=cells]')")
+    assert browser.run(f"{images}.filter(i => getComputedStyle(i).imageRendering === 'pixelated').length") == 24 * 4
+    assert not browser.complaints()
