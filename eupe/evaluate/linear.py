@@ -66,7 +66,8 @@ def linear(
     )
     codes_train = torch.tensor([names.index(label) for label in train.labels])
     codes_val = torch.tensor([names.index(label) if label in names else -1 for label in val.labels])
-    tuning = torch.tensor([is_held_out(key, TUNING_SHARE) for key in train.pictures])
+    judged_share = 0.0 if parts.train is not None else VAL_SHARE  # those that are judged have the first of the hashes
+    tuning = torch.tensor([is_held_out(key, judged_share + TUNING_SHARE) for key in train.pictures])
     chosen = choose_penalty(scaled_train, codes_train, tuning, len(names), penalties)
     fitted = fit_logistic(scaled_train, codes_train, penalty=chosen, num_labels=len(names))
     correct = (fitted.logits(scaled_val.to(fitted.weight_CD)).argmax(dim=1).cpu() == codes_val) & known

@@ -67,6 +67,13 @@ def test_the_best_penalty_of_several_is_taken(tmp_path: Path) -> None:
     assert swept.scores["accuracy"] > 0.9, "half of the val pictures are train pictures, and few colours tell the rest"
 
 
+def test_without_splits_a_penalty_is_chosen_among_the_pictures_that_are_not_judged(tmp_path: Path) -> None:
+    (subject,) = open_subjects(["pixels"], {})
+    swept = linear(subject, data=make_corpus(tmp_path, count=60), size=32)
+    assert swept.scores["penalty"] in PENALTIES
+    assert swept.protocol["judged_on"] == "20% of the pictures"
+
+
 def test_what_cannot_be_learnt_is_refused(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
     (subject,) = open_subjects(["pixels"], {})
     one = make_corpus(tmp_path / "one", count=6, classes=1)
