@@ -69,16 +69,20 @@ def eval_agreement(
     run: Annotated[Path, typer.Argument(help="A finished training run.")],
     corpus: PicturesPath = None,
     k: Annotated[int, typer.Option(help="Neighbours of the mutual-neighbour measure.")] = 10,
+    results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Cosine and neighbours in common with every target, on held-out pictures."""
-    from eupe.evaluate.agreement import agreement
+    """Cosine, CKA and neighbours in common with every target, on held-out pictures."""
+    from eupe.evaluate.agreement import agreement, agreement_results
+    from eupe.evaluate.result import keep_results
 
     report = agreement(run, corpus=corpus, neighbours=k)
+    keep_results(agreement_results(report), results)
     if as_json:
         finish(dataclasses.asdict(report), as_json)
         return
     table = Table("target", "tokens", "cosine", "untrained", "mean feature", "normalised", "untrained", box=None)
+    likeness = Table("target", "tokens", "CKA", "untrained", "own CKA", "untrained", box=None)
     for target in report.targets:
         for kind, a in target.kinds.items():
             numbers = (
@@ -89,7 +93,11 @@ def eval_agreement(
                 a.normalised_untrained,
             )
             table.add_row(target.target, kind, *(f"{x:.4f}" for x in numbers))
+            likeness.add_row(
+                target.target, kind, *map(_number, (a.cka, a.cka_untrained, a.cka_own, a.cka_own_untrained))
+            )
     out.print(table)
+    out.print(likeness)
     for target in report.targets:
         if target.mutual_neighbours is not None:
             out.print(
@@ -379,6 +387,10 @@ def _judge(
         print(json.dumps({"results": [result.to_json() for result in found]}))
     else:
         show_table(found)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def show_table(found: list[Result]) -> None:

@@ -1,36 +1,51 @@
-"""How far a student agrees with its targets on pictures that it never trained on."""
+"""How far a student agrees with its targets on pictures that it never trained on.
+
+Cosine and neighbours are between what the student's heads predict and what the target says. Linear CKA is of that, too,
+and of the student's own tokens, ahead of the heads, which are thrown away in the end.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from eupe.encoder import Encoder, Tokens
 from eupe.errors import ConfigError
-from eupe.evaluate.run import Run, open_run
+from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
+from eupe.evaluate.neighbours import mutual_neighbours
+from eupe.evaluate.result import Result
+from eupe.evaluate.run import Run, open_run, read_card
 from eupe.place import Where
+from eupe.store.layout import SUMMARY
 from eupe.train.batch import Batch
 from eupe.train.card import target_names
 from eupe.train.distiller import Distiller
 from eupe.train.loop import judged, training_sample
+from eupe.train.losses import match_grids
 from eupe.train.sampling import Views
 from eupe.train.stream import stream
 from eupe.train.validate import fit_gains, held_out_cosines
 
 NEIGHBOURS = 10
-BLOCK_ROWS = 1024
+MOST_TOKENS = 2**15
+"""Dense tokens of which CKA is, some of each view, drawn at random; all, where there are no more."""
+TASK = "agreement"
 
 
 @dataclass(frozen=True)
 class KindAgreement:
-    """Mean cosines over held-out views for one kind of token."""
+    """Over held-out views, for one kind of token."""
 
     cosine: float
-    """Between prediction and feature as the teacher gives it; the prediction's length is fitted on training views."""
+    """Mean, between prediction and feature as the teacher gives it; the prediction's length is fitted on training
+    views."""
     cosine_untrained: float
     """The same student and heads with random weights."""
     cosine_mean: float
@@ -38,6 +53,12 @@ class KindAgreement:
     normalised_cosine: float
     """In the loss's space, where the mean predictor has 0."""
     normalised_untrained: float
+    cka: float | None
+    """Linear, between prediction and feature; None for fewer than four views, or where nothing varies."""
+    cka_untrained: float | None
+    cka_own: float | None
+    """Between the student's own tokens and the target's, on the larger of their grids."""
+    cka_own_untrained: float | None
 
 
 @dataclass(frozen=True)
@@ -80,60 +101,136 @@ def agreement(path: Path, *, corpus: Where | None = None, neighbours: int = NEIG
                 cosine_mean=values["mean_raw"],
                 normalised_cosine=values["normalised"],
                 normalised_untrained=untrained.cosines[i][kind]["normalised"],
+                cka=trained.cka[i, kind],
+                cka_untrained=untrained.cka[i, kind],
+                cka_own=trained.cka_own[i, kind],
+                cka_own_untrained=untrained.cka_own[i, kind],
             )
             for kind, values in trained.cosines[i].items()
         }
-        has_summary = i in trained.mutual
+        has_summary = trained.mutual.get(i) is not None
         chance = min(1.0, neighbours / max(1, trained.num_views - 1)) if has_summary else None
         targets.append(TargetAgreement(name, kinds, trained.mutual.get(i), untrained.mutual.get(i), chance))
     return Agreement(str(path), trained.num_views, neighbours, targets)
 
 
+def agreement_results(report: Agreement) -> list[Result]:
+    """A result for each target, and for each the same student untrained; the first score is the mean over the kinds."""
+    card = read_card(Path(report.run))
+    sizes = zip(report.targets, card.targets, card.target_sizes, strict=True)
+    return [
+        Result(
+            task=TASK,
+            subject=report.run,
+            kind="run",
+            untrained=untrained,
+            scores=_scores(target, untrained),
+            protocol={
+                "size": card.size,
+                "target_size": target_sizes[0],
+                "holdout": card.config["holdout"],
+                "normalise": card.config["normalise"],
+                "k": report.neighbours,
+                "cka_tokens": MOST_TOKENS,
+            },
+            data={
+                "path": store["path"],
+                "target": target.target,
+                "fingerprint": store["fingerprint"],
+                "pictures": card.pictures[0],
+                "views": report.num_views,
+            },
+        )
+        for target, store, target_sizes in sizes
+        for untrained in (False, True)
+    ]
+
+
+def _scores(target: TargetAgreement, untrained: bool) -> dict[str, float]:
+    scores: dict[str, float | None] = {}
+    for kind, a in target.kinds.items():
+        scores[f"normalised/{kind}"] = a.normalised_untrained if untrained else a.normalised_cosine
+        scores[f"cosine/{kind}"] = a.cosine_untrained if untrained else a.cosine
+        scores[f"mean_feature/{kind}"] = a.cosine_mean
+        scores[f"cka/{kind}"] = a.cka_untrained if untrained else a.cka
+        scores[f"cka_own/{kind}"] = a.cka_own_untrained if untrained else a.cka_own
+    scores["mutual_neighbours"] = target.mutual_neighbours_untrained if untrained else target.mutual_neighbours
+    scores["mutual_neighbours_chance"] = target.mutual_neighbours_chance
+    known = {name: score for name, score in scores.items() if score is not None}
+    return {"normalised": float(np.mean([known[f"normalised/{kind}"] for kind in target.kinds])), **known}
+
+
+@dataclass
+class _Seen:
+    """What CKA and neighbours need of a student and its targets, by target, and by kind of token."""
+
+    cells_of_view: int
+    predicted: defaultdict[tuple[int, str], PairSums] = field(default_factory=lambda: defaultdict(PairSums))
+    own: defaultdict[tuple[int, str], PairSums] = field(default_factory=lambda: defaultdict(PairSums))
+    summaries: defaultdict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    cells: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def add(self, target: int, kind: str, said: Tensor, truth: Tensor, own: Tokens) -> None:
+        """A batch's predictions and stored tokens, and the student's own."""
+        if kind == SUMMARY:
+            assert own.summary is not None
+            self.summaries[target].append((said.cpu(), truth.cpu()))
+            rows = [x.float().cpu().numpy() for x in (said, own.summary, truth)]
+        else:
+            matched, _ = match_grids(own.dense.float(), truth)
+            cells = draw_cells(self.cells, len(truth), truth.shape[1] * truth.shape[2], self.cells_of_view)
+            rows = [tokens_at(x, cells) for x in (said, matched, truth)]
+        self.predicted[target, kind].add(rows[0], rows[2])
+        self.own[target, kind].add(rows[1], rows[2])
+
+
 @dataclass(frozen=True)
 class _Measured:
     cosines: list[dict[str, dict[str, float]]]
-    mutual: dict[int, float]
+    mutual: dict[int, float | None]
+    cka: dict[tuple[int, str], float | None]
+    cka_own: dict[tuple[int, str], float | None]
     num_views: int
 
 
 def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
-    predicted: dict[int, list[Tensor]] = {}
-    stored: dict[int, list[Tensor]] = {}
-
-    def keep(target: int, said: Tensor, truth: Tensor) -> None:
-        predicted.setdefault(target, []).append(said.cpu())
-        stored.setdefault(target, []).append(truth.cpu())
-
     def batches(views: Views) -> Iterator[Batch]:
         return stream([run.targets], judged(run.card, views), run.device)
 
     gains = fit_gains(distiller, batches(training_sample(run.targets)), run.device)
     held_out = run.targets.views_of(run.targets.held_out)
-    totals = held_out_cosines(distiller, batches(held_out), run.device, gains, on_summary=keep)
-    mutual = {i: mutual_neighbours(torch.cat(predicted[i]), torch.cat(stored[i]), k=neighbours) for i in predicted}
-    num_views = next(iter(totals[0].values())).views
-    return _Measured([{kind: c.means() for kind, c in kinds.items()} for kinds in totals], mutual, num_views)
+    seen = _Seen(max(1, MOST_TOKENS // max(1, len(held_out))))
+    with _last_tokens(distiller.encoder) as own:
+        totals = held_out_cosines(
+            distiller,
+            batches(held_out),
+            run.device,
+            gains,
+            on_tokens=lambda i, kind, said, truth: seen.add(i, kind, said, truth, own[0]),
+        )
+    mutual = {
+        i: mutual_neighbours(*(torch.cat(side) for side in zip(*pairs, strict=True)), k=neighbours)
+        for i, pairs in seen.summaries.items()
+    }
+    return _Measured(
+        cosines=[{kind: c.means() for kind, c in kinds.items()} for kinds in totals],
+        mutual=mutual,
+        cka={which: sums.cka() for which, sums in seen.predicted.items()},
+        cka_own={which: sums.cka() for which, sums in seen.own.items()},
+        num_views=next(iter(totals[0].values())).views,
+    )
 
 
-def mutual_neighbours(a_ND: Tensor, b_ND: Tensor, *, k: int) -> float:
-    """Mean share of the k nearest neighbours by cosine, oneself aside, that two spaces have in common.
+@contextmanager
+def _last_tokens(encoder: Encoder) -> Iterator[list[Tokens]]:
+    """While it lasts, what the encoder said last."""
+    last: list[Tokens] = []
 
-    Args:
-        a_ND, b_ND: [N, Da] and [N, Db], row i of both being the same view.
-    Source: Huh et al., "The Platonic Representation Hypothesis" (2024), mutual nearest-neighbour metric.
-    """
-    k = min(k, len(a_ND) - 1)
-    near_a, near_b = _nearest(a_ND, k), _nearest(b_ND, k)
-    shared = (near_a[:, :, None] == near_b[:, None, :]).any(dim=2).float().mean()
-    return float(shared)
+    def keep(module: torch.nn.Module, inputs: tuple[Tensor, ...], tokens: Tokens) -> None:
+        last[:] = [tokens]
 
-
-def _nearest(features_ND: Tensor, k: int) -> Tensor:
-    unit = F.normalize(features_ND.float(), dim=1)
-    blocks = []
-    for start in range(0, len(unit), BLOCK_ROWS):
-        similarity = unit[start : start + BLOCK_ROWS] @ unit.T
-        own = torch.arange(len(similarity))
-        similarity[own, start + own] = -torch.inf
-        blocks.append(similarity.topk(k, dim=1).indices)
-    return torch.cat(blocks)
+    hook = encoder.register_forward_hook(keep)
+    try:
+        yield last
+    finally:
+        hook.remove()

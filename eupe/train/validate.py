@@ -68,20 +68,20 @@ def held_out_cosines(
     device: torch.device,
     gains: Gains,
     *,
-    on_summary: Callable[[int, Tensor, Tensor], None] = lambda target, predicted, stored: None,
+    on_tokens: Callable[[int, str, Tensor, Tensor], None] | None = None,
 ) -> list[dict[str, Cosines]]:
     """Per target and kind of token, over all batches.
 
     Args:
-        on_summary: called per batch and target with the predicted summaries as the teacher would give them, and the
-            stored ones.
+        on_tokens: called per batch, target and kind with the predicted tokens as the teacher would give them, and the
+            stored ones, on one grid.
     """
     totals: list[dict[str, Cosines]] = [{kind: Cosines() for kind in kinds} for kinds in distiller.kinds]
     for i, kind, predicted, stored, norm in pairs(distiller, batches, device):
         gain = gains[i][kind]
         totals[i][kind].add(predicted, stored, norm, gain)
-        if kind == SUMMARY:
-            on_summary(i, norm.inverse(gain * predicted), stored)
+        if on_tokens is not None:
+            on_tokens(i, kind, norm.inverse(gain * predicted), stored)
     return totals
 
 

@@ -1,8 +1,11 @@
 """Agreement against slow references, and on a tiny run."""
 
+import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,29 +13,15 @@ import torch
 from making import TINY_STUDENT, make_store, random_weights
 from torch import Tensor
 
+from eupe.encoder import normalise
 from eupe.errors import ConfigError, RunError
-from eupe.evaluate.agreement import agreement, mutual_neighbours
+from eupe.evaluate import agreement as module
+from eupe.evaluate.agreement import agreement, agreement_results
 from eupe.evaluate.run import open_run
 from eupe.store import Store
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 from eupe.train.targets import open_targets
-
-
-def slow_mutual_neighbours(a: Tensor, b: Tensor, k: int) -> float:
-    def nearest(x: Tensor, i: int) -> set[int]:
-        cosine = [float(x[i] @ x[j] / (x[i].norm() * x[j].norm())) for j in range(len(x))]
-        return set(sorted((j for j in range(len(x)) if j != i), key=lambda j: -cosine[j])[:k])
-
-    return float(np.mean([len(nearest(a, i) & nearest(b, i)) / k for i in range(len(a))]))
-
-
-@pytest.mark.parametrize("k", [1, 3, 8])
-def test_mutual_neighbours_equal_a_slow_count(k: int) -> None:
-    generator = torch.Generator().manual_seed(k)
-    a, b = torch.randn(12, 5, generator=generator), torch.randn(12, 3, generator=generator)
-    assert mutual_neighbours(a, b, k=k) == pytest.approx(slow_mutual_neighbours(a, b, k))
-    assert mutual_neighbours(a, 5 * a, k=k) == 1.0
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +53,78 @@ def test_cosines_equal_a_slow_computation_on_held_out_views_alone(run: Path, tin
     assert measured.cosine_mean == pytest.approx(cosine(np.broadcast_to(stats.mean, truth.shape), truth), abs=1e-5)
     normalised = cosine(predicted, (truth - stats.mean) / stats.std)
     assert measured.normalised_cosine == pytest.approx(normalised, abs=1e-5)
+
+
+def gram_cka(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased linear CKA (Song et al. 2012, equation 5) with whole matrices."""
+
+    def hsic(a: np.ndarray, b: np.ndarray) -> float:
+        k, m = (side @ side.T * (1 - np.eye(len(side))) for side in (a, b))
+        n = len(a)
+        cross = (k.sum(axis=0) * m.sum(axis=0)).sum()
+        return float(((k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross) / (n * (n - 3)))
+
+    x, y = (np.asarray(side, np.float64) for side in (x, y))
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    return hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
+
+
+def test_cka_is_of_the_prediction_and_of_the_students_own_tokens(run: Path, tiny_store: Store) -> None:
+    opened = open_run(run)
+    targets = open_targets([tiny_store.path], corpus=None, holdout=0.3)
+    views = targets.views_of(targets.held_out)
+    stored = tiny_store.read(tiny_store.rows([targets.keys[i] for i in views[:, 0]]), views[:, 1].tolist())
+    pixels = torch.stack([opened_view(targets, *view, stored, i) for i, view in enumerate(views.tolist())])
+    card = opened.distiller.encoder.card
+    with torch.inference_mode():
+        summary, dense = opened.distiller.predict(pixels)[0]
+        own = opened.distiller.encoder(normalise(pixels, card.mean, card.std))
+    width = dense.shape[-1]
+    std = tiny_store.stats(64, "dense").std
+    kinds = agreement(run).targets[0].kinds
+    summaries = (summary.numpy() * tiny_store.stats(64, "summary").std, own.summary.numpy())
+    for said, measured in zip(summaries, (kinds["summary"].cka, kinds["summary"].cka_own), strict=True):
+        assert measured == pytest.approx(gram_cka(said, stored.summary), abs=1e-4)
+    tokens = (dense.reshape(-1, width).numpy() * std, own.dense.reshape(-1, own.dense.shape[-1]).numpy())
+    truth = stored.dense.reshape(-1, width)
+    for said, measured in zip(tokens, (kinds["dense"].cka, kinds["dense"].cka_own), strict=True):
+        assert measured == pytest.approx(gram_cka(said, truth), abs=1e-4)
+    assert kinds["summary"].cka > kinds["summary"].cka_untrained
+
+
+def test_dense_cka_is_of_some_tokens_of_each_view_where_there_are_many(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_tokens = agreement(run).targets[0].kinds["dense"]
+    monkeypatch.setattr(module, "MOST_TOKENS", 4 * agreement(run).num_views)
+    some = agreement(run).targets[0].kinds["dense"]
+    assert some.cka != all_tokens.cka
+    assert some.cka == pytest.approx(all_tokens.cka, abs=0.1)
+    assert some.cosine == all_tokens.cosine
+
+
+def test_each_target_leaves_a_result_for_the_run_and_one_untrained(
+    run: Path, tiny_store: Store, tmp_path: Path, run_eupe: Callable[..., Any]
+) -> None:
+    kept = tmp_path / "results.jsonl"
+    report = json.loads(run_eupe("eval", "agreement", run, "--k", 4, "--results", kept, "--json").out)
+    (target,) = report["targets"]
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()][-2:] == lines
+    assert lines == [result.to_json() for result in agreement_results(agreement(run, neighbours=4))]
+    trained, untrained = lines
+    assert (trained["subject"], trained["kind"], trained["untrained"]) == (str(run), "run", False)
+    assert untrained["untrained"]
+    for kind, a in target["kinds"].items():
+        assert trained["scores"][f"cosine/{kind}"] == a["cosine"]
+        assert trained["scores"][f"cka_own/{kind}"] == a["cka_own"]
+        assert untrained["scores"][f"normalised/{kind}"] == a["normalised_untrained"]
+        assert untrained["scores"][f"cka/{kind}"] == a["cka_untrained"]
+    normalised = [a["normalised_cosine"] for a in target["kinds"].values()]
+    assert trained["scores"]["normalised"] == pytest.approx(np.mean(normalised))
+    assert trained["scores"]["mutual_neighbours"] == target["mutual_neighbours"]
+    assert trained["protocol"]["k"] == 4 and trained["protocol"]["holdout"] == 0.3
+    assert trained["data"]["views"] == report["num_views"] and trained["data"]["path"] == str(tiny_store.path)
 
 
 def predicted_and_stored(opened, targets, store, views):  # type: ignore[no-untyped-def]

@@ -71,7 +71,7 @@ def test_predictions_without_stores_are_those_that_agreement_is_measured_on(
         batches(run, held_out),
         run.device,
         gains,
-        on_summary=lambda i, said, stored: summaries.append(said),
+        on_tokens=lambda i, kind, said, stored: summaries.append(said) if kind == "summary" else None,
     )
 
     elsewhere = without_stores(config.out, tmp_path)

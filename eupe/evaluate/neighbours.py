@@ -1,0 +1,44 @@
+"""Neighbours that two spaces have in common."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_ROWS = 1024
+
+
+def mutual_neighbours(a_ND: Tensor, b_ND: Tensor, *, k: int, groups_N: Tensor | None = None) -> float | None:
+    """Mean share of the k nearest neighbours by cosine, oneself aside, that two spaces have in common.
+
+    Args:
+        a_ND, b_ND: [N, Da] and [N, Db], row i of both being the same view.
+        groups_N: int64; rows of one group, such as views of one picture, are no neighbours of each other.
+    Returns: None where a row has no neighbour at all.
+    Source: Huh et al., "The Platonic Representation Hypothesis" (2024), mutual nearest-neighbour metric.
+    """
+    groups = torch.arange(len(a_ND)) if groups_N is None else groups_N
+    k = min(k, len(a_ND) - most_together(groups))
+    if k < 1:
+        return None
+    near_a, near_b = _nearest(a_ND, k, groups), _nearest(b_ND, k, groups)
+    shared = (near_a[:, :, None] == near_b[:, None, :]).any(dim=2).float().mean()
+    return float(shared)
+
+
+def most_together(groups_N: Tensor) -> int:
+    """Rows of the largest group."""
+    return int(np.unique(groups_N.numpy(), return_counts=True)[1].max()) if len(groups_N) else 0
+
+
+def _nearest(features_ND: Tensor, k: int, groups_N: Tensor) -> Tensor:
+    unit = F.normalize(features_ND.float(), dim=1)
+    blocks = []
+    for start in range(0, len(unit), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        similarity = unit[rows] @ unit.T
+        similarity[groups_N[rows, None] == groups_N[None, :]] = -torch.inf
+        blocks.append(similarity.topk(k, dim=1).indices)
+    return torch.cat(blocks)
