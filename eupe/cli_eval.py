@@ -106,6 +106,41 @@ def eval_agreement(
             )
 
 
+@eval_app.command("conflict")
+def eval_conflict(
+    stores: Annotated[list[str], typer.Argument(help="Two stores or more, of the same views of the same pictures.")],
+    limit: Annotated[int, typer.Option(help="Views of each pair, at most; spread over the pictures.")] = 2000,
+    k: Annotated[int, typer.Option(help="Neighbours of the mutual-neighbour measure.")] = 10,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Teachers against each other before training, from caches alone: CKA, neighbours, what can be read off what."""
+    from eupe.evaluate.conflict import conflict, conflict_results
+    from eupe.evaluate.result import keep_results
+    from eupe.evaluate.verdict import JUDGED, MEASURED
+    from eupe.progress import report_progress
+
+    with report_progress(err, "views", quiet=as_json) as progress:
+        pairs = conflict(stores, limit=limit, neighbours=k, on_views=progress.update)
+    keep_results(conflict_results(pairs, limit=limit, neighbours=k), results)
+    if as_json:
+        print(json.dumps({"pairs": [dataclasses.asdict(pair) for pair in pairs]}))
+        return
+    numbers = (Column(name, justify="right") for name in ("samples", "CKA", "R² A to B", "R² B to A", "neighbours"))
+    table = Table("A ~ B", "tokens", *numbers, box=None)
+    for pair in pairs:
+        for kind, alike in pair.kinds.items():
+            r2 = (None if each is None else each.r2 for each in (alike.forward, alike.backward))
+            shared = pair.mutual_neighbours if kind == "summary" else None
+            said = (alike.cka, *r2, shared)
+            table.add_row(escaped(pair.name), kind, str(alike.samples), *map(_number, said))
+    out.print(table)
+    for pair in pairs:
+        out.print(f"[bold]{pair.verdict.word}[/]: {escaped(pair.verdict.why)}", soft_wrap=True)
+    out.print(MEASURED, soft_wrap=True)
+    out.print(JUDGED, soft_wrap=True)
+
+
 @eval_app.command("knn")
 def eval_knn(
     subjects: Subjects,

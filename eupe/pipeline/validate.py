@@ -24,6 +24,7 @@ TAKES = {
     "run": (RUN,),
     "path": (STORE,),
     "subjects": (STORE, RUN),
+    "stores": (STORE,),
     "items": (STORE, RUN),
 }
 """Options and arguments that may name an earlier step, and what that step must make."""

@@ -119,7 +119,7 @@ class TargetSet:
         kept = self._begin_pixels(request.views, request.size)
         images = None if kept is not None else pool.map(self.read_image, samples.tolist())
         features = [reads.stored() for reads in pending]
-        self._require_same_views(features, samples)
+        self.require_same_views(features, samples)
         if images is None:
             assert kept is not None
             views: Iterable[NDArray[np.uint8]] = kept.result()
@@ -158,7 +158,8 @@ class TargetSet:
         advice = f"; give --size {kept[0]}, or its place with --corpus" if kept else "; give its place with --corpus"
         raise CorpusError(f"{words}the corpus folder {root} does not exist{advice}")
 
-    def _require_same_views(self, features: list[StoredFeatures], samples: NDArray[np.int64]) -> None:
+    def require_same_views(self, features: Sequence[StoredFeatures], samples: NDArray[np.int64]) -> None:
+        """Raises: ConfigError if what the stores hold of some samples is of other views in one than in the first."""
         for store, other in zip(self.stores[1:], features[1:], strict=True):
             if (i := features[0].first_difference(other)) is not None:
                 key = self.keys[int(samples[i])]
@@ -201,6 +202,19 @@ def open_targets(paths: Sequence[Where], *, corpus: Where | None, holdout: float
         holdout: share of the pictures kept out of training, by a hash of their keys.
     Raises: StoreError, ConfigError, CorpusError.
     """
+    stores = open_stores(paths)
+    root = Place.of(stores[0].spec.corpus["root"]) if corpus is None else corpus_root(corpus)
+    targets = TargetSet(stores, root, holdout=holdout, corpus_given=corpus is not None)
+    for store in stores:
+        targets.require_pictures(store.spec.sizes[0])
+    return targets
+
+
+def open_stores(paths: Sequence[Where]) -> list[Store]:
+    """Finished stores of views that were drawn alike.
+
+    Raises: StoreError; ConfigError if one has other views than the first.
+    """
     stores = [open_store(path) for path in paths]
     for store in stores:
         store.require_finished()
@@ -209,11 +223,7 @@ def open_targets(paths: Sequence[Where], *, corpus: Where | None, holdout: float
                 f"{stores[0].path} and {store.path} hold different views ({_views_words(stores[0])} against "
                 f"{_views_words(store)}); extract both with the same --views, --photometric and --seed"
             )
-    root = Place.of(stores[0].spec.corpus["root"]) if corpus is None else corpus_root(corpus)
-    targets = TargetSet(stores, root, holdout=holdout, corpus_given=corpus is not None)
-    for store in stores:
-        targets.require_pictures(store.spec.sizes[0])
-    return targets
+    return stores
 
 
 def _views_words(store: Store) -> str:

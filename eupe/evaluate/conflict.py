@@ -1,0 +1,205 @@
+"""Teachers against each other, before anything is trained: what their caches say of the same views.
+
+For every pair of stores: linear CKA, neighbours in common, and how well each space is said by the other through ridge
+regression, judged on pictures that it was not fitted to. That is measured. What it means for a student is judgement
+(`eupe.evaluate.verdict`).
+
+Views are spread over the pictures: one of each before a second of any. Grids are matched by pooling the larger one, so
+that no token is made up by interpolation. Some tokens of each view are drawn at random, the same cells of both stores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eupe.errors import ConfigError
+from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
+from eupe.evaluate.neighbours import most_together, mutual_neighbours
+from eupe.evaluate.paired import LEAST_PICTURES, PairBatch, PairedStores
+from eupe.evaluate.result import Result
+from eupe.evaluate.ridge import Predicted, predict
+from eupe.evaluate.verdict import Verdict, judge
+from eupe.place import Where
+from eupe.store import Store
+from eupe.store.layout import DENSE, SUMMARY
+from eupe.train.targets import open_stores
+
+TASK = "conflict"
+LIMIT = 2000
+MOST_TOKENS = 2**17
+"""Dense tokens of a pair, some of each view; all, where there are no more."""
+
+OnViews = Callable[[str, int, int], None]
+"""Called with the pair, its views so far, and all of them."""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """One kind of token of two stores."""
+
+    samples: int
+    cka: float | None
+    """None for fewer than four samples, or where a space does not vary."""
+    forward: Predicted | None
+    """The second from the first; None where nothing varies."""
+    backward: Predicted | None
+    """The first from the second."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two stores."""
+
+    name: str
+    """The last parts of their places."""
+    stores: tuple[str, str]
+    teachers: tuple[str, str]
+    num_pictures: int
+    num_views: int
+    grid: int | None
+    """Cells along a side of the dense maps that were compared; None without dense tokens."""
+    kinds: dict[str, Alike]
+    mutual_neighbours: float | None
+    """Of summaries; None without. Views of one picture are no neighbours of each other."""
+    mutual_neighbours_chance: float | None
+    verdict: Verdict
+
+
+def conflict(
+    paths: Sequence[Where],
+    *,
+    limit: int = LIMIT,
+    neighbours: int = 10,
+    on_views: OnViews = lambda pair, done, of: None,
+) -> list[Pair]:
+    """Compare every pair of stores, each at its first size.
+
+    Args:
+        limit: views of a pair, at most.
+    Raises: ConfigError for fewer than two stores, other views, no or too few pictures in common; StoreError,
+        PartCorruptError.
+    """
+    if len(paths) < 2:
+        raise ConfigError(f"a comparison takes two stores or more, got {', '.join(map(str, paths)) or 'none'}")
+    if neighbours < 1:
+        raise ConfigError(f"--k must be at least 1, got {neighbours}")
+    if limit < LEAST_PICTURES:
+        raise ConfigError(f"--limit must be at least {LEAST_PICTURES} views, got {limit}")
+    joined = [PairedStores.of(pair, limit=limit) for pair in combinations(open_stores(paths), 2)]
+    return [_compare(pair, neighbours, on_views) for pair in joined]
+
+
+def conflict_results(pairs: Sequence[Pair], *, limit: int, neighbours: int) -> list[Result]:
+    """A result for each pair; the first score is a CKA."""
+    return [
+        Result(
+            task=TASK,
+            subject=" ~ ".join(pair.stores),
+            kind="store",
+            scores=_scores(pair),
+            protocol={"limit": limit, "k": neighbours, "tokens": MOST_TOKENS, "grid": pair.grid},
+            data={
+                "stores": list(pair.stores),
+                "pictures": pair.num_pictures,
+                "views": pair.num_views,
+                "verdict": dataclasses.asdict(pair.verdict),
+            },
+        )
+        for pair in pairs
+    ]
+
+
+def _scores(pair: Pair) -> dict[str, float]:
+    scores: dict[str, float | None] = {}
+    for kind, alike in sorted(pair.kinds.items()):
+        scores[f"cka/{kind}"] = alike.cka
+        scores[f"r2/{kind}"] = None if alike.forward is None else alike.forward.r2
+        scores[f"r2_back/{kind}"] = None if alike.backward is None else alike.backward.r2
+    scores["mutual_neighbours"] = pair.mutual_neighbours
+    return {name: score for name, score in scores.items() if score is not None}
+
+
+def _compare(pair: PairedStores, neighbours: int, on_views: OnViews) -> Pair:
+    names = _short_names(pair.stores)
+    name = " ~ ".join(names)
+    sums = {kind: PairSums(3) for kind in pair.kinds}
+    summaries: list[tuple[Tensor, Tensor]] = []
+    cells, most = np.random.default_rng(0), max(1, MOST_TOKENS // len(pair.views))
+    done = 0
+    for batch in pair.read():
+        if SUMMARY in pair.kinds:
+            summaries.append((batch.tokens[0][SUMMARY], batch.tokens[1][SUMMARY]))
+        _add(sums, batch, cells, most)
+        done += len(batch.folds)
+        on_views(name, done, len(pair.views))
+    alike = {kind: _alike(sums.pop(kind)) for kind in pair.kinds}
+    mutual, chance = _neighbours(pair, summaries, neighbours)
+    cards = [store.spec.teacher for store in pair.stores]
+    kind = DENSE if DENSE in pair.kinds else SUMMARY
+    return Pair(
+        name=name,
+        stores=(str(pair.stores[0].path), str(pair.stores[1].path)),
+        teachers=(str(cards[0]["name"]), str(cards[1]["name"])),
+        num_pictures=pair.num_pictures,
+        num_views=len(pair.views),
+        grid=pair.grid if DENSE in pair.kinds else None,
+        kinds=alike,
+        mutual_neighbours=mutual,
+        mutual_neighbours_chance=chance,
+        verdict=judge(
+            names,
+            kind=kind,
+            cka=alike[kind].cka,
+            forward=alike[kind].forward,
+            backward=alike[kind].backward,
+            num_pictures=pair.num_pictures,
+            width=max(int(card[f"{kind}_dim"]) for card in cards),
+            cards=(cards[0], cards[1]),
+        ),
+    )
+
+
+def _add(sums: dict[str, PairSums], batch: PairBatch, cells: np.random.Generator, most: int) -> None:
+    """Tokens of a batch to the sums of their folds; of dense maps at most so many of a view."""
+    for kind, total in sums.items():
+        tokens, folds = [each[kind] for each in batch.tokens], batch.folds
+        if kind == DENSE:
+            places = draw_cells(cells, len(folds), tokens[0].shape[1] * tokens[0].shape[2], most)
+            rows, folds = [tokens_at(each, places) for each in tokens], np.repeat(folds, places.shape[1])
+        else:
+            rows = [each.numpy() for each in tokens]
+        for fold in np.unique(folds):
+            total.add(rows[0][folds == fold], rows[1][folds == fold], to=int(fold))
+
+
+def _alike(sums: PairSums) -> Alike:
+    train, tuning, test = sums.totals()
+    assert train is not None and tuning is not None and test is not None
+    forward, backward = (predict(train, tuning, test, backward=way) for way in (False, True))
+    return Alike(train.count + tuning.count + test.count, sums.cka(), forward, backward)
+
+
+def _neighbours(
+    pair: PairedStores, summaries: Sequence[tuple[Tensor, Tensor]], neighbours: int
+) -> tuple[float | None, float | None]:
+    """Share in common, and by chance."""
+    if not summaries:
+        return None, None
+    pictures = torch.from_numpy(pair.views[:, 0])
+    first, second = (torch.cat(side) for side in zip(*summaries, strict=True))
+    shared = mutual_neighbours(first, second, k=neighbours, groups_N=pictures)
+    return shared, None if shared is None else min(1.0, neighbours / (len(pictures) - most_together(pictures)))
+
+
+def _short_names(stores: tuple[Store, Store]) -> tuple[str, str]:
+    """Last parts of their places, where these differ."""
+    first, second = (Path(str(store.path)).name for store in stores)
+    return (first, second) if first != second else (str(stores[0].path), str(stores[1].path))

@@ -1,0 +1,103 @@
+"""What numbers about two teachers may mean for a student of both: judgement, by thresholds that are chosen.
+
+They are for orientation: no experiment here shows from which value on a pair harms a student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eupe.evaluate.ridge import Predicted
+
+PREDICTABLE = 0.9
+"""R² from which on one space counts as contained in the other."""
+UNPREDICTABLE = 0.3
+"""R² below which, both ways, two spaces have little to say of each other."""
+UNLIKE = 0.3
+"""CKA below which two spaces are arranged differently."""
+SAMPLES_PER_CHANNEL, PICTURES = 5, 200
+"""With fewer training samples for each channel, or fewer pictures, a low R² may be for want of them."""
+CLIP_LIKE = ("clip", "siglip", "pe-core", "pe_core")
+"""In names and models of teachers that were trained to match pictures with texts."""
+
+MEASURED = (
+    "Measured: linear CKA (unbiased; 1 is the same space up to a rotation and a scale, 0 is nothing in common), R² of "
+    "ridge regression on pictures that it was not fitted to, neighbours that summaries have in common."
+)
+JUDGED = (
+    f"Judged: redundant is R² of at least {PREDICTABLE:g} both ways, contained one way; unclear is fewer than "
+    f"{PICTURES} pictures, or {SAMPLES_PER_CHANNEL} training samples a channel; may fight is CKA below {UNLIKE:g} with "
+    f"R² below {UNPREDICTABLE:g} both ways; complementary is all else. These thresholds are for orientation. That two "
+    "CLIP-like teachers fight is the finding of the EUPE paper (arXiv 2603.22387), and not measured here."
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A word, and why."""
+
+    word: str
+    """redundant, contained, unclear, may fight, or complementary."""
+    why: str
+
+
+def judge(
+    names: tuple[str, str],
+    *,
+    kind: str,
+    cka: float | None,
+    forward: Predicted | None,
+    backward: Predicted | None,
+    num_pictures: int,
+    width: int,
+    cards: tuple[Mapping[str, Any], Mapping[str, Any]],
+) -> Verdict:
+    """Of two teachers by one kind of token.
+
+    Args:
+        forward: the second from the first; `backward`: the first from the second.
+        width: the larger of the two.
+        cards: of the teachers, as stores have them.
+    """
+    if forward is None or backward is None or cka is None:
+        return Verdict("unclear", f"the {kind} tokens of {names[0]} or {names[1]} do not vary: nothing to compare")
+    few = _too_few(forward.samples, width, num_pictures)
+    word, meaning = _meaning(names, cka, forward, backward, few)
+    said = f"R² of {kind} tokens is {forward.r2:.2f} to {names[1]}, {backward.r2:.2f} to {names[0]}, CKA {cka:.2f}"
+    fight = word != "redundant" and all(is_clip_like(card) for card in cards)
+    note = "; both are CLIP-like, and the paper found such a pair to fight" if fight else ""
+    return Verdict(word, f"{meaning} ({said}){note}")
+
+
+def _meaning(
+    names: tuple[str, str], cka: float, forward: Predicted, backward: Predicted, too_few: str
+) -> tuple[str, str]:
+    ways = (forward.r2, backward.r2)
+    if min(ways) >= PREDICTABLE:
+        return "redundant", "each can be read off the other, so that one of them is nearly enough"
+    if max(ways) >= PREDICTABLE:
+        larger, smaller = names if forward.r2 >= PREDICTABLE else names[::-1]
+        return "contained", f"{smaller} can be read off {larger} and adds little to it, {larger} says more"
+    if too_few:
+        return "unclear", f"{too_few} are too few to tell"
+    if cka < UNLIKE and max(ways) < UNPREDICTABLE:
+        return (
+            "may fight",
+            "hardly anything of either can be read off the other: a small student must have room for both",
+        )
+    return "complementary", "they share a part, and each has one of its own"
+
+
+def _too_few(samples: int, width: int, num_pictures: int) -> str:
+    """What there is too little of, or nothing."""
+    if num_pictures < PICTURES:
+        return f"{num_pictures} pictures"
+    return f"{samples} training samples for {width} channels" if samples < SAMPLES_PER_CHANNEL * width else ""
+
+
+def is_clip_like(card: Mapping[str, Any]) -> bool:
+    """Whether a teacher was trained to match pictures with texts, as far as its name and model tell; a run's do not."""
+    named = f"{card['name']} {card['model']}".lower()
+    return card["backend"] != "run" and any(word in named for word in CLIP_LIKE)
