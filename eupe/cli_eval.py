@@ -141,6 +141,52 @@ def eval_conflict(
     out.print(JUDGED, soft_wrap=True)
 
 
+@eval_app.command("latency")
+def eval_latency(
+    subjects: Annotated[list[str], typer.Argument(help="Runs, teachers, or timm:ARCH; no weights are loaded.")],
+    size: Annotated[
+        list[int] | None, typer.Option(help="Side of the input in pixels; 256 and 512 where none is given.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures in a pass; the time is that of one.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Cores to compute on; all of them where not given.")] = None,
+    repeats: Annotated[int, typer.Option(help="Passes that are timed.")] = 30,
+    results: Results = None,
+    as_json: Json = False,
+) -> None:
+    """Parameters, FLOPs, and milliseconds a picture on this machine's CPU."""
+    from eupe.evaluate.latency import SIZES, Timing, latency
+    from eupe.evaluate.result import keep_results
+    from eupe.evaluate.subject import open_subjects
+    from eupe.progress import report_progress
+
+    timing = Timing(batch_size=batch_size, threads=threads, repeats=repeats)
+    found = []
+    with report_progress(err, "sizes", quiet=as_json) as progress:
+        for subject in open_subjects(subjects, {}):
+            judged = latency(
+                subject, sizes=size or SIZES, timing=timing, on_step=partial(progress.update, subject.name)
+            )
+            keep_results(judged, results)
+            found += judged
+    if as_json:
+        print(json.dumps({"results": [result.to_json() for result in found]}))
+        return
+    names = ("px", "weights", "GMACs", "GFLOPs", "ms", "middle half")
+    table = Table("subject", *(Column(name, justify="right", no_wrap=True) for name in names), box=None)
+    for result in found:
+        s = result.scores
+        cost = (f"{s['parameters'] / 1e6:.2f}M", f"{s['gmacs']:.3f}", f"{s['gflops']:.3f}")
+        spread = f"{s['ms_p25']:.4g}–{s['ms_p75']:.4g}"
+        table.add_row(escaped(result.name), str(result.protocol["size"]), *cost, f"{s['ms']:.4g}", spread)
+    out.print(table)
+    how = found[0].protocol
+    out.print(
+        f"{escaped(str(how['cpu']))}, {how['threads']} threads, {how['dtype']}, batches of {how['batch_size']}, ms a "
+        f"picture as the median of {how['repeats']} passes, torch {how['torch']}; a multiply-add (MAC) is two FLOPs",
+        soft_wrap=True,
+    )
+
+
 @eval_app.command("knn")
 def eval_knn(
     subjects: Subjects,

@@ -15,6 +15,7 @@ from torch import Tensor
 from eupe.encoder import Tokens, describe_misfits
 from eupe.errors import TeacherError
 from eupe.kinds import DenseKind, SummaryKind
+from eupe.teachers.own_forward import own_model
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import brief, hub_errors, quiet_transformers, read_state_dict
 
@@ -177,6 +178,20 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
             model, report = _from_state_dict(model_class, read_state_dict(weights), weights, options)
     _check_report(report, source=str(weights or spec.model))
     return model
+
+
+def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
+    """The library's vision encoder with random weights.
+
+    A registry row's dimensions are those of timm's model of the same weights, so that no configuration is fetched.
+
+    Raises: TeacherError if the configuration that an `hf:` name stands for cannot be had.
+    """
+    if not spec.name.startswith("hf:"):
+        return own_model(spec).module
+    config = _vision_config(spec.model)
+    family = FAMILIES[config.model_type]
+    return _library_class(family.model_class)(config, **family.build)
 
 
 def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:

@@ -72,10 +72,18 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
     if visual is None:
         visual = open_clip.create_model(arch, load_weights=False, pretrained_text=False).visual
         load_state_dict_strictly(visual, state, source=source)
-    if spec.summary != "projected":
-        visual.proj = None
-    visual.output_tokens = True
-    return visual
+    return _prepared(visual, spec)
+
+
+def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
+    """The vision tower, or its timm trunk, as `load` gives it, with random weights."""
+    import open_clip
+
+    arch = spec.model.partition("@")[0]
+    vision = _architecture(arch)["vision_cfg"]
+    if "timm_model_name" in vision:
+        return create_timm(vision["timm_model_name"], size=vision["image_size"])
+    return _prepared(open_clip.create_model(arch, load_weights=False, pretrained_text=False).visual, spec)
 
 
 def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
@@ -89,6 +97,14 @@ def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
     table = _resampled(model.positional_embedding, model.grid_size, grid)
     summary, dense = functional_call(model, {"positional_embedding": table}, (pixels_BCHW,))
     return Tokens(summary=summary, dense=dense.unflatten(1, grid))
+
+
+def _prepared(visual: Any, spec: TeacherSpec) -> Any:
+    """Patch tokens come out beside the summary, which is projected only where that is asked for."""
+    if spec.summary != "projected":
+        visual.proj = None
+    visual.output_tokens = True
+    return visual
 
 
 def _architecture(arch: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from eupe.encoder import Encoder, EncoderCard, Tokens, load_card, load_encoder, load_state_dict_strictly
+from eupe.encoder import Encoder, EncoderCard, Tokens, build_encoder, load_card, load_encoder, load_state_dict_strictly
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import read_state_dict
 
@@ -45,6 +45,15 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
     if weights is not None:
         load_state_dict_strictly(encoder.model, read_state_dict(weights), source=str(weights))
     return encoder
+
+
+def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Encoder:
+    """The run's encoder with random weights.
+
+    Raises: RunError if the run has no card; ConfigError if the installed timm does not know its architecture.
+    """
+    card = load_card(Path(spec.model))
+    return build_encoder(card.arch, size=card.size)
 
 
 def tokens(model: nn.Module, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:

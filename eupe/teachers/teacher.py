@@ -1,7 +1,8 @@
 """A loaded teacher: uint8 pictures in, float32 tokens out, whatever library it comes from.
 
-Each adapter module has two functions: `load(spec, weights=, sizes=)` gives the library's own encoder on the CPU,
-`tokens(model, spec, pixels_BCHW)` runs it. All else that teachers have in common is here.
+Each adapter module has three functions: `load(spec, weights=, sizes=)` gives the library's own encoder on the CPU,
+`build(spec, sizes=)` the same with random weights, `tokens(model, spec, pixels_BCHW)` runs it. All else that teachers
+have in common is here.
 """
 
 from __future__ import annotations
@@ -48,12 +49,17 @@ class Teacher:
         """
         grid = self.spec.grid(views_u8_BHWC.shape[1])
         pixels = normalise(views_u8_BHWC.to(self.device, non_blocking=True), self.spec.mean, self.spec.std)
-        adapter = importlib.import_module(_ADAPTERS[self.spec.backend])
-        with autocast(self.dtype, self.device):
-            tokens: Tokens = adapter.tokens(self.module, self.spec, pixels)
+        tokens = self.encode(pixels)
         _check_shapes(tokens, self.spec, len(views_u8_BHWC), grid)
         summary = None if tokens.summary is None else tokens.summary.float()
         return Tokens(summary=summary, dense=tokens.dense.float())
+
+    def encode(self, pixels_BCHW: Tensor) -> Tokens:
+        """Tokens of normalised pixels on its device, in the dtype that it computes in: the encoder and nothing else."""
+        adapter = importlib.import_module(_ADAPTERS[self.spec.backend])
+        with autocast(self.dtype, self.device):
+            tokens: Tokens = adapter.tokens(self.module, self.spec, pixels_BCHW)
+        return tokens
 
 
 def load_teacher(
@@ -73,6 +79,20 @@ def load_teacher(
     adapter = importlib.import_module(_ADAPTERS[spec.backend])
     module: nn.Module = adapter.load(spec, weights=weights, sizes=sizes)
     return Teacher(spec=spec, module=_frozen(module).to(device), device=device, dtype=dtype)
+
+
+def build_teacher(spec: TeacherSpec, *, size: int) -> Teacher:
+    """The teacher's encoder with its library's random weights, in float32 on the CPU: for what needs no weights.
+
+    Nothing is fetched.
+
+    Raises: TeacherError for a size it cannot take.
+    """
+    spec.grid(size)
+    adapter = importlib.import_module(_ADAPTERS[spec.backend])
+    with torch.random.fork_rng(devices=[]):
+        module: nn.Module = adapter.build(spec, sizes=(size,))
+    return Teacher(spec=spec, module=_frozen(module), device=torch.device("cpu"), dtype=torch.float32)
 
 
 def _frozen(module: nn.Module) -> nn.Module:

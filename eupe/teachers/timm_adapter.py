@@ -64,6 +64,14 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
     return model
 
 
+def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
+    """timm's model as `load` gives it, with random weights.
+
+    Raises: TeacherError if no single build takes all of the sizes.
+    """
+    return _built(spec, _build_size(spec, sizes))
+
+
 def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
     """Tokens of normalised pixels."""
     class_tokens = spec.summary_dim // spec.dense_dim
