@@ -16,6 +16,7 @@ from eupe.cli_shared import Json, LocalWeights, PicturesPath, err, escaped, fini
 
 if TYPE_CHECKING:
     from eupe.evaluate.dense_probe import Training
+    from eupe.evaluate.report import Merged
     from eupe.evaluate.result import Result
     from eupe.evaluate.subject import Subject
 
@@ -432,6 +433,59 @@ def eval_vqa(
         return vqa(subject, data=data, penalties=tuple(penalty or PENALTIES), size=size, on_step=on_step)
 
     _judge(subjects, weights, untrained, results, as_json, judge)
+
+
+@eval_app.command("report")
+def eval_report(
+    judged: Annotated[
+        list[Path], typer.Argument(help="Training runs that were judged, and files of results (.jsonl) of anything.")
+    ],
+    out_path: Annotated[
+        Path | None, typer.Option("--out", help="A page (.html) or Markdown (.md) to write; else the table is printed.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Folder of pictures, or an index, of which the page shows the runs' maps.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many of these pictures.")] = 6,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Models, side by side",
+    as_json: Json = False,
+) -> None:
+    """Models by tasks, from all that was judged: one page, Markdown, or a table; unlike protocols are kept apart."""
+    from eupe.evaluate.report_write import write_report
+
+    report = write_report(judged, out=out_path, images=images, limit=limit, title=title)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    elif report.out is not None:
+        out.print(
+            f"{escaped(str(report.out))}: {len(report.merged.models)} models, {len(report.merged.columns)} columns",
+            soft_wrap=True,
+        )
+    else:
+        _show_merged(report.merged)
+
+
+def _show_merged(merged: Merged) -> None:
+    """Models by columns, baselines last, and what the marks say; then what has tables of its own."""
+    from eupe.evaluate import report_words as words
+
+    models, baselines = words.rows(merged)
+    if merged.columns:
+        heads = (Column(escaped(head.words), justify="right") for head in words.heads(merged.columns))
+        table = Table("model", *heads, box=None)
+        for model, cells in [*models, *baselines]:
+            shown = (words.marked(cell) + ("*" if cell is not None and cell.best else "") for cell in cells)
+            table.add_row(escaped(model.name), *shown)
+        out.print(table)
+        out.print(f"* {words.BEST_LEGEND}; {words.AHEAD} {words.AHEAD_LEGEND}", soft_wrap=True)
+    for letter, said in merged.marks.items():
+        out.print(f"({letter}) {words.MARK_LEGEND}: {escaped(said)}", soft_wrap=True)
+    for task, results in merged.apart.items():
+        head, *body = words.flat_table(results)
+        table = Table(*map(escaped, head), title=words.task_title(task), box=None)
+        for row in body:
+            table.add_row(*map(escaped, row))
+        out.print(table)
 
 
 def _training(paper: Training, steps: int | None, batch_size: int | None, lr: float | None, seed: int) -> Training:

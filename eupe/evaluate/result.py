@@ -50,9 +50,16 @@ class Result:
     def from_json(cls, plain: dict[str, Any]) -> Result:
         """The inverse of `to_json`.
 
-        Raises: TypeError.
+        Raises: TypeError if it is something else.
         """
-        return cls(**plain)
+        result = cls(**plain)
+        words = (result.task, result.subject, result.kind)
+        parts = (result.scores, result.protocol, result.data)
+        if not all(isinstance(word, str) for word in words) or not all(isinstance(part, dict) for part in parts):
+            raise TypeError("task, subject and kind are not all words, or scores, protocol and data not all objects")
+        if not result.scores or not all(isinstance(score, int | float) for score in result.scores.values()):
+            raise TypeError("its scores are not numbers")
+        return result
 
 
 def keep_results(results: Iterable[Result], also: Path | None = None) -> None:
@@ -86,10 +93,14 @@ def read_results(path: Path) -> list[Result]:
     place = path / EVALUATIONS_FILE if path.is_dir() else path
     if path.is_dir() and not place.exists():
         return []
+    where, results = str(place), []
     try:
-        return [Result.from_json(json.loads(line)) for line in place.read_text().splitlines()]
+        for number, line in enumerate(place.read_text().splitlines(), start=1):
+            where = f"line {number} of {place}"
+            results.append(Result.from_json(json.loads(line)))
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{place} holds no results of evaluations ({error})") from error
+        raise RunError(f"{where} holds no results of evaluations ({error}); remove it, or judge again") from error
+    return results
 
 
 def newest(results: Sequence[Result]) -> list[Result]:

@@ -129,10 +129,10 @@ def svg_chart(
     y = value_axis([point[1] for _, points in thinned for point in points], allow_log=allow_log)
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">',
-        *(_y_tick(y, tick) for tick in y.ticks),
-        *(_x_tick(x, tick) for tick in x.ticks),
+        *(y_tick(y, tick) for tick in y.ticks),
+        *(x_tick(x, tick) for tick in x.ticks),
         *(_curve(one, points, x, y) for one, points in thinned),
-        _axis_labels(x_label, f"{y_label} (log scale)" if y.log else y_label),
+        axis_labels(x_label, f"{y_label} (log scale)" if y.log else y_label),
         "</svg>",
     ]
     return "\n".join(parts)
@@ -157,20 +157,20 @@ def svg_histogram(
     y = linear_axis(0.0, max(counts) / total, most=5)
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">',
-        *(_y_tick(y, tick) for tick in y.ticks),
-        *(_x_tick(x, tick) for tick in x.ticks),
+        *(y_tick(y, tick) for tick in y.ticks),
+        *(x_tick(x, tick) for tick in x.ticks),
         *(_bar(edges[i : i + 2], counts[i], total, x, y) for i in used),
-        f'<line class="ink dashed" x1="{_across(x, mark):.1f}" x2="{_across(x, mark):.1f}" '
+        f'<line class="ink dashed" x1="{across(x, mark):.1f}" x2="{across(x, mark):.1f}" '
         f'y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
-        _axis_labels(x_label, y_label),
+        axis_labels(x_label, y_label),
         "</svg>",
     ]
     return "\n".join(parts)
 
 
 def _bar(edges: Sequence[float], count: int, total: int, x: Axis, y: Axis) -> str:
-    left, right = (_across(x, edge) for edge in edges)
-    height = max(HEIGHT - BOTTOM - _down(y, count / total), LEAST_BAR)
+    left, right = (across(x, edge) for edge in edges)
+    height = max(HEIGHT - BOTTOM - down(y, count / total), LEAST_BAR)
     return (
         f'<rect class="bar" x="{left + 0.5:.1f}" y="{HEIGHT - BOTTOM - height:.1f}" '
         f'width="{max(right - left - 1, 1):.1f}" height="{height:.1f}">'
@@ -249,16 +249,19 @@ def _steps_axis(last: float) -> Axis:
     return Axis(0.0, last, ticks)
 
 
-def _across(axis: Axis, value: float) -> float:
+def across(axis: Axis, value: float) -> float:
+    """Where a value lies on a horizontal axis."""
     return LEFT + axis.share(value) * (WIDTH - LEFT - RIGHT)
 
 
-def _down(axis: Axis, value: float) -> float:
+def down(axis: Axis, value: float) -> float:
+    """Where a value lies on a vertical axis."""
     return HEIGHT - BOTTOM - axis.share(value) * (HEIGHT - TOP - BOTTOM)
 
 
-def _y_tick(axis: Axis, tick: float) -> str:
-    y = _down(axis, tick)
+def y_tick(axis: Axis, tick: float) -> str:
+    """A line across the chart, and its number."""
+    y = down(axis, tick)
     css = "zero" if tick == 0 else "rule"
     return (
         f'<line class="{css}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -266,16 +269,17 @@ def _y_tick(axis: Axis, tick: float) -> str:
     )
 
 
-def _x_tick(axis: Axis, tick: float) -> str:
+def x_tick(axis: Axis, tick: float) -> str:
+    """A number below the chart."""
     at_end = axis.share(tick) > 0.98
     return (
-        f'<text x="{_across(axis, tick):.1f}" y="{HEIGHT - BOTTOM + 17}" '
+        f'<text x="{across(axis, tick):.1f}" y="{HEIGHT - BOTTOM + 17}" '
         f'text-anchor="{"end" if at_end else "middle"}">{short_number(tick)}</text>'
     )
 
 
 def _curve(series: Series, points: Sequence[Point], x: Axis, y: Axis) -> str:
-    places = [(_across(x, px), _down(y, py)) for px, py in points]
+    places = [(across(x, px), down(y, py)) for px, py in points]
     path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
     marks = ""
     if len(points) <= MARKED_POINTS:
@@ -287,11 +291,12 @@ def _curve(series: Series, points: Sequence[Point], x: Axis, y: Axis) -> str:
     return f'<polyline class="{series.css}" points="{path}"/>{marks}'
 
 
-def _axis_labels(x_label: str, y_label: str) -> str:
-    across, down = LEFT + (WIDTH - LEFT - RIGHT) / 2, TOP + (HEIGHT - TOP - BOTTOM) / 2
+def axis_labels(x_label: str, y_label: str) -> str:
+    """What the axes show."""
+    middle, centre = LEFT + (WIDTH - LEFT - RIGHT) / 2, TOP + (HEIGHT - TOP - BOTTOM) / 2
     return (
-        f'<text x="{across}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
-        f'<text transform="translate(11 {down}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+        f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text transform="translate(11 {centre}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,9 @@ INDIFFERENT: Mapping[str, Mapping[str, str]] = {
 """Options that decide nothing about a step's result and so are no part of its key, by verb (all verbs: ""), with the
 reason. An option that is not here counts."""
 
+JUDGED_BEFORE = ("eval report",)
+"""Verbs that tell of all evaluations before them."""
+
 State = Literal["done", "to go on", "to do"]
 
 
@@ -86,12 +89,13 @@ def plan_steps(steps: tuple[Step, ...], out: Path, inputs: Inputs) -> tuple[Plan
     return tuple(planned.values())
 
 
-def key_of(step: Step, contents: Mapping[str, str], stamps: Mapping[str, str]) -> str:
+def key_of(step: Step, contents: Mapping[str, str], stamps: Mapping[str, str], *, judged: Sequence[str] = ()) -> str:
     """sha256 of what decides a step's result.
 
     Args:
         contents: of the steps that it needs.
         stamps: of files and pictures, by their words.
+        judged: contents of the evaluations that it tells of.
     """
     indifferent = {*INDIFFERENT[""], *INDIFFERENT.get(step.verb.name, {})}
     decisive = {
@@ -99,7 +103,7 @@ def key_of(step: Step, contents: Mapping[str, str], stamps: Mapping[str, str]) -
         for name, words in sorted(step.options.items())
         if name not in indifferent
     }
-    return hashlib.sha256(json.dumps([step.verb.name, decisive]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([step.verb.name, decisive, *judged]).encode()).hexdigest()
 
 
 def _decisive(word: str | Ref, option: str, contents: Mapping[str, str], stamps: Mapping[str, str]) -> Any:
@@ -115,8 +119,9 @@ def _plan(step: Step, out: Path, inputs: Inputs, before: Mapping[str, PlannedSte
     extends = MAKES.get(step.verb.name) == STORE
     files, pictures, missing = _stamps(step, inputs)
     contents = {name: before[name].content for name in step.needs}
-    key = key_of(step, contents, files if extends else files | pictures)
-    content = key_of(step, contents, files | pictures)
+    judged = _evaluations(before) if step.verb.name in JUDGED_BEFORE else []
+    key = key_of(step, contents, files if extends else files | pictures, judged=judged)
+    content = key_of(step, contents, files | pictures, judged=judged)
     stem = f"{step.name}-{key[:KEY_LENGTH]}"
     output = _output(step, out, stem)
     words = [*step.verb.name.split(), *step.words({name: str(before[name].output) for name in step.needs})]
@@ -125,6 +130,10 @@ def _plan(step: Step, out: Path, inputs: Inputs, before: Mapping[str, PlannedSte
     report = out / REPORTS / f"{stem}.json"
     state = _state(step, output, report, content)
     return PlannedStep(step, key, content, output, report, tuple(words), state, tuple(missing))
+
+
+def _evaluations(before: Mapping[str, PlannedStep]) -> list[str]:
+    return [planned.content for planned in before.values() if planned.step.verb.name.startswith("eval ")]
 
 
 def _stamps(step: Step, inputs: Inputs) -> tuple[dict[str, str], dict[str, str], list[str]]:

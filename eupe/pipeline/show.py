@@ -18,6 +18,7 @@ from eupe.progress import amount
 HEADLINES: Mapping[str, Sequence[str]] = {
     "extract": ("num_views", "stored_bytes", "num_failed"),
     "train": ("steps", "normalised"),
+    "eval report": (),
 }
 """Fields of reports that are shown, wherever they stand; of other verbs, the first fraction of each part."""
 UNSAID = ("kinds", "validation")

@@ -25,6 +25,7 @@ TAKES = {
     "path": (STORE,),
     "subjects": (STORE, RUN),
     "stores": (STORE,),
+    "judged": (RUN,),
     "items": (STORE, RUN),
 }
 """Options and arguments that may name an earlier step, and what that step must make."""

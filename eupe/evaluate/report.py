@@ -1,0 +1,243 @@
+"""Results of many evaluations side by side: what may be compared with what, and which is best.
+
+A column is one measure of one task, on the same data, by the same protocol; where either differs there is another
+column. How features came about (the size of the views, the arithmetic, whether a store's views were judged) may differ
+within a column: such a cell has a mark that says how, and is compared with no other. Where one subject was judged by
+features of several kinds, each kind has a column.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from eupe.encoder import CARD_FILE
+from eupe.evaluate import agreement, conflict, latency
+from eupe.evaluate.report_features import FEATURES, difference, letter, usual_features
+from eupe.evaluate.result import Result
+from eupe.evaluate.subject import PIXELS
+
+ORDER = ("knn", "linear", "zeroshot", "retrieval", "vqa", "segment", "depth", "correspond")
+"""Of columns by task; others follow, and costs come last."""
+APART = (agreement.TASK, conflict.TASK)
+"""Tasks whose results have tables of their own: each row is about something else."""
+
+Identity = tuple[str, str, bool]
+"""Of a model: subject, kind, whether it is untrained."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row."""
+
+    name: str
+    """Short, where that tells it apart."""
+    subject: str
+    kind: str
+    untrained: bool
+
+    @property
+    def is_baseline(self) -> bool:
+        """Something that no model should be worse than."""
+        return self.untrained or self.kind == PIXELS
+
+    @property
+    def run(self) -> Path | None:
+        """The run's directory, if it is one that is there."""
+        path = Path(self.subject)
+        return path if self.kind == "run" and (path / CARD_FILE).is_file() else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score."""
+
+    result: Result
+    value: float
+    largest: float
+    """Of the column, which decides how many digits are shown."""
+    mark: str = ""
+    """A letter of `Merged.marks`, where its features came about in another way than most of the column's."""
+    best: bool = False
+    """Of the models that may be compared, if there are several."""
+    ahead: bool = False
+    """A baseline that is better than every model."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Scores that may be compared, but for those with a mark."""
+
+    task: str
+    measure: str
+    lower_is_better: bool
+    protocol: Mapping[str, Any]
+    """Without what it says of the features."""
+    data: Mapping[str, Any]
+    features: Mapping[str, Any]
+    """How they came about in the cells without a mark."""
+    cells: Mapping[int, Cell]
+    """By the model's place."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """All results."""
+
+    models: tuple[Model, ...]
+    """Baselines last."""
+    columns: tuple[Column, ...]
+    marks: Mapping[str, str]
+    """Letter to what it says."""
+    apart: Mapping[str, tuple[Result, ...]] = field(default_factory=dict)
+    """By task, those that have tables of their own; subjects are short names."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {
+            "models": [
+                {"name": m.name, "subject": m.subject, "kind": m.kind, "untrained": m.untrained} for m in self.models
+            ],
+            "columns": [
+                {
+                    "task": column.task,
+                    "measure": column.measure,
+                    "lower_is_better": column.lower_is_better,
+                    "protocol": dict(column.protocol),
+                    "data": dict(column.data),
+                    "features": dict(column.features),
+                    "cells": [_cell_json(column.cells.get(i)) for i in range(len(self.models))],
+                }
+                for column in self.columns
+            ],
+            "marks": dict(self.marks),
+            **{task: [result.to_json() for result in results] for task, results in self.apart.items()},
+        }
+
+
+def _cell_json(cell: Cell | None) -> dict[str, Any] | None:
+    if cell is None:
+        return None
+    return {
+        "value": cell.value,
+        "mark": cell.mark,
+        "best": cell.best,
+        "ahead": cell.ahead,
+        "scores": cell.result.scores,
+    }
+
+
+def merge(results: Sequence[Result]) -> Merged:
+    """Results as a table of models by columns, and those that have tables of their own."""
+    names = _short_names(results)
+    tabled = [result for result in results if result.task not in APART]
+    identities = dict.fromkeys((result.subject, result.kind, result.untrained) for result in tabled)
+    models = [
+        Model(f"{names[subject]}, untrained" if untrained else names[subject], subject, kind, untrained)
+        for subject, kind, untrained in identities
+    ]
+    models.sort(key=lambda model: model.is_baseline)
+    places = {(model.subject, model.kind, model.untrained): i for i, model in enumerate(models)}
+    marks: dict[str, str] = {}
+    columns = [_column(group, places, models, marks) for group in _grouped(tabled)]
+    apart = {
+        task: tuple(replace(r, subject=names[r.subject]) for r in results if r.task == task)
+        for task in APART
+        if any(r.task == task for r in results)
+    }
+    return Merged(tuple(models), tuple(columns), {letter: words for words, letter in marks.items()}, apart)
+
+
+def _short_names(results: Sequence[Result]) -> dict[str, str]:
+    """Last parts of the subjects' places, where these tell them apart."""
+    subjects = list(dict.fromkeys(result.subject for result in results))
+    short = {
+        subject: " ~ ".join(Path(part).name or part for part in subject.split(" ~ ")) if "/" in subject else subject
+        for subject in subjects
+    }
+    count = Counter(short.values())
+    return {subject: name if count[name] == 1 else subject for subject, name in short.items()}
+
+
+def _grouped(results: Sequence[Result]) -> list[list[Result]]:
+    """Results that belong into one column, the columns in the order of their tasks."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        measure = next(iter(result.scores))
+        parts = [result.task, measure, result.lower_is_better, task_protocol(result), result.data]
+        groups.setdefault(json.dumps(parts, sort_keys=True), []).append(result)
+    apart = [part for group in groups.values() for part in _without_clashes(group)]
+    return sorted(apart, key=lambda group: _rank(group[0].task))
+
+
+def _without_clashes(group: Sequence[Result]) -> list[list[Result]]:
+    """The group; or, where a subject is in it more than once, as many as there are sizes, or ways to features."""
+    for names in ((), ("size",), FEATURES):
+        parts: dict[str, list[Result]] = {}
+        for result in group:
+            way = json.dumps([result.protocol.get(name) for name in names])
+            parts.setdefault(way, []).append(result)
+        if all(len(part) == len({(r.subject, r.kind, r.untrained) for r in part}) for part in parts.values()):
+            break
+    return list(parts.values())
+
+
+def _rank(task: str) -> int:
+    if task == latency.TASK:
+        return len(ORDER) + 1
+    return ORDER.index(task) if task in ORDER else len(ORDER)
+
+
+def task_protocol(result: Result) -> dict[str, Any]:
+    """What a protocol says of the task, not of the features."""
+    return {name: value for name, value in result.protocol.items() if name not in FEATURES}
+
+
+def _column(
+    group: Sequence[Result], places: Mapping[Identity, int], models: Sequence[Model], marks: dict[str, str]
+) -> Column:
+    """
+    Args:
+        marks: what a mark says to its letter; new ones are added.
+    """
+    measure, lower = next(iter(group[0].scores)), group[0].lower_is_better
+    by_place = {places[result.subject, result.kind, result.untrained]: result for result in group}
+    usual = usual_features([result for i, result in by_place.items() if not models[i].is_baseline] or group)
+    cells = {}
+    largest = max(abs(float(result.scores[measure])) for result in group)
+    for i, result in sorted(by_place.items()):
+        words = difference(result, usual)
+        mark = marks.setdefault(words, letter(len(marks))) if words else ""
+        cells[i] = Cell(result, float(result.scores[measure]), largest, mark)
+    return Column(
+        task=group[0].task,
+        measure=measure,
+        lower_is_better=lower,
+        protocol=task_protocol(group[0]),
+        data=group[0].data,
+        features=usual,
+        cells=_ranked(cells, models, lower),
+    )
+
+
+def _ranked(cells: Mapping[int, Cell], models: Sequence[Model], lower: bool) -> dict[int, Cell]:
+    """With the best of the models, and the baselines that are ahead of it; cells with a mark take no part."""
+    sign = -1.0 if lower else 1.0
+    worth = {i: sign * cell.value for i, cell in cells.items() if not cell.mark and math.isfinite(cell.value)}
+    rivals = [value for i, value in worth.items() if not models[i].is_baseline]
+    if not rivals:
+        return dict(cells)
+    top = max(rivals)
+    return {
+        i: replace(
+            cell,
+            best=i in worth and not models[i].is_baseline and worth[i] == top and len(rivals) > 1,
+            ahead=i in worth and models[i].is_baseline and worth[i] > top,
+        )
+        for i, cell in cells.items()
+    }

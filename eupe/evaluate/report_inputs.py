@@ -1,0 +1,53 @@
+"""Where a report's results come from: runs, and files of results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from eupe.encoder import CARD_FILE
+from eupe.errors import ConfigError, RunError
+from eupe.evaluate.result import EVALUATIONS_FILE, Result, newest, read_results
+from eupe.evaluate.run import is_run
+
+
+def gather(places: Sequence[Path]) -> list[Result]:
+    """The newest results of runs and of files of results, in the order given; a run is called by its place as given.
+
+    A run's own file has all of its results, one that was given with `--results` perhaps older ones, so the run's count.
+
+    Raises: ConfigError for none, or a run or file without any; RunError for an unfinished run, or a damaged file.
+    """
+    if not places:
+        raise ConfigError("nothing to report: name at least one training run, or a file of results (.jsonl)")
+    runs = {place.resolve(): place for place in places if place.is_dir()}
+    read = {place: [_called_as_given(result, place, runs) for result in _read(place)] for place in places}
+    order = list(dict.fromkeys(result.subject for results in read.values() for result in results))
+    of_files, of_runs = ([p for p in read if p.is_dir() == is_folder] for is_folder in (False, True))
+    found = newest([result for place in (*of_files, *of_runs) for result in read[place]])
+    return sorted(found, key=lambda result: order.index(result.subject))
+
+
+def _read(place: Path) -> list[Result]:
+    if not place.exists():
+        raise ConfigError(f"{place} does not exist; give training runs, or files of results (.jsonl)")
+    if place.is_dir():
+        if not is_run(place):
+            raise ConfigError(f"{place} is a folder but no training run; give runs, or files of results (.jsonl)")
+        if not (place / CARD_FILE).is_file():
+            raise RunError(f"run {place} is not finished; finish it with `eupe train ... --resume`, then judge it")
+    results = read_results(place)
+    if not results:
+        what = f"run {place} has not been judged" if place.is_dir() else f"{place} holds no results"
+        raise ConfigError(f"{what}; `eupe eval knn`, say, leaves them in a run's {EVALUATIONS_FILE} and with --results")
+    return results
+
+
+def _called_as_given(result: Result, place: Path, runs: Mapping[Path, Path]) -> Result:
+    """A run's own file is about that run, wherever it was when it was judged."""
+    if place.is_dir():
+        return replace(result, subject=str(place))
+    if result.kind != "run":
+        return result
+    return replace(result, subject=str(runs.get(Path(result.subject).resolve(), result.subject)))

@@ -1,0 +1,69 @@
+"""Under which licences the weights stand that taught a model, as far as runs and stores note them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eupe.errors import EupeError
+from eupe.evaluate.report import Model
+from eupe.evaluate.run import is_run, read_card
+from eupe.store import open_store
+from eupe.teachers.resolve import resolve_teacher
+
+OWN = "own"
+"""The licence that a store notes of a run's features: whatever those that taught it allow."""
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A teacher behind a model."""
+
+    model: str
+    teacher: str
+    through: str
+    """The runs between the two, if any."""
+    licence: str
+
+
+def licences(models: Sequence[Model]) -> list[Licence]:
+    """Of every model that is neither untrained nor pixels, each teacher once."""
+    found = [licence for model in models if not model.is_baseline for licence in _of_model(model)]
+    return list(dict.fromkeys(found))
+
+
+def _of_model(model: Model) -> list[Licence]:
+    if model.kind == "run":
+        return _of_run(model.name, Path(model.subject), ())
+    try:
+        if model.kind == "store":
+            teacher = open_store(model.subject).spec.teacher
+            if teacher["licence"] == OWN:
+                return _behind(model.name, str(teacher["name"]), ())
+            return [Licence(model.name, str(teacher["name"]), "", str(teacher["licence"]))]
+        return [Licence(model.name, model.name, "", resolve_teacher(model.subject).licence)]
+    except EupeError:
+        return [Licence(model.name, model.name, "", f"{UNKNOWN}: it is not here")]
+
+
+def _of_run(name: str, run: Path, through: tuple[str, ...]) -> list[Licence]:
+    """Of all that taught a run, and of those that taught them where they are runs themselves."""
+    if not is_run(run):
+        return [Licence(name, str(run), " of ".join(through), f"{UNKNOWN}: the run is not here")]
+    card = read_card(run)
+    targets = [*card.targets, *(target for mixed in card.mix for target in mixed["targets"])]
+    found = []
+    for target in targets:
+        if target["licence"] == OWN:
+            found += _behind(name, str(target["teacher"]), through)
+        else:
+            found.append(Licence(name, str(target["teacher"]), " of ".join(through), str(target["licence"])))
+    return found
+
+
+def _behind(name: str, run: str, through: tuple[str, ...]) -> list[Licence]:
+    if Path(run).name in through:
+        return []
+    return _of_run(name, Path(run), (Path(run).name, *through))

@@ -1,0 +1,80 @@
+"""Dense features of runs as colours, on pictures that are the same for all.
+
+Shapes: P pictures, S pixels along a side, h w cells, C = 3 colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eupe.corpus.index import open_corpus
+from eupe.corpus.pictures import insides
+from eupe.corpus.views import render_view
+from eupe.errors import ConfigError
+from eupe.evaluate.pictures import Pictures, centre
+from eupe.evaluate.run import read_card
+from eupe.evaluate.subject import open_subjects
+from eupe.evaluate.viz import SHOWN_PX, choose_pictures
+from eupe.evaluate.viz_items import Picture
+from eupe.pca import fit_pca
+from eupe.place import Where
+from eupe.store.layout import DENSE
+from eupe.train.targets import is_held_out
+
+
+@dataclass(frozen=True)
+class RunMaps:
+    """A run's maps of all pictures."""
+
+    name: str
+    size: int
+    maps_PhwC: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Pictures by runs."""
+
+    pictures: tuple[Picture, ...]
+    views_PSSC: NDArray[np.uint8]
+    """The centres that all saw."""
+    runs: tuple[RunMaps, ...]
+
+
+def draw_maps(runs: Mapping[str, Path], images: Where, *, limit: int) -> Maps:
+    """Maps by name of run, each run at its own size; pictures that none was trained on come first.
+
+    Raises: ConfigError if there is no run to show; CorpusError, RunError, TeacherError.
+    """
+    if limit < 1:
+        raise ConfigError(f"--limit must be at least 1, got {limit}")
+    if not runs:
+        raise ConfigError("--images shows maps of training runs, and none of those that were judged is here")
+    corpus = open_corpus(images)
+    share = min(float(read_card(run).config["holdout"]) for run in runs.values())
+    samples = corpus.samples.select(["key", "label", "sha256"]).to_pylist()
+    known = [
+        Picture(**sample, held_out=is_held_out(sample["key"], share), inside=inside)
+        for sample, inside in zip(samples, insides(corpus.samples), strict=True)
+    ]
+    chosen = choose_pictures(known, limit)
+    pictures = Pictures(corpus.root, tuple(p.key for p in chosen), tuple(p.inside for p in chosen))
+    images_P = [pictures.image(i) for i in range(len(pictures))]
+    views = np.stack([render_view(image, centre(image.width, image.height)[0], SHOWN_PX) for image in images_P])
+    return Maps(tuple(chosen), views, tuple(_maps(name, run, pictures) for name, run in runs.items()))
+
+
+def _maps(name: str, run: Path, pictures: Pictures) -> RunMaps:
+    (subject,) = open_subjects([str(run)], {})
+    size = subject.size(None)
+    seen = subject.look(pictures, kind=DENSE, size=size, cut=centre)
+    assert seen.dense is not None
+    dense = seen.dense.float().numpy()
+    if not np.isfinite(dense).all():
+        raise ConfigError(f"run {run} gives features that are not finite, which have no colours; leave --images out")
+    return RunMaps(name, size, fit_pca(dense).rgb(dense))

@@ -1,0 +1,70 @@
+"""From runs and files of results to a page, or to Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eupe.errors import ConfigError
+from eupe.evaluate.page import make_place, write_whole
+from eupe.evaluate.report import Merged, merge
+from eupe.evaluate.report_inputs import gather
+from eupe.evaluate.report_licences import Licence, licences
+from eupe.evaluate.report_maps import draw_maps
+from eupe.evaluate.report_page import render_report
+from eupe.evaluate.report_words import markdown
+from eupe.place import Where
+
+TITLE = "Models, side by side"
+PAGE, MARKDOWN = ".html", ".md"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, and where it was written."""
+
+    merged: Merged
+    licences: tuple[Licence, ...]
+    out: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        out = None if self.out is None else str(self.out)
+        return {"out": out, **self.merged.to_json(), "licences": [asdict(each) for each in self.licences]}
+
+
+def write_report(
+    places: Sequence[Path],
+    *,
+    out: Path | None = None,
+    images: Where | None = None,
+    limit: int = 6,
+    title: str = TITLE,
+) -> Report:
+    """Merge results, and write them if there is a place to write to.
+
+    Args:
+        places: runs, and files of results.
+        out: ends in .html or .md.
+        images: pictures of which a page shows the runs' maps; at most `limit` of them.
+    Raises: ConfigError, RunError, CorpusError, TeacherError; StorageError if `out` cannot be written.
+    """
+    if out is not None and out.suffix not in (PAGE, MARKDOWN):
+        raise ConfigError(f"--out {out} must end in {PAGE} for a page or in {MARKDOWN} for Markdown")
+    if images is not None and (out is None or out.suffix != PAGE):
+        raise ConfigError(f"--images is for pages: give --out with a name that ends in {PAGE}, or leave it out")
+    merged = merge(gather(places))
+    if out is not None:
+        make_place(out)
+    found = tuple(licences(merged.models))
+    if out is not None and out.suffix == MARKDOWN:
+        write_whole(out, markdown(merged, title=title).encode(errors="replace"))
+    elif out is not None:
+        runs = {m.name: m.run for m in merged.models if m.run is not None and not m.untrained}
+        maps = None if images is None else draw_maps(runs, images, limit=limit)
+        sources = [str(place) for place in places]
+        page = render_report(merged, title=title, sources=sources, licences=found, maps=maps)
+        write_whole(out, page.encode(errors="replace"))
+    return Report(merged, found, out)
