@@ -23,7 +23,7 @@ from eupe.errors import ConfigError, StoreError
 from eupe.evaluate.layouts import PointPair, point_pairs
 from eupe.evaluate.pictures import whole
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import Seen, StoreSubject, Subject
+from eupe.evaluate.subject import Seen, StoreSubject, Subject, result_of
 from eupe.store.layout import DENSE
 
 SIZES = {14: 448}
@@ -59,11 +59,9 @@ def correspond(
         on_step(number, len(pairs))
     points = [hit for hits in found.values() for hit in hits]
     by_category = {f"pck/{name}": float(np.mean(hits)) for name, hits in sorted(found.items())}
-    return Result(
+    return result_of(
+        subject,
         task="correspond",
-        subject=subject.name,
-        kind=subject.kind,
-        untrained=subject.untrained,
         scores={
             "pck": float(np.mean(points)),
             "pck_by_category": float(np.mean(list(by_category.values()))),

@@ -22,7 +22,7 @@ from eupe.evaluate.dense_probe import Training, predictions, require_same_sides,
 from eupe.evaluate.layouts import NYU_SIDES, Mapped, depth_split, read_depth
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import StoreSubject, Subject
+from eupe.evaluate.subject import StoreSubject, Subject, result_of
 from eupe.store.layout import DENSE
 
 SIZE = 512
@@ -95,11 +95,9 @@ def depth(
     if not errors:
         raise CorpusError(f"the depth maps of the val split of {data} hold nothing between {MIN_M:g} and {max_m:g} m")
     means = {name: float(np.mean([error[name] for error in errors])) for name in errors[0]}
-    return Result(
+    return result_of(
+        subject,
         task="depth",
-        subject=subject.name,
-        kind=subject.kind,
-        untrained=subject.untrained,
         scores=means,
         lower_is_better=True,
         protocol={**subject.protocol(chosen), **asdict(training), "max_m": max_m, "crop": val.crop},

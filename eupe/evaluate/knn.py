@@ -19,7 +19,7 @@ from eupe.errors import ConfigError
 from eupe.evaluate.layouts import Labelled, labelled_splits
 from eupe.evaluate.pictures import centre
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import StoreSubject, Subject
+from eupe.evaluate.subject import StoreSubject, Subject, result_of
 from eupe.place import Where
 from eupe.store.layout import SUMMARY
 
@@ -102,11 +102,9 @@ def knn(
     correct = accuracy(
         val.features, val_labels, bank.features, bank_labels, k=k, metric=metric, groups_N=groups, num_labels=len(names)
     )
-    return Result(
+    return result_of(
+        subject,
         task="knn",
-        subject=subject.name,
-        kind=subject.kind,
-        untrained=subject.untrained,
         scores={"accuracy": correct, "majority": int(torch.bincount(val_labels).max()) / len(val_labels)},
         protocol={
             **subject.protocol(parts.size),

@@ -18,7 +18,7 @@ from eupe.device import pick_device
 from eupe.errors import ConfigError
 from eupe.evaluate.knn import Summaries, summaries_of
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import Subject
+from eupe.evaluate.subject import Subject, result_of
 from eupe.place import Where
 from eupe.train.targets import is_held_out
 
@@ -72,11 +72,9 @@ def linear(
     fitted = fit_logistic(scaled_train, codes_train, penalty=chosen, num_labels=len(names))
     correct = (fitted.logits(scaled_val.to(fitted.weight_CD)).argmax(dim=1).cpu() == codes_val) & known
     majority = int(torch.bincount(codes_val[known], minlength=1).max()) / len(val)
-    return Result(
+    return result_of(
+        subject,
         task="linear",
-        subject=subject.name,
-        kind=subject.kind,
-        untrained=subject.untrained,
         scores={"accuracy": float(correct.double().mean()), "majority": majority, "penalty": chosen},
         protocol={
             **subject.protocol(parts.size),

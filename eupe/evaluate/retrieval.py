@@ -20,7 +20,7 @@ from eupe.evaluate.pictures import centre
 from eupe.evaluate.prompts import AS_IT_IS, Classes
 from eupe.evaluate.ranking import best_places, share_within
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import Subject
+from eupe.evaluate.subject import Subject, result_of
 from eupe.evaluate.text import TextSource
 from eupe.evaluate.text_space import choose_way, to_text_space
 from eupe.store.layout import SUMMARY
@@ -72,11 +72,9 @@ def retrieval(
         for direction, places in (("i2t", to_text), ("t2i", to_picture))
         for k in RECALLS
     }
-    return Result(
+    return result_of(
+        subject,
         task="retrieval",
-        subject=subject.name,
-        kind=subject.kind,
-        untrained=subject.untrained,
         scores={"mean_recall": sum(recalls.values()) / len(recalls), **recalls},
         protocol={**subject.protocol(chosen), "teacher": way.name},
         data={"path": str(data), "pictures": len(pictures), "captions": len(captions)},

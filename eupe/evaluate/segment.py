@@ -24,7 +24,7 @@ from eupe.evaluate.dense_probe import Training, predictions, require_same_sides,
 from eupe.evaluate.layouts import Mapped, class_names, mask_split, read_mask
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import StoreSubject, Subject
+from eupe.evaluate.subject import StoreSubject, Subject, result_of
 from eupe.store.layout import DENSE
 
 SIZE = 512
@@ -106,11 +106,9 @@ def segment(
         confusion += confusion_of(predicted, np.where(reached, labels, IGNORED), classes.count)
     if not confusion.sum():
         raise CorpusError(f"the masks of the val split of {data} hold no class at all, only {val.nothing}")
-    return Result(
+    return result_of(
+        subject,
         task="segment",
-        subject=subject.name,
-        kind=subject.kind,
-        untrained=subject.untrained,
         scores={"miou": mean_iou(confusion), "pixel_accuracy": pixel_accuracy(confusion)},
         protocol={**subject.protocol(chosen), **asdict(training)},
         data={"path": str(data), "train": len(train.maps), "val": len(val.maps), "classes": classes.count},

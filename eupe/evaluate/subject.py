@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.encoder import CARD_FILE, Encoder, Tokens, build_encoder, load_card
 from eupe.errors import ConfigError, RunError, StoreError, TeacherError
 from eupe.evaluate.pictures import Cut, Pictures
+from eupe.evaluate.result import Result
 from eupe.evaluate.run import is_run, read_card
 from eupe.place import Place
 from eupe.store import Store, open_store
@@ -240,6 +242,28 @@ class PixelSubject:
 
 
 Subject = StoreSubject | EncoderSubject | PixelSubject
+
+
+def result_of(
+    subject: Subject,
+    *,
+    task: str,
+    scores: dict[str, float],
+    protocol: dict[str, Any],
+    data: dict[str, Any],
+    lower_is_better: bool = False,
+) -> Result:
+    """What a subject scored."""
+    return Result(
+        task=task,
+        subject=subject.name,
+        kind=subject.kind,
+        untrained=subject.untrained,
+        scores=scores,
+        lower_is_better=lower_is_better,
+        protocol=protocol,
+        data=data,
+    )
 
 
 def open_subjects(words: Sequence[str], weights: Mapping[str, Path], *, untrained: bool = False) -> list[Subject]:

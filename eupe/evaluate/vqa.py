@@ -31,7 +31,7 @@ from eupe.evaluate.layouts import Question, question_set, question_words
 from eupe.evaluate.linear import TUNING_SHARE, choose_penalty, fit_logistic
 from eupe.evaluate.pictures import Pictures, whole
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import MEMORY_SHARE, Seen, StoreSubject, Subject, free_bytes
+from eupe.evaluate.subject import MEMORY_SHARE, Seen, StoreSubject, Subject, free_bytes, result_of
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.targets import is_held_out
 
@@ -73,11 +73,9 @@ def vqa(
         right[kind] = _share(answers(features, train, val, tuning, penalties), val)
         commonest[kind] = _share(commonest_answers(train, val), val)
         on_step(number, len(kinds))
-    return Result(
+    return result_of(
+        subject,
         task="vqa",
-        subject=subject.name,
-        kind=subject.kind,
-        untrained=subject.untrained,
         scores={
             "accuracy": float(np.mean(list(right.values()))),
             "majority": float(np.mean(list(commonest.values()))),

@@ -16,7 +16,7 @@ from eupe.evaluate.pictures import centre
 from eupe.evaluate.prompts import class_numbers, folder_classes
 from eupe.evaluate.ranking import best_places, share_within
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import Subject
+from eupe.evaluate.subject import Subject, result_of
 from eupe.evaluate.text import TextSource
 from eupe.evaluate.text_space import choose_way, to_text_space
 from eupe.place import Where
@@ -60,11 +60,9 @@ def zeroshot(
         scores["top5"] = share_within(places, TOP)
     scores["majority"] = int(torch.bincount(labels).max()) / len(labels)
     scores["cross_entropy"] = float(F.cross_entropy(logits, labels))
-    return Result(
+    return result_of(
+        subject,
         task="zeroshot",
-        subject=subject.name,
-        kind=subject.kind,
-        untrained=subject.untrained,
         scores=scores,
         protocol={
             **subject.protocol(chosen),
