@@ -231,6 +231,26 @@ def index(
 
 
 @app.command()
+def scenes(
+    out_path: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    pictures: Annotated[int, typer.Option(help="Of each task.")] = 300,
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 224,
+    seed: Annotated[int, typer.Option(help="Decides all that is random about the scenes.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Render pictures with exact labels, masks, depth, correspondences, captions and questions."""
+    from eupe.progress import report_progress
+    from eupe.scenes.make import ScenesConfig, make_scenes
+
+    config = ScenesConfig(out=out_path, pictures=pictures, size=size, seed=seed)
+    with report_progress(err, "pictures", quiet=as_json) as progress:
+        report = make_scenes(config, progress=lambda done, of: progress.update("rendering", done, of))
+    _finish(dataclasses.asdict(report), as_json)
+    if report.cached and not as_json:
+        out.print("nothing to do: these scenes are there already")
+
+
+@app.command()
 def extract(
     teacher: Annotated[
         list[str],

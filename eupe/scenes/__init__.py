@@ -1,0 +1,1 @@
+"""Small rendered scenes with exact truth: labels, masks, depth, correspondences, captions and questions from a seed."""

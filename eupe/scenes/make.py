@@ -1,0 +1,212 @@
+"""`eupe scenes`: a folder of rendered pictures with exact truth, made on all cores, whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eupe.ahead import map_ahead
+from eupe.errors import ConfigError, IncompleteError, StorageError
+from eupe.scenes.catalogue import CATEGORIES, CLASSES
+from eupe.scenes.layouts import LAYOUTS, Request
+from eupe.stopping import stop_signals
+
+VERSION = 1
+"""Raise it when the same request gives other bytes: older folders then count as another request."""
+CARD = "scenes.json"
+SIZES_PX = (32, 1024)
+FEWEST = 2 * len(CATEGORIES)
+"""One picture of each category to learn from, and one to be judged on."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesConfig:
+    """The flags of `eupe scenes`."""
+
+    out: Path
+    pictures: int
+    """Of each layout."""
+    size: int
+    """Side of the pictures in pixels."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScenesReport:
+    """What lies in the folder."""
+
+    out: str
+    counts: Mapping[str, Mapping[str, int]]
+    cached: bool
+    """Whether it was there already."""
+
+
+def make_scenes(
+    config: ScenesConfig, *, processes: int | None = None, progress: Progress | None = None
+) -> ScenesReport:
+    """Render all layouts; the same request again finds them done.
+
+    Args:
+        processes: one for each core where not given; the pictures are the same at any number.
+        progress: told pictures done and in all.
+    Raises: ConfigError for an option that cannot be, or a folder that holds something else; StorageError;
+        IncompleteError if a signal asked for an end.
+    """
+    request = _checked(config)
+    try:
+        if (counts := _finished(config.out, request)) is not None:
+            return ScenesReport(str(config.out), counts, cached=True)
+        with _folder_for(config.out) as folder:
+            if (counts := _finished(config.out, request)) is not None:  # by another process, just now
+                return ScenesReport(str(config.out), counts, cached=True)
+            cores = len(os.sched_getaffinity(0))
+            counts = _fill(folder, request, processes or cores, progress or (lambda *_: None))
+            folder.rename(config.out)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{config.out} cannot be written ({error}); nothing was left there") from error
+    return ScenesReport(str(config.out), counts, cached=False)
+
+
+def _checked(config: ScenesConfig) -> Request:
+    low, high = SIZES_PX
+    if config.pictures < FEWEST:
+        raise ConfigError(
+            f"--pictures {config.pictures} is too few: give {FEWEST} or more, so that each of the {len(CATEGORIES)} "
+            "categories has a picture to train on and one to be judged on"
+        )
+    if not low <= config.size <= high:
+        raise ConfigError(f"--size {config.size} is no side of these pictures; give {low} to {high} pixels")
+    if config.seed < 0:
+        raise ConfigError(f"--seed {config.seed} is negative; give 0 or more")
+    return Request(pictures=config.pictures, size=config.size, seed=config.seed)
+
+
+def _finished(out: Path, request: Request) -> Mapping[str, Mapping[str, int]] | None:
+    """What there is if this very request was done before; None if there is nothing.
+
+    Raises: ConfigError if something else lies there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        card = json.loads((out / CARD).read_text())
+        stored = card["request"]
+        counts: Mapping[str, Mapping[str, int]] = card["counts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{out} holds something that is no folder of scenes; give another --out") from error
+    asked = _identity(request)
+    different = [f"{k} {stored.get(k)} there, {v} asked for" for k, v in asked.items() if stored.get(k) != v]
+    if different:
+        raise ConfigError(f"{out} holds other scenes ({'; '.join(different)}); give another --out, or delete it")
+    return counts
+
+
+def _identity(request: Request) -> dict[str, int]:
+    return {"version": VERSION, **asdict(request)}
+
+
+@contextmanager
+def _folder_for(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, locked while it is filled, and gone afterwards unless it was renamed.
+
+    Raises: ConfigError if another process is at work on the same.
+    """
+    folder = out.with_name(f".{out.name}.unfinished")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        if not (_locked(lock) and _is_open_as(folder, lock)):
+            raise ConfigError(f"another `eupe scenes` is making {out}; wait for its end, and run the same again")
+        for left in folder.iterdir():  # by one that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield folder
+        finally:
+            if _is_open_as(folder, lock):
+                shutil.rmtree(folder)
+    finally:
+        os.close(lock)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_open_as(folder: Path, descriptor: int) -> bool:
+    """Whether a folder is still there, and not another of the same name."""
+    return folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor))
+
+
+def _fill(folder: Path, request: Request, processes: int, progress: Progress) -> Mapping[str, Mapping[str, int]]:
+    jobs = [(layout, number) for layout in LAYOUTS for number in range(request.pictures)]
+    drawn: dict[str, list[Any]] = {layout: [] for layout in LAYOUTS}
+    with stop_signals(signal.SIGTERM) as stop_asked, closing(_drawn(folder, request, jobs, processes)) as results:
+        for done, ((layout, _), result) in enumerate(zip(jobs, results, strict=True)):
+            drawn[layout].append(result)
+            progress(done + 1, len(jobs))
+            if stop_asked():
+                raise IncompleteError("stopped before all scenes were made, and nothing was kept; run the same again")
+    counts = {layout: LAYOUTS[layout].finish(folder, request, drawn[layout]) for layout in LAYOUTS}
+    card = {"request": _identity(request), "categories": CATEGORIES, "classes": CLASSES, "counts": counts}
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    return counts
+
+
+def _drawn(
+    folder: Path, request: Request, jobs: Sequence[tuple[str, int]], processes: int
+) -> Generator[Any, None, None]:
+    """What the layouts return of each picture, in order."""
+    work = partial(_draw, folder, request)
+    if processes == 1:
+        yield from map(work, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker) as pool:
+        try:
+            yield from map_ahead(pool, work, jobs, ahead=4 * processes)
+        except BrokenProcessPool as error:
+            raise IncompleteError(
+                "a process that rendered scenes died, perhaps for want of memory, and nothing was kept; run the same "
+                "again"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _draw(folder: Path, request: Request, job: tuple[str, int]) -> Any:
+    layout, number = job
+    return LAYOUTS[layout].draw(folder, request, number)
+
+
+def _begin_worker() -> None:
+    """Ctrl-C is the parent's to act on; a worker whose parent was killed would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with(parent: multiprocessing.process.BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()

@@ -1,0 +1,148 @@
+"""A scene on paper: a camera, things that stand on a floor between walls, and a light. Lengths are metres, y is up.
+
+A picture has pixels whose centres are whole numbers: x = 0 is the first column, y = 0 the uppermost row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eupe.scenes.bodies import Floats, floats
+from eupe.scenes.shapes import Shape, Surface
+from eupe.scenes.textures import Colour, Material
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera with square pictures."""
+
+    eye: Vector
+    """[3]."""
+    axes: Vector
+    """[3, 3]: to the right, up and forward, one a row; orthonormal."""
+    zoom: float
+    """Focal length over the picture's side."""
+
+    def directions(self, x: NDArray[np.floating], y: NDArray[np.floating], size: int) -> Floats:
+        """Rays [3, n] through places in a picture of `size` pixels, one metre long along the optical axis.
+
+        A point at `t` times such a ray is `t` metres before the image plane: `t` is its z-depth.
+        """
+        right = (x - (size - 1) / 2) / (self.zoom * size)
+        up = ((size - 1) / 2 - y) / (self.zoom * size)
+        rays = self.axes[2][:, None] + self.axes[0][:, None] * right + self.axes[1][:, None] * up
+        return floats(rays)
+
+    def project(self, points: Vector, size: int) -> tuple[Vector, Vector]:
+        """Where points [n, 3] are in a picture, [n, 2] as x and y, and their z-depths [n]."""
+        right, up, depth = self.axes @ (points - self.eye).T
+        middle, focal = (size - 1) / 2, self.zoom * size
+        return np.stack([middle + focal * right / depth, middle - focal * up / depth], axis=1), depth
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One thing: what it looks like, wherever it stands."""
+
+    kind: str
+    """A category, `clutter` or `sign`."""
+    colour: str
+    """The name of its main material's colour."""
+    shape: Shape
+    surfaces: Mapping[Surface, Material]
+    says: str = ""
+    """What stands on a sign."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An instance at its place."""
+
+    instance: Instance
+    turn: Vector
+    """[3, 3], from its own axes to the world's."""
+    place: Vector
+    """[3], of its own origin."""
+    scale: float
+    """Metres of one of its own units."""
+
+    @property
+    def kind(self) -> str:
+        return self.instance.kind
+
+    @cached_property
+    def sphere(self) -> tuple[Vector, float]:
+        """Centre and radius of a sphere that holds it."""
+        centre, radius = self.instance.shape.sphere
+        return self.to_world(centre[None])[0], radius * self.scale
+
+    @property
+    def footprint(self) -> float:
+        """Radius of the circle about its place that it stands in."""
+        return self.instance.shape.footprint * self.scale
+
+    def to_world(self, points: Vector) -> Vector:
+        """Of its own points [n, 3]."""
+        return points @ self.turn.T * self.scale + self.place
+
+
+@dataclass(frozen=True)
+class Wall:
+    """An upright plane, seen from the side that its normal points to."""
+
+    normal: Vector
+    """[3], level, of length 1."""
+    offset: float
+    """`normal . p` of its points."""
+    height: float
+    material: Material
+
+
+@dataclass(frozen=True)
+class Light:
+    """The sun, and what the sky sends from everywhere."""
+
+    towards: Vector
+    """[3], of length 1."""
+    sun: Colour
+    ambient: Colour
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that decides a picture, but for its size."""
+
+    camera: Camera
+    things: tuple[Thing, ...]
+    floor: Material
+    floor_name: str
+    walls: tuple[Wall, ...]
+    light: Light
+    sky: tuple[Colour, Colour]
+    """At the horizon and overhead."""
+    grain_seed: int
+    """Of the sensor's noise."""
+
+
+def yawed(angle: float) -> Vector:
+    """A turn about the upright axis: z goes towards x."""
+    c, s = math.cos(angle), math.sin(angle)
+    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+
+
+def looking(eye: Vector, target: Vector, zoom: float, roll: float = 0.0) -> Camera:
+    """A camera at one place that looks at another, tilted by `roll`."""
+    forward = (target - eye) / np.linalg.norm(target - eye)
+    right = np.cross(forward, [0.0, 1.0, 0.0])
+    right /= np.linalg.norm(right)
+    up = np.cross(right, forward)
+    c, s = math.cos(roll), math.sin(roll)
+    return Camera(eye, np.stack([c * right + s * up, c * up - s * right, forward]), zoom)

@@ -1,0 +1,65 @@
+"""Captions of scenes, and questions about them with answers that only the picture tells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from eupe.scenes.compose import Spot, beside
+from eupe.scenes.scene import Scene, Thing
+
+NUMBERS = ("no", "one", "two", "three", "four", "five")
+
+
+class Question(NamedTuple):
+    """One question about a picture."""
+
+    kind: str
+    """colour, count, position or text."""
+    question: str
+    answer: str
+
+
+def captions(scene: Scene, spots: Sequence[Spot], rng: np.random.Generator) -> list[str]:
+    """Five captions: what there is, of which colour, how it lies, on what it stands."""
+    order = sorted(range(len(scene.things)), key=lambda i: spots[i].x)
+    things = [scene.things[i] for i in order]
+    left, right = things[0], things[-1]
+    shuffled = [things[i] for i in rng.permutation(len(things))]
+    near = min(range(len(scene.things)), key=lambda i: spots[i].depth)
+    return [
+        f"{_listed(things)} on {scene.floor_name}.",
+        f"{_described(left)} to the left of {_described(right)}.",
+        f"{_described(right)} to the right of {_described(left)}.",
+        f"{NUMBERS[len(things)]} things, {_listed(shuffled)}, the {scene.things[near].kind} nearest.",
+        f"a picture of {_listed(shuffled)}.",
+    ]
+
+
+def _listed(things: Sequence[Thing]) -> str:
+    *before, last = (_described(thing) for thing in things)
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def _described(thing: Thing) -> str:
+    colour = thing.instance.colour
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {thing.kind}"
+
+
+def questions(scene: Scene, spots: Sequence[Spot], rng: np.random.Generator) -> list[Question]:
+    """One question of each kind; no position where there is only one thing. The last thing is the sign."""
+    *things, sign = scene.things
+    asked = things[int(rng.integers(len(things)))]
+    found = [
+        Question("colour", f"What colour is the {asked.kind}?", asked.instance.colour),
+        Question("count", "How many objects are there besides the sign?", NUMBERS[len(things)]),
+        Question("text", "What does the sign say?", sign.instance.says),
+    ]
+    if pairs := beside(spots[:-1]):
+        left, right = pairs[int(rng.integers(len(pairs)))]
+        first, second, answer = (right, left, "right") if rng.random() < 0.5 else (left, right, "left")
+        question = f"Is the {things[first].kind} to the left or to the right of the {things[second].kind}?"
+        found.append(Question("position", question, answer))
+    return found
