@@ -23,9 +23,13 @@ from eupe.errors import EupeError
 from eupe.pipeline.execute import Result
 from eupe.pipeline.prepare import prepare, run
 from eupe.pipeline.verbs import read_verbs
+from eupe.scenes.make import ScenesConfig, make_scenes
 
 ASSETS = Path("assets")
 OUT = Path("demo-out")
+
+SCENES = ScenesConfig(out=ASSETS / "scenes", pictures=96, size=128, seed=0)
+SCENE_TASKS = {"eval segment": "mIoU", "eval depth": "RMSE, m (less is better)", "eval correspond": "PCK"}
 
 console = Console(highlight=False, width=max(Console().width, 110))
 
@@ -37,6 +41,7 @@ def main() -> None:
     console.rule("real weights and real photographs")
     try:
         prepare_assets(ASSETS)
+        make_scenes(SCENES)
         results = {result.step: result for result in run_desk()}
     except AssetError as error:
         sys.exit(f"error: {error}")
@@ -90,6 +95,22 @@ def show(results: dict[str, Result]) -> None:
         fresh = "".join(f"{scores['accuracy']:.1%}" for scores in untrained)
         table.add_row(step.removesuffix("-digits"), f"{judged['accuracy']:.1%}", fresh, f"{judged['majority']:.1%}")
     console.print(table)
+    table = Table("model", *SCENE_TASKS.values(), title="\nDense tokens on rendered scenes", box=None)
+    for model, scores in scene_scores(by_verb, names).items():
+        table.add_row(model, *scores)
+    console.print(table)
+
+
+def scene_scores(by_verb: dict[str, dict[str, dict[str, Any]]], names: dict[str, str]) -> dict[str, list[str]]:
+    """First measure of every task, by model."""
+    rows: dict[str, list[str]] = {}
+    for verb in SCENE_TASKS:
+        for report in by_verb[verb].values():
+            for result in report["results"]:
+                name = names.get(Path(result["subject"]).name, result["subject"])
+                model = f"{name}, untrained" if result["untrained"] else name
+                rows.setdefault(model, []).append(f"{next(iter(result['scores'].values())):.3f}")
+    return rows
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def scenes(
     config = ScenesConfig(out=out_path, pictures=pictures, size=size, seed=seed)
     with report_progress(err, "pictures", quiet=as_json) as progress:
         report = make_scenes(config, progress=lambda done, of: progress.update("rendering", done, of))
-    _finish(dataclasses.asdict(report), as_json)
+    finish(dataclasses.asdict(report), as_json)
     if report.cached and not as_json:
         out.print("nothing to do: these scenes are there already")
 

@@ -35,6 +35,11 @@ def test_each_table_has_a_row_for_each_step(
             "eval knn",
             {"results": [{"scores": {"accuracy": a, "majority": 0.1}} for a in (0.4, 0.3)]},
         ),
+        *(
+            result(verb, f"eval {verb}", {"results": [{"subject": s, "untrained": u, "scores": {"x": v}}]})
+            for verb in ("segment", "depth", "correspond")
+            for s, u, v in (("o/p", False, 0.75), ("dinov2", True, 0.5))
+        ),
     ]
     show({one.step: one for one in results})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -44,3 +49,5 @@ def test_each_table_has_a_row_for_each_step(
     assert ["student", "proxy", "dense", "0.750", "0.250", "0.250", "0.250", "0.250"] in rows
     assert ["dinov2", "50.0%", "10.0%"] in rows
     assert ["proxy", "40.0%", "30.0%", "10.0%"] in rows
+    assert ["proxy", "0.750", "0.750", "0.750"] in rows
+    assert ["dinov2,", "untrained", "0.500", "0.500", "0.500"] in rows

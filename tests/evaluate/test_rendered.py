@@ -1,0 +1,71 @@
+"""Real features beat random ones, and these are compared with raw pixels, on every task with rendered truth."""
+
+from pathlib import Path
+
+import pytest
+
+from eupe.evaluate.correspond import correspond
+from eupe.evaluate.dense_probe import Training
+from eupe.evaluate.depth import depth
+from eupe.evaluate.knn import knn
+from eupe.evaluate.linear import linear
+from eupe.evaluate.segment import segment
+from eupe.evaluate.subject import open_subjects
+from eupe.evaluate.vqa import vqa
+from eupe.scenes.make import ScenesConfig, make_scenes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+SIZE = 112
+FAST = Training(steps=250, lr=3e-3, warmup=0.1)
+Scores = dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    make_scenes(ScenesConfig(out=folder, pictures=120, size=128, seed=0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(scenes: Path, assets: Path) -> dict[str, list[Scores]]:
+    """By task: DINOv2-S, the same with random weights, raw pixels."""
+    weights = {"dinov2-s": assets / "weights" / "dinov2-small"}
+    found: dict[str, list[Scores]] = {}
+    for subject in open_subjects(["dinov2-s", "pixels"], weights, untrained=True):
+        for result in (
+            knn(subject, data=scenes / "classification", size=SIZE),
+            linear(subject, data=scenes / "classification", size=SIZE),
+            segment(subject, data=scenes / "segmentation", size=SIZE, training=FAST),
+            depth(subject, data=scenes / "depth", size=SIZE, training=FAST),
+            correspond(subject, data=scenes / "correspondence", size=SIZE),
+            vqa(subject, data=scenes / "questions", size=SIZE),
+        ):
+            found.setdefault(result.task, []).append(result.scores)
+    for task, each in found.items():
+        measure = next(iter(each[0]))
+        print(task, measure, [round(scores[measure], 3) for scores in each])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("task", "measure", "margin"),
+    [
+        ("knn", "accuracy", 0.2),
+        ("linear", "accuracy", 0.2),
+        ("segment", "miou", 0.1),
+        ("correspond", "pck", 0.1),
+        ("vqa", "accuracy", 0.03),
+    ],
+)
+def test_real_features_lead_by_a_clear_margin(
+    scores: dict[str, list[Scores]], task: str, measure: str, margin: float
+) -> None:
+    real, random, pixels = (each[measure] for each in scores[task])
+    assert real > max(random, pixels) + margin
+
+
+def test_real_features_see_depth_better(scores: dict[str, list[Scores]]) -> None:
+    real, random, pixels = (each["rmse"] for each in scores["depth"])
+    assert real < 0.9 * min(random, pixels)
