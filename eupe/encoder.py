@@ -99,7 +99,7 @@ def timm_tokens(
     if features.ndim == 3:
         prefix = model.num_prefix_tokens
         grid = _token_grid(model, pixels_BCHW, features.shape[1] - prefix)
-        dense_BhwD = features[:, prefix:].reshape(len(features), *grid, -1)
+        dense_BhwD = features[:, prefix:].reshape(features.shape[0], *grid, -1)  # len() is a constant to tracers
     else:
         dense_BhwD = _map_to_BhwD(model, features if last_stage is None else last_stage, dense)
     return Tokens(summary=_summary(model, features, dense_BhwD, summary, class_tokens), dense=dense_BhwD)
