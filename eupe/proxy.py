@@ -37,44 +37,61 @@ FAMILY = ("vit_giant_patch16_eupe", "vit_large_patch16_eupe", "vit_base_patch16_
 default_cfgs = generate_default_cfgs(dict.fromkeys(FAMILY, _CFG))
 
 
+_SHARED: dict[str, Any] = {
+    "patch_size": 16,
+    "global_pool": "token",
+    "class_token": True,
+    "num_reg_tokens": 4,
+    "attn_type": "rope",
+    "use_abs_pos_emb": False,
+    "use_rot_pos_emb": True,
+    "rope_type": "dinov3",
+    "rope_temperature": 100,
+    "rope_grid_indexing": "xy",
+    "use_pre_transformer_norm": True,
+    "dynamic_img_size": True,
+}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "vit_giant_patch16_eupe": {"embed_dim": 1536, "depth": 50, "num_heads": 16, "mlp_ratio": 8960 / 1536},
+    "vit_large_patch16_eupe": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0},
+    "vit_base_patch16_eupe": {"embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0},
+    "vit_small_patch16_eupe": {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0},
+}
+
+
 def vit_giant_patch16_eupe(pretrained: bool = False, **options: Any) -> Any:
     """The proxy, 1.85B parameters; blocks as in `vit_pe_core_gigantic_patch14_448`."""
-    shape = {"embed_dim": 1536, "depth": 50, "num_heads": 16, "mlp_ratio": 8960 / 1536}
-    return _create("vit_giant_patch16_eupe", pretrained, {**shape, **options})
+    return _create("vit_giant_patch16_eupe", pretrained, options)
 
 
 def vit_large_patch16_eupe(pretrained: bool = False, **options: Any) -> Any:
     """303M parameters; blocks as in `vit_pe_core_large_patch14_336`."""
-    return _create("vit_large_patch16_eupe", pretrained, {"embed_dim": 1024, "depth": 24, "num_heads": 16, **options})
+    return _create("vit_large_patch16_eupe", pretrained, options)
 
 
 def vit_base_patch16_eupe(pretrained: bool = False, **options: Any) -> Any:
     """86M parameters; blocks as in `vit_pe_core_base_patch16_224`."""
-    return _create("vit_base_patch16_eupe", pretrained, {"embed_dim": 768, "depth": 12, "num_heads": 12, **options})
+    return _create("vit_base_patch16_eupe", pretrained, options)
 
 
 def vit_small_patch16_eupe(pretrained: bool = False, **options: Any) -> Any:
     """22M parameters; blocks as in `vit_pe_core_small_patch16_384`."""
-    return _create("vit_small_patch16_eupe", pretrained, {"embed_dim": 384, "depth": 12, "num_heads": 6, **options})
+    return _create("vit_small_patch16_eupe", pretrained, options)
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
-    family = {
-        "patch_size": 16,
-        "global_pool": "token",
-        "class_token": True,
-        "num_reg_tokens": 4,
-        "attn_type": "rope",
-        "use_abs_pos_emb": False,
-        "use_rot_pos_emb": True,
-        "rope_type": "dinov3",
-        "rope_temperature": 100,
-        "rope_grid_indexing": "xy",
-        "use_pre_transformer_norm": True,
-        "norm_layer": partial(LayerNorm, eps=1e-5),
-        "dynamic_img_size": True,
-    }
-    return build_model_with_cfg(Eva, name, pretrained, **{**family, **options})
+    made = {**_SHARED, **_SHAPES[name], "norm_layer": partial(LayerNorm, eps=1e-5), **options}
+    return build_model_with_cfg(Eva, name, pretrained, **made)
+
+
+def in_stock_timm(arch: str) -> tuple[str, dict[str, Any]]:
+    """An architecture as timm knows it without this package: its own name, and what it must be told beside.
+
+    The stock architecture is the Perception Encoder whose blocks these have; what is not JSON (its LayerNorm) is equal.
+    """
+    if arch not in FAMILY:
+        return arch, {}
+    return "vit_pe_core_base_patch16_224", {**_SHARED, **_SHAPES[arch], "rope_grid_offset": 0.0}
 
 
 for _architecture in (vit_giant_patch16_eupe, vit_large_patch16_eupe, vit_base_patch16_eupe, vit_small_patch16_eupe):
