@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eupe.errors import EupeError
+from eupe.evaluate.licences import UNKNOWN, Origin, origins, origins_behind
 from eupe.evaluate.report import Model
 from eupe.evaluate.run import is_run, read_card
 from eupe.store import open_store
 from eupe.teachers.resolve import resolve_teacher
-
-OWN = "own"
-"""The licence that a store notes of a run's features: whatever those that taught it allow."""
-UNKNOWN = "unknown"
+from eupe.teachers.run_adapter import OWN_LICENCE
 
 
 @dataclass(frozen=True)
@@ -36,34 +34,24 @@ def licences(models: Sequence[Model]) -> list[Licence]:
 
 def _of_model(model: Model) -> list[Licence]:
     if model.kind == "run":
-        return _of_run(model.name, Path(model.subject), ())
+        return _of_run(model.name, Path(model.subject))
     try:
         if model.kind == "store":
             teacher = open_store(model.subject).spec.teacher
-            if teacher["licence"] == OWN:
-                return _behind(model.name, str(teacher["name"]), ())
+            if teacher["licence"] == OWN_LICENCE:
+                return _said(model.name, origins_behind(str(teacher["name"]), Path(model.subject)))
             return [Licence(model.name, str(teacher["name"]), "", str(teacher["licence"]))]
         return [Licence(model.name, model.name, "", resolve_teacher(model.subject).licence)]
     except EupeError:
         return [Licence(model.name, model.name, "", f"{UNKNOWN}: it is not here")]
 
 
-def _of_run(name: str, run: Path, through: tuple[str, ...]) -> list[Licence]:
+def _of_run(name: str, run: Path) -> list[Licence]:
     """Of all that taught a run, and of those that taught them where they are runs themselves."""
     if not is_run(run):
-        return [Licence(name, str(run), " of ".join(through), f"{UNKNOWN}: the run is not here")]
-    card = read_card(run)
-    targets = [*card.targets, *(target for mixed in card.mix for target in mixed["targets"])]
-    found = []
-    for target in targets:
-        if target["licence"] == OWN:
-            found += _behind(name, str(target["teacher"]), through)
-        else:
-            found.append(Licence(name, str(target["teacher"]), " of ".join(through), str(target["licence"])))
-    return found
+        return [Licence(name, str(run), "", f"{UNKNOWN}: the run is not here")]
+    return _said(name, origins(run, read_card(run)))
 
 
-def _behind(name: str, run: str, through: tuple[str, ...]) -> list[Licence]:
-    if Path(run).name in through:
-        return []
-    return _of_run(name, Path(run), (Path(run).name, *through))
+def _said(name: str, found: Sequence[Origin]) -> list[Licence]:
+    return [Licence(name, origin.name, origin.way, origin.licence) for origin in found]

@@ -10,6 +10,9 @@ from eupe.encoder import Encoder, EncoderCard, Tokens, build_encoder, load_card,
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import read_state_dict
 
+OWN_LICENCE = "own"
+"""Said of a student of one's own, whose teachers have licences none the less."""
+
 
 def describe(directory: str) -> TeacherSpec:
     """The spec of the student in a run's directory.
@@ -34,7 +37,7 @@ def as_teacher(card: EncoderCard, directory: str) -> TeacherSpec:
         native_size=card.size,
         mean=card.mean,
         std=card.std,
-        licence="own",
+        licence=OWN_LICENCE,
         note=f"trained here: {card.arch}",
     )
 

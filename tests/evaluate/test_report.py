@@ -254,7 +254,7 @@ class TestLicences:
             ("s.zarr", "toy", "", "CC-BY-NC"),
             ("clip-b16", "clip-b16", "", "MIT"),
             ("nobody", "nobody", "", "unknown: it is not here"),
-            ("gone", "lost", "lost", "unknown: the run is not here"),
+            ("gone", "lost", "", "unknown: no run is here that could tell which teachers it had"),
         ]
 
     def test_runs_that_taught_each_other_end(self, tmp_path: Path) -> None:
