@@ -880,6 +880,37 @@ def train(
             out.print("nothing to do: this run is finished already")
 
 
+@app.command("export")
+def export_run(
+    run: Annotated[Path, typer.Argument(help="A finished training run.")],
+    form: Annotated[str, typer.Option("--format", help="timm, hf (the Transformers library), onnx or executorch.")],
+    out_path: Annotated[Path, typer.Option("--out", help="The directory to make.")],
+    size: Annotated[int | None, typer.Option(help="Side of the input in pixels; the run's own by default.")] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="all, or a target whose features are given, too. May be given again.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of an onnx graph: fp32, fp16 or int8.")] = "fp32",
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="An onnx graph for any size that the patch divides.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Leave a run's student where other programs load it, with proof that it is the same model."""
+    from eupe.export.config import ExportConfig
+    from eupe.export.job import export
+
+    config = ExportConfig(
+        run=run,
+        out=out_path,
+        format=form,
+        size=size,
+        heads=tuple(heads or ()),
+        precision=precision,
+        dynamic_size=dynamic_size,
+    )
+    finish(dataclasses.asdict(export(config)), as_json)
+
+
 @app.command("run")
 def run_recipe(
     recipe: Annotated[str, typer.Argument(help="A recipe's file (.yaml), or the name of one that comes with eupe.")],

@@ -73,7 +73,7 @@ class DriftError(EupeError, RuntimeError):
 
 
 class ConformanceError(EupeError, RuntimeError):
-    """An adapter gives other tokens than its library's own forward pass."""
+    """An adapter gives other tokens than its library's own forward pass, or an export than the run it was made from."""
 
     exit_code = 1
 

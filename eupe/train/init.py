@@ -69,7 +69,7 @@ def init_from_run(
     """
     known = finished_card(run).targets
     _check_same_model(run, encoder)
-    student = _fitted(_read(run / WEIGHTS_FILE, RunError), encoder.model)
+    student = fitted(_read(run / WEIGHTS_FILE, RunError), encoder.model)
     theirs = _heads(_read(run / HEADS_FILE, RunError))
     ours = {f"{i}.{kind}": head for i, pair in enumerate(heads) for kind, head in pair.named_children()}
     sources = {
@@ -108,7 +108,7 @@ def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
         changed.
     """
     model = encoder.model
-    state = _fitted(_read(path, TeacherError), model)
+    state = fitted(_read(path, TeacherError), model)
     places = model.state_dict()
     fitting = {name: value for name, value in state.items() if name in places and value.shape == places[name].shape}
     filled = sum(parameter.numel() for name, parameter in model.named_parameters() if name in fitting)
@@ -126,6 +126,21 @@ def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
         fresh=tuple(name for name in places if name not in fitting),
         unused=tuple(sorted(state.keys() - fitting.keys())),
     )
+
+
+def fitted(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The tensors with patch embedding and positions resampled where only the patch or the grid differs."""
+    resampled, places = dict(state), model.state_dict()
+    if PATCHES in state and PATCHES in places:
+        patches, wanted = state[PATCHES], places[PATCHES].shape
+        if patches.ndim == len(wanted) == 4 and patches.shape[:2] == wanted[:2] and patches.shape != wanted:
+            resampled[PATCHES] = resample_patch_embed(patches, list(wanted[2:]))
+    if POSITIONS in state and POSITIONS in places and hasattr(model, "num_prefix_tokens"):
+        table, wanted = state[POSITIONS], places[POSITIONS].shape
+        prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+        if table.ndim == len(wanted) == 3 and table.shape[2] == wanted[2] and _is_square(table.shape[1] - prefix):
+            resampled[POSITIONS] = resample_abs_pos_embed(table, model.patch_embed.grid_size, num_prefix_tokens=prefix)
+    return resampled
 
 
 def _check_same_model(run: Path, encoder: Encoder) -> None:
@@ -157,21 +172,6 @@ def _heads(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         number, kind, tensor = name.split(".", 2)
         heads.setdefault(f"{number}.{kind}", {})[tensor] = value
     return heads
-
-
-def _fitted(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """The tensors with patch embedding and positions resampled where only the patch or the grid differs."""
-    fitted, places = dict(state), model.state_dict()
-    if PATCHES in state and PATCHES in places:
-        patches, wanted = state[PATCHES], places[PATCHES].shape
-        if patches.ndim == len(wanted) == 4 and patches.shape[:2] == wanted[:2] and patches.shape != wanted:
-            fitted[PATCHES] = resample_patch_embed(patches, list(wanted[2:]))
-    if POSITIONS in state and POSITIONS in places and hasattr(model, "num_prefix_tokens"):
-        table, wanted = state[POSITIONS], places[POSITIONS].shape
-        prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
-        if table.ndim == len(wanted) == 3 and table.shape[2] == wanted[2] and _is_square(table.shape[1] - prefix):
-            fitted[POSITIONS] = resample_abs_pos_embed(table, model.patch_embed.grid_size, num_prefix_tokens=prefix)
-    return fitted
 
 
 def _is_square(cells: int) -> bool:

@@ -32,7 +32,7 @@ def recipe(*steps: str, let: str = "{}") -> str:
         (recipe("a: train"), ["steps.a: must be one verb with its options"]),
         (recipe("a: {train: {}, viz: {}}"), ["steps.a: must be one verb with its options"]),
         (recipe("a: {train: [1]}"), ["steps.a.train: must be a mapping of options"]),
-        (recipe("a: {extrct: {}}"), ["steps.a.extrct: is not a verb of a step; did you mean extract?"]),
+        (recipe("a: {extrct: {}}"), ["steps.a.extrct: is not a verb of a step; did you mean extract, export?"]),
         (recipe("a: {store repair: {path: x}}"), ["steps.a.store repair: is not a verb of a step"]),
         (recipe("a: {run: {recipe: x}}"), ["steps.a.run: is not a verb of a step"]),
         (

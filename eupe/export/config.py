@@ -1,0 +1,44 @@
+"""What an export is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from eupe.encoder import near
+from eupe.errors import ConfigError
+
+TIMM, HF, ONNX, EXECUTORCH = "timm", "hf", "onnx", "executorch"
+FORMATS = (TIMM, HF, ONNX, EXECUTORCH)
+FP32, FP16, INT8 = "fp32", "fp16", "int8"
+PRECISIONS = (FP32, FP16, INT8)
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """One export of one run."""
+
+    run: Path
+    out: Path
+    """The directory that is made."""
+    format: str
+    size: int | None = None
+    """Side of the input in pixels; None for the run's own."""
+    heads: tuple[str, ...] = ()
+    """Names of targets whose heads go along, or `all`."""
+    precision: str = FP32
+    """Of the graph's arithmetic; only ONNX has others than fp32."""
+    dynamic_size: bool = False
+    """Any size that the patch divides, in place of `size` alone; of ONNX graphs, which are of one size else."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError."""
+        if self.format not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise ConfigError(f"--format {self.format} is unknown{near(self.format, list(FORMATS))}; use {known}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"--precision {self.precision} is unknown; use {', '.join(PRECISIONS)}")
+        idle = {"--precision": self.precision != FP32, "--dynamic-size": self.dynamic_size}
+        if self.format != ONNX and (given := [name for name, is_given in idle.items() if is_given]):
+            raise ConfigError(f"{given[0]} is for --format {ONNX}; a model of --format {self.format} has no need of it")

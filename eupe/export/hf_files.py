@@ -1,0 +1,103 @@
+"""A directory that the Transformers library loads: `AutoModel.from_pretrained(DIR)`, and its `AutoImageProcessor`.
+
+DINOv3-like ViTs and plain ConvNeXts are models of its own; every other student is a `TimmWrapperModel`, whose directory
+is timm's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eupe.encoder import EncoderCard
+from eupe.export import timm_files
+from eupe.export.config import ExportConfig
+from eupe.export.heads import save_heads, say_again
+from eupe.export.hf_names import Native, native
+from eupe.export.source import Says, Source, Written
+from eupe.teachers.weights import quiet_transformers
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+WRAPPER = "TimmWrapperModel"
+BICUBIC = 3
+"""The library's number, which is Pillow's."""
+
+
+def write(source: Source, config: ExportConfig, folder: Path) -> Written:
+    """Write configuration, weights, preprocessor and heads.
+
+    Raises: OSError, SafetensorError.
+    """
+    translated = native_of(source)
+    if translated is None:
+        timm_files.write(source, config, folder)
+        return Written(WRAPPER)
+    _save_native(translated, folder)
+    plain = preprocessor(source.encoder.card)
+    (folder / PREPROCESSOR_FILE).write_text(json.dumps(plain, indent=2) + "\n")
+    save_heads(source.heads, folder)
+    return Written(translated.model)
+
+
+def native_of(source: Source) -> Native | None:
+    """The student as a model of the library's own, where it has one."""
+    card = source.encoder.card
+    return native(card.arch.split(".")[0], source.encoder.model, card.size)
+
+
+def reopen(source: Source, folder: Path) -> Says:
+    """As a stranger would."""
+    from transformers import AutoModel
+
+    card, translated = source.encoder.card, native_of(source)
+    with quiet_transformers():
+        model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
+
+    @torch.inference_mode()
+    def says(pixels: Tensor) -> dict[str, Tensor]:
+        answer = model(pixels)
+        tokens = {"summary": answer.pooler_output, "dense": _dense(card, translated, model, answer, pixels)}
+        return tokens | say_again(folder, tokens)
+
+    return says
+
+
+def _dense(card: EncoderCard, translated: Native | None, model: Any, answer: Any, pixels: Tensor) -> Tensor:
+    if translated is None:
+        return timm_files.dense_of(card, model.timm_model, answer.last_hidden_state, pixels)
+    grid = (pixels.shape[-2] // card.patch, pixels.shape[-1] // card.patch)
+    dense: Tensor = answer.last_hidden_state[:, translated.prefix :].unflatten(1, grid)
+    return dense
+
+
+def _save_native(translated: Native, folder: Path) -> None:
+    import transformers
+
+    with quiet_transformers():
+        config = getattr(transformers, translated.config)(**translated.options)
+        with torch.random.fork_rng(devices=[]):
+            model = getattr(transformers, translated.model)(config)
+        model.load_state_dict(translated.state, strict=True)
+        model.save_pretrained(folder)
+
+
+def preprocessor(card: EncoderCard) -> dict[str, Any]:
+    """The centre view: the shorter side to the input's, the middle of it, normalised."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": card.size},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": card.size, "width": card.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(card.mean),
+        "image_std": list(card.std),
+    }

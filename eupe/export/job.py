@@ -1,0 +1,185 @@
+"""An export from beginning to end: read the run, write a directory, load it again, prove that it is the same model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+import eupe
+from eupe.errors import ConfigError, ConformanceError, EupeError, StorageError
+from eupe.evaluate.licences import origins
+from eupe.export import executorch_files, hf_files, onnx_files, timm_files
+from eupe.export.config import EXECUTORCH, HF, ONNX, TIMM, ExportConfig
+from eupe.export.model_card import write_card
+from eupe.export.source import Says, Source, Written, open_source
+from eupe.export.verify import Proof, prove, require_sameness
+from eupe.teachers.weights import brief
+
+RECORD_FILE = "export.json"
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was left in the directory, and how it compares with the run."""
+
+    out: str
+    cached: bool
+    """It was there already."""
+    format: str
+    kind: str
+    """What is loaded: an architecture, a class, a graph."""
+    arch: str
+    size: int
+    precision: str
+    outputs: dict[str, dict[str, float]]
+    """Per output, see `eupe.export.verify.Likeness`."""
+    num_pictures: int
+    torch_ms: float
+    exported_ms: float
+    num_bytes: int
+    licences: dict[str, str]
+    """By what the student learned from, proxies' teachers included."""
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Format:
+    write: Callable[[Source, ExportConfig, Path], Written]
+    reopen: Callable[[Source, Path], Says]
+    require_packages: Callable[[], None] = lambda: None
+
+
+FORMATS = {
+    TIMM: _Format(timm_files.write, timm_files.reopen),
+    HF: _Format(hf_files.write, hf_files.reopen),
+    ONNX: _Format(onnx_files.write, onnx_files.reopen, onnx_files.require_packages),
+    EXECUTORCH: _Format(executorch_files.write, executorch_files.reopen, executorch_files.require_packages),
+}
+
+
+def export(config: ExportConfig) -> ExportReport:
+    """Leave a finished run's student where other programs load it.
+
+    Raises: ConfigError for what cannot work; RunError for a run that cannot be exported; ConformanceError if what was
+        written is not the same model, and StorageError if the disk refuses: then no directory is left.
+    """
+    FORMATS[config.format].require_packages()
+    source = open_source(config)
+    asked = _identity(source, config)
+    if (kept := _recognise(config.out, asked)) is not None:
+        return kept
+    with _whole(config.out.absolute()) as folder:
+        written = FORMATS[config.format].write(source, config, folder)
+        proof = _proven(source, config, folder)
+        learned_from = origins(config.run, source.card)
+        text = write_card(source, config, written, proof, learned_from)
+        (folder / CARD_FILE).write_text(text, encoding="utf-8")
+        report = ExportReport(
+            out=str(config.out),
+            cached=False,
+            format=config.format,
+            kind=written.kind,
+            arch=source.encoder.card.arch,
+            size=source.size,
+            precision=config.precision,
+            outputs={name: asdict(found) for name, found in proof.outputs.items()},
+            num_pictures=proof.num_pictures,
+            torch_ms=proof.torch_ms,
+            exported_ms=proof.exported_ms,
+            num_bytes=sum(file.stat().st_size for file in folder.iterdir()),
+            licences={origin.name: origin.licence for origin in learned_from},
+            notes=list(written.notes),
+        )
+        _keep(folder / RECORD_FILE, asked, report, proof)
+    return report
+
+
+def _proven(source: Source, config: ExportConfig, folder: Path) -> Proof:
+    """Raises: ConformanceError if what lies in the folder is not the run's student."""
+    what = f"the {config.format} export of {config.run}"
+    try:
+        exported = FORMATS[config.format].reopen(source, folder)
+        proof = prove(source.reference, exported, source.encoder.card, _sizes(source, config))
+    except EupeError:
+        raise
+    except Exception as error:  # libraries refuse in many ways
+        raise ConformanceError(
+            f"{what} cannot be loaded again and asked ({brief(error)}), so nothing was left"
+        ) from error
+    require_sameness(proof, config.precision, what)
+    return proof
+
+
+def _identity(source: Source, config: ExportConfig) -> dict[str, Any]:
+    """What makes two exports the same."""
+    return {
+        "eupe": eupe.__version__,
+        "student": source.digest,
+        "format": config.format,
+        "size": source.size,
+        "outputs": source.outputs,
+        "precision": config.precision,
+        "dynamic_size": config.dynamic_size,
+    }
+
+
+def _sizes(source: Source, config: ExportConfig) -> Sequence[tuple[int, int]]:
+    """Heights and widths to be tried, all of them where any should work."""
+    size, patch = source.size, source.encoder.card.patch
+    if not config.dynamic_size:
+        return [(size, size)]
+    return [(size, size), (size + patch, size + patch), (size, size + 2 * patch), (size + 3 * patch, size)]
+
+
+def _recognise(out: Path, asked: dict[str, Any]) -> ExportReport | None:
+    """The report of this very export; None where there is nothing yet.
+
+    Raises: ConfigError if something else is there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        kept = json.loads((out / RECORD_FILE).read_text())
+        if kept["asked"] == asked:
+            return ExportReport(**{**kept["report"], "out": str(out), "cached": True})
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = None
+    what = "something that is no export" if kept is None else "another export"
+    raise ConfigError(f"--out {out} holds {what}; give another, or remove it")
+
+
+def _keep(path: Path, asked: dict[str, Any], report: ExportReport, proof: Proof) -> None:
+    plain = {"asked": asked, "report": asdict(report), "proof": asdict(proof)}
+    path.write_text(json.dumps(plain, indent=2) + "\n")
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A temporary neighbour to write to, which takes the name `out` if all goes well, and is gone if not.
+
+    Raises: StorageError.
+    """
+    folder = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # left by an export that was killed
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        for file in folder.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        folder.rename(out)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"the export cannot be written to {out}: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

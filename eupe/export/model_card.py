@@ -1,0 +1,173 @@
+"""The README of an export: what it is, how it is used, where it comes from, whose licences bind it, how good it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+
+import eupe
+from eupe.errors import RunError
+from eupe.evaluate.licences import Origin
+from eupe.evaluate.result import Result, newest, read_results
+from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, ExportConfig
+from eupe.export.snippets import snippet
+from eupe.export.source import Source, Written
+from eupe.export.verify import LEAST, Proof
+from eupe.train.card import REPORT_FILE, target_names
+
+RECIPE = ("size", "batch_size", "lr", "weight_decay", "ema", "normalise", "drop", "views", "photometric", "seed")
+"""Options that a reader asks for first; the run's options.yaml has all of them."""
+LONGEST_VALUE = 60
+"""Characters."""
+
+
+def front_matter(config: ExportConfig, arch: str) -> str:
+    """What the hub reads."""
+    library = {HF: "transformers", ONNX: "onnx", EXECUTORCH: "executorch"}.get(config.format, "timm")
+    plain = {
+        "license": "other",
+        "license_name": "licences-of-the-teachers",
+        "library_name": library,
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["eupe", "distillation", "feature-extraction", library, arch],
+    }
+    return f"---\n{yaml.safe_dump(plain, sort_keys=False)}---\n"
+
+
+def write_card(source: Source, config: ExportConfig, written: Written, proof: Proof, origins: Sequence[Origin]) -> str:
+    """The whole README.
+
+    Raises: RunError if the run's own reports cannot be read.
+    """
+    parts = [
+        front_matter(config, source.encoder.card.arch),
+        f"# {config.out.absolute().name}\n",
+        _about(source, written.kind),
+        "## Use\n",
+        "`DIR` is this directory, `PICTURE` a picture's file.\n",
+        f"```python\n{snippet(source, config)}```\n",
+        _preparation(source),
+        *(f"{note}\n" for note in written.notes),
+        "## The same model\n",
+        _proof(proof, config.precision),
+        "## Teachers and licences\n",
+        _licences(origins),
+        "## Training\n",
+        _training(source),
+        "## Measured\n",
+        _measured(source.run),
+        "## Versions\n",
+        _versions(source),
+    ]
+    return "\n".join(parts)
+
+
+def _about(source: Source, kind: str) -> str:
+    card = source.encoder.card
+    heads = f"; with the heads of {', '.join(source.heads)}" if source.heads else ""
+    return (
+        f"`{card.arch}` for pictures of {card.size} px, distilled from the cached features of vision foundation models "
+        f"by [eupe](https://arxiv.org/abs/2603.22387) {eupe.__version__}. This directory: {kind}{heads}.\n\n"
+        f"It gives a summary of {card.summary_dim} numbers ({card.summary}) and one token of {card.dense_dim} numbers "
+        f"({card.dense}) for every {card.patch} x {card.patch} pixels.\n"
+    )
+
+
+def _preparation(source: Source) -> str:
+    card = source.encoder.card
+    mean, std = (", ".join(f"{x:g}" for x in values) for values in (card.mean, card.std))
+    return (
+        f"Pictures: RGB, the square in the middle, resized to {card.size} px (bicubic, antialiased), divided by 255, "
+        f"minus ({mean}), over ({std}); float32, channels first.\n"
+    )
+
+
+def _proof(proof: Proof, precision: str) -> str:
+    wanted = "stated, not promised" if precision == INT8 else f"at least {LEAST[precision]:g}"
+    rows = [
+        (f"`{name}`", f"{found.least:.6f}", f"{found.mean:.6f}", f"{found.stretched:.2%}")
+        for name, found in proof.outputs.items()
+    ]
+    sizes = ", ".join(f"{height} x {width}" for height, width in proof.sizes)
+    return (
+        f"Loaded again after it was written and asked, beside the trained student, about {proof.num_pictures} varied "
+        f"pictures ({sizes} px) in batches of several sizes. Cosine of every token, {wanted}:\n\n"
+        + _table(("output", "least cosine", "mean cosine", "length off by"), rows)
+        + f"\nOne picture takes {proof.exported_ms:.1f} ms, and {proof.torch_ms:.1f} ms in PyTorch (median, this "
+        "machine's CPU).\n"
+    )
+
+
+def _licences(origins: Sequence[Origin]) -> str:
+    rows = [(origin.name, origin.licence, origin.way) for origin in origins]
+    return (
+        "The weights were made by learning from these models' features; their licences bind whoever uses them.\n\n"
+        + _table(("learned from", "licence", "through"), rows)
+    )
+
+
+def _training(source: Source) -> str:
+    card = source.card
+    chosen = [(name, json.dumps(card.config[name])) for name in RECIPE if card.config.get(name) is not None]
+    targets = [
+        (name, f"`{target['fingerprint']}`", str(target["summary_dim"]), str(target["dense_dim"]))
+        for name, target in zip(target_names(card.targets), card.targets, strict=True)
+    ]
+    pictures = ", ".join(f"`{digest}`" for digest in card.pictures)
+    return (
+        _table(("option", "value"), [("steps", f"{card.total_steps:,}"), *chosen])
+        + "\n"
+        + _table(("target", "fingerprint of its store", "summary", "dense"), targets)
+        + f"\nDigest of the pictures' names: {pictures}.\n"
+    )
+
+
+def _measured(run: Path) -> str:
+    validation = _read_json(run / REPORT_FILE).get("validation", {})
+    held_out = [
+        (f"{name} {kind}", f"{scores['raw']:.4f}", f"{scores['mean_raw']:.4f}", f"{scores['normalised']:.4f}")
+        for name, kinds in validation.items()
+        for kind, scores in kinds.items()
+    ]
+    text = "On pictures kept out of training, between what the heads say and the teachers' features:\n\n" + _table(
+        ("target", "cosine", "of the mean feature", "in the loss's space"), held_out
+    )
+    rows = [_evaluation(result) for result in newest(read_results(run))]
+    return text + ("\n" + _table(("task", "of", "scores", "protocol"), rows) if rows else "")
+
+
+def _evaluation(result: Result) -> tuple[str, str, str, str]:
+    scores = ", ".join(f"{name} {_number(value)}" for name, value in result.scores.items())
+    protocol = ", ".join(f"{name} {_number(value)}" for name, value in result.protocol.items())
+    return result.task, "untrained weights" if result.untrained else "the student", scores, protocol
+
+
+def _number(value: Any) -> str:
+    """A value in a cell, lists of prompts and the like cut short."""
+    words = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return words if len(words) <= LONGEST_VALUE else f"{words[:LONGEST_VALUE]}..."
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Raises: RunError."""
+    try:
+        plain: dict[str, Any] = json.loads(path.read_text())
+        return plain
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def _versions(source: Source) -> str:
+    trained: Mapping[str, str] = source.card.versions
+    said = ", ".join(f"{name} {version}" for name, version in trained.items()) or "not noted"
+    return f"Trained with {said}; exported with eupe {eupe.__version__}, timm {timm.__version__}.\n"
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)

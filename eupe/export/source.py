@@ -1,0 +1,133 @@
+"""What is exported: the student of a finished run, laid out for the size that was asked for, and its heads.
+
+Shapes: B pictures, H W pixels, h w cells, D width of a token, Ds of the summary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eupe.encoder import (
+    WEIGHTS_FILE,
+    Encoder,
+    build_encoder,
+    load_encoder,
+    load_state_dict_strictly,
+    timm_card,
+)
+from eupe.errors import ConfigError, RunError, TeacherError
+from eupe.export.config import ExportConfig
+from eupe.export.heads import chosen, folded
+from eupe.teachers.weights import brief
+from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, finished_card
+from eupe.train.init import fitted
+from eupe.train.predict import load_predictors
+
+Says = Callable[[Tensor], dict[str, Tensor]]
+"""Normalised float32 pixels [B, 3, H, W] to outputs by name: `summary` [B, Ds], `dense` [B, h, w, D], and `TARGET.KIND`
+of each head."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a format left in its directory."""
+
+    kind: str
+    """What is loaded: an architecture, a class, a graph."""
+    notes: tuple[str, ...] = ()
+    """What whoever uses it should know, a sentence or a few each."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run to be exported."""
+
+    run: Path
+    card: RunCard
+    encoder: Encoder
+    """Laid out for the size of the export, in evaluation mode, on the CPU, float32."""
+    heads: dict[str, nn.Sequential]
+    """By output: from the student's token of that kind to the teacher's."""
+    reference: Says
+    """The run's student and heads as they are, by the paths that training and evaluation take."""
+    digest: str
+    """sha256 of the files that decide the outputs."""
+
+    @property
+    def size(self) -> int:
+        return self.encoder.card.size
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names, in order."""
+        return ["summary", "dense", *self.heads]
+
+
+def open_source(config: ExportConfig) -> Source:
+    """Read the run.
+
+    Raises: RunError if it is not finished or damaged; ConfigError for a size that its architecture does not take, or
+        heads that it does not have.
+    """
+    card = finished_card(config.run)
+    trained = load_encoder(config.run).eval().requires_grad_(False)
+    predictors = chosen(load_predictors(config.run), config.heads) if config.heads else []
+
+    @torch.inference_mode()
+    def reference(pixels: Tensor) -> dict[str, Tensor]:
+        tokens = trained(pixels)
+        said = {"summary": tokens.summary, "dense": tokens.dense}
+        for predictor in predictors:
+            said |= {f"{predictor.name}.{kind}": one(said[kind]) for kind, one in predictor.kinds.items()}
+        return said
+
+    heads = {f"{each.name}.{kind}": folded(one) for each in predictors for kind, one in each.kinds.items()}  # type: ignore[arg-type]
+    files = [WEIGHTS_FILE, *((HEADS_FILE, NORMS_FILE) if predictors else ())]
+    return Source(
+        run=config.run,
+        card=card,
+        encoder=_laid_out(trained, config.size or trained.card.size, config.run),
+        heads={name: head.requires_grad_(False) for name, head in heads.items()},
+        reference=reference,
+        digest=_digest([config.run / name for name in files]),
+    )
+
+
+def _laid_out(trained: Encoder, size: int, run: Path) -> Encoder:
+    """The student for another input size: a learned table of positions is resampled as timm does on loading.
+
+    Raises: ConfigError if the architecture does not take it.
+    """
+    arch, own = trained.card.arch, trained.card.size
+    if size == own:
+        return trained
+    timm_card(arch, size)
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            encoder = build_encoder(arch, size=size).eval().requires_grad_(False)
+        load_state_dict_strictly(encoder.model, fitted(trained.model.state_dict(), encoder.model), source=str(run))
+        with torch.inference_mode():
+            torch.testing.assert_close(encoder(pixels).dense, trained(pixels).dense, rtol=1e-3, atol=1e-3)
+    except (AssertionError, RuntimeError, ValueError, TeacherError) as error:
+        raise ConfigError(
+            f"--size {size} does not work for {arch}, which {run} has for {own} px ({brief(error)}); leave --size out"
+        ) from error
+    return encoder
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise RunError(f"{error.filename} cannot be read: {error}") from error
+    return digest.hexdigest()

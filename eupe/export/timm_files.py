@@ -1,0 +1,127 @@
+"""A directory that timm loads: `timm.create_model("local-dir:DIR", pretrained=True, num_classes=0)`.
+
+The tensors have timm's own names, so that they are interchangeable with any other weights of the architecture. The
+Transformers library loads the same directory, as a `TimmWrapperModel`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import eupe
+from eupe.encoder import EncoderCard
+from eupe.export.config import ExportConfig
+from eupe.export.heads import save_heads, say_again
+from eupe.export.source import Says, Source, Written
+from eupe.proxy import in_stock_timm
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+POOLS = {"cls": "token", "mean": "avg", "attention_pool": "map"}
+"""timm's word for a summary, where some architectures have another by default; all other summaries are the default."""
+
+
+def write(source: Source, config: ExportConfig, folder: Path) -> Written:
+    """Write the configuration, the weights and the heads.
+
+    Raises: OSError, SafetensorError.
+    """
+    plain = hub_config(source.encoder.card, source.encoder.model)
+    (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=2) + "\n")
+    weights = {name: tensor.contiguous() for name, tensor in source.encoder.model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_heads(source.heads, folder)
+    return Written(f"timm {plain['architecture']}")
+
+
+def reopen(source: Source, folder: Path) -> Says:
+    """As a stranger would."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+
+    @torch.inference_mode()
+    def says(pixels: Tensor) -> dict[str, Tensor]:
+        features = model.forward_features(pixels)
+        summary = model.forward_head(features, pre_logits=True)
+        tokens = {"summary": summary, "dense": dense_of(source.encoder.card, model, features, pixels)}
+        return tokens | say_again(folder, tokens)
+
+    return says
+
+
+def hub_config(card: EncoderCard, model: Any) -> dict[str, Any]:
+    """What timm keeps as config.json on the hub: how to build the architecture, and how to prepare pictures for it.
+
+    Args:
+        model: of the architecture, laid out for `card.size`.
+    """
+    arch, own_args = in_stock_timm(card.arch.split(".")[0])
+    default = model.pretrained_cfg
+    args = dict(own_args)
+    if default["fixed_input_size"]:
+        args["img_size"] = card.size
+    pool = POOLS.get(card.summary)
+    if isinstance(getattr(model, "global_pool", None), str) and pool not in (None, model.global_pool):
+        args["global_pool"] = pool
+    return {
+        "architecture": arch,
+        "num_classes": 0,
+        "num_features": model.num_features,
+        **({"global_pool": args["global_pool"]} if "global_pool" in args else {}),
+        **({"model_args": args} if args else {}),
+        "pretrained_cfg": {
+            "tag": f"eupe_{eupe.__version__}",
+            "custom_load": False,
+            "input_size": [3, card.size, card.size],
+            "fixed_input_size": default["fixed_input_size"],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(card.mean),
+            "std": list(card.std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": default.get("first_conv"),
+            "classifier": default.get("classifier"),
+            "license": "other",
+        },
+    }
+
+
+def dense_of(card: EncoderCard, model: Any, features: Tensor, pixels: Tensor) -> Tensor:
+    """Dense tokens [B, h, w, D] out of timm's features of a picture, by timm's means alone: see `dense_lines`."""
+    if features.ndim == 3:
+        grid = (pixels.shape[-2] // card.patch, pixels.shape[-1] // card.patch)
+        return features[:, card.prefix_tokens :].reshape(len(features), *grid, -1)
+    if card.dense == "last_stage":
+        features = model.forward_intermediates(pixels, indices=1)[1][0]
+    elif _head_norms(card, model):
+        features = model.head.norm(features)
+    return features if _channels_last(model) else features.permute(0, 2, 3, 1)
+
+
+def dense_lines(card: EncoderCard, model: Any) -> list[str]:
+    """The same as code, from `features` and `pixels`."""
+    if hasattr(model, "num_prefix_tokens"):
+        cells = f"(pixels.shape[-2] // {card.patch}, pixels.shape[-1] // {card.patch})"
+        return [f"dense = features[:, {card.prefix_tokens}:].unflatten(1, {cells})"]
+    if card.dense == "last_stage":
+        source = "model.forward_intermediates(pixels, indices=1)[1][0]"
+    else:
+        source = "model.head.norm(features)" if _head_norms(card, model) else "features"
+    return [f"dense = {source}" if _channels_last(model) else f"dense = {source}.permute(0, 2, 3, 1)"]
+
+
+def _head_norms(card: EncoderCard, model: Any) -> bool:
+    """Whether a CNN's map passes the norm that timm keeps in the head, behind the pooling."""
+    norm = getattr(getattr(model, "head", None), "norm", None)
+    return card.dense == "normed" and isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
+
+
+def _channels_last(model: Any) -> bool:
+    return getattr(model, "output_fmt", "NCHW") == "NHWC"
