@@ -19,9 +19,10 @@ HEADLINES: Mapping[str, Sequence[str]] = {
     "extract": ("num_views", "stored_bytes", "num_failed"),
     "train": ("steps", "normalised"),
     "eval report": (),
+    "export": ("least", "num_bytes"),
 }
 """Fields of reports that are shown, wherever they stand; of other verbs, the first fraction of each part."""
-UNSAID = ("kinds", "validation")
+UNSAID = ("kinds", "validation", "outputs")
 """Levels of reports that say nothing by their names."""
 
 

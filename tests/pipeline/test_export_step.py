@@ -1,0 +1,88 @@
+"""An export as a step of a recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from planning import plan, problems_of, write_files
+
+from eupe.store import Store
+
+RECIPE = """
+out: out
+steps:
+  expert: {extract: {teacher: "timm:test_vit", corpus: photos}}
+  student: {train: {targets: expert, student: test_vit, steps: 3}}
+  portable: {export: {run: student, format: timm, heads: all, out: timm}}
+  graph: {export: {run: student, format: onnx, dynamic-size: true, precision: fp16, out: g.onnx}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
+    return tmp_path
+
+
+def test_an_export_takes_an_earlier_run_and_is_named_after_its_key() -> None:
+    steps = plan(RECIPE)
+    portable, student = steps["portable"], steps["student"]
+    assert portable.output == Path(f"out/portable-{portable.key[:8]}")
+    wanted = ["export", str(student.output), "--format", "timm", "--heads", "all"]
+    assert portable.command() == [*wanted, "--out", str(portable.output), "--json"]
+    assert str(steps["graph"].output).endswith(".onnx") and "--dynamic-size" in steps["graph"].command()
+
+
+def test_an_export_is_done_anew_when_its_run_or_its_options_change() -> None:
+    before, trained = plan(RECIPE), plan(RECIPE.replace("steps: 3", "steps: 4"))
+    assert before["portable"].key != trained["portable"].key
+    other = plan(RECIPE.replace("format: timm", "format: hf"))
+    assert before["portable"].key != other["portable"].key
+    assert before["graph"].key == other["graph"].key
+    renamed = plan(RECIPE.replace("out: timm", "out: elsewhere"))
+    assert before["portable"].key == renamed["portable"].key
+
+
+def test_mistakes_in_an_export_step_are_named() -> None:
+    steps = (
+        'steps: {a: {extract: {teacher: "timm:test_vit", corpus: photos}}, b: {export: {run: a, out: x, form: timm}}}'
+    )
+    found = "\n".join(problems_of(f"out: out\n{steps}"))
+    assert "steps.b.export.run: step 'a' makes a store, and this takes a run" in found
+    assert "steps.b.export.form: is not an option of eupe export; did you mean format?" in found
+    assert "steps.b.export.format: is missing; eupe export needs it" in found
+
+
+@pytest.mark.slow
+def test_a_recipe_ends_with_a_model_that_timm_loads(
+    here: Path, tiny_store: Store, monkeypatch: pytest.MonkeyPatch, run_eupe: Callable[..., Any]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    training = f'targets: "{tiny_store.path}", student: test_vit, batch-size: 8, steps: 3, head-width: 16, holdout: 0.3'
+    text = f"""
+out: out
+steps:
+  student: {{train: {{{training}}}}}
+  portable: {{export: {{run: student, format: timm, heads: all, out: timm}}}}
+"""
+    (here / "r.yaml").write_text(text)
+    first = run_eupe("run", "r.yaml", "--json")
+    assert first.code == 0, first.err
+    ended = {step["step"]: step for step in json.loads(first.out)["steps"]}
+    out = ended["portable"]["output"]
+    assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).num_features == 64
+    assert ended["portable"]["report"]["outputs"].keys() == {
+        "summary",
+        "dense",
+        "timm:test_vit.summary",
+        "timm:test_vit.dense",
+    }
+    shown = run_eupe("run", "r.yaml").out
+    (row,) = [line for line in shown.splitlines() if line.split()[:1] == ["portable"]]
+    assert "cached" in row and "summary least 1" in row
