@@ -24,6 +24,10 @@ def test_each_table_has_a_row_for_each_step(
     )
     agreement = {"targets": [{"target": "proxy-01234567", "kinds": {"dense": cosines | {"cosine": 0.75}}}]}
     run = {"run": "o/p", "steps": 140, "images_per_s": 12.0, "data_wait": 0.01}
+    dense = [
+        {"subject": subject, "untrained": untrained, "scores": {"x": score}}
+        for subject, untrained, score in (("o/proxy-01234567", False, 0.75), ("dinov2", True, 0.5))
+    ]
     results = [
         result("a-features", "extract", {**store, "store": "o/a.zarr"}),
         result("b-features", "extract", {**store, "store": "o/b.zarr"}, cached=True),
@@ -35,11 +39,7 @@ def test_each_table_has_a_row_for_each_step(
             "eval knn",
             {"results": [{"scores": {"accuracy": a, "majority": 0.1}} for a in (0.4, 0.3)]},
         ),
-        *(
-            result(verb, f"eval {verb}", {"results": [{"subject": s, "untrained": u, "scores": {"x": v}}]})
-            for verb in ("segment", "depth", "correspond")
-            for s, u, v in (("o/p", False, 0.75), ("dinov2", True, 0.5))
-        ),
+        *(result(verb, f"eval {verb}", {"results": dense}) for verb in ("segment", "depth", "correspond")),
     ]
     show({one.step: one for one in results})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
