@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test test-slow lint types check clean
+.PHONY: demo test test-slow test-executorch lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
@@ -19,6 +19,11 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+# ExecuTorch brings a package that makes every import of Transformers print warnings, so it is installed last of all.
+test-executorch: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[executorch]'
+	$(BIN)/python -m pytest tests/export/test_executorch_files.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,7 +32,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test test-slow
+check: lint types test test-slow test-executorch
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
