@@ -147,11 +147,11 @@ def view_of(truth: Truth, params: ViewParams, size: int) -> Truth:
 
 def require_same_sides(mapped: Mapped, i: int, truth: Truth) -> Truth:
     """Raises: CorpusError if a map is of another size than its picture."""
-    image = mapped.pictures.image(i)
-    if truth.shape != (image.height, image.width):
+    width, height = mapped.pictures.sides(i)
+    if truth.shape != (height, width):
         raise CorpusError(
             f"{mapped.maps[i]} has {truth.shape[1]}x{truth.shape[0]} pixels, its picture {mapped.pictures.keys[i]} "
-            f"{image.width}x{image.height}; they must be the same"
+            f"{width}x{height}; they must be the same"
         )
     return truth
 

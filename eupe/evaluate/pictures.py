@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from PIL import Image
 
@@ -51,11 +52,25 @@ class Pictures:
         Raises: CorpusError naming the picture if it cannot be read or decoded.
         """
         try:
-            return decode_image(self.read(i))
+            image = decode_image(self.read(i))
         except CorpusError as error:
             if self.keys[i] in str(error):
                 raise
             raise CorpusError(f"picture {self.keys[i]} of {self.root} cannot be read: {error}") from error
+        self._sides[i] = image.size
+        return image
+
+    def sides(self, i: int) -> tuple[int, int]:
+        """Width and height of the upright picture, which is decoded for that at most once.
+
+        Raises: as `image`.
+        """
+        return self._sides[i] if i in self._sides else self.image(i).size
+
+    @cached_property
+    def _sides(self) -> dict[int, tuple[int, int]]:
+        """Of the pictures that have been decoded."""
+        return {}
 
     def pick(self, places: Sequence[int]) -> Pictures:
         """Some of them."""
