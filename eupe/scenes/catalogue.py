@@ -34,9 +34,9 @@ CLASSES = (*CATEGORIES, "floor", "wall", "sky")
 CLUTTER, SIGN = "clutter", "sign"
 """Kinds of things that are of no category."""
 
-BOARD = (0.62, 0.26)
+BOARD = (0.75, 0.28)
 """Half sides of the sign's board."""
-BOARD_HEIGHT = 1.3
+BOARD_HEIGHT = 1.35
 """Of its middle: above what stands before it."""
 
 

@@ -16,24 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from eupe.scenes.catalogue import BOARD, BOARD_HEIGHT, CATEGORIES, CLUTTER, SIGN
-from eupe.scenes.materials import (
-    COLOURS,
-    OUTDOORS,
-    WORDS,
-    draw_ground,
-    draw_instance,
-    draw_light,
-    draw_sky,
-    draw_wall,
-)
+from eupe.scenes.materials import COLOURS, WORDS, draw_instance
 from eupe.scenes.render import look_up
-from eupe.scenes.scene import Camera, Instance, Scene, Thing, Vector, Wall, looking, yawed
+from eupe.scenes.scene import Scene
+from eupe.scenes.stage import group, portrait
 
 PROBE_PX = 56
 ATTEMPTS = 400
-GAP_M = 0.06
-"""Between the circles that things stand in."""
-
 Draw = Callable[[np.random.Generator], Scene | None]
 
 
@@ -50,19 +39,6 @@ class Spot(NamedTuple):
     """Visible pixels over those that it would have, were it alone."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Where the camera stands and what stands before it, while a scene is being drawn."""
-
-    camera: Camera
-    heading: float
-    """Of the camera's look along the ground."""
-    things: tuple[Thing, ...]
-
-    def with_thing(self, thing: Thing) -> Stage:
-        return replace(self, things=(*self.things, thing))
-
-
 def rng_of(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
     """The generator of one thing that is random."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *numbers])
@@ -73,7 +49,8 @@ def classification_scene(seed: int, number: int, category: str) -> Scene:
 
     def draw(rng: np.random.Generator) -> Scene | None:
         main = draw_instance(rng, category)
-        return _portrait(rng, main, yaw=rng.uniform(0, math.tau), fill=rng.uniform(0.7, 1.05), clutter=2)
+        scene = portrait(rng, main, yaw=rng.uniform(0, math.tau), fill=rng.uniform(0.7, 1.05), clutter=2)
+        return scene if _main_seen(scene) else None
 
     return _drawn(draw, seed, "classification", number)
 
@@ -84,7 +61,7 @@ def room_scene(seed: int, number: int) -> Scene:
     def draw(rng: np.random.Generator) -> Scene | None:
         kinds = [str(kind) for kind in rng.choice(CATEGORIES, int(rng.integers(3, 7)))]
         kinds += [CLUTTER] * int(rng.integers(1, 4))
-        scene = _group(rng, [draw_instance(rng, kind) for kind in kinds], outdoors=rng.random() < 0.35)
+        scene = group(rng, [draw_instance(rng, kind) for kind in kinds], outdoors=rng.random() < 0.35)
         return scene if scene and _all_seen(scene, area=0.008, shown=0.35) else None
 
     return _drawn(draw, seed, "room", number)
@@ -96,7 +73,8 @@ def correspondence_scene(seed: int, number: int, category: str, instance: int) -
 
     def draw(rng: np.random.Generator) -> Scene | None:
         yaw = rng.uniform(-0.8, 0.8) - math.pi / 4
-        return _portrait(rng, main, yaw=yaw, fill=rng.uniform(0.85, 1.15), clutter=2)
+        scene = portrait(rng, main, yaw=yaw, fill=rng.uniform(0.85, 1.15), clutter=2)
+        return scene if _main_seen(scene) else None
 
     return _drawn(draw, seed, "correspondence", number)
 
@@ -107,7 +85,7 @@ def caption_scene(seed: int, number: int) -> Scene:
     def draw(rng: np.random.Generator) -> Scene | None:
         kinds = rng.permutation(CATEGORIES)[: int(rng.integers(2, 4))]
         things = [draw_instance(rng, str(kind)) for kind in kinds]
-        scene = _group(rng, things, outdoors=rng.random() < 0.5)
+        scene = group(rng, things, outdoors=rng.random() < 0.5)
         return scene if scene and _all_seen(scene, area=0.02, shown=0.6) and _apart(scene) else None
 
     return _drawn(draw, seed, "caption", number)
@@ -138,11 +116,11 @@ def question_scene(seed: int, number: int) -> Scene:
         coloured = zip(kinds, plan.colours, strict=True)
         things = [draw_instance(rng, str(kind), colour=colour) for kind, colour in coloured]
         sign = draw_instance(rng, SIGN, says=plan.word)
-        scene = _group(rng, things, outdoors=rng.random() < 0.5, sign=sign)
+        scene = group(rng, things, outdoors=rng.random() < 0.5, sign=sign)
         if not scene or not _all_seen(scene, area=0.006, shown=0.5):
             return None
         spots = spots_of(scene)
-        readable = spots[-1].shown > 0.97 and spots[-1].area > 0.05 and _whole_board(scene)
+        readable = spots[-1].shown > 0.97 and spots[-1].area > 0.08 and _whole_board(scene)
         return scene if readable and (plan.count == 1 or beside(spots[:-1])) else None
 
     return _drawn(draw, seed, "question", number)
@@ -173,6 +151,11 @@ def beside(spots: Sequence[Spot]) -> list[tuple[int, int]]:
     return [(i, j) for i, a in enumerate(spots) for j, b in enumerate(spots) if b.x - a.x > 0.15]
 
 
+def _main_seen(scene: Scene) -> bool:
+    spot = spots_of(scene)[0]
+    return spot.shown > 0.85 and spot.area > 0.06
+
+
 def _all_seen(scene: Scene, *, area: float, shown: float) -> bool:
     named = [spot for spot, thing in zip(spots_of(scene), scene.things, strict=True) if thing.kind != CLUTTER]
     return all(spot.area > area and spot.shown > shown for spot in named)
@@ -189,114 +172,3 @@ def _whole_board(scene: Scene) -> bool:
 def _apart(scene: Scene) -> bool:
     xs = sorted(spot.x for spot in spots_of(scene))
     return all(b - a > 0.15 for a, b in itertools.pairwise(xs))
-
-
-def _portrait(rng: np.random.Generator, main: Instance, *, yaw: float, fill: float, clutter: int) -> Scene | None:
-    """One thing that fills much of the picture.
-
-    Args:
-        yaw: its turn from where its z looks at the camera.
-        fill: diameter of the sphere about it, as a share of the picture's side.
-        clutter: most other things.
-    """
-    heading = rng.uniform(0, math.tau)
-    thing = Thing(main, yawed(heading + math.pi + yaw), np.zeros(3), rng.uniform(0.8, 1.2))
-    centre, radius = thing.sphere
-    zoom, pitch = rng.uniform(0.9, 1.6), math.radians(rng.uniform(8, 32))
-    distance = 2 * radius * zoom / fill
-    back = -math.cos(pitch) * _ahead(heading) + np.array([0, math.sin(pitch), 0])
-    target = centre + rng.uniform(-0.16, 0.16, 3) * radius
-    camera = looking(target + distance * back, target, zoom, roll=math.radians(rng.uniform(-5, 5)))
-    stage = Stage(camera, heading, (thing,))
-    for _ in range(int(rng.integers(clutter + 1))):
-        other = draw_instance(rng, CLUTTER)
-        placed = _placed(rng, stage, other, near=0.5 * distance, far=distance + 3, scale=rng.uniform(0.7, 1.4))
-        stage = stage.with_thing(placed) if placed else stage
-    scene = _surrounded(rng, stage, outdoors=rng.random() < 0.45)
-    spot = spots_of(scene)[0]
-    return scene if spot.shown > 0.85 and spot.area > 0.06 else None
-
-
-def _group(
-    rng: np.random.Generator, instances: Sequence[Instance], *, outdoors: bool, sign: Instance | None = None
-) -> Scene | None:
-    """Things that stand about before the camera, and perhaps a sign that faces it; None if there is no room."""
-    heading, zoom = rng.uniform(0, math.tau), rng.uniform(0.8, 1.1)
-    eye = np.array([0, rng.uniform(0.9, 1.6), 0])
-    fall = math.tan(math.radians(rng.uniform(10, 24)))
-    camera = looking(eye, eye + _ahead(heading) - np.array([0, fall, 0]), zoom, math.radians(rng.uniform(-4, 4)))
-    stage = Stage(camera, heading, ())
-    slots = rng.permutation(len(instances))
-    for slot, instance in zip(slots, instances, strict=True):
-        across = (slot / len(slots), (slot + 1) / len(slots)) if sign else (0.0, 1.0)
-        size = rng.uniform(0.6, 0.9) if sign else rng.uniform(0.8, 1.15)
-        placed = _placed(rng, stage, instance, near=1.9, far=4.4, across=across, scale=size)
-        if placed is None:
-            return None
-        stage = stage.with_thing(placed)
-    if sign:
-        placed = _placed(rng, stage, sign, near=2.3, far=3.4, across=(0.3, 0.7), scale=rng.uniform(0.95, 1.1))
-        if placed is None:
-            return None
-        stage = stage.with_thing(placed)
-    return _surrounded(rng, stage, outdoors=outdoors)
-
-
-def _ahead(heading: float) -> Vector:
-    return np.array([math.sin(heading), 0.0, math.cos(heading)])
-
-
-def _placed(
-    rng: np.random.Generator,
-    stage: Stage,
-    instance: Instance,
-    *,
-    near: float,
-    far: float,
-    scale: float,
-    across: tuple[float, float] = (0.0, 1.0),
-) -> Thing | None:
-    """A thing at a free place in view; None if there is none.
-
-    Args:
-        near, far: metres before the camera.
-        across: the part of the picture's width that it stands in.
-    """
-    ahead = _ahead(stage.heading)
-    right = np.array([-ahead[2], 0.0, ahead[0]])
-    ground = stage.camera.eye * np.array([1, 0, 1])
-    facing = rng.uniform(-0.45, 0.45) if instance.kind == SIGN else rng.uniform(0, math.tau)
-    for _ in range(30):
-        away = rng.uniform(near, far)
-        place = ground + away * (ahead + (0.9 * (rng.uniform(*across) - 0.5)) / stage.camera.zoom * right)
-        thing = Thing(instance, yawed(stage.heading + math.pi + facing), place, scale)
-        gaps = [np.linalg.norm(place - t.place) - thing.footprint - t.footprint for t in stage.things]
-        if all(gap > GAP_M for gap in gaps):
-            return thing
-    return None
-
-
-def _surrounded(rng: np.random.Generator, stage: Stage, *, outdoors: bool) -> Scene:
-    """With a floor, walls, light and sky."""
-    floor_name, floor = draw_ground(rng, outdoors=outdoors)
-    assert (floor_name in OUTDOORS) == outdoors
-    turn = rng.uniform(-0.6, 0.6)
-    back = -_ahead(stage.heading + turn)
-    side = np.array([back[2], 0.0, -back[0]]) * (1 if turn > 0 else -1)
-    normals = [back] if outdoors or rng.random() < 0.3 else [back, side]
-    walls = []
-    for normal in normals if not outdoors or rng.random() < 0.6 else []:
-        inside = [(thing.place, thing.footprint) for thing in stage.things] + [(stage.camera.eye, 0.4)]
-        offset = min(float(normal @ place) - radius for place, radius in inside) - rng.uniform(0.2, 2.0)
-        height = rng.uniform(0.4, 1.5) if outdoors else math.inf
-        walls.append(Wall(normal, offset, height, draw_wall(rng, normal, outdoors=outdoors)))
-    return Scene(
-        camera=stage.camera,
-        things=stage.things,
-        floor=floor,
-        floor_name=floor_name,
-        walls=tuple(walls),
-        light=draw_light(rng, stage.heading),
-        sky=draw_sky(rng),
-        grain_seed=int(rng.integers(1 << 31)),
-    )

@@ -10,6 +10,8 @@ import numpy as np
 from eupe.scenes.compose import Spot, beside
 from eupe.scenes.scene import Scene, Thing
 
+MOST_PAIRS = 3
+"""That a picture's questions are about."""
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
@@ -49,16 +51,12 @@ def _described(thing: Thing) -> str:
 
 
 def questions(scene: Scene, spots: Sequence[Spot], rng: np.random.Generator) -> list[Question]:
-    """One question of each kind; no position where there is only one thing. The last thing is the sign."""
+    """Colour of each thing, their number, sides of some pairs, and what the sign says, which is the last thing."""
     *things, sign = scene.things
-    asked = things[int(rng.integers(len(things)))]
-    found = [
-        Question("colour", f"What colour is the {asked.kind}?", asked.instance.colour),
-        Question("count", "How many objects are there besides the sign?", NUMBERS[len(things)]),
-        Question("text", "What does the sign say?", sign.instance.says),
-    ]
-    if pairs := beside(spots[:-1]):
-        left, right = pairs[int(rng.integers(len(pairs)))]
+    found = [Question("colour", f"What colour is the {t.kind}?", t.instance.colour) for t in things]
+    found.append(Question("count", "How many objects are there besides the sign?", NUMBERS[len(things)]))
+    found.append(Question("text", "What does the sign say?", sign.instance.says))
+    for left, right in rng.permutation(beside(spots[:-1]))[:MOST_PAIRS]:
         first, second, answer = (right, left, "right") if rng.random() < 0.5 else (left, right, "left")
         question = f"Is the {things[first].kind} to the left or to the right of the {things[second].kind}?"
         found.append(Question("position", question, answer))
