@@ -18,6 +18,7 @@ from browser import Browser, needs_browser
 from feature_stores import plant_store
 from making import make_corpus
 
+from eupe.cli_shared import out as console
 from eupe.corpus.decode import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.encoder import build_encoder, normalise, save_encoder
@@ -474,11 +475,11 @@ class TestCommandLine:
     def test_without_a_place_the_table_is_printed(
         self, world: dict[str, Path], monkeypatch: pytest.MonkeyPatch, run_eupe: Run
     ) -> None:
-        monkeypatch.setenv("COLUMNS", "250")
+        monkeypatch.setattr(console, "width", 250)
         outcome = run_eupe("eval", "report", world["good"], world["hostile"], world["others"])
         rows = [" ".join(line.split()) for line in outcome.out.splitlines()]
         assert any(row.startswith("good 0.900* 0.100* 9.0 81.0") for row in rows)
-        assert any(row.startswith("good, untrained 0.950 ▲") for row in rows)
+        assert any(row.startswith("good, untrained 0.950 ▲") for row in rows), outcome.out
 
     @pytest.mark.parametrize(
         ("options", "said"),
