@@ -227,4 +227,4 @@ def test_a_writer_killed_at_any_moment_leaves_only_whole_checkpoints(tmp_path: P
             kept = load_file(path)
             assert all((value == step).all() for value in kept.values())
             with safe_open(path, "pt") as file:
-                assert file.metadata() == {"step": str(step), CHECKSUM: checksum(kept, step)}
+                assert file.metadata() == {"step": str(step), DTYPE: "fp32", CHECKSUM: checksum(kept, step)}
