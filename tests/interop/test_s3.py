@@ -133,10 +133,11 @@ def test_a_run_from_a_bucket_is_judged_from_there(
     assert verified.code == 0, verified.err
     agreement = run_eupe("eval", "agreement", tmp_path / "run", "--json")
     assert agreement.code == 0, agreement.err
-    by_store = json.loads(run_eupe("eval", "knn", store.path, "--k", 3, "--json").out)
-    assert by_store["num_queries"] == 48
-    by_run = run_eupe("eval", "knn", tmp_path / "run", "--corpus", photos, "--k", 3, "--json")
+    (by_store,) = json.loads(run_eupe("eval", "knn", store.path, "--k", 3, "--json").out)["results"]
+    assert by_store["data"]["val"] == 48
+    by_run = run_eupe("eval", "knn", tmp_path / "run", "--data", photos, "--k", 3, "--size", 64, "--json")
     assert by_run.code == 0, by_run.err
+    assert json.loads(by_run.out)["results"][0]["data"]["val"] == 24
     page = run_eupe("viz", store.path, tmp_path / "run", "--images", photos, "--out", tmp_path / "page.html", "--json")
     assert page.code == 0, page.err
     assert json.loads(page.out)["models"] == ["x.zarr", "run"]
