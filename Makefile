@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
+# Tests run side by side: threads that wait for each other must not spin on a core that another test needs.
+export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test test-slow test-executorch lint types check clean
 
