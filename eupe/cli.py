@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -813,8 +812,6 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Distil cached targets into students; no teacher is loaded."""
-    # What waits at a barrier of OpenMP would spin on a core that decodes pictures; read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from eupe.progress import report_progress
     from eupe.train.loop import train_together
     from eupe.train.options import train_configs

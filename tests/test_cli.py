@@ -1,7 +1,6 @@
 """What a user types, and what a mistake gets: one sentence, exit code 2, no traceback."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -234,18 +233,3 @@ def test_a_family_and_its_options_through_the_command_line(tiny_store: Store, tm
     assert again.code == 0 and "finished already" in again.out
     third = ["--init", tmp_path / "a", "--out", tmp_path / "third", "--steps", 1]
     assert run_eupe(*words[:7], "--head-width", 16, "--holdout", 0.3, *third).code == 0
-
-
-@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
-def test_training_lets_waiting_threads_sleep_unless_told_otherwise(given: str | None, expected: str) -> None:
-    """Set before torch is imported, which reads it once."""
-    code = (
-        "import os, sys; sys.argv = ['eupe', 'train', '--student', 'no-such']; from eupe.cli import main\n"
-        "assert 'torch' not in sys.modules\n"
-        "try: main()\n"
-        "except SystemExit as stop: print(stop.code, os.environ['OMP_WAIT_POLICY'])\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["2", expected], done.stderr
