@@ -107,14 +107,15 @@ class StoreSubject:
         Raises: StoreError naming a picture that the store has no features of; PartCorruptError.
         """
         self.require(kind)
-        missing = [i for i in range(len(pictures)) if pictures.sha256(i) not in self._rows]
+        rows = [self._rows.get(pictures.sha256(i)) for i in range(len(pictures))]
+        missing = [i for i, row in enumerate(rows) if row is None]
         if missing:
             raise StoreError(
                 f"{self.store.path} has features of {len(pictures) - len(missing)} of the {len(pictures)} pictures of "
                 f"{pictures.root}, not of {pictures.keys[missing[0]]}; extract them into it, or judge its teacher"
             )
-        rows = [self._rows[pictures.sha256(i)] for i in range(len(pictures))]
-        return self._read(np.arange(len(pictures)), rows, kind=kind, size=size)
+        found = [row for row in rows if row is not None]
+        return self._read(np.arange(len(pictures)), found, kind=kind, size=size)
 
     def labelled(self, *, size: int) -> tuple[Seen, list[str], list[str]]:
         """Summaries of all its own pictures that have a label, with label and key of each picture.
