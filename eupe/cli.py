@@ -946,7 +946,7 @@ def run_recipe(
 
 @app.command()
 def viz(
-    items: Annotated[list[str], typer.Argument(help="Stores, training runs, or teachers: one column each.")],
+    items: Annotated[list[str], typer.Argument(help="Stores, training runs, teachers, or `pixels`: one column each.")],
     images: Annotated[str, typer.Option(help="Folder of pictures, or an index.")],
     out_path: Annotated[Path, typer.Option("--out", help="The page (.html) or figure (.png) to write.")],
     limit: Annotated[int, typer.Option(help="How many pictures.")] = 8,

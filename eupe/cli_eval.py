@@ -38,6 +38,10 @@ Size = Annotated[
     int | None, typer.Option(help="Side of what encoders see, in pixels; what their patch leaves of it is taken.")
 ]
 Limit = Annotated[int | None, typer.Option(help="Only the first pictures of each split.")]
+Scratch = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a file that holds the dense tokens, which is gone afterwards; memory by itself."),
+]
 Steps = Annotated[int | None, typer.Option(help="Updates of the head; the paper's number by default.")]
 BatchSize = Annotated[int | None, typer.Option(help="Views per update of the head. Default 16.")]
 Rate = Annotated[float | None, typer.Option(help="Peak learning rate of the head; the paper's by default.")]
@@ -258,6 +262,7 @@ def eval_segment(
     lr: Rate = None,
     seed: Seed = 0,
     limit: Limit = None,
+    scratch: Scratch = None,
     weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
@@ -269,7 +274,7 @@ def eval_segment(
     how = _training(TRAINING, steps, batch_size, lr, seed)
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return segment(subject, data=data, size=size, training=how, limit=limit, on_step=on_step)
+        return segment(subject, data=data, size=size, training=how, limit=limit, scratch=scratch, on_step=on_step)
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 
@@ -287,6 +292,7 @@ def eval_depth(
     lr: Rate = None,
     seed: Seed = 0,
     limit: Limit = None,
+    scratch: Scratch = None,
     weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
@@ -298,7 +304,9 @@ def eval_depth(
     how = _training(TRAINING, steps, batch_size, lr, seed)
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return depth(subject, data=data, size=size, training=how, max_m=max_depth, limit=limit, on_step=on_step)
+        return depth(
+            subject, data=data, size=size, training=how, max_m=max_depth, limit=limit, scratch=scratch, on_step=on_step
+        )
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 
@@ -310,6 +318,7 @@ def eval_correspond(
     alpha: Annotated[float, typer.Option(help="Share of the target's box within which a point is found.")] = 0.1,
     size: Size = None,
     limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
+    scratch: Scratch = None,
     weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
@@ -319,7 +328,7 @@ def eval_correspond(
     from eupe.evaluate.correspond import correspond
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return correspond(subject, data=data, size=size, alpha=alpha, limit=limit, on_step=on_step)
+        return correspond(subject, data=data, size=size, alpha=alpha, limit=limit, scratch=scratch, on_step=on_step)
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 

@@ -23,7 +23,8 @@ from eupe.errors import ConfigError, StoreError
 from eupe.evaluate.layouts import PointPair, point_pairs
 from eupe.evaluate.pictures import whole
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import Seen, StoreSubject, Subject, result_of
+from eupe.evaluate.seen import Seen
+from eupe.evaluate.subject import StoreSubject, Subject, result_of
 from eupe.store.layout import DENSE
 
 SIZES = {14: 448}
@@ -40,6 +41,7 @@ def correspond(
     size: int | None = None,
     alpha: float = ALPHA,
     limit: int | None = None,
+    scratch: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
     """Share of points found within `alpha` of the target's box: over all points, and the mean over categories.
@@ -50,7 +52,7 @@ def correspond(
         raise ConfigError(f"--alpha must be above 0, got {alpha:g}")
     pictures, pairs = point_pairs(data, limit=limit)
     chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZES.get(subject.patch, SIZE))
-    seen = subject.look(pictures, kind=DENSE, size=chosen, cut=whole)
+    seen = subject.look(pictures, kinds=[DENSE], size=chosen, cut=whole, scratch=scratch)
     if len(seen) != len(pictures):
         raise StoreError(f"{subject.name} holds several views of each picture; extract one with --views squash")
     found: dict[str, list[bool]] = defaultdict(list)

@@ -26,7 +26,7 @@ from eupe.corpus.views import ViewParams
 from eupe.device import pick_device
 from eupe.errors import ConfigError, CorpusError, TrainingError
 from eupe.evaluate.layouts import Mapped
-from eupe.evaluate.subject import Seen
+from eupe.evaluate.seen import Seen
 from eupe.train.schedule import learning_rate
 
 Truth = NDArray[Any]

@@ -61,6 +61,7 @@ def depth(
     training: Training = TRAINING,
     max_m: float = MAX_M,
     limit: int | None = None,
+    scratch: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
     """RMSE in metres, absolute relative error and delta 1 (share within a factor of 1.25), each the mean over pictures.
@@ -74,7 +75,9 @@ def depth(
         raise ConfigError(f"--max-depth must be above {MIN_M:g} m, got {max_m:g}")
     train, val = (depth_split(data, split).limited(limit) for split in ("train", "val"))
     chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
-    seen_train, seen_val = (subject.look(part.pictures, kind=DENSE, size=chosen, cut=windows) for part in (train, val))
+    seen_train, seen_val = (
+        subject.look(part.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch) for part in (train, val)
+    )
     assert seen_train.dense is not None
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)

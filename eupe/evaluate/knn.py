@@ -75,7 +75,7 @@ def summaries_of(subject: Subject, data: Where | None, *, size: int | None) -> P
 
 
 def _look(subject: Subject, part: Labelled, size: int) -> Summaries:
-    seen = subject.look(part.pictures, kind=SUMMARY, size=size, cut=centre)
+    seen = subject.look(part.pictures, kinds=[SUMMARY], size=size, cut=centre)
     assert seen.summary is not None
     places = seen.picture_V.tolist()
     labels = tuple(part.labels[i] for i in places)

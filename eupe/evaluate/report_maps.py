@@ -72,7 +72,7 @@ def draw_maps(runs: Mapping[str, Path], images: Where, *, limit: int) -> Maps:
 def _maps(name: str, run: Path, pictures: Pictures) -> RunMaps:
     (subject,) = open_subjects([str(run)], {})
     size = subject.size(None)
-    seen = subject.look(pictures, kind=DENSE, size=size, cut=centre)
+    seen = subject.look(pictures, kinds=[DENSE], size=size, cut=centre)
     assert seen.dense is not None
     dense = seen.dense.float().numpy()
     if not np.isfinite(dense).all():

@@ -59,7 +59,7 @@ def retrieval(
     said = texts.embed(way.teacher, Classes(tuple(dict.fromkeys(split.captions))), on_step)
     captions = said.rows(split.captions, path=texts.path).double()
     chosen = subject.size(size)
-    seen = subject.look(split.pictures, kind=SUMMARY, size=chosen, cut=centre)
+    seen = subject.look(split.pictures, kinds=[SUMMARY], size=chosen, cut=centre)
     if len(seen) != len(split.pictures):
         raise StoreError(f"{subject.name} holds several views of each picture; extract one with --views center")
     assert seen.summary is not None

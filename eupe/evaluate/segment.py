@@ -79,6 +79,7 @@ def segment(
     size: int | None = None,
     training: Training = TRAINING,
     limit: int | None = None,
+    scratch: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
     """Mean intersection over union, and pixel accuracy, of a linear layer on a subject's dense tokens.
@@ -90,7 +91,7 @@ def segment(
     classes = _classes(data, train)
     chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
     seen = {
-        part: subject.look(mapped.pictures, kind=DENSE, size=chosen, cut=windows)
+        part: subject.look(mapped.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch)
         for part, mapped in (("train", train), ("val", val))
     }
     dense = seen["train"].dense

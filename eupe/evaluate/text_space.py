@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eupe.errors import ConfigError, EupeError
-from eupe.evaluate.subject import EncoderSubject, PixelSubject, Subject, draw_anew
+from eupe.evaluate.subject import EncoderSubject, PixelSubject, Subject
 from eupe.evaluate.text_tower import text_model, why_no_text
 from eupe.store.layout import SUMMARY
 from eupe.teachers.registry import ALIASES
@@ -121,7 +121,7 @@ def to_text_space(subject: Subject, way: Way, summaries_NDs: Tensor) -> Tensor:
         predictor = load_predictors(run)[target].kinds[SUMMARY]
         assert isinstance(predictor, KindPredictor)
         if number == 0 and subject.untrained:
-            draw_anew(predictor.head)
+            predictor.draw_anew()
         with torch.inference_mode():
             said = predictor(said)
     return F.normalize(said.double(), dim=1)

@@ -21,13 +21,15 @@ from eupe.encoder import load_card
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.page import make_place, write_whole
 from eupe.evaluate.run import read_card
+from eupe.evaluate.subject import StoreSubject, Subject, open_subjects
 from eupe.evaluate.viz_figure import draw_figure, plan_figure
 from eupe.evaluate.viz_history import read_history
-from eupe.evaluate.viz_items import EncoderItem, Item, Picture, StoreItem, View, open_items
+from eupe.evaluate.viz_items import Picture, View, dense_of, run_of, stored, with_short_names
 from eupe.evaluate.viz_maps import ModelColumn, PictureCell, colour_maps
 from eupe.evaluate.viz_page import render_page
 from eupe.place import Place, Where
 from eupe.store import Features
+from eupe.store.layout import DENSE
 from eupe.train.targets import is_held_out
 
 PAGE, FIGURE = ".html", ".png"
@@ -49,12 +51,12 @@ class VizReport:
     num_bytes: int
 
 
-Stored = Sequence[tuple[StoreItem, Features]]
+Stored = Sequence[tuple[StoreSubject, Features]]
 """What each store holds of the pictures chosen."""
 
 
 def write_maps(
-    items: Sequence[str],
+    models: Sequence[str],
     *,
     images: Where,
     out: Path,
@@ -66,28 +68,30 @@ def write_maps(
     """Write one HTML page, or one PNG figure, that shows what each model makes of the same pictures.
 
     Args:
-        items: stores, runs' directories and teachers' names, one column each.
+        models: stores, runs' directories, teachers' names and `pixels`, one column each.
         images: a folder of pictures, or an index; those that every store has features of may be shown.
         out: ends in .html or .png.
         limit: most pictures to show.
-        weights: local weights in place of the hub's, for teachers among the items.
+        weights: local weights in place of the hub's, for teachers among the models.
         foreground: colour the foreground alone, found by each model's own first component.
         cell_px: side of a figure's cells.
     Raises: ConfigError, CorpusError, StoreError, RunError or TeacherError for what the user can mend;
         StorageError if `out` cannot be written.
     """
     _require_words(out, limit, cell_px)
-    opened = open_items(items, weights or {})
+    opened = with_short_names(open_subjects(models, weights or {}))
+    stores = [each for each in opened if isinstance(each, StoreSubject)]
+    for each in stores:
+        each.require(DENSE)
     make_place(out)
     corpus = open_corpus(images)
-    stores = [item for item in opened if isinstance(item, StoreItem)]
-    runs = {item.name: item.run for item in opened if isinstance(item, EncoderItem) and item.run}
+    runs = {each.name: run for each in opened if (run := run_of(each))}
     pictures = choose_pictures(_pictures_in_common(corpus, stores, list(runs.values())), limit)
     layout = plan_figure(len(pictures), 1 + len(opened), cell_px) if out.suffix == FIGURE else None
     decoded = [_read_image(corpus.root, picture) for picture in pictures]
-    stored = {item.name: item.read(pictures) for item in stores}
-    views = _views(pictures, decoded, [(item, stored[item.name]) for item in stores])
-    columns = [_column(item, views, stored.get(item.name), foreground) for item in opened]
+    cached = {each.name: stored(each, pictures) for each in stores}
+    views = _views(pictures, decoded, [(each, cached[each.name]) for each in stores])
+    columns = [_column(each, views, cached.get(each.name), foreground) for each in opened]
     cells = [_cell(view, layout.cell if layout else SHOWN_PX) for view in views]
     if layout:
         data = draw_figure(layout, cells, columns)
@@ -114,7 +118,7 @@ def _require_words(out: Path, limit: int, cell_px: int | None) -> None:
         raise ConfigError(f"--cell is for figures, and --out {out} is a page; leave --cell out, or write a {FIGURE}")
 
 
-def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreItem], runs: Sequence[Path]) -> list[Picture]:
+def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreSubject], runs: Sequence[Path]) -> list[Picture]:
     """Pictures that every store has features of; held out are those that no run was trained on.
 
     Raises: ConfigError if there is none.
@@ -123,11 +127,11 @@ def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreItem], runs: Seque
     rows = corpus.samples.select(["key", "label", "sha256"]).to_pylist()
     for row, inside in zip(rows, insides(corpus.samples), strict=True):
         row["inside"] = inside
-    for item in stores:
-        found = [row for row in rows if row["key"] in item.places]
+    for subject in stores:
+        found = [row for row in rows if row["key"] in subject.places]
         if not found:
             raise ConfigError(
-                f"store {item.store.path} has features of none of the {len(rows)} pictures of {corpus.root} "
+                f"store {subject.store.path} has features of none of the {len(rows)} pictures of {corpus.root} "
                 f"that could be shown (one is {rows[0]['key']}); "
                 "give --images the pictures that every store was extracted from"
             )
@@ -146,22 +150,22 @@ def choose_pictures(pictures: Sequence[Picture], limit: int) -> list[Picture]:
     return [picture for *_, picture in sorted(ranked, key=lambda rank: rank[:2])][:limit]
 
 
-def _views(pictures: Sequence[Picture], images: Sequence[Image.Image], stored: Stored) -> list[View]:
+def _views(pictures: Sequence[Picture], images: Sequence[Image.Image], cached: Stored) -> list[View]:
     """View 0 of the stores, which must agree on it, or the centre where there is no store.
 
     Raises: ConfigError if two stores differ.
     """
-    if stored:
-        _require_same_views(pictures, stored)
-        drawn = stored[0][1].params
+    if cached:
+        _require_same_views(pictures, cached)
+        drawn = cached[0][1].params
     else:
         drawn = [draw_view(ViewSpec(), "", 0, image.width, image.height) for image in images]
     return [View(*view) for view in zip(pictures, images, drawn, strict=True)]
 
 
-def _require_same_views(pictures: Sequence[Picture], stored: Stored) -> None:
-    first, expected = stored[0]
-    for other, got in stored[1:]:
+def _require_same_views(pictures: Sequence[Picture], cached: Stored) -> None:
+    first, expected = cached[0]
+    for other, got in cached[1:]:
         if (i := expected.first_difference(got)) is not None:
             raise ConfigError(
                 f"{first.store.path} and {other.store.path} hold different views of {pictures[i].key}, so they cannot "
@@ -181,19 +185,21 @@ def _cell(view: View, side_px: int) -> PictureCell:
     return PictureCell(picture.key, picture.label, picture.held_out, view.render(side_px))
 
 
-def _column(item: Item, views: Sequence[View], stored: Features | None, foreground: bool) -> ModelColumn:
+def _column(subject: Subject, views: Sequence[View], cached: Features | None, foreground: bool) -> ModelColumn:
     """A model's features and their colours.
 
     Raises: ConfigError if they are not all numbers.
     """
-    if isinstance(item, StoreItem):
-        assert stored is not None and stored.dense is not None
-        dense = stored.dense.astype(np.float32)
-        kind, about, size = "store", str(item.store.spec.teacher["name"]), item.size
+    about = ""
+    if isinstance(subject, StoreSubject):
+        assert cached is not None and cached.dense is not None
+        dense = cached.dense.astype(np.float32)
+        about = str(subject.store.spec.teacher["name"])
     else:
-        dense = item.dense(views)
-        kind, size = "teacher" if item.run is None else "run", item.spec.native_size
-        about = "" if item.run is None else load_card(item.run).arch
+        dense = dense_of(subject, views)
+        if run := run_of(subject):
+            about = load_card(run).arch
     if not np.isfinite(dense).all():
-        raise ConfigError(f"{item.name} gives features that are not finite, which have no colours")
-    return ModelColumn(item.name, kind, about, size, dense, colour_maps(dense, foreground=foreground))
+        raise ConfigError(f"{subject.name} gives features that are not finite, which have no colours")
+    colours = colour_maps(dense, foreground=foreground)
+    return ModelColumn(subject.name, subject.kind, about, subject.size(None), dense, colours)

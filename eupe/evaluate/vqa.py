@@ -31,7 +31,8 @@ from eupe.evaluate.layouts import Question, question_set, question_words
 from eupe.evaluate.linear import TUNING_SHARE, choose_penalty, fit_logistic
 from eupe.evaluate.pictures import Pictures, whole
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import MEMORY_SHARE, Seen, StoreSubject, Subject, free_bytes, result_of
+from eupe.evaluate.seen import MEMORY_SHARE, Seen, free_bytes
+from eupe.evaluate.subject import StoreSubject, Subject, result_of
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.targets import is_held_out
 
@@ -169,12 +170,11 @@ def standardised(features_PF: Tensor, learnt_from: Sequence[int]) -> Tensor:
 
 def _features(subject: Subject, pictures: Pictures, size: int) -> Tensor:
     """Summary and pooled dense tokens side by side, float64 [P, F]."""
-    seen = {kind: subject.look(pictures, kind=kind, size=size, cut=whole) for kind in (SUMMARY, DENSE)}
-    if len(seen[SUMMARY]) != len(pictures):
+    seen = subject.look(pictures, kinds=[SUMMARY, DENSE], size=size, cut=whole)
+    if len(seen) != len(pictures):
         raise StoreError(f"{subject.name} holds several views of each picture; extract one with --views squash")
-    summary = seen[SUMMARY].summary
-    assert summary is not None
-    return torch.cat([summary.double(), _pooled(seen[DENSE])], dim=1)
+    assert seen.summary is not None
+    return torch.cat([seen.summary.double(), _pooled(seen)], dim=1)
 
 
 def _pooled(seen: Seen) -> Tensor:

@@ -50,7 +50,7 @@ def zeroshot(
     numbers = class_numbers(classes, val.labels, data=str(data))
     said = texts.embed(way.teacher, classes, on_step)
     chosen = subject.size(size)
-    seen = subject.look(val.pictures, kind=SUMMARY, size=chosen, cut=centre)
+    seen = subject.look(val.pictures, kinds=[SUMMARY], size=chosen, cut=centre)
     assert seen.summary is not None
     logits = said.logits(to_text_space(subject, way, seen.summary))
     labels = torch.tensor([numbers[val.labels[i]] for i in seen.picture_V.tolist()])

@@ -81,7 +81,7 @@ def load_teacher(
     return Teacher(spec=spec, module=_frozen(module).to(device), device=device, dtype=dtype)
 
 
-def build_teacher(spec: TeacherSpec, *, size: int) -> Teacher:
+def build_teacher(spec: TeacherSpec, *, size: int, seed: int = 0) -> Teacher:
     """The teacher's encoder with its library's random weights, in float32 on the CPU: for what needs no weights.
 
     Nothing is fetched.
@@ -91,6 +91,7 @@ def build_teacher(spec: TeacherSpec, *, size: int) -> Teacher:
     spec.grid(size)
     adapter = importlib.import_module(_ADAPTERS[spec.backend])
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         module: nn.Module = adapter.build(spec, sizes=(size,))
     return Teacher(spec=spec, module=_frozen(module), device=torch.device("cpu"), dtype=torch.float32)
 

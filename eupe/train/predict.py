@@ -40,6 +40,7 @@ class KindPredictor(nn.Module):
         """
         super().__init__()
         width = widths[2]
+        self.widths = widths
         self.head = AdapterHead(*widths)
         for name in ("mean", "centre", "scale"):
             self.register_buffer(name, torch.zeros(width))
@@ -50,6 +51,12 @@ class KindPredictor(nn.Module):
     def norm(self) -> Normaliser:
         """What the loss saw the target through."""
         return Normaliser(mean=self.mean, centre=self.centre, scale=self.scale, rotation=self.rotation)
+
+    def draw_anew(self) -> None:
+        """A head of random weights, always the same, in place of the one that was learnt."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.head = AdapterHead(*self.widths).eval()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The student's tokens [..., width] to the teacher's [..., D], float32."""

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from making import make_corpus, picture, random_weights
-from planted import ade20k
+from planted import ade20k, depth_pairs, spair
 
 from eupe.corpus.views import render_view
+from eupe.encoder import Tokens
 from eupe.errors import ConfigError, CorpusError, RunError, StorageError
-from eupe.evaluate import subject as module
+from eupe.evaluate import seen as seen_module
 from eupe.evaluate.pictures import Pictures, centre, windows
 from eupe.evaluate.result import Result, keep_results, newest, read_results
 from eupe.evaluate.subject import PixelSubject, open_subjects
@@ -34,7 +35,7 @@ def test_an_encoder_sees_each_view_in_turn(tmp_path: Path, tiny_weights: Path) -
     """Tokens equal those of the teacher's own call on views rendered one by one."""
     pictures = some_pictures(tmp_path / "p", count=9, width=150)
     (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
-    seen = {kind: subject.look(pictures, kind=kind, size=64, cut=windows) for kind in ("summary", "dense")}
+    seen = {kind: subject.look(pictures, kinds=[kind], size=64, cut=windows) for kind in ("summary", "dense")}
     spec = resolve_teacher("timm:test_vit")
     teacher = load_teacher(spec, weights=tiny_weights, device=torch.device("cpu"), dtype=torch.float32, sizes=(64,))
     assert len(seen["dense"]) == 9 * len(windows(150, 64)) > 16, "more than one batch"
@@ -49,33 +50,53 @@ def test_an_encoder_sees_each_view_in_turn(tmp_path: Path, tiny_weights: Path) -
 
 def test_pixels_are_the_colours_of_the_patches(tmp_path: Path) -> None:
     pictures = some_pictures(tmp_path / "p", count=2)
-    seen = PixelSubject().look(pictures, kind="dense", size=32, cut=centre)
+    seen = PixelSubject().look(pictures, kinds=["dense"], size=32, cut=centre)
     view = render_view(pictures.image(1), seen.params[1], 32).astype(float) / 255
     assert seen.dense is not None and seen.dense.shape == (2, 2, 2, 48)
     quarter = view[16:20, 4:8].mean(axis=(0, 1))
     patch = seen.dense[1, 1, 0].float().numpy().reshape(3, 4, 4)
     assert np.abs(patch[:, 0, 1] - quarter).max() < 1e-3
-    summary = PixelSubject().look(pictures, kind="summary", size=32, cut=centre).summary
+    summary = PixelSubject().look(pictures, kinds=["summary"], size=32, cut=centre).summary
     assert summary is not None
     assert np.abs(summary[1].numpy().reshape(3, 16, 16)[:, 3, 5] - view[6:8, 10:12].mean(axis=(0, 1))).max() < 1e-5
 
 
-def test_an_untrained_teacher_has_no_weight_of_the_trained_one(tmp_path: Path) -> None:
+def test_an_untrained_teacher_is_its_library_s_own_initialisation(tmp_path: Path) -> None:
+    import timm
+
     weights = random_weights("test_vit", tmp_path / "w.safetensors", seed=7)
     trained, untrained = open_subjects(["timm:test_vit"], {"timm:test_vit": weights}, untrained=True)
     assert (untrained.name, untrained.untrained, trained.untrained) == (trained.name, True, False)
-    ours, fresh, again = (
-        dict(s._loaded(64).module.named_parameters())
-        for s in (trained, untrained, untrained)  # type: ignore[union-attr]
-    )
-    assert all(torch.equal(fresh[name], again[name]) for name in fresh)
-    same = [name for name in ours if torch.equal(ours[name], fresh[name])]
-    assert all(ours[name].ndim == 1 for name in same), "norms and biases are initialised alike"
-    assert all(torch.isfinite(p).all() for p in fresh.values())
+    views = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    own = [subject.encode(views, size=64).dense for subject in (trained, untrained)]  # type: ignore[union-attr]
+    assert not torch.allclose(*own, atol=1e-2)
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False, num_classes=0).eval()
+    mean, std = (torch.tensor(model.default_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.inference_mode():
+        expected = model.forward_features((torch.from_numpy(views).permute(0, 3, 1, 2) / 255 - mean) / std)
+    got = own[1].flatten(1, 2)
+    assert torch.nn.functional.cosine_similarity(got, expected[:, -got.shape[1] :], dim=-1).min() > 0.999
+
+
+def test_no_weights_are_looked_for_where_only_the_untrained_encoder_is_asked(tmp_path: Path) -> None:
+    _, untrained = open_subjects(["dinov2-s"], {}, untrained=True)
+    views = np.zeros((1, 28, 28, 3), dtype=np.uint8)
+    assert untrained.encode(views, size=28).dense.shape == (1, 2, 2, 384)  # type: ignore[union-attr]
+
+
+def test_both_kinds_of_token_come_of_one_pass(tmp_path: Path, tiny_weights: Path) -> None:
+    pictures = some_pictures(tmp_path / "p", count=3)
+    (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
+    seen = subject.look(pictures, kinds=["summary", "dense"], size=64, cut=centre)
+    for kind in ("summary", "dense"):
+        alone = subject.look(pictures, kinds=[kind], size=64, cut=centre)
+        other = {"summary": alone.dense, "dense": alone.summary}[kind]
+        assert torch.equal(getattr(seen, kind), getattr(alone, kind)) and other is None
 
 
 def test_what_is_nobody_gets_a_sentence(tmp_path: Path, tiny_store: Store) -> None:
-    with pytest.raises(ConfigError, match="nothing to judge"):
+    with pytest.raises(ConfigError, match="name at least one store, training run or teacher"):
         open_subjects([], {})
     with pytest.raises(ConfigError, match="no-such is no store"):
         open_subjects(["no-such"], {})
@@ -88,21 +109,59 @@ def test_what_is_nobody_gets_a_sentence(tmp_path: Path, tiny_store: Store) -> No
         open_subjects([str(tmp_path)], {})
 
 
-def test_tokens_that_would_not_fit_are_refused_before_a_picture_is_read(
+def test_tokens_that_would_not_fit_are_refused_before_any_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
 ) -> None:
-    pictures = Pictures(Place.of(tmp_path), tuple(f"{i}.png" for i in range(100)))
-    monkeypatch.setattr(module, "free_bytes", lambda: 100 * 16 * 64 * 2)
+    """Windows are counted, not pictures."""
+    pictures = some_pictures(tmp_path / "p", count=9, width=150)
+    views = 9 * len(windows(150, 64))
+    room = views * 4 * 4 * 64 * 2
     (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
-    with pytest.raises(ConfigError, match="dense tokens of 100 views of timm:test_vit take"):
-        subject.look(pictures, kind="dense", size=64, cut=centre)
+    monkeypatch.setattr(seen_module, "free_bytes", lambda: room / seen_module.MEMORY_SHARE)
+    assert len(subject.look(pictures, kinds=["dense"], size=64, cut=windows)) == views > 9
+    monkeypatch.setattr(seen_module, "free_bytes", lambda: room / seen_module.MEMORY_SHARE - 1)
+    (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tmp_path / "not-looked-at"})
+    with pytest.raises(ConfigError, match=rf"dense tokens of {views} views of timm:test_vit take .* --scratch"):
+        subject.look(pictures, kinds=["dense"], size=64, cut=windows)
+
+
+def test_scratch_holds_what_memory_would_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
+) -> None:
+    pictures = some_pictures(tmp_path / "p", count=9, width=150)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
+    expected = subject.look(pictures, kinds=["dense"], size=64, cut=windows).dense
+    monkeypatch.setattr(seen_module, "free_bytes", lambda: 0)
+    held = subject.look(pictures, kinds=["dense"], size=64, cut=windows, scratch=scratch).dense
+    assert held is not None and expected is not None and torch.equal(held, expected)
+    assert any(str(scratch) in line for line in Path("/proc/self/maps").read_text().splitlines())
+    assert not list(scratch.iterdir()), "the file has no name, so it is gone with the process"
+    with pytest.raises(StorageError, match=r"cannot hold .No such file"):
+        subject.look(pictures, kinds=["dense"], size=64, cut=windows, scratch=tmp_path / "nowhere")
+
+
+def test_a_full_disk_is_found_out_before_the_first_step(tmp_path: Path, tiny_weights: Path) -> None:
+    with pytest.raises(StorageError, match=r"take 1000000\.0 GB, and --scratch .* has .* GB"):
+        seen_module.room_for((10**9, 10, 10, 5000), tmp_path, of="x")
+
+
+def test_tokens_that_are_no_numbers_in_fp16_are_refused(tmp_path: Path, tiny_weights: Path) -> None:
+    pictures = some_pictures(tmp_path / "p", count=2)
+
+    def encode(views: Any) -> Tokens:
+        return Tokens(summary=None, dense=torch.full((len(views), 2, 2, 3), 70_000.0))
+
+    with pytest.raises(ConfigError, match="x gives dense tokens that are not finite numbers in fp16"):
+        seen_module.look_at(pictures, encode, kinds=["dense"], size=32, cut=centre, cells=(2, 3), scratch=None, of="x")
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     pictures = some_pictures(tmp_path / "p")
     (tmp_path / "p" / "3.png").write_bytes(b"\x89PNG")
     with pytest.raises(CorpusError, match=r"picture 3\.png of"):
-        PixelSubject().look(pictures, kind="summary", size=32, cut=centre)
+        PixelSubject().look(pictures, kinds=["summary"], size=32, cut=centre)
 
 
 def result(**changes: Any) -> Result:
@@ -156,3 +215,20 @@ def test_a_run_keeps_what_it_scored(tmp_path: Path, run_eupe: Callable[..., Any]
     assert outcome.code == 0, outcome.err
     (kept,) = read_results(run)
     assert kept.to_json() == json.loads(outcome.out)["results"][0]
+
+
+@pytest.mark.parametrize(("task", "plant"), [("segment", ade20k), ("depth", depth_pairs), ("correspond", spair)])
+def test_with_scratch_there_is_room_where_memory_has_none(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_eupe: Callable[..., Any],
+    task: str,
+    plant: Callable[[Path], Path],
+) -> None:
+    words = ["eval", task, "pixels", "--data", plant(tmp_path / "data"), "--size", 32, "--json"]
+    words += [] if task == "correspond" else ["--steps", 2]
+    expected = run_eupe(*words).out
+    monkeypatch.setattr(seen_module, "free_bytes", lambda: 0)
+    refused = run_eupe(*words)
+    assert refused.code == 2 and "give --scratch a folder" in refused.err
+    assert run_eupe(*words, "--scratch", tmp_path).out == expected

@@ -255,6 +255,11 @@ class TestPage:
         assert page.text.count('<svg class="chart"') == 2
         assert "raw − mean feature" in page.text
 
+    def test_pixels_are_a_column_like_others(self, world: World, tmp_path: Path) -> None:
+        page = make_page(world, tmp_path / "page.html", "pixels", world.store, limit=2)
+        assert page.report.models == ("pixels", "first.zarr")
+        assert "14×14 cells" in page.text and "48 channels" in page.text
+
     def test_store_columns_are_the_stored_features_of_view_0(self, world: World, page: Page) -> None:
         for model, (path, size) in enumerate([(world.store, TINY_SIZE), (world.other, 2 * TINY_SIZE)]):
             dense = _view_0(path, page.keys, size=size).dense
@@ -485,7 +490,7 @@ class TestErrors:
 
     def test_weights_for_what_is_no_teacher(self, world: World, out: Path) -> None:
         store = str(world.store)
-        with pytest.raises(ConfigError, match="no teacher among the items"):
+        with pytest.raises(ConfigError, match="no teacher among"):
             write_maps([store], images=world.corpus, out=out, weights={store: world.weights})
 
     def test_limit(self, world: World, out: Path) -> None:

@@ -142,8 +142,8 @@ def test_features_are_the_summary_and_sixteen_means(scenes: Path) -> None:
     pictures, _ = question_set(scenes)
     subject = subject_of("pixels")
     got = module._features(subject, pictures, 64)
-    summary = subject.look(pictures, kind="summary", size=64, cut=whole).summary
-    dense = subject.look(pictures, kind="dense", size=64, cut=whole).dense
+    summary = subject.look(pictures, kinds=["summary"], size=64, cut=whole).summary
+    dense = subject.look(pictures, kinds=["dense"], size=64, cut=whole).dense
     assert summary is not None and dense is not None
     assert got.shape == (90, summary.shape[1] + 16 * dense.shape[-1])
     assert torch.equal(got[:, : summary.shape[1]], summary.double())

@@ -139,7 +139,7 @@ def test_probabilities_are_those_of_the_library_s_own_model(name: str, tmp_path:
     )
     way = choose_way(subject, None)
     assert (way.name, way.heads) == (name, ())
-    summaries = subject.look(labelled_splits(corpus)[1].pictures, kind=SUMMARY, size=subject.size(None), cut=centre)
+    summaries = subject.look(labelled_splits(corpus)[1].pictures, kinds=[SUMMARY], size=subject.size(None), cut=centre)
     assert summaries.summary is not None
     assert source.classes is not None
     logits = source.embed(way.teacher, source.classes).logits(to_text_space(subject, way, summaries.summary))
@@ -204,7 +204,7 @@ def test_students_come_near_to_what_their_teacher_says(chain: Chain, tiny_corpus
 
     def embedded(word: object, weights: Path | None = None) -> Tensor:
         subject = subject_of(word, weights)
-        seen = subject.look(val.pictures, kind=SUMMARY, size=subject.size(None), cut=centre)
+        seen = subject.look(val.pictures, kinds=[SUMMARY], size=subject.size(None), cut=centre)
         assert seen.summary is not None
         return to_text_space(subject, choose_way(subject, CLIP), seen.summary)
 

@@ -1,0 +1,174 @@
+"""What encoders say of pictures, and where it is kept until a task is done: in memory, or in a file of its own.
+
+Shapes: V views, h w cells of the dense grid, D width of a dense token, Ds width of a summary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eupe.ahead import map_ahead
+from eupe.corpus.views import ViewParams, render_view
+from eupe.encoder import Tokens
+from eupe.errors import ConfigError, StorageError
+from eupe.evaluate.pictures import Cut, Pictures
+from eupe.store.layout import DENSE, SUMMARY
+
+Encode = Callable[[NDArray[np.uint8]], Tokens]
+"""From views, uint8 [B, S, S, 3]."""
+
+BATCH = 16
+MEMORY_SHARE = 0.75
+"""Of the memory that is free, what features may take."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a subject says of views of some pictures."""
+
+    picture_V: NDArray[np.int64]
+    """Whose view each is: its place among the pictures."""
+    params: list[ViewParams]
+    size: int
+    """Side in pixels of what the encoder saw."""
+    summary: Tensor | None = None
+    """float32 [V, Ds]"""
+    dense: Tensor | None = None
+    """float16 [V, h, w, D]"""
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+
+def look_at(
+    pictures: Pictures,
+    encode: Encode,
+    *,
+    kinds: Sequence[str],
+    size: int,
+    cut: Cut,
+    cells: tuple[int, int],
+    scratch: Path | None,
+    of: str,
+) -> Seen:
+    """Tokens of the views that `cut` makes of every picture, all kinds in one pass.
+
+    Args:
+        cells: side of the dense grid, and D.
+        scratch: see `room_for`.
+        of: who says it, for messages.
+    Raises: CorpusError for a picture that cannot be read; ConfigError where the dense tokens have no room, or are too
+        large for fp16; StorageError.
+    """
+    grid, width = cells
+    dense = None
+    if DENSE in kinds:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            num_views = sum(pool.map(lambda i: len(cut(*pictures.sides(i))), range(len(pictures))))
+        dense = room_for((num_views, grid, grid, width), scratch, of=of)
+    places: list[int] = []
+    params: list[ViewParams] = []
+    summaries: list[Tensor] = []
+    waiting: list[NDArray[np.uint8]] = []
+
+    def flush() -> None:
+        tokens = encode(np.stack(waiting))
+        if SUMMARY in kinds:
+            assert tokens.summary is not None
+            summaries.append(tokens.summary.float().cpu())
+        if dense is not None:
+            part = dense[len(params) - len(waiting) : len(params)]
+            part.copy_(tokens.dense)
+            require_finite(part, of)
+        waiting.clear()
+
+    for i, drawn, views in _rendered(pictures, size, cut):
+        for how, view in zip(drawn, views, strict=True):
+            places.append(i)
+            params.append(how)
+            waiting.append(view)
+            if len(waiting) == BATCH:
+                flush()
+    if waiting:
+        flush()
+    return Seen(np.array(places), params, size, torch.cat(summaries) if summaries else None, dense)
+
+
+def require_finite(dense_VhwD: Tensor, of: str) -> None:
+    """Raises: ConfigError."""
+    if not torch.isfinite(dense_VhwD).all():
+        raise ConfigError(f"{of} gives dense tokens that are not finite numbers in fp16, so they cannot be judged")
+
+
+def room_for(shape: tuple[int, ...], scratch: Path | None, *, of: str) -> Tensor:
+    """Room for float16 dense tokens, not yet written to.
+
+    Args:
+        scratch: a folder for a file that holds them, which is gone with the process; None for memory.
+    Raises: ConfigError where they do not fit; StorageError where the folder cannot be written.
+    """
+    num_bytes = 2 * math.prod(shape)
+    what = f"the dense tokens of {shape[0]} views of {of} take {num_bytes / 1e9:.1f} GB"
+    if scratch is None:
+        free = free_bytes()
+        if num_bytes > MEMORY_SHARE * free:
+            raise ConfigError(
+                f"{what}, more than {MEMORY_SHARE:.0%} of the {free / 1e9:.1f} GB of memory that are free; give "
+                "--scratch a folder that has room for them, a smaller --size, or --limit"
+            )
+        return torch.empty(shape, dtype=torch.float16)
+    try:
+        free = shutil.disk_usage(scratch).free
+        if num_bytes > free:
+            raise StorageError(f"{what}, and --scratch {scratch} has {free / 1e9:.1f} GB; give a folder with more room")
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            _reserve(file.fileno(), num_bytes)
+            return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="r+", shape=shape))
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{what}, which --scratch {scratch} cannot hold ({error.strerror})") from error
+
+
+def _reserve(file: int, num_bytes: int) -> None:
+    """Room on the disk now, for want of it later would kill the process.
+
+    Raises: OSError.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, num_bytes)
+    else:
+        os.ftruncate(file, num_bytes)
+
+
+def free_bytes() -> int:
+    """Memory of this machine that is free."""
+    try:
+        words = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()
+        return int(words[0]) * 1024
+    except (OSError, IndexError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _rendered(
+    pictures: Pictures, size: int, cut: Cut
+) -> Iterator[tuple[int, list[ViewParams], list[NDArray[np.uint8]]]]:
+    def render(i: int) -> tuple[int, list[ViewParams], list[NDArray[np.uint8]]]:
+        image = pictures.image(i)
+        drawn = cut(image.width, image.height)
+        return i, drawn, [render_view(image, how, size) for how in drawn]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from map_ahead(pool, render, range(len(pictures)), ahead=2 * BATCH)
