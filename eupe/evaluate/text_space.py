@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eupe.errors import ConfigError, EupeError
-from eupe.evaluate.subject import EncoderSubject, PixelSubject, Subject
+from eupe.encoder import WEIGHTS_FILE
+from eupe.errors import ConfigError, EupeError, RunError
+from eupe.evaluate.subject import EncoderSubject, PixelSubject, StoreSubject, Subject
 from eupe.evaluate.text_tower import text_model, why_no_text
 from eupe.store.layout import SUMMARY
 from eupe.teachers.registry import ALIASES
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.weights import file_digest
 from eupe.train.card import finished_card, target_names
 from eupe.train.predict import KindPredictor, load_predictors
 
@@ -114,10 +116,14 @@ def to_text_space(subject: Subject, way: Way, summaries_NDs: Tensor) -> Tensor:
 
     The head of an untrained student is drawn anew, too.
 
-    Raises: RunError if the heads of a run cannot be used.
+    Raises: RunError if the heads of a run cannot be used, or a run on the way was trained anew since.
     """
     said = summaries_NDs
+    learner, taught = subject.name, subject.store.spec.teacher if isinstance(subject, StoreSubject) else None
     for number, (run, target) in enumerate(way.heads):
+        if taught is not None:
+            _require_unchanged(run, taught.get("weights_sha256"), of=learner)
+        learner, taught = str(run), finished_card(run).targets[target]
         predictor = load_predictors(run)[target].kinds[SUMMARY]
         assert isinstance(predictor, KindPredictor)
         if number == 0 and subject.untrained:
@@ -125,3 +131,12 @@ def to_text_space(subject: Subject, way: Way, summaries_NDs: Tensor) -> Tensor:
         with torch.inference_mode():
             said = predictor(said)
     return F.normalize(said.double(), dim=1)
+
+
+def _require_unchanged(run: Path, weights_sha256: str | None, *, of: str) -> None:
+    """Raises: RunError. Runs that an older eupe finished did not note what their teachers' weights were."""
+    if weights_sha256 is not None and file_digest(run / WEIGHTS_FILE) != weights_sha256:
+        raise RunError(
+            f"run {run} was trained anew since {of} learned from it, so that its heads no longer fit; extract it and "
+            "train again, or put back what it was"
+        )

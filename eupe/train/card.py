@@ -58,7 +58,7 @@ class RunCard:
 
     config: dict[str, Any]
     targets: tuple[dict[str, Any], ...]
-    """Per store: place, fingerprint of its spec, teacher, licence, widths."""
+    """Per store: place, fingerprint of its spec, teacher and its weights' digest, licence, widths."""
     mix: tuple[dict[str, Any], ...] = ()
     """Per corpus mixed in: `share`, and `targets` as above."""
     pictures: tuple[str, ...]
@@ -248,6 +248,7 @@ def target_card(store: Store) -> dict[str, Any]:
         "path": str(store.path),
         "fingerprint": store_fingerprint(store),
         "teacher": teacher["name"],
+        "weights_sha256": teacher["weights_sha256"],
         "licence": teacher["licence"],
         "summary_dim": teacher["summary_dim"] if "summary" in store.spec.tokens else 0,
         "dense_dim": teacher["dense_dim"] if "dense" in store.spec.tokens else 0,

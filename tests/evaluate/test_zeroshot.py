@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -233,6 +234,22 @@ def test_a_store_is_judged_as_what_made_it(chain: Chain, tiny_corpus: Path, tmp_
         assert stored.protocol["teacher"] == run.protocol["teacher"]
     two_views = zeroshot(subject_of(chain.teacher_store), data=tiny_corpus, texts=source)
     assert two_views.data["val"] == 48
+
+
+def test_a_proxy_that_was_trained_anew_since_leads_nowhere(chain: Chain, tiny_corpus: Path) -> None:
+    texts = TextSource(Classes(NAMES, ("class0", "class1", "class2")), weights=chain.weights)
+    weights = chain.proxy / "student.safetensors"
+    whole = weights.read_bytes()
+    changed = load_file(weights)
+    next(iter(changed.values())).mul_(1.001)
+    try:
+        save_file(changed, weights, metadata={"format": "pt"})
+        for word in (chain.student, chain.proxy_store):
+            with pytest.raises(RunError, match=f"proxy was trained anew since {re.escape(str(word))} learned from it"):
+                zeroshot(subject_of(word), data=tiny_corpus, texts=texts)
+        zeroshot(subject_of(chain.proxy), data=tiny_corpus, texts=texts)
+    finally:
+        weights.write_bytes(whole)
 
 
 def test_the_way_is_the_one_that_is_asked_for(chain: Chain) -> None:
