@@ -887,6 +887,9 @@ def export_run(
         list[str] | None, typer.Option(help="all, or a target whose features are given, too. May be given again.")
     ] = None,
     precision: Annotated[str, typer.Option(help="Of an onnx graph: fp32, fp16 or int8.")] = "fp32",
+    calibrate: Annotated[
+        str | None, typer.Option(help="Pictures that int8's ranges are taken from; made-up ones where not given.")
+    ] = None,
     dynamic_size: Annotated[
         bool, typer.Option("--dynamic-size", help="An onnx graph for any size that the patch divides.")
     ] = False,
@@ -903,6 +906,7 @@ def export_run(
         size=size,
         heads=tuple(heads or ()),
         precision=precision,
+        calibrate=calibrate,
         dynamic_size=dynamic_size,
     )
     finish(dataclasses.asdict(export(config)), as_json)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eupe.encoder import near
 from eupe.errors import ConfigError
+from eupe.place import Where
 
 TIMM, HF, ONNX, EXECUTORCH = "timm", "hf", "onnx", "executorch"
 FORMATS = (TIMM, HF, ONNX, EXECUTORCH)
@@ -29,6 +30,8 @@ class ExportConfig:
     """Names of targets whose heads go along, or `all`."""
     precision: str = FP32
     """Of the graph's arithmetic; only ONNX has others than fp32."""
+    calibrate: Where | None = None
+    """Pictures that int8's ranges are taken from; None for made-up ones."""
     dynamic_size: bool = False
     """Any size that the patch divides, in place of `size` alone; of ONNX graphs, which are of one size else."""
 
@@ -42,3 +45,5 @@ class ExportConfig:
         idle = {"--precision": self.precision != FP32, "--dynamic-size": self.dynamic_size}
         if self.format != ONNX and (given := [name for name, is_given in idle.items() if is_given]):
             raise ConfigError(f"{given[0]} is for --format {ONNX}; a model of --format {self.format} has no need of it")
+        if self.calibrate is not None and self.precision != INT8:
+            raise ConfigError(f"--calibrate is for --precision {INT8}; {self.precision} has no ranges to find")

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 import eupe
+from eupe.corpus.index import open_corpus
 from eupe.errors import ConfigError, ConformanceError, EupeError, StorageError
 from eupe.evaluate.licences import origins
 from eupe.export import executorch_files, hf_files, onnx_files, timm_files
@@ -129,6 +130,7 @@ def _identity(source: Source, config: ExportConfig) -> dict[str, Any]:
         "outputs": source.outputs,
         "precision": config.precision,
         "dynamic_size": config.dynamic_size,
+        "calibrate": None if config.calibrate is None else open_corpus(config.calibrate).fingerprint,
     }
 
 

@@ -52,7 +52,7 @@ class HalfGraph(nn.Module):
 def write(source: Source, config: ExportConfig, folder: Path) -> Written:
     """Write the graph in the precision that was asked for.
 
-    Raises: ConfigError if the architecture cannot be traced; OSError.
+    Raises: ConfigError if the architecture cannot be traced; CorpusError for calibration pictures; OSError.
     """
     import onnx
 
@@ -65,7 +65,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
     notes: list[str] = []
     if config.precision == INT8:
         with quiet():
-            notes.append(quantise(path, source, lambda graph: _asking(graph, source.outputs)))
+            notes.append(quantise(path, source, lambda graph: _asking(graph, source.outputs), config.calibrate))
     opset = _strip(path)
     onnx.checker.check_model(str(path), full_check=True)
     if config.dynamic_size:

@@ -1,4 +1,5 @@
-"""Pictures that a wrong model gets wrong, from seeds: awkward files, smooth ones, noise, gradients, flat colours."""
+"""Pictures that a wrong model gets wrong, from seeds: awkward files, smooth ones, noise, gradients, flat colours; and
+some of the user's own."""
 
 from __future__ import annotations
 
@@ -7,6 +8,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eupe.corpus.awkward import picture
+from eupe.corpus.index import open_corpus
+from eupe.corpus.pictures import insides
+from eupe.corpus.views import render_view
+from eupe.evaluate.pictures import Pictures, centre
+from eupe.place import Where
 from eupe.teachers.verify import awkward_views
 
 SMOOTH, NOISY = 4, 2
@@ -27,6 +33,18 @@ def varied_pictures(height: int, width: int, *, seed: int = 0) -> NDArray[np.uin
         *(np.full((height, width, 3), np.roll(colour, seed), np.uint8) for colour in FLAT),
     ]
     return np.stack([_resized(row, height, width) for row in rows])
+
+
+def some_pictures(source: Where, size: int, *, most: int) -> NDArray[np.uint8]:
+    """Centres of pictures from all over a corpus, uint8 [P, S, S, 3].
+
+    Raises: CorpusError if there are none, or one cannot be read.
+    """
+    corpus = open_corpus(source)
+    pictures = Pictures(corpus.root, tuple(corpus.samples["key"].to_pylist()), tuple(insides(corpus.samples)))
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, most).round().astype(int))
+    images = (pictures.image(i) for i in chosen.tolist())
+    return np.stack([render_view(image, centre(image.width, image.height)[0], size) for image in images])
 
 
 def _resized(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -36,6 +36,7 @@ def refused(run_eupe: Run, out: Path, *words: object) -> str:
         (["--format", "timm", "--heads", "dino"], "--heads dino names no target of the run; "),
         (["--format", "timm", "--precision", "fp16"], "--precision is for --format onnx"),
         (["--format", "hf", "--dynamic-size"], "--dynamic-size is for --format onnx"),
+        (["--format", "onnx", "--calibrate", "photos"], "--calibrate is for --precision int8"),
         (["--format", "onnx", "--precision", "fp8"], "--precision fp8 is unknown; use fp32, fp16, int8"),
     ],
 )

@@ -1,6 +1,8 @@
 """ONNX graphs, run by ONNX Runtime alone."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,15 @@ import onnxruntime
 import pytest
 import torch
 from exporting import CONVNEXT, SIZE, VIT, Exports, code_of, least_cosine, photograph, some_slow, tokens_of
+from making import make_corpus
+from PIL import Image
 from timm.layers import RotaryEmbeddingDinoV3
 
 import eupe
+from eupe.corpus.views import render_view
 from eupe.encoder import load_encoder, normalise
+from eupe.errors import CorpusError
+from eupe.evaluate.pictures import centre
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
 from eupe.export.pictures import varied_pictures
@@ -124,6 +131,39 @@ def test_eight_bits_say_how_near_they_come(arch: str, graphs: Exports, tmp_path:
     assert 0.5 < stated < 0.99999
     assert float(found) == pytest.approx(stated, abs=0.05), "on other pictures than those that it was stated for"
     assert f"{report.outputs['summary']['least']:.6f}" in (out / "README.md").read_text()
+
+
+def test_ranges_are_those_of_the_pictures_that_are_given(
+    graphs: Exports, tmp_path: Path, run_eupe: Callable[..., Any]
+) -> None:
+    """The cosine that is told of them is that of the graph that was left, on every other picture."""
+    folder = make_corpus(tmp_path / "own", count=9, classes=3)
+    run, out = graphs.run("test_vit"), tmp_path / "out"
+    words = ["export", run, "--format", "onnx", "--precision", "int8", "--calibrate", folder, "--out", out, "--json"]
+    outcome = run_eupe(*words)
+    assert outcome.code == 0, outcome.err
+    (note,) = json.loads(outcome.out)["notes"]
+    kept, told = re.search(r"(\w+) was kept \(least cosine on 4 of your pictures for choosing: (.*)\)", note).groups()  # type: ignore[union-attr]
+    card = load_encoder(run).card
+    images = [Image.open(path).convert("RGB") for path in sorted(folder.rglob("*.png"))[1::2]]
+    views = [render_view(each, centre(*each.size)[0], card.size) for each in images]
+    got, want = asked(run, out, normalise(torch.from_numpy(np.stack(views)), card.mean, card.std))
+    least = min(least_cosine(got[kind], getattr(want, kind)) for kind in ("summary", "dense"))
+    assert f"{kept} {least:.4f}" in told
+    assert json.loads(run_eupe(*words).out)["cached"]
+    next(folder.rglob("*.png")).unlink()
+    other = run_eupe(*words)
+    assert other.code == 2 and "holds another export" in other.err
+
+
+def test_calibration_needs_two_pictures(graphs: Exports, tmp_path: Path) -> None:
+    folder = make_corpus(tmp_path / "own", count=1, classes=1)
+    config = ExportConfig(
+        run=graphs.run("test_vit"), out=tmp_path / "out", format="onnx", precision="int8", calibrate=folder
+    )
+    with pytest.raises(CorpusError, match="has one picture; give two or more"):
+        export(config)
+    assert not config.out.exists()
 
 
 def test_a_graph_says_nothing_of_the_machine_that_wrote_it(graphs: Exports) -> None:
