@@ -13,6 +13,7 @@ import typer
 from rich.table import Column, Table
 
 from eupe.cli_shared import Json, LocalWeights, PicturesPath, err, escaped, finish, local_weights, out
+from eupe.errors import ConfigError
 
 if TYPE_CHECKING:
     from eupe.evaluate.dense_probe import Training
@@ -35,9 +36,10 @@ Results = Annotated[
     Path | None, typer.Option(help="Append the results to this file (.jsonl), too; a run keeps its own.")
 ]
 Size = Annotated[
-    int | None, typer.Option(help="Side of what encoders see, in pixels; what their patch leaves of it is taken.")
+    int | None,
+    typer.Option(min=1, help="Side of what encoders see, in pixels; what their patch leaves of it is taken."),
 ]
-Limit = Annotated[int | None, typer.Option(help="Only the first pictures of each split.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first pictures of each split.")]
 Scratch = Annotated[
     Path | None,
     typer.Option(help="Folder of a file that holds the dense tokens, which is gone afterwards; memory by itself."),
@@ -45,7 +47,9 @@ Scratch = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Updates of the head; the paper's number by default.")]
 BatchSize = Annotated[int | None, typer.Option(help="Views per update of the head. Default 16.")]
 Rate = Annotated[float | None, typer.Option(help="Peak learning rate of the head; the paper's by default.")]
-Seed = Annotated[int, typer.Option(help="Of the head's first weights, and of the order of views.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Of the head's first weights, and of the order of views.")
+]
 TextWeights = Annotated[
     Path | None,
     typer.Option(help="open_clip's checkpoint of the whole model, or its directory; the hub's where not given."),
@@ -79,8 +83,9 @@ def eval_agreement(
 ) -> None:
     """Cosine, CKA and neighbours in common with every target, on held-out pictures."""
     from eupe.evaluate.agreement import agreement, agreement_results
-    from eupe.evaluate.result import keep_results
+    from eupe.evaluate.result import keep_results, require_place
 
+    require_place(results)
     report = agreement(run, corpus=corpus, neighbours=k)
     keep_results(agreement_results(report), results)
     if as_json:
@@ -121,10 +126,11 @@ def eval_conflict(
 ) -> None:
     """Teachers against each other before training, from caches alone: CKA, neighbours, what can be read off what."""
     from eupe.evaluate.conflict import conflict, conflict_results
-    from eupe.evaluate.result import keep_results
+    from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.verdict import JUDGED, MEASURED
     from eupe.progress import report_progress
 
+    require_place(results)
     with report_progress(err, "views", quiet=as_json) as progress:
         pairs = conflict(stores, limit=limit, neighbours=k, on_views=progress.update)
     keep_results(conflict_results(pairs, limit=limit, neighbours=k), results)
@@ -160,10 +166,11 @@ def eval_latency(
 ) -> None:
     """Parameters, FLOPs, and milliseconds a picture on this machine's CPU."""
     from eupe.evaluate.latency import SIZES, Timing, latency
-    from eupe.evaluate.result import keep_results
+    from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.subject import open_subjects
     from eupe.progress import report_progress
 
+    require_place(results)
     timing = Timing(batch_size=batch_size, threads=threads, repeats=repeats)
     found = []
     with report_progress(err, "sizes", quiet=as_json) as progress:
@@ -317,7 +324,7 @@ def eval_correspond(
     data: Annotated[Path, typer.Option(help="JPEGImages, PairAnnotation/test and Layout/large/test.txt (SPair-71k).")],
     alpha: Annotated[float, typer.Option(help="Share of the target's box within which a point is found.")] = 0.1,
     size: Size = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
     scratch: Scratch = None,
     weights: LocalWeights = None,
     untrained: Untrained = False,
@@ -403,7 +410,7 @@ def eval_retrieval(
     text_weights: TextWeights = None,
     space: Space = None,
     size: Size = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first pictures.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures.")] = None,
     weights: LocalWeights = None,
     untrained: Untrained = False,
     results: Results = None,
@@ -516,16 +523,26 @@ def _judge(
     judge: Callable[[Subject, OnStep], Result],
 ) -> None:
     """One row for each subject; a subject's result is kept as soon as it is known."""
-    from eupe.evaluate.result import keep_results
+    from eupe.device import is_out_of_memory
+    from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.subject import open_subjects
     from eupe.progress import report_progress
 
+    require_place(results)
     subjects = open_subjects(words, local_weights(weights), untrained=untrained)
     found = []
     with report_progress(err, "steps", quiet=as_json) as progress:
         while subjects:
             subject = subjects.pop(0)  # what was loaded for the last one goes with it
-            found.append(judge(subject, partial(progress.update, subject.name)))
+            try:
+                found.append(judge(subject, partial(progress.update, subject.name)))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ConfigError(
+                    f"there is not enough memory to judge {subject.name} so ({str(error).splitlines()[0]}); give a "
+                    "smaller --size, --batch-size or --limit, as far as the task has them"
+                ) from error
             keep_results(found[-1:], results)
     if as_json:
         print(json.dumps({"results": [result.to_json() for result in found]}))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eupe.device import dtype_name
 from eupe.encoder import Encoder, Tokens
 from eupe.errors import ConfigError
 from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
@@ -80,6 +81,8 @@ class Agreement:
     run: str
     num_views: int
     neighbours: int
+    dtype: str
+    """The arithmetic."""
     targets: list[TargetAgreement]
 
 
@@ -111,7 +114,7 @@ def agreement(path: Path, *, corpus: Where | None = None, neighbours: int = NEIG
         has_summary = trained.mutual.get(i) is not None
         chance = min(1.0, neighbours / max(1, trained.num_views - 1)) if has_summary else None
         targets.append(TargetAgreement(name, kinds, trained.mutual.get(i), untrained.mutual.get(i), chance))
-    return Agreement(str(path), trained.num_views, neighbours, targets)
+    return Agreement(str(path), trained.num_views, neighbours, dtype_name(run.distiller.dtype), targets)
 
 
 def agreement_results(report: Agreement) -> list[Result]:
@@ -131,6 +134,7 @@ def agreement_results(report: Agreement) -> list[Result]:
                 "holdout": card.config["holdout"],
                 "normalise": card.config["normalise"],
                 "k": report.neighbours,
+                "dtype": report.dtype,
                 "cka_tokens": MOST_TOKENS,
             },
             data={

@@ -7,6 +7,7 @@ Nothing is trained.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +49,8 @@ def correspond(
 
     Raises: CorpusError, StoreError, RunError, TeacherError, ConfigError.
     """
-    if not alpha > 0:
-        raise ConfigError(f"--alpha must be above 0, got {alpha:g}")
+    if not 0 < alpha < math.inf:
+        raise ConfigError(f"--alpha must be above 0, and finite, got {alpha:g}")
     pictures, pairs = point_pairs(data, limit=limit)
     chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZES.get(subject.patch, SIZE))
     seen = subject.look(pictures, kinds=[DENSE], size=chosen, cut=whole, scratch=scratch)

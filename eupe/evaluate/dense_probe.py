@@ -8,6 +8,7 @@ Shapes: B views of a batch, S side of a view in pixels, C outputs of the head, H
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,8 +54,8 @@ class Training:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise ConfigError(f"--steps and --batch-size must be at least 1, got {self.steps} and {self.batch_size}")
-        if not self.lr > 0:
-            raise ConfigError(f"--lr must be above 0, got {self.lr:g}")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"--lr must be above 0, and finite, got {self.lr:g}")
 
 
 def train_head(
@@ -127,15 +128,28 @@ def predictions(head: nn.Module, seen: Seen, read_truth: ReadTruth) -> Iterator[
     assert seen.dense is not None
     for i in np.unique(seen.picture_V).tolist():
         truth = read_truth(i)
-        total: Tensor | float = 0.0
+        total: Tensor | None = None
         covered = torch.zeros(truth.shape, device=device)
         for v in np.flatnonzero(seen.picture_V == i).tolist():
             x0, y0, x1, y1 = seen.params[v].box
             said = _resized(head(seen.dense[v : v + 1].to(device).float()), (y1 - y0, x1 - x0))[0]
             said = said.flip(-1) if seen.params[v].flip else said
-            total = total + F.pad(said, (x0, truth.shape[1] - x1, y0, truth.shape[0] - y1))
+            if total is None:
+                total = said.new_zeros(len(said), *truth.shape)
+            total[:, y0:y1, x0:x1] += said
             covered[y0:y1, x0:x1] += 1
-        yield torch.where(covered > 0, total / covered.clamp(min=1), torch.nan), truth
+        assert total is not None
+        yield total.div_(covered).masked_fill_(covered == 0, torch.nan), truth
+
+
+def require_truth(pictures: int, read_truth: ReadTruth) -> None:
+    """Read every map once, ahead of all work.
+
+    Raises: what `read_truth` does.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in map_ahead(pool, read_truth, range(pictures), ahead=BATCHES_AHEAD):
+            pass
 
 
 def view_of(truth: Truth, params: ViewParams, size: int) -> Truth:

@@ -8,8 +8,10 @@ training views are not cropped or recoloured at random, and nothing is mirrored 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eupe.errors import ConfigError, CorpusError
-from eupe.evaluate.dense_probe import Training, predictions, require_same_sides, train_head
+from eupe.evaluate.dense_probe import Training, predictions, require_same_sides, require_truth, train_head
 from eupe.evaluate.layouts import NYU_SIDES, Mapped, depth_split, read_depth
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
@@ -41,16 +43,16 @@ class LinearDepth(nn.Module):
     def __init__(self, width: int, *, min_m: float, max_m: float) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(width)
-        self.linear = nn.Conv2d(width, BINS, kernel_size=1)
+        self.linear = nn.Linear(width, BINS)
         nn.init.normal_(self.linear.weight, std=0.01)
-        assert self.linear.bias is not None
         nn.init.zeros_(self.linear.bias)
         self.register_buffer("bins_m", torch.linspace(min_m, max_m, BINS))
 
     def forward(self, tokens_BhwD: Tensor) -> Tensor:
-        shares = torch.relu(self.linear(self.norm(tokens_BhwD.permute(0, 3, 1, 2)))) + EVEN_SHARE
-        shares = shares / shares.sum(dim=1, keepdim=True)
-        return (shares * self.bins_m[:, None, None]).sum(dim=1, keepdim=True)  # type: ignore[index]
+        normed = self.norm(tokens_BhwD.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        shares = torch.relu(self.linear(normed)) + EVEN_SHARE
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+        return (shares * self.bins_m).sum(dim=-1)[:, None]  # type: ignore[operator]
 
 
 def depth(
@@ -71,27 +73,29 @@ def depth(
     Raises: CorpusError for a map that is missing, of another size than its picture, or empty; StoreError, RunError,
         TeacherError, ConfigError.
     """
-    if not max_m > MIN_M:
-        raise ConfigError(f"--max-depth must be above {MIN_M:g} m, got {max_m:g}")
+    if not MIN_M < max_m < math.inf:
+        raise ConfigError(f"--max-depth must be above {MIN_M:g} m, and finite, got {max_m:g}")
     train, val = (depth_split(data, split).limited(limit) for split in ("train", "val"))
+    for part in (train, val):
+        require_truth(len(part.maps), partial(_read, part))
     chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
     seen_train, seen_val = (
         subject.look(part.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch) for part in (train, val)
     )
     assert seen_train.dense is not None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         head = LinearDepth(seen_train.dense.shape[-1], min_m=MIN_M, max_m=max_m)
         train_head(
             head,
             seen_train,
-            lambda i: _read(train, i),
+            partial(_read, train),
             lambda said, truth: scale_invariant_loss(said[:, 0], truth, max_m=max_m),
             training,
             on_step=on_step,
         )
     errors = []
-    for said, truth in predictions(head, seen_val, lambda i: _read(val, i)):
+    for said, truth in predictions(head, seen_val, partial(_read, val)):
         judged = _judged(truth, val, max_m) & torch.isfinite(said[0]).cpu().numpy()
         if judged.any():
             errors.append(depth_errors(said[0].cpu().numpy()[judged], truth[judged]))
@@ -134,9 +138,10 @@ def _read(mapped: Mapped, i: int) -> NDArray[np.float32]:
 
 def _judged(truth: NDArray[np.float32], val: Mapped, max_m: float) -> NDArray[np.bool_]:
     known = (truth > MIN_M) & (truth <= max_m)
-    if val.crop is None or truth.shape[::-1] != NYU_SIDES:
+    if val.crop is None:
         return known
-    x0, y0, x1, y1 = val.crop
+    across, down = (side / nyus for side, nyus in zip(truth.shape[::-1], NYU_SIDES, strict=True))
+    x0, y0, x1, y1 = (round(at * scale) for at, scale in zip(val.crop, (across, down, across, down), strict=True))
     inside = np.zeros_like(known)
     inside[y0:y1, x0:x1] = True
     return known & inside

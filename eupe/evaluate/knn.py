@@ -134,32 +134,54 @@ def accuracy(
     Args:
         groups_N: where the queries are the bank itself, rows of one group do not vote for each other.
     """
-    device = pick_device()
-    exact = torch.float64 if device.type == "cpu" else torch.float32
-    queries, bank = (
-        F.normalize(x.to(exact), dim=1) if metric == "cosine" else x.to(exact) for x in (queries_ND, bank_MD)
-    )
-    votes_of = F.one_hot(bank_labels_M, num_labels).double()
+    near_NK = nearest(queries_ND, bank_MD, groups_N, k=k, metric=metric)
     nearness = torch.arange(k, 0, -1, dtype=torch.float64) / (2 * k * k)
     correct = 0
-    for start in range(0, len(queries), QUERIES):
-        rows = slice(start, start + QUERIES)
-        near = _nearest(queries[rows].to(device), bank, None if groups_N is None else groups_N[rows], groups_N, k)
-        votes = (votes_of[near] * (1 + nearness[None, :, None])).sum(dim=1)
-        correct += int((votes.argmax(dim=1) == labels_N[rows]).sum())
-    return correct / len(queries)
+    for near, labels in zip(torch.split(near_NK, QUERIES), torch.split(labels_N, QUERIES), strict=True):
+        votes = (F.one_hot(bank_labels_M[near], num_labels) * (1 + nearness[None, :, None])).sum(dim=1)
+        correct += int((votes.argmax(dim=1) == labels).sum())
+    return correct / len(queries_ND)
 
 
-def _nearest(queries_QD: Tensor, bank_MD: Tensor, groups_Q: Tensor | None, groups_M: Tensor | None, k: int) -> Tensor:
-    """Rows of the bank, nearest first, [Q, k]; never one of the query's own group."""
-    best, at = torch.empty(len(queries_QD), 0), torch.empty(len(queries_QD), 0, dtype=torch.int64)
-    for start in range(0, len(bank_MD), BANK):
-        block = bank_MD[start : start + BANK].to(queries_QD.device)
-        distance = torch.cdist(queries_QD, block).cpu()
-        if groups_Q is not None and groups_M is not None:
-            distance[groups_Q[:, None] == groups_M[None, start : start + BANK]] = torch.inf
-        distance = torch.cat([best.to(distance.dtype), distance], dim=1)
-        numbers = torch.arange(start, start + len(block)).expand(len(queries_QD), -1)
-        best, picked = distance.topk(min(k, distance.shape[1]), largest=False)
-        at = torch.cat([at, numbers], dim=1).gather(1, picked)
-    return at
+def nearest(
+    queries_ND: Tensor,
+    bank_MD: Tensor,
+    groups_N: Tensor | None,
+    *,
+    k: int,
+    metric: Metric,
+    exact: torch.dtype | None = None,
+) -> Tensor:
+    """Rows of the bank, nearest first, [N, k]; never one of the query's own group.
+
+    Distances are between what is left of features without the bank's mean, which is common to all: float32 has no
+    digits to spare for it.
+
+    Args:
+        exact: of the distances; float64 on a CPU and float32 on a GPU where not given.
+    """
+    device = pick_device()
+    exact = exact or (torch.float64 if device.type == "cpu" else torch.float32)
+    blocks = torch.split(bank_MD, BANK)
+    mean = torch.stack([_scaled(block, metric).sum(dim=0) for block in blocks]).sum(dim=0) / len(bank_MD)
+    queries = [(_scaled(part, metric) - mean).to(device, exact) for part in torch.split(queries_ND, QUERIES)]
+    best = [part.new_empty(len(part), 0) for part in queries]
+    at = [torch.empty(len(part), 0, dtype=torch.int64, device=device) for part in queries]
+    for number, block in enumerate(blocks):
+        first, last = number * BANK, number * BANK + len(block)
+        rows = (_scaled(block, metric) - mean).to(device, exact)
+        for i, part in enumerate(queries):
+            distance = torch.cdist(part, rows)
+            if groups_N is not None:
+                own = groups_N[i * QUERIES : i * QUERIES + len(part), None] == groups_N[None, first:last]
+                distance.masked_fill_(own.to(device), torch.inf)
+            distance = torch.cat([best[i], distance], dim=1)
+            numbers = torch.cat([at[i], torch.arange(first, last, device=device).expand(len(part), -1)], dim=1)
+            best[i], picked = distance.topk(min(k, distance.shape[1]), largest=False)
+            at[i] = numbers.gather(1, picked)
+    return torch.cat(at).cpu()
+
+
+def _scaled(features: Tensor, metric: Metric) -> Tensor:
+    exact = features.double()
+    return F.normalize(exact, dim=1) if metric == "cosine" else exact

@@ -65,7 +65,7 @@ class Mapped:
     nothing: int = 0
     """The value that stands for no truth."""
     crop: tuple[int, int, int, int] | None = None
-    """The part of a 640x480 picture that is judged."""
+    """The part of a 640x480 picture that is judged; of one of another size, the same share."""
 
     def limited(self, limit: int | None) -> Mapped:
         """The first so many."""

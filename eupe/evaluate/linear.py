@@ -7,6 +7,7 @@ training data.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ TUNING_SHARE = 0.1
 VAL_SHARE = 0.2
 """Of the pictures, where the data has no splits."""
 MAX_ITERATIONS = 1000
+UNKNOWN = -1
+"""The code of a label that the training part does not have."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ def linear(
 
     Raises: as `knn`; ConfigError if fewer than two labels can be learnt, or a penalty is not above 0.
     """
-    if not penalties or min(penalties) <= 0:
-        raise ConfigError(f"--penalty must be above 0, got {', '.join(f'{p:g}' for p in penalties)}")
+    if not penalties or not all(0 < penalty < math.inf for penalty in penalties):
+        raise ConfigError(f"--penalty must be above 0, and finite, got {', '.join(f'{p:g}' for p in penalties)}")
     parts = summaries_of(subject, data, size=size)
     train, val = (parts.train, parts.val) if parts.train is not None else _split(parts.val, VAL_SHARE)
     names = sorted(set(train.labels))
@@ -59,13 +62,15 @@ def linear(
             f"{parts.data} has {len(names)} labels to learn and {len(val)} views to judge; a classifier needs two "
             "labels and a few pictures of each"
         )
-    known = torch.tensor([label in set(names) for label in val.labels])
+    code_of = {name: code for code, name in enumerate(names)}
+    codes_train, codes_val = (
+        torch.tensor([code_of.get(label, UNKNOWN) for label in part.labels]) for part in (train, val)
+    )
+    known = codes_val != UNKNOWN
     mean, std = train.features.double().mean(dim=0), train.features.double().std(dim=0, correction=0)
     scaled_train, scaled_val = (
         ((part.features.double() - mean) / torch.where(std > 0, std, 1.0)) for part in (train, val)
     )
-    codes_train = torch.tensor([names.index(label) for label in train.labels])
-    codes_val = torch.tensor([names.index(label) if label in names else -1 for label in val.labels])
     judged_share = 0.0 if parts.train is not None else VAL_SHARE  # those that are judged have the first of the hashes
     tuning = torch.tensor([is_held_out(key, judged_share + TUNING_SHARE) for key in train.pictures])
     chosen = choose_penalty(scaled_train, codes_train, tuning, len(names), penalties)

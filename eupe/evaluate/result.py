@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eupe.errors import RunError, StorageError
+from eupe.errors import ConfigError, RunError, StorageError
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 
@@ -67,22 +67,36 @@ def keep_results(results: Iterable[Result], also: Path | None = None) -> None:
 
     A line is written in one piece, so evaluations that run side by side do not mix.
 
-    Raises: StorageError.
+    Raises: StorageError; what was written of a line is taken back.
     """
     for result in results:
-        places = [also] if also is not None else []
-        if result.kind == "run":
-            places.append(Path(result.subject) / EVALUATIONS_FILE)
-        line = json.dumps(result.to_json()) + "\n"
+        places = [Path(result.subject) / EVALUATIONS_FILE] if result.kind == "run" else []
+        if also is not None:
+            places.append(also)
         for place in places:
             try:
-                descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-                try:
-                    os.write(descriptor, line.encode())
-                finally:
-                    os.close(descriptor)
+                _append(place, json.dumps(result.to_json()).encode() + b"\n")
             except OSError as error:
                 raise StorageError(f"the result cannot be appended to {place}: {error}") from error
+
+
+def require_place(results: Path | None) -> None:
+    """Ahead of the work: raises ConfigError if results cannot be kept there."""
+    if results is not None and (results.is_dir() or not results.absolute().parent.is_dir()):
+        what = "is a folder" if results.is_dir() else "lies in no folder that is there"
+        raise ConfigError(f"--results {results} {what}; give a file of results (.jsonl)")
+
+
+def _append(place: Path, line: bytes) -> None:
+    """Raises: OSError, and leaves no part of the line."""
+    with place.open("ab+", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        if before:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        if (written := file.write(line)) < len(line):
+            file.truncate(before)
+            raise OSError(f"no room for more than {written} of {len(line)} bytes")
 
 
 def read_results(path: Path) -> list[Result]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eupe.ahead import map_ahead
 from eupe.corpus.views import ViewParams, render_view
+from eupe.device import is_out_of_memory
 from eupe.encoder import Tokens
 from eupe.errors import ConfigError, StorageError
 from eupe.evaluate.pictures import Cut, Pictures
@@ -84,10 +85,10 @@ def look_at(
     waiting: list[NDArray[np.uint8]] = []
 
     def flush() -> None:
-        tokens = encode(np.stack(waiting))
+        tokens = encoded(encode, np.stack(waiting), of=of)
         if SUMMARY in kinds:
             assert tokens.summary is not None
-            summaries.append(tokens.summary.float().cpu())
+            summaries.append(require_finite(tokens.summary.float().cpu(), of))
         if dense is not None:
             part = dense[len(params) - len(waiting) : len(params)]
             part.copy_(tokens.dense)
@@ -106,10 +107,32 @@ def look_at(
     return Seen(np.array(places), params, size, torch.cat(summaries) if summaries else None, dense)
 
 
-def require_finite(dense_VhwD: Tensor, of: str) -> None:
+def encoded(encode: Encode, views_u8_VSSC: NDArray[np.uint8], *, of: str) -> Tokens:
+    """Tokens of views, in as many batches as the device's memory makes necessary.
+
+    Raises: ConfigError if one view is too much for it.
+    """
+    try:
+        return encode(views_u8_VSSC)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(views_u8_VSSC) == 1:
+            size = views_u8_VSSC.shape[1]
+            raise ConfigError(
+                f"the device has no memory for {of} and one view of {size} px; give a smaller --size"
+            ) from error
+    half = len(views_u8_VSSC) // 2
+    parts = [encoded(encode, part, of=of) for part in (views_u8_VSSC[:half], views_u8_VSSC[half:])]
+    summaries = [part.summary for part in parts if part.summary is not None]
+    return Tokens(torch.cat(summaries) if summaries else None, torch.cat([part.dense for part in parts]))
+
+
+def require_finite(tokens: Tensor, of: str) -> Tensor:
     """Raises: ConfigError."""
-    if not torch.isfinite(dense_VhwD).all():
-        raise ConfigError(f"{of} gives dense tokens that are not finite numbers in fp16, so they cannot be judged")
+    if not torch.isfinite(tokens).all():
+        raise ConfigError(f"{of} gives tokens that are no finite numbers, or too large for fp16, so nothing is judged")
+    return tokens
 
 
 def room_for(shape: tuple[int, ...], scratch: Path | None, *, of: str) -> Tensor:
@@ -117,7 +140,7 @@ def room_for(shape: tuple[int, ...], scratch: Path | None, *, of: str) -> Tensor
 
     Args:
         scratch: a folder for a file that holds them, which is gone with the process; None for memory.
-    Raises: ConfigError where they do not fit; StorageError where the folder cannot be written.
+    Raises: ConfigError where they do not fit, or the folder is none; StorageError where it cannot be written.
     """
     num_bytes = 2 * math.prod(shape)
     what = f"the dense tokens of {shape[0]} views of {of} take {num_bytes / 1e9:.1f} GB"
@@ -129,6 +152,8 @@ def room_for(shape: tuple[int, ...], scratch: Path | None, *, of: str) -> Tensor
                 "--scratch a folder that has room for them, a smaller --size, or --limit"
             )
         return torch.empty(shape, dtype=torch.float16)
+    if not scratch.is_dir():
+        raise ConfigError(f"--scratch {scratch} is no folder")
     try:
         free = shutil.disk_usage(scratch).free
         if num_bytes > free:
@@ -153,13 +178,34 @@ def _reserve(file: int, num_bytes: int) -> None:
         os.ftruncate(file, num_bytes)
 
 
-def free_bytes() -> int:
-    """Memory of this machine that is free."""
+def free_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process may still take: the machine's, or less where its control group has a limit.
+
+    Args:
+        root: of the file system that tells.
+    """
     try:
-        words = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()
-        return int(words[0]) * 1024
+        words = (root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()
+        free = int(words[0]) * 1024
     except (OSError, IndexError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([free, *_left_in_groups(root)])
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Of its control group (version 2) and those around it, as far as they have limits."""
+    try:
+        own = next(line[3:] for line in (root / "proc/self/cgroup").read_text().splitlines() if line[:3] == "0::")
+    except (OSError, StopIteration):
+        return
+    inner = root / "sys/fs/cgroup" / own.lstrip("/")
+    for group in (inner, *inner.parents):
+        try:
+            limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+            cached = (group / "memory.stat").read_text().split("inactive_file ")[1].split()[0]
+            yield int(limit) - int(used) + int(cached)
+        except (OSError, IndexError, ValueError):  # no group, or "max"
+            continue
 
 
 def _rendered(

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eupe.errors import CorpusError
-from eupe.evaluate.dense_probe import Training, predictions, require_same_sides, train_head
+from eupe.evaluate.dense_probe import Training, predictions, require_same_sides, require_truth, train_head
 from eupe.evaluate.layouts import Mapped, class_names, mask_split, read_mask
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
@@ -87,8 +88,10 @@ def segment(
     Raises: CorpusError for a mask that is missing, of another size than its picture, or with a class out of range;
         StoreError, RunError, TeacherError, ConfigError.
     """
-    train, val = (mask_split(data, split).limited(limit) for split in ("train", "val"))
-    classes = _classes(data, train)
+    whole, val = mask_split(data, "train"), mask_split(data, "val").limited(limit)
+    classes, train = _classes(data, whole), whole.limited(limit)
+    for part in (train, val):
+        require_truth(len(part.maps), partial(classes.read, part))
     chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
     seen = {
         part: subject.look(mapped.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch)
@@ -96,12 +99,12 @@ def segment(
     }
     dense = seen["train"].dense
     assert dense is not None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         head = LinearSegmenter(dense.shape[-1], classes.count)
-        train_head(head, seen["train"], lambda i: classes.read(train, i), segmentation_loss, training, on_step=on_step)
+        train_head(head, seen["train"], partial(classes.read, train), segmentation_loss, training, on_step=on_step)
     confusion = np.zeros((classes.count, classes.count), dtype=np.int64)
-    for logits, labels in predictions(head, seen["val"], lambda i: classes.read(val, i)):
+    for logits, labels in predictions(head, seen["val"], partial(classes.read, val)):
         reached = torch.isfinite(logits[0]).cpu().numpy()
         predicted = logits.argmax(dim=0).cpu().numpy()
         confusion += confusion_of(predicted, np.where(reached, labels, IGNORED), classes.count)

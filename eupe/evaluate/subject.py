@@ -142,7 +142,7 @@ class StoreSubject:
             params += features.params
             if SUMMARY in kinds:
                 assert features.summary is not None
-                summaries.append(torch.from_numpy(features.summary).float())
+                summaries.append(require_finite(torch.from_numpy(features.summary).float(), str(self.store.path)))
             if dense is not None:
                 assert features.dense is not None
                 dense[part].copy_(torch.from_numpy(features.dense))
@@ -325,7 +325,9 @@ def _open(word: str, weights: Path | None) -> Subject:
     if word == PIXELS:
         return PixelSubject()
     if not place.is_local or place.exists("zarr.json"):
-        return StoreSubject(word, open_store(place))
+        store = open_store(place)
+        store.require_finished()
+        return StoreSubject(word, store)
     if is_run(path) and not (path / CARD_FILE).is_file():
         raise RunError(f"run {path} has no student yet; finish it with `eupe train ... --resume`")
     try:

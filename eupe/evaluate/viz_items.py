@@ -18,7 +18,7 @@ from PIL import Image
 from eupe.corpus.pictures import Inside
 from eupe.corpus.views import ViewParams, render_view
 from eupe.errors import CorpusError
-from eupe.evaluate.seen import BATCH
+from eupe.evaluate.seen import BATCH, encoded
 from eupe.evaluate.subject import EncoderSubject, PixelSubject, StoreSubject, Subject
 from eupe.store import Features
 
@@ -70,7 +70,14 @@ def dense_of(subject: EncoderSubject | PixelSubject, views: Sequence[View]) -> N
     """
     size = subject.size(None)
     parts = (views[i : i + BATCH] for i in range(0, len(views), BATCH))
-    tokens = [subject.encode(np.stack([view.render(size) for view in part]), size=size).dense.cpu() for part in parts]
+    tokens = [
+        encoded(
+            lambda views: subject.encode(views, size=size),
+            np.stack([view.render(size) for view in part]),
+            of=subject.name,
+        ).dense.cpu()
+        for part in parts
+    ]
     dense: NDArray[np.float32] = torch.cat(tokens).float().numpy()
     return dense
 

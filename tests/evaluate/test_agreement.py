@@ -123,6 +123,7 @@ def test_each_target_leaves_a_result_for_the_run_and_one_untrained(
     normalised = [a["normalised_cosine"] for a in target["kinds"].values()]
     assert trained["scores"]["normalised"] == pytest.approx(np.mean(normalised))
     assert trained["scores"]["mutual_neighbours"] == target["mutual_neighbours"]
+    assert trained["protocol"]["dtype"] == "fp32"
     assert trained["protocol"]["k"] == 4 and trained["protocol"]["holdout"] == 0.3
     assert trained["data"]["views"] == report["num_views"] and trained["data"]["path"] == str(tiny_store.path)
 

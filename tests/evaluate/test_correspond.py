@@ -73,6 +73,9 @@ def test_points_of_a_shifted_picture_are_found(tmp_path: Path, run_eupe: Callabl
     assert wide["scores"]["pck"] == 1.0
     (one,) = json.loads(run_eupe(*words, "--limit", 1).out)["results"]
     assert one["data"]["pairs"] == 1
+    (coarse,) = json.loads(run_eupe(*words, "--size", 16).out)["results"]
+    assert coarse["scores"]["pck"] < result["scores"]["pck"], "one patch knows no places"
+    assert run_eupe(*words, "--alpha", "inf").code == run_eupe(*words, "--limit", 0).code == 2
 
 
 def test_what_is_no_spair_gets_a_sentence(tmp_path: Path, tiny_weights: Path) -> None:

@@ -15,7 +15,7 @@ from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.dense_probe import Training
 from eupe.evaluate.depth import BINS, MAX_M, MIN_M, TRAINING, LinearDepth, depth, depth_errors, scale_invariant_loss
 from eupe.evaluate.layouts import EIGEN_CROP, depth_split, read_depth
-from eupe.evaluate.subject import open_subjects
+from eupe.evaluate.subject import PixelSubject, open_subjects
 
 FAST = Training(steps=150, lr=0.02, warmup=0.1, batch_size=4)
 
@@ -30,14 +30,15 @@ def test_the_depth_protocol_is_the_papers() -> None:
     assert (MIN_M, MAX_M, BINS) == (1e-3, 10, 256)
     head = LinearDepth(5, min_m=MIN_M, max_m=MAX_M)
     kinds = [type(module).__name__ for module in head.children()]
-    assert kinds == ["BatchNorm2d", "Conv2d"]
+    assert kinds == ["BatchNorm2d", "Linear"]
 
 
 def test_a_depth_is_the_mean_of_the_bins_by_their_shares() -> None:
     head = LinearDepth(5, min_m=0.5, max_m=4).eval()
     tokens = torch.randn(2, 3, 3, 5)
     said = head(tokens).detach()
-    logits = head.linear(head.norm(tokens.permute(0, 3, 1, 2))).detach()
+    normed = head.norm(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    logits = head.linear(normed).permute(0, 3, 1, 2).detach()
     for b, y, x in ((0, 0, 0), (1, 2, 1)):
         shares = [max(float(v), 0) + 0.1 for v in logits[b, :, y, x]]
         bins = [0.5 + i * 3.5 / 255 for i in range(256)]
@@ -87,18 +88,24 @@ def test_what_lies_beyond_the_greatest_depth_does_not_count(tmp_path: Path) -> N
         judged(data, max_m=0.0)
 
 
-def test_nyus_pictures_are_judged_in_eigens_crop(tmp_path: Path) -> None:
-    """Only pictures of NYUv2's size have it; what lies outside could be anything."""
-    data = nyu(tmp_path / "a", width=640, height=480)
-    x0, y0, x1, y1 = EIGEN_CROP
-    assert (x1 - x0, y1 - y0) == (560, 426)
+@pytest.mark.parametrize("shrunk", [1, 2])
+def test_nyus_pictures_are_judged_in_eigens_crop(tmp_path: Path, shrunk: int) -> None:
+    """Of pictures of another size the same share is judged; what lies outside could be anything."""
+    data = nyu(tmp_path / "a", width=640 // shrunk, height=480 // shrunk)
+    x0, y0, x1, y1 = (round(at / shrunk) for at in EIGEN_CROP)
     before = judged(data, training=Training(steps=2, lr=1e-3, warmup=0)).scores
     for path in (data / "scene").glob("sync_depth_10*.png"):
-        outside = np.full((480, 640), 9000, dtype=np.uint16)
+        outside = np.full((480 // shrunk, 640 // shrunk), 9000, dtype=np.uint16)
         outside[y0:y1, x0:x1] = (read_depth(path) * 1000).round().astype(np.uint16)[y0:y1, x0:x1]
         save(outside, path)
     assert judged(data, training=Training(steps=2, lr=1e-3, warmup=0)).scores == before
-    assert depth_split(data, "val").crop == EIGEN_CROP
+    for path in (data / "scene").glob("sync_depth_10*.png"):
+        outside = (read_depth(path) * 1000).round().astype(np.uint16)
+        inside = np.full_like(outside, 9000)
+        inside[y0 + 1 :] = outside[y0 + 1 :]
+        save(inside, path)
+    assert judged(data, training=Training(steps=2, lr=1e-3, warmup=0)).scores != before
+    assert depth_split(data, "val").crop == EIGEN_CROP == (41, 45, 601, 471)
 
 
 def test_arrays_of_metres_are_read_as_pngs_of_millimetres_are(tmp_path: Path) -> None:
@@ -137,3 +144,36 @@ def test_the_verb_takes_the_greatest_depth(tmp_path: Path, run_eupe: Callable[..
     far, near = (json.loads(run_eupe(*words, "--max-depth", m).out)["results"][0] for m in (10, 3))
     assert far["scores"] != near["scores"]
     assert (far["protocol"]["max_m"], near["protocol"]["max_m"]) == (10, 3)
+
+
+def test_each_option_of_the_verb_changes_the_result(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    base = ["eval", "depth", "pixels", "--data", depth_pairs(tmp_path), "--size", 48, "--steps", 3, "--json"]
+
+    def scores(*more: object) -> Any:
+        (result,) = json.loads(run_eupe(*base, *more).out)["results"]
+        return result["scores"]
+
+    first = scores()
+    assert scores() == first
+    for more in (["--steps", 9], ["--batch-size", 2], ["--lr", 0.5], ["--seed", 1], ["--limit", 2], ["--size", 32]):
+        assert scores(*more) != first
+    for more in (
+        ["--limit", 0],
+        ["--limit", -1],
+        ["--size", 0],
+        ["--seed", -1],
+        ["--max-depth", "inf"],
+        ["--lr", "inf"],
+    ):
+        refused = run_eupe(*base, *more)
+        assert refused.code == 2 and more[0] in refused.err and "Traceback" not in refused.err
+
+
+def test_maps_that_cannot_be_true_are_found_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = depth_pairs(tmp_path)
+    save(np.ones((48, 48), dtype=np.uint8), data / "depth" / "val" / "102.png")
+    monkeypatch.setattr(PixelSubject, "encode", lambda *_, **__: pytest.fail("views were encoded"))
+    with pytest.raises(CorpusError, match=r"102\.png has 8 bits"):
+        judged(data)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from making import make_corpus, make_store
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from eupe.corpus.views import ViewSpec
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError
 from eupe.evaluate import knn as module
-from eupe.evaluate.knn import accuracy, knn, summaries_of
+from eupe.evaluate.knn import accuracy, knn, nearest, summaries_of
 from eupe.evaluate.subject import Subject, open_subjects
 from eupe.store import Store
 
@@ -68,6 +69,39 @@ def test_a_training_split_votes_as_in_scikit_learn_however_it_is_cut(monkeypatch
         got = accuracy(*tensors, k=3, metric="l2", num_labels=3)
         assert sum(expected_untied) <= round(got * 40) <= sum(expected_untied) + untied.count(False)
     assert abs(got - expected) < 0.2
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_single_precision_finds_the_same_neighbours_far_from_the_origin(metric: Any) -> None:
+    """As on a GPU; features of encoders lie around a mean that is longer than what tells them apart."""
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(300, 64)) + 300 * generator.normal(size=64) / 8
+    near = nearest(*[torch.from_numpy(features).float()] * 2, None, k=10, metric=metric, exact=torch.float32)
+    lengths = np.linalg.norm(features, axis=1, keepdims=True) if metric == "cosine" else 1.0
+    scaled = features.astype(np.float32).astype(np.float64) / lengths
+    expected = np.linalg.norm(scaled[:, None] - scaled[None], axis=-1).argsort(axis=1, kind="stable")[:, :10]
+    shared = [len(set(ours.tolist()) & set(theirs.tolist())) for ours, theirs in zip(near, expected, strict=True)]
+    assert np.mean(shared) > 9.99
+
+
+def test_options_of_the_verb_decide(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    """Pictures of one colour each: dark and light ones have one direction, but are far apart."""
+    for split, shades in (("train", (40, 200)), ("val", (60, 180))):
+        for label, shade in zip(("dark", "light"), shades, strict=True):
+            for i in range(4 if label == "light" else 3):
+                place = tmp_path / split / label / f"{i}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (32, 32), (shade + i, shade + 2 * i, shade)).save(place)
+    words = ["eval", "knn", "pixels", "--data", tmp_path, "--json"]
+
+    def judged(*more: object) -> Any:
+        (result,) = json.loads(run_eupe(*words, *more).out)["results"]
+        return result
+
+    assert judged("--k", 3)["scores"]["accuracy"] == 1.0
+    assert judged("--k", 7)["scores"]["accuracy"] == pytest.approx(4 / 7), "all vote, and most are light"
+    assert judged("--k", 3, "--metric", "cosine")["scores"]["accuracy"] < 1.0
+    assert judged("--k", 3, "--size", 16)["protocol"]["size"] == 16
 
 
 def test_a_store_is_judged_by_its_own_labels(tiny_store: Store) -> None:

@@ -86,6 +86,14 @@ def test_what_cannot_be_learnt_is_refused(tmp_path: Path, run_eupe: Callable[...
         linear(subject, data=few, penalties=(0.0,))
 
 
+def test_the_size_of_the_views_decides(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    words = ["eval", "linear", "pixels", "--data", make_corpus(tmp_path, count=24), "--penalty", 1, "--json"]
+    small, large = (json.loads(run_eupe(*words, "--size", size).out)["results"][0] for size in (16, 64))
+    assert (small["protocol"]["size"], large["protocol"]["size"]) == (16, 64)
+    refused = run_eupe(*words[:-3], "--penalty", "nan")
+    assert refused.code == 2 and "--penalty must be above 0, and finite" in refused.err
+
+
 def test_penalties_of_the_verb_decide(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
     corpus = make_corpus(tmp_path / "c", count=40)
     words = ["eval", "linear", "pixels", "--data", corpus, "--size", 32, "--json"]

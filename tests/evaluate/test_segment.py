@@ -17,6 +17,7 @@ from eupe.corpus.views import ViewParams, ViewSpec, render_view
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.evaluate.dense_probe import Training, predictions, view_of
 from eupe.evaluate.pictures import windows
+from eupe.evaluate.seen import Seen
 from eupe.evaluate.segment import (
     IGNORED,
     SIZE,
@@ -28,7 +29,7 @@ from eupe.evaluate.segment import (
     segment,
     segmentation_loss,
 )
-from eupe.evaluate.subject import Seen, open_subjects
+from eupe.evaluate.subject import PixelSubject, open_subjects
 
 FAST = Training(steps=60, lr=0.05, warmup=0.1, batch_size=4)
 
@@ -201,3 +202,20 @@ def test_masks_that_cannot_be_true_get_a_sentence(tmp_path: Path) -> None:
     refused(data, CorpusError, "cannot be read")
     with pytest.raises(ConfigError, match="--steps"):
         Training(steps=0, lr=1, warmup=0)
+
+
+def test_masks_that_cannot_be_true_are_found_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ade20k(tmp_path)
+    save(np.full((48, 48), 9, dtype=np.uint8), data / "annotations" / "validation" / "102.png")
+    monkeypatch.setattr(PixelSubject, "encode", lambda *_, **__: pytest.fail("views were encoded"))
+    with pytest.raises(CorpusError, match=r"102\.png holds class 9; there are 3"):
+        segment(pixels_subject(), data=data, size=SIDE, training=FAST)
+
+
+def test_classes_are_counted_over_all_training_masks_whatever_the_limit(tmp_path: Path) -> None:
+    data = ade20k(tmp_path)
+    save(np.ones((48, 48), dtype=np.uint8), data / "annotations" / "training" / "0.png")
+    result = segment(pixels_subject(), data=data, size=SIDE, training=FAST, limit=1)
+    assert result.data["classes"] == 3

@@ -1,6 +1,7 @@
 """Who may be judged, what they say of views, and what is kept of it."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from making import make_corpus, picture, random_weights
+from making import make_corpus, make_store, picture, random_weights
 from planted import ade20k, depth_pairs, spair
 
 from eupe.corpus.views import render_view
 from eupe.encoder import Tokens
-from eupe.errors import ConfigError, CorpusError, RunError, StorageError
+from eupe.errors import ConfigError, CorpusError, RunError, StorageError, StoreError
 from eupe.evaluate import seen as seen_module
 from eupe.evaluate.pictures import Pictures, centre, windows
 from eupe.evaluate.result import Result, keep_results, newest, read_results
@@ -138,7 +139,7 @@ def test_scratch_holds_what_memory_would_and_leaves_nothing(
     assert held is not None and expected is not None and torch.equal(held, expected)
     assert any(str(scratch) in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert not list(scratch.iterdir()), "the file has no name, so it is gone with the process"
-    with pytest.raises(StorageError, match=r"cannot hold .No such file"):
+    with pytest.raises(ConfigError, match=r"--scratch .*nowhere is no folder"):
         subject.look(pictures, kinds=["dense"], size=64, cut=windows, scratch=tmp_path / "nowhere")
 
 
@@ -153,7 +154,7 @@ def test_tokens_that_are_no_numbers_in_fp16_are_refused(tmp_path: Path, tiny_wei
     def encode(views: Any) -> Tokens:
         return Tokens(summary=None, dense=torch.full((len(views), 2, 2, 3), 70_000.0))
 
-    with pytest.raises(ConfigError, match="x gives dense tokens that are not finite numbers in fp16"):
+    with pytest.raises(ConfigError, match="x gives tokens that are no finite numbers, or too large for fp16"):
         seen_module.look_at(pictures, encode, kinds=["dense"], size=32, cut=centre, cells=(2, 3), scratch=None, of="x")
 
 
@@ -215,6 +216,106 @@ def test_a_run_keeps_what_it_scored(tmp_path: Path, run_eupe: Callable[..., Any]
     assert outcome.code == 0, outcome.err
     (kept,) = read_results(run)
     assert kept.to_json() == json.loads(outcome.out)["results"][0]
+
+
+def test_tokens_are_the_same_in_the_batches_that_a_device_has_room_for(tmp_path: Path) -> None:
+    def encode(views: Any, most: int = 3) -> Tokens:
+        if len(views) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return PixelSubject().encode(views, size=32)
+
+    views = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), dtype=np.uint8)
+    got, expected = seen_module.encoded(encode, views, of="x"), PixelSubject().encode(views, size=32)
+    assert got.summary is not None and expected.summary is not None
+    assert torch.equal(got.summary, expected.summary) and torch.equal(got.dense, expected.dense)
+    with pytest.raises(ConfigError, match="no memory for x and one view of 32 px; give a smaller --size"):
+        seen_module.encoded(lambda some: encode(some, most=0), views, of="x")
+    with pytest.raises(RuntimeError, match="something else"):
+        seen_module.encoded(lambda some: exec('raise RuntimeError("something else")'), views, of="x")  # type: ignore[arg-type,return-value]
+
+
+def test_a_task_that_runs_out_of_memory_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_eupe: Callable[..., Any]
+) -> None:
+    def exhausted(*words: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    monkeypatch.setattr("eupe.evaluate.knn.accuracy", exhausted)
+    outcome = run_eupe("eval", "knn", "pixels", "--data", make_corpus(tmp_path, count=12), "--k", 1)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: there is not enough memory to judge pixels so (CUDA out of memory. Tried")
+
+
+@pytest.mark.parametrize(("groups", "expected"), [({}, 8_000), ({"": (6_000, 1_000, 500)}, 5_500)])
+def test_memory_that_is_free_heeds_the_control_group(
+    tmp_path: Path, groups: dict[str, tuple[int, int, int]], expected: int
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n".replace("8 kB", "8000 kB"))
+    (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
+    for group in ("job/step", "job", ""):
+        folder = tmp_path / "sys/fs/cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        limit, used, cached = (1000 * each for each in groups.get(group, (0, 0, 0)))
+        (folder / "memory.max").write_text(f"{limit or 'max'}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 3\ninactive_file {cached}\nslab 1\n")
+    kilo = 1024 if not groups else 1000
+    assert seen_module.free_bytes(tmp_path) == expected * kilo
+
+
+def test_a_student_that_says_no_numbers_is_not_judged(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    """Nearest to no number would be the picture itself."""
+    from eupe.encoder import build_encoder, save_encoder
+
+    encoder = build_encoder("test_vit", size=32)
+    encoder.model.norm.weight.data[0] = torch.nan
+    save_encoder(encoder, tmp_path / "run")
+    plain = {"config": {"seed": 0}, "targets": [], "mix": [], "pictures": [], "total_steps": 1}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(plain))
+    corpus = make_corpus(tmp_path / "c", count=12)
+    outcome = run_eupe("eval", "knn", tmp_path / "run", "--data", corpus, "--k", 1, "--size", 32)
+    assert outcome.code == 2 and "gives tokens that are no finite numbers" in outcome.err
+
+
+def test_a_store_that_is_being_made_is_not_judged(tmp_path: Path, tiny_corpus: Path, tiny_weights: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", tiny_corpus, tiny_weights)
+    next((tmp_path / "s.zarr" / "parts").iterdir()).unlink()
+    with pytest.raises(StoreError, match="is not finished: 1 of"):
+        open_subjects([str(store.path)], {})
+
+
+@pytest.mark.parametrize("place", [".", "nowhere/results.jsonl"])
+def test_results_need_a_place_before_anything_is_judged(
+    tmp_path: Path, run_eupe: Callable[..., Any], place: str
+) -> None:
+    where = tmp_path / place
+    words = {
+        "knn": ["pixels", "--data", tmp_path / "not-looked-at"],
+        "latency": ["timm:test_vit"],
+        "conflict": ["a", "b"],
+        "agreement": ["a"],
+    }
+    for task, more in words.items():
+        outcome = run_eupe("eval", task, *more, "--results", where)
+        assert outcome.code == 2 and outcome.err.startswith(f"error: --results {where} ")
+
+
+def test_a_line_for_which_the_disk_has_no_room_is_taken_back(tmp_path: Path) -> None:
+    place = tmp_path / "results.jsonl"
+    keep_results([result()], place)
+    first = place.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) + 50, hard))
+    try:
+        with pytest.raises(StorageError, match=r"cannot be appended to .* no room for more than 50 of"):
+            keep_results([result()], place)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert place.read_bytes() == first
+    place.write_bytes(first.rstrip(b"\n"))
+    keep_results([result()], place)
+    assert read_results(place) == [result(), result()], "a line of its own, whatever the file ends in"
 
 
 @pytest.mark.parametrize(("task", "plant"), [("segment", ade20k), ("depth", depth_pairs), ("correspond", spair)])
