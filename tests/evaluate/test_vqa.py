@@ -15,7 +15,7 @@ from PIL import Image
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.evaluate import vqa as module
-from eupe.evaluate.components import as_features
+from eupe.evaluate.components import Features, as_features
 from eupe.evaluate.layouts import Question, question_set, question_words
 from eupe.evaluate.pictures import whole
 from eupe.evaluate.readout import Fitting, fit
@@ -23,7 +23,7 @@ from eupe.evaluate.subject import Subject, open_subjects
 from eupe.evaluate.vqa import commonest_answers, vqa
 from eupe.train.targets import is_held_out
 
-QUICK, LONGER = Fitting(steps=150), Fitting(steps=400)
+QUICK = Fitting(steps=150)
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 PLACES = {"left": 0, "right": 32}
 
@@ -60,7 +60,7 @@ def subject_of(word: object) -> Subject:
 
 def test_the_same_features_answer_each_question_by_itself(scenes: Path) -> None:
     """Colours are known left and right, far beyond the commonest answer, which is no better than guessing."""
-    result = vqa(subject_of("pixels"), data=scenes, size=64, fitting=LONGER, dropouts=(0.1,))
+    result = vqa(subject_of("pixels"), data=scenes, size=64, dropouts=(0.5,))
     assert result.scores["colour"] > 0.9
     assert 0.2 < result.scores["colour_majority"] < 0.6
     assert result.scores["accuracy"] == pytest.approx((result.scores["colour"] + result.scores["count"]) / 2)
@@ -73,7 +73,7 @@ def test_the_same_features_answer_each_question_by_itself(scenes: Path) -> None:
 
 def test_without_the_question_a_probe_cannot_know_which_is_meant(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "question_words", lambda question: ["same"])
-    blind = vqa(subject_of("pixels"), data=scenes, size=64, fitting=LONGER, dropouts=(0.1,))
+    blind = vqa(subject_of("pixels"), data=scenes, size=64, dropouts=(0.5,))
     assert blind.scores["colour"] < 0.8
 
 
@@ -109,6 +109,18 @@ def test_features_are_components_of_pictures_that_are_learnt_from(scenes: Path) 
     assert torch.equal(got.tokens_PTC, wanted.tokens_PTC)
     assert torch.equal(got.summary_PC, wanted.summary_PC)
     assert got.tokens_PTC.shape[:2] == (90, 16)
+
+
+def test_pictures_that_are_judged_do_not_decide_features(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt_from: list[list[int]] = []
+
+    def remember(summary: torch.Tensor, dense: torch.Tensor, those: list[int]) -> Features:
+        learnt_from.append(list(those))
+        return as_features(summary, dense, those)
+
+    monkeypatch.setattr(module, "as_features", remember)
+    vqa(subject_of("pixels"), data=scenes, size=64, fitting=Fitting(steps=1), dropouts=(0.3,))
+    assert learnt_from == [[i for i in range(90) if i % 3]]
 
 
 def test_the_readout_on_the_command_line(scenes: Path, run_eupe: Callable[..., Any]) -> None:
