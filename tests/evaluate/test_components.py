@@ -49,7 +49,7 @@ def test_pictures_that_are_judged_decide_no_component() -> None:
 
 
 def test_tokens_keep_the_order_of_their_places() -> None:
-    dense = values(8, 6, 3).unflatten(1, (2, 3)).half()
+    dense = values(8, 6, 3).reshape(8, 2, 3, 3).half()
     features = as_features(values(8, 1, 4)[:, 0], dense, range(8))
     assert features.tokens_PTC.shape == (8, 6, 3)
     assert torch.equal(features.tokens_PTC, components(dense.flatten(1, 2), range(8)))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def planted() -> Planted:
             words = f"Is the {one} left of the {other}?"
             asked[split].append(Question(i, split, "position", words, "yes" if left < right else "no"))  # type: ignore[arg-type]
         asked[split].append(Question(i, split, "count", "How many are there?", str(len(things))))  # type: ignore[arg-type]
-    maps = torch.from_numpy(dense).unflatten(1, (GRID, GRID))
+    maps = torch.from_numpy(dense).reshape(240, GRID, GRID, 24)
     learnt_from = [i for i in range(240) if i % 3]
     features = as_features(maps.mean(dim=(1, 2)), maps, learnt_from)
     return Planted(features, maps, asked["train"], asked["val"], place)
@@ -70,7 +71,7 @@ def pooled(planted: Planted, kind: str) -> float:
     """What a linear rule makes of the mean over tokens times the question's words at their places."""
     vocabulary = sorted({w for each in planted.train for w in enumerate(question_words(each.question))})
 
-    def rows(questions: list[Question]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    def rows(questions: list[Question]) -> Any:
         said = [set(enumerate(question_words(each.question))) for each in questions]
         words = np.array([[word in each for word in vocabulary] for each in said], dtype=float)
         means = np.array([[*planted.dense[each.picture].mean(dim=(0, 1)).tolist(), 0.1] for each in questions])
