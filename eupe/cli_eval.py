@@ -433,8 +433,9 @@ def eval_retrieval(
 def eval_vqa(
     subjects: Subjects,
     data: Annotated[Path, typer.Option(help="questions.json (image, split, kind, question, answer) and the pictures.")],
-    penalty: Annotated[
-        list[float] | None, typer.Option(help="Of the weights; the best of several, 1e-5 to 1 by default.")
+    steps: Annotated[int | None, typer.Option(help="Of the readout; 600 by default.")] = None,
+    dropout: Annotated[
+        list[float] | None, typer.Option(help="Of the readout; the best of several, 0.3 and 0.5 by default.")
     ] = None,
     size: Size = None,
     weights: LocalWeights = None,
@@ -442,11 +443,13 @@ def eval_vqa(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """A probe, no language model: logistic regression from features and a question's words to its answer."""
-    from eupe.evaluate.vqa import PENALTIES, vqa
+    """A probe, no language model: a small readout of frozen features that looks where a question's words point."""
+    from eupe.evaluate.vqa import DROPOUTS, FITTING, vqa
+
+    fitting = FITTING if steps is None else dataclasses.replace(FITTING, steps=steps)
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return vqa(subject, data=data, penalties=tuple(penalty or PENALTIES), size=size, on_step=on_step)
+        return vqa(subject, data=data, fitting=fitting, dropouts=tuple(dropout or DROPOUTS), size=size, on_step=on_step)
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 

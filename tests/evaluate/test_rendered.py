@@ -11,12 +11,15 @@ from eupe.evaluate.knn import knn
 from eupe.evaluate.linear import linear
 from eupe.evaluate.segment import segment
 from eupe.evaluate.subject import open_subjects
+from eupe.evaluate.vqa import vqa
+from eupe.scenes.layouts import LAYOUTS, Request
 from eupe.scenes.make import ScenesConfig, make_scenes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SIZE = 112
 FAST = Training(steps=150, lr=3e-3, warmup=0.1)
+QUESTIONS = Request(pictures=300, size=168, seed=0)
 Scores = dict[str, float]
 
 
@@ -28,7 +31,15 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scores(scenes: Path, assets: Path) -> dict[str, list[Scores]]:
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More pictures, and larger ones, than all else needs."""
+    folder, layout = tmp_path_factory.mktemp("questions"), LAYOUTS["questions"]
+    layout.finish(folder, QUESTIONS, [layout.draw(folder, QUESTIONS, i) for i in range(QUESTIONS.pictures)])
+    return folder / "questions"
+
+
+@pytest.fixture(scope="module")
+def scores(scenes: Path, questions: Path, assets: Path) -> dict[str, list[Scores]]:
     """By task: DINOv2-S, the same with random weights, raw pixels."""
     weights = {"dinov2-s": assets / "weights" / "dinov2-small"}
     found: dict[str, list[Scores]] = {}
@@ -39,11 +50,13 @@ def scores(scenes: Path, assets: Path) -> dict[str, list[Scores]]:
             segment(subject, data=scenes / "segmentation", size=SIZE, training=FAST),
             depth(subject, data=scenes / "depth", size=SIZE, training=FAST),
             correspond(subject, data=scenes / "correspondence", size=SIZE),
+            vqa(subject, data=questions, size=QUESTIONS.size, dropouts=(0.5,)),
         ):
             found.setdefault(result.task, []).append(result.scores)
     for task, each in found.items():
         measure = next(iter(each[0]))
         print(task, measure, [round(scores[measure], 3) for scores in each])
+    print("vqa", found["vqa"])
     return found
 
 
@@ -54,6 +67,8 @@ def scores(scenes: Path, assets: Path) -> dict[str, list[Scores]]:
         ("linear", "accuracy", 0.2),
         ("segment", "miou", 0.1),
         ("correspond", "pck", 0.1),
+        ("vqa", "accuracy", 0.06),
+        ("vqa", "count", 0.1),
     ],
 )
 def test_real_features_lead_by_a_clear_margin(

@@ -1,6 +1,7 @@
-"""The probe against scikit-learn on the products themselves, and on pictures of which it must know the answers."""
+"""The probe on pictures of which it must know the answers, what it may learn from, and what it refuses."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,19 @@ import pytest
 import torch
 from making import make_store
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.evaluate import vqa as module
+from eupe.evaluate.components import Features, as_features
 from eupe.evaluate.layouts import Question, question_set, question_words
-from eupe.evaluate.linear import fit_logistic
 from eupe.evaluate.pictures import whole
+from eupe.evaluate.readout import Fitting, fit
 from eupe.evaluate.subject import Subject, open_subjects
-from eupe.evaluate.vqa import answers, commonest_answers, feature_map, standardised, vqa
+from eupe.evaluate.vqa import commonest_answers, vqa
 from eupe.train.targets import is_held_out
 
+QUICK = Fitting(steps=150)
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 PLACES = {"left": 0, "right": 32}
 
@@ -56,57 +58,10 @@ def subject_of(word: object) -> Subject:
     return open_subjects([str(word)], {})[0]
 
 
-def asked(seed: int, count: int) -> list[Question]:
-    """Questions of two words that matter, about twenty pictures."""
-    generator = np.random.default_rng(seed)
-    draw = generator.choice
-    return [
-        Question(
-            int(draw(20)),
-            "train",
-            "k",
-            f"Is the {draw(['mug', 'ball'])} {draw(['big', 'red'])}?",
-            str(draw(["x", "y", "z"])),
-        )
-        for _ in range(count)
-    ]
-
-
-def products(
-    features: torch.Tensor, questions: list[Question], vocabulary: list[tuple[int, str]]
-) -> np.ndarray[Any, Any]:
-    """(x, 1) times every word at its place, one row a question."""
-    rows = []
-    for each in questions:
-        words = list(enumerate(question_words(each.question)))
-        said = np.array([word in words for word in vocabulary]) / np.sqrt(len(words))
-        seen = np.append(features[each.picture].numpy() / np.sqrt(features.shape[1]), 1.0)
-        rows.append(np.kron(seen, said))
-    return np.array(rows)
-
-
-def test_the_probe_is_logistic_regression_on_features_times_words() -> None:
-    """The factor of the Gram matrix gives what the products themselves give, in scikit-learn."""
-    features = torch.randn(20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    train, val = asked(0, 80), asked(1, 40)
-    vocabulary = sorted({word for each in train for word in enumerate(question_words(each.question))})
-    learnt, judged = feature_map(features, train, val)
-    plain_train, plain_val = (products(features, part, vocabulary) for part in (train, val))
-    assert np.abs((learnt @ learnt.T).numpy() - plain_train @ plain_train.T).max() < 1e-8
-    assert np.abs((judged @ learnt.T).numpy() - plain_val @ plain_train.T).max() < 1e-8
-    for penalty in (1e-3, 1e-1):
-        codes = torch.tensor(["xyz".index(each.answer) for each in train])
-        ours = fit_logistic(learnt, codes, penalty=penalty, num_labels=3).logits(judged).softmax(dim=1)
-        theirs = LogisticRegression(C=1 / (penalty * 80), tol=1e-10, max_iter=10000).fit(plain_train, codes)
-        assert np.abs(ours.numpy() - theirs.predict_proba(plain_val)).max() < 1e-4
-        said = answers(features, train, val, torch.zeros(80, dtype=torch.bool), (penalty,))
-        assert said == ["xyz"[i] for i in theirs.predict(plain_val)]
-
-
 def test_the_same_features_answer_each_question_by_itself(scenes: Path) -> None:
     """Colours are known left and right, far beyond the commonest answer, which is no better than guessing."""
-    result = vqa(subject_of("pixels"), data=scenes, size=64)
-    assert result.scores["colour"] == 1.0
+    result = vqa(subject_of("pixels"), data=scenes, size=64, dropouts=(0.5,))
+    assert result.scores["colour"] > 0.9
     assert 0.2 < result.scores["colour_majority"] < 0.6
     assert result.scores["accuracy"] == pytest.approx((result.scores["colour"] + result.scores["count"]) / 2)
     assert result.scores["majority"] == pytest.approx(
@@ -118,16 +73,8 @@ def test_the_same_features_answer_each_question_by_itself(scenes: Path) -> None:
 
 def test_without_the_question_a_probe_cannot_know_which_is_meant(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "question_words", lambda question: ["same"])
-    blind = vqa(subject_of("pixels"), data=scenes, size=64, penalties=(1e-2,))
-    assert blind.scores["colour"] < 0.9
-
-
-def test_words_count_by_their_places() -> None:
-    """What is left of what is no matter of which words are said."""
-    assert question_words("Is the mug, left of the BALL?") == ["is", "the", "mug", "left", "of", "the", "ball"]
-    there, back = (Question(0, "train", "k", f"is {a} left of {b}", "x") for a, b in (("mug", "ball"), ("ball", "mug")))
-    learnt, _ = feature_map(torch.ones(1, 3, dtype=torch.float64), [there, back], [there])
-    assert (learnt[0] @ learnt[1] / (learnt[0] @ learnt[0])).item() == pytest.approx(3 / 5)
+    blind = vqa(subject_of("pixels"), data=scenes, size=64, dropouts=(0.5,))
+    assert blind.scores["colour"] < 0.8
 
 
 def test_the_commonest_answer_is_that_to_the_same_question() -> None:
@@ -138,52 +85,96 @@ def test_the_commonest_answer_is_that_to_the_same_question() -> None:
     assert commonest_answers(train, [question(text, "?") for text in ("a", "b", "c")]) == ["1", "3", "1"]
 
 
-def test_features_are_the_summary_and_sixteen_means(scenes: Path) -> None:
+def test_words_are_numbers_at_their_places() -> None:
+    """Of the training split alone: what is new in val, or beyond its longest question, is not known."""
+    assert question_words("Is the mug, left of the BALL?") == ["is", "the", "mug", "left", "of", "the", "ball"]
+
+    def question(text: str) -> Question:
+        return Question(0, "train", "k", text, "x")
+
+    words, places = module._vocabulary([question("The ball?"), question("Is it the mug?")])
+    assert (words, places) == ({"ball": 0, "is": 1, "it": 2, "mug": 3, "the": 4}, 4)
+    asked = module._asked([question("is the CAR it, the mug"), question("ball")], ["j", "k"], words, places)
+    assert asked.words_NL.tolist() == [[1, 4, -1, 2], [0, -1, -1, -1]]
+    assert asked.kind_N.tolist() == [1, 1]
+
+
+def test_features_are_components_of_pictures_that_are_learnt_from(scenes: Path) -> None:
     pictures, _ = question_set(scenes)
     subject = subject_of("pixels")
-    got = module._features(subject, pictures, 64)
     summary = subject.look(pictures, kinds=["summary"], size=64, cut=whole).summary
     dense = subject.look(pictures, kinds=["dense"], size=64, cut=whole).dense
     assert summary is not None and dense is not None
-    assert got.shape == (90, summary.shape[1] + 16 * dense.shape[-1])
-    assert torch.equal(got[:, : summary.shape[1]], summary.double())
-    channel_first = dense.permute(0, 3, 1, 2).flatten(1)
-    torch.testing.assert_close(got[:, summary.shape[1] :], channel_first.double())
+    got, wanted = module._features(subject, pictures, 64, range(30)), as_features(summary, dense, range(30))
+    assert torch.equal(got.tokens_PTC, wanted.tokens_PTC)
+    assert torch.equal(got.summary_PC, wanted.summary_PC)
+    assert got.tokens_PTC.shape[:2] == (90, 16)
 
 
-def test_pictures_that_are_judged_do_not_scale_the_features() -> None:
-    features = torch.tensor([[0.0, 5.0, 1.0], [2.0, 5.0, 1.0], [9.0, 6.0, 1.0]], dtype=torch.float64)
-    wanted = torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [8.0, 0.0, 0.0]], dtype=torch.float64)
-    assert torch.equal(standardised(features, [0, 1]), wanted)
+def test_pictures_that_are_judged_do_not_decide_features(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt_from: list[list[int]] = []
+
+    def remember(summary: torch.Tensor, dense: torch.Tensor, those: list[int]) -> Features:
+        learnt_from.append(list(those))
+        return as_features(summary, dense, those)
+
+    monkeypatch.setattr(module, "as_features", remember)
+    vqa(subject_of("pixels"), data=scenes, size=64, fitting=Fitting(steps=1), dropouts=(0.3,))
+    assert learnt_from == [[i for i in range(90) if i % 3]]
 
 
-def test_the_probe_on_the_command_line(scenes: Path, run_eupe: Callable[..., Any]) -> None:
-    words = ["eval", "vqa", "pixels", "--data", scenes]
-    best, strict = (
-        json.loads(run_eupe(*words, "--size", 64, "--json", *more).out)["results"][0]
-        for more in ([], ["--penalty", 1e4])
+def test_the_readout_on_the_command_line(scenes: Path, run_eupe: Callable[..., Any]) -> None:
+    words = ["eval", "vqa", "pixels", "--data", scenes, "--json"]
+    long, short, dropped = (
+        json.loads(run_eupe(*words, *more).out)["results"][0]
+        for more in (
+            ["--size", 64, "--steps", 120],
+            ["--size", 64, "--steps", 3, "--dropout", 0.1, "--dropout", 0.2],
+            ["--steps", 3, "--dropout", 0.9],
+        )
     )
-    assert strict["protocol"]["penalties"] == [1e4]
-    assert strict["scores"]["colour"] < best["scores"]["colour"] == 1.0
-    (usual,) = json.loads(run_eupe(*words, "--json", "--penalty", 1e4).out)["results"]
-    assert usual["protocol"]["size"] == 224
+    assert (long["protocol"]["dropouts"], long["protocol"]["steps"]) == ([0.3, 0.5], 120)
+    assert short["scores"]["colour"] < long["scores"]["colour"]
+    assert short["scores"]["dropout"] in (0.1, 0.2)
+    assert (dropped["scores"]["dropout"], dropped["protocol"]["size"]) == (0.9, 224)
+    assert "dropout" not in dropped["protocol"]
     help_text = " ".join(run_eupe("eval", "vqa", "--help").out.split())
     assert "A probe, no language model" in help_text
 
 
-def test_the_penalty_is_chosen_by_pictures_that_are_kept_aside(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dropout_is_chosen_by_pictures_that_are_kept_aside(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learnt without them, the least unlikely there wins; then all are learnt from."""
     pictures, questions = question_set(scenes)
-    kept: list[list[bool]] = []
+    learnt: list[tuple[float, set[int]]] = []
 
-    def choose(features: Any, codes: Any, tuning: torch.Tensor, num_labels: int, penalties: Any) -> float:
-        kept.append(tuning.tolist())
-        return 1e-3
+    def remember(features: Any, asked: Any, codes: Any, of_kind: Any, how: Fitting, **more: Any) -> Any:
+        learnt.append((how.dropout, set(asked.picture_N.tolist())))
+        return fit(features, asked, codes, of_kind, how, **more)
 
-    monkeypatch.setattr(module, "choose_penalty", choose)
-    vqa(subject_of("pixels"), data=scenes, size=64)
-    train = [q for q in questions if q.split == "train" and q.kind == "colour"]
-    assert kept[0] == [is_held_out(pictures.keys[q.picture], 0.1) for q in train]
-    assert any(kept[0])
+    monkeypatch.setattr(module, "fit", remember)
+    monkeypatch.setattr(module, "_unlikeliness", lambda logits, codes, kinds: (0.7, 0.2, 0.4)[len(learnt) - 1])
+    steps: list[tuple[int, int]] = []
+    result = vqa(
+        subject_of("pixels"),
+        data=scenes,
+        size=64,
+        fitting=Fitting(steps=2),
+        dropouts=(0.1, 0.2, 0.3),
+        on_step=lambda done, of: steps.append((done, of)),
+    )
+    train = {q.picture for q in questions if q.split == "train"}
+    kept = {i for i in train if is_held_out(pictures.keys[i], 0.1)}
+    assert kept and kept < train
+    assert learnt == [(0.1, train - kept), (0.2, train - kept), (0.3, train - kept), (0.2, train)]
+    assert result.scores["dropout"] == 0.2
+    assert steps == [(done, 8) for done in range(1, 9)]
+
+
+def test_a_dropout_is_chosen_by_cross_entropy_evenly_over_kinds() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1e9], [0.0, 1.0, -1e9], [1.0, 1.0, -1e9], [-1e9, -1e9, 3.0]])
+    codes, kinds = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 0, 0, 1])
+    first = [math.log1p(math.exp(-2)), math.log1p(math.exp(1)), math.log(2)]
+    assert module._unlikeliness(logits, codes, kinds) == pytest.approx(sum(first) / 3 / 2)
 
 
 def test_stores_need_one_view_of_each_picture(tmp_path: Path, scenes: Path, tiny_weights: Path) -> None:
@@ -191,9 +182,9 @@ def test_stores_need_one_view_of_each_picture(tmp_path: Path, scenes: Path, tiny
         make_store(tmp_path / f"{views.policy}.zarr", scenes / "images", tiny_weights, views=views)
         for views in (ViewSpec(policy="squash"), ViewSpec(policy="rrc", num_views=2))
     )
-    assert vqa(subject_of(one.path), data=scenes, penalties=(1e-2,)).scores["colour"] > 0.5
+    assert vqa(subject_of(one.path), data=scenes, fitting=QUICK, dropouts=(0.1,)).scores["colour"] > 0.5
     with pytest.raises(StoreError, match="holds several views of each picture; extract one with --views squash"):
-        vqa(subject_of(two.path), data=scenes)
+        vqa(subject_of(two.path), data=scenes, dropouts=(0.1,))
 
 
 def first(**changes: Any) -> dict[str, Any]:
@@ -229,10 +220,17 @@ def test_lists_of_questions_gone_wrong_are_refused(questions: Any, said: str, tm
 def test_what_cannot_be_probed_is_refused(tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CorpusError, match=r"questions.json cannot be read"):
         vqa(subject_of("pixels"), data=tmp_path)
-    with pytest.raises(ConfigError, match="--penalty must be above 0, got 0"):
-        vqa(subject_of("pixels"), data=scenes, penalties=(0.0,))
+    with pytest.raises(ConfigError, match=r"--dropout must be at least 0 and below 1, got -0.1"):
+        vqa(subject_of("pixels"), data=scenes, dropouts=(0.3, -0.1))
+    with pytest.raises(ConfigError, match="there is no --dropout to train with"):
+        vqa(subject_of("pixels"), data=scenes, dropouts=())
     with pytest.raises(ConfigError, match="sam-b has no summary"):
         vqa(subject_of("sam-b"), data=scenes)
     monkeypatch.setattr(module, "free_bytes", lambda: 1e5)
-    with pytest.raises(ConfigError, match=r"180 questions of one kind take 0.0 GB, more than half of the"):
-        vqa(subject_of("pixels"), data=scenes)
+    with pytest.raises(ConfigError, match=r"the features of 90 pictures take 0.0 GB to be read out, more than 75%"):
+        vqa(subject_of("pixels"), data=scenes, size=64)
+    monkeypatch.undo()
+    few = make_scenes(tmp_path / "few", 6)
+    with pytest.raises(ConfigError, match="there are too few pictures to choose a dropout on; give one --dropout"):
+        vqa(subject_of("pixels"), data=few, size=64)
+    assert vqa(subject_of("pixels"), data=few, size=64, fitting=Fitting(steps=2), dropouts=(0.3,)).data["pictures"] == 6
