@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import eupe.proxy  # noqa: F401 - its architectures are timm's from here on
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.kinds import DenseKind, SummaryKind
+from eupe.share import share
 
 CARD_FILE = "student.json"
 WEIGHTS_FILE = "student.safetensors"
@@ -246,6 +247,7 @@ def save_encoder(encoder: Encoder, directory: Path, *, weights: Mapping[str, Ten
         directory.mkdir(parents=True, exist_ok=True)
         with _replacing(directory / WEIGHTS_FILE) as temporary:
             safetensors.torch.save_file(weights, temporary)
+            share(temporary)
         with _replacing(directory / CARD_FILE) as temporary:
             temporary.write_text(json.dumps(encoder.card.to_json(), indent=2) + "\n")
     except (OSError, SafetensorError) as error:

@@ -64,9 +64,9 @@ class Place:
         text = re.sub(r"^(s3|gs):/(?=[^/])", r"\1://", str(where))  # a Path has lost one of the slashes
         scheme, separator, rest = text.partition("://")
         if not separator:
-            return cls(str(Path(text).absolute()))
+            return cls(_absolute(text))
         if scheme == "file":
-            return cls(str(Path(rest).absolute()))
+            return cls(_absolute(rest))
         if scheme not in SCHEMES:
             raise ConfigError(f"{text}: {scheme}:// is not supported; give a local path, s3://... or gs://...")
         if not rest.strip("/"):
@@ -294,6 +294,12 @@ class Place:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def _absolute(path: str) -> str:
+    """Storage libraries take no `..`; what it stands for depends on links, and without it these stay as they are."""
+    whole = Path(path).absolute()
+    return str(whole.resolve() if ".." in whole.parts else whole)
 
 
 def _pread(descriptor: int, start: int, length: int) -> bytes:

@@ -252,6 +252,12 @@ def test_encoder_imports_no_teacher_library() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_colleagues_can_read_a_student(tmp_path: Path) -> None:
+    save_encoder(built("resnet18"), tmp_path)
+    (tmp_path / "plain").touch()
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
 def test_saved_weights_are_plain_safetensors(tmp_path: Path) -> None:
     encoder = built("resnet18")
     save_encoder(encoder, tmp_path)

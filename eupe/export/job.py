@@ -22,6 +22,7 @@ from eupe.export.config import EXECUTORCH, HF, ONNX, TIMM, ExportConfig
 from eupe.export.model_card import write_card
 from eupe.export.source import Says, Source, Written, open_source
 from eupe.export.verify import Proof, prove, require_sameness
+from eupe.share import share
 from eupe.teachers.weights import brief
 
 RECORD_FILE = "export.json"
@@ -176,6 +177,7 @@ def _whole(out: Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
         for file in folder.iterdir():
+            share(file)
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         folder.rename(out)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eupe.errors import RunError, StorageError
+from eupe.share import share
 from eupe.train.distiller import Distiller
 from eupe.train.ema import Ema
 from eupe.train.world import placed_like, whole
@@ -125,6 +126,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int, dtype:
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         facts = {"step": str(step), CHECKSUM: checksum(contiguous, step)} | ({DTYPE: dtype} if dtype else {})
         save_file(contiguous, temporary, metadata=facts)
+        share(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -48,6 +48,7 @@ def test_timm_s_own_forward_pass_gives_the_run_s_summary(arch: str, exports: Exp
     with torch.inference_mode():
         assert least_cosine(model(pixels), encoder(pixels).summary) > 0.99999
     assert encoder.card.summary == SUMMARIES[arch]
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "colleagues can read the weights, too"
     assert model.num_features == json.loads((out / "config.json").read_text())["num_features"]
     settings = timm.data.resolve_model_data_config(model)
     assert tuple(settings["input_size"]) == (3, SIZE, SIZE)

@@ -54,6 +54,19 @@ def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     assert place.local == tmp_path / "store.zarr"
 
 
+def test_two_dots_lead_up_from_where_a_link_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system sees it; objects of such a place can be written, listed and read."""
+    (tmp_path / "disk" / "here").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "here")
+    monkeypatch.chdir(tmp_path / "link")
+    for typed in ("../store.zarr", tmp_path / "link" / ".." / "store.zarr", f"file://{tmp_path}/link/../store.zarr"):
+        place = Place.of(typed)
+        assert place.local == tmp_path / "disk" / "store.zarr"
+        place.write("a/b", b"1")
+        assert (place.list(), place.read("a/b")) == (["a/b"], b"1")
+    assert Place.of(tmp_path / "link" / "x").local == tmp_path / "link" / "x", "a link stays where nothing leads up"
+
+
 @pytest.mark.parametrize(
     ("typed", "sentence"),
     [

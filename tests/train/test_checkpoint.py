@@ -89,6 +89,11 @@ def test_any_flipped_bit_of_the_tensors_is_noticed_and_nothing_is_loaded(path: P
     assert all(torch.equal(state.tensors()[name], value) for name, value in before.items())
 
 
+def test_colleagues_can_read_a_checkpoint(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.99])
 def test_a_file_cut_short_is_refused(path: Path, share: float) -> None:
     whole = path.read_bytes()
