@@ -1,6 +1,7 @@
 """What a user types, and what a mistake gets: one sentence, exit code 2, no traceback."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -233,3 +234,12 @@ def test_a_family_and_its_options_through_the_command_line(tiny_store: Store, tm
     assert again.code == 0 and "finished already" in again.out
     third = ["--init", tmp_path / "a", "--out", tmp_path / "third", "--steps", 1]
     assert run_eupe(*words[:7], "--head-width", 16, "--holdout", 0.3, *third).code == 0
+
+
+def test_the_package_is_found_beside_a_folder_of_its_name(tmp_path: Path) -> None:
+    """As in the folder above a checkout."""
+    (tmp_path / "eupe" / "store").mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", "eupe", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
