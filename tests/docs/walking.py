@@ -1,0 +1,84 @@
+"""Walks pages: runs their commands one after the other in one folder, as a reader would who pastes them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pages import ROOT, commands, program
+
+PATIENCE_S = 200
+
+NOT_RUN: dict[tuple[str, str], str] = {}
+"""The commands that no walk runs, and why not."""
+
+
+@dataclass
+class Walk:
+    """A folder in which a page's commands are run, and what they said."""
+
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    """Beside this process's."""
+    said: dict[str, str] = field(default_factory=dict)
+    """By command, as it stands in the page: what it printed."""
+
+    def page(self, name: str, *, smaller: Mapping[str, str] | None = None, ahead: str = "") -> None:
+        """Run all commands of a page, then its Python as one program.
+
+        Args:
+            smaller: what is put in place of words of the commands: sizes, and places that are the reader's own. Each
+                must occur.
+            ahead: of the Python: what the page leaves to the reader.
+        """
+        smaller = dict(smaller or {})
+        here = [command for command in commands(name) if (name, command) not in NOT_RUN]
+        unused = [words for words in smaller if not any(words in command for command in here)]
+        assert not unused, f"{name} has nothing of {unused}"
+        for command in here:
+            self.said[command] = self.run(replaced(command, smaller))
+        if source := program(name):
+            self.run(shlex.join([sys.executable, "-c", f"{ahead}\n{source}"]))
+
+    def run(self, command: str) -> str:
+        """What a command prints; it must succeed, and leave what it was told to make."""
+        if command.startswith("export "):
+            self.environment |= dict(word.split("=", 1) for word in shlex.split(command)[1:])
+            return ""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=self.folder,
+            env=self._all_environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        told = f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"exit code {done.returncode}: {told}"
+        missing = [out for out in _outputs(command) if "://" not in out and not (self.folder / out).exists()]
+        assert not missing, f"{missing} is not there: {told}"
+        return done.stdout
+
+    def _all_environment(self) -> dict[str, str]:
+        programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        own = {"PATH": programs, "PYTHONPATH": str(ROOT), "HOME": str(self.folder), "HF_HUB_OFFLINE": "1"}
+        added = {**own, **self.environment}
+        if "PYTHONPATH" in self.environment:
+            added["PYTHONPATH"] = os.pathsep.join([self.environment["PYTHONPATH"], str(ROOT)])
+        return {**os.environ, **added}
+
+
+def replaced(command: str, smaller: Mapping[str, str]) -> str:
+    for words, others in smaller.items():
+        command = command.replace(words, others)
+    return command
+
+
+def _outputs(command: str) -> list[str]:
+    words = shlex.split(command)
+    return [word for option, word in zip(words, words[1:], strict=False) if option == "--out"]
