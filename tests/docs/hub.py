@@ -14,6 +14,7 @@ from pathlib import Path
 
 import timm
 import torch
+from making import save_siglip_tokenizer
 from safetensors.torch import save_file
 from torch import nn
 
@@ -32,6 +33,7 @@ def fill_hub(home: Path, dinov2_small: Path) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             write(_snapshot(home, repository))
+
 
 def _snapshot(home: Path, repository: str) -> Path:
     """A repository's folder in the hub's own layout."""
@@ -56,6 +58,15 @@ def _clip(folder: Path) -> None:
     _save(model, folder / "open_clip_model.safetensors")
 
 
+def _siglip2(folder: Path) -> None:
+    import open_clip
+
+    model = open_clip.create_model("ViT-B-16-SigLIP2-256", load_weights=False, pretrained_text=False)
+    _save(model, folder / "open_clip_model.safetensors")
+    save_siglip_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": "siglip"}')
+
+
 def _of_timm(arch: str) -> Callable[[Path], None]:
     return lambda folder: _save(timm.create_model(arch), folder / "model.safetensors")
 
@@ -68,6 +79,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "facebook/dinov2-base": _dinov2_base,
     "timm/vit_base_patch16_clip_224.openai": _clip,
     "timm/vit_base_patch16_siglip_256.v2_webli": _of_timm("vit_base_patch16_siglip_256"),
+    "timm/ViT-B-16-SigLIP2-256": _siglip2,
     "timm/test_vit.r160_in1k": _of_timm("test_vit"),
 }
 

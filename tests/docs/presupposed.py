@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hub
 from hub import NARROW
+from pages import ROOT
 from planting import planted_environment
 from walking import Walk
 
@@ -37,6 +38,7 @@ COMMANDS = (
     f"{EXTRACT} --teacher runs/proxy --size {SIDE} --out store/proxy.zarr",
     f"{TRAIN} --targets store/proxy.zarr --student vit_tiny_patch16_dinov3_qkvb --out runs/tiny",
     f"{TRAIN} --targets store/proxy.zarr --student test_vit --out runs/small",
+    "eupe eval agreement runs/small",
     "eupe eval knn dinov2 pixels --data imagenet --results teachers.jsonl",
 )
 
@@ -48,8 +50,10 @@ def reader_environment(folder: Path) -> dict[str, str]:
 
 def make_presupposed(folder: Path, assets: Path) -> Path:
     """All of it, in a folder. Not to be changed."""
+    folder.mkdir()
     walk = Walk(folder, reader_environment(folder))
-    walk.run(shlex.join(["python", hub.__file__, walk.environment["HF_HOME"], str(assets / "weights" / "dinov2-small")]))
+    words = ["python", hub.__file__, walk.environment["HF_HOME"], assets / "weights" / "dinov2-small"]
+    walk.run(f"PYTHONPATH=$PYTHONPATH:{ROOT}/tests {shlex.join(map(str, words))}")
     for command in COMMANDS:
         walk.run(command)
     return folder

@@ -10,11 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pages import ROOT, commands, program
+from pages import ROOT, blocks, commands, program
 
 PATIENCE_S = 200
 
-NOT_RUN: dict[tuple[str, str], str] = {}
+_INSTALLS = "installs from the package index what the tests are run with"
+NOT_RUN: dict[tuple[str, str], str] = {
+    ("README.md", "make demo"): "ten minutes; its steps are those of docs/quickstart.md and tests/pipeline/",
+    ("README.md", "make test"): "runs the tests",
+    ("README.md", "eupe teachers verify"): "minutes; tests/teachers/ does it row by row, docs/teachers.md with a name",
+    ("docs/export.md", "eupe export runs/tiny --format executorch --out tiny-pte"): "`make test-executorch` does it",
+    ("docs/pipelines.md", "eupe run desk"): "is `make demo`",
+    ("docs/quickstart.md", "python3 -m venv .venv && . .venv/bin/activate"): _INSTALLS,
+    ("docs/quickstart.md", "pip install torch torchvision && pip install -e '.[demo,export]'"): _INSTALLS,
+}
 """The commands that no walk runs, and why not."""
 
 
@@ -28,18 +37,22 @@ class Walk:
     said: dict[str, str] = field(default_factory=dict)
     """By command, as it stands in the page: what it printed."""
 
-    def page(self, name: str, *, smaller: Mapping[str, str] | None = None, ahead: str = "") -> None:
+    def page(self, name: str, *, file: str = "", smaller: Mapping[str, str] | None = None, ahead: str = "") -> None:
         """Run all commands of a page, then its Python as one program.
 
         Args:
-            smaller: what is put in place of words of the commands: sizes, and places that are the reader's own. Each
+            file: what the page calls the file that its YAML block is.
+            smaller: what is put in place of words of the commands and that file: sizes, and places that are the reader's own. Each
                 must occur.
             ahead: of the Python: what the page leaves to the reader.
         """
         smaller = dict(smaller or {})
         here = [command for command in commands(name) if (name, command) not in NOT_RUN]
-        unused = [words for words in smaller if not any(words in command for command in here)]
+        recipe = "".join(block.body for block in blocks(name) if block.language == "yaml")
+        unused = [words for words in smaller if not any(words in text for text in [*here, recipe])]
         assert not unused, f"{name} has nothing of {unused}"
+        if file:
+            (self.folder / file).write_text(replaced(recipe, smaller))
         for command in here:
             self.said[command] = self.run(replaced(command, smaller))
         if source := program(name):

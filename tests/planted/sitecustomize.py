@@ -109,9 +109,12 @@ def narrow_timm(module):
 
 
 def narrow_open_clip(module):
-    config = module.factory._MODEL_CONFIGS["ViT-B-16-quickgelu"]
-    config["vision_cfg"] |= {"layers": NARROW["depth"], "width": NARROW["embed_dim"], "head_width": 16}
-    config["text_cfg"] |= {"layers": 2, "width": 32, "heads": 2}
+    configs = module.factory._MODEL_CONFIGS
+    vision = configs["ViT-B-16-quickgelu"]["vision_cfg"]
+    vision |= {"layers": NARROW["depth"], "width": NARROW["embed_dim"], "head_width": 16}
+    configs["ViT-B-16-SigLIP2-256"]["embed_dim"] = NARROW["embed_dim"]
+    for arch in ("ViT-B-16-quickgelu", "ViT-B-16-SigLIP2-256"):
+        configs[arch]["text_cfg"] |= {"layers": 2, "width": 32, "heads": 2}
 
 
 def next_outcome(variable):
