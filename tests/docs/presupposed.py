@@ -1,4 +1,4 @@
-"""What pages presuppose: pictures, data sets in miniature, stores and runs, all made once by commands of eupe itself."""
+"""What pages presuppose: pictures, small data sets, stores and runs, all made once by commands of eupe itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command and every line of Python that README.md and docs/ show is run, page by page, and does what the page says.
+"""What README.md and docs/ show is run, every command and all Python, page by page, and does what the page says.
 
 Slow: one walk a page. Fast: that no page and no command is left out.
 """
@@ -61,7 +61,7 @@ class Trip:
 LANGUAGE_MODEL = """
 from transformers import LlamaConfig, LlamaModel
 
-LANGUAGE_MODEL, DIR, IMAGE_TOKEN, run = "llama", "tiny-hf", 31, "runs/tiny"
+LANGUAGE_MODEL, DIR, IMAGE_TOKEN = "llama", "tiny-hf", 31
 sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 LlamaModel(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(LANGUAGE_MODEL)
 """
@@ -122,7 +122,16 @@ TRIPS = {
         says={"eupe run first.yaml --set": "agreement"},
         leaves=("runs/first",),
     ),
-    "docs/quickstart.md": Trip(assets=True, leaves=("runs/tiny/report.json", "exported/README.md")),
+    "docs/quickstart.md": Trip(
+        assets=True,
+        says={
+            "eupe eval knn": "accuracy",
+            "eupe eval segment": "miou",
+            "eupe eval correspond": "pck",
+            "python -c": "192",
+        },
+        leaves=("runs/tiny/report.json", "exported/README.md"),
+    ),
     "docs/scaling.md": Trip(),
     "docs/scenes.md": Trip(
         smaller={"--out scenes": "--out scenes --pictures 24 --size 64"},
@@ -146,6 +155,7 @@ TRIPS = {
             "/shared/": "shared/",
             "--num-workers 8 --ray-address auto": "--num-workers 2",
         },
+        says={"eupe train --targets store/proxy.zarr": "nothing to do"},
         leaves=("runs/stage3/student.json", "runs/stage3/init.json", "shared/runs/proxy/report.json", *RUN_FILES),
     ),
     "docs/viz.md": Trip(takes=("photos", "store/dinov2.zarr", *RUNS)),

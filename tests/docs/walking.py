@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from pages import ROOT, blocks, commands, program
 
-PATIENCE_S = 200
+PATIENCE_S = 600
+"""For one command."""
 
 _INSTALLS = "installs from the package index what the tests are run with"
 NOT_RUN: dict[tuple[str, str], str] = {
@@ -24,7 +26,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/quickstart.md", "python3 -m venv .venv && . .venv/bin/activate"): _INSTALLS,
     ("docs/quickstart.md", "pip install torch torchvision && pip install -e '.[demo,export]'"): _INSTALLS,
 }
-"""The commands that no walk runs, and why not."""
+"""The commands that no walk runs, by page, and why not."""
 
 
 @dataclass
@@ -42,8 +44,8 @@ class Walk:
 
         Args:
             file: what the page calls the file that its YAML block is.
-            smaller: what is put in place of words of the commands and that file: sizes, and places that are the reader's own. Each
-                must occur.
+            smaller: what is put in place of words of the commands and of that file: sizes, and places that are the
+                reader's own. Each must occur.
             ahead: of the Python: what the page leaves to the reader.
         """
         smaller = dict(smaller or {})
@@ -64,12 +66,11 @@ class Walk:
             self.environment |= dict(word.split("=", 1) for word in shlex.split(command)[1:])
             return ""
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
+            ["timeout", str(PATIENCE_S), "bash", "-euo", "pipefail", "-c", command],  # ends all that bash started
             cwd=self.folder,
             env=self._all_environment(),
             capture_output=True,
             text=True,
-            timeout=PATIENCE_S,
         )
         told = f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert done.returncode == 0, f"exit code {done.returncode}: {told}"
@@ -94,4 +95,4 @@ def replaced(command: str, smaller: Mapping[str, str]) -> str:
 
 def _outputs(command: str) -> list[str]:
     words = shlex.split(command)
-    return [word for option, word in zip(words, words[1:], strict=False) if option == "--out"]
+    return [word for option, word in pairwise(words) if option == "--out"]
