@@ -79,7 +79,7 @@ TRIPS = {
             "eupe eval latency": "eupe eval latency --repeats 1 --size 64",
             "eupe scenes": "eupe scenes --pictures 24 --size 64",
         },
-        says={"eupe teachers": "siglip2-b-256", "eupe store ls": "proxy", "eupe store verify": "damaged: 0"},
+        says={"eupe teachers": "siglip2-b-256", "eupe store ls": "100.0%", "eupe store verify": "is whole"},
         leaves=("runs/tiny/evaluations.jsonl", "tiny-hf/README.md"),
     ),
     "docs/evaluate.md": Trip(
