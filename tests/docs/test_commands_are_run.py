@@ -79,7 +79,7 @@ TRIPS = {
             "eupe eval latency": "eupe eval latency --repeats 1 --size 64",
             "eupe scenes": "eupe scenes --pictures 24 --size 64",
         },
-        says={"eupe teachers": "siglip2-b-256", "eupe store ls": "100.0%", "eupe store verify": "is whole"},
+        says={"eupe teachers": "dinov2-s", "eupe store ls": "100.0%", "eupe store verify": "is whole"},
         leaves=("runs/tiny/evaluations.jsonl", "tiny-hf/README.md"),
     ),
     "docs/evaluate.md": Trip(
@@ -138,7 +138,7 @@ TRIPS = {
         leaves=("scenes/scenes.json", "tiny/scenes.json"),
     ),
     "docs/store.md": Trip(takes=("store/dinov2.zarr=store/dinov2-s.zarr",)),
-    "docs/teachers.md": Trip(says={"eupe teachers dinov2": "antialiasing"}),
+    "docs/teachers.md": Trip(says={"eupe teachers dinov2": "antialiases"}),
     "docs/training.md": Trip(
         takes=(
             *("photos", "store/proxy.zarr", "store/clip.zarr=store/pe-core.zarr"),
