@@ -26,6 +26,7 @@ TINY_TEACHER = "timm:test_vit"
 TINY_STUDENT = "test_vit"
 TINY_SIZE = 64
 BATCH = 8
+SIGLIP_WORDS = ["<unk>", "</s>", "a", "photo", "of", "red", "mug", "blue", "ball"]
 TWO_CROPS = ViewSpec(policy="rrc", num_views=2)
 
 
@@ -92,3 +93,15 @@ def make_store(
     for stretch in plan_stretches([plan], index.samples, done=[()]):
         worker.run(stretch)
     return finish_store(path)
+
+
+def save_siglip_tokenizer(folder: Path) -> None:
+    """Words for tokens, padded with 1 as SigLIP's own is."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(SIGLIP_WORDS)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="</s>", eos_token="</s>")
+    made.save_pretrained(folder)

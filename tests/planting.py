@@ -43,6 +43,7 @@ def planted_environment(
     writes: Outcomes | None = None,
     write_seconds: float = 0.0,
     loads: Outcomes | None = None,
+    narrow: Sequence[str] = (),
 ) -> dict[str, str]:
     """Variables under which every new Python process decodes, writes and loads so.
 
@@ -51,6 +52,8 @@ def planted_environment(
         writes: of parts' objects; the names of errors (`EIO`).
         write_seconds: that each of them takes longer.
         loads: of teachers; the names of signals that kill the process (`SIGKILL`).
+        narrow: rows of the registry whose models are 64 wide and two blocks deep, in whatever library they are:
+            DINOv2, CLIP ViT-B/16 of OpenAI or SigLIP.
     """
     paths = [str(PLANTED), os.environ.get("PYTHONPATH", "")]
     variables = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
@@ -60,4 +63,6 @@ def planted_environment(
         variables |= {"PLANTED_WRITES": str(writes.file), "PLANTED_WRITE_SECONDS": str(write_seconds)}
     if loads is not None:
         variables["PLANTED_LOADS"] = str(loads.file)
+    if narrow:
+        variables["PLANTED_NARROW"] = " ".join(narrow)
     return variables

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from making import save_siglip_tokenizer
 from safetensors.torch import save_file
 
 from eupe.evaluate import subject as subjects
@@ -25,7 +26,6 @@ SMALL_CLIP: dict[str, Any] = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 16},
     "text_cfg": {**SMALL_TEXT, "context_length": 12, "vocab_size": 49408},
 }
-SIGLIP_WORDS = ["<unk>", "</s>", "a", "photo", "of", "red", "mug", "blue", "ball"]
 CLIP_SIZE = 32
 
 
@@ -65,15 +65,3 @@ def whole_model(name: str, folder: Path, seed: int = 0) -> tuple[Any, Path]:
     if name == SIGLIP:
         save_siglip_tokenizer(folder)
     return model.eval().requires_grad_(False), path
-
-
-def save_siglip_tokenizer(folder: Path) -> None:
-    """Words for tokens, padded with 1 as SigLIP's own is."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(SIGLIP_WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="</s>", eos_token="</s>")
-    made.save_pretrained(folder)

@@ -11,7 +11,8 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
-from language import ARCHS, CLIP, PE, SIGLIP, SIGLIP_WORDS, shrink, whole_model
+from language import ARCHS, CLIP, PE, SIGLIP, shrink, whole_model
+from making import SIGLIP_WORDS
 
 from eupe.errors import ConfigError, EupeError, TeacherError
 from eupe.evaluate.prompts import Classes, class_numbers, folder_classes, read_classes, read_templates

@@ -6,18 +6,18 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ports import free_ports
 
 PATIENCE_S = 240
 FAREWELL_S = 10
@@ -106,15 +106,6 @@ def assert_same_store(out: Path, expected: dict[str, bytes]) -> None:
     files = store_files(out)
     assert files.keys() == expected.keys()
     assert [name for name in files if files[name] != expected[name]] == []
-
-
-def free_ports(count: int) -> list[int]:
-    """Different from one another, and free a moment ago."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def own_address() -> str:

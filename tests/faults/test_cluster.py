@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 from making import make_store
+from ports import free_ports
 from ray.cluster_utils import Cluster
 from ray.util.state import list_tasks
 from running import (
@@ -26,7 +27,6 @@ from running import (
     committed,
     extract_workers,
     finish,
-    free_ports,
     ray_head,
     store_files,
     wait_until,

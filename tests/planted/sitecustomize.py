@@ -1,5 +1,6 @@
 """Run by every Python process that has this folder on its PYTHONPATH: plants what `tests/planting.py` asks for."""
 
+import dataclasses
 import errno
 import fcntl
 import importlib.util
@@ -11,6 +12,7 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 MARK = b"POISON:"
+NARROW = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 
 
 class Planting(MetaPathFinder):
@@ -89,6 +91,32 @@ def deadly_loads(module):
     module.load_teacher = deadly
 
 
+def narrow_rows(module):
+    for name in os.environ["PLANTED_NARROW"].split():
+        row = module.REGISTRY[name]
+        width = NARROW["embed_dim"]
+        summary = row.summary_dim if row.summary == "projected" else width
+        module.REGISTRY[name] = dataclasses.replace(row, dense_dim=width, summary_dim=summary)
+
+
+def narrow_timm(module):
+    create = module.create_model
+
+    def narrow(name, *arguments, **named):
+        return create(name, *arguments, **{**named, **NARROW} if "siglip" in name else named)
+
+    module.create_model = narrow
+
+
+def narrow_open_clip(module):
+    configs = module.factory._MODEL_CONFIGS
+    vision = configs["ViT-B-16-quickgelu"]["vision_cfg"]
+    vision |= {"layers": NARROW["depth"], "width": NARROW["embed_dim"], "head_width": 16}
+    configs["ViT-B-16-SigLIP2-256"]["embed_dim"] = NARROW["embed_dim"]
+    for arch in ("ViT-B-16-quickgelu", "ViT-B-16-SigLIP2-256"):
+        configs[arch]["text_cfg"] |= {"layers": 2, "width": 32, "heads": 2}
+
+
 def next_outcome(variable):
     """The first of the words in the file that a variable names, which is taken from it; empty where none is left."""
     with Path(os.environ[variable]).open("r+") as file:
@@ -107,3 +135,7 @@ if "PLANTED_WRITES" in os.environ:
     sys.meta_path.insert(0, Planting("eupe.place", failing_writes))
 if "PLANTED_LOADS" in os.environ:
     sys.meta_path.insert(0, Planting("eupe.teachers.teacher", deadly_loads))
+if "PLANTED_NARROW" in os.environ:
+    sys.meta_path.insert(0, Planting("eupe.teachers.registry", narrow_rows))
+    sys.meta_path.insert(0, Planting("timm", narrow_timm))
+    sys.meta_path.insert(0, Planting("open_clip", narrow_open_clip))
