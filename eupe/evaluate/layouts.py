@@ -410,7 +410,7 @@ def _only(data: Path, kinds: Sequence[str], wanted: str) -> str:
 
 
 def _require_files(paths: Iterable[Path], listed: Path) -> None:
-    missing = [path for path in paths if not os.path.isfile(path)]  # `Path` raises for a long name
+    missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113 - which raises for a long name
     if missing:
         raise CorpusError(f"{listed} names {len(missing)} files that are missing; the first is {missing[0]}")
 

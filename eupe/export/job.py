@@ -22,6 +22,7 @@ from eupe.export.config import EXECUTORCH, HF, ONNX, TIMM, ExportConfig
 from eupe.export.model_card import write_card
 from eupe.export.source import Says, Source, Written, open_source
 from eupe.export.verify import Proof, prove, require_sameness
+from eupe.reading import read_json
 from eupe.teachers.weights import brief
 
 RECORD_FILE = "export.json"
@@ -150,7 +151,7 @@ def _recognise(out: Path, asked: dict[str, Any]) -> ExportReport | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        kept = json.loads((out / RECORD_FILE).read_text())
+        kept = read_json(out / RECORD_FILE)
         if kept["asked"] == asked:
             return ExportReport(**{**kept["report"], "out": str(out), "cached": True})
     except (OSError, ValueError, KeyError, TypeError):

@@ -20,6 +20,7 @@ from typing import Any
 
 from eupe.ahead import map_ahead
 from eupe.errors import ConfigError, IncompleteError, StorageError
+from eupe.reading import read_json
 from eupe.scenes.catalogue import CATEGORIES, CLASSES
 from eupe.scenes.layouts import LAYOUTS, Request
 from eupe.stopping import stop_signals
@@ -106,13 +107,13 @@ def _finished(out: Path, request: Request) -> Mapping[str, Mapping[str, int]] | 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        card = json.loads((out / CARD).read_text())
+        card = read_json(out / CARD)
         stored = card["request"]
         counts: Mapping[str, Mapping[str, int]] = card["counts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        asked = _identity(request)
+        different = [f"{k} {stored.get(k)} there, {v} asked for" for k, v in asked.items() if stored.get(k) != v]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{out} holds something that is no folder of scenes; give another --out") from error
-    asked = _identity(request)
-    different = [f"{k} {stored.get(k)} there, {v} asked for" for k, v in asked.items() if stored.get(k) != v]
     if different:
         raise ConfigError(f"{out} holds other scenes ({'; '.join(different)}); give another --out, or delete it")
     return counts
