@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from eupe.reading import read_json
 from eupe.scenes.catalogue import CATEGORIES, CLASSES
 from eupe.scenes.layouts import LAYOUTS, Request
 from eupe.stopping import stop_signals
+from eupe.unfinished import unfinished
 
 VERSION = 1
 """Raise it when the same request gives other bytes: older folders then count as another request."""
@@ -72,7 +71,7 @@ def make_scenes(
     try:
         if (counts := _finished(config.out, request)) is not None:
             return ScenesReport(str(config.out), counts, cached=True)
-        with _folder_for(config.out) as folder:
+        with unfinished(config.out, verb="scenes") as folder:
             if (counts := _finished(config.out, request)) is not None:  # by another process, just now
                 return ScenesReport(str(config.out), counts, cached=True)
             cores = len(os.sched_getaffinity(0))
@@ -121,42 +120,6 @@ def _finished(out: Path, request: Request) -> Mapping[str, Mapping[str, int]] | 
 
 def _identity(request: Request) -> dict[str, int]:
     return {"version": VERSION, **asdict(request)}
-
-
-@contextmanager
-def _folder_for(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, locked while it is filled, and gone afterwards unless it was renamed.
-
-    Raises: ConfigError if another process is at work on the same.
-    """
-    folder = out.with_name(f".{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        if not (_locked(lock) and _is_open_as(folder, lock)):
-            raise ConfigError(f"another `eupe scenes` is making {out}; wait for its end, and run the same again")
-        for left in folder.iterdir():  # by one that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        try:
-            yield folder
-        finally:
-            if _is_open_as(folder, lock):
-                shutil.rmtree(folder)
-    finally:
-        os.close(lock)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_open_as(folder: Path, descriptor: int) -> bool:
-    """Whether a folder is still there, and not another of the same name."""
-    return folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor))
 
 
 def _fill(folder: Path, request: Request, processes: int, progress: Progress) -> Mapping[str, Mapping[str, int]]:
