@@ -125,7 +125,8 @@ def _identity(request: Request) -> dict[str, int]:
 def _fill(folder: Path, request: Request, processes: int, progress: Progress) -> Mapping[str, Mapping[str, int]]:
     jobs = [(layout, number) for layout in LAYOUTS for number in range(request.pictures)]
     drawn: dict[str, list[Any]] = {layout: [] for layout in LAYOUTS}
-    with stop_signals(signal.SIGTERM) as stop_asked, closing(_drawn(folder, request, jobs, processes)) as results:
+    signals = (signal.SIGINT, signal.SIGTERM)
+    with stop_signals(*signals) as stop_asked, closing(_drawn(folder, request, jobs, processes)) as results:
         for done, ((layout, _), result) in enumerate(zip(jobs, results, strict=True)):
             drawn[layout].append(result)
             progress(done + 1, len(jobs))

@@ -137,10 +137,11 @@ def test_two_at_once_do_not_mix(tmp_path: Path, quick: list[int]) -> None:
     assert not make_scenes(config(tmp_path / "scenes"), processes=1).cached
 
 
-def test_a_signal_ends_it_with_nothing_kept(tmp_path: Path, quick: list[int]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_nothing_kept(number: signal.Signals, tmp_path: Path, quick: list[int]) -> None:
     def stop(done: int, total: int) -> None:
         if done == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     with pytest.raises(IncompleteError, match="nothing was kept"):
         make_scenes(config(tmp_path / "scenes"), processes=1, progress=stop)
