@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from eupe.errors import StorageError
+from eupe.evaluate import report_write
 from eupe.evaluate.page import make_place, write_whole
+from eupe.evaluate.result import Result, keep_results
 
 
 def test_a_page_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +51,20 @@ def test_a_disk_that_fills_up_keeps_the_page_before(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_report_that_is_interrupted_says_so_and_leaves_the_page_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_eupe: Callable[..., Any]
+) -> None:
+    result = Result(task="knn", subject="dinov2-s", kind="teacher", scores={"accuracy": 0.5}, protocol={}, data={})
+    keep_results([result], tmp_path / "r.jsonl")
+    (tmp_path / "page.html").write_text("old")
+
+    def interrupted(*_: object, **__: object) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        return "new"
+
+    monkeypatch.setattr(report_write, "render_report", interrupted)
+    outcome = run_eupe("eval", "report", tmp_path / "r.jsonl", "--out", tmp_path / "page.html")
+    assert outcome.code == 130 and outcome.err.strip() == "error: interrupted; run the same command again"
+    assert (tmp_path / "page.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
