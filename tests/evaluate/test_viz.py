@@ -394,7 +394,7 @@ class TestForeground:
         assert f'<p class="note">{note.removeprefix("first.zarr: ")}</p>' in page.text
         assert "foreground" not in plain.text
 
-    def test_the_command_line_takes_it(self, world: World, tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    def test_the_foreground_is_asked_for_on_the_command_line(self, world: World, tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
         words = ("viz", world.other, "--images", world.corpus, "--limit", 2, "--out")
         assert run_eupe(*words, tmp_path / "plain.html").code == 0
         assert run_eupe(*words, tmp_path / "fore.html", "--foreground").code == 0
