@@ -86,6 +86,10 @@ StoredTeacher = Annotated[
 ]
 
 
+INTERRUPTED = 130
+"""The exit code that typer makes of Ctrl-C."""
+
+
 def main() -> None:
     """Run the command line; a mistake of the user's is one sentence, never a traceback."""
     try:
@@ -93,6 +97,10 @@ def main() -> None:
     except EupeError as error:
         err.print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            err.print("[bold red]error:[/] interrupted; run the same command again", soft_wrap=True)
+        raise
 
 
 def _version(asked: bool) -> None:

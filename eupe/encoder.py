@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import eupe.proxy  # noqa: F401 - its architectures are timm's from here on
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.kinds import DenseKind, SummaryKind
+from eupe.reading import read_json
 from eupe.share import share
 
 CARD_FILE = "student.json"
@@ -66,18 +67,32 @@ class EncoderCard:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_json(cls, card: Mapping[str, Any]) -> EncoderCard:
+    def from_json(cls, card: Any) -> EncoderCard:
         """The inverse of `to_json`.
 
-        Raises: ConfigError naming the fields that are missing, unknown, or hold an unknown word.
+        Raises: ConfigError naming the fields that are missing, unknown, or hold an unknown word or something else than
+            they should.
         """
+        if not isinstance(card, Mapping):
+            raise ConfigError(f"an encoder card is an object, not {type(card).__name__}")
         names = {field.name for field in dataclasses.fields(cls)}
         if wrong := sorted(names ^ set(card)):
             raise ConfigError(f"an encoder card has fields missing or unknown: {', '.join(wrong)}")
         if card["summary"] not in get_args(SummaryKind) or card["dense"] not in get_args(DenseKind):
             raise ConfigError(f"an encoder card has unknown kinds: {card['summary']!r}, {card['dense']!r}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
+        if wrong := [name for name, value in values.items() if not _is_of_its_kind(name, value)]:
+            raise ConfigError(f"an encoder card has {', '.join(f'{name} {card[name]!r}' for name in wrong)}")
         return cls(**values)
+
+
+def _is_of_its_kind(name: str, value: Any) -> bool:
+    """Whether a field of a card may have a value, words of a kind aside."""
+    if name in ("size", "patch", "dense_dim", "summary_dim", "prefix_tokens"):
+        return type(value) is int and value >= (0 if name in ("summary_dim", "prefix_tokens") else 1)
+    if name in ("mean", "std"):
+        return isinstance(value, tuple) and len(value) == 3 and all(type(v) in (int, float) for v in value)
+    return isinstance(value, str)
 
 
 def timm_tokens(
@@ -260,7 +275,7 @@ def load_card(directory: Path) -> EncoderCard:
     Raises: RunError naming the directory if there is no readable card.
     """
     try:
-        return EncoderCard.from_json(json.loads((directory / CARD_FILE).read_text()))
+        return EncoderCard.from_json(read_json(directory / CARD_FILE))
     except (OSError, ValueError) as error:
         raise RunError(f"{directory} is not a training run: no readable {CARD_FILE} ({error})") from error
 

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import io
-import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -35,6 +35,7 @@ from eupe.corpus.pictures import insides
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.pictures import Pictures
 from eupe.place import Place, Where
+from eupe.reading import read_json
 
 Split = Literal["train", "val"]
 SPLITS: dict[str, tuple[str, ...]] = {"train": ("train", "training"), "val": ("val", "validation", "test")}
@@ -145,13 +146,18 @@ def class_names(data: Path) -> tuple[str, ...] | None:
     """Of the masks' values, from 0 on, or from 1 in ADE20K's layout; None where the data has none.
 
     They stand in `classes.txt`, one a line, or in ADE20K's `objectInfo150.txt`.
+
+    Raises: CorpusError if there is such a file without any names.
     """
-    if (data / "classes.txt").exists():
-        return tuple(line.strip() for line in (data / "classes.txt").read_text().splitlines() if line.strip())
-    if (data / "objectInfo150.txt").exists():
-        lines = (data / "objectInfo150.txt").read_text().splitlines()[1:]
-        return tuple(line.split("\t")[-1].strip() for line in lines if line.strip())
-    return None
+    own, ade = data / "classes.txt", data / "objectInfo150.txt"
+    listed = next((path for path in (own, ade) if path.exists()), None)
+    if listed is None:
+        return None
+    lines = _lines(listed) if listed == own else [line.split("\t")[-1] for line in _lines(listed)[1:]]
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names:
+        raise CorpusError(f"{listed} names no classes; give a name a line, or remove it")
+    return names
 
 
 def depth_split(data: Path, split: Split) -> Mapped:
@@ -166,7 +172,7 @@ def depth_split(data: Path, split: Split) -> Mapped:
     if not listed.exists():
         raise CorpusError(f"{listed} is missing beside {NYU_LISTS['train']}; NYUv2's lists are both needed")
     keys, maps = [], []
-    for number, line in enumerate(listed.read_text().splitlines(), start=1):
+    for number, line in enumerate(_lines(listed), start=1):
         words = line.split()
         if not words:
             continue
@@ -176,6 +182,8 @@ def depth_split(data: Path, split: Split) -> Mapped:
             continue
         keys.append(words[0].lstrip("/"))
         maps.append(data / words[1].lstrip("/"))
+    if not keys:
+        raise CorpusError(f"{listed} lists no picture with a depth map")
     _require_files([*(data / key for key in keys), *maps], listed)
     return Mapped(Pictures(Place.of(data), tuple(keys)), tuple(maps), 0, EIGEN_CROP)
 
@@ -188,7 +196,7 @@ def point_pairs(data: Path, *, limit: int | None = None) -> tuple[Pictures, list
     listed = data / "Layout" / "large" / "test.txt"
     if not listed.exists():
         raise CorpusError(f"{data} holds no correspondences in SPair-71k's layout: {listed} is missing")
-    names = [line.strip() for line in listed.read_text().splitlines() if line.strip()][:limit]
+    names = [line.strip() for line in _lines(listed) if line.strip()][:limit]
     if not names:
         raise CorpusError(f"{listed} lists no pairs")
     places: dict[str, int] = {}
@@ -201,17 +209,21 @@ def point_pairs(data: Path, *, limit: int | None = None) -> tuple[Pictures, list
 def _point_pair(data: Path, name: str, places: dict[str, int]) -> PointPair:
     path = data / "PairAnnotation" / "test" / f"{name}.json"
     try:
-        plain: dict[str, Any] = json.loads(path.read_text())
-        category = plain["category"]
-        keys = [f"JPEGImages/{category}/{plain[side]}" for side in ("src_imname", "trg_imname")]
+        plain: dict[str, Any] = read_json(path)
+        category = _word(plain["category"])
+        keys = [f"JPEGImages/{category}/{_word(plain[side])}" for side in ("src_imname", "trg_imname")]
         source, target = (np.array(plain[side], dtype=np.float64).reshape(-1, 2) for side in ("src_kps", "trg_kps"))
         x0, y0, x1, y1 = map(float, plain["trg_bndbox"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CorpusError(f"{path} is no annotation of SPair-71k's: {type(error).__name__}: {error}") from error
     if len(source) != len(target) or not len(source):
         raise CorpusError(
             f"{path} has {len(source)} source and {len(target)} target points; both need as many, and some"
         )
+    if not np.isfinite([*source.flat, *target.flat, x0, y0, x1, y1]).all():
+        raise CorpusError(f"{path} has points or a trg_bndbox that are not all finite numbers; correct it")
+    if x1 <= x0 or y1 <= y0:
+        raise CorpusError(f"{path} has a trg_bndbox of {x0:g}, {y0:g}, {x1:g}, {y1:g}, which is no box; correct it")
     first, second = (places.setdefault(key, len(places)) for key in keys)
     return PointPair(first, second, category, source, target, (x0, y0, x1, y1))
 
@@ -228,7 +240,7 @@ def caption_split(data: Path, *, limit: int | None = None) -> Captioned:
     if listed is None:
         raise CorpusError(f"{data} holds no captions in COCO's layout: {places[0]} and {places[1]} are missing")
     try:
-        plain = json.loads(listed.read_text(encoding="utf-8"))
+        plain = read_json(listed)
         images = [(each["id"], _word(each["file_name"])) for each in plain["images"]]
         said = [(each["id"], each["image_id"], _word(each["caption"])) for each in plain["annotations"]]
         repeated = [("picture", i) for i, n in Counter(i for i, _ in images).items() if n > 1]
@@ -272,7 +284,7 @@ def question_set(data: Path) -> tuple[Pictures, list[Question]]:
     """
     listed = data / QUESTIONS
     try:
-        plain = json.loads(listed.read_text(encoding="utf-8"))
+        plain = read_json(listed)
     except (OSError, ValueError) as error:
         raise CorpusError(f"{listed} cannot be read: {error}") from error
     if not isinstance(plain, list) or not plain:
@@ -328,11 +340,7 @@ def read_depth(path: Path) -> NDArray[np.float32]:
     Raises: CorpusError unless it is a 16-bit PNG, or an array of two axes.
     """
     if path.suffix == ".npy":
-        try:
-            metres = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise CorpusError(f"depth map {path} cannot be read: {error}") from error
-        unit = 1.0
+        metres, unit = _read_array(path), 1.0
     else:
         metres, unit = _read_image(path), MILLIMETRE
         if metres.dtype == np.uint8:
@@ -349,6 +357,18 @@ def _read_image(path: Path) -> NDArray[Any]:
             return np.asarray(image)
     except Exception as error:  # a hostile file can raise anything from a decoder
         raise CorpusError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read_array(path: Path) -> NDArray[Any]:
+    try:
+        values = np.load(path, allow_pickle=False)
+    except Exception as error:  # as above
+        raise CorpusError(f"depth map {path} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(values, np.ndarray):
+        raise CorpusError(f"depth map {path} is an archive of arrays (.npz), not one array (.npy)")
+    if values.dtype.kind not in "fiu":
+        raise CorpusError(f"depth map {path} holds values of type {values.dtype}; metres are real numbers")
+    return values
 
 
 def _paired(data: Path, kind: str, split: Split, suffixes: Sequence[str], nothing: int) -> Mapped:
@@ -390,6 +410,14 @@ def _only(data: Path, kinds: Sequence[str], wanted: str) -> str:
 
 
 def _require_files(paths: Iterable[Path], listed: Path) -> None:
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113 - which raises for a long name
     if missing:
         raise CorpusError(f"{listed} names {len(missing)} files that are missing; the first is {missing[0]}")
+
+
+def _lines(path: Path) -> list[str]:
+    """Raises: CorpusError."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"{path} cannot be read as lines of text: {error}") from error

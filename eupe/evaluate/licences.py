@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from eupe.evaluate.run import is_run, read_card
+from eupe.reading import read_json
 from eupe.teachers.run_adapter import OWN_LICENCE
 from eupe.train.card import RunCard
 from eupe.train.loop import INIT_FILE
@@ -77,6 +77,6 @@ def _names(places: tuple[str, ...]) -> tuple[str, ...]:
 def _began_as(run: Path) -> str | None:
     """What `--init` named."""
     try:
-        return str(json.loads((run / INIT_FILE).read_text())["source"])
+        return str(read_json(run / INIT_FILE)["source"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eupe.errors import ConfigError
+
 BLOCK_ROWS = 1024
 
 
@@ -17,15 +19,18 @@ def mutual_neighbours(a_ND: Tensor, b_ND: Tensor, *, k: int, groups_N: Tensor | 
         a_ND, b_ND: [N, Da] and [N, Db], row i of both being the same view.
         groups_N: int64; rows of one group, such as views of one picture, are no neighbours of each other.
     Returns: None where a row has no neighbour at all.
+    Raises: ConfigError if some row has fewer than k.
     Source: Huh et al., "The Platonic Representation Hypothesis" (2024), mutual nearest-neighbour metric.
     """
     groups = torch.arange(len(a_ND)) if groups_N is None else groups_N
-    k = min(k, len(a_ND) - most_together(groups))
-    if k < 1:
+    most = len(a_ND) - most_together(groups)
+    if most < 1:
         return None
-    near_a, near_b = _nearest(a_ND, k, groups), _nearest(b_ND, k, groups)
-    shared = (near_a[:, :, None] == near_b[:, None, :]).any(dim=2).float().mean()
-    return float(shared)
+    if k > most:
+        raise ConfigError(f"--k {k} does not fit {len(a_ND)} views; give 1 to {most}")
+    near_a, near_b = _nearest(a_ND, k, groups), _nearest(b_ND, k, groups).sort(dim=1).values
+    places = torch.searchsorted(near_b, near_a).clamp(max=k - 1)
+    return float((near_b.gather(1, places) == near_a).double().mean())
 
 
 def most_together(groups_N: Tensor) -> int:

@@ -31,10 +31,12 @@ def make_place(out: Path) -> None:
 
     Raises: StorageError if it cannot stand at `out`.
     """
-    if out.is_dir():
-        raise StorageError(f"{out} cannot be written: it is a folder; name a file in it")
     try:
+        if out.is_dir():
+            raise StorageError(f"{out} cannot be written: it is a folder; name a file in it")
         out.parent.mkdir(parents=True, exist_ok=True)
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error}") from error
 
@@ -46,10 +48,14 @@ def write_whole(out: Path, data: bytes) -> int:
     """
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
-        temporary.replace(out)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,7 +51,8 @@ class Model:
     def run(self) -> Path | None:
         """The run's directory, if it is one that is there."""
         path = Path(self.subject)
-        return path if self.kind == "run" and (path / CARD_FILE).is_file() else None
+        is_there = os.path.isfile(path / CARD_FILE)  # noqa: PTH113 - which raises for a long name
+        return path if self.kind == "run" and is_there else None
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,8 @@ def _column(
     by_place = {places[result.subject, result.kind, result.untrained]: result for result in group}
     usual = usual_features([result for i, result in by_place.items() if not models[i].is_baseline] or group)
     cells = {}
-    largest = max(abs(float(result.scores[measure])) for result in group)
+    values = [abs(float(result.scores[measure])) for result in group]
+    largest = max(filter(math.isfinite, values), default=0.0)
     for i, result in sorted(by_place.items()):
         words = difference(result, usual)
         mark = marks.setdefault(words, letter(len(marks))) if words else ""

@@ -17,7 +17,7 @@ from eupe.corpus.pictures import insides
 from eupe.corpus.views import render_view
 from eupe.errors import ConfigError
 from eupe.evaluate.pictures import Pictures, centre
-from eupe.evaluate.run import read_card
+from eupe.evaluate.run import holdout
 from eupe.evaluate.subject import open_subjects
 from eupe.evaluate.viz import SHOWN_PX, choose_pictures
 from eupe.evaluate.viz_items import Picture
@@ -56,7 +56,7 @@ def draw_maps(runs: Mapping[str, Path], images: Where, *, limit: int) -> Maps:
     if not runs:
         raise ConfigError("--images shows maps of training runs, and none of those that were judged is here")
     corpus = open_corpus(images)
-    share = min(float(read_card(run).config["holdout"]) for run in runs.values())
+    share = min(map(holdout, runs.values()))
     samples = corpus.samples.select(["key", "label", "sha256"]).to_pylist()
     known = [
         Picture(**sample, held_out=is_held_out(sample["key"], share), inside=inside)

@@ -127,7 +127,7 @@ def rows(merged: Merged) -> tuple[list[tuple[Model, list[Cell | None]]], list[tu
 def flat_table(results: Sequence[Result]) -> list[list[str]]:
     """Results that have a table of their own, with all of their scores; the first row says what they are."""
     measures = list(dict.fromkeys(name for result in results for name in result.scores))
-    about = [str(result.data.get("target", result.data.get("verdict", {}).get("word", ""))) for result in results]
+    about = [_about(result) for result in results]
     return [
         ["", "", *measures],
         *(
@@ -135,6 +135,12 @@ def flat_table(results: Sequence[Result]) -> list[list[str]]:
             for result, what in zip(results, about, strict=True)
         ),
     ]
+
+
+def _about(result: Result) -> str:
+    """The target, or the verdict, that a result is about."""
+    verdict = result.data.get("verdict")
+    return str(result.data.get("target", verdict.get("word", "") if isinstance(verdict, dict) else ""))
 
 
 def markdown(merged: Merged, *, title: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eupe.errors import ConfigError, RunError, StorageError
+from eupe.reading import parse_json
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 
@@ -47,18 +48,24 @@ class Result:
         return plain
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> Result:
+    def from_json(cls, plain: Any) -> Result:
         """The inverse of `to_json`.
 
-        Raises: TypeError if it is something else.
+        Raises: TypeError if it is something else; OverflowError for a score beyond all floats.
         """
         result = cls(**plain)
         words = (result.task, result.subject, result.kind)
         parts = (result.scores, result.protocol, result.data)
         if not all(isinstance(word, str) for word in words) or not all(isinstance(part, dict) for part in parts):
             raise TypeError("task, subject and kind are not all words, or scores, protocol and data not all objects")
-        if not result.scores or not all(isinstance(score, int | float) for score in result.scores.values()):
+        if type(result.untrained) is not bool or type(result.lower_is_better) is not bool:
+            raise TypeError("untrained and lower_is_better are not both true or false")
+        if not result.scores or not all(type(score) in (int, float) for score in result.scores.values()):
             raise TypeError("its scores are not numbers")
+        if "\0" in result.subject:
+            raise TypeError("its subject is no name of anything")
+        for score in result.scores.values():
+            float(score)
         return result
 
 
@@ -109,10 +116,10 @@ def read_results(path: Path) -> list[Result]:
         return []
     where, results = str(place), []
     try:
-        for number, line in enumerate(place.read_text().splitlines(), start=1):
+        for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
             where = f"line {number} of {place}"
-            results.append(Result.from_json(json.loads(line)))
-    except (OSError, ValueError, TypeError) as error:
+            results.append(Result.from_json(parse_json(line)))
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         raise RunError(f"{where} holds no results of evaluations ({error}); remove it, or judge again") from error
     return results
 

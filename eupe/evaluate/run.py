@@ -13,10 +13,13 @@ from eupe.device import pick_device
 from eupe.encoder import load_encoder
 from eupe.errors import RunError
 from eupe.place import Where
-from eupe.train.card import HEADS_FILE, RunCard, store_fingerprint
+from eupe.train.card import CONFIG_FILE, HEADS_FILE, RunCard, store_fingerprint
 from eupe.train.card import read_card as read_card
 from eupe.train.distiller import Distiller, build_distiller
 from eupe.train.targets import TargetSet, open_targets
+
+DECISIVE = ("student", "size", "head_width", "seed", "dtype", "normalise", "target_size", "holdout")
+"""Options without which student, heads and targets cannot be opened."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,29 @@ def is_run(path: Path) -> bool:
     return True
 
 
+def holdout(path: Path) -> float:
+    """The share of its pictures that a run was not trained on.
+
+    Raises: RunError if there is no run, or it does not say.
+    """
+    share = read_card(path).config.get("holdout")
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise RunError(f"run {path} has a {CONFIG_FILE} whose holdout is {share!r}, no share from 0 to 1; restore it")
+    return float(share)
+
+
 def open_run(path: Path, *, corpus: Where | None = None) -> Run:
     """Load student and heads, and open the stores that they learned from.
 
     Raises: RunError if the run is not finished; StoreError or CorpusError if its targets or pictures are gone.
     """
     card = read_card(path)
+    lacking = [name for name in DECISIVE if name not in card.config]
+    lacking += [name for target in card.targets for name in ("path", "fingerprint") if name not in target]
+    if lacking:
+        raise RunError(f"run {path} has a {CONFIG_FILE} without {', '.join(lacking)}; restore it, or train anew")
     stores = [target["path"] for target in card.targets]
-    targets = open_targets(stores, corpus=corpus, holdout=card.config["holdout"])
+    targets = open_targets(stores, corpus=corpus, holdout=holdout(path))
     for store, target in zip(targets.stores, card.targets, strict=True):
         if store_fingerprint(store) != target["fingerprint"]:
             raise RunError(f"{store.path} is not the store that {path} learned from: it was made anew, otherwise")

@@ -25,6 +25,7 @@ from eupe.evaluate.layouts import caption_split
 from eupe.evaluate.prompts import AS_IT_IS, SLOT, TEMPLATES, Classes, read_classes, read_templates
 from eupe.evaluate.text_tower import TextTower, load_tower
 from eupe.place import Place
+from eupe.reading import parse_json
 from eupe.teachers.registry import ALIASES
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
@@ -209,7 +210,7 @@ def load_texts(path: Path) -> Texts:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            plain: dict[str, Any] = json.loads((file.metadata() or {})[METADATA])
+            plain: dict[str, Any] = parse_json((file.metadata() or {})[METADATA])
             tensors = {name: file.get_tensor(name) for name in (EMBEDDINGS, SCALE, BIAS)}
         folders = plain["folders"]
         classes = Classes(tuple(plain["names"]), None if folders is None else tuple(folders))

@@ -20,7 +20,7 @@ from eupe.corpus.views import ViewSpec, draw_view
 from eupe.encoder import load_card
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.page import make_place, write_whole
-from eupe.evaluate.run import read_card
+from eupe.evaluate.run import holdout
 from eupe.evaluate.subject import StoreSubject, Subject, open_subjects
 from eupe.evaluate.viz_figure import draw_figure, plan_figure
 from eupe.evaluate.viz_history import read_history
@@ -123,7 +123,7 @@ def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreSubject], runs: Se
 
     Raises: ConfigError if there is none.
     """
-    held_out_share = min((read_card(run).config["holdout"] for run in runs), default=0.0)
+    held_out_share = min(map(holdout, runs), default=0.0)
     rows = corpus.samples.select(["key", "label", "sha256"]).to_pylist()
     for row, inside in zip(rows, insides(corpus.samples), strict=True):
         row["inside"] = inside

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from eupe.errors import RunError
 from eupe.evaluate.viz_chart import Point, Series
+from eupe.reading import parse_json, read_json
 from eupe.store.layout import DENSE
 from eupe.train.card import REPORT_FILE
 from eupe.train.log import METRICS_FILE
@@ -51,12 +51,12 @@ def read_history(run: Path) -> History:
                 {"loss": losses, "cosine": cosines}[curves].setdefault(name, []).append((step, value))
         report = _read_report(run / REPORT_FILE)
         outcome = tuple(
-            Cosine(target, kind, cosine["normalised"], cosine["raw"], cosine["mean_raw"])
+            Cosine(target, kind, *(float(cosine[name]) for name in ("normalised", "raw", "mean_raw")))
             for target, kinds in report.get("validation", {}).items()
             for kind, cosine in kinds.items()
         )
         facts = _facts(report) if report else ""
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise RunError(f"run {run} has a damaged {METRICS_FILE} or {REPORT_FILE}: {error!r}") from error
     return History(_series(losses), _series(cosines), outcome, facts)
 
@@ -64,8 +64,8 @@ def read_history(run: Path) -> History:
 def _values(log: Path) -> Iterator[tuple[int, str, str, float]]:
     """Step, which chart, curve and value of everything to be drawn, in the order it was written."""
     for line in log.read_text().splitlines() if log.exists() else ():
-        entry: dict[str, Any] = json.loads(line)
-        step = entry["step"]
+        entry: dict[str, Any] = parse_json(line)
+        step = int(entry["step"])
         if "loss" in entry:
             yield step, "loss", "total", entry["loss"]
             for name, value in entry["losses"].items():
@@ -87,7 +87,7 @@ def _series(curves: dict[str, list[Point]]) -> tuple[Series, ...]:
 
 
 def _read_report(path: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    report: dict[str, Any] = read_json(path) if path.exists() else {}
     return report
 
 

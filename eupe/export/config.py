@@ -42,6 +42,8 @@ class ExportConfig:
             raise ConfigError(f"--format {self.format} is unknown{near(self.format, list(FORMATS))}; use {known}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision {self.precision} is unknown; use {', '.join(PRECISIONS)}")
+        if self.size is not None and self.size < 1:
+            raise ConfigError(f"--size must be at least 1 pixel, got {self.size}")
         idle = {"--precision": self.precision != FP32, "--dynamic-size": self.dynamic_size}
         if self.format != ONNX and (given := [name for name, is_given in idle.items() if is_given]):
             raise ConfigError(f"{given[0]} is for --format {ONNX}; a model of --format {self.format} has no need of it")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,8 +21,10 @@ from eupe.export.config import EXECUTORCH, HF, ONNX, TIMM, ExportConfig
 from eupe.export.model_card import write_card
 from eupe.export.source import Says, Source, Written, open_source
 from eupe.export.verify import Proof, prove, require_sameness
+from eupe.reading import read_json
 from eupe.share import share
 from eupe.teachers.weights import brief
+from eupe.unfinished import unfinished
 
 RECORD_FILE = "export.json"
 CARD_FILE = "README.md"
@@ -80,11 +81,14 @@ def export(config: ExportConfig) -> ExportReport:
     if (kept := _recognise(config.out, asked)) is not None:
         return kept
     with _whole(config.out.absolute()) as folder:
-        written = FORMATS[config.format].write(source, config, folder)
+        if (kept := _recognise(config.out, asked)) is not None:  # by another process, just now
+            return kept
+        written = _written(source, config, folder)
         proof = _proven(source, config, folder)
         learned_from = origins(config.run, source.card)
         text = write_card(source, config, written, proof, learned_from)
-        (folder / CARD_FILE).write_text(text, encoding="utf-8")
+        (folder / CARD_FILE).write_text(text, encoding="utf-8", errors="replace")
+        files = {file.name: file.stat().st_size for file in folder.iterdir()}
         report = ExportReport(
             out=str(config.out),
             cached=False,
@@ -97,12 +101,30 @@ def export(config: ExportConfig) -> ExportReport:
             num_pictures=proof.num_pictures,
             torch_ms=proof.torch_ms,
             exported_ms=proof.exported_ms,
-            num_bytes=sum(file.stat().st_size for file in folder.iterdir()),
+            num_bytes=sum(files.values()),
             licences={origin.name: origin.licence for origin in learned_from},
             notes=list(written.notes),
         )
-        _keep(folder / RECORD_FILE, asked, report, proof)
+        _keep(folder / RECORD_FILE, asked, report, proof, files)
+        for file in folder.iterdir():
+            share(file)
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        folder.rename(config.out.absolute())
     return report
+
+
+def _written(source: Source, config: ExportConfig, folder: Path) -> Written:
+    """Raises: ConfigError if the format's library refuses; OSError, SafetensorError if the disk does."""
+    try:
+        return FORMATS[config.format].write(source, config, folder)
+    except (EupeError, OSError, SafetensorError):
+        raise
+    except Exception as error:  # libraries refuse in many ways
+        raise ConfigError(
+            f"{config.run} cannot be written as --format {config.format} in {config.precision} ({brief(error)}), so "
+            "nothing was left; try another format or precision"
+        ) from error
 
 
 def _proven(source: Source, config: ExportConfig, folder: Path) -> Proof:
@@ -146,44 +168,47 @@ def _sizes(source: Source, config: ExportConfig) -> Sequence[tuple[int, int]]:
 def _recognise(out: Path, asked: dict[str, Any]) -> ExportReport | None:
     """The report of this very export; None where there is nothing yet.
 
-    Raises: ConfigError if something else is there.
+    Raises: ConfigError if something else is there, or a part of it is gone.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    is_there = os.path.exists(out)  # noqa: PTH110 - which raises for a long name
+    if not is_there or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        kept = json.loads((out / RECORD_FILE).read_text())
-        if kept["asked"] == asked:
-            return ExportReport(**{**kept["report"], "out": str(out), "cached": True})
-    except (OSError, ValueError, KeyError, TypeError):
-        kept = None
-    what = "something that is no export" if kept is None else "another export"
-    raise ConfigError(f"--out {out} holds {what}; give another, or remove it")
+        kept = read_json(out / RECORD_FILE)
+        is_this = kept["asked"] == asked
+        report = ExportReport(**{**kept["report"], "out": str(out), "cached": True})
+        damaged = [name for name, size in kept["files"].items() if _size(out / name) != size]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"--out {out} holds something that is no export; give another, or remove it") from None
+    if not is_this:
+        raise ConfigError(f"--out {out} holds another export; give another, or remove it")
+    if damaged:
+        raise ConfigError(
+            f"--out {out} holds this export, but its {damaged[0]} is gone or not as long as it was; remove {out}, and "
+            "export again"
+        )
+    return report
 
 
-def _keep(path: Path, asked: dict[str, Any], report: ExportReport, proof: Proof) -> None:
-    plain = {"asked": asked, "report": asdict(report), "proof": asdict(proof)}
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
+def _keep(path: Path, asked: dict[str, Any], report: ExportReport, proof: Proof, files: dict[str, int]) -> None:
+    plain = {"asked": asked, "report": asdict(report), "proof": asdict(proof), "files": files}
     path.write_text(json.dumps(plain, indent=2) + "\n")
 
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """A temporary neighbour to write to, which takes the name `out` if all goes well, and is gone if not.
+    """A neighbour to write to, which is gone afterwards unless it took the name `out`.
 
-    Raises: StorageError.
+    Raises: ConfigError if another process is at work on the same; StorageError.
     """
-    folder = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # left by an export that was killed
     try:
-        folder.mkdir(parents=True)
-        yield folder
-        for file in folder.iterdir():
-            share(file)
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        folder.rename(out)
+        with unfinished(out, verb="export") as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"the export cannot be written to {out}: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

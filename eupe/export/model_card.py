@@ -18,6 +18,7 @@ from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, ExportConfig
 from eupe.export.snippets import snippet
 from eupe.export.source import Source, Written
 from eupe.export.verify import LEAST, Proof
+from eupe.reading import read_json
 from eupe.train.card import REPORT_FILE, target_names
 
 RECIPE = ("size", "batch_size", "lr", "weight_decay", "ema", "normalise", "drop", "views", "photometric", "seed")
@@ -128,12 +129,7 @@ def _training(source: Source) -> str:
 
 
 def _measured(run: Path) -> str:
-    validation = _read_json(run / REPORT_FILE).get("validation", {})
-    held_out = [
-        (f"{name} {kind}", f"{scores['raw']:.4f}", f"{scores['mean_raw']:.4f}", f"{scores['normalised']:.4f}")
-        for name, kinds in validation.items()
-        for kind, scores in kinds.items()
-    ]
+    held_out = _held_out(run / REPORT_FILE)
     text = "On pictures kept out of training, between what the heads say and the teachers' features:\n\n" + _table(
         ("target", "cosine", "of the mean feature", "in the loss's space"), held_out
     )
@@ -153,13 +149,19 @@ def _number(value: Any) -> str:
     return words if len(words) <= LONGEST_VALUE else f"{words[:LONGEST_VALUE]}..."
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Raises: RunError."""
+def _held_out(report: Path) -> list[tuple[str, str, str, str]]:
+    """Target and tokens with their cosines.
+
+    Raises: RunError.
+    """
     try:
-        plain: dict[str, Any] = json.loads(path.read_text())
-        return plain
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+        return [
+            (f"{name} {kind}", f"{scores['raw']:.4f}", f"{scores['mean_raw']:.4f}", f"{scores['normalised']:.4f}")
+            for name, kinds in read_json(report).get("validation", {}).items()
+            for kind, scores in kinds.items()
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{report} is no report of a training run: {type(error).__name__}: {error}") from error
 
 
 def _versions(source: Source) -> str:

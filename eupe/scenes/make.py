@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +18,11 @@ from typing import Any
 
 from eupe.ahead import map_ahead
 from eupe.errors import ConfigError, IncompleteError, StorageError
+from eupe.reading import read_json
 from eupe.scenes.catalogue import CATEGORIES, CLASSES
 from eupe.scenes.layouts import LAYOUTS, Request
 from eupe.stopping import stop_signals
+from eupe.unfinished import unfinished
 
 VERSION = 1
 """Raise it when the same request gives other bytes: older folders then count as another request."""
@@ -71,7 +71,7 @@ def make_scenes(
     try:
         if (counts := _finished(config.out, request)) is not None:
             return ScenesReport(str(config.out), counts, cached=True)
-        with _folder_for(config.out) as folder:
+        with unfinished(config.out, verb="scenes") as folder:
             if (counts := _finished(config.out, request)) is not None:  # by another process, just now
                 return ScenesReport(str(config.out), counts, cached=True)
             cores = len(os.sched_getaffinity(0))
@@ -106,13 +106,13 @@ def _finished(out: Path, request: Request) -> Mapping[str, Mapping[str, int]] | 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        card = json.loads((out / CARD).read_text())
+        card = read_json(out / CARD)
         stored = card["request"]
         counts: Mapping[str, Mapping[str, int]] = card["counts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        asked = _identity(request)
+        different = [f"{k} {stored.get(k)} there, {v} asked for" for k, v in asked.items() if stored.get(k) != v]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{out} holds something that is no folder of scenes; give another --out") from error
-    asked = _identity(request)
-    different = [f"{k} {stored.get(k)} there, {v} asked for" for k, v in asked.items() if stored.get(k) != v]
     if different:
         raise ConfigError(f"{out} holds other scenes ({'; '.join(different)}); give another --out, or delete it")
     return counts
@@ -122,46 +122,11 @@ def _identity(request: Request) -> dict[str, int]:
     return {"version": VERSION, **asdict(request)}
 
 
-@contextmanager
-def _folder_for(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, locked while it is filled, and gone afterwards unless it was renamed.
-
-    Raises: ConfigError if another process is at work on the same.
-    """
-    folder = out.with_name(f".{out.name}.unfinished")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        if not (_locked(lock) and _is_open_as(folder, lock)):
-            raise ConfigError(f"another `eupe scenes` is making {out}; wait for its end, and run the same again")
-        for left in folder.iterdir():  # by one that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        try:
-            yield folder
-        finally:
-            if _is_open_as(folder, lock):
-                shutil.rmtree(folder)
-    finally:
-        os.close(lock)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_open_as(folder: Path, descriptor: int) -> bool:
-    """Whether a folder is still there, and not another of the same name."""
-    return folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor))
-
-
 def _fill(folder: Path, request: Request, processes: int, progress: Progress) -> Mapping[str, Mapping[str, int]]:
     jobs = [(layout, number) for layout in LAYOUTS for number in range(request.pictures)]
     drawn: dict[str, list[Any]] = {layout: [] for layout in LAYOUTS}
-    with stop_signals(signal.SIGTERM) as stop_asked, closing(_drawn(folder, request, jobs, processes)) as results:
+    signals = (signal.SIGINT, signal.SIGTERM)
+    with stop_signals(*signals) as stop_asked, closing(_drawn(folder, request, jobs, processes)) as results:
         for done, ((layout, _), result) in enumerate(zip(jobs, results, strict=True)):
             drawn[layout].append(result)
             progress(done + 1, len(jobs))

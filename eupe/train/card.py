@@ -15,6 +15,7 @@ from typing import Any
 
 from eupe.encoder import WEIGHTS_FILE, check_sizes, load_card, near
 from eupe.errors import ConfigError, RunError
+from eupe.reading import read_json
 from eupe.store import Store
 from eupe.store.layout import KINDS
 from eupe.train.config import MixedIn, TrainConfig, parse_mix
@@ -72,9 +73,17 @@ class RunCard:
         return plain
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> RunCard:
+    def from_json(cls, plain: Any) -> RunCard:
         """Raises: TypeError, KeyError."""
-        return cls(**{**plain, **{name: tuple(plain[name]) for name in ("targets", "mix", "pictures")}})
+        card = cls(**{**plain, **{name: tuple(plain[name]) for name in ("targets", "mix", "pictures")}})
+        if not isinstance(card.config, dict) or not isinstance(card.versions, dict):
+            raise TypeError("config and versions are not both objects")
+        if type(card.total_steps) is not int:
+            raise TypeError("total_steps is no whole number")
+        targets = [*card.targets, *_mixed_in(card)]
+        if not all(isinstance(target[word], str) for target in targets for word in ("teacher", "licence")):
+            raise TypeError("a target's teacher or licence is no word")
+        return card
 
     @property
     def size(self) -> int:
@@ -113,8 +122,7 @@ def read_card(run: Path) -> RunCard:
     Raises: RunError if there is none.
     """
     try:
-        plain: dict[str, Any] = json.loads((run / CONFIG_FILE).read_text())
-        return RunCard.from_json(plain)
+        return RunCard.from_json(read_json(run / CONFIG_FILE))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"{run} is not a training run: no readable {CONFIG_FILE} ({error})") from error
 

@@ -16,6 +16,7 @@ import torch
 
 from eupe.device import pick_device
 from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, StorageError
+from eupe.reading import read_json
 from eupe.stopping import stop_signals
 from eupe.train.batch import Batch, Request
 from eupe.train.card import CONFIG_FILE, REPORT_FILE, RunCard, resolve, target_names
@@ -338,10 +339,14 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
             raise RunError(f"{run} holds something that is no training run; give another --out")
         return None
     try:
-        kept = RunCard.from_json(json.loads((run / CONFIG_FILE).read_text()))
-        report = json.loads((run / REPORT_FILE).read_text()) if (run / REPORT_FILE).exists() else None
-    except (ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{run} holds a {CONFIG_FILE} that is no training run's; give another --out") from error
+        kept = RunCard.from_json(read_json(run / CONFIG_FILE))
+        report = None
+        if (run / REPORT_FILE).exists():
+            report = TrainReport(**{**read_json(run / REPORT_FILE), "cached": True})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(
+            f"{run} holds a {CONFIG_FILE} or {REPORT_FILE} that is no training run's; give another --out"
+        ) from error
     if not (run / METRICS_FILE).exists():
         return None  # something was wrong before its first step
     if different := kept.differences(card):
@@ -349,7 +354,7 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
             f"{run} holds another run ({'; '.join(different)}); give another --out, or the options it was made with"
         )
     if report is not None:
-        return TrainReport(**{**report, "cached": True})
+        return report
     if not config.resume:
         raise RunError(f"{run} holds this run unfinished; go on with --resume, or give another --out")
     return None

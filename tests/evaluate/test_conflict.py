@@ -240,6 +240,7 @@ class TestRefusals:
             (["first"], "takes two stores or more, got"),
             (["first", "first", "--limit", "9"], "--limit must be at least 10 views, got 9"),
             (["first", "first", "--k", "0"], "--k must be at least 1, got 0"),
+            (["first", "first", "--k", "100000"], "--k 100000 does not fit "),
             (["first", "nowhere.zarr"], "nowhere.zarr does not exist"),
         ],
     )

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from eupe.errors import ConfigError
 from eupe.evaluate import neighbours as module
 from eupe.evaluate.neighbours import mutual_neighbours
 
@@ -41,8 +43,20 @@ def test_views_of_one_picture_are_no_neighbours(block: int, monkeypatch: pytest.
     assert mutual_neighbours(a, b, k=1) == 1.0, "the other view of the picture"
 
 
-def test_more_neighbours_than_there_are_are_all_and_none_is_nothing() -> None:
+def test_more_neighbours_than_there_are_are_refused_and_none_is_nothing() -> None:
     a, b = torch.eye(4), torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    assert mutual_neighbours(a, b, k=100) == 1.0
+    assert mutual_neighbours(a, b, k=3) == 1.0
+    with pytest.raises(ConfigError, match="--k 4 does not fit 4 views; give 1 to 3"):
+        mutual_neighbours(a, b, k=4)
+    with pytest.raises(ConfigError, match="give 1 to 2"):
+        mutual_neighbours(a, b, k=3, groups_N=torch.tensor([0, 0, 1, 1]))
     assert mutual_neighbours(a, b, k=3, groups_N=torch.zeros(4, dtype=torch.int64)) is None
     assert mutual_neighbours(a[:1], b[:1], k=3) is None
+
+
+def test_many_neighbours_take_memory_for_themselves_alone() -> None:
+    """600 rows of 599: a table of every neighbour with every neighbour would take 215 MB."""
+    a, b = torch.randn(2, 600, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        assert mutual_neighbours(a, b, k=599) == 1.0
+    assert max(event.cpu_memory_usage for event in seen.events()) < 20e6

@@ -515,6 +515,20 @@ class TestCommandLine:
             write_report([world["good"]], out=tmp_path / "p.html", images=world["pictures"], limit=limit)
             assert (tmp_path / "p.html").read_text().count("<img") == 2 * limit
 
+    def test_pictures_their_number_and_the_title_are_options(
+        self, world: dict[str, Path], tmp_path: Path, run_eupe: Run
+    ) -> None:
+        def page(*options: object) -> str:
+            outcome = run_eupe("eval", "report", world["good"], "--out", tmp_path / "p.html", *options)
+            assert outcome.code == 0, outcome.err
+            return (tmp_path / "p.html").read_text()
+
+        images = ("--images", world["pictures"])
+        counts = [page(*options).count("<img") for options in ((), (*images, "--limit", 1), images)]
+        assert counts == [0, 2, 12], "a view and a map of each"
+        assert "<title>Models, side by side</title>" in page()
+        assert "<title>Digits &lt;b&gt;</title>" in page("--title", "Digits <b>")
+
 
 @needs_browser
 class TestReportInABrowser:

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -394,8 +394,28 @@ class TestForeground:
         assert f'<p class="note">{note.removeprefix("first.zarr: ")}</p>' in page.text
         assert "foreground" not in plain.text
 
+    def test_the_foreground_is_asked_for_on_the_command_line(
+        self, world: World, tmp_path: Path, run_eupe: Callable[..., Any]
+    ) -> None:
+        words = ("viz", world.other, "--images", world.corpus, "--limit", 2, "--out")
+        assert run_eupe(*words, tmp_path / "plain.html").code == 0
+        assert run_eupe(*words, tmp_path / "fore.html", "--foreground").code == 0
+        plain, fore = ((tmp_path / f"{name}.html").read_text() for name in ("plain", "fore"))
+        legend = "Only <b>foreground</b> is in colour"
+        assert legend in fore and legend not in plain
+
 
 class TestFigure:
+    def test_the_command_line_takes_the_side_of_its_cells(
+        self, world: World, tmp_path: Path, run_eupe: Callable[..., Any]
+    ) -> None:
+        words = ("viz", world.other, "--images", world.corpus, "--limit", 2, "--out")
+        for side in (None, 48, 96):
+            out = tmp_path / f"{side}.png"
+            assert run_eupe(*words, out, *([] if side is None else ["--cell", side])).code == 0
+            assert Image.open(out).size == plan_figure(2, 2, side).size
+        assert Image.open(tmp_path / "48.png").size != Image.open(tmp_path / "96.png").size
+
     @pytest.mark.parametrize("foreground", [False, True])
     def test_its_cells_are_the_views_and_maps_of_the_page(self, world: World, tmp_path: Path, foreground: bool) -> None:
         items, side = (world.store, world.other), 48

@@ -348,3 +348,36 @@ def test_a_way_chooses_among_heads_on_the_command_line(
     refused = run_eupe("eval", "zeroshot", "pixels", "--data", tiny_corpus)
     assert refused.code == 2
     assert refused.err.startswith("error: pixels leads to no text space")
+
+
+def test_the_text_tower_has_the_weights_that_are_given(
+    chain: Chain, tmp_path: Path, tiny_corpus: Path, run_eupe: Callable[..., Any]
+) -> None:
+    _, others = whole_model(CLIP, tmp_path / "others", seed=5)
+    words = ["eval", "zeroshot", CLIP, "--data", tiny_corpus, "--weights", f"{CLIP}={chain.weights}", "--json"]
+    found = [
+        json.loads(run_eupe(*words, "--text-weights", path).out)["results"][0]["scores"]["cross_entropy"]
+        for path in (chain.weights, others, chain.weights)
+    ]
+    assert found[0] == found[2] != found[1]
+
+
+def test_retrieval_takes_a_size_and_a_way_on_the_command_line(
+    chain: Chain, tmp_path: Path, run_eupe: Callable[..., Any]
+) -> None:
+    keys = [path.name for path in sorted(make_corpus(tmp_path / "made", count=12, classes=1).rglob("*.png"))]
+    next(path for path in (tmp_path / "made").iterdir() if path.is_dir()).rename(tmp_path / "val2017")
+    images = [{"id": i, "file_name": key} for i, key in enumerate(keys)]
+    captions = [{"id": i, "image_id": i, "caption": f"{MANY[i % 7]} {MANY[i // 7]}"} for i in range(len(keys))]
+    (tmp_path / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    words = ["eval", "retrieval", chain.of_both, "--data", tmp_path, "--text-weights", chain.weights, "--json"]
+
+    def judged(*more: object) -> Any:
+        outcome = run_eupe(*words, *more)
+        assert outcome.code == 0, outcome.err
+        return json.loads(outcome.out)["results"][0]
+
+    plain, larger, around = (judged("--space", CLIP, *m) for m in ([], ["--size", 48], ["--space", f"proxy,{CLIP}"]))
+    assert [one["protocol"]["size"] for one in (plain, larger, around)] == [CLIP_SIZE, 48, CLIP_SIZE]
+    assert [one["protocol"]["teacher"] for one in (plain, around)] == [CLIP, f"proxy,{CLIP}"]
+    assert plain["scores"] != larger["scores"] and plain["scores"] != around["scores"]

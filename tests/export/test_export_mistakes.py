@@ -1,13 +1,19 @@
 """Mistakes in an export get one sentence, exit code 2, and leave nothing."""
 
 import builtins
+import fcntl
 import json
+import os
+import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exporting import finished_run
+
+from eupe.export import job
 
 Run = Callable[..., Any]
 ARCH = "test_vit"
@@ -37,6 +43,8 @@ def refused(run_eupe: Run, out: Path, *words: object) -> str:
         (["--format", "timm", "--precision", "fp16"], "--precision is for --format onnx"),
         (["--format", "hf", "--dynamic-size"], "--dynamic-size is for --format onnx"),
         (["--format", "onnx", "--calibrate", "photos"], "--calibrate is for --precision int8"),
+        (["--format", "timm", "--size", 0], "--size must be at least 1 pixel, got 0"),
+        (["--format", "timm", "--size", -16], "--size must be at least 1 pixel, got -16"),
         (["--format", "onnx", "--precision", "fp8"], "--precision fp8 is unknown; use fp32, fp16, int8"),
     ],
 )
@@ -125,10 +133,86 @@ def test_an_empty_folder_may_be_the_one_that_one_is_in(
 
 
 def test_what_a_killed_export_left_is_no_obstacle(run: Path, tmp_path: Path, run_eupe: Run) -> None:
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "model.safetensors").write_bytes(b"half")
     assert run_eupe("export", run, "--format", "timm", "--out", tmp_path / "out").code == 0
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_an_export_whose_files_are_gone_is_no_cache_hit(run: Path, tmp_path: Path, run_eupe: Run) -> None:
+    out = tmp_path / "out"
+    words = (run, "--format", "timm")
+    assert run_eupe("export", *words, "--out", out).code == 0
+    whole = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(whole[:-1])
+    said = refused(run_eupe, out, *words)
+    assert "its model.safetensors is gone or not as long as it was; remove" in said and "export again" in said
+    (out / "model.safetensors").write_bytes(whole)
+    (out / "README.md").unlink()
+    assert "its README.md is gone or not as long as it was" in refused(run_eupe, out, *words)
+    record = json.loads((out / "export.json").read_text())
+    (out / "export.json").write_text(json.dumps({**record, "files": 3}))
+    assert "holds something that is no export" in refused(run_eupe, out, *words)
+    (out / "export.json").write_text("[" * 200_000)
+    assert "holds something that is no export" in refused(run_eupe, out, *words)
+
+
+def test_two_exports_to_one_place_do_not_mix(run: Path, tmp_path: Path, run_eupe: Run) -> None:
+    busy = tmp_path / ".out.unfinished"
+    busy.mkdir()
+    (busy / "model.safetensors").write_bytes(b"half")
+    other = os.open(busy, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    said = refused(run_eupe, tmp_path / "out", run, "--format", "timm")
+    assert "another `eupe export` is making" in said and "wait for its end, and run the same again" in said
+    assert (busy / "model.safetensors").read_bytes() == b"half"
+    os.close(other)
+    assert run_eupe("export", run, "--format", "timm", "--out", tmp_path / "out").code == 0
+
+
+def test_one_that_another_made_meanwhile_is_a_cache_hit(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_eupe: Run
+) -> None:
+    words = ("export", run, "--format", "timm", "--json", "--out")
+    assert run_eupe(*words, tmp_path / "theirs").code == 0
+    real = job.unfinished
+
+    def late(out: Path, *, verb: str) -> Any:
+        (tmp_path / "theirs").rename(out)
+        return real(out, verb=verb)
+
+    monkeypatch.setattr(job, "unfinished", late)
+    outcome = run_eupe(*words, tmp_path / "out")
+    assert outcome.code == 0 and json.loads(outcome.out)["cached"], outcome.err
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_library_that_refuses_to_write(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_eupe: Run
+) -> None:
+    def refuse(*_: object) -> Any:
+        raise RuntimeError("too many\nnodes")
+
+    monkeypatch.setitem(job.FORMATS, "timm", replace(job.FORMATS["timm"], write=refuse))
+    said = refused(run_eupe, tmp_path / "out", run, "--format", "timm")
+    assert "cannot be written as --format timm in fp32 (" in said and "too many" in said
+
+
+def test_a_disk_that_fills_up(run: Path, tmp_path: Path, run_eupe: Run) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        outcome = run_eupe("export", run, "--format", "timm", "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert outcome.code == 1 and outcome.err.startswith("error: the export cannot be written to "), outcome.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_too_long(run: Path, tmp_path: Path, run_eupe: Run) -> None:
+    outcome = run_eupe("export", run, "--format", "timm", "--out", tmp_path / ("x" * 250))
+    assert outcome.code == 1 and "File name too long" in outcome.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_refuses(run: Path, tmp_path: Path, run_eupe: Run) -> None:

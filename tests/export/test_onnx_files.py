@@ -190,3 +190,19 @@ def test_rotary_positions_that_trace_are_timm_s(x_first: bool, halves: bool, row
     rope = RotaryEmbeddingDinoV3(32, grid_indexing="xy" if x_first else "ij", rotate_half=halves, grid_offset=0.1)
     want = rope.eval().get_embed([rows, columns])
     torch.testing.assert_close(TracedRotary(rope).get_embed([rows, columns]), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_command_line_takes_precision_and_any_size(
+    graphs: Exports, tmp_path: Path, run_eupe: Callable[..., Any]
+) -> None:
+    run = graphs.run("test_vit")
+    for name, option in (("plain", []), ("half", ["--precision", "fp16"]), ("any", ["--dynamic-size"])):
+        outcome = run_eupe("export", run, "--format", "onnx", "--out", tmp_path / name, *option)
+        assert outcome.code == 0, outcome.err
+    assert size_of(tmp_path / "half") < 0.65 * size_of(tmp_path / "plain")
+    other = pictures(run, 96, 32)[:2]
+    with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+        asked(run, tmp_path / "plain", other)
+    got, want = asked(run, tmp_path / "any", other)
+    assert least_cosine(got["dense"], want.dense) > 0.99999

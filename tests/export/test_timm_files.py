@@ -3,13 +3,26 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from exporting import CONVNEXT, SIZE, VIT, Exports, code_of, fill, least_cosine, photograph, some_slow, tokens_of
+from exporting import (
+    CONVNEXT,
+    SIZE,
+    VIT,
+    Exports,
+    code_of,
+    fill,
+    finished_run,
+    least_cosine,
+    photograph,
+    some_slow,
+    tokens_of,
+)
 from safetensors.torch import load_file
 from timm.models import eva
 
@@ -154,3 +167,12 @@ def test_the_proof_is_recorded(arch: str, exports: Exports) -> None:
     assert record["proof"]["sizes"] == [[SIZE, SIZE]]
     for found in record["report"]["outputs"].values():
         assert found["least"] >= 0.9999 and found["stretched"] <= 0.01 and found["astray"] < 1e-4
+
+
+def test_the_command_line_takes_the_size_of_the_input(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    run = finished_run(tmp_path / "run", "test_vit")
+    for size, option in ((64, []), (96, ["--size", 96])):
+        outcome = run_eupe("export", run, "--format", "timm", "--out", tmp_path / str(size), "--json", *option)
+        assert json.loads(outcome.out)["size"] == size
+        model = timm.create_model(f"local-dir:{tmp_path / str(size)}", pretrained=True, num_classes=0)
+        assert model.patch_embed.img_size == (size, size)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from eupe.errors import ConfigError, IncompleteError, StorageError
 from eupe.scenes import make
@@ -136,10 +137,11 @@ def test_two_at_once_do_not_mix(tmp_path: Path, quick: list[int]) -> None:
     assert not make_scenes(config(tmp_path / "scenes"), processes=1).cached
 
 
-def test_a_signal_ends_it_with_nothing_kept(tmp_path: Path, quick: list[int]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_nothing_kept(number: signal.Signals, tmp_path: Path, quick: list[int]) -> None:
     def stop(done: int, total: int) -> None:
         if done == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     with pytest.raises(IncompleteError, match="nothing was kept"):
         make_scenes(config(tmp_path / "scenes"), processes=1, progress=stop)
@@ -224,3 +226,15 @@ def test_scenes_need_neither_torch_nor_the_store(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_command_line_takes_the_side_of_the_pictures(
+    tmp_path: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "LAYOUTS", {"classification": LAYOUTS["classification"]})
+    monkeypatch.setattr(make, "make_scenes", partial(make_scenes, processes=1))
+    for size in (32, 48):
+        outcome = run_eupe("scenes", "--out", tmp_path / str(size), "--pictures", 24, "--size", size)
+        assert outcome.code == 0, outcome.err
+        sides = {Image.open(path).size for path in (tmp_path / str(size)).rglob("*.jpg")}
+        assert sides == {(size, size)}

@@ -204,7 +204,7 @@ def test_another_input_size_leaves_a_rotary_student_as_it_is(tmp_path: Path) -> 
 
 
 def target(teacher: str, summary: int = 8, dense: int = 6) -> dict[str, Any]:
-    return {"teacher": teacher, "summary_dim": summary, "dense_dim": dense}
+    return {"teacher": teacher, "licence": "MIT", "summary_dim": summary, "dense_dim": dense}
 
 
 @pytest.mark.parametrize(

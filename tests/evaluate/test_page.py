@@ -1,0 +1,70 @@
+"""A page is written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eupe.errors import StorageError
+from eupe.evaluate import report_write
+from eupe.evaluate.page import make_place, write_whole
+from eupe.evaluate.result import Result, keep_results
+
+
+def test_a_page_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, bool]] = []
+    real = os.fsync
+
+    def noted(descriptor: int) -> None:
+        done.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, (tmp_path / "page.html").exists()))
+        assert os.fstat(descriptor).st_size == 5
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    assert write_whole(tmp_path / "page.html", b"12345") == 5
+    assert done == [(f".page.html.{os.getpid()}.tmp", False)]
+    assert (tmp_path / "page.html").read_bytes() == b"12345" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_that_is_too_long_for_a_page(length: int, tmp_path: Path) -> None:
+    out = tmp_path / ("x" * length)
+    with pytest.raises(StorageError, match=r"cannot be written: .*File name too long"):
+        make_place(out)
+        write_whole(out, b"12345")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_keeps_the_page_before(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(StorageError, match=r"cannot be written: .*File too large"):
+            write_whole(tmp_path / "page.html", bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_report_that_is_interrupted_says_so_and_leaves_the_page_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_eupe: Callable[..., Any]
+) -> None:
+    result = Result(task="knn", subject="dinov2-s", kind="teacher", scores={"accuracy": 0.5}, protocol={}, data={})
+    keep_results([result], tmp_path / "r.jsonl")
+    (tmp_path / "page.html").write_text("old")
+
+    def interrupted(*_: object, **__: object) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        return "new"
+
+    monkeypatch.setattr(report_write, "render_report", interrupted)
+    outcome = run_eupe("eval", "report", tmp_path / "r.jsonl", "--out", tmp_path / "page.html")
+    assert outcome.code == 130 and outcome.err.strip() == "error: interrupted; run the same command again"
+    assert (tmp_path / "page.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
