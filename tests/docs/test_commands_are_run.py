@@ -109,6 +109,20 @@ TRIPS = {
         assets=True,
     ),
     "docs/language.md": Trip(takes=("imagenet", "coco", "scenes", "classes.txt", *RUNS)),
+    "docs/millions.md": Trip(
+        takes=("photos=data/photos", "imagenet=data/imagenet"),
+        smaller={
+            "/data/": "data/",
+            "--views rrc:4 --precision int8": "--views rrc:1 --precision int8",
+            "--student vit_large_patch16_dinov3": "--student test_vit",
+            "--student vit_tiny_patch16_dinov3_qkvb": "--student test_vit",
+            "--student convnext_tiny": "--student test_vit2",
+            "--head-width 1536": "",
+            "--batch-size 1024 --epochs 20 --num-workers 4": f"{STEPS} --num-workers 2",
+        },
+        says={"eupe store verify": "is whole"},
+        leaves=("data/runs/convnext/student.json", "data/runs/tiny/evaluations.jsonl", "data/tiny-timm/README.md"),
+    ),
     "docs/pipelines.md": Trip(
         takes=("photos=data/photos",),
         file="first.yaml",
