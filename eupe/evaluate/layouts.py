@@ -45,6 +45,8 @@ NYU_LISTS: dict[str, str] = {"train": "nyu_train.txt", "val": "nyu_test.txt"}
 NYU_SIDES = (640, 480)
 COCO_CAPTIONS, COCO_PICTURES = "captions_val2017.json", "val2017"
 QUESTIONS = "questions.json"
+MAPS = ("annotations", "masks", "depth")
+"""Folders beside `images`, of truth that is itself pictures."""
 EIGEN_CROP = (41, 45, 601, 471)
 """x0, y0, x1, y1 of a 640x480 picture, in which NYUv2 is judged; source: Eigen et al., arXiv 1406.2283."""
 
@@ -118,6 +120,10 @@ def labelled_splits(data: Where) -> tuple[Labelled | None, Labelled]:
     """
     place = Place.of(data)
     if place.is_local and place.local.is_dir():
+        if (place.local / "images").is_dir() and (maps := [m for m in MAPS if (place.local / m).is_dir()]):
+            raise ConfigError(
+                f"{data} holds pictures with {maps[0]}, which are no labels; give pictures in one folder per class"
+            )
         found = {split: _first_folder(place.local, names) for split, names in SPLITS.items()}
         if found["train"] is not None and found["val"] is not None:
             return _labelled(open_corpus(found["train"])), _labelled(open_corpus(found["val"]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from making import make_corpus, make_store
 from PIL import Image
+from planted import ade20k
 from sklearn.neighbors import KNeighborsClassifier
 
 from eupe.corpus.views import ViewSpec
@@ -162,6 +163,8 @@ def test_what_cannot_be_judged_is_refused(
         knn(subject_of(tiny_store.path), size=32)
     with pytest.raises(ConfigError, match="pixels is no store: give the labelled pictures"):
         knn(subject_of("pixels"))
+    with pytest.raises(ConfigError, match="holds pictures with annotations, which are no labels"):
+        knn(subject_of("pixels"), data=ade20k(tmp_path / "ade"))
     flat = make_corpus(tmp_path / "c", count=3) / "class0"
     store = make_store(tmp_path / "s.zarr", flat, tiny_weights)
     with pytest.raises(ConfigError, match="no class folders"):
