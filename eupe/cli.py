@@ -595,7 +595,7 @@ def store_stats(
     as_json: Json = False,
 ) -> None:
     """What a finished store's features are like: norms, channels, directions, outliers."""
-    from eupe.evaluate.stats_page import require_page_name, write_stats_page
+    from eupe.pages.stats_page import require_page_name, write_stats_page
     from eupe.store import open_store
     from eupe.store.summary import summarise
 
@@ -614,7 +614,7 @@ def store_stats(
 
 
 def _print_statistics(summary: StoreSummary) -> None:
-    from eupe.evaluate.stats_words import NOTES, identity, token_facts, token_title
+    from eupe.pages.stats_words import NOTES, identity, token_facts, token_title
 
     finish({"store": summary.path, **dict(identity(summary))}, False)
     for token in summary.tokens:
@@ -970,7 +970,7 @@ def viz(
     as_json: Json = False,
 ) -> None:
     """Dense features as PCA maps side by side: a self-contained page, with the runs' loss curves, or a PNG figure."""
-    from eupe.evaluate.viz import write_maps
+    from eupe.pages.viz import write_maps
 
     report = write_maps(
         items,

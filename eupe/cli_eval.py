@@ -17,9 +17,9 @@ from eupe.errors import ConfigError
 
 if TYPE_CHECKING:
     from eupe.evaluate.dense_probe import Training
-    from eupe.evaluate.report import Merged
     from eupe.evaluate.result import Result
     from eupe.evaluate.subject import Subject
+    from eupe.pages.report import Merged
 
 OnStep = Callable[[int, int], None]
 
@@ -470,7 +470,7 @@ def eval_report(
     as_json: Json = False,
 ) -> None:
     """Models by tasks, from all that was judged: one page, Markdown, or a table; unlike protocols are kept apart."""
-    from eupe.evaluate.report_write import write_report
+    from eupe.pages.report_write import write_report
 
     report = write_report(judged, out=out_path, images=images, limit=limit, title=title)
     if as_json:
@@ -486,7 +486,7 @@ def eval_report(
 
 def _show_merged(merged: Merged) -> None:
     """Models by columns, baselines last, and what the marks say; then what has tables of its own."""
-    from eupe.evaluate import report_words as words
+    from eupe.pages import report_words as words
 
     models, baselines = words.rows(merged)
     if merged.columns:

@@ -13,10 +13,10 @@ from making import make_corpus
 
 from eupe.encoder import load_card
 from eupe.errors import RunError
-from eupe.evaluate.report import merge
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import holdout, open_run
-from eupe.evaluate.viz_history import read_history
+from eupe.pages.report import merge
+from eupe.pages.viz_history import read_history
 from eupe.train.card import read_card
 
 Run = Callable[..., Any]

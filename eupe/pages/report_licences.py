@@ -8,8 +8,8 @@ from pathlib import Path
 
 from eupe.errors import EupeError
 from eupe.evaluate.licences import UNKNOWN, Origin, origins, origins_behind
-from eupe.evaluate.report import Model
 from eupe.evaluate.run import is_run, read_card
+from eupe.pages.report import Model
 from eupe.store import open_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.run_adapter import OWN_LICENCE

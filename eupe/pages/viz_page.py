@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eupe.evaluate.colour_ramps import MAGMA, VIRIDIS, Ramp, css_gradient, svg_component_filter
-from eupe.evaluate.page import fill_template
-from eupe.evaluate.viz_history import History
-from eupe.evaluate.viz_maps import Colours, ModelColumn, PictureCell
-from eupe.evaluate.viz_similarity import MAX_TEXT_BYTES, Embedding, channels_to_keep, embed
-from eupe.evaluate.viz_training import render_training
+from eupe.pages.colour_ramps import MAGMA, VIRIDIS, Ramp, css_gradient, svg_component_filter
+from eupe.pages.page import fill_template
+from eupe.pages.viz_history import History
+from eupe.pages.viz_maps import Colours, ModelColumn, PictureCell
+from eupe.pages.viz_similarity import MAX_TEXT_BYTES, Embedding, channels_to_keep, embed
+from eupe.pages.viz_training import render_training
 
 TEMPLATE, SCRIPT = "viz_page.html", "viz_page.js"
 JPEG_QUALITY = 90
@@ -34,7 +34,7 @@ def render_page(
     kept = channels_to_keep(sum(model.dense_PhwD[..., 0].size for model in models))
     embeddings = [embed(model.dense_PhwD, kept) if kept else None for model in models]
     rows = "\n".join(_row(picture, i, models, embeddings) for i, picture in enumerate(pictures))
-    script = (files("eupe.evaluate") / SCRIPT).read_text(encoding="utf-8") if kept else ""
+    script = (files("eupe.pages") / SCRIPT).read_text(encoding="utf-8") if kept else ""
     return fill_template(
         TEMPLATE,
         title=escape(f"Dense features of {names}"),

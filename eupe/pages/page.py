@@ -20,7 +20,7 @@ def fill_template(template: str, **values: object) -> str:
     Args:
         values: what `$name` stands for, as HTML; `$style` and `$version` are filled in.
     """
-    folder = files("eupe.evaluate")
+    folder = files("eupe.pages")
     style = (folder / STYLE).read_text(encoding="utf-8").rstrip("\n")
     text = Template((folder / template).read_text(encoding="utf-8"))
     return text.substitute(values, style=style, version=escape(eupe.__version__))

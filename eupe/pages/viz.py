@@ -19,14 +19,14 @@ from eupe.corpus.pictures import insides, read_picture
 from eupe.corpus.views import ViewSpec, draw_view
 from eupe.encoder import load_card
 from eupe.errors import ConfigError, CorpusError
-from eupe.evaluate.page import make_place, write_whole
 from eupe.evaluate.run import holdout
 from eupe.evaluate.subject import StoreSubject, Subject, open_subjects
-from eupe.evaluate.viz_figure import draw_figure, plan_figure
-from eupe.evaluate.viz_history import read_history
-from eupe.evaluate.viz_items import Picture, View, dense_of, run_of, stored, with_short_names
-from eupe.evaluate.viz_maps import ModelColumn, PictureCell, colour_maps
-from eupe.evaluate.viz_page import render_page
+from eupe.pages.page import make_place, write_whole
+from eupe.pages.viz_figure import draw_figure, plan_figure
+from eupe.pages.viz_history import read_history
+from eupe.pages.viz_items import Picture, View, dense_of, run_of, stored, with_short_names
+from eupe.pages.viz_maps import ModelColumn, PictureCell, colour_maps
+from eupe.pages.viz_page import render_page
 from eupe.place import Place, Where
 from eupe.store import Features
 from eupe.store.layout import DENSE

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from eupe.evaluate.viz_chart import (
+from eupe.pages.viz_chart import (
     HEIGHT,
     LEFT,
     LOG_FROM,

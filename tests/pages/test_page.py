@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from eupe.errors import StorageError
-from eupe.evaluate import report_write
-from eupe.evaluate.page import make_place, write_whole
 from eupe.evaluate.result import Result, keep_results
+from eupe.pages import report_write
+from eupe.pages.page import make_place, write_whole
 
 
 def test_a_page_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from sklearn.decomposition import TruncatedSVD
 from sklearn.metrics.pairwise import cosine_similarity
 
-from eupe.evaluate import viz_similarity
-from eupe.evaluate.colour_ramps import MAGMA, VIRIDIS, Ramp
-from eupe.evaluate.viz_maps import ModelColumn, PictureCell, colour_maps
-from eupe.evaluate.viz_page import render_page
-from eupe.evaluate.viz_similarity import MAX_KEPT, MAX_TEXT_BYTES, MIN_KEPT, channels_to_keep, embed
+from eupe.pages import viz_similarity
+from eupe.pages.colour_ramps import MAGMA, VIRIDIS, Ramp
+from eupe.pages.viz_maps import ModelColumn, PictureCell, colour_maps
+from eupe.pages.viz_page import render_page
+from eupe.pages.viz_similarity import MAX_KEPT, MAX_TEXT_BYTES, MIN_KEPT, channels_to_keep, embed
 
 Cosines = NDArray[np.float64]
 

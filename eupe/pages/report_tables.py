@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from eupe.evaluate.report import Cell, Column, Merged, Model
-from eupe.evaluate.report_licences import Licence
-from eupe.evaluate.report_words import ABSENT, Head, measure_title, number, said
 from eupe.evaluate.result import Result
 from eupe.evaluate.verdict import JUDGED, MEASURED
+from eupe.pages.report import Cell, Column, Merged, Model
+from eupe.pages.report_licences import Licence
+from eupe.pages.report_words import ABSENT, Head, measure_title, number, said
 from eupe.store.layout import KINDS
 
 AGREEMENT_NOTE = """<p>On pictures that were held out of the run's training. <i>Normalised</i>: mean cosine in the

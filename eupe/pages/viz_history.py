@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eupe.errors import RunError
-from eupe.evaluate.viz_chart import Point, Series
+from eupe.pages.viz_chart import Point, Series
 from eupe.reading import parse_json, read_json
 from eupe.store.layout import DENSE
 from eupe.train.card import REPORT_FILE

@@ -9,12 +9,12 @@ from html import escape
 from eupe.evaluate.agreement import TASK as AGREEMENT
 from eupe.evaluate.conflict import TASK as CONFLICT
 from eupe.evaluate.latency import TASK as LATENCY
-from eupe.evaluate.page import fill_template
-from eupe.evaluate.report import Cell, Column, Merged, Model
-from eupe.evaluate.report_licences import Licence
-from eupe.evaluate.report_maps import Maps
-from eupe.evaluate.report_tables import agreement_section, conflict_section, details_section, licence_section
-from eupe.evaluate.report_words import (
+from eupe.pages.page import fill_template
+from eupe.pages.report import Cell, Column, Merged, Model
+from eupe.pages.report_licences import Licence
+from eupe.pages.report_maps import Maps
+from eupe.pages.report_tables import agreement_section, conflict_section, details_section, licence_section
+from eupe.pages.report_words import (
     ABSENT,
     AHEAD,
     AHEAD_LEGEND,
@@ -27,8 +27,8 @@ from eupe.evaluate.report_words import (
     rows,
     task_title,
 )
-from eupe.evaluate.scatter import Spot, svg_scatter
-from eupe.evaluate.viz_page import jpeg_uri, png_uri
+from eupe.pages.scatter import Spot, svg_scatter
+from eupe.pages.viz_page import jpeg_uri, png_uri
 
 TEMPLATE = "report_page.html"
 MOST_CHARTS = 6

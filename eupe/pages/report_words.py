@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from eupe.evaluate.latency import TASK as LATENCY
-from eupe.evaluate.report import Cell, Column, Merged, Model
 from eupe.evaluate.result import Result
+from eupe.pages.report import Cell, Column, Merged, Model
 
 TASKS = {
     "knn": "k-NN",

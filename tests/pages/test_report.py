@@ -23,14 +23,14 @@ from eupe.corpus.decode import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.encoder import build_encoder, normalise, save_encoder
 from eupe.errors import ConfigError, RunError
-from eupe.evaluate.report import Cell, Column, Merged, merge
-from eupe.evaluate.report_inputs import gather
-from eupe.evaluate.report_licences import licences
-from eupe.evaluate.report_maps import draw_maps
-from eupe.evaluate.report_words import heads, marked, number
-from eupe.evaluate.report_write import write_report
 from eupe.evaluate.result import Result, keep_results
-from eupe.evaluate.scatter import Spot, front, svg_scatter
+from eupe.pages.report import Cell, Column, Merged, merge
+from eupe.pages.report_inputs import gather
+from eupe.pages.report_licences import licences
+from eupe.pages.report_maps import draw_maps
+from eupe.pages.report_words import heads, marked, number
+from eupe.pages.report_write import write_report
+from eupe.pages.scatter import Spot, front, svg_scatter
 from eupe.pca import fit_pca
 from eupe.train.targets import is_held_out
 

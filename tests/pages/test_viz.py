@@ -30,12 +30,12 @@ from eupe.corpus.photometric import NEUTRAL
 from eupe.corpus.views import ViewParams, ViewSpec, render_view
 from eupe.encoder import load_encoder, normalise
 from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageError
-from eupe.evaluate.viz import SHOWN_PX, VizReport, choose_pictures, write_maps
-from eupe.evaluate.viz_chart import MAX_POINTS, Series, linear_axis, log_axis, svg_chart, thin, value_axis
-from eupe.evaluate.viz_figure import BLANK, plan_figure
-from eupe.evaluate.viz_history import read_history
-from eupe.evaluate.viz_items import Picture
-from eupe.evaluate.viz_maps import MIN_TOKENS
+from eupe.pages.viz import SHOWN_PX, VizReport, choose_pictures, write_maps
+from eupe.pages.viz_chart import MAX_POINTS, Series, linear_axis, log_axis, svg_chart, thin, value_axis
+from eupe.pages.viz_figure import BLANK, plan_figure
+from eupe.pages.viz_history import read_history
+from eupe.pages.viz_items import Picture
+from eupe.pages.viz_maps import MIN_TOKENS
 from eupe.pca import find_foreground, fit_pca
 from eupe.store import Features, open_store
 from eupe.train.config import TrainConfig

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from eupe.errors import ConfigError
-from eupe.evaluate.viz_maps import ModelColumn, PictureCell
+from eupe.pages.viz_maps import ModelColumn, PictureCell
 
 CELL_PX = 224
 """Side of a cell by itself."""

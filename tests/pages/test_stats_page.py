@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from eupe.errors import ConfigError, StorageError
-from eupe.evaluate.stats_page import render_stats_page, thin_out, write_stats_page
-from eupe.evaluate.viz_chart import MAX_POINTS, svg_heat_map, svg_histogram
+from eupe.pages.stats_page import render_stats_page, thin_out, write_stats_page
+from eupe.pages.viz_chart import MAX_POINTS, svg_heat_map, svg_histogram
 from eupe.store import Store, open_store
 from eupe.store.layout import feature_path
 from eupe.store.summary import StoreSummary, summarise

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from eupe.errors import ConfigError
-from eupe.evaluate.page import make_place, write_whole
-from eupe.evaluate.report import Merged, merge
-from eupe.evaluate.report_inputs import gather
-from eupe.evaluate.report_licences import Licence, licences
-from eupe.evaluate.report_maps import draw_maps
-from eupe.evaluate.report_page import render_report
-from eupe.evaluate.report_words import markdown
+from eupe.pages.page import make_place, write_whole
+from eupe.pages.report import Merged, merge
+from eupe.pages.report_inputs import gather
+from eupe.pages.report_licences import Licence, licences
+from eupe.pages.report_maps import draw_maps
+from eupe.pages.report_page import render_report
+from eupe.pages.report_words import markdown
 from eupe.place import Where
 
 TITLE = "Models, side by side"

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eupe.errors import ConfigError
-from eupe.evaluate.page import fill_template, make_place, write_whole
-from eupe.evaluate.stats_words import NOTES, identity, outlier_place, token_facts, token_title
-from eupe.evaluate.viz_chart import MAX_POINTS, Point, Series, svg_chart, svg_heat_map, svg_histogram
+from eupe.pages.page import fill_template, make_place, write_whole
+from eupe.pages.stats_words import NOTES, identity, outlier_place, token_facts, token_title
+from eupe.pages.viz_chart import MAX_POINTS, Point, Series, svg_chart, svg_heat_map, svg_histogram
 from eupe.store.summary import StoreSummary, TokenSummary
 
 TEMPLATE = "stats_page.html"

@@ -19,8 +19,8 @@ from eupe.errors import ConfigError
 from eupe.evaluate.pictures import Pictures, centre
 from eupe.evaluate.run import holdout
 from eupe.evaluate.subject import open_subjects
-from eupe.evaluate.viz import SHOWN_PX, choose_pictures
-from eupe.evaluate.viz_items import Picture
+from eupe.pages.viz import SHOWN_PX, choose_pictures
+from eupe.pages.viz_items import Picture
 from eupe.pca import fit_pca
 from eupe.place import Where
 from eupe.store.layout import DENSE

@@ -19,9 +19,9 @@ from typing import Any
 
 from eupe.encoder import CARD_FILE
 from eupe.evaluate import agreement, conflict, latency
-from eupe.evaluate.report_features import FEATURES, difference, letter, usual_features
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import PIXELS
+from eupe.pages.report_features import FEATURES, difference, letter, usual_features
 
 ORDER = ("knn", "linear", "zeroshot", "retrieval", "vqa", "segment", "depth", "correspond")
 """Of columns by task; others follow, and costs come last."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from eupe.evaluate.viz_chart import Series, svg_chart
-from eupe.evaluate.viz_history import Cosine, History
+from eupe.pages.viz_chart import Series, svg_chart
+from eupe.pages.viz_history import Cosine, History
 
 
 def render_training(name: str, history: History) -> str:
