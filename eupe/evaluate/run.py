@@ -64,7 +64,8 @@ def holdout(path: Path) -> float:
 def open_run(path: Path, *, corpus: Where | None = None) -> Run:
     """Load student and heads, and open the stores that they learned from.
 
-    Raises: RunError if the run is not finished; StoreError or CorpusError if its targets or pictures are gone.
+    Raises: RunError if the run is not finished; StoreError or CorpusError if its targets or pictures are gone, or are
+        others.
     """
     card = read_card(path)
     lacking = [name for name in DECISIVE if name not in card.config]
@@ -76,6 +77,7 @@ def open_run(path: Path, *, corpus: Where | None = None) -> Run:
     for store, target in zip(targets.stores, card.targets, strict=True):
         if store_fingerprint(store) != target["fingerprint"]:
             raise RunError(f"{store.path} is not the store that {path} learned from: it was made anew, otherwise")
+    targets.check_views()
     device = pick_device()
     encoder = load_encoder(path)
     distiller = build_distiller(card, targets, device)

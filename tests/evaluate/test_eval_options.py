@@ -51,4 +51,8 @@ def test_agreement_looks_at_the_pictures_where_they_are_now(
     assert json.loads(run_eupe(*words, "--corpus", moved).out) == whole
     for number, path in enumerate(sorted(moved.rglob("*.png"))):
         picture(500 + number).save(path)
-    assert json.loads(run_eupe(*words, "--corpus", moved).out) != whole
+    refused = run_eupe(*words, "--corpus", moved)
+    assert refused.code == 2 and "is not the one that the teacher" in refused.err
+    shutil.rmtree(moved)
+    gone = run_eupe(*words, "--corpus", moved)
+    assert gone.code == 2 and str(moved) in gone.err
