@@ -9,11 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from eupe.errors import ConfigError
+from eupe.printing import print_table, report_lines
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
 PicturesPath = Annotated[
@@ -44,8 +46,10 @@ def finish(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    for name, value in report.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        if isinstance(value, dict | list):
-            shown = json.dumps(value)
-        out.print(f"{name.replace('_', ' ')}: {escaped(str(shown))}", soft_wrap=True)
+    for line in report_lines(report):
+        out.print(escaped(line), soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """See `print_table`."""
+    print_table(out, table)
