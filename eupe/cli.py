@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -825,7 +826,7 @@ def train(
     """Distil cached targets into students; no teacher is loaded."""
     from eupe.progress import report_progress
     from eupe.train.loop import train_together
-    from eupe.train.options import train_configs
+    from eupe.train.options import origins_told, train_configs
 
     flags = {
         "targets": targets,
@@ -863,15 +864,17 @@ def train(
         "keep_every": keep_every,
         "wandb": wandb,
     }
-    configs = train_configs(
-        recipe=recipe,
-        config=config,
-        flags=flags,
-        students=student or [],
-        inits=init or [],
-        outs=out_path or [],
-        resume=resume,
-    )
+    origins = partial(origins_told, recipe=recipe, config=config, flags={**flags, "student": student, "init": init})
+    with origins():
+        configs = train_configs(
+            recipe=recipe,
+            config=config,
+            flags=flags,
+            students=student or [],
+            inits=init or [],
+            outs=out_path or [],
+            resume=resume,
+        )
     notes: dict[int, str] = {}
 
     def tell(place: int, status: TrainStatus) -> None:
@@ -880,7 +883,7 @@ def train(
             notes[place] = f"{configs[place].out.name}: {notes[place]}"
         progress.update("training", status.step, status.total_steps, note="  ".join(notes[i] for i in sorted(notes)))
 
-    with report_progress(err, "steps", quiet=as_json) as progress:
+    with origins(), report_progress(err, "steps", quiet=as_json) as progress:
         reports = train_together(configs, on_status=tell)
     for report in reports:
         finish(dataclasses.asdict(report), as_json)
@@ -981,7 +984,7 @@ def viz(
         images=images,
         out=out_path,
         limit=limit,
-        weights=local_weights(weights),
+        weights=local_weights(weights, items),
         foreground=foreground,
         cell_px=cell,
     )

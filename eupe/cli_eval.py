@@ -532,7 +532,7 @@ def _judge(
     from eupe.progress import report_progress
 
     require_place(results)
-    subjects = open_subjects(words, local_weights(weights), untrained=untrained)
+    subjects = open_subjects(words, local_weights(weights, words), untrained=untrained)
     found = []
     with report_progress(err, "steps", quiet=as_json) as progress:
         while subjects:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,14 +26,16 @@ PicturesPath = Annotated[
 LocalWeights = Annotated[list[str] | None, typer.Option("--weights", help="TEACHER=PATH: local weights of a teacher.")]
 
 
-def local_weights(words: list[str] | None) -> dict[str, Path]:
-    """By the teacher's word.
+def local_weights(words: list[str] | None, subjects: Sequence[str]) -> dict[str, Path]:
+    """By the teacher's word, one of the subjects.
 
     Raises: ConfigError.
     """
     pairs = [word.partition("=") for word in words or []]
     if malformed := [name for name, _, path in pairs if not path]:
-        raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}")
+        teachers = [word for word in subjects if word != "pixels" and "://" not in word and not Path(word).exists()]
+        right = "; write " + " or ".join(f"--weights {name}={malformed[0]}" for name in teachers) if teachers else ""
+        raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}{right}")
     return {name: Path(path) for name, _, path in pairs}
 
 

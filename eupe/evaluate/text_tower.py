@@ -20,7 +20,7 @@ from eupe.encoder import load_state_dict_strictly
 from eupe.errors import TeacherError
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import brief, quiet_open_clip, read_state_dict
+from eupe.teachers.weights import brief, hub_or_offline, quiet_open_clip, read_state_dict
 
 BATCH = 128
 WHOLE_MODEL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -134,7 +134,7 @@ def _from_hub(spec: TeacherSpec, arch: str, tag: str) -> Any:
     import open_clip
 
     try:
-        with quiet_open_clip():
+        with quiet_open_clip(), hub_or_offline(spec.model):
             model = open_clip.create_model(arch, pretrained=tag, require_pretrained=True)
     except Exception as error:
         raise TeacherError(
@@ -197,7 +197,7 @@ def _tokenizer(spec: TeacherSpec, arch: str, weights: Path | None) -> Callable[[
             options = text.get("tokenizer_kwargs", {})
             made = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text["context_length"], **options)
         else:
-            with quiet_open_clip():
+            with quiet_open_clip(), hub_or_offline(spec.model):
                 made = open_clip.get_tokenizer(arch)
     except Exception as error:
         where = text.get("hf_tokenizer_name")

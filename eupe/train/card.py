@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eupe.encoder import WEIGHTS_FILE, check_sizes, load_card, near
+from eupe.encoder import WEIGHTS_FILE, check_sizes, load_card, near, why_no_run
 from eupe.errors import ConfigError, RunError
 from eupe.store import Store
 from eupe.store.layout import KINDS
@@ -116,7 +116,7 @@ def read_card(run: Path) -> RunCard:
         plain: dict[str, Any] = json.loads((run / CONFIG_FILE).read_text())
         return RunCard.from_json(plain)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{run} is not a training run: no readable {CONFIG_FILE} ({error})") from error
+        raise RunError(why_no_run(run, CONFIG_FILE, error)) from error
 
 
 def finished_card(run: Path) -> RunCard:
