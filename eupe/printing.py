@@ -34,7 +34,7 @@ def print_table(console: Console, table: Table) -> None:
 def _pieces(table: Table, width: int | None) -> list[Table]:
     """Tables whose columns have their widths; `width` is None for no bound."""
     columns, rows = _texts(table), table.row_count
-    if _fit(table, width, NARROW) or not rows or len(columns) <= max(rows, 2):
+    if _fit(table, width, NARROW) or not rows or len(columns) <= 2:
         return [table]
     for count in range(rows, 0, -1):
         pieces = [_turned(table, columns, range(i, min(i + count, rows))) for i in range(0, rows, count)]
@@ -135,4 +135,4 @@ def _each(items: Iterable[Any]) -> Iterator[str]:
 
 def _name(field: str) -> str:
     """Of a field in words; keys that are data, paths say, stay as they are."""
-    return field.replace("_", " ") if field.isidentifier() else field
+    return field.removeprefix("num_").replace("_", " ") if field.isidentifier() else field

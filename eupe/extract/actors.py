@@ -45,6 +45,8 @@ DEFAULT_BATCH = 16
 COMPARED_VIEWS = 8
 QUIET: Mapping[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: |$)")
+"""The line of a traceback that names what was raised."""
 
 
 Process = tuple[str, int]
@@ -361,10 +363,10 @@ def when_there(actor: Any) -> Any:
 
 
 def cause_of(error: Exception) -> str:
-    """One line of what Ray says of a death: the exception that a worker ended with, the last line, or what happened."""
-    lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines() if line.strip()]
-    raised = any(line.startswith("Traceback ") for line in lines)
-    return (lines or [type(error).__name__])[-1 if raised else 0]
+    """One line of what Ray says of a death: the exception that a worker ended with, if any, or what happened."""
+    first, *others = _ANSI.sub("", str(error)).splitlines() or [type(error).__name__]
+    raised = [line for line in others if _EXCEPTION.match(line)] if "creation task" in first else []
+    return raised[-1] if raised else first
 
 
 def get(reference: Any) -> Any:
