@@ -156,6 +156,7 @@ def test_of_a_worker_that_could_not_begin_the_exception_is_told() -> None:
         "unexpectedly."
     )
     assert cause_of(RuntimeError("")) == "RuntimeError"
+    assert cause_of(RuntimeError("\x1b[36mray::A\x1b[39m is gone")) == "ray::A is gone"
 
 
 @pytest.mark.slow

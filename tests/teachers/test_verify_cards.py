@@ -21,7 +21,7 @@ from eupe.teachers import hf_adapter, open_clip_adapter, timm_adapter
 from eupe.teachers import verify as verify_module
 from eupe.teachers.own_forward import fill_at_random
 from eupe.teachers.registry import REGISTRY
-from eupe.teachers.verify import Comparison, Cosine, awkward_views, compare, require_agreement
+from eupe.teachers.verify import Comparison, Cosine, awkward_views, compare, random_pair, require_agreement
 
 Run = Callable[..., Any]
 NEVER_FULL = 0
