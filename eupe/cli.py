@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from typer.core import TyperGroup
 
 import eupe
 from eupe.cli_eval import eval_app
-from eupe.cli_shared import Json, LocalWeights, PicturesPath, err, escaped, finish, local_weights, out
+from eupe.cli_shared import Json, LocalWeights, PicturesPath, err, escaped, finish, local_weights, out, show
 from eupe.errors import ConfigError, EupeError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ app.add_typer(eval_app, name="eval")
 app.add_typer(store_app, name="store")
 
 NAMED_DUPLICATES = 5
+PRECISIONS = "bitround:B is fp16 rounded to B bits of mantissa, which compresses better; int8 is one byte a channel"
 NEAR_FP32 = 0.999
 """Least cosine of tokens in another arithmetic that is not worth a warning."""
 
@@ -139,7 +141,7 @@ def teachers(context: typer.Context) -> None:
             spec.licence,
         )
         table.add_row(*map(str, cells))
-    out.print(table)
+    show(table)
 
 
 @teachers_app.command("show", hidden=True)
@@ -188,7 +190,7 @@ def teachers_verify(
             for kind, cosine in {**c.cosines, **in_rounded}.items():
                 cells = (c.teacher, escaped(c.weights), c.build, str(c.size), kind)
                 table.add_row(*cells, f"{cosine.least:.7f}", f"{cosine.mean:.7f}")
-        out.print(table)
+        show(table)
         if arithmetic != torch.float32:
             out.print(
                 f"{rounded}: the adapter's own tokens in {rounded} against those in fp32, on the CPU", soft_wrap=True
@@ -201,7 +203,8 @@ def teachers_verify(
         pictures = max(c.num_pictures for c in comparisons)
         out.print(
             f"{len(comparisons)} teachers ({builds['full']} full, {builds['narrow']} narrow{failed}) on "
-            f"{pictures} awkward pictures each",
+            f"{pictures} awkward pictures each; full is the whole model, narrow one of the same architecture with two "
+            "thin blocks, as rows of large models are checked unless asked for by NAME",
             soft_wrap=True,
         )
     require_agreement(comparisons)
@@ -487,12 +490,16 @@ def plan(
     if as_json:
         finish(dataclasses.asdict(measured), as_json)
     else:
-        _print_plan(measured)
+        _print_plan(measured, given=out_path is not None)
 
 
-def _print_plan(plan: Estimate) -> None:
+def _print_plan(plan: Estimate, *, given: bool) -> None:
+    """
+    Args:
+        given: the store's place was named.
+    """
     from eupe.extract.estimate import STUDENT_IMAGES_PER_S
-    from eupe.progress import amount
+    from eupe.progress import amount, duration
 
     r = plan.rates
     precision = ", ".join(f"{kind} {word}" for kind, word in plan.precision.items())
@@ -502,16 +509,16 @@ def _print_plan(plan: Estimate) -> None:
         "measured": f"{plan.teacher} on {plan.sampled_views} views, {plan.dtype} on {plan.device}, this machine alone",
         "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views",
         "bytes per view": f"{amount(plan.bytes_per_view)} ({precision}; raw fp16 {amount(plan.raw_bytes_per_view)})",
-        "bytes in all": f"{amount(plan.need.stored)}, {amount(plan.need.peak)} while it is made",
-        f"free at {plan.out}": free,
+        "bytes in all": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} on the way there",
+        f"free at {plan.out}{'' if given else ', where the store lies without --out'}": free,
         **({"held there already": amount(plan.held_bytes)} if plan.held_bytes else {}),
         "views/s, each alone": f"decode {r.decode:.4g}, forward {r.forward:.4g}, encode {r.encode:.4g}, "
         f"read {r.read:.4g}",
         "views/s of a worker": f"{plan.views_per_s:.4g}",
-        f"hours, {plan.workers} worker{'s' * (plan.workers > 1)} like this": f"{plan.hours:.4g}",
+        f"time, {plan.workers} worker{'s' * (plan.workers > 1)} like this": duration(3600 * plan.hours),
         f"student of {STUDENT_IMAGES_PER_S} images/s reads": f"{amount(plan.read_bytes_per_s)}/s",
-        "targets of one epoch": f"{plan.epoch_hours_cached:.4g} h from the cache, "
-        f"{plan.epoch_hours_online:.4g} h from the teacher",
+        "targets of one epoch": f"{duration(3600 * plan.epoch_hours_cached)} from the cache, "
+        f"{duration(3600 * plan.epoch_hours_online)} from the teacher",
         "the cache pays off after": even,
     }
     table = Table("array", "precision", "share of fp16", "in all", "cosine p5", "mean", box=None)
@@ -519,7 +526,8 @@ def _print_plan(plan: Estimate) -> None:
         cosines = (f"{c.cosine_p5:.6f}", f"{c.cosine_mean:.6f}")
         table.add_row(c.path, c.precision, f"{c.share:.3f}", amount(c.total_bytes), *cosines)
     finish(facts, False)
-    out.print(table)
+    show(table)
+    out.print(PRECISIONS)
 
 
 def _print_paper(plan: PaperEstimate) -> None:
@@ -528,7 +536,8 @@ def _print_paper(plan: PaperEstimate) -> None:
     facts = {
         "on paper": "nothing was measured; bytes are those of raw fp16 by nominal shares",
         "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views of each teacher",
-        f"bytes in all, {plan.precision}": f"{amount(plan.need.stored)}, {amount(plan.need.peak)} while made",
+        f"bytes in all, {plan.precision}": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} on the "
+        "way there",
     }
     if plan.free_bytes is not None:
         facts["free"] = amount(plan.free_bytes)
@@ -540,7 +549,8 @@ def _print_paper(plan: PaperEstimate) -> None:
             share = plan.nominal_shares[precision]
             amounts = (amount(total / plan.num_views), amount(total))
             table.add_row(t.teacher, sizes, grids, precision, f"{share:g}", *amounts)
-    out.print(table)
+    show(table)
+    out.print(PRECISIONS)
 
 
 @store_app.command("ls")
@@ -559,7 +569,7 @@ def store_ls(directory: Annotated[str, typer.Argument(help="A directory of store
         sizes, grids = ("+".join(map(str, numbers)) for numbers in (e.sizes, e.grids))
         cells = (e.name, e.teacher, e.views, sizes, grids, e.precision, e.num_samples)
         table.add_row(*map(str, cells), f"{e.stored_bytes / 1e6:.1f}", f"{e.complete:.1%}", e.licence)
-    out.print(table)
+    show(table)
 
 
 @store_app.command("info")
@@ -621,7 +631,7 @@ def _print_statistics(summary: StoreSummary) -> None:
         table = Table(f"\n{token_title(token)}", "", box=None)
         for name, value in token_facts(token):
             table.add_row(name, value)
-        out.print(table)
+        show(table)
     out.print("\n" + "\n".join(NOTES), soft_wrap=True)
 
 
@@ -687,6 +697,8 @@ def store_repair(
         report = repair(config, on_status=lambda s: progress.update(s.stage, s.done, s.total, failed=s.failed))
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(report).items()}
     finish(plain, as_json)
+    if not (as_json or report.parts or report.documents or report.statistics):
+        out.print("nothing to repair: the store is whole")
 
 
 @store_app.command("audit")
@@ -719,7 +731,7 @@ def store_audit(
             for name, c in (("standardised", d.standardised), ("plain", d.plain)):
                 numbers = (f"{x:.6f}" for x in (c.mean, c.p5, c.least))
                 table.add_row(d.path, d.precision, str(d.num_tokens), name, *numbers)
-        out.print(table)
+        show(table)
         out.print(
             f"{report.num_views} views of {report.num_samples} pictures, {report.changed_views} with other pixels; "
             f"stored in {report.stored_dtype}, computed in {report.computed_dtype}",
@@ -822,7 +834,7 @@ def train(
     """Distil cached targets into students; no teacher is loaded."""
     from eupe.progress import report_progress
     from eupe.train.loop import train_together
-    from eupe.train.options import train_configs
+    from eupe.train.options import origins_told, train_configs
 
     flags = {
         "targets": targets,
@@ -860,25 +872,27 @@ def train(
         "keep_every": keep_every,
         "wandb": wandb,
     }
-    configs = train_configs(
-        recipe=recipe,
-        config=config,
-        flags=flags,
-        students=student or [],
-        inits=init or [],
-        outs=out_path or [],
-        resume=resume,
-    )
+    origins = partial(origins_told, recipe=recipe, config=config, flags={**flags, "student": student, "init": init})
+    with origins():
+        configs = train_configs(
+            recipe=recipe,
+            config=config,
+            flags=flags,
+            students=student or [],
+            inits=init or [],
+            outs=out_path or [],
+            resume=resume,
+        )
     notes: dict[int, str] = {}
 
-    def show(place: int, status: TrainStatus) -> None:
+    def tell(place: int, status: TrainStatus) -> None:
         notes[place] = status.words()
         if len(configs) > 1:
             notes[place] = f"{configs[place].out.name}: {notes[place]}"
         progress.update("training", status.step, status.total_steps, note="  ".join(notes[i] for i in sorted(notes)))
 
-    with report_progress(err, "steps", quiet=as_json) as progress:
-        reports = train_together(configs, on_status=show)
+    with origins(), report_progress(err, "steps", quiet=as_json) as progress:
+        reports = train_together(configs, on_status=tell)
     for report in reports:
         finish(dataclasses.asdict(report), as_json)
         if not as_json and report.cached:
@@ -935,6 +949,7 @@ def run_recipe(
     as_json: Json = False,
 ) -> None:
     """Run a whole pipeline from one file; what is done already is not done again."""
+    from eupe.pipeline.plan import REPORTS
     from eupe.pipeline.prepare import prepare, run
     from eupe.pipeline.recipe import parse_settings
     from eupe.pipeline.show import show_plan, show_results
@@ -953,7 +968,7 @@ def run_recipe(
     if as_json:
         print(json.dumps({"out": str(prepared.recipe.out), "steps": [dataclasses.asdict(r) for r in results]}))
     else:
-        show_results(results, out)
+        show_results(results, out, reports=prepared.recipe.out / REPORTS)
 
 
 @app.command()
@@ -977,7 +992,7 @@ def viz(
         images=images,
         out=out_path,
         limit=limit,
-        weights=local_weights(weights),
+        weights=local_weights(weights, items),
         foreground=foreground,
         cell_px=cell,
     )

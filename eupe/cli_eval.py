@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from eupe.cli_shared import Json, LocalWeights, PicturesPath, err, escaped, finish, local_weights, out
+from eupe.cli_shared import Json, LocalWeights, PicturesPath, err, escaped, finish, local_weights, out, show
 from eupe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def eval_agreement(
             likeness.add_row(
                 target.target, kind, *map(_number, (a.cka, a.cka_untrained, a.cka_own, a.cka_own_untrained))
             )
-    out.print(table)
-    out.print(likeness)
+    show(table)
+    show(likeness)
     for target in report.targets:
         if target.mutual_neighbours is not None:
             out.print(
@@ -145,7 +145,7 @@ def eval_conflict(
             shared = pair.mutual_neighbours if kind == "summary" else None
             said = (alike.cka, *r2, shared)
             table.add_row(escaped(pair.name), kind, str(alike.samples), *map(_number, said))
-    out.print(table)
+    show(table)
     for pair in pairs:
         out.print(f"[bold]{pair.verdict.word}[/]: {escaped(pair.verdict.why)}", soft_wrap=True)
     out.print(MEASURED, soft_wrap=True)
@@ -190,7 +190,7 @@ def eval_latency(
         cost = (f"{s['parameters'] / 1e6:.2f}M", f"{s['gmacs']:.3f}", f"{s['gflops']:.3f}")
         spread = f"{s['ms_p25']:.4g}–{s['ms_p75']:.4g}"
         table.add_row(escaped(result.name), str(result.protocol["size"]), *cost, f"{s['ms']:.4g}", spread)
-    out.print(table)
+    show(table)
     how = found[0].protocol
     out.print(
         f"{escaped(str(how['cpu']))}, {how['threads']} threads, {how['dtype']}, batches of {how['batch_size']}, ms a "
@@ -495,7 +495,7 @@ def _show_merged(merged: Merged) -> None:
         for model, cells in [*models, *baselines]:
             shown = (words.marked(cell) + ("*" if cell is not None and cell.best else "") for cell in cells)
             table.add_row(escaped(model.name), *shown)
-        out.print(table)
+        show(table)
         out.print(f"* {words.BEST_LEGEND}; {words.AHEAD} {words.AHEAD_LEGEND}", soft_wrap=True)
     for letter, said in merged.marks.items():
         out.print(f"({letter}) {words.MARK_LEGEND}: {escaped(said)}", soft_wrap=True)
@@ -504,7 +504,7 @@ def _show_merged(merged: Merged) -> None:
         table = Table(*map(escaped, head), title=words.task_title(task), box=None)
         for row in body:
             table.add_row(*map(escaped, row))
-        out.print(table)
+        show(table)
 
 
 def _training(paper: Training, steps: int | None, batch_size: int | None, lr: float | None, seed: int) -> Training:
@@ -532,7 +532,7 @@ def _judge(
     from eupe.progress import report_progress
 
     require_place(results)
-    subjects = open_subjects(words, local_weights(weights), untrained=untrained)
+    subjects = open_subjects(words, local_weights(weights, words), untrained=untrained)
     found = []
     with report_progress(err, "steps", quiet=as_json) as progress:
         while subjects:
@@ -563,4 +563,4 @@ def show_table(found: list[Result]) -> None:
     table = Table("subject", *(Column(name.replace("_", " "), justify="right") for name in measures), box=None)
     for result in found:
         table.add_row(escaped(result.name), *(f"{result.scores[name]:.4f}" for name in measures))
-    out.print(table)
+    show(table)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from eupe.errors import ConfigError
+from eupe.printing import print_table, report_lines
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
 PicturesPath = Annotated[
@@ -23,14 +26,16 @@ PicturesPath = Annotated[
 LocalWeights = Annotated[list[str] | None, typer.Option("--weights", help="TEACHER=PATH: local weights of a teacher.")]
 
 
-def local_weights(words: list[str] | None) -> dict[str, Path]:
-    """By the teacher's word.
+def local_weights(words: list[str] | None, subjects: Sequence[str]) -> dict[str, Path]:
+    """By the teacher's word, one of the subjects.
 
     Raises: ConfigError.
     """
     pairs = [word.partition("=") for word in words or []]
     if malformed := [name for name, _, path in pairs if not path]:
-        raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}")
+        teachers = [word for word in subjects if word != "pixels" and "://" not in word and not Path(word).exists()]
+        right = "; write " + " or ".join(f"--weights {name}={malformed[0]}" for name in teachers) if teachers else ""
+        raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}{right}")
     return {name: Path(path) for name, _, path in pairs}
 
 
@@ -44,8 +49,10 @@ def finish(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    for name, value in report.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        if isinstance(value, dict | list):
-            shown = json.dumps(value)
-        out.print(f"{name.replace('_', ' ')}: {escaped(str(shown))}", soft_wrap=True)
+    for line in report_lines(report):
+        out.print(escaped(line), soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """See `print_table`."""
+    print_table(out, table)

@@ -277,7 +277,18 @@ def load_card(directory: Path) -> EncoderCard:
     try:
         return EncoderCard.from_json(read_json(directory / CARD_FILE))
     except (OSError, ValueError) as error:
-        raise RunError(f"{directory} is not a training run: no readable {CARD_FILE} ({error})") from error
+        raise RunError(why_no_run(directory, CARD_FILE, error)) from error
+
+
+def why_no_run(directory: Path, file: str, error: Exception) -> str:
+    """What to say of a directory whose `file` could not be read, as a training run's can."""
+    if not directory.is_dir():
+        what = "there is no such directory"
+    elif (directory / "zarr.json").exists():
+        what = "it is a store (zarr.json); give the run itself"
+    else:
+        what = f"it has no {file}" if isinstance(error, FileNotFoundError) else f"no readable {file} ({error})"
+    return f"{directory} is not a training run: {what}"
 
 
 def load_encoder(directory: Path) -> Encoder:

@@ -1,4 +1,4 @@
-"""The progress bar of every long verb: rate, time left, failures; and bytes in words."""
+"""The progress bar of every long verb: rate, time left, failures; and bytes and seconds in words."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from rich.progress import (
 from rich.text import Text
 
 LOG_SECONDS = 30.0
+UNITS = {"indexing": "pictures"}
+"""Of stages that count something else than their verb does."""
 
 
 class _Rate(ProgressColumn):
@@ -32,7 +34,7 @@ class _Rate(ProgressColumn):
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:.0f} {self._unit}/s")
+        return Text(f"{task.speed or 0:.0f} {UNITS.get(task.description, self._unit)}/s" if task.total else "")
 
 
 class Reporter(Protocol):
@@ -41,7 +43,7 @@ class Reporter(Protocol):
     def update(
         self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "", lines: Sequence[str] = ()
     ) -> None:
-        """`lines` tell of its parts, such as the machines that share the work."""
+        """`lines` tell of its parts, such as the machines that share the work; `total` is 0 for what is not counted."""
 
 
 class Bar:
@@ -58,11 +60,11 @@ class Bar:
         if stage not in self._stages:
             for earlier in self._stages.values():
                 self._progress.stop_task(earlier)
-            self._stages[stage] = self._progress.add_task(stage, total=total, note="")
+            self._stages[stage] = self._progress.add_task(stage, total=total or None, note="")
         words = [note] if note else []
         if failed:
             words.append(f"[red]{failed} failed[/]")
-        self._progress.update(self._stages[stage], completed=done, total=total, note="  ".join(words))
+        self._progress.update(self._stages[stage], completed=done, total=total or None, note="  ".join(words))
         self._below.plain = "\n".join(f"  {line}" for line in lines)
 
 
@@ -83,7 +85,8 @@ class Lines:
         if told == self._told and now - self._last < LOG_SECONDS:
             return
         self._told, self._last = told, now
-        self._console.print(f"{stage}: {done}/{total} {self._unit}, {failed} failed  {note}".rstrip(), soft_wrap=True)
+        count = f": {done}/{total} {UNITS.get(stage, self._unit)}, {failed} failed" if total else ""
+        self._console.print(f"{stage}{count}  {note}".rstrip(), soft_wrap=True)
         for line in lines:
             self._console.print(f"  {line}", soft_wrap=True, markup=False)
 
@@ -116,3 +119,11 @@ def amount(num_bytes: float) -> str:
             return f"{num_bytes:.4g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.4g} PB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.3g} {unit}" if seconds < 1000 * length else f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.2g} s"

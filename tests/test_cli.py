@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import zarr
-from making import TINY_STUDENT, make_corpus, make_store, picture
+from making import TINY_STUDENT, TINY_TEACHER, make_corpus, make_store, picture
 
 from eupe.store import Store
 
@@ -243,3 +243,20 @@ def test_the_package_is_found_beside_a_folder_of_its_name(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "eupe", "--version"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_whole_store_has_nothing_to_repair(tiny_store: Store, run_eupe: Run) -> None:
+    told = run_eupe("store", "repair", tiny_store.path)
+    assert told.code == 0 and told.out.splitlines()[-1] == "nothing to repair: the store is whole"
+    assert "parts" not in told.out and "documents" not in told.out
+
+
+def test_a_plan_says_short_times_in_seconds_and_whose_place_it_asked(
+    tiny_corpus: Path, tiny_weights: Path, tmp_path: Path, run_eupe: Run
+) -> None:
+    words = ["plan", "--teacher", TINY_TEACHER, "--weights", tiny_weights, "--corpus", tiny_corpus, "--size", 64]
+    lines = dict(line.split(": ", 1) for line in run_eupe(*words).out.splitlines() if ": " in line)
+    assert lines["time, 1 worker like this"].endswith(" s")
+    assert any(name.endswith("timm-test_vit.zarr, where the store lies without --out") for name in lines)
+    given = run_eupe(*words, "--out", tmp_path / "s.zarr").out
+    assert f"free at {tmp_path}/s.zarr: " in given and "bitround:B is fp16 rounded to B bits" in given

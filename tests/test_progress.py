@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from eupe import progress
-from eupe.progress import report_progress
+from eupe.progress import duration, report_progress
 
 NODES = ["node-a: 2 workers, 71.3 views/s, 0 failed", "node-b: 1 workers, 35.0 views/s, 3 failed"]
 
@@ -35,3 +35,21 @@ def test_a_terminal_gets_them_below_the_bar() -> None:
     last = file.getvalue().rpartition("extracting")[2]
     assert "6/9" in last and "3 failed" in last and all(line in last for line in NODES)
     assert "an older line" not in last
+
+
+def test_pictures_are_called_so_and_what_is_not_counted_has_no_count() -> None:
+    file = io.StringIO()
+    with report_progress(Console(file=file, width=40), "views", quiet=False) as reporter:
+        reporter.update("indexing", 1, 130)
+        reporter.update("trying the teacher", 0, 0)
+        reporter.update("extracting", 1, 260)
+    said = file.getvalue().splitlines()
+    assert said == ["indexing: 1/130 pictures, 0 failed", "trying the teacher", "extracting: 1/260 views, 0 failed"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.00123, "0.0012 s"), (6.9, "6.9 s"), (59, "59 s"), (90, "1.5 min"), (5400, "1.5 h"), (7.2e6, "2,000 h")],
+)
+def test_a_duration_has_the_unit_that_suits_it(seconds: float, said: str) -> None:
+    assert duration(seconds) == said

@@ -13,7 +13,7 @@ from eupe.device import pick_device
 from eupe.encoder import load_encoder
 from eupe.errors import RunError
 from eupe.place import Where
-from eupe.train.card import CONFIG_FILE, HEADS_FILE, RunCard, store_fingerprint
+from eupe.train.card import CONFIG_FILE, HEADS_FILE, RunCard, finished_card, store_fingerprint
 from eupe.train.card import read_card as read_card
 from eupe.train.distiller import Distiller, build_distiller
 from eupe.train.targets import TargetSet, open_targets
@@ -67,7 +67,7 @@ def open_run(path: Path, *, corpus: Where | None = None) -> Run:
     Raises: RunError if the run is not finished; StoreError or CorpusError if its targets or pictures are gone, or are
         others.
     """
-    card = read_card(path)
+    card = finished_card(path)
     lacking = [name for name in DECISIVE if name not in card.config]
     lacking += [name for target in card.targets for name in ("path", "fingerprint") if name not in target]
     if lacking:

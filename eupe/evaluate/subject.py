@@ -333,4 +333,6 @@ def _open(word: str, weights: Path | None) -> Subject:
     try:
         return EncoderSubject(word, resolve_teacher(word), weights)
     except TeacherError as error:
+        if "/" in word and not path.exists():
+            raise ConfigError(str(error)) from error
         raise ConfigError(f"{word} is no store (no zarr.json), run or teacher: {error}") from error

@@ -7,9 +7,7 @@ Shapes: N prompts, D width of the space.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from eupe.encoder import load_state_dict_strictly
 from eupe.errors import TeacherError
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import brief, read_state_dict
+from eupe.teachers.weights import brief, hub_or_offline, quiet_open_clip, read_state_dict
 
 BATCH = 128
 WHOLE_MODEL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -136,7 +134,7 @@ def _from_hub(spec: TeacherSpec, arch: str, tag: str) -> Any:
     import open_clip
 
     try:
-        with _quiet_open_clip():
+        with quiet_open_clip(), hub_or_offline(spec.model):
             model = open_clip.create_model(arch, pretrained=tag, require_pretrained=True)
     except Exception as error:
         raise TeacherError(
@@ -149,7 +147,7 @@ def _from_hub(spec: TeacherSpec, arch: str, tag: str) -> Any:
 def _from_file(arch: str, weights: Path) -> Any:
     import open_clip
 
-    with _quiet_open_clip(), torch.random.fork_rng(devices=[]):
+    with quiet_open_clip(), torch.random.fork_rng(devices=[]):
         whole = open_clip.create_model(arch, load_weights=False, pretrained_text=False, vision_cfg=dict(NO_IMAGE_TOWER))
     model = _without_image_tower(whole)
     state = read_state_dict(_whole_model_file(weights))
@@ -199,7 +197,7 @@ def _tokenizer(spec: TeacherSpec, arch: str, weights: Path | None) -> Callable[[
             options = text.get("tokenizer_kwargs", {})
             made = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text["context_length"], **options)
         else:
-            with _quiet_open_clip():
+            with quiet_open_clip(), hub_or_offline(spec.model):
                 made = open_clip.get_tokenizer(arch)
     except Exception as error:
         where = text.get("hf_tokenizer_name")
@@ -208,14 +206,3 @@ def _tokenizer(spec: TeacherSpec, arch: str, weights: Path | None) -> Callable[[
             f"{TOKENIZER_FILES[0]} beside the weights"
         ) from error
     return made
-
-
-@contextmanager
-def _quiet_open_clip() -> Iterator[None]:
-    """Its warnings off, of weights that are loaded elsewhere and of downloads whose failure is raised as well."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)

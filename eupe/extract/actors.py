@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 import threading
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,10 @@ MAX_LOADS = 3
 DEFAULT_BATCH = 16
 """Where a store does not say, and before a device has been tried."""
 COMPARED_VIEWS = 8
+QUIET: Mapping[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: |$)")
+"""The line of a traceback that names what was raised."""
 
 
 Process = tuple[str, int]
@@ -185,19 +190,30 @@ class JobActors:
         return actor.remote(self.configs, self._teachers, self._corpus.root, self._num_cpus)
 
     def _start_ray(self) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         address = self._shared.ray_address
-        quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if address is not None:
-            try:
-                ray.init(address=address, **quiet)
-            except (ConnectionError, ValueError) as error:
-                raise ConfigError(f"no Ray cluster answers at --ray-address {address}: {error}") from error
-            self._ray_started = True
-            return
-        cpus = max(os.cpu_count() or 1, self._shared.workers or 1)
-        ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
+            _connect(address)
+        else:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            cpus = max(os.cpu_count() or 1, self._shared.workers or 1)
+            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **QUIET)
         self._ray_started = True
+
+
+def require_cluster(address: str | None) -> None:
+    """Ahead of the work: raises ConfigError if a cluster is asked for that does not answer."""
+    if address is not None and not ray.is_initialized():
+        _connect(address)
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Raises: ConfigError if no cluster answers."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address, **QUIET)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"no Ray cluster answers at --ray-address {address}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -346,9 +362,11 @@ def when_there(actor: Any) -> Any:
     return actor.process.options(max_task_retries=-1).remote()
 
 
-def first_line(error: Exception) -> str:
-    """Of what it says, if it says anything."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def cause_of(error: Exception) -> str:
+    """One line of what Ray says of a death: the exception that a worker ended with, if any, or what happened."""
+    first, *others = _ANSI.sub("", str(error)).splitlines() or [type(error).__name__]
+    raised = [line for line in others if _EXCEPTION.match(line)] if "creation task" in first else []
+    return raised[-1] if raised else first
 
 
 def get(reference: Any) -> Any:
@@ -374,4 +392,4 @@ def get_loaded(reference: Any) -> Any:
             raise error.cause from None
         raise TeacherError(f"the teacher cannot be loaded: {type(error.cause).__name__}: {error.cause}") from error
     except ray.exceptions.RayError as error:
-        raise WorkerDiedError(f"a worker died while it loaded the teacher: {first_line(error)}") from error
+        raise WorkerDiedError(f"a worker died while it loaded the teacher: {cause_of(error)}") from error

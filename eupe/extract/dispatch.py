@@ -24,7 +24,7 @@ from eupe.extract.actors import (
     JobActors,
     Process,
     Whereabouts,
-    first_line,
+    cause_of,
     get_loaded,
     when_there,
 )
@@ -287,7 +287,7 @@ class Dispatch:
         except ray.exceptions.RayError as error:
             if hand.condemned is None:
                 work.deaths += 1
-                work.reason = f"the worker died: {first_line(error)}"
+                work.reason = f"the worker died: {cause_of(error)}"
             work.outage_since, work.num_outages = None, 0
             if hand.ready:
                 self._load(hand)

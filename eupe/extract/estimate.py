@@ -33,7 +33,7 @@ from eupe.extract.job import (
     with_absolute_paths,
 )
 from eupe.extract.load import LoadedSample
-from eupe.extract.plan import PartTask, shape_of
+from eupe.extract.plan import PartTask, require_common_sizes, shape_of
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import Computer, PartInMaking
 from eupe.place import Place, Where
@@ -213,7 +213,9 @@ def estimate_on_paper(config: PaperConfig) -> PaperEstimate:
     """
     if config.num_images < 1:
         raise ConfigError(f"--num-images must be at least 1, got {config.num_images}")
-    plans = tuple(_paper_teacher(config, resolve_teacher(name)) for name in config.teachers)
+    teachers = [resolve_teacher(name) for name in config.teachers]
+    require_common_sizes(teachers, config.sizes)
+    plans = tuple(_paper_teacher(config, teacher) for teacher in teachers)
     need = Need(sum(plan.need.stored for plan in plans), sum(plan.need.peak for plan in plans))
     free = None if config.out is None else free_bytes(Place.of(config.out))
     require_room(need, free, str(config.out))

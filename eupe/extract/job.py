@@ -12,17 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus, some_keys
-from eupe.errors import ConfigError, CorpusError, StoreError, TeacherError
-from eupe.extract.actors import JobActors
+from eupe.device import compute_dtype, pick_device
+from eupe.errors import ConfigError, CorpusError, StoreError
+from eupe.extract.actors import JobActors, require_cluster
 from eupe.extract.calibrate import settle
 from eupe.extract.config import STORES, ExtractConfig, require_counts
 from eupe.extract.dispatch import Status, run_parts
-from eupe.extract.plan import shape_of, store_spec
+from eupe.extract.plan import require_common_sizes, shape_of, store_spec
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.catalogue import find_store
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, bytes_per_view, segment_name
-from eupe.store.precision import FP16
+from eupe.store.precision import FP16, parse_precision
 from eupe.store.reader import ROOT_DOCUMENT
 from eupe.store.writer import (
     create_store,
@@ -30,10 +31,12 @@ from eupe.store.writer import (
     finish_store,
     forget_parts,
     remove_leftovers,
+    require_empty,
     require_same_spec,
 )
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.teacher import require_weights
 
 OF_ONE_TEACHER = {"teacher", "out", "weights", "sizes"}
 """Options that may differ between teachers that share a pass over the pictures."""
@@ -83,9 +86,15 @@ def extract_together(
     began = time.monotonic()
     configs = [with_absolute_paths(config) for config in configs]
     _require_one_pass(configs)
-    teachers = [checked_teacher(config) for config in configs]
+    teachers = [resolve_teacher(config.teacher) for config in configs]
+    require_common_sizes(teachers, configs[0].sizes)
+    teachers = [checked(config, teacher) for config, teacher in zip(configs, teachers, strict=True)]
     places = [place_of_store(config) for config in configs]
     existing = [open_store(place) if place.exists(ROOT_DOCUMENT) else None for place in places]
+    for place, store in zip(places, existing, strict=True):
+        if store is None:
+            require_empty(place)
+    require_cluster(configs[0].ray_address)
     indexes = [stored_index(store) if store is not None and has_index(store) else None for store in existing]
     previous = next((index for index in indexes if index is not None), None)
     corpus = open_corpus(
@@ -213,12 +222,22 @@ def teacher_name(words: str) -> str:
 
 
 def checked_teacher(config: ExtractConfig) -> TeacherSpec:
-    """The teacher's card, with everything that can be wrong about the options said at once."""
-    teacher = resolve_teacher(config.teacher)
-    shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
-    if config.weights is not None and not config.weights.exists():
-        raise TeacherError(f"weights {config.weights} do not exist")
+    """See `checked`."""
+    return checked(config, resolve_teacher(config.teacher))
+
+
+def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:
+    """The teacher's card, with everything that can be wrong about the options said before the pictures are touched.
+
+    Raises: ConfigError, TeacherError.
+    """
+    _, _, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
+    parse_precision(config.precision, kept)
     require_counts(config)
+    if config.ray_address is None:
+        compute_dtype(config.dtype, pick_device())
+    if config.weights is not None:
+        require_weights(teacher, config.weights)
     if config.fidelity is not None and not 0 < config.fidelity < 1:
         raise ConfigError(f"--fidelity must lie between 0 and 1, got {config.fidelity:g}")
     if config.fidelity is not None and config.precision != "fp16":

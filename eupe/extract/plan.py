@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -139,6 +140,21 @@ def shape_of(
     if not kept:
         raise ConfigError(f"teacher {teacher.name} has no summary; give --tokens dense")
     return sizes, grids, kept
+
+
+def require_common_sizes(teachers: Sequence[TeacherSpec], sizes: Sequence[int]) -> None:
+    """Raises: ConfigError for a size that not every one of several teachers takes, though one for all is asked for."""
+    patches = {teacher.name: teacher.patch for teacher in teachers}
+    common = math.lcm(*patches.values())
+    for size in sizes:
+        if len(set(patches.values())) > 1 and any(size % patch for patch in patches.values()):
+            below = size // common * common
+            good = " or ".join(f"--size {s}" for s in (below, below + common) if s)
+            raise ConfigError(
+                f"--size {size} does not suit all of these teachers, which take multiples of "
+                f"{', '.join(f'{patch} px ({name})' for name, patch in patches.items())}; give {good}, or extract them "
+                "one by one, each at a size of its own"
+            )
 
 
 def _pooled_grid(teacher: TeacherSpec, size: int, grid: int | None) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from eupe.pipeline.costs import Cost, StoreCost
 from eupe.pipeline.execute import Result
 from eupe.pipeline.prepare import Prepared
+from eupe.printing import print_table
 from eupe.progress import amount
 
 HEADLINES: Mapping[str, Sequence[str]] = {
@@ -30,14 +32,14 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     """Step, state, cost and command."""
     if prepared.recipe.about:
         console.print(prepared.recipe.about, soft_wrap=True, markup=False)
-    table = Table(
-        Column("step", no_wrap=True), Column("state", no_wrap=True), "on paper", Column("command", overflow="fold")
-    )
-    table.box = None
+    table = Table("step", "state", "on paper", box=None)
     for one, cost in zip(prepared.steps, prepared.costs, strict=True):
+        table.add_row(escape(one.step.name), one.state, cost_words(cost))
+    print_table(console, table)
+    for one in prepared.steps:
         command = shlex.join(["eupe", *one.command()])
-        table.add_row(one.step.name, one.state, cost_words(cost), escape(command))
-    console.print(table)
+        console.print(f"\n# {one.step.name}\n{command}", soft_wrap=True, markup=False)
+    console.print()
     stored = [cost.num_bytes for cost in prepared.costs if isinstance(cost, StoreCost)]
     if stored:
         known = sum(number for number in stored if number is not None)
@@ -67,17 +69,30 @@ def cost_words(cost: Cost | None) -> str:
     return f"{cost.steps:,} steps x {cost.batch_size:,} = {cost.num_views:,} views, {amount(cost.num_bytes)} read"
 
 
-def show_results(results: Sequence[Result], console: Console) -> None:
-    """Step, cached or seconds, what came of it."""
-    table = Table(Column("step", no_wrap=True), "took", "result", Column("output", overflow="fold"), box=None)
+def show_results(results: Sequence[Result], console: Console, *, reports: Path) -> None:
+    """Step, cached or seconds, what came of it.
+
+    Args:
+        reports: the folder of the steps' reports.
+    """
+    table = Table("step", "took", "result", "output", box=None)
+    steps = {Path(result.output).name: result.step for result in results if result.output}
     for result in results:
         took = "cached" if result.cached else f"{result.seconds:.0f} s"
-        table.add_row(result.step, took, escape(", ".join(headline(result))), escape(result.output or ""))
-    console.print(table)
+        said = ", ".join(headline(result, steps))
+        table.add_row(escape(result.step), took, escape(said), escape(result.output or ""))
+    print_table(console, table)
+    console.print(f"all numbers of each step: {reports}", soft_wrap=True, markup=False)
 
 
-def headline(result: Result) -> list[str]:
-    """The numbers of a report that matter most, each with its name."""
+def headline(result: Result, steps: Mapping[str, str]) -> list[str]:
+    """The numbers of a report that matter most, each with its name.
+
+    Args:
+        steps: from the name of an output to the step that made it, by which a subject is called.
+    """
+    if "results" in result.report:
+        return [_first_score(judged, steps) for judged in result.report["results"]]
     wanted = HEADLINES.get(result.verb)
     numbers = list(_numbers(result.report, ""))
     if wanted is None:
@@ -86,6 +101,13 @@ def headline(result: Result) -> list[str]:
     else:
         chosen = [(name, value) for name, value in numbers if name.rpartition(" ")[2] in wanted]
     return [_words(name, value) for name, value in chosen]
+
+
+def _first_score(judged: Mapping[str, Any], steps: Mapping[str, str]) -> str:
+    """Of one subject of an evaluation."""
+    subject = steps.get(Path(judged["subject"]).name, judged["subject"])
+    measure, score = next(iter(judged["scores"].items()))
+    return f"{subject}{' untrained' if judged['untrained'] else ''} {measure.replace('_', ' ')} {score:.4g}"
 
 
 def _words(name: str, value: float) -> str:

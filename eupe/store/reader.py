@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from eupe.corpus.photometric import NEUTRAL, Photometric
 from eupe.corpus.views import ViewParams
 from eupe.errors import PartCorruptError, StoreError
+from eupe.kinds import RUN_FILES
 from eupe.place import Place
 from eupe.store.handles import Array, open_array, read_result
 from eupe.store.layout import ATTRIBUTE, DENSE, PHOTOMETRIC, PIXELS, SUMMARY, StoreSpec, arrays, feature_path, part_name
@@ -449,6 +450,11 @@ def open_store(path: str | Path | Place) -> Store:
     try:
         document = place.read(ROOT_DOCUMENT)
     except FileNotFoundError as error:
+        if any(place.exists(name) for name in RUN_FILES):
+            raise StoreError(
+                f"{place} is a training run, not a store; cache what its student says with "
+                f"`eupe extract --teacher {place} --corpus PICTURES`, and give the store that this makes"
+            ) from error
         there = place.local.exists() if place.is_local else bool(place.list())
         what = f"is not a feature store (no {ROOT_DOCUMENT})" if there else "does not exist"
         raise StoreError(f"store {place} {what}; make one with `eupe extract --out {place}`") from error

@@ -101,7 +101,7 @@ def create_store(path: str | Path | Place, spec: StoreSpec) -> Store:
     """
     place = Place.of(path)
     if not place.exists(ROOT_DOCUMENT):
-        _require_empty(place)
+        require_empty(place)
     documents = metadata_documents(spec)
     if not place.create(ROOT_DOCUMENT, documents[ROOT_DOCUMENT]):
         store = open_store(place)
@@ -138,7 +138,7 @@ def extend_store(store: Store, *, fingerprint: str, num_new: int) -> Store:
     return open_store(store.path)
 
 
-def _require_empty(place: Place) -> None:
+def require_empty(place: Place) -> None:
     """Raises: StoreError if there is anything at all."""
     if (place.is_local and place.local.is_file()) or place.list():
         raise StoreError(f"{place} exists and is not a feature store (no zarr.json); give another --out")

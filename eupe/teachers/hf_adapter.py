@@ -17,7 +17,7 @@ from eupe.errors import TeacherError
 from eupe.kinds import DenseKind, SummaryKind
 from eupe.teachers.own_forward import own_model
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import brief, hub_errors, quiet_transformers, read_state_dict
+from eupe.teachers.weights import brief, hub_errors, hub_or_offline, quiet_transformers, read_state_dict
 
 Triple = tuple[float, float, float]
 
@@ -159,7 +159,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
         shape, or of no use.
     """
     source = _config_source(spec, weights)
-    config = _vision_config(source)
+    config = _vision_config(source, weights)
     _check_fits(spec, config, source)
     family = FAMILIES[config.model_type]
     model_class = _library_class(family.model_class)
@@ -178,6 +178,12 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
             model, report = _from_state_dict(model_class, read_state_dict(weights), weights, options)
     _check_report(report, source=str(weights or spec.model))
     return model
+
+
+def require_config(spec: TeacherSpec, weights: Path) -> None:
+    """Raises: TeacherError if a configuration can be had neither beside the weights nor where the spec says."""
+    if (source := _config_source(spec, weights)) == spec.model:
+        _vision_config(source, weights)
 
 
 def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
@@ -212,19 +218,22 @@ def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
     return Tokens(summary=summary, dense=hidden[:, spec.prefix_tokens :].unflatten(1, grid))
 
 
-def _vision_config(source: str) -> Any:
+def _vision_config(source: str, weights: Path | None = None) -> Any:
     """The configuration of a repository's or directory's vision tower.
 
+    Args:
+        weights: a file without a configuration of its own, which is named if there is none elsewhere.
     Raises: TeacherError if it cannot be had or is of a type that is not supported.
     """
     from transformers import AutoConfig
 
     try:
-        with quiet_transformers():
+        with quiet_transformers(), hub_or_offline(source):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
+        lone = f"{weights} has no config.json beside it, and " if weights is not None else ""
         raise TeacherError(
-            f"the configuration of {source} cannot be fetched from the hub ({brief(error)}); "
+            f"{lone}the configuration of {source} cannot be fetched from the hub ({brief(error)}); "
             f"give a directory that holds config.json and model.safetensors, as --weights DIR or hf:DIR"
         ) from error
     if config.model_type.startswith("siglip2"):
@@ -308,12 +317,13 @@ def _preprocessor(model: str) -> dict[str, Any]:
     """
     from transformers.utils import cached_file
 
-    file = cached_file(
-        model,
-        "preprocessor_config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    with hub_or_offline(model):
+        file = cached_file(
+            model,
+            "preprocessor_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
     try:
         return {} if file is None else dict(json.loads(Path(file).read_text()))
     except ValueError as error:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from eupe.encoder import Tokens, create_timm, load_state_dict_strictly, near, timm_card, timm_tokens
 from eupe.errors import ConfigError, TeacherError
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import hub_errors, read_state_dict
+from eupe.teachers.weights import hub_errors, quiet_open_clip, read_state_dict
 
 
 def describe(name: str) -> TeacherSpec:
@@ -61,7 +61,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
     vision = _architecture(arch)["vision_cfg"]
     _settings(arch, tag)
     if weights is None:
-        with hub_errors(spec):
+        with hub_errors(spec), quiet_open_clip():
             visual = open_clip.create_model(arch, pretrained=tag or None, require_pretrained=True).visual
         state, source = visual.state_dict(), spec.model
     else:
@@ -70,20 +70,18 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
     if "timm_model_name" in vision:
         return _trunk(vision, state, source)
     if visual is None:
-        visual = open_clip.create_model(arch, load_weights=False, pretrained_text=False).visual
+        visual = _random(arch).visual
         load_state_dict_strictly(visual, state, source=source)
     return _prepared(visual, spec)
 
 
 def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
     """The vision tower, or its timm trunk, as `load` gives it, with random weights."""
-    import open_clip
-
     arch = spec.model.partition("@")[0]
     vision = _architecture(arch)["vision_cfg"]
     if "timm_model_name" in vision:
         return create_timm(vision["timm_model_name"], size=vision["image_size"])
-    return _prepared(open_clip.create_model(arch, load_weights=False, pretrained_text=False).visual, spec)
+    return _prepared(_random(arch).visual, spec)
 
 
 def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
@@ -97,6 +95,14 @@ def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
     table = _resampled(model.positional_embedding, model.grid_size, grid)
     summary, dense = functional_call(model, {"positional_embedding": table}, (pixels_BCHW,))
     return Tokens(summary=summary, dense=dense.unflatten(1, grid))
+
+
+def _random(arch: str) -> Any:
+    """The whole model with random weights."""
+    import open_clip
+
+    with quiet_open_clip():
+        return open_clip.create_model(arch, load_weights=False, pretrained_text=False)
 
 
 def _prepared(visual: Any, spec: TeacherSpec) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from eupe.encoder import WEIGHTS_FILE, load_card
 from eupe.errors import TeacherError
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import hub_errors, quiet_transformers, read_state_dict
+from eupe.teachers.weights import hub_errors, quiet_open_clip, quiet_transformers, read_state_dict
 
 Triple = tuple[float, float, float]
 
@@ -223,7 +223,8 @@ def _open_clip_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:
 
     arch, _, tag = spec.model.partition("@")
     device = torch.get_default_device()
-    model = open_clip.create_model(arch, load_weights=False, pretrained_text=False, device=device)
+    with quiet_open_clip():
+        model = open_clip.create_model(arch, load_weights=False, pretrained_text=False, device=device)
     if weights is not None:
         state = read_state_dict(weights)
         (model if any(name.startswith("visual.") for name in state) else model.visual).load_state_dict(state)

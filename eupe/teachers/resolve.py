@@ -7,10 +7,11 @@ from importlib import import_module
 from pathlib import Path
 
 from eupe.errors import TeacherError
+from eupe.kinds import RUN_FILES
 from eupe.teachers.registry import ALIASES, REGISTRY
 from eupe.teachers.spec import TeacherSpec
 
-RUN_CARD = "student.json"
+RUN_CARD = RUN_FILES[0]
 
 _DESCRIBERS = {
     "timm": "eupe.teachers.timm_adapter",
@@ -40,7 +41,12 @@ def _described(adapter: str, name: str) -> TeacherSpec:
 
 
 def _unknown(name: str) -> str:
-    if Path(name).is_dir():
+    path = Path(name)
+    if "/" in name and not path.exists():
+        return no_directory(path)
+    if path.is_dir():
+        if any((path / file).is_file() for file in RUN_FILES):
+            return f"run {name} is not finished: it has no {RUN_CARD}; finish it with `eupe train ... --resume`"
         return (
             f"{name} is a directory without {RUN_CARD}, so not a training run; "
             f"for a Hugging Face model directory write hf:{name}"
@@ -48,3 +54,11 @@ def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], n=3)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     return f"there is no teacher {name!r}; {hint}`eupe teachers` lists them all"
+
+
+def no_directory(path: Path) -> str:
+    """That there is none, with near names beside it."""
+    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, beside, n=3)]
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return f"there is no directory {path}{hint}"

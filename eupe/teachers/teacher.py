@@ -18,9 +18,9 @@ from eupe.device import autocast
 from eupe.encoder import Tokens, normalise
 from eupe.errors import TeacherError
 from eupe.teachers.spec import Backend, TeacherSpec
-from eupe.teachers.weights import file_digest, weights_digest
+from eupe.teachers.weights import file_digest, require_readable, weights_digest
 
-__all__ = ["Teacher", "file_digest", "load_teacher", "weights_digest"]
+__all__ = ["Teacher", "file_digest", "load_teacher", "require_weights", "weights_digest"]
 
 _ADAPTERS: dict[Backend, str] = {
     "timm": "eupe.teachers.timm_adapter",
@@ -79,6 +79,16 @@ def load_teacher(
     adapter = importlib.import_module(_ADAPTERS[spec.backend])
     module: nn.Module = adapter.load(spec, weights=weights, sizes=sizes)
     return Teacher(spec=spec, module=_frozen(module).to(device), device=device, dtype=dtype)
+
+
+def require_weights(spec: TeacherSpec, weights: Path) -> None:
+    """Ahead of the work: that local weights are there, and what their library needs beside them.
+
+    Raises: TeacherError.
+    """
+    require_readable(weights)
+    if spec.backend == "hf":
+        importlib.import_module(_ADAPTERS["hf"]).require_config(spec, weights)
 
 
 def build_teacher(spec: TeacherSpec, *, size: int, seed: int = 0) -> Teacher:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import safetensors.torch
@@ -25,6 +27,7 @@ DIRECTORY_PATTERNS = (
     "*.bin",
 )
 """Where a directory's weights are: the first pattern that any file fits, and then every file that fits it."""
+HUB_SECONDS = 5.0
 _BLOCK_BYTES = 1 << 24
 
 
@@ -35,15 +38,36 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises: TeacherError if there is nothing there, or it is not a state dict.
     """
-    if not path.exists():
-        raise TeacherError(f"there are no weights at {path}: no such file or directory")
-    files = weights_files(path)
-    if not files:
-        raise TeacherError(f"{path} holds no weights: no {', '.join(DIRECTORY_PATTERNS)} in it")
     state: dict[str, Tensor] = {}
-    for file in files:
+    for file in _found(path):
         state |= _read_file(file)
     return state
+
+
+def require_readable(path: Path) -> None:
+    """Without reading the tensors: raises TeacherError if there are no weights, or files of another kind."""
+    for file in _found(path):
+        try:
+            if file.suffix == ".safetensors":
+                with safetensors.safe_open(file, framework="pt"):
+                    continue
+            with file.open("rb") as stream:
+                start = stream.read(2)
+        except Exception as error:
+            raise TeacherError(f"{file} is not a weights file that can be read ({brief(error)})") from error
+        if start != b"PK" and start[:1] != b"\x80":
+            raise TeacherError(f"{file} is not a weights file: neither safetensors nor what torch.save writes")
+
+
+def _found(path: Path) -> list[Path]:
+    """Raises: TeacherError if there are no weights."""
+    if not path.exists():
+        _, equals, after = str(path).partition("=")
+        hint = f"; this verb takes the path alone, without TEACHER=: --weights {after}" if equals else ""
+        raise TeacherError(f"weights {path} do not exist{hint}")
+    if not (files := weights_files(path)):
+        raise TeacherError(f"{path} holds no weights: no {', '.join(DIRECTORY_PATTERNS)} in it")
+    return files
 
 
 def weights_files(path: Path) -> list[Path]:
@@ -78,7 +102,8 @@ def hub_errors(spec: TeacherSpec) -> Iterator[None]:
     Raises: TeacherError.
     """
     try:
-        yield
+        with hub_or_offline(spec.model):
+            yield
     except EupeError:
         raise
     except Exception as error:
@@ -86,6 +111,39 @@ def hub_errors(spec: TeacherSpec) -> Iterator[None]:
             f"weights of {spec.name} ({spec.model}) cannot be fetched from the hub ({brief(error)}); "
             f"give --weights PATH"
         ) from error
+
+
+@contextmanager
+def hub_or_offline(source: str) -> Iterator[None]:
+    """Where the hub does not answer, its client looks in its cache alone, as with HF_HUB_OFFLINE=1, without retries.
+
+    Args:
+        source: what is fetched; the hub is not asked about a local file or directory.
+    """
+    from huggingface_hub import constants
+
+    if Path(source).exists() or constants.HF_HUB_OFFLINE or _hub_answers(constants.ENDPOINT):
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except OSError as error:
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer, and the cache here lacks it") from error
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+@cache
+def _hub_answers(endpoint: str) -> bool:
+    """Whether anything does, asked once in a process."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint, timeout=HUB_SECONDS)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager
@@ -102,6 +160,17 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_open_clip() -> Iterator[None]:
+    """Its warnings off, of weights that are loaded elsewhere and of downloads whose failure is raised as well."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def brief(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eupe.encoder import WEIGHTS_FILE, check_sizes, load_card, near
+from eupe.encoder import WEIGHTS_FILE, check_sizes, load_card, near, why_no_run
 from eupe.errors import ConfigError, RunError
 from eupe.reading import read_json
 from eupe.store import Store
@@ -124,7 +124,7 @@ def read_card(run: Path) -> RunCard:
     try:
         return RunCard.from_json(read_json(run / CONFIG_FILE))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{run} is not a training run: no readable {CONFIG_FILE} ({error})") from error
+        raise RunError(why_no_run(run, CONFIG_FILE, error)) from error
 
 
 def finished_card(run: Path) -> RunCard:

@@ -6,9 +6,11 @@ A file is YAML: the flags without their dashes, each with its value, or a list o
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ def train_options(*, recipe: str | None, config: Path | None, flags: Mapping[str
     if recipe is not None:
         if recipe not in RECIPES:
             raise ConfigError(f"--recipe {recipe!r} is unknown; give {', '.join(RECIPES)}")
-        _override(options, read_options(Path(str(files("eupe") / "recipes" / "stages" / f"{recipe}.yaml"))))
+        _override(options, read_options(_stage(recipe)))
     if config is not None:
         _override(options, read_options(config))
     given = {name: value for name, value in flags.items() if value is not None and value != []}
@@ -84,6 +86,33 @@ def train_options(*, recipe: str | None, config: Path | None, flags: Mapping[str
     return options
 
 
+@contextmanager
+def origins_told(*, recipe: str | None, config: Path | None, flags: Mapping[str, Any]) -> Iterator[None]:
+    """A mistake in an option that was not typed says where it is from; the arguments are those of `train_options`.
+
+    Raises: ConfigError.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        sources = {f"--config {config}": config} if config is not None else {}
+        if recipe is not None and recipe in RECIPES:
+            sources[f"--recipe {recipe}"] = _stage(recipe)
+        said: dict[str, str] = {}
+        for source, file in sources.items():
+            for name in read_options(file):
+                word = f"--{name.replace('_', '-')}"
+                if flags.get(name) in (None, []) and re.search(rf"{word}(?![\w-])", str(error)):
+                    said.setdefault(word, f"{word} is from {source}")
+        if not said:
+            raise
+        raise ConfigError(f"{error} ({'; '.join(said.values())})") from error
+
+
+def _stage(recipe: str) -> Path:
+    return Path(str(files("eupe") / "recipes" / "stages" / f"{recipe}.yaml"))
+
+
 def read_options(path: Path) -> Options:
     """A file's options, with the types that TrainConfig has.
 
@@ -91,6 +120,10 @@ def read_options(path: Path) -> Options:
     """
     try:
         plain = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"there is no file {path}, as --config names it; a run keeps its own in {OPTIONS_FILE}"
+        ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(plain, dict):

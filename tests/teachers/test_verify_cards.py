@@ -21,7 +21,7 @@ from eupe.teachers import hf_adapter, open_clip_adapter, timm_adapter
 from eupe.teachers import verify as verify_module
 from eupe.teachers.own_forward import fill_at_random
 from eupe.teachers.registry import REGISTRY
-from eupe.teachers.verify import Comparison, Cosine, awkward_views, compare, require_agreement
+from eupe.teachers.verify import Comparison, Cosine, awkward_views, compare, random_pair, require_agreement
 
 Run = Callable[..., Any]
 NEVER_FULL = 0
@@ -289,3 +289,8 @@ def test_fp32_has_no_rounding_and_an_unknown_arithmetic_is_refused(run_eupe: Run
     assert words.count("bf16") > 2
     outcome = run_eupe("teachers", "verify", "timm:test_vit", "--dtype", "int8")
     assert outcome.code == 2 and "--dtype int8 is unknown" in outcome.err
+
+
+def test_a_model_of_open_clip_is_made_without_its_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    random_pair(REGISTRY["clip-b32"], is_narrow=True, sizes=(224,))
+    assert not caplog.records

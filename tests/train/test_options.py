@@ -121,7 +121,7 @@ def test_a_file_with_mistakes_names_all_of_them(tmp_path: Path, text: str, words
     ("given", "words"),
     [
         ({"recipe": "stage9"}, "'stage9' is unknown; give stage1, stage2, stage3"),
-        ({"config": Path("nowhere.yaml")}, "--config nowhere.yaml cannot be read"),
+        ({"config": Path("nowhere.yaml")}, "there is no file nowhere.yaml, as --config names it"),
         ({"outs": []}, "give the run's directory with --out"),
         ({"students": ["a", "b"]}, "--student was given 2 times, --out 1 times"),
         ({"students": [], "outs": [Path("a"), Path("b")]}, "give a --student for each"),
