@@ -77,7 +77,10 @@ Templates = Annotated[
 def eval_agreement(
     run: Annotated[Path, typer.Argument(help="A finished training run.")],
     corpus: PicturesPath = None,
-    k: Annotated[int, typer.Option(help="Neighbours of the mutual-neighbour measure.")] = 10,
+    k: Annotated[
+        int | None,
+        typer.Option(help="Neighbours of the mutual-neighbour measure; 10, or all where there are fewer, by itself."),
+    ] = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:

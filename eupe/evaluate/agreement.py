@@ -86,14 +86,18 @@ class Agreement:
     targets: list[TargetAgreement]
 
 
-def agreement(path: Path, *, corpus: Where | None = None, neighbours: int = NEIGHBOURS) -> Agreement:
+def agreement(path: Path, *, corpus: Where | None = None, neighbours: int | None = None) -> Agreement:
     """Judge a run on the views of its held-out pictures.
 
+    Args:
+        neighbours: of the mutual-neighbour measure; 10 where not given, or all where there are fewer.
     Raises: RunError, StoreError, CorpusError.
     """
-    if neighbours < 1:
+    if neighbours is not None and neighbours < 1:
         raise ConfigError(f"--k must be at least 1, got {neighbours}")
     run = open_run(path, corpus=corpus)
+    if neighbours is None:
+        neighbours = max(1, min(NEIGHBOURS, len(run.targets.views_of(run.targets.held_out)) - 1))
     trained, untrained = _measure(run, run.distiller, neighbours), _measure(run, run.untrained(), neighbours)
     targets = []
     for i, name in enumerate(target_names(run.card.targets)):

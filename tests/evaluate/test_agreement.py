@@ -145,6 +145,25 @@ def opened_view(targets, sample: int, number: int, stored, i: int) -> Tensor:  #
     return torch.from_numpy((pixels[:, ::-1] if stored.flips[i] else pixels).copy())
 
 
+def test_few_views_have_as_many_neighbours_as_there_are(run: Path, tiny_store: Store, run_eupe: Any) -> None:
+    """Unless more are asked for in so many words."""
+    few = json.loads((run / "config.json").read_text())
+    few["config"]["holdout"] = 0.2
+    held_out = int(open_targets([tiny_store.path], corpus=None, holdout=0.2).held_out.sum())
+    whole = (run / "config.json").read_text()
+    try:
+        (run / "config.json").write_text(json.dumps(few))
+        views = 2 * held_out
+        assert 1 < views <= 10
+        report = agreement(run)
+        assert report.neighbours == views - 1
+        assert report.targets[0].mutual_neighbours == 1.0, "all are neighbours of all"
+        refused = run_eupe("eval", "agreement", run, "--k", 10)
+        assert refused.code == 2 and f"--k 10 does not fit {views} views" in refused.err
+    finally:
+        (run / "config.json").write_text(whole)
+
+
 def test_training_shows_against_the_untrained_and_the_mean(run: Path) -> None:
     for kind in agreement(run).targets[0].kinds.values():
         assert kind.normalised_cosine > kind.normalised_untrained + 0.1
