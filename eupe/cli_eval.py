@@ -40,6 +40,10 @@ Size = Annotated[
     typer.Option(min=1, help="Side of what encoders see, in pixels; what their patch leaves of it is taken."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first pictures of each split.")]
+Neighbours = Annotated[
+    int | None,
+    typer.Option(help="Neighbours of the mutual-neighbour measure; 10, or all where there are fewer, by itself."),
+]
 Scratch = Annotated[
     Path | None,
     typer.Option(help="Folder of a file that holds the dense tokens, which is gone afterwards; memory by itself."),
@@ -77,10 +81,7 @@ Templates = Annotated[
 def eval_agreement(
     run: Annotated[Path, typer.Argument(help="A finished training run.")],
     corpus: PicturesPath = None,
-    k: Annotated[
-        int | None,
-        typer.Option(help="Neighbours of the mutual-neighbour measure; 10, or all where there are fewer, by itself."),
-    ] = None,
+    k: Neighbours = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -88,7 +89,7 @@ def eval_agreement(
     from eupe.evaluate.agreement import agreement, agreement_results
     from eupe.evaluate.result import keep_results, require_place
 
-    require_place(results)
+    require_place(results, [str(run)] if run.is_dir() else [])
     report = agreement(run, corpus=corpus, neighbours=k)
     keep_results(agreement_results(report), results)
     if as_json:
@@ -123,7 +124,7 @@ def eval_agreement(
 def eval_conflict(
     stores: Annotated[list[str], typer.Argument(help="Two stores or more, of the same views of the same pictures.")],
     limit: Annotated[int, typer.Option(help="Views of each pair, at most; spread over the pictures.")] = 2000,
-    k: Annotated[int, typer.Option(help="Neighbours of the mutual-neighbour measure.")] = 10,
+    k: Neighbours = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +137,7 @@ def eval_conflict(
     require_place(results)
     with report_progress(err, "views", quiet=as_json) as progress:
         pairs = conflict(stores, limit=limit, neighbours=k, on_views=progress.update)
-    keep_results(conflict_results(pairs, limit=limit, neighbours=k), results)
+    keep_results(conflict_results(pairs, limit=limit), results)
     if as_json:
         print(json.dumps({"pairs": [dataclasses.asdict(pair) for pair in pairs]}))
         return
@@ -536,6 +537,7 @@ def _judge(
 
     require_place(results)
     subjects = open_subjects(words, local_weights(weights, words), untrained=untrained)
+    require_place(results, (subject.name for subject in subjects if subject.kind == "run"))
     found = []
     with report_progress(err, "steps", quiet=as_json) as progress:
         while subjects:
@@ -545,8 +547,9 @@ def _judge(
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                words_of = str(error).splitlines() or [type(error).__name__]
                 raise ConfigError(
-                    f"there is not enough memory to judge {subject.name} so ({str(error).splitlines()[0]}); give a "
+                    f"there is not enough memory to judge {subject.name} so ({words_of[0]}); give a "
                     "smaller --size, --batch-size or --limit, as far as the task has them"
                 ) from error
             keep_results(found[-1:], results)

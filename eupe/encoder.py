@@ -282,7 +282,7 @@ def load_card(directory: Path) -> EncoderCard:
 
 def why_no_run(directory: Path, file: str, error: Exception) -> str:
     """What to say of a directory whose `file` could not be read, as a training run's can."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # noqa: PTH112 - a Path raises where a name is too long
         what = "there is no such directory"
     elif (directory / "zarr.json").exists():
         what = "it is a store (zarr.json); give the run itself"

@@ -1,4 +1,4 @@
-"""A folder that is made whole or not at all, by one process at a time."""
+"""A folder that is made whole or not at all, by one process of a machine at a time."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from eupe.device import dtype_name
 from eupe.encoder import Encoder, Tokens
 from eupe.errors import ConfigError
 from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
-from eupe.evaluate.neighbours import mutual_neighbours
+from eupe.evaluate.neighbours import fitting_k, mutual_neighbours
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import Run, open_run, read_card
 from eupe.place import Where
@@ -34,7 +34,6 @@ from eupe.train.sampling import Views
 from eupe.train.stream import stream
 from eupe.train.validate import fit_gains, held_out_cosines
 
-NEIGHBOURS = 10
 MOST_TOKENS = 2**15
 """Dense tokens of which CKA is, some of each view, drawn at random; all, where there are no more."""
 TASK = "agreement"
@@ -96,8 +95,7 @@ def agreement(path: Path, *, corpus: Where | None = None, neighbours: int | None
     if neighbours is not None and neighbours < 1:
         raise ConfigError(f"--k must be at least 1, got {neighbours}")
     run = open_run(path, corpus=corpus)
-    if neighbours is None:
-        neighbours = max(1, min(NEIGHBOURS, len(run.targets.views_of(run.targets.held_out)) - 1))
+    neighbours = fitting_k(neighbours, torch.arange(len(run.targets.views_of(run.targets.held_out))))
     trained, untrained = _measure(run, run.distiller, neighbours), _measure(run, run.untrained(), neighbours)
     targets = []
     for i, name in enumerate(target_names(run.card.targets)):

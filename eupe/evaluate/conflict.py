@@ -22,7 +22,7 @@ from torch import Tensor
 
 from eupe.errors import ConfigError
 from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
-from eupe.evaluate.neighbours import most_together, mutual_neighbours
+from eupe.evaluate.neighbours import fitting_k, most_together, mutual_neighbours
 from eupe.evaluate.paired import LEAST_PICTURES, PairBatch, PairedStores
 from eupe.evaluate.result import Result
 from eupe.evaluate.ridge import Predicted, predict
@@ -67,6 +67,8 @@ class Pair:
     grid: int | None
     """Cells along a side of the dense maps that were compared; None without dense tokens."""
     kinds: dict[str, Alike]
+    neighbours: int
+    """How many are compared."""
     mutual_neighbours: float | None
     """Of summaries; None without. Views of one picture are no neighbours of each other."""
     mutual_neighbours_chance: float | None
@@ -77,7 +79,7 @@ def conflict(
     paths: Sequence[Where],
     *,
     limit: int = LIMIT,
-    neighbours: int = 10,
+    neighbours: int | None = None,
     on_views: OnViews = lambda pair, done, of: None,
 ) -> list[Pair]:
     """Compare every pair of stores, each at its first size.
@@ -89,15 +91,16 @@ def conflict(
     """
     if len(paths) < 2:
         raise ConfigError(f"a comparison takes two stores or more, got {', '.join(map(str, paths)) or 'none'}")
-    if neighbours < 1:
+    if neighbours is not None and neighbours < 1:
         raise ConfigError(f"--k must be at least 1, got {neighbours}")
     if limit < LEAST_PICTURES:
         raise ConfigError(f"--limit must be at least {LEAST_PICTURES} views, got {limit}")
     joined = [PairedStores.of(pair, limit=limit) for pair in combinations(open_stores(paths), 2)]
-    return [_compare(pair, neighbours, on_views) for pair in joined]
+    fitting = [fitting_k(neighbours, torch.from_numpy(pair.views[:, 0])) for pair in joined]
+    return [_compare(pair, k, on_views) for pair, k in zip(joined, fitting, strict=True)]
 
 
-def conflict_results(pairs: Sequence[Pair], *, limit: int, neighbours: int) -> list[Result]:
+def conflict_results(pairs: Sequence[Pair], *, limit: int) -> list[Result]:
     """A result for each pair; the first score is a CKA."""
     return [
         Result(
@@ -105,7 +108,7 @@ def conflict_results(pairs: Sequence[Pair], *, limit: int, neighbours: int) -> l
             subject=" ~ ".join(pair.stores),
             kind="store",
             scores=_scores(pair),
-            protocol={"limit": limit, "k": neighbours, "tokens": MOST_TOKENS, "grid": pair.grid},
+            protocol={"limit": limit, "k": pair.neighbours, "tokens": MOST_TOKENS, "grid": pair.grid},
             data={
                 "stores": list(pair.stores),
                 "pictures": pair.num_pictures,
@@ -152,6 +155,7 @@ def _compare(pair: PairedStores, neighbours: int, on_views: OnViews) -> Pair:
         num_views=len(pair.views),
         grid=pair.grid if DENSE in pair.kinds else None,
         kinds=alike,
+        neighbours=neighbours,
         mutual_neighbours=mutual,
         mutual_neighbours_chance=chance,
         verdict=judge(

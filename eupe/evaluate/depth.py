@@ -79,8 +79,8 @@ def depth(
     for part in (train, val):
         require_truth(len(part.maps), partial(_read, part))
     chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
-    seen_train, seen_val = (
-        subject.look(part.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch) for part in (train, val)
+    seen_val, seen_train = (  # the larger last, so that want of room is known soon
+        subject.look(part.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch) for part in (val, train)
     )
     assert seen_train.dense is not None
     with torch.random.fork_rng(devices=[]):

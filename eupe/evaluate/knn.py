@@ -28,6 +28,8 @@ SIZE = 224
 K = 10
 QUERIES, BANK = 1024, 65536
 """Rows of which distances are in memory at a time."""
+GROUP = 64
+"""Times as many queries are on the device at once, to each of which the whole bank is shown."""
 
 
 @dataclass(frozen=True)
@@ -164,22 +166,26 @@ def nearest(
     exact = exact or (torch.float64 if device.type == "cpu" else torch.float32)
     blocks = torch.split(bank_MD, BANK)
     mean = torch.stack([_scaled(block, metric).sum(dim=0) for block in blocks]).sum(dim=0) / len(bank_MD)
-    queries = [(_scaled(part, metric) - mean).to(device, exact) for part in torch.split(queries_ND, QUERIES)]
-    best = [part.new_empty(len(part), 0) for part in queries]
-    at = [torch.empty(len(part), 0, dtype=torch.int64, device=device) for part in queries]
-    for number, block in enumerate(blocks):
-        first, last = number * BANK, number * BANK + len(block)
-        rows = (_scaled(block, metric) - mean).to(device, exact)
-        for i, part in enumerate(queries):
-            distance = torch.cdist(part, rows)
-            if groups_N is not None:
-                own = groups_N[i * QUERIES : i * QUERIES + len(part), None] == groups_N[None, first:last]
-                distance.masked_fill_(own.to(device), torch.inf)
-            distance = torch.cat([best[i], distance], dim=1)
-            numbers = torch.cat([at[i], torch.arange(first, last, device=device).expand(len(part), -1)], dim=1)
-            best[i], picked = distance.topk(min(k, distance.shape[1]), largest=False)
-            at[i] = numbers.gather(1, picked)
-    return torch.cat(at).cpu()
+    found: list[Tensor] = []
+    for group in torch.split(torch.arange(len(queries_ND)), GROUP * QUERIES):
+        parts = torch.split(group, QUERIES)
+        queries = [(_scaled(queries_ND[part], metric) - mean).to(device, exact) for part in parts]
+        best = [part.new_empty(len(part), 0) for part in queries]
+        at = [torch.empty(len(part), 0, dtype=torch.int64, device=device) for part in queries]
+        for number, block in enumerate(blocks):
+            first, last = number * BANK, number * BANK + len(block)
+            rows = (_scaled(block, metric) - mean).to(device, exact)
+            for i, part in enumerate(parts):
+                distance = torch.cdist(queries[i], rows)
+                if groups_N is not None:
+                    own = groups_N[part, None] == groups_N[None, first:last]
+                    distance.masked_fill_(own.to(device), torch.inf)
+                distance = torch.cat([best[i], distance], dim=1)
+                numbers = torch.cat([at[i], torch.arange(first, last, device=device).expand(len(part), -1)], dim=1)
+                best[i], picked = distance.topk(min(k, distance.shape[1]), largest=False)
+                at[i] = numbers.gather(1, picked)
+        found += [part.cpu() for part in at]
+    return torch.cat(found)
 
 
 def _scaled(features: Tensor, metric: Metric) -> Tensor:

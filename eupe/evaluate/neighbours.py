@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eupe.errors import ConfigError
 
+NEIGHBOURS = 10
 BLOCK_ROWS = 1024
 
 
@@ -23,14 +24,23 @@ def mutual_neighbours(a_ND: Tensor, b_ND: Tensor, *, k: int, groups_N: Tensor | 
     Source: Huh et al., "The Platonic Representation Hypothesis" (2024), mutual nearest-neighbour metric.
     """
     groups = torch.arange(len(a_ND)) if groups_N is None else groups_N
-    most = len(a_ND) - most_together(groups)
-    if most < 1:
+    if len(a_ND) == most_together(groups):
         return None
-    if k > most:
-        raise ConfigError(f"--k {k} does not fit {len(a_ND)} views; give 1 to {most}")
+    k = fitting_k(k, groups)
     near_a, near_b = _nearest(a_ND, k, groups), _nearest(b_ND, k, groups).sort(dim=1).values
     places = torch.searchsorted(near_b, near_a).clamp(max=k - 1)
     return float((near_b.gather(1, places) == near_a).double().mean())
+
+
+def fitting_k(k: int | None, groups_N: Tensor) -> int:
+    """As many as are asked for; 10 where nothing is, or all where there are fewer.
+
+    Raises: ConfigError if some row has fewer than are asked for.
+    """
+    most = len(groups_N) - most_together(groups_N)
+    if k is not None and k > max(1, most):
+        raise ConfigError(f"--k {k} does not fit {len(groups_N)} views; give 1 to {most}")
+    return max(1, min(NEIGHBOURS, most)) if k is None else k
 
 
 def most_together(groups_N: Tensor) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,35 +74,52 @@ class Result:
 def keep_results(results: Iterable[Result], also: Path | None = None) -> None:
     """Append each result to its run's `evaluations.jsonl`, those of untrained students too, and all to one more file.
 
+    With that file, a run that may not be written, such as a colleague's, goes without.
+
     A line is written in one piece, so evaluations that run side by side do not mix.
 
     Raises: StorageError; what was written of a line is taken back.
     """
+    refused: list[StorageError] = []
     for result in results:
-        places = [Path(result.subject) / EVALUATIONS_FILE] if result.kind == "run" else []
-        if also is not None:
-            places.append(also)
+        places = [] if also is None else [also]
+        if result.kind == "run" and (also is None or os.access(result.subject, os.W_OK)):
+            places.append(Path(result.subject) / EVALUATIONS_FILE)
         for place in places:
             try:
                 _append(place, json.dumps(result.to_json()).encode() + b"\n")
             except OSError as error:
-                raise StorageError(f"the result cannot be appended to {place}: {error}") from error
+                refused.append(StorageError(f"the result cannot be appended to {place}: {error}"))
+    if refused:
+        raise refused[0]
 
 
-def require_place(results: Path | None) -> None:
-    """Ahead of the work: raises ConfigError if results cannot be kept there."""
+def require_place(results: Path | None, runs: Iterable[str] = ()) -> None:
+    """Ahead of the work.
+
+    Raises: ConfigError if results cannot be kept there, or with the runs that are judged.
+    """
+    for run in runs:
+        if results is None and not os.access(run, os.W_OK):
+            raise ConfigError(f"run {run} may not be written, where its results are kept; give --results FILE.jsonl")
     if results is not None and (results.is_dir() or not results.absolute().parent.is_dir()):
         what = "is a folder" if results.is_dir() else "lies in no folder that is there"
         raise ConfigError(f"--results {results} {what}; give a file of results (.jsonl)")
 
 
 def _append(place: Path, line: bytes) -> None:
-    """Raises: OSError, and leaves no part of the line."""
-    with place.open("ab+", buffering=0) as file:
-        before = file.seek(0, os.SEEK_END)
-        if before:
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line
+    """To a file, or to what only takes bytes, such as a pipe.
+
+    Raises: OSError, and leaves no part of the line.
+    """
+    with place.open("ab", buffering=0) as file:
+        if not place.is_file():
+            file.write(line)
+            return
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        whole = place.read_bytes()[-1:] in (b"", b"\n")
+        before, line = place.stat().st_size, line if whole else b"\n" + line
         if (written := file.write(line)) < len(line):
             file.truncate(before)
             raise OSError(f"no room for more than {written} of {len(line)} bytes")

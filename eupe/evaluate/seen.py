@@ -24,7 +24,7 @@ from eupe.corpus.views import ViewParams, render_view
 from eupe.device import is_out_of_memory
 from eupe.encoder import Tokens
 from eupe.errors import ConfigError, StorageError
-from eupe.evaluate.pictures import Cut, Pictures
+from eupe.evaluate.pictures import Cut, Pictures, centre, whole
 from eupe.store.layout import DENSE, SUMMARY
 
 Encode = Callable[[NDArray[np.uint8]], Tokens]
@@ -76,8 +76,10 @@ def look_at(
     grid, width = cells
     dense = None
     if DENSE in kinds:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            num_views = sum(pool.map(lambda i: len(cut(*pictures.sides(i))), range(len(pictures))))
+        num_views = len(pictures)
+        if cut not in (centre, whole):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                num_views = sum(pool.map(lambda i: len(cut(*pictures.sides(i))), range(len(pictures))))
         dense = room_for((num_views, grid, grid, width), scratch, of=of)
     places: list[int] = []
     params: list[ViewParams] = []
@@ -202,9 +204,9 @@ def _left_in_groups(root: Path) -> Iterator[int]:
     for group in (inner, *inner.parents):
         try:
             limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-            cached = (group / "memory.stat").read_text().split("inactive_file ")[1].split()[0]
-            yield int(limit) - int(used) + int(cached)
-        except (OSError, IndexError, ValueError):  # no group, or "max"
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            yield int(limit) - int(used) + int(stat["active_file"]) + int(stat["inactive_file"])
+        except (OSError, KeyError, ValueError):  # no group, or "max"
             continue
 
 

@@ -95,7 +95,7 @@ def segment(
     chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
     seen = {
         part: subject.look(mapped.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch)
-        for part, mapped in (("train", train), ("val", val))
+        for part, mapped in (("val", val), ("train", train))  # the larger last, so that want of room is known soon
     }
     dense = seen["train"].dense
     assert dense is not None

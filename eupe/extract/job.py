@@ -87,7 +87,8 @@ def extract_together(
     configs = [with_absolute_paths(config) for config in configs]
     _require_one_pass(configs)
     teachers = [resolve_teacher(config.teacher) for config in configs]
-    require_common_sizes(teachers, configs[0].sizes)
+    if len({config.sizes for config in configs}) == 1:
+        require_common_sizes(teachers, configs[0].sizes)
     teachers = [checked(config, teacher) for config, teacher in zip(configs, teachers, strict=True)]
     places = [place_of_store(config) for config in configs]
     existing = [open_store(place) if place.exists(ROOT_DOCUMENT) else None for place in places]

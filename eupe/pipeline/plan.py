@@ -17,7 +17,7 @@ from eupe.train.card import CONFIG_FILE
 
 REPORTS = "reports"
 KEY_LENGTH = 8
-PICTURES = ("corpus", "images", "data")
+PICTURES = ("corpus", "images", "data", "calibrate")
 """Options that name pictures; `data` names what is known about them, too."""
 
 INDIFFERENT: Mapping[str, Mapping[str, str]] = {
@@ -27,6 +27,7 @@ INDIFFERENT: Mapping[str, Mapping[str, str]] = {
         "ray-address": "where the work is done",
         "out": "named after the key",
         "results": "one more place for what is told",
+        "scratch": "where features lie while they are judged",
     },
     "extract": {
         "batch-size": "changes rounding only; a store takes it for the same content, too",

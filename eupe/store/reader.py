@@ -450,7 +450,7 @@ def open_store(path: str | Path | Place) -> Store:
     try:
         document = place.read(ROOT_DOCUMENT)
     except FileNotFoundError as error:
-        if any(place.exists(name) for name in RUN_FILES):
+        if place.is_local and any(place.exists(name) for name in RUN_FILES):
             raise StoreError(
                 f"{place} is a training run, not a store; cache what its student says with "
                 f"`eupe extract --teacher {place} --corpus PICTURES`, and give the store that this makes"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -42,8 +44,8 @@ def _described(adapter: str, name: str) -> TeacherSpec:
 
 def _unknown(name: str) -> str:
     path = Path(name)
-    if "/" in name and not path.exists():
-        return no_directory(path)
+    if "/" in name and not os.path.exists(name):  # noqa: PTH110 - a Path raises where a name is too long
+        return f"{no_directory(path)}; for a model of the hub write hf:{name}"
     if path.is_dir():
         if any((path / file).is_file() for file in RUN_FILES):
             return f"run {name} is not finished: it has no {RUN_CARD}; finish it with `eupe train ... --resume`"
@@ -58,7 +60,9 @@ def _unknown(name: str) -> str:
 
 def no_directory(path: Path) -> str:
     """That there is none, with near names beside it."""
-    beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    beside: list[str] = []
+    with suppress(OSError):
+        beside = [each.name for each in path.parent.iterdir()]
     near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, beside, n=3)]
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     return f"there is no directory {path}{hint}"

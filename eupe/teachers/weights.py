@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -136,14 +136,14 @@ def hub_or_offline(source: str) -> Iterator[None]:
 
 @cache
 def _hub_answers(endpoint: str) -> bool:
-    """Whether anything does, asked once in a process."""
+    """Whether anything does, asked once in a process, and a second time where the first got no answer."""
     from huggingface_hub import get_session
 
-    try:
-        get_session().head(endpoint, timeout=HUB_SECONDS)
-    except Exception:
-        return False
-    return True
+    for _ in range(2):
+        with suppress(Exception):
+            get_session().head(endpoint, timeout=HUB_SECONDS)
+            return True
+    return False
 
 
 @contextmanager

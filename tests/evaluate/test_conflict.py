@@ -260,7 +260,7 @@ class TestCommandLine:
         pairs = conflict([first.path, store.path], limit=60, neighbours=3)
         assert report["pairs"][0]["kinds"]["dense"]["cka"] == pairs[0].kinds["dense"].cka
         (line,) = kept.read_text().splitlines()
-        assert json.loads(line) == conflict_results(pairs, limit=60, neighbours=3)[0].to_json()
+        assert json.loads(line) == conflict_results(pairs, limit=60)[0].to_json()
 
     def test_says_what_is_measured_and_what_is_judged(
         self, first: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_eupe: Run

@@ -1,6 +1,7 @@
 """Who may be judged, what they say of views, and what is kept of it."""
 
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from eupe.encoder import Tokens
 from eupe.errors import ConfigError, CorpusError, RunError, StorageError, StoreError
 from eupe.evaluate import seen as seen_module
 from eupe.evaluate.pictures import Pictures, centre, windows
-from eupe.evaluate.result import Result, keep_results, newest, read_results
+from eupe.evaluate.result import Result, keep_results, newest, read_results, require_place
 from eupe.evaluate.subject import PixelSubject, open_subjects
 from eupe.place import Place
 from eupe.store import Store
@@ -240,8 +241,14 @@ def test_a_task_that_runs_out_of_memory_is_one_sentence(
     def exhausted(*words: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
 
+    def bare(*words: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("eupe.evaluate.knn.accuracy", bare)
+    words = ("eval", "knn", "pixels", "--data", make_corpus(tmp_path, count=12), "--k", 1)
+    assert "to judge pixels so (MemoryError)" in run_eupe(*words).err
     monkeypatch.setattr("eupe.evaluate.knn.accuracy", exhausted)
-    outcome = run_eupe("eval", "knn", "pixels", "--data", make_corpus(tmp_path, count=12), "--k", 1)
+    outcome = run_eupe(*words)
     assert outcome.code == 2
     assert outcome.err.startswith("error: there is not enough memory to judge pixels so (CUDA out of memory. Tried")
 
@@ -259,7 +266,9 @@ def test_memory_that_is_free_heeds_the_control_group(
         limit, used, cached = (1000 * each for each in groups.get(group, (0, 0, 0)))
         (folder / "memory.max").write_text(f"{limit or 'max'}\n")
         (folder / "memory.current").write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 3\ninactive_file {cached}\nslab 1\n")
+        (folder / "memory.stat").write_text(
+            f"anon 3\ninactive_file {cached - cached // 4}\nactive_file {cached // 4}\n"
+        )
     kilo = 1024 if not groups else 1000
     assert seen_module.free_bytes(tmp_path) == expected * kilo
 
@@ -299,6 +308,35 @@ def test_results_need_a_place_before_anything_is_judged(
     for task, more in words.items():
         outcome = run_eupe("eval", task, *more, "--results", where)
         assert outcome.code == 2 and outcome.err.startswith(f"error: --results {where} ")
+
+
+def test_a_colleague_s_run_is_judged_into_a_file_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permissions say nothing to root, so they are told here."""
+    run = tmp_path / "run"
+    run.mkdir()
+    own = result(subject=str(run), kind="run")
+    monkeypatch.setattr("eupe.evaluate.result.os.access", lambda place, mode: str(place) != str(run))
+    keep_results([own], tmp_path / "mine.jsonl")
+    assert read_results(tmp_path / "mine.jsonl") == [own] and not list(run.iterdir())
+    with pytest.raises(ConfigError, match=r"run .*run may not be written, .* give --results"):
+        require_place(None, [str(run)])
+    require_place(tmp_path / "mine.jsonl", [str(run)])
+
+
+def test_what_cannot_be_kept_in_one_place_is_kept_in_the_other(tmp_path: Path) -> None:
+    own = result(subject=str(tmp_path / "run"), kind="run")
+    (tmp_path / "run" / "evaluations.jsonl").mkdir(parents=True)
+    with pytest.raises(StorageError, match="run/evaluations"):
+        keep_results([own, result()], tmp_path / "mine.jsonl")
+    assert read_results(tmp_path / "mine.jsonl") == [own, result()]
+
+
+def test_results_may_go_into_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    keep_results([result()], tmp_path / "pipe")
+    assert Result.from_json(json.loads(os.read(reader, 10_000))) == result()
+    os.close(reader)
 
 
 def test_a_line_for_which_the_disk_has_no_room_is_taken_back(tmp_path: Path) -> None:

@@ -120,4 +120,4 @@ def test_the_report_is_one_line_of_json_or_readable_lines(tmp_path: Path, run_eu
     assert report["torch_ms"] > 0 and report["exported_ms"] > 0
     assert report["num_bytes"] > (tmp_path / "out" / "model.safetensors").stat().st_size
     again = run_eupe("export", run, "--format", "timm", "--out", tmp_path / "out")
-    assert "cached: True" in again.out and '"summary": {"least"' in again.out
+    assert "cached: yes" in again.out and "summary: least 1, mean 1" in again.out.replace("  ", "")

@@ -107,7 +107,7 @@ def test_pickles_with_code_are_refused(small_timm: TeacherSpec, tmp_path: Path) 
 
 
 def test_absent_weights(small_timm: TeacherSpec, tmp_path: Path) -> None:
-    for path, said in ((tmp_path / "nothing.pth", "no such file"), (tmp_path, "holds no weights")):
+    for path, said in ((tmp_path / "nothing.pth", "do not exist"), (tmp_path, "holds no weights")):
         with pytest.raises(TeacherError, match=said):
             load_teacher(small_timm, weights=path, device=CPU, dtype=torch.float32, sizes=(256,))
 

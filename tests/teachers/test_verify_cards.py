@@ -221,7 +221,7 @@ def test_mistakes(run_eupe: Run, tmp_path: Path) -> None:
         (["--weights", tmp_path], "give its NAME"),
         (["dinov22"], "dinov2-s"),
         (["timm:cait_xxs24_224"], "no second path"),
-        (["dinov3-s", "--weights", tmp_path / "no.pth"], "no such file"),
+        (["dinov3-s", "--weights", tmp_path / "no.pth"], "do not exist"),
     ):
         outcome = run_eupe("teachers", "verify", *words)
         assert outcome.code == 2
