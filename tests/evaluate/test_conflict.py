@@ -184,6 +184,20 @@ class TestChoices:
         )
         assert few == pytest.approx(2 / 78) and many == pytest.approx(20 / 78)
 
+    def test_few_views_have_the_neighbours_that_there_are(self, first: Store, tmp_path: Path) -> None:
+        """Asked for in so many words, more are refused before a view is read."""
+        assert compare(first, tmp_path / "few", features(2), limit=10).neighbours == 9
+        assert compare(first, tmp_path / "many", features(2)).neighbours == 10
+        with pytest.raises(ConfigError, match="--k 10 does not fit 10 views; give 1 to 9"):
+            compare(
+                first,
+                tmp_path / "all",
+                features(2),
+                limit=10,
+                neighbours=10,
+                on_views=lambda *told: pytest.fail("views were read"),
+            )
+
     def test_one_kind_of_token_is_enough(self, first: Store, tmp_path: Path) -> None:
         pair = compare(first, tmp_path, {"dense": features(0)["dense"]})
         assert set(pair.kinds) == {"dense"}

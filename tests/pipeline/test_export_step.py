@@ -49,6 +49,16 @@ def test_an_export_is_done_anew_when_its_run_or_its_options_change() -> None:
     assert before["portable"].key == renamed["portable"].key
 
 
+def test_calibration_pictures_count_for_an_export(here: Path) -> None:
+    recipe = RECIPE.replace("precision: fp16", "precision: int8, calibrate: some")
+    (here / "some").mkdir()
+    (here / "some" / "1.png").write_bytes(b"1")
+    before = plan(recipe)
+    assert plan(recipe)["graph"].key == before["graph"].key
+    (here / "some" / "2.png").write_bytes(b"2")
+    assert plan(recipe)["graph"].key != before["graph"].key
+
+
 def test_mistakes_in_an_export_step_are_named() -> None:
     steps = (
         'steps: {a: {extract: {teacher: "timm:test_vit", corpus: photos}}, b: {export: {run: a, out: x, form: timm}}}'
