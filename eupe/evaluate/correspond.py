@@ -20,12 +20,12 @@ from torch import Tensor
 
 from eupe.corpus.views import ViewParams
 from eupe.device import pick_device
-from eupe.errors import ConfigError, StoreError
+from eupe.errors import ConfigError
 from eupe.evaluate.layouts import PointPair, point_pairs
 from eupe.evaluate.pictures import whole
 from eupe.evaluate.result import Result
 from eupe.evaluate.seen import Seen
-from eupe.evaluate.subject import StoreSubject, Subject, result_of
+from eupe.evaluate.subject import Subject, require_one_view, result_of
 from eupe.store.layout import DENSE
 
 SIZES = {14: 448}
@@ -52,10 +52,9 @@ def correspond(
     if not 0 < alpha < math.inf:
         raise ConfigError(f"--alpha must be above 0, and finite, got {alpha:g}")
     pictures, pairs = point_pairs(data, limit=limit)
-    chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZES.get(subject.patch, SIZE))
+    chosen = subject.size(size, usual=SIZES.get(subject.patch, SIZE))
     seen = subject.look(pictures, kinds=[DENSE], size=chosen, cut=whole, scratch=scratch)
-    if len(seen) != len(pictures):
-        raise StoreError(f"{subject.name} holds several views of each picture; extract one with --views squash")
+    require_one_view(subject, seen, pictures, views="squash")
     found: dict[str, list[bool]] = defaultdict(list)
     for number, pair in enumerate(pairs, start=1):
         found[pair.category] += _found(seen, pair, alpha)

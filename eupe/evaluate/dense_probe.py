@@ -105,17 +105,20 @@ def _batches(seen: Seen, read_truth: ReadTruth, how: Training) -> Iterator[tuple
         return dense[torch.from_numpy(views)], torch.from_numpy(np.stack(maps))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from map_ahead(pool, load, _drawn(len(seen), how), ahead=BATCHES_AHEAD)
+        yield from map_ahead(
+            pool, load, drawn(len(seen), how.batch_size, how.steps, seed=how.seed), ahead=BATCHES_AHEAD
+        )
 
 
-def _drawn(num_views: int, how: Training) -> Iterator[NDArray[np.int64]]:
-    generator = np.random.default_rng(how.seed)
+def drawn(count: int, batch_size: int, steps: int, *, seed: int) -> Iterator[NDArray[np.int64]]:
+    """A batch of places below `count` for each step, without replacement epoch by epoch."""
+    generator = np.random.default_rng(seed)
     left = np.empty(0, dtype=np.int64)
-    for _ in range(how.steps):
-        while len(left) < how.batch_size:
-            left = np.concatenate([left, generator.permutation(num_views)])
-        yield left[: how.batch_size]
-        left = left[how.batch_size :]
+    for _ in range(steps):
+        while len(left) < batch_size:
+            left = np.concatenate([left, generator.permutation(count)])
+        yield left[:batch_size]
+        left = left[batch_size:]
 
 
 @torch.inference_mode()

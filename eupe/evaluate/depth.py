@@ -24,7 +24,7 @@ from eupe.evaluate.dense_probe import Training, predictions, require_same_sides,
 from eupe.evaluate.layouts import NYU_SIDES, Mapped, depth_split, read_depth
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import StoreSubject, Subject, result_of
+from eupe.evaluate.subject import Subject, result_of
 from eupe.store.layout import DENSE
 
 SIZE = 512
@@ -78,7 +78,7 @@ def depth(
     train, val = (depth_split(data, split).limited(limit) for split in ("train", "val"))
     for part in (train, val):
         require_truth(len(part.maps), partial(_read, part))
-    chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
+    chosen = subject.size(size, usual=SIZE)
     seen_val, seen_train = (  # the larger last, so that want of room is known soon
         subject.look(part.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch) for part in (val, train)
     )

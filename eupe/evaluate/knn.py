@@ -70,7 +70,7 @@ def summaries_of(subject: Subject, data: Where | None, *, size: int | None) -> P
         places = seen.picture_V.tolist()
         own = Summaries(seen.summary, tuple(labels[i] for i in places), tuple(keys[i] for i in places))
         return Parts(None, own, chosen, str(subject.store.path))
-    chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
+    chosen = subject.size(size, usual=SIZE)
     train, val = (None if part is None else _look(subject, part, chosen) for part in labelled_splits(data))
     assert val is not None
     return Parts(train, val, chosen, str(data))

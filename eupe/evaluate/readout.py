@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from eupe.device import pick_device
 from eupe.errors import ConfigError, TrainingError
 from eupe.evaluate.components import PLACE, Features
+from eupe.evaluate.dense_probe import drawn
 from eupe.train.schedule import learning_rate
 
 WIDTH, HIDDEN = 64, 128
@@ -207,11 +208,5 @@ def _words_by_picture(asked: Asked, num_pictures: int, num_words: int) -> Tensor
 
 
 def _drawn(pictures: Tensor, how: Fitting) -> Iterator[Tensor]:
-    generator = np.random.default_rng(how.seed)
-    left = np.empty(0, dtype=np.int64)
-    size = min(how.batch_size, len(pictures))
-    for _ in range(how.steps):
-        while len(left) < size:
-            left = np.concatenate([left, generator.permutation(pictures.numpy())])
-        yield torch.from_numpy(left[:size])
-        left = left[size:]
+    for places in drawn(len(pictures), min(how.batch_size, len(pictures)), how.steps, seed=how.seed):
+        yield pictures[torch.from_numpy(places)]

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eupe.errors import ConfigError, StoreError
+from eupe.errors import ConfigError
 from eupe.evaluate.layouts import caption_split
 from eupe.evaluate.pictures import centre
 from eupe.evaluate.prompts import AS_IT_IS, Classes
 from eupe.evaluate.ranking import best_places, share_within
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import Subject, result_of
+from eupe.evaluate.subject import Subject, require_one_view, result_of
 from eupe.evaluate.text import TextSource
 from eupe.evaluate.text_space import choose_way, to_text_space
 from eupe.store.layout import SUMMARY
@@ -60,8 +60,7 @@ def retrieval(
     captions = said.rows(split.captions, path=texts.path).double()
     chosen = subject.size(size)
     seen = subject.look(split.pictures, kinds=[SUMMARY], size=chosen, cut=centre)
-    if len(seen) != len(split.pictures):
-        raise StoreError(f"{subject.name} holds several views of each picture; extract one with --views center")
+    require_one_view(subject, seen, split.pictures, views="center")
     assert seen.summary is not None
     pictures = to_text_space(subject, way, seen.summary)
     owner = torch.from_numpy(split.picture_of)

@@ -25,7 +25,7 @@ from eupe.evaluate.dense_probe import Training, predictions, require_same_sides,
 from eupe.evaluate.layouts import Mapped, class_names, mask_split, read_mask
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
-from eupe.evaluate.subject import StoreSubject, Subject, result_of
+from eupe.evaluate.subject import Subject, result_of
 from eupe.store.layout import DENSE
 
 SIZE = 512
@@ -92,7 +92,7 @@ def segment(
     classes, train = _classes(data, whole), whole.limited(limit)
     for part in (train, val):
         require_truth(len(part.maps), partial(classes.read, part))
-    chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
+    chosen = subject.size(size, usual=SIZE)
     seen = {
         part: subject.look(mapped.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch)
         for part, mapped in (("val", val), ("train", train))  # the larger last, so that want of room is known soon

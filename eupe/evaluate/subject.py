@@ -53,8 +53,8 @@ class StoreSubject:
     def patch(self) -> int:
         return int(self.store.spec.teacher["patch"])
 
-    def size(self, wanted: int | None) -> int:
-        """The size that is asked for, or the finest.
+    def size(self, wanted: int | None, *, usual: int | None = None) -> int:
+        """The size that is asked for, or the finest, whatever is usual.
 
         Raises: ConfigError if the store lacks it.
         """
@@ -167,9 +167,10 @@ class EncoderSubject:
     def patch(self) -> int:
         return self.spec.patch
 
-    def size(self, wanted: int | None) -> int:
-        """What the patch leaves of the size asked for; without one, the encoder's own."""
-        return self.spec.native_size if wanted is None else max(1, wanted // self.patch) * self.patch
+    def size(self, wanted: int | None, *, usual: int | None = None) -> int:
+        """What the patch leaves of the size asked for, or else of the task's usual one; without, the encoder's own."""
+        asked = wanted or usual
+        return self.spec.native_size if asked is None else max(1, asked // self.patch) * self.patch
 
     def protocol(self, size: int) -> dict[str, object]:
         """What decides features, beside the pictures."""
@@ -235,9 +236,9 @@ class PixelSubject:
     untrained: bool = False
     patch: int = PIXEL_PATCH
 
-    def size(self, wanted: int | None) -> int:
-        """What the patch leaves of the size asked for."""
-        return max(1, (wanted or 224) // PIXEL_PATCH) * PIXEL_PATCH
+    def size(self, wanted: int | None, *, usual: int | None = None) -> int:
+        """What the patch leaves of the size asked for, or else of the task's usual one."""
+        return max(1, (wanted or usual or 224) // PIXEL_PATCH) * PIXEL_PATCH
 
     def protocol(self, size: int) -> dict[str, object]:
         """What decides features, beside the pictures."""
@@ -273,6 +274,12 @@ class PixelSubject:
 
 
 Subject = StoreSubject | EncoderSubject | PixelSubject
+
+
+def require_one_view(subject: Subject, seen: Seen, pictures: Pictures, *, views: str) -> None:
+    """Raises: StoreError for a store of several views of each picture, saying which `--views` it takes."""
+    if len(seen) != len(pictures):
+        raise StoreError(f"{subject.name} holds several views of each picture; extract one with --views {views}")
 
 
 def result_of(

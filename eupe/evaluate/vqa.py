@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eupe.errors import ConfigError, StoreError
+from eupe.errors import ConfigError
 from eupe.evaluate.components import COMPONENTS, Features, as_features
 from eupe.evaluate.layouts import Question, question_set, question_words
 from eupe.evaluate.linear import TUNING_SHARE
@@ -25,7 +25,7 @@ from eupe.evaluate.pictures import Pictures, whole
 from eupe.evaluate.readout import Asked, Fitting, fit, read
 from eupe.evaluate.result import Result
 from eupe.evaluate.seen import MEMORY_SHARE, free_bytes
-from eupe.evaluate.subject import StoreSubject, Subject, result_of
+from eupe.evaluate.subject import Subject, require_one_view, result_of
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.targets import is_held_out
 
@@ -56,7 +56,7 @@ def vqa(
     train, val = ([each for each in questions if each.split == split] for split in ("train", "val"))
     tuning = torch.tensor([is_held_out(pictures.keys[each.picture], TUNING_SHARE) for each in train])
     _require_tuning(tuning, dropouts)
-    chosen = subject.size(size if isinstance(subject, StoreSubject) else size or SIZE)
+    chosen = subject.size(size, usual=SIZE)
     features = _features(subject, pictures, chosen, sorted({each.picture for each in train}))
     best, said = answers(features, train, val, tuning, fittings, on_step=on_step)
     right = _by_kind(said, val)
@@ -180,8 +180,7 @@ def _features(subject: Subject, pictures: Pictures, size: int, learnt_from: Sequ
     seen = subject.look(pictures, kinds=[SUMMARY, DENSE], size=size, cut=whole)
     summary, dense = seen.summary, seen.dense
     assert summary is not None and dense is not None
-    if len(summary) != len(pictures):
-        raise StoreError(f"{subject.name} holds several views of each picture; extract one with --views squash")
+    require_one_view(subject, seen, pictures, views="squash")
     _require_room(dense)
     return as_features(summary, dense, learnt_from)
 
