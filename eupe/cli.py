@@ -218,6 +218,7 @@ def index(
 ) -> None:
     """List and hash pictures; cut off, the same command goes on."""
     from eupe.corpus.index import some_keys
+    from eupe.corpus.left_out import told
     from eupe.corpus.resumable import make_index
     from eupe.progress import report_progress
 
@@ -227,12 +228,12 @@ def index(
         found = make_index(corpus, out_path, progress=lambda done, of: progress.update("indexing", done, of))
     unreadable = found.samples["sha256"].null_count
     duplicates = found.duplicates
-    facts = {"index": out_path, "pictures": len(found), "unreadable": unreadable, "fingerprint": found.fingerprint}
-    if found.without_picture:
-        facts["samples without a picture"] = found.without_picture
+    facts = {"index": out_path, "found": found.num_found, "pictures": len(found), "left_out": found.left_out}
+    facts |= {"unreadable": unreadable, "fingerprint": found.fingerprint}
     if as_json:
         print(json.dumps({**facts, "duplicates": duplicates}))
         return
+    facts["left_out"] = told(found.left_out)
     finish({**facts, "duplicates": sum(len(keys) - 1 for keys in duplicates)}, as_json)
     for keys in duplicates[:NAMED_DUPLICATES]:
         out.print(f"the same picture: {some_keys(keys)}", markup=False)
@@ -310,6 +311,7 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Run teachers once over a corpus and cache their features."""
+    from eupe.corpus.left_out import told
     from eupe.corpus.views import parse_views
     from eupe.extract.config import ExtractConfig
     from eupe.extract.job import extract_together
@@ -350,7 +352,7 @@ def extract(
         print(json.dumps({"stores": [dataclasses.asdict(report) for report in reports]}))
         return
     for report in reports:
-        finish(dataclasses.asdict(report), as_json)
+        finish(dataclasses.asdict(report) | ({} if as_json else {"left_out": told(report.left_out)}), as_json)
         if report.failures and not as_json:
             kinds = "; ".join(f"{count} x {reason}" for reason, count in report.failures.items())
             err.print(
@@ -576,15 +578,20 @@ def store_ls(directory: Annotated[str, typer.Argument(help="A directory of store
 def store_info(path: str, as_json: Json = False) -> None:
     """What a store holds, how complete it is, and which pictures failed."""
     from eupe.corpus.index import some_keys
+    from eupe.corpus.left_out import told
     from eupe.store import open_store
+    from eupe.store.places import left_out
     from eupe.store.reader import committed_parts, read_part_metadata
 
     store = open_store(path)
     ledger = store.failures
+    missed = left_out(store)
     reasons = dict(zip(*(store.failed[name].to_pylist() for name in ("key", "error")), strict=True))
     finish(
         {
             **{k: v for k, v in store.spec.to_json().items() if k not in ("versions", "calibration")},
+            "num_found": store.spec.num_samples + sum(missed.values()),
+            "left_out": missed if as_json else told(missed),
             "finished": store.finished,
             "missing_parts": len(store.missing_parts()),
             "num_parts": store.spec.num_parts,

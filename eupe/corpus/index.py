@@ -15,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 
 from eupe.ahead import map_ahead
 from eupe.corpus.folder import Row, picture_row
+from eupe.corpus.left_out import BY_EXCLUDE, BY_INCLUDE, BY_LIMIT, NO_PICTURE, LeftOut, added
 from eupe.corpus.sources import Source, find_folder, find_source
 from eupe.corpus.tables import table_rows
 from eupe.corpus.tars import tar_rows
@@ -37,6 +39,8 @@ from eupe.place import Place, Where
 
 ROOT_KEY = b"eupe.root"
 GAPS_KEY = b"eupe.without_picture"
+"""How many `NO_PICTURE`, as indexes said before they knew of other reasons."""
+LEFT_OUT_KEY = b"eupe.left_out"
 NAMED_KEYS = 5
 SCHEMA = pa.schema(
     [
@@ -69,11 +73,16 @@ class Corpus:
     root: Place
     samples: pa.Table
     """Columns of `SCHEMA` or of `CONTAINED`, one row per picture."""
-    without_picture: int = 0
-    """Samples of tars and rows of tables that had none, when they were indexed."""
+    left_out: LeftOut = field(default_factory=dict)
+    """What is none of the samples, when they were indexed."""
 
     def __len__(self) -> int:
         return int(self.samples.num_rows)
+
+    @property
+    def num_found(self) -> int:
+        """Files of a folder, members of tars and rows of tables, pictures or not."""
+        return len(self) + sum(self.left_out.values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -109,11 +118,10 @@ class Corpus:
         Raises: CorpusError if no picture is left.
         """
         if not include and not exclude and shuffle is None:
-            return replace(self, samples=self.samples.slice(0, limit))
+            return self._only(self.samples.slice(0, limit), {})
         keys = self.samples["key"].to_pylist()
-        picked = [
-            i for i, key in enumerate(keys) if (not include or _matches(key, include)) and not _matches(key, exclude)
-        ]
+        included = [i for i, key in enumerate(keys) if not include or _matches(key, include)]
+        picked = [i for i in included if not _matches(keys[i], exclude)]
         if not picked:
             raise CorpusError(
                 f"--include and --exclude leave none of the {len(keys)} pictures of {self.root}; they are matched "
@@ -121,7 +129,12 @@ class Corpus:
             )
         if shuffle is not None:
             picked.sort(key=lambda i: hashlib.blake2b(f"{shuffle}\0{keys[i]}".encode(), digest_size=16).digest())
-        return replace(self, samples=self.samples.take(picked[:limit]))
+        by_patterns = {BY_INCLUDE: len(keys) - len(included), BY_EXCLUDE: len(included) - len(picked)}
+        return self._only(self.samples.take(picked[:limit]), by_patterns)
+
+    def _only(self, samples: pa.Table, by_patterns: LeftOut) -> Corpus:
+        beyond = len(self) - len(samples) - sum(by_patterns.values())
+        return replace(self, samples=samples, left_out=added(self.left_out, by_patterns, {BY_LIMIT: beyond}))
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:
@@ -185,9 +198,8 @@ def index_folder(
 
 def _gathered(found: Source, previous: Corpus | None, progress: Progress) -> Corpus:
     pieces = list(index_pieces(found, previous, progress))
-    corpus = Corpus(
-        found.root, pa.concat_tables([piece.rows for piece in pieces]), sum(piece.without_picture for piece in pieces)
-    )
+    left_out = added(found.left_out, *(piece.left_out for piece in pieces))
+    corpus = Corpus(found.root, pa.concat_tables([piece.rows for piece in pieces]), left_out)
     require_pictures(found, corpus)
     return corpus
 
@@ -211,7 +223,8 @@ class Piece:
     """Some of an index's rows: those of one tar or table, or of some thousand files of a folder."""
 
     rows: pa.Table
-    without_picture: int = 0
+    left_out: LeftOut = field(default_factory=dict)
+    """Of the tar or table; of a folder's pieces nothing, for its source says what it leaves out."""
 
 
 def index_pieces(
@@ -247,8 +260,8 @@ def index_pieces(
 
 def _file_piece(found: Source, known: Sequence[_Known], name: str) -> Piece:
     rows_of = tar_rows if found.kind == "tars" else table_rows
-    rows, gaps = rows_of(found.root, name, _by_key(known, "file", [name]))
-    return Piece(pa.Table.from_pylist(rows, schema=CONTAINED), gaps)
+    rows, left_out = rows_of(found.root, name, _by_key(known, "file", [name]))
+    return Piece(pa.Table.from_pylist(rows, schema=CONTAINED), left_out)
 
 
 class _Known:
@@ -285,8 +298,12 @@ def write_index(corpus: Corpus, path: Where) -> None:
 
 def index_metadata(corpus: Corpus) -> dict[bytes, bytes]:
     """What an index says beside its rows."""
-    gaps = {GAPS_KEY: str(corpus.without_picture).encode()} if corpus.without_picture else {}
-    return {ROOT_KEY: str(corpus.root).encode(), **gaps}
+    metadata = {ROOT_KEY: str(corpus.root).encode()}
+    if gaps := corpus.left_out.get(NO_PICTURE):
+        metadata[GAPS_KEY] = str(gaps).encode()
+    if others := {reason: count for reason, count in corpus.left_out.items() if reason != NO_PICTURE}:
+        metadata[LEFT_OUT_KEY] = json.dumps(others, sort_keys=True).encode()
+    return metadata
 
 
 def index_bytes(corpus: Corpus) -> bytes:
@@ -311,8 +328,8 @@ def index_from_bytes(data: bytes, where: str) -> Corpus:
         raise CorpusError(
             f"{where} is not an index of pictures; make one with `eupe index --corpus FOLDER --out {where}`"
         )
-    gaps = int(metadata.get(GAPS_KEY, b"0"))
-    return Corpus(Place.of(metadata[ROOT_KEY].decode()), table.replace_schema_metadata(), gaps)
+    left_out = added({NO_PICTURE: int(metadata.get(GAPS_KEY, b"0"))}, json.loads(metadata.get(LEFT_OUT_KEY, b"{}")))
+    return Corpus(Place.of(metadata[ROOT_KEY].decode()), table.replace_schema_metadata(), left_out)
 
 
 def read_index(path: Where) -> Corpus:

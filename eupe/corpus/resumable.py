@@ -20,6 +20,7 @@ from eupe.corpus.index import (
     require_pictures,
     write_index,
 )
+from eupe.corpus.left_out import added
 from eupe.corpus.sources import find_source
 from eupe.errors import CorpusError, StorageError
 from eupe.place import Place, Where, remove_unfinished
@@ -46,12 +47,12 @@ def make_index(source: Where, out: Where, *, progress: Progress = lambda done, o
         previous = read_index(place)
     unfinished = place.parent / f"{place.name}{UNFINISHED}"
     interrupted = [piece.samples for piece in _left_over(unfinished) if piece.root == found.root]
-    made = Corpus(found.root, pa.table({}))
+    made = Corpus(found.root, pa.table({}), found.left_out)
     num_pieces = 0
     try:
         for piece in index_pieces(found, previous, progress, interrupted=interrupted):
-            unfinished.write(_piece_name(num_pieces), index_bytes(Corpus(found.root, piece.rows)))
-            made = replace(made, without_picture=made.without_picture + piece.without_picture)
+            unfinished.write(_piece_name(num_pieces), index_bytes(Corpus(found.root, piece.rows, piece.left_out)))
+            made = replace(made, left_out=added(made.left_out, piece.left_out))
             num_pieces += 1
         keys = [_piece(unfinished, number).select(["key"]) for number in range(num_pieces)]
         require_pictures(found, replace(made, samples=pa.concat_tables(keys)))

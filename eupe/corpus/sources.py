@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
 
 from eupe.corpus.decode import EXTENSIONS
 from eupe.corpus.folder import file_names, require_printable
+from eupe.corpus.left_out import LeftOut
 from eupe.corpus.tables import is_index
 from eupe.errors import CorpusError
 from eupe.place import Place, Where
@@ -35,6 +36,8 @@ class Source:
     """Tars, tables or the index, below the root; in the order of their pictures' keys."""
     num_pictures: int = 0
     """Files that are pictures; of a folder of them."""
+    left_out: LeftOut = field(default_factory=dict)
+    """Files below the root that are neither pictures nor among `files`."""
 
     def picture_keys(self) -> Iterator[str]:
         """Of a folder of pictures: their paths, sorted.

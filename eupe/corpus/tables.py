@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eupe.corpus.folder import Known, Row, modified_ns, picture_row, require_printable
+from eupe.corpus.left_out import NO_PICTURE, LeftOut, added
 from eupe.errors import CorpusError, StorageError
 from eupe.place import Place
 
@@ -132,8 +133,8 @@ def _opened(root: Place, name: str) -> pq.ParquetFile:
         raise CorpusError(f"{root / name} cannot be read as Parquet: {error}") from error
 
 
-def table_rows(root: Place, name: str, known: Known) -> tuple[list[Row], int]:
-    """Rows of the index, one for each picture, in the table's order, and how many rows have none.
+def table_rows(root: Place, name: str, known: Known) -> tuple[list[Row], LeftOut]:
+    """Rows of the index, one for each picture, in the table's order, and what is left out.
 
     Args:
         name: of the table, below the root.
@@ -170,7 +171,7 @@ def table_rows(root: Place, name: str, known: Known) -> tuple[list[Row], int]:
         raise
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(f"table {root / name} cannot be read after {len(rows)} rows: {error}") from error
-    return rows, gaps
+    return rows, added({NO_PICTURE: gaps})
 
 
 def _unchanged(known: Known, modified: int | None, num_rows: int) -> dict[int, Row] | None:

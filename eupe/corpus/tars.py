@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from eupe.corpus.decode import EXTENSIONS
 from eupe.corpus.folder import Known, Row, modified_ns, require_printable
+from eupe.corpus.left_out import NO_PICTURE, LeftOut, added
 from eupe.errors import CorpusError
 from eupe.place import BLOCK_BYTES, Place
 
@@ -30,8 +31,8 @@ class _Sample:
     words: dict[str, bytes] = field(default_factory=dict)
 
 
-def tar_rows(root: Place, name: str, known: Known) -> tuple[list[Row], int]:
-    """Rows of the index, one for each sample, in the tar's order, and how many samples have no picture.
+def tar_rows(root: Place, name: str, known: Known) -> tuple[list[Row], LeftOut]:
+    """Rows of the index, one for each sample, in the tar's order, and what is left out.
 
     Args:
         name: of the tar, below the root.
@@ -54,7 +55,7 @@ def tar_rows(root: Place, name: str, known: Known) -> tuple[list[Row], int]:
         if sample.picture is not None
     ]
     rows.sort(key=lambda row: int(row["start"]))
-    return rows, len(samples) - len(rows)
+    return rows, added({NO_PICTURE: len(samples) - len(rows)})
 
 
 def _scan(file: BinaryIO, where: Place, samples: dict[str, _Sample], take: Callable[[tarfile.TarInfo], None]) -> None:

@@ -62,8 +62,10 @@ class ExtractReport:
     """Since the teacher was loaded, of all stores of the pass; None for a cache hit."""
     forward: Mapping[str, Any]
     """The batch size, and the cosine of its tokens to float32's, as they were measured when the store was made."""
-    without_picture: int
-    """Samples of tars, or rows of tables, that are none of `num_samples` for want of one."""
+    num_found: int
+    """Files of a folder, members of tars and rows of tables that were found now, pictures or not."""
+    left_out: Mapping[str, int]
+    """How many of them are left out, by reason; the others are the samples asked for."""
 
 
 def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lambda status: None) -> ExtractReport:
@@ -289,9 +291,8 @@ def stored_index(store: Store) -> Corpus:
         segments = [index_from_bytes(store.path.read(name), str(store.path / name)) for name in names]
     except FileNotFoundError as error:
         raise CorpusError(f"the store's index of pictures is incomplete: {error}") from error
-    return Corpus(
-        segments[0].root, pa.concat_tables([segment.samples for segment in segments], promote_options="default")
-    )
+    samples = pa.concat_tables([segment.samples for segment in segments], promote_options="default")
+    return Corpus(segments[0].root, samples, segments[-1].left_out)
 
 
 def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
@@ -310,7 +311,8 @@ def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
             f"{store.path} cannot be extended: of the pictures of {corpus.root} that it was made from, "
             f"{' and '.join(what)}; put them back, or give another --out"
         )
-    added = Corpus(corpus.root, corpus.samples.filter(pc.is_in(corpus.samples["key"], pa.array(sorted(gained)))))
+    new_samples = corpus.samples.filter(pc.is_in(corpus.samples["key"], pa.array(sorted(gained))))
+    added = Corpus(corpus.root, new_samples, corpus.left_out)
     store.path.write(segment_name(len(store.spec.corpus["segments"])), index_bytes(added))
     return extend_store(store, fingerprint=corpus.fingerprint, num_new=len(added))
 
@@ -333,5 +335,6 @@ def _report(store: Store, corpus: Corpus, *, seconds: float, views_per_s: float 
         seconds=seconds,
         views_per_s=views_per_s,
         forward=spec.forward,
-        without_picture=corpus.without_picture,
+        num_found=corpus.num_found,
+        left_out=corpus.left_out,
     )

@@ -1,4 +1,4 @@
-"""Where the pictures of a store's samples are inside tars and tables, as its index tells."""
+"""What a store's index tells: where pictures are inside tars and tables, and what of the corpus was left out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from eupe.corpus.index import index_from_bytes
+from eupe.corpus.left_out import LeftOut
 from eupe.corpus.pictures import PLACE_COLUMNS
-from eupe.errors import CorpusError
+from eupe.errors import CorpusError, StorageError
 from eupe.store.layout import segment_name
 from eupe.store.reader import Store
 
@@ -28,6 +30,15 @@ def with_places(store: Store, samples: pa.Table) -> pa.Table:
     for name in PLACE_COLUMNS:
         samples = samples.append_column(name, rows[name])
     return samples
+
+
+def left_out(store: Store) -> LeftOut:
+    """Return what of the corpus is not in the store, as of its last extension; nothing where that is not noted."""
+    name = segment_name(len(store.spec.corpus["segments"]) - 1)
+    try:
+        return index_from_bytes(store.path.read(name), str(store.path / name)).left_out
+    except (FileNotFoundError, CorpusError, StorageError):
+        return {}
 
 
 def _places(store: Store, name: str) -> pa.Table | None:

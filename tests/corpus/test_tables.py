@@ -15,6 +15,7 @@ from containers import png
 from making import make_corpus
 
 from eupe.corpus.index import Corpus, index_folder, open_corpus, write_index
+from eupe.corpus.left_out import NO_PICTURE
 from eupe.corpus.pictures import insides, read_picture
 from eupe.corpus.tables import RowReader
 from eupe.errors import CorpusError
@@ -78,7 +79,7 @@ def test_a_binary_column_and_rows_without_a_picture(tmp_path: Path, kind: pa.Dat
     rows = [{"jpg": None if i == 2 else png(i), "class": f"c{i}", "other": 0.0} for i in range(6)]
     corpus = open_corpus(write(tmp_path / "x.parquet", rows, schema))
     assert contents(corpus) == {f"x.parquet/{i:08d}": png(i) for i in range(6) if i != 2}
-    assert corpus.without_picture == 1
+    assert corpus.left_out == {NO_PICTURE: 1}
     assert corpus.samples["label"].to_pylist() == ["c0", "c1", "c3", "c4", "c5"]
 
 

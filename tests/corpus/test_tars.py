@@ -14,6 +14,7 @@ from containers import make_tar, png, tars_of
 from making import make_corpus
 
 from eupe.corpus.index import Corpus, index_folder, open_corpus, read_index, write_index
+from eupe.corpus.left_out import NO_PICTURE
 from eupe.corpus.pictures import insides, read_picture
 from eupe.errors import CorpusError
 
@@ -61,7 +62,7 @@ def test_samples_are_the_pictures_with_their_labels_and_captions(tmp_path: Path)
     corpus = open_corpus(tmp_path / "s")
     assert contents(corpus) == by_tarfile(tmp_path / "s", "a.tar", "deep/b.tar")
     assert list(contents(corpus)) == list(by_tarfile(tmp_path / "s", "a.tar", "deep/b.tar"))
-    assert corpus.without_picture == 1
+    assert corpus.left_out == {NO_PICTURE: 1}
     rows = {row["key"]: row for row in corpus.samples.to_pylist()}
     assert {key: (row["label"], row["caption"]) for key, row in rows.items()} == {
         "a.tar/0001.png": ("3", "ein Höhlenbär"),
