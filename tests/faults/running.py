@@ -18,6 +18,7 @@ from pathlib import Path
 
 import ray
 from ports import free_ports
+from processes import descendants, descendants_called
 
 PATIENCE_S = 240
 FAREWELL_S = 10
@@ -61,27 +62,9 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
-def descendants(pid: int) -> Iterator[int]:
-    """None of a process that is gone."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (FileNotFoundError, ProcessLookupError):
-        return
-    for child in children:
-        yield int(child)
-        yield from descendants(int(child))
-
-
 def extract_workers(pid: int) -> list[int]:
     """Processes of the Ray actors below a process."""
-    found = []
-    for child in descendants(pid):
-        try:
-            if b"ExtractActor" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(child)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
+    return descendants_called(b"ExtractActor", pid)
 
 
 def wait_until_gone(pids: Iterable[int]) -> None:

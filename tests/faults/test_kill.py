@@ -5,12 +5,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from processes import descendants
 from running import (
     Start,
     assert_same_store,
     begin,
     committed,
-    descendants,
     extract_workers,
     finish,
     store_files,

@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from making import TINY_STUDENT, make_corpus, make_store
+from processes import descendants_called
 from safetensors.torch import load_file
 
 from eupe.errors import ConfigError, CorpusError, IncompleteError
@@ -86,9 +86,8 @@ def test_a_spread_model_goes_the_way_of_a_whole_one_and_either_resumes_the_other
 
 
 def worker_processes() -> list[int]:
-    """Of Ray Train, on this machine."""
-    listed = subprocess.run(["pgrep", "-f", "^ray::RayTrainWorker"], capture_output=True, text=True).stdout
-    return [int(pid) for pid in listed.split()]
+    """Of Ray Train, below this process: a test beside this one may have its own."""
+    return descendants_called(b"ray::RayTrainWorker", os.getpid())
 
 
 def test_a_worker_that_is_killed_costs_the_steps_since_the_checkpoint(config: TrainConfig) -> None:
