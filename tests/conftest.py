@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,13 +29,20 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A background shell has it ignored, and children inherit that: tests send it to themselves and to their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """Real weights, photographs and digits, fetched once into the checkout's `assets/` by one of the processes."""
+    """Real weights, photographs and digits, fetched once into the checkout's `assets/` by one of the processes.
+
+    Other things may lie there, too: `make demo` leaves its scenes.
+    """
     folder = ROOT / "assets"
     with FileLock(ROOT / ".assets.lock"):
         prepare_assets(folder)

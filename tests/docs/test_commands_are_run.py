@@ -13,6 +13,8 @@ from pages import PAGES, commands, has_anything_to_run, unmarked_commands
 from presupposed import reader_environment, take
 from walking import NOT_RUN, Walk
 
+from demo.assets import PRODUCTS
+
 STEPS = "--batch-size 8 --steps 2 --head-width 16 --dtype fp32"
 RUNS = ("runs/proxy", "runs/tiny")
 RUN_FILES = tuple(
@@ -45,7 +47,7 @@ class Trip:
     files: dict[str, str] = field(default_factory=dict)
     """Text files of the reader's own, by name."""
     assets: bool = False
-    """`assets/` is there."""
+    """`assets/` is there, as `python -m demo.assets` leaves it."""
     file: str = ""
     """What the page calls the file that its YAML block is."""
     smaller: dict[str, str] = field(default_factory=dict)
@@ -201,9 +203,9 @@ def test_every_command_of_a_page_is_run_and_does_what_it_says(
     for name, text in trip.files.items():
         (tmp_path / name).write_text(text)
     if trip.assets:
-        (tmp_path / "assets").mkdir(exist_ok=True)
-        for each in assets.iterdir():
-            (tmp_path / "assets" / each.name).symlink_to(each)
+        for name in (".stamps", *(product.path for product in PRODUCTS)):
+            (link := tmp_path / "assets" / name).parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(assets / name)
     walk = Walk(tmp_path, reader_environment(presupposed))
     walk.page(page, file=trip.file, smaller=trip.smaller, ahead=trip.ahead)
     assert len(walk.said) == len(set(commands(page))) - sum(entry[0] == page for entry in NOT_RUN)
