@@ -132,7 +132,7 @@ def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreSubject], runs: Se
         if not found:
             raise ConfigError(
                 f"store {subject.store.path} has features of none of the {len(rows)} pictures of {corpus.root} "
-                f"that could be shown (one is {rows[0]['key']}); "
+                f"that could be shown (one is {rows[0]['key']}, the store has {next(iter(subject.places), 'none')}); "
                 "give --images the pictures that every store was extracted from"
             )
         rows = found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -245,19 +246,64 @@ def _join(stores: Sequence[Store]) -> pa.Table:
         joined = joined.filter(pc.is_valid(place))
         other = other.take(place.drop_null())
         if joined.num_rows == 0:
-            raise ConfigError(
-                f"{stores[0].path} and {store.path} are targets of different corpora: they share no picture's key"
-            )
+            raise ConfigError(_why_apart(stores[0], store))
         same = pc.equal(joined["sha256"], other["sha256"])
         if not pc.all(same).as_py():
             key = joined.filter(pc.invert(same))["key"][0].as_py()
+            moved = moved_keys(stores[0].valid, store.valid)
             raise ConfigError(
                 f"{stores[0].path} and {store.path} are targets of different corpora: {key} is another picture in each"
+                + (f", and {moved}; extract both from the same --corpus" if moved else "")
             )
         joined = joined.append_column(f"row{i}", other["row"])
     if joined.num_rows == 0:
         raise ConfigError(f"{stores[0].path} holds no valid sample to train on")
     return joined
+
+
+def _why_apart(first: Store, other: Store) -> str:
+    """Say why two stores share no key, with a key of each."""
+    roots = f"{first.spec.corpus['root']} against {other.spec.corpus['root']}"
+    if moved := moved_keys(first.valid, other.valid):
+        return (
+            f"{first.path} and {other.path} share no picture's key: {moved}, as their --corpus did ({roots}); extract "
+            "one of them again with the other's --corpus"
+        )
+    keys = [next(iter(store.valid["key"].to_pylist()), "none") for store in (first, other)]
+    return (
+        f"{first.path} and {other.path} are targets of different corpora: they share no picture's key (one is "
+        f"{keys[0]} in the first, one is {keys[1]} in the second; {roots}); extract both from the same --corpus"
+    )
+
+
+def moved_keys(first: pa.Table, other: pa.Table) -> str | None:
+    """Say by which leading folders the keys of the same pictures differ, as they do where two roots were indexed.
+
+    Args:
+        first, other: with `key` and `sha256`.
+    Returns: None where hardly any picture is in both, or most of those have the same key.
+    """
+    places = pc.index_in(first["sha256"], value_set=other["sha256"].combine_chunks())
+    found = pc.is_valid(places)
+    pairs = zip(first.filter(found)["key"].to_pylist(), other.take(places.drop_null())["key"].to_pylist(), strict=True)
+    moves = [(leads, pair) for pair in pairs if (leads := _leading_folders(*pair)) is not None]
+    most = Counter(leads for leads, _ in moves).most_common(1)
+    if not most or most[0][0] == ("", ""):
+        return None
+    key, twin = next(pair for leads, pair in moves if leads == most[0][0])
+    words = " against ".join(folder or "none" for folder in most[0][0])
+    return f"the same picture is {key} in the first and {twin} in the second, so leading folders differ ({words})"
+
+
+def _leading_folders(key: str, other: str) -> tuple[str, str] | None:
+    """Where two keys end alike, the folders ahead of that; None where not even the names are the same."""
+    ours, theirs = key.split("/"), other.split("/")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    if len(ours) == len(key.split("/")):
+        return None
+    return "/".join([*ours, ""]), "/".join([*theirs, ""])
 
 
 def is_held_out(key: str, share: float) -> bool:

@@ -5,17 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from making import make_corpus, make_store, picture
 
 from eupe.corpus.views import ViewSpec, view_digest
 from eupe.errors import ConfigError, CorpusError, StoreError
+from eupe.evaluate.conflict import conflict
 from eupe.store import Store
 from eupe.store.precision import Calibration, decode, encode
 from eupe.store.reader import Tokens
 from eupe.train.batch import Request, TargetTokens
-from eupe.train.targets import TargetSet, is_held_out, open_targets
+from eupe.train.targets import TargetSet, is_held_out, moved_keys, open_targets
 
 
 def load(targets: TargetSet, views: Sequence[tuple[int, int]], size: int = 64):  # type: ignore[no-untyped-def]
@@ -86,13 +88,51 @@ def test_targets_of_different_corpora_are_refused(tmp_path: Path, tiny_store: St
     other.mkdir()
     picture(1).save(other / "elsewhere.png")
     store = make_store(tmp_path / "a.zarr", other, tiny_weights)
-    with pytest.raises(ConfigError, match="different corpora: they share no picture"):
+    apart = r"different corpora: they share no picture's key \(one is class0/0000.png .* one is elsewhere.png"
+    with pytest.raises(ConfigError, match=apart):
         open_targets([tiny_store.path, store.path], corpus=None, holdout=0.1)
     twin = make_corpus(tmp_path / "twin", count=4)
     picture(99).save(twin / "class1" / "0001.png")
     store = make_store(tmp_path / "b.zarr", twin, tiny_weights)
     with pytest.raises(ConfigError, match=r"class1/0001.png is another picture"):
         open_targets([tiny_store.path, store.path], corpus=None, holdout=0.1)
+
+
+def test_keys_that_differ_by_a_leading_folder_are_told_with_an_example_of_each(
+    tmp_path: Path, tiny_weights: Path
+) -> None:
+    make_corpus(tmp_path / "c" / "inner", count=2)
+    roots = tmp_path / "c", tmp_path / "c" / "inner"
+    stores = [make_store(tmp_path / f"{i}.zarr", root, tiny_weights).path for i, root in enumerate(roots)]
+    words = (
+        r"share no picture's key: the same picture is inner/class0/0000.png in the first and class0/0000.png .*"
+        rf"\(inner/ against none\), .* \({roots[0]} against {roots[1]}\); extract .* the other's --corpus"
+    )
+    with pytest.raises(ConfigError, match=words):
+        open_targets(stores, corpus=None, holdout=0.1)
+    with pytest.raises(ConfigError, match=words):
+        conflict(stores)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "folders"),
+    [
+        ({"a/x.png": "1", "a/y.png": "2"}, {"y.png": "2", "x.png": "1"}, "a/ against none"),
+        ({"x.png": "1"}, {"data/t.parquet/x.png": "1"}, "none against data/t.parquet/"),
+        ({"a/k/x.png": "1"}, {"b/c/k/x.png": "1"}, "a/ against b/c/"),
+        ({"0/x.png": "1", "0/0/x.png": "2"}, {"x.png": "1", "0/x.png": "2"}, "0/ against none"),
+        ({"a/x.png": "1", "b/x.png": "1", "b/y.png": "3"}, {"x.png": "1", "y.png": "3"}, "b/ against none"),
+        ({"x.png": "1", "y.png": "1"}, {"x.png": "1", "y.png": "2"}, None),
+        ({"a/x.png": "1"}, {"b/y.png": "1"}, None),
+        ({"a/x.png": "1"}, {"x.png": "2"}, None),
+    ],
+)
+def test_leading_folders_are_those_of_the_same_pictures(
+    first: dict[str, str], other: dict[str, str], folders: str | None
+) -> None:
+    tables = [pa.table({"key": list(each), "sha256": list(each.values())}) for each in (first, other)]
+    said = moved_keys(*tables)
+    assert said is None if folders is None else said is not None and said.endswith(f"({folders})")
 
 
 def test_other_views_are_refused(tmp_path: Path, tiny_corpus: Path, tiny_store: Store, tiny_weights: Path) -> None:
