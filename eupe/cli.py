@@ -755,7 +755,8 @@ def train(
     student: Annotated[
         list[str] | None,
         typer.Option(
-            help="Any timm ViT or CNN; given again, another student of the same stream, with an --out for each."
+            help="Any timm ViT or CNN, named without a pretrained tag; given again, another student of the same "
+            "stream, with an --out for each."
         ),
     ] = None,
     out_path: Annotated[list[Path] | None, typer.Option("--out", help="The run's directory.")] = None,

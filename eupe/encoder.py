@@ -127,26 +127,20 @@ def timm_card(arch: str, size: int | None) -> EncoderCard:
     Args:
         arch: with or without a pretrained tag; the tag (or its default) decides mean and std.
         size: side of the square input; None for the architecture's own.
-    Raises: ConfigError for an unknown architecture (names near ones), a size that the patch does not divide, or a
-        model whose features are neither tokens nor a map.
+    Raises: ConfigError for an unknown architecture (names near ones), a size that it does not take (names sizes that it
+        does), or a model whose features are neither tokens nor a map.
     """
     with torch.device("meta"):
         native = create_timm(arch)
-        config = native.pretrained_cfg
-        size = size or config["input_size"][-1]
-        patch = _patch(native, arch)
-        _check_size(arch, size, patch)
-        model = create_timm(arch, size=size).eval()
-        summary = summary_kind(model)
-        pixels = torch.zeros(1, 3, size, size)
-        with torch.no_grad():
-            dense = dense_kind(model)
-            tokens = timm_tokens(model, pixels, summary=summary, dense=dense)
-    if tokens.dense.shape[1:3] != (size // patch, size // patch):
+    config = native.pretrained_cfg
+    own, patch = config["input_size"][-1], _patch(native, arch)
+    size = size or own
+    try:
+        model, tokens = _tried(arch, size, patch)
+    except _SizeError as refusal:
         raise ConfigError(
-            f"{arch} gives a {tokens.dense.shape[1]}x{tokens.dense.shape[2]} map for {size} px, "
-            f"not the {size // patch}x{size // patch} that its stride of {patch} promises"
-        )
+            f"size {size} does not work for {arch}: {refusal}; {_other_sizes(arch, size, own, patch)}"
+        ) from refusal
     assert tokens.summary is not None
     return EncoderCard(
         arch=arch,
@@ -155,26 +149,97 @@ def timm_card(arch: str, size: int | None) -> EncoderCard:
         dense_dim=tokens.dense.shape[-1],
         summary_dim=tokens.summary.shape[-1],
         prefix_tokens=getattr(model, "num_prefix_tokens", 0),
-        summary=summary,
-        dense=dense,
+        summary=summary_kind(model),
+        dense=dense_kind(model),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
 
 
-def check_sizes(arch: str, sizes: Sequence[int]) -> None:
-    """Raises: ConfigError unless one model of an architecture, laid out for the first size, takes all of them."""
+def check_student(arch: str, sizes: Sequence[int], *, views: int) -> None:
+    """Try, on the meta device, what training does: a forward and a backward pass at every size.
+
+    Args:
+        sizes: of its inputs; it is laid out for the first.
+        views: that a worker takes at once.
+    Raises: ConfigError unless one model takes all of it.
+    """
     for size in sizes:
         timm_card(arch, size)
-    with torch.device("meta"), torch.no_grad():
-        model = create_timm(arch, size=sizes[0]).eval()
-        for size in sizes[1:]:
+    with torch.device("meta"):
+        model = create_timm(arch, size=sizes[0]).train()
+        kinds: dict[str, Any] = {"summary": summary_kind(model), "dense": dense_kind(model)}
+        for size in sizes:
             try:
-                model.forward_features(torch.zeros(1, 3, size, size))
-            except (AssertionError, RuntimeError, ValueError) as error:
-                raise ConfigError(
-                    f"{arch} laid out for {sizes[0]} px does not take {size} px, too ({error}); give one --size"
-                ) from error
+                tokens = timm_tokens(model, torch.zeros(min(views, 2), 3, size, size), **kinds)
+                assert tokens.summary is not None
+                torch.autograd.backward([tokens.summary.sum(), tokens.dense.sum()])
+            except Exception as error:  # libraries refuse in many ways
+                raise ConfigError(_why_not_trained(arch, sizes[0], size, error)) from error
+
+
+def _why_not_trained(arch: str, first: int, size: int, error: Exception) -> str:
+    if "more than 1 value per channel" in str(error):
+        return (
+            f"{arch} cannot learn from one view of {size} px at a time, as its batch norms have one value per channel; "
+            "give each worker two views or more: a greater --batch-size, or fewer --num-workers or --accumulate"
+        )
+    if size != first:
+        return f"{arch} laid out for {first} px does not take {size} px, too ({_brief(error)}); give one --size"
+    return f"{arch} cannot be trained at {size} px ({_brief(error)}); give another --student"
+
+
+class _SizeError(Exception):
+    """Why an architecture does not take a size."""
+
+
+def _tried(arch: str, size: int, patch: int) -> tuple[Any, Tokens]:
+    """A model for a size, and what it says of one picture, on the meta device.
+
+    Raises: _SizeError; ConfigError for a model of which no size would do.
+    """
+    if size < patch or size % patch:
+        raise _SizeError(f"its patch is {patch} pixels and must divide the size")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = create_timm(arch, size=size).eval()
+            pixels = torch.zeros(1, 3, size, size)
+            tokens = timm_tokens(model, pixels, summary=summary_kind(model), dense=dense_kind(model))
+    except ConfigError:
+        raise
+    except Exception as error:  # libraries refuse in many ways
+        raise _SizeError(f"timm's model does not take it ({_brief(error)})") from error
+    got, want = tuple(tokens.dense.shape[1:3]), size // patch
+    if got != (want, want):
+        raise _SizeError(f"it gives a {got[0]}x{got[1]} map, not the {want}x{want} that its stride of {patch} promises")
+    return model, tokens
+
+
+def _other_sizes(arch: str, size: int, own: int, patch: int) -> str:
+    """The sizes next to one that does not work, or else the architecture's own, where they were tried and do.
+
+    Raises: ConfigError for a model of which no size would do.
+    """
+    takes_own = _takes(arch, own, patch)
+    below = max(size // patch, 1) * patch
+    near_ones = [each for each in (below, below + patch) if each != size and _takes(arch, each, patch)]
+    if near_ones:
+        return f"use {' or '.join(map(str, near_ones))}"
+    return f"use its own, {own}" if takes_own else "no size next to it works, nor its own; use another architecture"
+
+
+def _takes(arch: str, size: int, patch: int) -> bool:
+    try:
+        _tried(arch, size, patch)
+    except _SizeError:
+        return False
+    return True
+
+
+def _brief(error: Exception) -> str:
+    """An error of a library on part of a line."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:100]}{'...' if len(words) > 100 else ''}"
 
 
 def create_timm(arch: str, *, size: int | None = None, num_classes: int = 0, pretrained: bool = False) -> Any:
@@ -436,9 +501,11 @@ def _has_class_token(model: Any) -> bool:
 
 
 def _head_norm(model: Any) -> nn.Module | None:
-    """The norm that a ConvNeXt-like head applies behind its pooling."""
+    """The norm that a ConvNeXt-like head applies behind its pooling; others lie deeper in it, behind a wider layer."""
     norm = getattr(getattr(model, "head", None), "norm", None)
-    return norm if _is_norm(norm) else None
+    if not isinstance(norm, nn.Module) or not _is_norm(norm):
+        return None
+    return norm if {parameter.shape[0] for parameter in norm.parameters()} <= {model.num_features} else None
 
 
 def _has_final_norm(model: Any) -> bool:
@@ -455,15 +522,6 @@ def _patch(model: Any, arch: str) -> int:
     if not getattr(model, "feature_info", None):
         raise ConfigError(f"{arch} has no table of stages, so neither patch tokens nor a feature map to learn from")
     return int(model.feature_info[-1]["reduction"])
-
-
-def _check_size(arch: str, size: int, patch: int) -> None:
-    if size < patch or size % patch:
-        below = max(size // patch, 1) * patch
-        raise ConfigError(
-            f"size {size} does not work for {arch}: its patch is {patch} pixels and must divide the size; "
-            f"use {below} or {below + patch}"
-        )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """eupe/encoder.py against timm's own forward passes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from eupe.encoder import (
     Encoder,
     EncoderCard,
     build_encoder,
+    check_student,
     load_encoder,
     load_state_dict_strictly,
     normalise,
@@ -161,6 +163,51 @@ def test_size_that_the_patch_does_not_divide_is_refused(size: int) -> None:
 def test_model_without_a_grid_is_refused() -> None:
     with pytest.raises(ConfigError, match="neither"):
         timm_card("mixer_s32_224", None)
+    with pytest.raises(ConfigError, match="EfficientFormer gives neither"):
+        timm_card("efficientformer_l1", 64)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "words"),
+    [
+        ("jx_nest_tiny", 64, r"timm's model does not take it \(AssertionError: .*\); use its own, 224"),
+        ("swin_tiny_patch4_window7_224", 240, "its patch is 32 pixels and must divide the size; use 224 or 256"),
+        ("crossvit_tiny_240", 64, ".* must divide the size; no size next to it works, nor its own; use another"),
+        ("inception_v3", 96, "it gives a 1x1 map, not the 3x3 .*; no size next to it works"),
+    ],
+)
+def test_sizes_that_are_advised_work(arch: str, size: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"size {size} does not work for {arch}: {words}") as refused:
+        timm_card(arch, size)
+    for advised in re.findall(r"(\d+)(?= or \d+$|$)", str(refused.value)):
+        assert timm_card(arch, int(advised)).size == int(advised)
+        check_student(arch, [int(advised)], views=2)
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes", "views", "words"),
+    [
+        ("test_efficientnet", [32], 1, "test_efficientnet cannot learn from one view of 32 px at a time, .* two views"),
+        ("efficientvit_m0", [64], 1, "cannot learn from one view of 64 px at a time"),
+        ("test_vit_relpos", [64, 80], 8, "laid out for 64 px does not take 80 px, too .*; give one --size"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_before_it_is_built(arch: str, sizes: list[int], views: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_student(arch, sizes, views=views)
+    check_student(arch, sizes[:1], views=max(2, views))
+
+
+@pytest.mark.parametrize("arch", ["inception_next_atto", "test_byobnet"])
+def test_odd_families_train_as_the_trial_promises(arch: str) -> None:
+    """InceptionNeXt's head has a norm deeper in it, of another width than the map."""
+    check_student(arch, [64], views=2)
+    encoder = build_encoder(arch, size=64).train()
+    tokens = encoder(pixels(64))
+    assert tokens.summary is not None
+    torch.autograd.backward([tokens.summary.sum(), tokens.dense.sum()])
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(pixels(64)).summary, encoder.model(pixels(64)))
 
 
 def test_same_seed_same_student() -> None:

@@ -26,6 +26,7 @@ from eupe.store.precision import FP16, parse_precision
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.run_adapter import as_teacher
 from eupe.teachers.spec import TeacherSpec
+from eupe.train.card import require_bare_student
 from eupe.train.config import TrainConfig
 from eupe.train.options import train_configs
 
@@ -169,6 +170,7 @@ class Costs:
     def _student(self, planned: PlannedStep, params: Mapping[str, Any]) -> EncoderCard:
         """Of the architecture that is given, or of the run that the student begins as."""
         config, targets = self._config(planned, params)
+        require_bare_student(config)
         (first,) = planned.step.options.get("init", (None,))
         arch = config.student
         if not arch:

@@ -8,12 +8,15 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eupe.encoder import WEIGHTS_FILE, check_sizes, load_card, near, why_no_run
+from timm.models import is_model, split_model_name_tag
+
+from eupe.encoder import WEIGHTS_FILE, check_student, load_card, near, why_no_run
 from eupe.errors import ConfigError, RunError
 from eupe.reading import read_json
 from eupe.store import Store
@@ -155,13 +158,14 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
 
     Args:
         corpora: that of `config.targets`, then those of `config.mix`.
-    Raises: ConfigError if the student is unknown or cannot take a size, a store lacks one, the batch exceeds what there
-        is to train on, or nothing is held out.
+    Raises: ConfigError if the student is unknown, names weights, or cannot be trained at a size, a store lacks one, the
+        batch exceeds what there is to train on, or nothing is held out.
     """
     targets = corpora[0]
+    require_bare_student(config)
     student = config.student or load_card(_run(config.init)).arch
     sizes = config.size or targets.stores[0].spec.sizes[:1]
-    check_sizes(student, sizes)
+    check_student(student, sizes, views=config.batch_size // (config.num_workers * config.accumulate))
     target_sizes = [config.target_size or store.spec.sizes[:1] for store in targets.stores]
     for corpus in corpora:
         for store, first, wanted in zip(corpus.stores, targets.stores, target_sizes, strict=True):
@@ -187,6 +191,24 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
         pictures=tuple(hashlib.sha256("\0".join(corpus.keys).encode()).hexdigest() for corpus in corpora),
         total_steps=_total_steps(config, corpora, mixes),
         versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+    )
+
+
+def require_bare_student(config: TrainConfig) -> None:
+    """Raises: ConfigError if the student names pretrained weights that it would not start from.
+
+    With `--init` a tag may stay, as it says which mean and deviation the weights were made with. Runs that were begun
+    when tags were taken go on as they are.
+    """
+    arch, tag = split_model_name_tag(config.student)
+    if not tag or config.init is not None or not is_model(arch):
+        return
+    with suppress(RunError):
+        if read_card(config.out).config.get("student") == config.student:
+            return
+    raise ConfigError(
+        f"--student {config.student} names pretrained weights ({tag}), but a student starts from random ones; give "
+        f"--student {arch}, or these weights as a file, too, with --init"
     )
 
 

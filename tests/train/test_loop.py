@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -225,6 +227,52 @@ loaded = {name.split(".")[0] for name in sys.modules} & {"transformers", "open_c
 loaded |= {name for name in sys.modules if name.startswith(("eupe.teachers", "eupe.extract"))}
 assert not loaded, loaded
 """
+
+
+TAGGED = f"{TINY_STUDENT}.r160_in1k"
+
+
+def test_a_student_s_pretrained_tag_is_refused_and_with_weights_it_tells_their_normalisation(
+    config: TrainConfig, tiny_weights: Path, run_eupe: Callable[..., Any], tmp_path: Path
+) -> None:
+    (options := tmp_path / "o.yaml").write_text(f"student: {TAGGED}\ntargets: {config.targets[0]}\n")
+    told = f"--student {TAGGED} names pretrained weights (r160_in1k), but a student starts from random ones; give "
+    for words in (["--targets", config.targets[0], "--student", TAGGED], ["--config", options]):
+        outcome = run_eupe("train", *words, "--out", config.out)
+        assert outcome.code == 2 and f"{told}--student {TINY_STUDENT}, or these" in " ".join(outcome.err.split())
+        assert not config.out.exists()
+    train(replace(config, student=TAGGED, init=tiny_weights, steps=1, lr=1e-9))
+    encoder = load_encoder(config.out)
+    assert encoder.card.mean == (0.5, 0.5, 0.5)
+    name = "blocks.0.mlp.fc1.weight"
+    torch.testing.assert_close(encoder.model.state_dict()[name], load_file(tiny_weights)[name], rtol=0, atol=1e-6)
+
+
+def test_a_run_that_was_begun_when_tags_were_taken_goes_on(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, student=TAGGED, steps=2)
+    with monkeypatch.context() as before:
+        before.setattr("eupe.train.card.require_bare_student", lambda config: None)
+        first = train(config)
+    assert train(config) == replace(first, cached=True)
+    (config.out / "report.json").unlink()
+    assert train(replace(config, resume=True)).validation == first.validation
+    with pytest.raises(ConfigError, match="names pretrained weights"):
+        train(replace(config, out=config.out.with_name("another")))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("test_vit.nonsense", r"names pretrained weights \(nonsense\).* --student test_vit,"),
+        ("vit.tinny", "timm has no architecture 'vit.tinny'"),
+        ("hf-hub:timm/test_vit.r160_in1k", "timm has no architecture 'hf-hub:"),
+    ],
+)
+def test_a_dot_is_a_tag_behind_an_architecture_alone(name: str, words: str, config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(replace(config, student=name))
 
 
 def test_training_loads_no_teacher_and_needs_no_network(tiny_store: Store, tmp_path: Path) -> None:
