@@ -17,7 +17,7 @@ from eupe.corpus.index import open_corpus
 from eupe.errors import ConfigError, ConformanceError, EupeError, StorageError
 from eupe.evaluate.licences import origins
 from eupe.export import executorch_files, hf_files, onnx_files, timm_files
-from eupe.export.config import EXECUTORCH, HF, ONNX, TIMM, ExportConfig
+from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, TIMM, ExportConfig
 from eupe.export.model_card import write_card
 from eupe.export.source import Says, Source, Written, open_source
 from eupe.export.verify import Proof, prove, require_sameness
@@ -128,8 +128,18 @@ def _written(source: Source, config: ExportConfig, folder: Path) -> Written:
 
 
 def _proven(source: Source, config: ExportConfig, folder: Path) -> Proof:
-    """Raises: ConformanceError if what lies in the folder is not the run's student."""
+    """Raises: ConformanceError if what lies in the folder is not the run's student; ConfigError if the sizes matter."""
     what = f"the {config.format} export of {config.run}"
+    try:
+        return _held_against_the_run(source, config, folder, what)
+    except ConformanceError as error:
+        if not config.dynamic_size:
+            raise
+        raise ConfigError(f"{error}; leave --dynamic-size out") from error
+
+
+def _held_against_the_run(source: Source, config: ExportConfig, folder: Path, what: str) -> Proof:
+    """Raises: ConformanceError."""
     try:
         exported = FORMATS[config.format].reopen(source, folder)
         proof = prove(source.reference, exported, source.encoder.card, _sizes(source, config))
@@ -186,6 +196,11 @@ def _recognise(out: Path, asked: dict[str, Any]) -> ExportReport | None:
         raise ConfigError(
             f"--out {out} holds this export, but its {damaged[0]} is gone or not as long as it was; remove {out}, and "
             "export again"
+        )
+    if asked["precision"] == INT8 and not onnx_files.holds_int8(out):
+        raise ConfigError(
+            f"--out {out} holds an export that is called int8 and has float32 weights, as an earlier eupe left those "
+            f"of CNNs; remove {out}, and export again"
         )
     return report
 

@@ -52,10 +52,13 @@ class HalfGraph(nn.Module):
 def write(source: Source, config: ExportConfig, folder: Path) -> Written:
     """Write the graph in the precision that was asked for.
 
-    Raises: ConfigError if the architecture cannot be traced; CorpusError for calibration pictures; OSError.
+    Raises: ConfigError if the architecture cannot be traced, or not for any size; CorpusError for calibration pictures;
+        OSError.
     """
     import onnx
 
+    if config.dynamic_size:
+        _require_other_sizes(source)
     path = folder / GRAPH_FILE
     graph = Graph(source.encoder, source.heads).eval()
     halved = HalfGraph(graph) if config.precision == FP16 else None
@@ -71,6 +74,23 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
     if config.dynamic_size:
         notes.append(f"Height and width may be any multiples of {source.encoder.card.patch} pixels.")
     return Written(f"an ONNX graph (opset {opset}, {config.precision})", tuple(notes))
+
+
+def _require_other_sizes(source: Source) -> None:
+    """Try, on the meta device, whether the student takes inputs of several sizes.
+
+    Raises: ConfigError.
+    """
+    card = source.encoder.card
+    encoder = copy.deepcopy(source.encoder).to("meta")
+    for rows, columns in ((card.size, card.size), (card.size + card.patch, card.size + 2 * card.patch)):
+        try:
+            encoder(torch.zeros(1, 3, rows, columns, device="meta"))
+        except Exception as error:  # libraries refuse in many ways
+            raise ConfigError(
+                f"--dynamic-size does not work for {card.arch}, which takes one size alone "
+                f"({brief_root(error)}); leave --dynamic-size out"
+            ) from error
 
 
 def _strip(path: Path) -> int:
@@ -89,6 +109,14 @@ def _strip(path: Path) -> int:
 def reopen(source: Source, folder: Path) -> Says:
     """As a stranger would."""
     return _asking(folder / GRAPH_FILE, source.outputs)
+
+
+def holds_int8(folder: Path) -> bool:
+    """Whether any matrix of a graph is kept in int8."""
+    import onnx
+
+    graph = onnx.load(str(folder / GRAPH_FILE), load_external_data=False).graph
+    return any(each.data_type == onnx.TensorProto.INT8 and len(each.dims) > 1 for each in graph.initializer)
 
 
 def _asking(path: Path, outputs: list[str]) -> Says:

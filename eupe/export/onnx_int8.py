@@ -1,4 +1,4 @@
-"""Eight bits for an ONNX graph, by whichever of ONNX Runtime's ways keeps the tokens better."""
+"""Eight bits for an ONNX graph, by whichever way keeps the tokens better."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from eupe.encoder import normalise
-from eupe.errors import CorpusError
+from eupe.errors import ConfigError, CorpusError
+from eupe.export.config import INT8
 from eupe.export.pictures import some_pictures, varied_pictures
 from eupe.export.source import Says, Source
-from eupe.export.verify import Likeness, compare
+from eupe.export.verify import MOST_ASTRAY, Likeness, compare, worst
 from eupe.place import Where
 
 SEEDS = (1, 2)
@@ -22,50 +23,111 @@ SEEDS = (1, 2)
 MOST = 256
 """Of the user's pictures, half for each."""
 BATCH = 4
+DYNAMIC, STATIC, WEIGHTS = "dynamic", "static", "weights"
+_PRODUCTS = ("Conv", "MatMul", "Gemm")
+MOST_ASTRAY_KEPT = 0.8 * MOST_ASTRAY[INT8]
+"""Of arithmetic: less than what an export may be, as the proof has other pictures."""
+LARGEST_SIZE = 0.6
+"""Of what is called int8, beside float32; a graph whose weights are all in int8 has some 0.27."""
 
 
 def quantise(path: Path, source: Source, ask: Callable[[Path], Says], calibrate: Where | None) -> str:
-    """Replace a float32 graph by one of int8 weights, and int8 activations where they are ranged beforehand.
+    """Replace a float32 graph by one of int8 weights, and of int8 arithmetic where that keeps the tokens.
 
     `dynamic` ranges the activations of every input anew, and leaves convolutions as they are; `static` takes their
-    ranges from calibration pictures.
+    ranges from calibration pictures. Of these that is kept which keeps the least cosine higher. Where each leaves most
+    weights in float32, or goes too far astray, it is `weights`: int8 in the file, and float32 arithmetic.
 
     Args:
         ask: a graph.
         calibrate: pictures to range activations on and to choose by; None for made-up ones.
     Returns: what was compared, and what was kept.
-    Raises: CorpusError for pictures that are not there, or fewer than two.
+    Raises: CorpusError for pictures that are not there, or fewer than two; ConfigError if no way makes the graph much
+        smaller.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    ranging, choosing = _pictures(source, calibrate)
     prepared = path.with_name("prepared.onnx")
     quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-    ways = {way: path.with_name(f"{way}.onnx") for way in ("dynamic", "static")}
+    ways = {way: path.with_name(f"{way}.onnx") for way in (DYNAMIC, STATIC, WEIGHTS)}
+    quantise_weights(prepared, ways[WEIGHTS])
+    if (share := _share(ways[WEIGHTS], prepared)) > LARGEST_SIZE:
+        raise ConfigError(
+            f"--precision int8 would leave most of {source.encoder.card.arch} at {source.size} px as it is, with "
+            f"{share:.0%} of float32's bytes; use --precision fp16 or fp32"
+        )
+    ranging, choosing = _pictures(source, calibrate)
+    _quantise_arithmetic(prepared, ways[DYNAMIC], ways[STATIC], _Reader(_batches(source, ranging)))
+    sizes = {way: _share(graph, prepared) for way, graph in ways.items()}
+    found = {way: _likeness(source, ask(graph), choosing) for way, graph in ways.items() if sizes[way] <= LARGEST_SIZE}
+    good = [way for way in found if way != WEIGHTS and found[way].astray <= MOST_ASTRAY_KEPT]
+    best = max(good or [WEIGHTS], key=lambda way: found[way].least)
+    ways[best].replace(path)
+    for leftover in (prepared, *ways.values()):
+        leftover.unlink(missing_ok=True)
+    said = ", ".join(
+        f"{way} {found[way].least:.4f}" if way in found else f"{way} leaves most weights in float32" for way in ways
+    )
+    on = "made-up pictures" if calibrate is None else f"{len(choosing)} of your pictures"
+    return (
+        f"int8: of the ways to quantise, {best} was kept (least cosine on {on} for choosing: {said}); the graph has "
+        f"{sizes[best]:.0%} of float32's bytes{', and computes in float32' if best == WEIGHTS else ''}."
+    )
+
+
+def _share(graph: Path, whole: Path) -> float:
+    return graph.stat().st_size / whole.stat().st_size
+
+
+def _quantise_arithmetic(prepared: Path, dynamic: Path, static: Path, reader: _Reader) -> None:
+    """ONNX Runtime's two ways, with weights of 7 bits: products of 8 bits overflow on CPUs without VNNI."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
+
     quantize_dynamic(
         str(prepared),
-        str(ways["dynamic"]),
+        str(dynamic),
         weight_type=QuantType.QInt8,
         per_channel=True,
+        reduce_range=True,
         op_types_to_quantize=["MatMul", "Gemm"],
     )
     quantize_static(
         str(prepared),
-        str(ways["static"]),
-        _Reader(_batches(source, ranging)),
+        str(static),
+        reader,
         weight_type=QuantType.QInt8,
         activation_type=QuantType.QUInt8,
         per_channel=True,
+        reduce_range=True,
+        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
     )
-    least = {way: _least(source, ask(graph), choosing) for way, graph in ways.items()}
-    best = max(least, key=lambda way: least[way])
-    ways[best].replace(path)
-    for leftover in (prepared, *ways.values()):
-        leftover.unlink(missing_ok=True)
-    said = ", ".join(f"{way} {cosine:.4f}" for way, cosine in least.items())
-    on = "made-up pictures" if calibrate is None else f"{len(choosing)} of your pictures"
-    return f"int8: of ONNX Runtime's ways to quantise, {best} was kept (least cosine on {on} for choosing: {said})."
+
+
+def quantise_weights(graph: Path, out: Path) -> None:
+    """Keep the weights of convolutions and matrix products in int8 with a scale for each of their outputs."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(str(graph))
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    axes = {node.input[1]: _axis_of_outputs(node) for node in model.graph.node if node.op_type in _PRODUCTS}
+    for name, axis in axes.items():
+        if name not in tensors or len(tensors[name].dims) < 2:
+            continue
+        weights = np.moveaxis(numpy_helper.to_array(tensors[name]), axis, -1)
+        scales = np.maximum(np.abs(weights).reshape(-1, weights.shape[-1]).max(axis=0), np.finfo(np.float32).tiny) / 127
+        codes = np.moveaxis(np.rint(weights / scales).astype(np.int8), -1, axis)
+        model.graph.initializer.remove(tensors[name])
+        parts = {f"{name}_int8": np.ascontiguousarray(codes), f"{name}_scales": scales.astype(np.float32)}
+        model.graph.initializer.extend(numpy_helper.from_array(part, part_name) for part_name, part in parts.items())
+        model.graph.node.insert(0, helper.make_node("DequantizeLinear", list(parts), [name], axis=axis))
+    onnx.save(model, str(out))
+
+
+def _axis_of_outputs(node: Any) -> int:
+    """Which axis of a node's weights counts its outputs."""
+    is_transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return 0 if node.op_type == "Conv" or is_transposed else -1
 
 
 def _pictures(source: Source, calibrate: Where | None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -80,12 +142,12 @@ def _pictures(source: Source, calibrate: Where | None) -> tuple[NDArray[np.uint8
     return own[::2], own[1::2]
 
 
-def _least(source: Source, says: Says, pictures: NDArray[np.uint8]) -> float:
-    """The least cosine of any token."""
-    found: list[Likeness] = []
-    for pixels in _batches(source, pictures):
-        found += compare(source.reference(pixels), says(pixels)).values()
-    return min(each.least for each in found)
+def _likeness(source: Source, says: Says, pictures: NDArray[np.uint8]) -> Likeness:
+    """The worst of all outputs."""
+    answers = [(source.reference(pixels), says(pixels)) for pixels in _batches(source, pictures)]
+    sides = zip(*answers, strict=True)
+    want, got = ({name: torch.cat([each[name] for each in side]) for name in side[0]} for side in sides)
+    return worst(list(compare(want, got).values()))
 
 
 def _batches(source: Source, pictures: NDArray[np.uint8]) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,22 +92,24 @@ def open_source(config: ExportConfig) -> Source:
     return Source(
         run=config.run,
         card=card,
-        encoder=_laid_out(trained, config.size or trained.card.size, config.run),
+        encoder=_laid_out(trained, config.size or trained.card.size, config),
         heads={name: head.requires_grad_(False) for name, head in heads.items()},
         reference=reference,
         digest=_digest([config.run / name for name in files]),
     )
 
 
-def _laid_out(trained: Encoder, size: int, run: Path) -> Encoder:
+def _laid_out(trained: Encoder, size: int, config: ExportConfig) -> Encoder:
     """The student for another input size: a learned table of positions is resampled as timm does on loading.
 
     Raises: ConfigError if the architecture does not take it.
     """
-    arch, own = trained.card.arch, trained.card.size
+    arch, own, run = trained.card.arch, trained.card.size, config.run
     if size == own:
         return trained
     timm_card(arch, size)
+    if config.dynamic_size:  # the graph resamples by itself, and twice is not once
+        return Encoder(replace(trained.card, size=size), trained.model)
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.random.fork_rng(devices=[]):

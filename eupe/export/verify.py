@@ -81,7 +81,7 @@ def prove(reference: Says, exported: Says, card: EncoderCard, sizes: Sequence[tu
     return Proof(
         num_pictures=num_pictures,
         sizes=tuple(sizes),
-        outputs={name: _worst([found[name] for found in likenesses]) for name in likenesses[0]},
+        outputs={name: worst([found[name] for found in likenesses]) for name in likenesses[0]},
         torch_ms=1000 * statistics.median(time_passes(reference, one, TIMED)),
         exported_ms=1000 * statistics.median(time_passes(exported, one, TIMED)),
     )
@@ -128,8 +128,8 @@ def _likeness(want: Tensor, got: Tensor) -> Likeness:
     )
 
 
-def _worst(found: Sequence[Likeness]) -> Likeness:
-    """Not a number where any is not."""
+def worst(found: Sequence[Likeness]) -> Likeness:
+    """Each measure's worst; not a number where any is not."""
 
     def over_all(name: str) -> Tensor:
         return torch.tensor([getattr(each, name) for each in found], dtype=torch.float64)

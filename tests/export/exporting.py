@@ -49,9 +49,10 @@ class Exports:
         return out
 
 
-def some_slow(*archs: str, slow: Sequence[str]) -> list[Any]:
+def some_slow(*fast: Any, slow: Sequence[Any]) -> list[Any]:
     """Parameters of a test, some of which take longer."""
-    return [*archs, *(pytest.param(arch, marks=pytest.mark.slow) for arch in slow)]
+    many = (each if isinstance(each, tuple) else (each,) for each in slow)
+    return [*fast, *(pytest.param(*each, marks=pytest.mark.slow) for each in many)]
 
 
 def target(teacher: str, *, licence: str = "apache-2.0", summary: int = 20, dense: int = 12) -> dict[str, Any]:

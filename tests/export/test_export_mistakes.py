@@ -59,6 +59,16 @@ def test_an_architecture_that_takes_one_size_alone(tmp_path: Path, run_eupe: Run
     assert "--size 256 does not work for swin_s3_tiny_224" in said and "leave --size out" in said
 
 
+def test_a_dynamic_size_is_refused_before_anything_is_traced(
+    tmp_path: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(tmp_path / "run", "test_vit_relpos", targets=())
+    monkeypatch.delattr("torch.onnx.export")
+    said = refused(run_eupe, tmp_path / "out", run, "--format", "onnx", "--dynamic-size")
+    assert "--dynamic-size does not work for test_vit_relpos, which takes one size alone (" in said
+    assert said.endswith("; leave --dynamic-size out")
+
+
 def test_runs_that_are_none_or_unfinished(run: Path, tmp_path: Path, run_eupe: Run) -> None:
     assert "is not a training run" in refused(run_eupe, tmp_path / "out", tmp_path, "--format", "timm")
     unfinished = finished_run(tmp_path / "unfinished", ARCH)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exporting import CONVNEXT, SIZE, VIT, Exports, code_of, least_cosine, photograph, some_slow, tokens_of
+from exporting import (
+    CONVNEXT,
+    SIZE,
+    VIT,
+    Exports,
+    code_of,
+    least_cosine,
+    photograph,
+    some_slow,
+    tokens_of,
+)
 from making import make_corpus
 from PIL import Image
 from timm.layers import RotaryEmbeddingDinoV3
@@ -19,12 +30,14 @@ from timm.layers import RotaryEmbeddingDinoV3
 import eupe
 from eupe.corpus.views import render_view
 from eupe.encoder import load_encoder, normalise
-from eupe.errors import CorpusError
+from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.pictures import centre
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
+from eupe.export.onnx_int8 import quantise, quantise_weights
 from eupe.export.pictures import varied_pictures
 from eupe.export.rotary import TracedRotary
+from eupe.export.source import open_source
 from eupe.train.predict import load_predictors
 
 ARCHS = some_slow(CONVNEXT, slow=["test_vit", VIT])
@@ -88,11 +101,18 @@ def test_a_graph_is_valid_and_the_card_s_code_runs_it(arch: str, graphs: Exports
     assert [said.shape[-1] for said in names["teachers"]] == [20, 12, 12]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["test_vit", CONVNEXT, VIT])
-def test_a_dynamic_graph_takes_any_size_that_the_patch_divides(arch: str, graphs: Exports, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    some_slow(
+        ("test_vit", 96), slow=[("test_vit3", None), ("vit_tiny_r_s16_p8_224", 128), (CONVNEXT, None), (VIT, None)]
+    ),
+)
+def test_a_dynamic_graph_takes_any_size_that_the_patch_divides(
+    arch: str, size: int | None, graphs: Exports, tmp_path: Path
+) -> None:
+    """A learned table is resampled once, from the one that was trained, whatever size is given."""
     out = tmp_path / "out"
-    report = export(ExportConfig(run=graphs.run(arch), out=out, format="onnx", dynamic_size=True))
+    report = export(ExportConfig(run=graphs.run(arch), out=out, format="onnx", dynamic_size=True, size=size))
     assert len(json.loads((out / "export.json").read_text())["proof"]["sizes"]) == 4
     assert any("multiples of" in note for note in report.notes)
     for height, width in [(SIZE, SIZE), (160, 96), (32, 224)]:
@@ -131,6 +151,99 @@ def test_eight_bits_say_how_near_they_come(arch: str, graphs: Exports, tmp_path:
     assert 0.5 < stated < 0.99999
     assert float(found) == pytest.approx(stated, abs=0.05), "on other pictures than those that it was stated for"
     assert f"{report.outputs['summary']['least']:.6f}" in (out / "README.md").read_text()
+
+
+def weights_of_products(out: Path) -> list[tuple[str, str]]:
+    """Type of every convolution and matrix product with weights, and the type that its weights are kept in."""
+    graph = onnx.load(str(out / "model.onnx")).graph
+    kept = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
+    scaled = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    places = {
+        "Conv": 1,
+        "MatMul": 1,
+        "Gemm": 1,
+        "QLinearConv": 3,
+        "QLinearMatMul": 3,
+        "ConvInteger": 1,
+        "MatMulInteger": 1,
+    }
+    names = [(node.op_type, node.input[places[node.op_type]]) for node in graph.node if node.op_type in places]
+    return [(kind, kept[scaled.get(name, name)]) for kind, name in names if scaled.get(name, name) in kept]
+
+
+@pytest.mark.parametrize("arch", some_slow("test_efficientnet", slow=["test_vit", "vit_tiny_r_s16_p8_224", "resnet18"]))
+def test_what_is_called_int8_has_its_weights_in_int8(arch: str, graphs: Exports, tmp_path: Path) -> None:
+    """A CNN, a ViT, a hybrid, whatever way was kept; as `onnx` itself reads the file."""
+    out = tmp_path / "out"
+    report = export(ExportConfig(run=graphs.run(arch), out=out, format="onnx", precision="int8"))
+    kinds = weights_of_products(out)
+    assert len(kinds) > 10 and sum(kept == "INT8" for _, kept in kinds) >= 0.9 * len(kinds)
+    num_bytes = 4 * sum(parameter.numel() for parameter in load_encoder(graphs.run(arch)).parameters())
+    assert size_of(out) < 0.45 * num_bytes
+    assert "of float32's bytes" in report.notes[0] and report.outputs["dense"]["least"] < 1
+
+
+def test_weights_in_int8_are_rounded_for_each_output(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    shapes = {"conv": (5, 3, 2, 2), "product": (7, 6), "gemm": (4, 6)}
+    weights = {name: generator.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
+    weights["product"][:, 2] = 0
+    make, float_ = onnx.helper.make_node, onnx.TensorProto.FLOAT
+    nodes = [
+        make("Conv", ["x", "conv"], ["a"]),
+        make("MatMul", ["y", "product"], ["b"]),
+        make("Gemm", ["b", "gemm"], ["c"], transB=1),
+    ]
+    given = [
+        onnx.helper.make_tensor_value_info(name, float_, shape) for name, shape in (("x", [1, 3, 4, 4]), ("y", [2, 7]))
+    ]
+    told = [onnx.helper.make_tensor_value_info(name, float_, None) for name in "abc"]
+    initial = [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = onnx.helper.make_graph(nodes, "g", given, told, initial)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), tmp_path / "a"
+    )
+    quantise_weights(tmp_path / "a", tmp_path / "b")
+    x, y = (generator.normal(0, 1, shape).astype(np.float32) for shape in ((1, 3, 4, 4), (2, 7)))
+    session = onnxruntime.InferenceSession(str(tmp_path / "b"), providers=["CPUExecutionProvider"])
+    rounded = dict(weights)
+    for name, outputs in (("conv", 0), ("product", 1), ("gemm", 0)):
+        for i in range(weights[name].shape[outputs]):
+            row = np.moveaxis(rounded[name], outputs, 0)[i]
+            scale = abs(row).max() / 127 or 1
+            row[...] = np.round(row / scale) * scale
+    a, b, c = session.run(list("abc"), {"x": x, "y": y})
+    convolved = torch.nn.functional.conv2d(torch.from_numpy(x), torch.from_numpy(rounded["conv"]))
+    np.testing.assert_allclose(a, convolved, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(b, y @ rounded["product"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(c, b @ rounded["gemm"].T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_that_int8_would_hardly_shrink_is_refused(graphs: Exports, tmp_path: Path) -> None:
+    """Most of it is a table, which no product takes."""
+    make, float_ = onnx.helper.make_node, onnx.TensorProto.FLOAT
+    weights = {"table": np.ones((64, 64), np.float32), "product": np.ones((64, 32), np.float32)}
+    ends = [[onnx.helper.make_tensor_value_info(name, float_, [64, width])] for name, width in (("x", 64), ("y", 32))]
+    nodes = [make("Add", ["x", "table"], ["sum"]), make("MatMul", ["sum", "product"], ["y"])]
+    initial = [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = onnx.helper.make_graph(nodes, "g", *ends, initial)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), tmp_path / "a"
+    )
+    source = open_source(ExportConfig(run=graphs.run(CONVNEXT), out=tmp_path / "out", format="onnx"))
+    words = rf"leave most of {CONVNEXT} at {SIZE} px as it is, with 7\d% of float32's bytes; use --precision fp16"
+    with pytest.raises(ConfigError, match=words):
+        quantise(tmp_path / "a", source, lambda graph: pytest.fail("is asked"), None)
+
+
+def test_what_was_called_int8_and_is_not_is_no_cache_hit(graphs: Exports, tmp_path: Path) -> None:
+    out = shutil.copytree(graphs.out(CONVNEXT), tmp_path / "out")
+    record = json.loads((out / "export.json").read_text())
+    record["asked"]["precision"] = "int8"
+    (out / "export.json").write_text(json.dumps(record))
+    config = ExportConfig(run=graphs.run(CONVNEXT), out=out, format="onnx", heads=("all",), precision="int8")
+    with pytest.raises(ConfigError, match=r"called int8 and has float32 weights, .* remove"):
+        export(config)
 
 
 def test_ranges_are_those_of_the_pictures_that_are_given(
