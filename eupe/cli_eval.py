@@ -70,7 +70,8 @@ Space = Annotated[
     typer.Option("--space", help="Whose text space, where a run's heads lead to several; or the way to it."),
 ]
 ClassNames = Annotated[
-    Path | None, typer.Option(help="A name a line, in the order of the sorted folders, or FOLDER<TAB>NAME.")
+    Path | None,
+    typer.Option(help="A name a line, in the folders' order (by number where all are integers), or FOLDER<TAB>NAME."),
 ]
 Templates = Annotated[
     Path | None, typer.Option(help="A template a line, `{}` for the name; `a photo of a {}.` where not given.")
@@ -267,6 +268,17 @@ def eval_segment(
             help="images/{training,validation} with annotations/ (ADE20K), or images/{train,val} with masks/."
         ),
     ],
+    mask_values: Annotated[
+        str | None,
+        typer.Option(
+            help="Values in masks of classes 0, 1, ..., such as 0,255, or colours: '#000000,#ff0000'. Class numbers by "
+            "default."
+        ),
+    ] = None,
+    mask_ignore: Annotated[
+        str | None,
+        typer.Option(help="Values, or colours, of no class; 255 with masks/ and 0 with annotations/ by default."),
+    ] = None,
     size: Size = None,
     steps: Steps = None,
     batch_size: BatchSize = None,
@@ -280,12 +292,15 @@ def eval_segment(
     as_json: Json = False,
 ) -> None:
     """Mean IoU of a linear layer on dense tokens."""
+    from eupe.evaluate.masks import read_code
     from eupe.evaluate.segment import TRAINING, segment
 
-    how = _training(TRAINING, steps, batch_size, lr, seed)
+    how, code = _training(TRAINING, steps, batch_size, lr, seed), read_code(mask_values, mask_ignore)
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return segment(subject, data=data, size=size, training=how, limit=limit, scratch=scratch, on_step=on_step)
+        return segment(
+            subject, data=data, size=size, training=how, code=code, limit=limit, scratch=scratch, on_step=on_step
+        )
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 
@@ -297,6 +312,13 @@ def eval_depth(
         Path, typer.Option(help="nyu_train.txt and nyu_test.txt (NYUv2), or images/{train,val} with depth/{train,val}.")
     ],
     max_depth: Annotated[float, typer.Option(help="Metres, beyond which nothing counts.")] = 10.0,
+    depth_unit: Annotated[
+        str | None,
+        typer.Option(
+            help="What a step of the maps is: m, cm, mm, metres (1/256 for KITTI, 10/255), or NUMBER/disparity. "
+            "Millimetres in 16-bit pictures, metres in floats and .npy by default."
+        ),
+    ] = None,
     size: Size = None,
     steps: Steps = None,
     batch_size: BatchSize = None,
@@ -311,12 +333,22 @@ def eval_depth(
 ) -> None:
     """RMSE of depth by a linear layer on dense tokens."""
     from eupe.evaluate.depth import TRAINING, depth
+    from eupe.evaluate.layouts import depth_unit as read_unit
 
+    unit = None if depth_unit is None else read_unit(depth_unit)
     how = _training(TRAINING, steps, batch_size, lr, seed)
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return depth(
-            subject, data=data, size=size, training=how, max_m=max_depth, limit=limit, scratch=scratch, on_step=on_step
+            subject,
+            data=data,
+            size=size,
+            training=how,
+            max_m=max_depth,
+            unit=unit,
+            limit=limit,
+            scratch=scratch,
+            on_step=on_step,
         )
 
     _judge(subjects, weights, untrained, results, as_json, judge)
@@ -380,8 +412,8 @@ def eval_zeroshot(
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="A name a line, in the order of the sorted folders, or FOLDER<TAB>NAME; the folders' own names where "
-            "not given."
+            help="A name a line, in the folders' order (by number where all are integers), or FOLDER<TAB>NAME; the "
+            "folders' own names where not given."
         ),
     ] = None,
     templates: Templates = None,
@@ -570,3 +602,12 @@ def show_table(found: list[Result]) -> None:
     for result in found:
         table.add_row(escaped(result.name), *(f"{result.scores[name]:.4f}" for name in measures))
     show(table)
+    for note in _notes(found):
+        out.print(escaped(note), soft_wrap=True)
+
+
+def _notes(found: list[Result]) -> list[str]:
+    """What was judged by what: once where that is the same for all subjects, else with the subject's name."""
+    if all(result.notes == found[0].notes for result in found):
+        return found[0].notes
+    return [f"{result.name}: {note}" for result in found for note in result.notes]

@@ -150,9 +150,17 @@ def require_truth(pictures: int, read_truth: ReadTruth) -> None:
 
     Raises: what `read_truth` does.
     """
+    for _ in each_truth(pictures, read_truth):
+        pass
+
+
+def each_truth(pictures: int, read_truth: ReadTruth) -> Iterator[Truth]:
+    """Read every map once, in order, several at a time.
+
+    Raises: what `read_truth` does.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in map_ahead(pool, read_truth, range(pictures), ahead=BATCHES_AHEAD):
-            pass
+        yield from map_ahead(pool, read_truth, range(pictures), ahead=BATCHES_AHEAD)
 
 
 def view_of(truth: Truth, params: ViewParams, size: int) -> Truth:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eupe.errors import ConfigError, CorpusError
-from eupe.evaluate.dense_probe import Training, predictions, require_same_sides, require_truth, train_head
-from eupe.evaluate.layouts import NYU_SIDES, Mapped, depth_split, read_depth
+from eupe.evaluate.dense_probe import (
+    ReadTruth,
+    Training,
+    each_truth,
+    predictions,
+    require_same_sides,
+    train_head,
+)
+from eupe.evaluate.layouts import NYU_SIDES, DepthUnit, Mapped, depth_split, read_depth
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import Subject, result_of
@@ -35,6 +42,10 @@ EVEN_SHARE = 0.1
 """Added to every output, so that none is ever without weight."""
 SCALE_SHARE = 0.15
 """Of the squared mean of the logarithms' differences, beside their variance."""
+
+
+SAMPLED = 4096
+"""Pixels of a map, of which the median is told."""
 
 
 class LinearDepth(nn.Module):
@@ -62,6 +73,7 @@ def depth(
     size: int | None = None,
     training: Training = TRAINING,
     max_m: float = MAX_M,
+    unit: DepthUnit | None = None,
     limit: int | None = None,
     scratch: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
@@ -70,14 +82,21 @@ def depth(
 
     Args:
         max_m: pixels farther than this do not count.
+        unit: of the maps, see `read_depth`.
     Raises: CorpusError for a map that is missing, of another size than its picture, or empty; StoreError, RunError,
         TeacherError, ConfigError.
     """
     if not MIN_M < max_m < math.inf:
         raise ConfigError(f"--max-depth must be above {MIN_M:g} m, and finite, got {max_m:g}")
     train, val = (depth_split(data, split).limited(limit) for split in ("train", "val"))
-    for part in (train, val):
-        require_truth(len(part.maps), partial(_read, part))
+    reads = {split: partial(_read, part, unit) for split, part in (("train", train), ("val", val))}
+    ranges = {split: _range(len(part.maps), reads[split], max_m) for split, part in (("train", train), ("val", val))}
+    for split, found in ranges.items():
+        if not found.num_judged:
+            raise CorpusError(
+                f"the depth maps of the {split} split of {data} hold nothing between {MIN_M:g} and {max_m:g} m, but "
+                f"{found.told}; --depth-unit says what a step is, --max-depth how far is judged"
+            )
     chosen = subject.size(size, usual=SIZE)
     seen_val, seen_train = (  # the larger last, so that want of room is known soon
         subject.look(part.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch) for part in (val, train)
@@ -89,13 +108,13 @@ def depth(
         train_head(
             head,
             seen_train,
-            partial(_read, train),
+            reads["train"],
             lambda said, truth: scale_invariant_loss(said[:, 0], truth, max_m=max_m),
             training,
             on_step=on_step,
         )
     errors = []
-    for said, truth in predictions(head, seen_val, partial(_read, val)):
+    for said, truth in predictions(head, seen_val, reads["val"]):
         judged = _judged(truth, val, max_m) & torch.isfinite(said[0]).cpu().numpy()
         if judged.any():
             errors.append(depth_errors(said[0].cpu().numpy()[judged], truth[judged]))
@@ -107,8 +126,20 @@ def depth(
         task="depth",
         scores=means,
         lower_is_better=True,
-        protocol={**subject.protocol(chosen), **asdict(training), "max_m": max_m, "crop": val.crop},
+        protocol={
+            **subject.protocol(chosen),
+            **asdict(training),
+            "max_m": max_m,
+            "crop": val.crop,
+            **({} if unit is None else {"depth_unit": unit.word}),
+            **val.protocol,
+        },
         data={"path": str(data), "train": len(train.maps), "val": len(errors)},
+        notes=[
+            f"judged: {len(errors):,} pictures of {val.name}, by {len(train.maps):,} of {train.name}",
+            f"depth of {train.name}: {ranges['train'].told}",
+            f"depth of {val.name}: {ranges['val'].told}",
+        ],
     )
 
 
@@ -131,8 +162,55 @@ def depth_errors(metres_N: NDArray[np.float32], truth_N: NDArray[np.float32]) ->
     }
 
 
-def _read(mapped: Mapped, i: int) -> NDArray[np.float32]:
-    truth = require_same_sides(mapped, i, read_depth(mapped.maps[i]))
+@dataclass(frozen=True)
+class Range:
+    """What depth maps hold."""
+
+    least_m: float
+    median_m: float
+    greatest_m: float
+    known: float
+    """Share of the pixels."""
+    beyond: float
+    """Share of the known pixels that lie beyond the greatest depth that is judged."""
+    num_judged: int
+
+    @property
+    def told(self) -> str:
+        """In words, so that a wrong unit is seen."""
+        if not self.known:
+            return "without any depth"
+        least, greatest, median = map(_short, (self.least_m, self.greatest_m, self.median_m))
+        metres = f"{least} to {greatest} m, median {median} m"
+        return f"{metres}, known of {self.known:.0%} of the pixels, of which {self.beyond:.0%} lie too far to be judged"
+
+
+def _short(metres: float) -> str:
+    return f"{metres:,.0f}" if metres >= 1000 else f"{metres:.3g}"
+
+
+def _range(pictures: int, read_truth: ReadTruth, max_m: float) -> Range:
+    """Read every map once, ahead of all work; the median is that of some thousand pixels of each.
+
+    Raises: what `read_truth` does.
+    """
+    parts = []
+    for truth in each_truth(pictures, read_truth):
+        known = truth[truth > MIN_M]
+        some = known[:: max(1, len(known) // SAMPLED)]
+        ends = (known.min(), known.max()) if len(known) else (math.inf, 0.0)
+        parts.append((*ends, truth.size, len(known), int((known <= max_m).sum()), some))
+    least, greatest, sizes, counts, judged, samples = zip(*parts, strict=True)
+    known_pixels, num_judged = sum(counts), sum(judged)
+    if not known_pixels:
+        return Range(0, 0, 0, 0, 0, 0)
+    median = float(np.median(np.concatenate(samples)))
+    beyond = 1 - num_judged / known_pixels
+    return Range(float(min(least)), median, float(max(greatest)), known_pixels / sum(sizes), beyond, num_judged)
+
+
+def _read(mapped: Mapped, unit: DepthUnit | None, i: int) -> NDArray[np.float32]:
+    truth = require_same_sides(mapped, i, read_depth(mapped.maps[i], unit))
     return truth.astype(np.float32)
 
 

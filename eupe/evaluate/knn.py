@@ -16,9 +16,17 @@ from torch import Tensor
 
 from eupe.device import pick_device
 from eupe.errors import ConfigError
-from eupe.evaluate.layouts import Labelled, labelled_splits
 from eupe.evaluate.pictures import centre
 from eupe.evaluate.result import Result
+from eupe.evaluate.splits import (
+    Labelled,
+    Splits,
+    corpus_splits,
+    labelled_splits,
+    order_labels,
+    require_classes,
+    tell_protocol,
+)
 from eupe.evaluate.subject import StoreSubject, Subject, result_of
 from eupe.place import Where
 from eupe.store.layout import SUMMARY
@@ -54,6 +62,7 @@ class Parts:
     val: Summaries
     size: int
     data: str
+    splits: Splits
 
 
 def summaries_of(subject: Subject, data: Where | None, *, size: int | None) -> Parts:
@@ -64,20 +73,22 @@ def summaries_of(subject: Subject, data: Where | None, *, size: int | None) -> P
     if data is None:
         if not isinstance(subject, StoreSubject):
             raise ConfigError(f"{subject.name} is no store: give the labelled pictures to judge it on with --data")
-        chosen = subject.size(size)
-        seen, labels, keys = subject.labelled(size=chosen)
-        assert seen.summary is not None
-        places = seen.picture_V.tolist()
-        own = Summaries(seen.summary, tuple(labels[i] for i in places), tuple(keys[i] for i in places))
-        return Parts(None, own, chosen, str(subject.store.path))
-    chosen = subject.size(size, usual=SIZE)
-    train, val = (None if part is None else _look(subject, part, chosen) for part in labelled_splits(data))
+        chosen, path = subject.size(size), str(subject.store.path)
+        splits = corpus_splits(subject.labelled(), path)
+    else:
+        chosen, path = subject.size(size, usual=SIZE), str(data)
+        splits = labelled_splits(data)
+    require_classes(splits.val, splits.train, path)
+    train, val = (None if part is None else _look(subject, part, chosen, data) for part in (splits.train, splits.val))
     assert val is not None
-    return Parts(train, val, chosen, str(data))
+    return Parts(train, val, chosen, path, splits)
 
 
-def _look(subject: Subject, part: Labelled, size: int) -> Summaries:
-    seen = subject.look(part.pictures, kinds=[SUMMARY], size=size, cut=centre)
+def _look(subject: Subject, part: Labelled, size: int, data: Where | None) -> Summaries:
+    if isinstance(subject, StoreSubject) and data is None:
+        seen = subject.summaries(part.pictures.keys, size=size)
+    else:
+        seen = subject.look(part.pictures, kinds=[SUMMARY], size=size, cut=centre)
     assert seen.summary is not None
     places = seen.picture_V.tolist()
     labels = tuple(part.labels[i] for i in places)
@@ -95,8 +106,9 @@ def knn(
         raise ConfigError(f"--metric {metric} is unknown; give l2 or cosine")
     parts = summaries_of(subject, data, size=size)
     val, bank = parts.val, parts.train or parts.val
-    names, codes = np.unique(np.array(bank.labels + val.labels), return_inverse=True)
-    bank_labels, val_labels = torch.from_numpy(codes[: len(bank)]), torch.from_numpy(codes[len(bank) :])
+    names = order_labels(bank.labels + val.labels)
+    code_of = {name: code for code, name in enumerate(names)}
+    bank_labels, val_labels = (torch.tensor([code_of[label] for label in part.labels]) for part in (bank, val))
     groups = None if parts.train is not None else torch.from_numpy(np.unique(val.pictures, return_inverse=True)[1])
     most = 0 if groups is None else int(torch.bincount(groups).max())
     if k < 1 or k > len(bank) - most:
@@ -113,8 +125,10 @@ def knn(
             "k": k,
             "metric": metric,
             "judged_by": "the other pictures" if parts.train is None else "the training split",
+            **parts.splits.protocol,
         },
         data={"path": parts.data, "train": len(bank), "val": len(val), "labels": len(names)},
+        notes=(*tell_protocol(parts.splits.val, parts.splits.train), *parts.splits.notes),
     )
 
 

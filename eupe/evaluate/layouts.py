@@ -1,8 +1,7 @@
-"""The folders that standard data sets come in: pictures, and the truth about them.
+"""The folders that standard data sets come in: pictures, and the truth about them. Labels: see `splits`.
 
 | task | layout |
 |---|---|
-| labels | `train/CLASS/*`, `val/CLASS/*` (ImageNet); or one corpus of any kind with labels |
 | masks | `images/{training,validation}/X.jpg`, `annotations/.../X.png`, 0 is nothing (ADE20K); or `images/{train,val}`,
   `masks/{train,val}`, 255 is nothing |
 | depth | `nyu_train.txt`, `nyu_test.txt`: lines of picture, depth map, focal length (NYUv2); or `images/{train,val}`,
@@ -16,47 +15,37 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
 from eupe.corpus.decode import EXTENSIONS
-from eupe.corpus.index import Corpus, open_corpus
-from eupe.corpus.pictures import insides
 from eupe.errors import ConfigError, CorpusError
+from eupe.evaluate.masks import LOSSY, NAMED, SUFFIXES
 from eupe.evaluate.pictures import Pictures
-from eupe.place import Place, Where
+from eupe.evaluate.splits import split_role
+from eupe.place import Place
 from eupe.reading import read_json
 
 Split = Literal["train", "val"]
-SPLITS: dict[str, tuple[str, ...]] = {"train": ("train", "training"), "val": ("val", "validation", "test")}
 ADE_NOTHING, MASK_NOTHING = 0, 255
 MILLIMETRE = 1e-3
+METRES = {"m": 1.0, "cm": 1e-2, "mm": MILLIMETRE}
 NYU_LISTS: dict[str, str] = {"train": "nyu_train.txt", "val": "nyu_test.txt"}
 NYU_SIDES = (640, 480)
 COCO_CAPTIONS, COCO_PICTURES = "captions_val2017.json", "val2017"
 QUESTIONS = "questions.json"
-MAPS = ("annotations", "masks", "depth")
-"""Folders beside `images`, of truth that is itself pictures."""
 EIGEN_CROP = (41, 45, 601, 471)
 """x0, y0, x1, y1 of a 640x480 picture, in which NYUv2 is judged; source: Eigen et al., arXiv 1406.2283."""
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Pictures with a word for each."""
-
-    pictures: Pictures
-    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -69,12 +58,20 @@ class Mapped:
     """The value that stands for no truth."""
     crop: tuple[int, int, int, int] | None = None
     """The part of a 640x480 picture that is judged; of one of another size, the same share."""
+    name: str = ""
+    """The split that they are, as the data set calls it."""
+    role: str = "val"
+
+    @property
+    def protocol(self) -> dict[str, str]:
+        """What tells results on test from those on val, which are the usual ones."""
+        return {"split": self.role} if self.role == "test" else {}
 
     def limited(self, limit: int | None) -> Mapped:
         """The first so many."""
         count = len(self.maps) if limit is None else limit
         places = range(len(self.maps))[:count]
-        return Mapped(self.pictures.pick(places), self.maps[:count], self.nothing, self.crop)
+        return replace(self, pictures=self.pictures.pick(places), maps=self.maps[:count])
 
 
 @dataclass(frozen=True)
@@ -113,31 +110,6 @@ class Question:
     answer: str
 
 
-def labelled_splits(data: Where) -> tuple[Labelled | None, Labelled]:
-    """Train and val; no train where the data is one corpus.
-
-    Raises: CorpusError, ConfigError if a split has no labels.
-    """
-    place = Place.of(data)
-    if place.is_local and place.local.is_dir():
-        if (place.local / "images").is_dir() and (maps := [m for m in MAPS if (place.local / m).is_dir()]):
-            raise ConfigError(
-                f"{data} holds pictures with {maps[0]}, which are no labels; give pictures in one folder per class"
-            )
-        found = {split: _first_folder(place.local, names) for split, names in SPLITS.items()}
-        if found["train"] is not None and found["val"] is not None:
-            return _labelled(open_corpus(found["train"])), _labelled(open_corpus(found["val"]))
-    return None, _labelled(open_corpus(data))
-
-
-def _labelled(corpus: Corpus) -> Labelled:
-    samples = corpus.samples.filter(pc.is_valid(corpus.samples["label"]))
-    if not samples.num_rows:
-        raise ConfigError(f"no picture of {corpus.root} has a label; put the pictures in one folder per class")
-    keys = tuple(samples["key"].to_pylist())
-    return Labelled(Pictures(corpus.root, keys, tuple(insides(samples))), tuple(samples["label"].to_pylist()))
-
-
 def mask_split(data: Path, split: Split) -> Mapped:
     """Pictures and masks of a split.
 
@@ -145,7 +117,7 @@ def mask_split(data: Path, split: Split) -> Mapped:
     """
     kind = _only(data, ("annotations", "masks"), "masks: annotations/{training,validation} or masks/{train,val}")
     nothing = ADE_NOTHING if kind == "annotations" else MASK_NOTHING
-    return _paired(data, kind, split, (".png",), nothing)
+    return _paired(data, kind, split, SUFFIXES, nothing)
 
 
 def class_names(data: Path) -> tuple[str, ...] | None:
@@ -173,7 +145,7 @@ def depth_split(data: Path, split: Split) -> Mapped:
     """
     if not (data / NYU_LISTS["train"]).exists():
         _only(data, ("depth",), "depth maps: nyu_train.txt and nyu_test.txt, or depth/{train,val}")
-        return _paired(data, "depth", split, (".png", ".npy"), 0)
+        return _paired(data, "depth", split, (".png", ".npy", ".tif", ".tiff"), 0)
     listed = data / NYU_LISTS[split]
     if not listed.exists():
         raise CorpusError(f"{listed} is missing beside {NYU_LISTS['train']}; NYUv2's lists are both needed")
@@ -191,7 +163,7 @@ def depth_split(data: Path, split: Split) -> Mapped:
     if not keys:
         raise CorpusError(f"{listed} lists no picture with a depth map")
     _require_files([*(data / key for key in keys), *maps], listed)
-    return Mapped(Pictures(Place.of(data), tuple(keys)), tuple(maps), 0, EIGEN_CROP)
+    return Mapped(Pictures(Place.of(data), tuple(keys)), tuple(maps), 0, EIGEN_CROP, NYU_LISTS[split])
 
 
 def point_pairs(data: Path, *, limit: int | None = None) -> tuple[Pictures, list[PointPair]]:
@@ -329,31 +301,62 @@ def question_words(question: str) -> list[str]:
     return re.findall(r"\w+", question.lower())
 
 
-def read_mask(path: Path) -> NDArray[np.int32]:
-    """[H, W] class numbers.
+@dataclass(frozen=True)
+class DepthUnit:
+    """What one step of a depth map is."""
 
-    Raises: CorpusError unless it is a picture of one channel.
+    word: str
+    """As it was given."""
+    metres: float
+    inverse: bool = False
+    """Whether maps hold disparities: metres are this number over the value."""
+
+
+def depth_unit(word: str) -> DepthUnit:
+    """Read `--depth-unit`: m, cm, mm, metres a step as a number or a fraction, or `NUMBER/disparity`.
+
+    Raises: ConfigError.
     """
-    values = _read_image(path)
-    if values.ndim != 2:
-        raise CorpusError(f"mask {path} has {values.shape[-1]} channels; class numbers take one")
-    return values.astype(np.int32)
+    if word in METRES:
+        return DepthUnit(word, METRES[word])
+    above, slash, below = word.partition("/")
+    inverse = below.strip() == "disparity"
+    try:
+        metres = float(above) / (float(below) if slash and not inverse else 1)
+        if not 0 < metres < math.inf:
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(
+            f"--depth-unit takes m, cm, mm, the metres of one step (0.001, or 1/256), or NUMBER/disparity, got {word}"
+        ) from None
+    return DepthUnit(word, metres, inverse)
 
 
-def read_depth(path: Path) -> NDArray[np.float32]:
+def read_depth(path: Path, unit: DepthUnit | None = None) -> NDArray[np.float32]:
     """[H, W] in metres, 0 where nothing is known.
 
-    Raises: CorpusError unless it is a 16-bit PNG, or an array of two axes.
+    Args:
+        unit: where not given, whole numbers of a picture are millimetres, and all else metres.
+    Raises: CorpusError unless it is an array of two axes, or a picture of one channel; without a unit, of 16 bits.
     """
-    if path.suffix == ".npy":
-        metres, unit = _read_array(path), 1.0
+    is_array = path.suffix.lower() == ".npy"
+    values = _read_array(path) if is_array else _read_image(path)
+    if values.ndim != 2:
+        raise CorpusError(f"depth map {path} has shape {values.shape}, not height x width")
+    if unit is None and not is_array and values.dtype.itemsize == 1:
+        raise CorpusError(
+            f"depth map {path} has 8 bits, which are no millimetres; give --depth-unit, the metres of one step (10/255 "
+            "where 255 is 10 m), or maps that are not relative"
+        )
+    whole = values.dtype.kind != "f"
+    known = values.astype(np.float32)
+    if unit is None:
+        metres = known * (MILLIMETRE if whole and not is_array else 1.0)
+    elif unit.inverse:
+        metres = np.divide(unit.metres, known, out=np.zeros_like(known), where=known > 0)
     else:
-        metres, unit = _read_image(path), MILLIMETRE
-        if metres.dtype == np.uint8:
-            raise CorpusError(f"depth map {path} has 8 bits; millimetres take a 16-bit PNG")
-    if metres.ndim != 2:
-        raise CorpusError(f"depth map {path} has shape {metres.shape}, not height x width")
-    depth: NDArray[np.float32] = np.nan_to_num(metres.astype(np.float32) * unit, posinf=0, neginf=0)
+        metres = known * unit.metres
+    depth: NDArray[np.float32] = np.nan_to_num(metres.astype(np.float32), posinf=0, neginf=0)
     return depth
 
 
@@ -378,41 +381,82 @@ def _read_array(path: Path) -> NDArray[Any]:
 
 
 def _paired(data: Path, kind: str, split: Split, suffixes: Sequence[str], nothing: int) -> Mapped:
-    folders = []
-    for word in ("images", kind):
-        folder = _first_folder(data / word, SPLITS[split])
-        if folder is None:
-            names = " or ".join(SPLITS[split])
-            raise CorpusError(f"{data / word} has no folder {names}; the {split} split belongs there")
-        folders.append(folder)
-    images, maps = folders
+    role, images, maps = _split_folders(data, kind, split)
     files = sorted(path for path in images.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not files:
         raise CorpusError(f"{images} holds no pictures")
-    truths = [_beside(path, images, maps, suffixes) for path in files]
+    by_stem: dict[str, list[Path]] = {}
+    for path in sorted(maps.rglob("*")):
+        by_stem.setdefault(path.relative_to(maps).with_suffix("").as_posix(), []).append(path)
+    truths = [
+        _beside(path, by_stem.get(path.relative_to(images).with_suffix("").as_posix(), []), maps, suffixes)
+        for path in files
+    ]
     keys = tuple(path.relative_to(data).as_posix() for path in files)
-    return Mapped(Pictures(Place.of(data), keys), tuple(truths), nothing)
+    name = images.relative_to(data).as_posix()
+    return Mapped(Pictures(Place.of(data), keys), tuple(truths), nothing, name=name, role=role)
 
 
-def _beside(picture: Path, images: Path, maps: Path, suffixes: Sequence[str]) -> Path:
-    stem = maps / picture.relative_to(images).with_suffix("")
+def _beside(picture: Path, there: Sequence[Path], maps: Path, suffixes: Sequence[str]) -> Path:
     for suffix in suffixes:
-        if (found := stem.with_name(stem.name + suffix)).exists():
+        if found := next((path for path in there if path.suffix.lower() == suffix), None):
             return found
-    raise CorpusError(f"picture {picture} has no {' or '.join(stem.name + s for s in suffixes)} in {stem.parent}")
+    if lossy := next((path for path in there if path.suffix.lower() in LOSSY), None):
+        raise CorpusError(f"{lossy} is a map of truth with lossy compression, which changes values; save it as PNG")
+    held = sorted(path.name for path in maps.iterdir())
+    first, *others = suffixes
+    raise CorpusError(
+        f"picture {picture} has no {picture.stem}{first} (or {', '.join(others)}) in {maps}, which holds "
+        f"{', '.join(held[:3]) or 'nothing'}; give the maps the pictures' names"
+    )
 
 
-def _first_folder(parent: Path, names: Iterable[str]) -> Path | None:
-    return next((parent / name for name in names if (parent / name).is_dir()), None)
+def _split_folders(data: Path, kind: str, split: Split) -> tuple[str, Path, Path]:
+    """Find a split's folders of pictures and of maps: `images/train` and `masks/train`, or `train/images` and so on.
+
+    Returns: the split's role (of val it may be test), and both.
+    Raises: CorpusError if there are none, or several.
+    """
+    wanted = ("train",) if split == "train" else ("val", "test")
+    for role in wanted:
+        inside = [_of_role(data / word, role) for word in ("images", kind)]
+        outside = [
+            folder for folder in _of_role(data, role) if (folder / "images").is_dir() and (folder / kind).is_dir()
+        ]
+        pairs = [folders for folders in inside if folders]
+        if len(pairs) == 2:
+            several = next((folders for folders in pairs if len(folders) > 1), None)
+            if several is None:
+                return role, pairs[0][0], pairs[1][0]
+            outside = several
+        if len(outside) > 1:
+            raise CorpusError(f"{outside[0]} and {outside[1]} are the same kind of split; keep one of them")
+        if outside:
+            return role, outside[0] / "images", outside[0] / kind
+    there = [f"{word}/{path.name}" for word in ("images", kind) for path in _subfolders(data / word)]
+    raise CorpusError(
+        f"{data / kind} has no folder {' or '.join(wanted)} that {data / 'images'} has, too; the {split} split belongs "
+        f"there (found {', '.join(there[:NAMED]) or 'no folder'})"
+    )
+
+
+def _of_role(parent: Path, role: str) -> list[Path]:
+    return [folder for folder in _subfolders(parent) if split_role(folder.name) == role]
+
+
+def _subfolders(parent: Path) -> list[Path]:
+    return sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
 
 
 def _only(data: Path, kinds: Sequence[str], wanted: str) -> str:
     if not data.is_dir():
         raise CorpusError(f"{data} is no folder; --data takes a data set in its standard layout")
+    splits = [folder for folder in _subfolders(data) if split_role(folder.name)]
     for kind in kinds:
-        if (data / kind).is_dir():
+        if any((folder / kind).is_dir() for folder in (data, *splits)):
             return kind
-    raise CorpusError(f"{data} holds no {wanted}")
+    held = ", ".join(sorted(path.name for path in data.iterdir())[:NAMED])
+    raise CorpusError(f"{data} holds no {wanted} (found {held or 'nothing'})")
 
 
 def _require_files(paths: Iterable[Path], listed: Path) -> None:

@@ -8,7 +8,7 @@ training data.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from eupe.device import pick_device
 from eupe.errors import ConfigError
-from eupe.evaluate.knn import Summaries, summaries_of
+from eupe.evaluate.knn import Parts, Summaries, summaries_of
 from eupe.evaluate.result import Result
+from eupe.evaluate.splits import OTHERS, order_labels, tell_protocol
 from eupe.evaluate.subject import Subject, result_of
 from eupe.place import Where
 from eupe.train.targets import is_held_out
@@ -56,7 +57,7 @@ def linear(
         raise ConfigError(f"--penalty must be above 0, and finite, got {', '.join(f'{p:g}' for p in penalties)}")
     parts = summaries_of(subject, data, size=size)
     train, val = (parts.train, parts.val) if parts.train is not None else _split(parts.val, VAL_SHARE)
-    names = sorted(set(train.labels))
+    names = order_labels(train.labels)
     if len(names) < 2 or not len(val):
         raise ConfigError(
             f"{parts.data} has {len(names)} labels to learn and {len(val)} views to judge; a classifier needs two "
@@ -85,8 +86,10 @@ def linear(
             **subject.protocol(parts.size),
             "penalties": list(penalties),
             "judged_on": "the val split" if parts.train is not None else f"{VAL_SHARE:.0%} of the pictures",
+            **parts.splits.protocol,
         },
         data={"path": parts.data, "train": len(train), "val": len(val), "labels": len(names)},
+        notes=(*_told(parts), *parts.splits.notes),
     )
 
 
@@ -140,6 +143,16 @@ def fit_logistic(features_ND: Tensor, codes_N: Tensor, *, penalty: float, num_la
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     return Logistic(weight.detach(), bias.detach())
+
+
+def _told(parts: Parts) -> tuple[str, ...]:
+    """Return what is judged by what, a sentence each."""
+    whole, train = parts.splits.val, parts.splits.train
+    if train is not None:
+        return tell_protocol(whole, train)
+    held_out = [is_held_out(key, VAL_SHARE) for key in whole.pictures.keys]
+    judged, rest = ([i for i, held in enumerate(held_out) if held == wanted] for wanted in (True, False))
+    return tell_protocol(replace(whole.pick(judged, ""), unlabelled=whole.unlabelled), whole.pick(rest, OTHERS))
 
 
 def _split(whole: Summaries, share: float) -> tuple[Summaries, Summaries]:

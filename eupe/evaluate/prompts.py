@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from eupe.errors import ConfigError
+from eupe.evaluate.splits import INTEGER, order_labels
 
 SLOT = "{}"
 TEMPLATES = (f"a photo of a {SLOT}.",)
@@ -58,31 +60,25 @@ def read_templates(path: Path) -> tuple[str, ...]:
 
 def folder_classes(labels: Iterable[str]) -> Classes:
     """Folders by their own names, underscores as spaces."""
-    folders = tuple(sorted(set(labels)))
+    folders = order_labels(labels)
     return Classes(tuple(folder.replace("_", " ") for folder in folders), folders)
 
 
 def class_numbers(classes: Classes, labels: Iterable[str], *, data: str) -> dict[str, int]:
     """Which class the pictures of each folder belong to.
 
-    Names alone are folders' names; or else one for each folder, in the order of the sorted folders.
+    Names alone are folders' names; or else one for each folder, in the folders' order: by number where all are
+    integers, else by their characters.
 
-    Raises: ConfigError naming the first folders without a class.
+    Raises: ConfigError naming the first folders without a class; or where the order is not clear.
     """
-    folders = sorted(set(labels))
+    folders = order_labels(labels)
     known = classes.folders
     if known is None:
-        by_name = {name.replace("_", " "): i for i, name in reversed(list(enumerate(classes.names)))}
-        same = [folder for folder in folders if folder.replace("_", " ") in by_name]
-        if not same and len(classes.names) == len(folders):
+        numbers = _by_name(classes.names, folders)
+        if not numbers:
+            _require_order(classes.names, folders, data)
             return {folder: i for i, folder in enumerate(folders)}
-        if not same:
-            raise ConfigError(
-                f"there are {len(classes.names)} class names and {len(folders)} folders in {data}, and no name is that "
-                f"of a folder ({_some(classes.names)} against {_some(folders)}); give one name for each, or lines of "
-                "FOLDER<TAB>NAME"
-            )
-        numbers = {folder: by_name[folder.replace("_", " ")] for folder in same}
     else:
         by_folder = {folder: i for i, folder in enumerate(known)}
         numbers = {folder: by_folder[folder] for folder in folders if folder in by_folder}
@@ -95,6 +91,41 @@ def class_numbers(classes: Classes, labels: Iterable[str], *, data: str) -> dict
             "the list of classes"
         )
     return numbers
+
+
+def _by_name(names: Sequence[str], folders: Iterable[str]) -> dict[str, int]:
+    """Find the folders that names are those of: as they stand, or else whatever their case; `_` and `-` are spaces."""
+    numbered = list(reversed(list(enumerate(names))))
+    exact = {_plain(name): i for i, name in numbered}
+    alike = {_plain(name).casefold(): i for i, name in numbered}
+    places = {folder: exact.get(_plain(folder), alike.get(_plain(folder).casefold())) for folder in folders}
+    return {folder: place for folder, place in places.items() if place is not None}
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ")
+
+
+def _require_order(names: Sequence[str], folders: Sequence[str], data: str) -> None:
+    """Raises: ConfigError unless it is clear which name is which folder's by the order of both."""
+    what = f"{len(names)} class names and {len(folders)} folders in {data}"
+    if len(names) != len(folders):
+        raise ConfigError(
+            f"there are {what}, and no name is that of a folder ({_some(names)} against {_some(folders)}); give one "
+            "name for each, or lines of FOLDER<TAB>NAME"
+        )
+    if {name.split()[0].rstrip(",:;") for name in names} == set(folders):
+        raise ConfigError(
+            f"the lines of class names begin with the folders' ({names[0]!r}), which are part of no name; put a tab "
+            "after the folder's: FOLDER<TAB>NAME"
+        )
+    by_number = sorted(folders, key=lambda folder: [(int(d or 0), w) for d, w in re.findall(r"(\d*)(\D*)", folder)])
+    if not all(INTEGER.fullmatch(folder) for folder in folders) and by_number != list(folders):
+        first = next(i for i, pair in enumerate(zip(by_number, folders, strict=True)) if pair[0] != pair[1])
+        raise ConfigError(
+            f"there are {what}, and their order is not clear: number {first + 1} is {folders[first]} by characters and "
+            f"{by_number[first]} by number; give lines of FOLDER<TAB>NAME"
+        )
 
 
 def _some(words: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Result:
     """Every constant that decides the scores, given the subject and the data."""
     data: dict[str, Any]
     """Where it lies, and how much of it there was."""
+    notes: list[str] = field(default_factory=list)
+    """What was judged by what, and what is odd about the data, a sentence each, for people."""
 
     @property
     def name(self) -> str:
@@ -58,6 +60,8 @@ class Result:
         result = cls(**plain)
         words = (result.task, result.subject, result.kind)
         parts = (result.scores, result.protocol, result.data)
+        if not isinstance(result.notes, list) or not all(isinstance(note, str) for note in result.notes):
+            raise TypeError("its notes are not all words")
         if not all(isinstance(word, str) for word in words) or not all(isinstance(part, dict) for part in parts):
             raise TypeError("task, subject and kind are not all words, or scores, protocol and data not all objects")
         if type(result.untrained) is not bool or type(result.lower_is_better) is not bool:

@@ -7,10 +7,8 @@ resized, mirrored or recoloured at random (a store of several views has them).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +20,8 @@ from torch import Tensor, nn
 
 from eupe.errors import CorpusError
 from eupe.evaluate.dense_probe import Training, predictions, require_same_sides, require_truth, train_head
-from eupe.evaluate.layouts import Mapped, class_names, mask_split, read_mask
+from eupe.evaluate.layouts import Mapped, class_names, mask_split
+from eupe.evaluate.masks import CLASS_NUMBERS, NOTHING, Classes, MaskCode, find_classes
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import Subject, result_of
@@ -30,8 +29,7 @@ from eupe.store.layout import DENSE
 
 SIZE = 512
 TRAINING = Training(steps=40_000, lr=1e-3, warmup=1500 / 40_000)
-IGNORED = -1
-"""What pixels without a class become."""
+IGNORED = NOTHING
 
 
 class LinearSegmenter(nn.Module):
@@ -48,29 +46,12 @@ class LinearSegmenter(nn.Module):
         return self.linear(normed).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class Classes:
-    """From the values in a mask to class numbers from 0 on."""
+def read_labels(classes: Classes, mapped: Mapped, i: int) -> NDArray[np.int32]:
+    """[H, W] class numbers, `IGNORED` where nothing is said.
 
-    count: int
-    nothing: int
-    offset: int
-    """The value of class 0: 1 in ADE20K's layout, where 0 is nothing."""
-
-    def read(self, mapped: Mapped, i: int) -> NDArray[np.int32]:
-        """[H, W], `IGNORED` where nothing is said.
-
-        Raises: CorpusError if the mask is of another size than its picture, or holds a value out of range.
-        """
-        values = require_same_sides(mapped, i, read_mask(mapped.maps[i])).astype(np.int32)
-        labels = np.where(values == self.nothing, IGNORED, values - self.offset)
-        beyond = (labels >= self.count) | ((labels < 0) & (values != self.nothing))
-        if beyond.any():
-            raise CorpusError(
-                f"mask {mapped.maps[i]} holds class {int(values[beyond][0])}; there are {self.count}, "
-                f"{self.offset} to {self.offset + self.count - 1}, and {self.nothing} for none"
-            )
-        return labels.astype(np.int32)
+    Raises: CorpusError if the mask is of another size than its picture, or holds a value that is no class.
+    """
+    return require_same_sides(mapped, i, classes.read(mapped.maps[i]))
 
 
 def segment(
@@ -79,19 +60,31 @@ def segment(
     data: Path,
     size: int | None = None,
     training: Training = TRAINING,
+    code: MaskCode = CLASS_NUMBERS,
     limit: int | None = None,
     scratch: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
     """Mean intersection over union, and pixel accuracy, of a linear layer on a subject's dense tokens.
 
+    Args:
+        code: what values in masks mean, where they are not the layout's class numbers.
     Raises: CorpusError for a mask that is missing, of another size than its picture, or with a class out of range;
         StoreError, RunError, TeacherError, ConfigError.
     """
     whole, val = mask_split(data, "train"), mask_split(data, "val").limited(limit)
-    classes, train = _classes(data, whole), whole.limited(limit)
+    names, train = class_names(data), whole.limited(limit)
+    shown = whole if names is None else train  # a name more or less would be another head, a mask left out must not
+    classes = find_classes(
+        shown.maps,
+        code,
+        nothing=whole.nothing,
+        names=None if names is None else len(names),
+        data=data,
+        whole=len(shown.maps) == len(whole.maps),
+    )
     for part in (train, val):
-        require_truth(len(part.maps), partial(classes.read, part))
+        require_truth(len(part.maps), partial(read_labels, classes, part))
     chosen = subject.size(size, usual=SIZE)
     seen = {
         part: subject.look(mapped.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch)
@@ -102,20 +95,26 @@ def segment(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         head = LinearSegmenter(dense.shape[-1], classes.count)
-        train_head(head, seen["train"], partial(classes.read, train), segmentation_loss, training, on_step=on_step)
+        train_head(
+            head, seen["train"], partial(read_labels, classes, train), segmentation_loss, training, on_step=on_step
+        )
     confusion = np.zeros((classes.count, classes.count), dtype=np.int64)
-    for logits, labels in predictions(head, seen["val"], partial(classes.read, val)):
+    for logits, labels in predictions(head, seen["val"], partial(read_labels, classes, val)):
         reached = torch.isfinite(logits[0]).cpu().numpy()
         predicted = logits.argmax(dim=0).cpu().numpy()
         confusion += confusion_of(predicted, np.where(reached, labels, IGNORED), classes.count)
     if not confusion.sum():
-        raise CorpusError(f"the masks of the val split of {data} hold no class at all, only {val.nothing}")
+        raise CorpusError(f"the masks of the val split of {data} hold no class at all, only {classes.told}")
     return result_of(
         subject,
         task="segment",
         scores={"miou": mean_iou(confusion), "pixel_accuracy": pixel_accuracy(confusion)},
-        protocol={**subject.protocol(chosen), **asdict(training)},
+        protocol={**subject.protocol(chosen), **asdict(training), **code.protocol, **val.protocol},
         data={"path": str(data), "train": len(train.maps), "val": len(val.maps), "classes": classes.count},
+        notes=[
+            f"judged: {len(val.maps):,} pictures of {val.name}, by {len(train.maps):,} of {train.name}; "
+            f"{classes.count:,} classes (values {classes.told}), {int(confusion.any(axis=1).sum()):,} of them judged"
+        ],
     )
 
 
@@ -145,20 +144,3 @@ def mean_iou(confusion_CC: NDArray[np.int64]) -> float:
 def pixel_accuracy(confusion_CC: NDArray[np.int64]) -> float:
     """Of all pixels that have a class."""
     return float(np.diag(confusion_CC).sum() / confusion_CC.sum())
-
-
-def _classes(data: Path, train: Mapped) -> Classes:
-    """As many as there are names, or as the masks of the training split show."""
-    offset = 1 if train.nothing == 0 else 0
-    names = class_names(data)
-    if names is not None:
-        return Classes(len(names), train.nothing, offset)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        greatest = max(pool.map(lambda path: _greatest(read_mask(path), train.nothing), train.maps))
-    if greatest < offset:
-        raise CorpusError(f"the masks of {data} hold no class at all, only {train.nothing}")
-    return Classes(greatest - offset + 1, train.nothing, offset)
-
-
-def _greatest(mask: NDArray[np.int32], nothing: int) -> int:
-    return int(np.where(mask == nothing, -1, mask).max())

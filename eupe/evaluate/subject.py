@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eupe.corpus.index import Corpus
 from eupe.corpus.views import ViewParams
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.encoder import CARD_FILE, Tokens
@@ -96,21 +97,23 @@ class StoreSubject:
         found = [row for row in rows if row is not None]
         return self._read(np.arange(len(pictures)), found, kinds=kinds, size=size, scratch=scratch)
 
-    def labelled(self, *, size: int) -> tuple[Seen, list[str], list[str]]:
-        """Summaries of all its own pictures that have a label, with label and key of each picture.
+    def labelled(self) -> Corpus:
+        """Return its own samples that have features.
 
-        Raises: ConfigError if there are none.
+        Raises: ConfigError if it holds no summaries, or none has a label.
         """
         self.require(SUMMARY)
-        samples = self.store.valid.select(["row", "label", "key"]).to_pylist()
-        samples = [sample for sample in samples if sample["label"] is not None]
-        if not samples:
+        samples = self.store.valid
+        if samples["label"].null_count == len(samples):
             raise ConfigError(
                 f"no sample of {self.store.path} has a label; its corpus has no class folders, so give --data"
             )
-        rows = [sample["row"] for sample in samples]
-        seen = self._read(np.arange(len(rows)), rows, kinds=[SUMMARY], size=size, scratch=None)
-        return seen, [sample["label"] for sample in samples], [sample["key"] for sample in samples]
+        return Corpus(self.store.path, samples)
+
+    def summaries(self, keys: Sequence[str], *, size: int) -> Seen:
+        """Read the summaries of all views of some of its own samples."""
+        rows = [self.places[key][0] for key in keys]
+        return self._read(np.arange(len(rows)), rows, kinds=[SUMMARY], size=size, scratch=None)
 
     @cached_property
     def places(self) -> dict[str, tuple[int, str | None]]:
@@ -290,6 +293,7 @@ def result_of(
     protocol: dict[str, Any],
     data: dict[str, Any],
     lower_is_better: bool = False,
+    notes: Sequence[str] = (),
 ) -> Result:
     """What a subject scored."""
     return Result(
@@ -301,6 +305,7 @@ def result_of(
         lower_is_better=lower_is_better,
         protocol=protocol,
         data=data,
+        notes=list(notes),
     )
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from eupe.evaluate.layouts import labelled_splits
 from eupe.evaluate.pictures import centre
 from eupe.evaluate.prompts import class_numbers, folder_classes
 from eupe.evaluate.ranking import best_places, share_within
 from eupe.evaluate.result import Result
+from eupe.evaluate.splits import labelled_splits, require_several, tell_judged
 from eupe.evaluate.subject import Subject, result_of
 from eupe.evaluate.text import TextSource
 from eupe.evaluate.text_space import choose_way, to_text_space
@@ -45,7 +45,9 @@ def zeroshot(
         StoreError, TeacherError.
     """
     way = choose_way(subject, teacher or texts.teacher)
-    _, val = labelled_splits(data)
+    splits = labelled_splits(data)
+    val = splits.val
+    require_several(val, str(data))
     classes = texts.classes or folder_classes(val.labels)
     numbers = class_numbers(classes, val.labels, data=str(data))
     said = texts.embed(way.teacher, classes, on_step)
@@ -69,6 +71,8 @@ def zeroshot(
             "teacher": way.name,
             "templates": list(said.templates),
             "prompts": said.words_digest,
+            **splits.protocol,
         },
         data={"path": str(data), "val": len(labels), "classes": len(classes.names), "folders": len(numbers)},
+        notes=(*tell_judged(val, len(classes.names)), *splits.notes),
     )

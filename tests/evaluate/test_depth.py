@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from planted import SIDE, depth_pairs, nyu, save
 
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.dense_probe import Training
 from eupe.evaluate.depth import BINS, MAX_M, MIN_M, TRAINING, LinearDepth, depth, depth_errors, scale_invariant_loss
-from eupe.evaluate.layouts import EIGEN_CROP, depth_split, read_depth
+from eupe.evaluate.layouts import EIGEN_CROP, depth_split, depth_unit, read_depth
 from eupe.evaluate.subject import PixelSubject, open_subjects
 
 FAST = Training(steps=150, lr=0.02, warmup=0.1, batch_size=4)
@@ -177,3 +178,59 @@ def test_maps_that_cannot_be_true_are_found_before_anything_is_computed(
     monkeypatch.setattr(PixelSubject, "encode", lambda *_, **__: pytest.fail("views were encoded"))
     with pytest.raises(CorpusError, match=r"102\.png has 8 bits"):
         judged(data)
+
+
+STEPS = np.array([[0, 64], [128, 255]])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "unit", "metres"),
+    [
+        ("kitti.png", (STEPS * 256).astype(np.uint16), "1/256", STEPS),
+        ("centimetres.png", STEPS.astype(np.uint16), "cm", STEPS / 100),
+        ("eight.png", STEPS.astype(np.uint8), "10/255", STEPS * 10 / 255),
+        ("millimetres.npy", STEPS * 1000.0, "mm", STEPS),
+        ("half.npy", STEPS.astype(np.float16), None, STEPS),
+        ("tenths.npy", STEPS.astype(np.uint16), "0.1", STEPS / 10),
+        ("floats.tiff", STEPS.astype(np.float32), None, STEPS),
+        ("floats.tiff", STEPS.astype(np.float32), "mm", STEPS / 1000),
+        ("whole.tiff", STEPS.astype(np.uint16), None, STEPS / 1000),
+        ("disparity.png", STEPS.astype(np.uint16), "54.4/disparity", [[0, 0.85], [0.425, 54.4 / 255]]),
+        ("holes.npy", np.array([[np.nan, np.inf], [-np.inf, 2]]), "mm", [[0, 0], [0, 0.002]]),
+    ],
+)
+def test_maps_are_in_the_unit_that_is_given(
+    name: str, values: np.ndarray[Any, Any], unit: str | None, metres: Any, tmp_path: Path
+) -> None:
+    if name.endswith(".npy"):
+        np.save(tmp_path / name, values)
+    else:
+        Image.fromarray(values).save(tmp_path / name)
+    read = read_depth(tmp_path / name, None if unit is None else depth_unit(unit))
+    assert read == pytest.approx(np.array(metres), rel=1e-5)
+
+
+@pytest.mark.parametrize("word", ["", "0", "-1", "inch", "1/0", "nan", "1/256/2", "/disparity"])
+def test_units_that_are_none_are_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match="--depth-unit takes m, cm, mm, the metres of one step"):
+        depth_unit(word)
+
+
+def test_the_range_is_told_so_that_a_wrong_unit_is_seen(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    data = depth_pairs(tmp_path)
+    words = ["eval", "depth", "pixels", "--data", data, "--size", 48, "--steps", 2]
+    out = run_eupe(*words).out
+    assert "judged: 3 pictures of images/val, by 8 of images/train\n" in out
+    told = "1 to 6 m, median 2.5 m, known of 92% of the pixels, of which 0% lie too far to be judged"
+    assert f"depth of images/train: {told}" in out
+    (plain,), (given,), (tenth,) = (
+        json.loads(run_eupe(*words, *more, "--json").out)["results"]
+        for more in ([], ["--depth-unit", "mm"], ["--depth-unit", "0.0001"])
+    )
+    assert plain["scores"] == given["scores"] != tenth["scores"]
+    assert "depth_unit" not in plain["protocol"] and given["protocol"]["depth_unit"] == "mm"
+    assert "0.1 to 0.6 m, median 0.25 m" in tenth["notes"][1]
+    refused = run_eupe(*words, "--depth-unit", "m")
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "hold nothing between 0.001 and 10 m, but 1,000 to 6,000 m, median 2,500 m" in refused.err
+    assert "--depth-unit says what a step is" in refused.err

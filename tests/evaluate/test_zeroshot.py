@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from torch import Tensor
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.encoder import load_encoder
 from eupe.errors import ConfigError, RunError
-from eupe.evaluate.layouts import labelled_splits
 from eupe.evaluate.pictures import centre
 from eupe.evaluate.prompts import Classes
+from eupe.evaluate.splits import labelled_splits
 from eupe.evaluate.subject import Subject, open_subjects
 from eupe.evaluate.text import TextSource, embed_texts, save_texts
 from eupe.evaluate.text_space import choose_way, to_text_space, ways_to_text
@@ -113,7 +113,7 @@ def subject_of(word: object, weights: Path | None = None, *, untrained: bool = F
 
 def pixels(corpus: Path, size: int, name: str) -> tuple[Tensor, list[str]]:
     """Centre views of all pictures, normalised by hand, and their folders."""
-    _, val = labelled_splits(corpus)
+    val = labelled_splits(corpus).val
     images = [val.pictures.image(i) for i in range(len(val.pictures))]
     views = [render_view(image, draw_view(ViewSpec(), "", 0, *image.size), size) for image in images]
     mean, std = (np.array(values) for values in (REGISTRY[name].mean, REGISTRY[name].std))
@@ -140,7 +140,7 @@ def test_probabilities_are_those_of_the_library_s_own_model(name: str, tmp_path:
     )
     way = choose_way(subject, None)
     assert (way.name, way.heads) == (name, ())
-    summaries = subject.look(labelled_splits(corpus)[1].pictures, kinds=[SUMMARY], size=subject.size(None), cut=centre)
+    summaries = subject.look(labelled_splits(corpus).val.pictures, kinds=[SUMMARY], size=subject.size(None), cut=centre)
     assert summaries.summary is not None
     assert source.classes is not None
     logits = source.embed(way.teacher, source.classes).logits(to_text_space(subject, way, summaries.summary))
@@ -201,7 +201,7 @@ def by_hand(tokens_ND: np.ndarray[Any, Any], run: Path) -> np.ndarray[Any, Any]:
 
 def test_students_come_near_to_what_their_teacher_says(chain: Chain, tiny_corpus: Path) -> None:
     """Undoing the normalisation is most of it: the teacher's mean is far from zero."""
-    val = labelled_splits(tiny_corpus)[1]
+    val = labelled_splits(tiny_corpus).val
 
     def embedded(word: object, weights: Path | None = None) -> Tensor:
         subject = subject_of(word, weights)
@@ -333,6 +333,31 @@ def test_an_untrained_student_has_untrained_heads(chain: Chain, tiny_corpus: Pat
     assert (drawn - to_text_space(trained, way, summary)).abs().max() > 1e-3
     assert torch.equal(drawn, to_text_space(untrained, way, summary))
     assert zeroshot(untrained, data=tiny_corpus, texts=source).name == f"{chain.student}, untrained"
+
+
+def test_one_class_is_refused_and_integers_are_in_order(
+    chain: Chain, tmp_path: Path, tiny_corpus: Path, run_eupe: Callable[..., Any]
+) -> None:
+    """Name i of a list is class i: each folder's own picture, embedded, stands in for the text of its name."""
+    with pytest.raises(ConfigError, match="are of one class, class0, so that there is nothing to tell apart"):
+        zeroshot(subject_of(CLIP, chain.weights), data=make_corpus(tmp_path / "one", classes=1), texts=TextSource())
+    pictures = sorted(tiny_corpus.rglob("*.png"))[:12]
+    for i, path in enumerate(pictures):
+        (tmp_path / "d" / str(i)).mkdir(parents=True)
+        shutil.copy(path, tmp_path / "d" / str(i))
+    subject = subject_of(CLIP, chain.weights)
+    tower = load_tower(REGISTRY[CLIP], weights=chain.weights)
+    texts = embed_texts(tower, Classes(tuple(f"name{i}" for i in range(12))))
+    views = labelled_splits(tmp_path / "d").val.pictures
+    order = [int(key.split("/")[0]) for key in views.keys]
+    seen = subject.look(views, kinds=[SUMMARY], size=CLIP_SIZE, cut=centre).summary
+    assert seen is not None
+    perfect = torch.nn.functional.normalize(seen, dim=1)[torch.tensor(order).argsort()]
+    save_texts(replace(texts, embeddings=perfect), tmp_path / "t.safetensors")
+    words = ["eval", "zeroshot", CLIP, "--weights", f"{CLIP}={chain.weights}", "--data", tmp_path / "d"]
+    outcome = run_eupe(*words, "--text", tmp_path / "t.safetensors", "--size", CLIP_SIZE)
+    assert outcome.code == 0 and "1.0000" in outcome.out, outcome
+    assert "judged: 12 pictures among 12 names; 12 classes (0, 1, 2, 3, 4, and 7 more)" in outcome.out
 
 
 def test_a_way_chooses_among_heads_on_the_command_line(
