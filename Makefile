@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Both make the virtual environment where there is none.
-# `make test-slow` runs what takes longer (Ray, faults, clusters, real weights), as CI does.
+# `make test-slow` runs what takes longer (Ray, faults, clusters, real weights); `make test-all` both in one, as CI does.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,16 +10,23 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Tests run side by side: threads that wait for each other must not spin on a core that another test needs.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-slow test-executorch lint types check clean
+# Processes get whole files of tests (tests/conftest.py says in which order). One a core, but slow tests, which are many
+# processes themselves, are at most two at a time.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+.PHONY: demo test test-slow test-all test-executorch lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow" --maxprocesses 4
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow --maxprocesses 2
+
+test-all: $(STAMP)
+	$(PYTEST) --maxprocesses 2
 
 # ExecuTorch brings a package that makes every import of Transformers print warnings, so it is installed last of all.
 test-executorch: $(STAMP)
@@ -34,7 +41,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test test-slow test-executorch
+check: lint types test-all test-executorch
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,10 +1,14 @@
-"""What every test shares: real weights and pictures, tiny stores, the command line, no hub."""
+"""What every test shares: real weights and pictures, tiny stores, the command line, no hub.
+
+Fixtures import what is heavy: of the processes of a test run, the one that hands out the tests needs no PyTorch.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +21,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 from filelock import FileLock
 from hypothesis import settings
-from making import TINY_TEACHER, make_corpus, make_store, random_weights
+from xdist.scheduler import LoadFileScheduling
 
 from demo.assets import prepare_assets
 from eupe.cli import main
-from eupe.store import Store
 
 if TYPE_CHECKING:
     from browser import Browser
     from object_store import S3Server
+
+    from eupe.store import Store
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +40,36 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, then those with many tests: few small ones are left for the end of a run."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, 0 if item.path in slow else -tests[item.path]))
+
+
+class _ByFile(LoadFileScheduling):
+    """Hands whole files to the processes, as `--dist loadfile` does, but pages of the documents one by one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if nodeid.startswith("tests/docs/test_commands_are_run.py") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling | None:
+    if config.option.dist != "loadfile":
+        return None
+    config.option.loadscopereorder = False  # which would put the longest last: pages are one test each
+    return _ByFile(config, log)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For what all processes of a test run share; each of them makes it under a lock, if it is not there yet."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -52,24 +87,32 @@ def assets() -> Path:
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pictures in 3 class folders. Not to be changed."""
+    from making import make_corpus
+
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
 def many_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """128 pictures: four parts of the tiny teacher's features at 16 views each. Not to be changed."""
+    from making import make_corpus
+
     return make_corpus(tmp_path_factory.mktemp("many"), count=128)
 
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of the tiny teacher."""
+    from making import TINY_TEACHER, random_weights
+
     return random_weights(TINY_TEACHER.removeprefix("timm:"), tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_weights: Path) -> Store:
     """A finished store of the tiny corpus, two random crops each. Not to be changed."""
+    from making import make_store
+
     return make_store(tmp_path_factory.mktemp("store") / "tiny.zarr", tiny_corpus, tiny_weights)
 
 
