@@ -13,33 +13,34 @@ from eupe.evaluate.segment import segment
 from eupe.evaluate.subject import open_subjects
 from eupe.evaluate.vqa import vqa
 from eupe.scenes.layouts import LAYOUTS, Request
-from eupe.scenes.make import ScenesConfig, make_scenes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SIZE = 112
 FAST = Training(steps=150, lr=3e-3, warmup=0.1)
+SCENES = Request(pictures=96, size=128, seed=0)
 QUESTIONS = Request(pictures=300, size=168, seed=0)
+"""More pictures, and larger ones, than all else needs."""
 Scores = dict[str, float]
+
+
+def drawn(folder: Path, layout: str, request: Request) -> None:
+    """One layout alone: `make_scenes` makes all."""
+    draw, finish = LAYOUTS[layout].draw, LAYOUTS[layout].finish
+    finish(folder, request, [draw(folder, request, number) for number in range(request.pictures)])
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scenes") / "scenes"
-    make_scenes(ScenesConfig(out=folder, pictures=96, size=128, seed=0))
+    folder = tmp_path_factory.mktemp("scenes")
+    for layout in ("classification", "segmentation and depth", "correspondence"):
+        drawn(folder, layout, SCENES)
+    drawn(folder, "questions", QUESTIONS)
     return folder
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More pictures, and larger ones, than all else needs."""
-    folder, layout = tmp_path_factory.mktemp("questions"), LAYOUTS["questions"]
-    layout.finish(folder, QUESTIONS, [layout.draw(folder, QUESTIONS, i) for i in range(QUESTIONS.pictures)])
-    return folder / "questions"
-
-
-@pytest.fixture(scope="module")
-def scores(scenes: Path, questions: Path, assets: Path) -> dict[str, list[Scores]]:
+def scores(scenes: Path, assets: Path) -> dict[str, list[Scores]]:
     """By task: DINOv2-S, the same with random weights, raw pixels."""
     weights = {"dinov2-s": assets / "weights" / "dinov2-small"}
     found: dict[str, list[Scores]] = {}
@@ -50,7 +51,7 @@ def scores(scenes: Path, questions: Path, assets: Path) -> dict[str, list[Scores
             segment(subject, data=scenes / "segmentation", size=SIZE, training=FAST),
             depth(subject, data=scenes / "depth", size=SIZE, training=FAST),
             correspond(subject, data=scenes / "correspondence", size=SIZE),
-            vqa(subject, data=questions, size=QUESTIONS.size, dropouts=(0.5,)),
+            vqa(subject, data=scenes / "questions", size=QUESTIONS.size, dropouts=(0.5,)),
         ):
             found.setdefault(result.task, []).append(result.scores)
     for task, each in found.items():
