@@ -25,7 +25,7 @@ DATA_SETS = {
 """Where the pages have a data set of the world, to the rendered scenes that stand in, in its layout."""
 
 TRAIN = f"eupe train --batch-size 8 --steps 2 --head-width 16 --holdout 0.3 --size {SIDE} --dtype fp32"
-EXTRACT = "eupe extract --corpus photos --views rrc:2"
+EXTRACT = "eupe extract --corpus photos --views rrc:2 --batch-size 8"
 COMMANDS = (
     f"eupe scenes --out scenes --pictures 24 --size {SIDE}",
     "mkdir photos && cp -r scenes/classification/train/. scenes/classification/val/. photos",
@@ -44,19 +44,18 @@ COMMANDS = (
 
 
 def reader_environment(folder: Path) -> dict[str, str]:
-    """Variables under which teachers come from a hub's cache that lies beside the folder."""
-    return {**planted_environment(narrow=NARROW), "HF_HOME": str(folder.parent / "hub")}
+    """Variables under which teachers come from a hub's cache that lies in the folder."""
+    return {**planted_environment(narrow=NARROW), "HF_HOME": str(folder / "hub")}
 
 
-def make_presupposed(folder: Path, assets: Path) -> Path:
-    """All of it, in a folder. Not to be changed."""
+def make_presupposed(folder: Path, assets: Path, programs: Path) -> None:
+    """Make all of it in a folder, with the `eupe` of another."""
     folder.mkdir()
-    walk = Walk(folder, reader_environment(folder))
+    walk = Walk(folder, reader_environment(folder), programs=programs)
     words = ["python", hub.__file__, walk.environment["HF_HOME"], assets / "weights" / "dinov2-small"]
     walk.run(f"PYTHONPATH=$PYTHONPATH:{ROOT}/tests {shlex.join(map(str, words))}")
     for command in COMMANDS:
         walk.run(command)
-    return folder
 
 
 def take(base: Path, folder: Path, names: Iterable[str]) -> None:

@@ -70,7 +70,7 @@ LlamaModel(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(LANGUAGE_MODEL)
 
 TRIPS = {
     "README.md": Trip(
-        takes=("photos", "labelled", "ADEChallengeData2016"),
+        takes=("photos", "labelled", "ADEChallengeData2016", "scenes"),
         assets=True,
         smaller={
             "--size 224": "--size 112",
@@ -92,8 +92,11 @@ TRIPS = {
             "store/dinov2.zarr=store/dinov3.zarr",
         ),
         smaller={
+            "eupe eval knn": "eupe eval knn --size 112",
+            "eupe eval linear": "eupe eval linear --penalty 1",
             "eupe eval segment": "eupe eval segment --steps 2 --size 64",
             "eupe eval depth": "eupe eval depth --steps 2 --size 64",
+            "eupe eval correspond": "eupe eval correspond --size 64",
             "eupe eval latency": "eupe eval latency --repeats 1 --size 64",
         },
         leaves=("runs/tiny/evaluations.jsonl",),
@@ -110,7 +113,10 @@ TRIPS = {
         ),
         assets=True,
     ),
-    "docs/language.md": Trip(takes=("imagenet", "coco", "scenes", "classes.txt", *RUNS)),
+    "docs/language.md": Trip(
+        takes=("imagenet", "coco", "scenes", "classes.txt", *RUNS),
+        smaller={"eupe eval vqa": "eupe eval vqa --dropout 0.5"},
+    ),
     "docs/millions.md": Trip(
         takes=("photos=data/photos", "imagenet=data/imagenet"),
         smaller={
@@ -139,7 +145,9 @@ TRIPS = {
         leaves=("runs/first",),
     ),
     "docs/quickstart.md": Trip(
+        takes=("scenes",),
         assets=True,
+        smaller={"--pictures 48 --size 128": "--pictures 24 --size 64"},
         says={
             "eupe eval knn": "accuracy",
             "eupe eval segment": "miou",
@@ -150,6 +158,7 @@ TRIPS = {
     ),
     "docs/scaling.md": Trip(),
     "docs/scenes.md": Trip(
+        takes=("scenes",),
         smaller={"--out scenes": "--out scenes --pictures 24 --size 64"},
         leaves=("scenes/scenes.json", "tiny/scenes.json"),
     ),
@@ -196,7 +205,7 @@ def test_blocks_of_commands_are_marked(page: str) -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("page", TRIPS)
 def test_every_command_of_a_page_is_run_and_does_what_it_says(
-    page: str, presupposed: Path, assets: Path, tmp_path: Path
+    page: str, presupposed: Path, readers_programs: Path, assets: Path, tmp_path: Path
 ) -> None:
     trip = TRIPS[page]
     take(presupposed, tmp_path, trip.takes)
@@ -206,7 +215,7 @@ def test_every_command_of_a_page_is_run_and_does_what_it_says(
         for name in (".stamps", *(product.path for product in PRODUCTS)):
             (link := tmp_path / "assets" / name).parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(assets / name)
-    walk = Walk(tmp_path, reader_environment(presupposed))
+    walk = Walk(tmp_path, reader_environment(presupposed), programs=readers_programs)
     walk.page(page, file=trip.file, smaller=trip.smaller, ahead=trip.ahead)
     assert len(walk.said) == len(set(commands(page))) - sum(entry[0] == page for entry in NOT_RUN)
     for beginning, words in trip.says.items():

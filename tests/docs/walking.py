@@ -36,6 +36,8 @@ class Walk:
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
     """Beside this process's."""
+    programs: Path | None = None
+    """A folder for PATH ahead of all others: `eupe` without its imports (`tests/warm.py`)."""
     said: dict[str, str] = field(default_factory=dict)
     """By command, as it stands in the page: what it printed."""
 
@@ -68,7 +70,7 @@ class Walk:
         done = subprocess.run(
             ["timeout", str(PATIENCE_S), "bash", "-euo", "pipefail", "-c", command],  # ends all that bash started
             cwd=self.folder,
-            env=self._all_environment(),
+            env=self.all_environment(),
             capture_output=True,
             text=True,
         )
@@ -78,8 +80,9 @@ class Walk:
         assert not missing, f"{missing} is not there: {told}"
         return done.stdout
 
-    def _all_environment(self) -> dict[str, str]:
-        programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    def all_environment(self) -> dict[str, str]:
+        first = [] if self.programs is None else [str(self.programs)]
+        programs = os.pathsep.join([*first, str(Path(sys.executable).parent), os.environ["PATH"]])
         own = {"PATH": programs, "PYTHONPATH": str(ROOT), "HOME": str(self.folder), "HF_HUB_OFFLINE": "1"}
         added = {**own, **self.environment}
         if "PYTHONPATH" in self.environment:
