@@ -28,7 +28,7 @@ from eupe.evaluate.dense_probe import (
     require_same_sides,
     train_head,
 )
-from eupe.evaluate.layouts import NYU_SIDES, DepthUnit, Mapped, depth_split, read_depth
+from eupe.evaluate.layouts import NYU_SIDES, DepthUnit, Mapped, depth_split, read_depth, told_unit
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import Subject, result_of
@@ -137,8 +137,10 @@ def depth(
         data={"path": str(data), "train": len(train.maps), "val": len(errors)},
         notes=[
             f"judged: {len(errors):,} pictures of {val.name}, by {len(train.maps):,} of {train.name}",
-            f"depth of {train.name}: {ranges['train'].told}",
-            f"depth of {val.name}: {ranges['val'].told}",
+            *(
+                f"depth of {part.name}, read as {told_unit(part.maps[0], unit)} (--depth-unit): {ranges[split].told}"
+                for split, part in (("train", train), ("val", val))
+            ),
         ],
     )
 

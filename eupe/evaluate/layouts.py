@@ -341,23 +341,35 @@ def read_depth(path: Path, unit: DepthUnit | None = None) -> NDArray[np.float32]
     """
     is_array = path.suffix.lower() == ".npy"
     values = _read_array(path) if is_array else _read_image(path)
+    unit_m = METRES[_usual_unit(values, is_array=is_array)]
     if values.ndim != 2:
         raise CorpusError(f"depth map {path} has shape {values.shape}, not height x width")
     if unit is None and not is_array and values.dtype.itemsize == 1:
         raise CorpusError(
             f"depth map {path} has 8 bits, which are no millimetres; give --depth-unit, the metres of one step (10/255 "
-            "where 255 is 10 m), or maps that are not relative"
+            "where 255 is 10 m); relative depth has none"
         )
-    whole = values.dtype.kind != "f"
     known = values.astype(np.float32)
     if unit is None:
-        metres = known * (MILLIMETRE if whole and not is_array else 1.0)
+        metres = known * unit_m
     elif unit.inverse:
         metres = np.divide(unit.metres, known, out=np.zeros_like(known), where=known > 0)
     else:
         metres = known * unit.metres
     depth: NDArray[np.float32] = np.nan_to_num(metres.astype(np.float32), posinf=0, neginf=0)
     return depth
+
+
+def told_unit(path: Path, unit: DepthUnit | None) -> str:
+    """Return the unit in which a depth map is read."""
+    if unit is not None:
+        return unit.word
+    is_array = path.suffix.lower() == ".npy"
+    return _usual_unit(_read_array(path) if is_array else _read_image(path), is_array=is_array)
+
+
+def _usual_unit(values: NDArray[Any], *, is_array: bool) -> str:
+    return "m" if is_array or values.dtype.kind == "f" else "mm"
 
 
 def _read_image(path: Path) -> NDArray[Any]:

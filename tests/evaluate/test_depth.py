@@ -222,7 +222,7 @@ def test_the_range_is_told_so_that_a_wrong_unit_is_seen(tmp_path: Path, run_eupe
     out = run_eupe(*words).out
     assert "judged: 3 pictures of images/val, by 8 of images/train\n" in out
     told = "1 to 6 m, median 2.5 m, known of 92% of the pixels, of which 0% lie too far to be judged"
-    assert f"depth of images/train: {told}" in out
+    assert f"depth of images/train, read as mm (--depth-unit): {told}" in out
     (plain,), (given,), (tenth,) = (
         json.loads(run_eupe(*words, *more, "--json").out)["results"]
         for more in ([], ["--depth-unit", "mm"], ["--depth-unit", "0.0001"])
