@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import sys
 
@@ -16,6 +17,9 @@ def run() -> None:
     process: a command that has done its work would end with code 134.
     """
     code: object = 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may have characters that a terminal's words lack
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except SystemExit as end:

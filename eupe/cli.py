@@ -214,18 +214,25 @@ def teachers_verify(
 def index(
     corpus: CorpusPath,
     out_path: Annotated[str, typer.Option("--out", help="The index to write (.parquet).")],
+    include: Include = None,
+    exclude: Exclude = None,
     as_json: Json = False,
 ) -> None:
     """List and hash pictures; cut off, the same command goes on."""
     from eupe.corpus.index import some_keys
-    from eupe.corpus.left_out import told
+    from eupe.corpus.left_out import Patterns, told
     from eupe.corpus.resumable import make_index
     from eupe.progress import report_progress
 
     if not out_path.endswith(".parquet"):
         raise ConfigError(f"--out {out_path} must end in .parquet")
     with report_progress(err, "pictures", quiet=as_json) as progress:
-        found = make_index(corpus, out_path, progress=lambda done, of: progress.update("indexing", done, of))
+        found = make_index(
+            corpus,
+            out_path,
+            patterns=Patterns(tuple(include or ()), tuple(exclude or ())),
+            progress=lambda done, of: progress.update("indexing", done, of),
+        )
     unreadable = found.samples["sha256"].null_count
     duplicates = found.duplicates
     facts = {"index": out_path, "found": found.num_found, "pictures": len(found), "left_out": found.left_out}
@@ -591,7 +598,7 @@ def store_info(path: str, as_json: Json = False) -> None:
         {
             **{k: v for k, v in store.spec.to_json().items() if k not in ("versions", "calibration")},
             "num_found": store.spec.num_samples + sum(missed.values()),
-            "left_out": missed if as_json else told(missed),
+            "left_out": missed if as_json else told(missed) if missed else "nothing noted",
             "finished": store.finished,
             "missing_parts": len(store.missing_parts()),
             "num_parts": store.spec.num_parts,

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import tensorstore as ts
 
 from eupe.errors import ConfigError, OutageError, StorageError
+from eupe.names import bytes_of, key_of, name_of
 
 BLOCK_BYTES = 2**20
 RANGE_BYTES = 8 * 2**20
@@ -49,7 +50,7 @@ _context = ts.Context()
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of objects. `str(place)` is its absolute path, or its URL."""
+    """A folder of objects. `str(place)` is its absolute path, or its URL; names in it are as `key_of` writes them."""
 
     url: str
 
@@ -82,11 +83,16 @@ class Place:
         return self.url
 
     def __truediv__(self, name: str) -> Place:
-        return Place(f"{self.url.rstrip('/')}/{name}")
+        return Place(f"{self.url.rstrip('/')}/{name_of(name)}")
 
     @property
     def is_local(self) -> bool:
         return "://" not in self.url
+
+    @property
+    def is_utf8(self) -> bool:
+        """Whether the path can be written down; that of no object store cannot."""
+        return not any("\udc80" <= each <= "\udcff" for each in self.url)
 
     @property
     def local(self) -> Path:
@@ -94,9 +100,17 @@ class Place:
         assert self.is_local, self.url
         return Path(self.url)
 
+    def path(self, name: str) -> Path:
+        """The file of that name; only of a local place."""
+        return self.local / name_of(name)
+
+    def resolved(self) -> Place:
+        """The folder without links on the way to it; of an object store the same place."""
+        return Place(str(self.local.resolve())) if self.is_local else self
+
     @property
     def name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
+        return key_of(self.url.rsplit("/", 1)[-1])
 
     @property
     def parent(self) -> Place:
@@ -113,6 +127,8 @@ class Place:
     def spec(self) -> dict[str, Any]:
         """Tensorstore's specification of this place as a key-value store; waiting for a server is bounded in it."""
         if self.is_local:
+            if not self.is_utf8:
+                raise StorageError(f"{self} cannot be read: its name is not UTF-8; rename it")
             return {"driver": "file", "path": f"{self.url.rstrip('/')}/"}
         scheme, _, rest = self.url.partition("://")
         bucket, _, path = rest.partition("/")
@@ -129,7 +145,7 @@ class Place:
         Raises: FileNotFoundError; StorageError if it cannot be read.
         """
         try:
-            result = self._objects.read(name).result()
+            result = self._objects.read(bytes_of(name)).result()
         except (ValueError, OSError, NotImplementedError) as error:
             raise storage_error(error, self / name, "read") from error
         if result.state != "value":
@@ -143,7 +159,7 @@ class Place:
         """
         if self.is_local:
             try:
-                with (self.local / name).open("rb", buffering=0) as file:
+                with self.path(name).open("rb", buffering=0) as file:
                     return _pread(file.fileno(), start, length)
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{self / name} does not exist") from error
@@ -151,7 +167,7 @@ class Place:
                 raise storage_error(error, self / name, "read") from error
         for end in (start + length, None):  # tensorstore takes no range that goes beyond the end, but an open one
             try:
-                result = self._objects.read(name, byte_range=slice(start, end)).result()
+                result = self._objects.read(bytes_of(name), byte_range=slice(start, end)).result()
             except (ValueError, OSError, NotImplementedError) as error:
                 if "OUT_OF_RANGE" not in str(error):
                     raise storage_error(error, self / name, "read") from error
@@ -168,7 +184,7 @@ class Place:
         """
         if self.is_local:
             try:
-                return (self.local / name).stat().st_size
+                return self.path(name).stat().st_size
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{self / name} does not exist") from error
             except OSError as error:
@@ -185,7 +201,7 @@ class Place:
         """
         if self.is_local:
             try:
-                return (self.local / name).open("rb")
+                return self.path(name).open("rb")
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{self / name} does not exist") from error
             except OSError as error:
@@ -201,7 +217,7 @@ class Place:
             yield self.read(name)
             return
         try:
-            with (self.local / name).open("rb", buffering=0) as file:
+            with self.path(name).open("rb", buffering=0) as file:
                 while block := file.read(BLOCK_BYTES):
                     yield block
         except FileNotFoundError:
@@ -215,8 +231,8 @@ class Place:
         Raises: StorageError.
         """
         if self.is_local:
-            return (self.local / name).is_file()
-        return name.encode() in self._list(name.encode(), name.encode() + b"\0")
+            return self.path(name).is_file()
+        return bytes_of(name) in self._list(bytes_of(name), bytes_of(name) + b"\0")
 
     def write(self, name: str, data: bytes) -> None:
         """Put an object, replacing what is there, durably.
@@ -238,7 +254,7 @@ class Place:
             return
         data = b"".join(blocks)
         try:
-            self._objects.write(name, data).result()
+            self._objects.write(bytes_of(name), data).result()
         except (ValueError, OSError, NotImplementedError) as error:
             raise storage_error(error, self) from error
 
@@ -252,10 +268,10 @@ class Place:
         Raises: StorageError.
         """
         try:
-            found = self._objects.read(name).result()
+            found = self._objects.read(bytes_of(name)).result()
             if found.state == "value":
                 return False
-            stamp = self._objects.write(name, data, if_equal=found.stamp.generation).result()
+            stamp = self._objects.write(bytes_of(name), data, if_equal=found.stamp.generation).result()
         except (ValueError, OSError, NotImplementedError) as error:
             raise storage_error(error, self) from error
         return bool(stamp.generation)
@@ -266,7 +282,7 @@ class Place:
         Raises: StorageError.
         """
         end = prefix.encode()[:-1] + bytes([prefix.encode()[-1] + 1]) if prefix else b""
-        return sorted(key.decode() for key in self._list(prefix.encode(), end))
+        return sorted(key_of(os.fsdecode(key)) for key in self._list(prefix.encode(), end))
 
     def _list(self, first: bytes, end: bytes) -> Sequence[bytes]:
         try:
@@ -281,7 +297,7 @@ class Place:
         Raises: StorageError.
         """
         try:
-            self._objects.write(name, None).result()
+            self._objects.write(bytes_of(name), None).result()
         except (ValueError, OSError, NotImplementedError) as error:
             raise storage_error(error, self) from error
 

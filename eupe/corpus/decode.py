@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
 import warnings
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from eupe.corpus.png import GREY, RGB, SIGNATURE, Png, read_png
 from eupe.errors import CorpusError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""The decoders a picture may reach; no interpreter (EPS, PDF) among them."""
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx"),
+    "HEIF": (".heic", ".heif", ".hif"),
+}
+"""Of files, by the decoder that a picture may reach; no interpreter (EPS, PDF) among them."""
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+
+FEATURES = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
+"""What Pillow must be built with; PNG's zlib for all others."""
+
+
+def readable_formats() -> tuple[str, ...]:
+    """Return which of these decoders there are: Pillow may be built without some, and HEIF is a plugin's."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    return tuple(name for name in SUFFIXES if name in Image.OPEN and features.check(FEATURES.get(name, "zlib")))
+
+
+FORMATS = readable_formats()
+EXTENSIONS = frozenset(suffix for name in FORMATS for suffix in SUFFIXES[name])
 
 MAX_PIXELS = 178_956_970
 """Larger pictures are refused before their pixels are decoded (0.5 GB of RGB)."""
@@ -44,11 +71,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def decode_image(data: bytes) -> Image.Image:
     """Decode one picture: first frame, turned upright by its EXIF orientation, as 8-bit RGB.
 
-    The kind is told by content, not by name. Grey is repeated over the channels. 16-bit samples keep their high byte,
-    but those of PPM files, which name their maximum, are scaled by it and rounded. Alpha, a transparent colour or
-    level, and a GIF's screen where its first frame leaves it bare are composited on `BACKGROUND`. Colour profiles are
-    ignored; CMYK is converted without one, and in a JPEG taken as inverted, as Adobe writes it. Where EXIF is nonsense,
-    or its orientation is none of 1 to 8, the picture is taken as it is stored.
+    The kind is told by content, not by name. HEIC is read where the package `pillow-heif` is installed. Grey is
+    repeated over the channels. 16-bit samples keep their high byte, but those of PPM files, which name their maximum,
+    are scaled by it and rounded. Alpha, a transparent colour or level, and a GIF's screen where its first frame leaves
+    it bare are composited on `BACKGROUND`. Colour profiles are ignored; CMYK is converted without one, and in a JPEG
+    taken as inverted, as Adobe writes it. Where EXIF is nonsense, or its orientation is none of 1 to 8, the picture is
+    taken as it is stored.
 
     Of PNGs every checksum is compared and every row must be there. The other kinds have no checksums: what ends too
     early is refused, but damage that their decoders patch over or cannot see (in a JPEG, scan data that is wrong, or
@@ -62,7 +90,7 @@ def decode_image(data: bytes) -> Image.Image:
         raise CorpusError("the file is empty")
     try:
         png = read_png(data) if data.startswith(SIGNATURE) else None
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data if png is None else png.picture), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise CorpusError(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS}")
             image.load()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from eupe.corpus.left_out import BROKEN_LINKS, LINKS_BACK, hidden
 from eupe.errors import CorpusError
+from eupe.names import key_of, name_of
 from eupe.place import Place
 
 Row = dict[str, Any]
@@ -19,35 +22,78 @@ Known = Mapping[str, Row]
 """Rows of an earlier index, by key."""
 
 
-def file_names(root: Place) -> Iterator[str]:
-    """Paths of all files below a folder, sorted; neither what is hidden nor what links to folders lead to.
+@dataclass(frozen=True)
+class Entry:
+    """A file below a folder."""
+
+    name: str
+    """Its path, as text that `key_of` writes."""
+    left_out: str | None = None
+    """Why it is none of the files to look at, if it is none."""
+
+
+def entries(root: Place) -> Iterator[Entry]:
+    """Yield all files below a folder, sorted; links to folders are followed, but none back to a folder above it.
 
     Raises: CorpusError if a folder cannot be read; StorageError if an object store does not serve it.
     """
     if root.is_local:
-        yield from _walk(root.local, "")
+        yield from _walk(root.local, "", ())
         return
-    for key in root.list():
-        if not any(word.startswith(".") for word in key.split("/")):
-            yield key
+    for name in root.list():
+        yield Entry(name, hidden(name) if "/." in f"/{name}" else None)
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[str]:
-    """One folder at a time in memory: with folders compared as `name/`, the order is that of the whole paths."""
+def file_names(root: Place) -> Iterator[str]:
+    """Yield the paths of the files that are to be looked at; see `entries`."""
+    return (entry.name for entry in entries(root) if entry.left_out is None)
+
+
+Identity = tuple[int, int]
+"""Device and inode of a folder."""
+
+
+def _walk(folder: Path, prefix: str, above: tuple[Identity, ...]) -> Iterator[Entry]:
+    """One folder at a time in memory: with folders compared as `name/`, the order is that of the whole paths.
+
+    Args:
+        above: the folders on the way here, by which a link back to one of them is known.
+    """
     try:
-        with os.scandir(folder) as entries:
-            names = [
-                f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
-                for entry in entries
-                if not entry.name.startswith(".") and not (entry.is_symlink() and Path(entry).is_dir())
-            ]
+        above = (*above, _identity(folder.stat()))
+        with os.scandir(folder) as found:
+            names = sorted(_named(entry, above) for entry in found)
     except OSError as error:
         raise CorpusError(f"corpus folder {error.filename} cannot be read: {error.strerror}") from error
-    for name in sorted(names):
-        if name.endswith("/"):
-            yield from _walk(folder / name[:-1], prefix + name)
+    for name, reason in names:
+        if not name.endswith("/"):
+            yield Entry(prefix + name, reason or None)
+        elif reason:
+            inside = (Path(at, file) for at, _, files in os.walk(folder / name_of(name)) for file in files)
+            yield from (Entry(prefix + key_of(str(file.relative_to(folder))), reason) for file in sorted(inside))
         else:
-            yield prefix + name
+            yield from _walk(folder / name_of(name), prefix + name, above)
+
+
+def _named(entry: os.DirEntry[str], above: tuple[Identity, ...]) -> tuple[str, str]:
+    """Return the name, with a slash behind it if it is a folder to look into, and why it is left out, or nothing."""
+    name = key_of(entry.name)
+    link = entry.is_symlink()
+    try:
+        folder = entry.is_dir()
+    except OSError:  # of links in a circle
+        folder = False
+    if name.startswith("."):
+        return (f"{name}/" if folder and not link else name), hidden(f"{name}/" if folder else name)
+    if not folder:
+        return name, BROKEN_LINKS if link and not Path(entry).exists() else ""
+    if link and _identity(entry.stat()) in above:
+        return name, LINKS_BACK
+    return f"{name}/", ""
+
+
+def _identity(about: os.stat_result) -> Identity:
+    return about.st_dev, about.st_ino
 
 
 def require_printable(path: str) -> None:
@@ -73,13 +119,13 @@ def picture_row(root: Place, known: Known, key: str) -> Row:
             return row
         return row | {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     try:
-        stat = (root.local / key).stat()
+        stat = root.path(key).stat()
         if not S_ISREG(stat.st_mode):
             return row  # a pipe would be waited for, a device has no end
         row |= {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         if before is not None and all(before[name] == row[name] for name in ("num_bytes", "mtime_ns")):
             row["sha256"] = before["sha256"]
-        row["sha256"] = row.get("sha256") or hashlib.sha256((root.local / key).read_bytes()).hexdigest()
+        row["sha256"] = row.get("sha256") or hashlib.sha256(root.path(key).read_bytes()).hexdigest()
     except OSError:
         pass
     return row
@@ -93,6 +139,6 @@ def modified_ns(root: Place, name: str) -> int | None:
     if not root.is_local:
         return None
     try:
-        return (root.local / name).stat().st_mtime_ns
+        return root.path(name).stat().st_mtime_ns
     except OSError as error:
         raise CorpusError(f"{root / name} cannot be read: {error.strerror}") from error

@@ -17,10 +17,10 @@ import io
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property, partial
 
 import numpy as np
@@ -30,7 +30,18 @@ import pyarrow.parquet as pq
 
 from eupe.ahead import map_ahead
 from eupe.corpus.folder import Row, picture_row
-from eupe.corpus.left_out import BY_EXCLUDE, BY_INCLUDE, BY_LIMIT, NO_PICTURE, LeftOut, added
+from eupe.corpus.left_out import (
+    BY_EXCLUDE,
+    BY_INCLUDE,
+    BY_LIMIT,
+    EVERYTHING,
+    NO_PICTURE,
+    LeftOut,
+    Patterns,
+    added,
+    left_none,
+)
+from eupe.corpus.pictures import OUTSIDE
 from eupe.corpus.sources import Source, find_folder, find_source
 from eupe.corpus.tables import table_rows
 from eupe.corpus.tars import tar_rows
@@ -120,25 +131,17 @@ class Corpus:
         if not include and not exclude and shuffle is None:
             return self._only(self.samples.slice(0, limit), {})
         keys = self.samples["key"].to_pylist()
-        included = [i for i, key in enumerate(keys) if not include or _matches(key, include)]
-        picked = [i for i in included if not _matches(keys[i], exclude)]
+        reasons = [*map(Patterns(include, exclude).reason, keys)]
+        picked = [i for i, reason in enumerate(reasons) if reason is None]
         if not picked:
-            raise CorpusError(
-                f"--include and --exclude leave none of the {len(keys)} pictures of {self.root}; they are matched "
-                f"against paths below it, like {keys[0]}"
-            )
+            raise CorpusError(left_none(len(keys), self.root, keys[0]))
         if shuffle is not None:
             picked.sort(key=lambda i: hashlib.blake2b(f"{shuffle}\0{keys[i]}".encode(), digest_size=16).digest())
-        by_patterns = {BY_INCLUDE: len(keys) - len(included), BY_EXCLUDE: len(included) - len(picked)}
-        return self._only(self.samples.take(picked[:limit]), by_patterns)
+        return self._only(self.samples.take(picked[:limit]), Counter(filter(None, reasons)))
 
     def _only(self, samples: pa.Table, by_patterns: LeftOut) -> Corpus:
         beyond = len(self) - len(samples) - sum(by_patterns.values())
         return replace(self, samples=samples, left_out=added(self.left_out, by_patterns, {BY_LIMIT: beyond}))
-
-
-def _matches(key: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def some_keys(keys: Sequence[str]) -> str:
@@ -167,7 +170,13 @@ Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
 
-def open_corpus(source: Where, *, previous: Corpus | None = None, progress: Progress = lambda done, of: None) -> Corpus:
+def open_corpus(
+    source: Where,
+    *,
+    previous: Corpus | None = None,
+    patterns: Patterns = EVERYTHING,
+    progress: Progress = lambda done, of: None,
+) -> Corpus:
     """A folder, tars or tables (indexed now), or an index made before.
 
     Args:
@@ -175,25 +184,25 @@ def open_corpus(source: Where, *, previous: Corpus | None = None, progress: Prog
         previous: an earlier index of the same pictures; local files of unchanged size and time are not read again.
         progress: called with (pictures hashed, pictures in all); of tars and tables that is what it will be if all
             hold as many as those that are done.
+        patterns: which pictures; a file that they leave out is not read.
     Raises: CorpusError if there is nothing there, or nothing that is a picture; StorageError if an object store does
         not serve it.
     """
-    found = find_source(source)
+    found = find_source(source, patterns)
     if found.kind == "index":
-        return read_index(found.root / found.files[0])
+        index = read_index(found.root / found.files[0])
+        return index.pick(include=patterns.include, exclude=patterns.exclude)
     return _gathered(found, previous, progress)
 
 
 def index_folder(
     folder: Where, *, previous: Corpus | None = None, progress: Progress = lambda done, of: None
 ) -> Corpus:
-    """`open_corpus` of what lies in a folder (links to folders are not followed).
+    """`open_corpus` of what lies in a folder.
 
     Raises: CorpusError if there is no picture; StorageError if an object store does not serve them.
     """
-    root = Place.of(folder)
-    found = find_folder(Place(str(root.local.resolve())) if root.is_local else root)
-    return _gathered(found, previous, progress)
+    return _gathered(find_folder(Place.of(folder).resolved()), previous, progress)
 
 
 def _gathered(found: Source, previous: Corpus | None, progress: Progress) -> Corpus:
@@ -207,6 +216,8 @@ def _gathered(found: Source, previous: Corpus | None, progress: Progress) -> Cor
 def require_pictures(found: Source, corpus: Corpus) -> None:
     """Raises: CorpusError if there is none, or two of one key."""
     if not len(corpus):
+        if by_patterns := sum(corpus.left_out.get(reason, 0) for reason in (BY_INCLUDE, BY_EXCLUDE)):
+            raise CorpusError(left_none(by_patterns, found.root, f"{(*found.files, '')[0]}/..."))
         raise CorpusError(f"corpus {found.root} holds no picture in its {len(found.files)} {found.kind}")
     if found.kind == "tables":
         counts = pc.value_counts(corpus.samples["key"])
@@ -246,7 +257,7 @@ def index_pieces(
                 row_of = partial(picture_row, found.root, _by_key(known, "key", some))
                 rows = []
                 for row in pool.map(row_of, some):
-                    rows.append(row)
+                    rows.append(row)  # with the first folder as its label; `found.metadata` may know better
                     progress(done := done + 1, found.num_pictures)
                 yield Piece(pa.Table.from_pylist(rows, schema=SCHEMA))
         else:
@@ -261,7 +272,9 @@ def index_pieces(
 def _file_piece(found: Source, known: Sequence[_Known], name: str) -> Piece:
     rows_of = tar_rows if found.kind == "tars" else table_rows
     rows, left_out = rows_of(found.root, name, _by_key(known, "file", [name]))
-    return Piece(pa.Table.from_pylist(rows, schema=CONTAINED), left_out)
+    reasons = [found.patterns.reason(row["key"]) for row in rows]
+    taken = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+    return Piece(pa.Table.from_pylist(taken, schema=CONTAINED), added(left_out, Counter(filter(None, reasons))))
 
 
 class _Known:
@@ -328,8 +341,23 @@ def index_from_bytes(data: bytes, where: str) -> Corpus:
         raise CorpusError(
             f"{where} is not an index of pictures; make one with `eupe index --corpus FOLDER --out {where}`"
         )
+    root = Place.of(metadata[ROOT_KEY].decode())
+    _require_below(root, table, where)
     left_out = added({NO_PICTURE: int(metadata.get(GAPS_KEY, b"0"))}, json.loads(metadata.get(LEFT_OUT_KEY, b"{}")))
-    return Corpus(Place.of(metadata[ROOT_KEY].decode()), table.replace_schema_metadata(), left_out)
+    return Corpus(root, table.replace_schema_metadata(), left_out)
+
+
+def _require_below(root: Place, samples: pa.Table, where: str) -> None:
+    """Raises: CorpusError for a row that names a file outside of the root."""
+    names = samples["key"]
+    if "file" in samples.schema.names:
+        names = pc.coalesce(samples["file"], names)
+    outside = names.filter(pc.match_substring_regex(names, OUTSIDE)) if root.is_local else []
+    if len(outside):
+        raise CorpusError(
+            f"index {where} names {some_keys([*map(str, outside)])}, which does not lie below its root {root}; index "
+            "the pictures again"
+        )
 
 
 def read_index(path: Where) -> Corpus:

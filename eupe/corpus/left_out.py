@@ -6,9 +6,14 @@ on its own and told together with the others of its reason: `files of kinds that
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
+
+from eupe.names import key_of
 
 LeftOut = Mapping[str, int]
 """How many, by reason."""
@@ -16,16 +21,65 @@ LeftOut = Mapping[str, int]
 NO_PICTURE = "samples without a picture"
 """Rows of tables that hold none; what indexes of before there were reasons count, of tars as well."""
 NOT_READ = "files of kinds that are not read"
+HIDDEN = "hidden files"
+METADATA = "files of metadata"
+NO_TABLE = "tables without pictures"
+OWN_INDEX = "indexes of pictures"
+BROKEN_LINKS = "broken links"
+LINKS_BACK = "links back to a folder above them"
 BY_INCLUDE = "left out by --include"
 BY_EXCLUDE = "left out by --exclude"
 BY_LIMIT = "left out by --limit"
+KIND = re.compile(r"\.(?=.*[a-z])[a-z0-9_~+-]{1,20}/?")
+"""A suffix, or a hidden name, that is counted on its own."""
+HEIC = {".heic", ".heif", ".hif"}
 TOLD_KINDS = 12
 """Of one reason; more are told together."""
 
 
+@dataclass(frozen=True)
+class Patterns:
+    """What `--include` and `--exclude` say, as in a shell, of whole keys; `*` also stands for slashes."""
+
+    include: Sequence[str] = ()
+    """None of them: every key."""
+    exclude: Sequence[str] = ()
+
+    def reason(self, key: str) -> str | None:
+        """Return why a picture is left out; None if it is not."""
+        if self.include and not _matches(key, self.include):
+            return BY_INCLUDE
+        return BY_EXCLUDE if _matches(key, self.exclude) else None
+
+
+def _matches(key: str, patterns: Sequence[str]) -> bool:
+    """Return whether one of them is for the key, written as in a key or as in the file's name."""
+    return any(fnmatchcase(key, pattern) or fnmatchcase(key, key_of(pattern)) for pattern in patterns)
+
+
+EVERYTHING = Patterns()
+
+
+def left_none(count: int, root: object, example: str) -> str:
+    """Return the sentence for patterns that leave no picture."""
+    return (
+        f"--include and --exclude leave none of the {count} pictures of {root}; they are matched against paths below "
+        f"it, like {example}"
+    )
+
+
 def not_read(name: str) -> str:
     """Return the reason for a file that is no picture by its suffix."""
-    return f"{NOT_READ}: {PurePosixPath(name.rpartition('/')[2]).suffix.lower() or 'no suffix'}"
+    suffix = PurePosixPath(name.rpartition("/")[2]).suffix.lower()
+    return f"{NOT_READ}: {suffix if KIND.fullmatch(suffix) else 'other suffixes' if suffix else 'no suffix'}"
+
+
+def hidden(name: str) -> str:
+    """Return the reason for a file whose name, or that of a folder on the way to it, begins with a dot."""
+    *folders, file = name.split("/")
+    folder = next((f"{word}/" for word in folders if word.startswith(".")), None)
+    kind = folder or PurePosixPath(file).suffix.lower() or file
+    return f"{HIDDEN}: {kind if KIND.fullmatch(kind.lower()) else 'other names'}"
 
 
 def added(*counts: LeftOut) -> dict[str, int]:
@@ -44,7 +98,10 @@ def told(left_out: LeftOut) -> str:
         groups.setdefault(group, Counter())[kind] += count
     if not groups:
         return "0"
-    return f"{sum(left_out.values())} ({'; '.join(_told(group, kinds) for group, kinds in groups.items())})"
+    words = [_told(group, kinds) for group, kinds in groups.items()]
+    if HEIC & groups.get(NOT_READ, Counter()).keys():
+        words.append("HEIC is read where pillow-heif is installed")
+    return f"{sum(left_out.values())} ({'; '.join(words)})"
 
 
 def _told(group: str, kinds: Counter[str]) -> str:

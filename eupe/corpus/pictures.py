@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from eupe.corpus.tables import read_row
 from eupe.errors import CorpusError, OutageError, StorageError
 from eupe.place import Place, storage_error
 
+OUTSIDE = r"^/|(^|/)\.\.(/|$)"
+"""Of the name of a file: that it may lie elsewhere than below its folder."""
 PLACE_COLUMNS = ("file", "start", "length")
 """Of an index: the fields of `Inside`, null for a picture that is a file of its own."""
 
@@ -43,6 +46,7 @@ def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
     Raises: CorpusError if the picture cannot be read; StorageError if an object store serves nothing at all, and
         OutageError if the disk that it should be on is away.
     """
+    require_below(root, key if inside is None else inside.file)
     try:
         if inside is None:
             _require_file(root, key)
@@ -66,11 +70,20 @@ def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
     return data
 
 
+def require_below(root: Place, name: str) -> None:
+    """Raises: CorpusError for a name, from an index or a list, that leads out of its folder.
+
+    Links are another matter: those that lie in a folder of pictures are of whoever made it.
+    """
+    if root.is_local and re.search(OUTSIDE, name):
+        raise CorpusError(f"{name} does not lie below {root}; pictures and the files that hold them must lie there")
+
+
 def _require_file(root: Place, key: str) -> None:
     """Raises: CorpusError; OutageError."""
     if not root.is_local:
         return
-    path = root.local / key
+    path = root.path(key)
     try:
         if path.exists() and not path.is_file():
             raise CorpusError(f"{path} is a pipe, a device or a folder, not a file")

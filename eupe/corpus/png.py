@@ -16,6 +16,11 @@ SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, 4: 2, 6: 4}
 PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 """First column and row, and the steps to the next ones, of each of Adam7's passes."""
 INFLATED_AT_ONCE = 2**20
+UNSEEN = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
+"""Chunks of which Pillow refuses a whole picture if they are large, or inflate to much."""
+ORIENTED = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+"""Words in which EXIF's orientation may stand."""
+MAX_WORDS = 2**20
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Png:
     interlaced: bool
     pixels: Sequence[memoryview]
     """The compressed stream, as it lies in the file."""
+    picture: bytes
+    """The file without profiles and words, which say nothing of pixels; but with what may say which way is up."""
 
     def require_all_rows(self) -> None:
         """Raises: CorpusError if the stream ends before the last row."""
@@ -59,7 +66,7 @@ def read_png(data: bytes) -> Png:
 
     Raises: CorpusError if a checksum is wrong, or a chunk that must be there is not.
     """
-    view, at, chunks = memoryview(data), len(SIGNATURE), []
+    view, at, chunks, kept = memoryview(data), len(SIGNATURE), [], [SIGNATURE]
     while True:
         length = int.from_bytes(view[at : at + 4], "big")
         name, end = bytes(view[at + 4 : at + 8]), at + 8 + length
@@ -67,14 +74,36 @@ def read_png(data: bytes) -> Png:
             raise CorpusError("the PNG is truncated: it ends before its last chunk does")
         if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise CorpusError(f"the PNG is damaged: the checksum of its chunk {name!r} is wrong")
+        body = view[at + 8 : end]
+        if name not in UNSEEN or _may_turn(name, bytes(body)):
+            kept.append(view[at : end + 4])
         if name == b"IEND":
             break
-        chunks.append((name, view[at + 8 : end]))
+        chunks.append((name, body))
         at = end + 4
-    return _checked(chunks)
+    return _checked(chunks, b"".join(kept))
 
 
-def _checked(chunks: Sequence[tuple[bytes, memoryview]]) -> Png:
+def _may_turn(name: bytes, body: bytes) -> bool:
+    """Return whether a chunk may hold an orientation as Pillow finds it, and is not larger than Pillow takes it."""
+    if not body.startswith(ORIENTED):
+        return False
+    words = body.partition(b"\0")[2]
+    if name == b"zTXt":
+        return _inflates_to_less(words[1:])
+    if name == b"iTXt" and words[:1] == b"\1":
+        return _inflates_to_less(words[2:].split(b"\0", 2)[-1])
+    return len(words) <= MAX_WORDS
+
+
+def _inflates_to_less(compressed: bytes) -> bool:
+    try:
+        return len(zlib.decompressobj().decompress(compressed, MAX_WORDS)) < MAX_WORDS
+    except zlib.error:
+        return False
+
+
+def _checked(chunks: Sequence[tuple[bytes, memoryview]], picture: bytes) -> Png:
     names = [name for name, _ in chunks]
     if names[:1] != [b"IHDR"] or len(chunks[0][1]) != 13:
         raise CorpusError("the PNG is damaged: it does not begin with a header")
@@ -87,4 +116,4 @@ def _checked(chunks: Sequence[tuple[bytes, memoryview]]) -> Png:
         if name not in names:
             raise CorpusError(f"the PNG is damaged: its chunk {name!r} is missing")
     pixels = [body for name, body in chunks if name == b"IDAT"]
-    return Png(width, height, depth, colour, bool(interlacing), pixels)
+    return Png(width, height, depth, colour, bool(interlacing), pixels, picture)

@@ -16,11 +16,12 @@ from eupe.corpus.index import (
     index_from_bytes,
     index_metadata,
     index_pieces,
+    open_corpus,
     read_index,
     require_pictures,
     write_index,
 )
-from eupe.corpus.left_out import added
+from eupe.corpus.left_out import EVERYTHING, Patterns, added
 from eupe.corpus.sources import find_source
 from eupe.errors import CorpusError, StorageError
 from eupe.place import Place, Where, remove_unfinished
@@ -30,16 +31,22 @@ UNFINISHED = ".unfinished"
 ROWS_PER_GROUP = 65536
 
 
-def make_index(source: Where, out: Where, *, progress: Progress = lambda done, of: None) -> Corpus:
+def make_index(
+    source: Where,
+    out: Where,
+    *,
+    patterns: Patterns = EVERYTHING,
+    progress: Progress = lambda done, of: None,
+) -> Corpus:
     """Index pictures into a file, on from an earlier index there and from a run that was cut off.
 
     Args:
-        source: as `open_corpus` takes it.
+        source, patterns: as `open_corpus` takes them.
     Raises: CorpusError if there is no picture, or the place cannot be written; StorageError.
     """
-    found, place = find_source(source), Place.of(out)
+    found, place = find_source(source, patterns), Place.of(out)
     if found.kind == "index":
-        corpus = read_index(found.root / found.files[0])
+        corpus = open_corpus(source, patterns=patterns)
         write_index(corpus, out)
         return corpus
     previous = None

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Literal
 
 from eupe.corpus.decode import EXTENSIONS
-from eupe.corpus.folder import file_names, require_printable
-from eupe.corpus.left_out import LeftOut
-from eupe.corpus.tables import is_index
+from eupe.corpus.folder import Entry, entries
+from eupe.corpus.left_out import (
+    BROKEN_LINKS,
+    BY_EXCLUDE,
+    BY_INCLUDE,
+    EVERYTHING,
+    METADATA,
+    NO_TABLE,
+    OWN_INDEX,
+    LeftOut,
+    Patterns,
+    left_none,
+    not_read,
+    told,
+)
+from eupe.corpus.tables import is_index, table_kind
 from eupe.errors import CorpusError
+from eupe.names import key_of
 from eupe.place import Place, Where
 
 TAR = ".tar"
 GZIPPED = (".tar.gz", ".tgz")
 TABLE = ".parquet"
+METADATA_NAME = re.compile(r"(.*/)?metadata\.(csv|jsonl|parquet)")
+"""Beside pictures, as Hugging Face's image folders have it."""
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -38,34 +55,47 @@ class Source:
     """Files that are pictures; of a folder of them."""
     left_out: LeftOut = field(default_factory=dict)
     """Files below the root that are neither pictures nor among `files`."""
+    patterns: Patterns = EVERYTHING
+    """Which of the pictures are taken."""
+    metadata: Sequence[str] = ()
+    """Of a folder of pictures: its files `METADATA_NAME`, below the root."""
 
     def picture_keys(self) -> Iterator[str]:
         """Of a folder of pictures: their paths, sorted.
 
         Raises: CorpusError; StorageError.
         """
-        return (name for name in file_names(self.root) if _kind_of(name) == "pictures")
+        names = (entry.name for entry in entries(self.root) if _is_picture(entry))
+        return (name for name in names if self.patterns.reason(name) is None)
+
+
+def _is_picture(entry: Entry) -> bool:
+    """Return whether a file is one by its name; a link to nothing is a picture that cannot be read."""
+    return entry.left_out in (None, BROKEN_LINKS) and _kind_of(entry.name) == "pictures"
 
 
 def _kind_of(name: str) -> Literal["pictures", "tars", "tables"] | None:
+    name = name.lower()
     if name.endswith((TAR, *GZIPPED)):
         return "tars"
     if name.endswith(TABLE):
         return "tables"
-    return "pictures" if PurePosixPath(name.rpartition("/")[2]).suffix.lower() in EXTENSIONS else None
+    return "pictures" if PurePosixPath(name.rpartition("/")[2]).suffix in EXTENSIONS else None
 
 
-def find_source(words: Where) -> Source:
+def find_source(words: Where, patterns: Patterns = EVERYTHING) -> Source:
     """What there is under a path or URL, by its name; nothing is read but the list of files.
 
+    Args:
+        patterns: which of the pictures to take; an index is as it is.
     Raises: CorpusError if there is nothing there, or nothing that is a picture; StorageError if an object store does
         not serve it.
     """
     place = Place.of(words)
     if BRACES.search(place.url) and not (place.is_local and place.local.exists()):
-        return _of_pattern(place)
+        return replace(_of_pattern(place), patterns=patterns)
     if place.is_local and place.local.is_dir():
-        return find_folder(Place(str(place.local.resolve())))
+        return find_folder(place.resolved(), patterns)
     kind = _kind_of(place.name)
     if place.is_local and not place.local.exists():
         raise CorpusError(
@@ -73,9 +103,9 @@ def find_source(words: Where) -> Source:
             "`eupe index`"
         )
     if kind in ("tars", "tables"):
-        return _of_files(place.parent, [place.name])
+        return replace(_of_files(place.parent, [place.name]), patterns=patterns)
     if not place.is_local:
-        return find_folder(place)
+        return find_folder(place, patterns)
     raise CorpusError(
         f"corpus {words} is neither a folder of pictures nor a tar, a Parquet table or an index (.parquet)"
     )
@@ -96,39 +126,92 @@ def _is_folder(place: Place) -> bool:
     return place.is_local and place.local.is_dir()
 
 
-def find_folder(root: Place) -> Source:
-    """Raises: CorpusError if it holds no picture, or pictures in more than one way; StorageError."""
-    files: dict[str, list[str]] = {"tars": [], "tables": []}
-    num_pictures = 0
-    for name in file_names(root):
-        kind = _kind_of(name)
-        if kind == "pictures":
-            num_pictures += 1
-            require_printable(str(root / name))
-        elif kind is not None:
-            files[kind].append(name)
-    tars, tables = ([name for name in files[kind] if not name.endswith(GZIPPED)] for kind in ("tars", "tables"))
+def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
+    """Return what a folder holds, with all that is not taken counted.
+
+    Of pictures, tars and tables it takes one kind. Tables beside pictures are not looked into; tables beside tars may
+    be there if they hold no pictures, as img2dataset writes them.
+
+    Raises: CorpusError if it holds no picture, or pictures in more than one way; StorageError.
+    """
+    _require_utf8(root)
+    files: dict[str, list[str]] = {"pictures": [], "tars": [], "tables": []}
+    left_out: Counter[str] = Counter()
+    num_pictures, first, metadata = 0, "", []
+    for entry in entries(root):
+        kind, reason = _kind_of(entry.name), entry.left_out
+        if _is_picture(entry):
+            first = first or entry.name
+            reason = patterns.reason(entry.name)
+            num_pictures += reason is None
+        elif reason is None and METADATA_NAME.fullmatch(entry.name):
+            metadata.append(entry.name)
+        elif reason is None and kind is not None:
+            files[kind].append(entry.name)
+        elif reason is None:
+            reason = not_read(entry.name)
+        left_out.update(filter(None, [reason]))
+    tars = [name for name in files["tars"] if not _is_gzipped(name)]
     if num_pictures and tars:
         raise CorpusError(
             f"corpus {root} holds {num_pictures} pictures and {len(tars)} tars ({tars[0]}); put them in folders of "
             "their own, or name the tars: 'FOLDER/{000..099}.tar'"
         )
     if num_pictures:
-        return Source("pictures", root, num_pictures=num_pictures)
-    tables = [name for name in tables if not is_index(root, name)]
-    if files["tars"] and tables:
+        left_out.update([METADATA for _ in metadata] + [not_read(name) for name in files["tars"] + files["tables"]])
+        return Source("pictures", root, (), num_pictures, left_out, patterns, metadata)
+    files["tables"] += [name for name in metadata if name.endswith(TABLE)]
+    tables = {name: _table_reason(root, name, beside_tars=bool(files["tars"])) for name in files["tables"]}
+    taken = [name for name, reason in tables.items() if reason is None]
+    if files["tars"] and taken:
         raise CorpusError(
-            f"corpus {root} holds tars ({files['tars'][0]}) and tables ({tables[0]}); name one kind of them"
+            f"corpus {root} holds tars ({files['tars'][0]}) and tables ({taken[0]}); name one kind of them"
         )
-    if not files["tars"] and not tables:
-        raise CorpusError(f"corpus {root} holds no picture; looked for {', '.join(sorted(EXTENSIONS))} below it")
-    return _of_files(root, files["tars"] or tables)
+    left_out.update(METADATA for name in metadata if not name.endswith(TABLE))
+    unclear = [name for name, reason in tables.items() if reason == NO_TABLE]
+    if not files["tars"] and not taken and not unclear:
+        if by_patterns := left_out[BY_INCLUDE] + left_out[BY_EXCLUDE]:
+            raise CorpusError(left_none(by_patterns, root, first))
+        missed = f" (left out: {told(left_out)})" if left_out else ""
+        raise CorpusError(
+            f"corpus {root} holds no picture{missed}; looked for {', '.join(sorted(EXTENSIONS))} below it"
+        )
+    names = files["tars"] or taken or unclear
+    left_out.update(reason for name, reason in tables.items() if reason is not None and name not in names)
+    return replace(_of_files(root, names), left_out=left_out, patterns=patterns)
+
+
+def _table_reason(root: Place, name: str, *, beside_tars: bool) -> str | None:
+    """Return why a table is not taken; None where it is one of pictures.
+
+    Args:
+        beside_tars: the pictures are in tars, so that paths in a table, or one that is damaged, are no matter.
+    Raises: CorpusError; StorageError.
+    """
+    try:
+        kind = table_kind(root, name)
+    except CorpusError:
+        if not beside_tars:
+            raise
+        return NO_TABLE
+    if kind == "index":
+        return OWN_INDEX
+    return None if kind == "bytes" or (kind == "paths" and not beside_tars) else NO_TABLE
+
+
+def _is_gzipped(name: str) -> bool:
+    return name.lower().endswith(GZIPPED)
+
+
+def _require_utf8(root: Place) -> None:
+    if not root.is_utf8:
+        raise CorpusError(f"corpus {root}: the folder's name is not UTF-8 and cannot be written down; rename it")
 
 
 def _of_files(root: Place, names: Sequence[str]) -> Source:
     """Raises: CorpusError for a gzipped tar, or files of more than one kind."""
     for name in names:
-        if name.endswith(GZIPPED):
+        if _is_gzipped(name):
             raise CorpusError(
                 f"{root / name} is gzipped, so that no picture in it can be found by its place; gunzip it first"
             )
@@ -137,7 +220,8 @@ def _of_files(root: Place, names: Sequence[str]) -> Source:
         return Source("index", root, names)
     if kinds not in ({"tars"}, {"tables"}):
         raise CorpusError(f"corpus {root} / {', '.join(names[:3])}: give either tars (.tar) or tables (.parquet)")
-    root = Place(str(root.local.resolve())) if root.is_local else root
+    root = root.resolved()
+    _require_utf8(root)
     return Source("tars" if kinds == {"tars"} else "tables", root, sorted(names, key=lambda name: f"{name}/"))
 
 
@@ -157,7 +241,7 @@ def _split(place: Place) -> tuple[Place, str]:
 
 def _of_pattern(place: Place) -> Source:
     root, pattern = _split(place)
-    names = list(expand(pattern))
+    names = [key_of(name) for name in expand(pattern)]
     if len(set(names)) < len(names):
         raise CorpusError(f"corpus {place} names the same file twice")
     there = None if root.is_local else set(root.list())

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,7 +68,7 @@ def columns_of(schema: pa.Schema, where: Place) -> Columns:
     paths = [name for name in PATH_COLUMNS if name in fields and _is_text(fields[name])]
     found = structs or binaries or paths
     if not found:
-        raise CorpusError(
+        raise NoPicturesError(
             f"table {where} has no column of pictures among {', '.join(schema.names)}; it takes a struct with bytes "
             f"(Hugging Face's Image), a binary column ({', '.join(BINARY_COLUMNS)}) or one of paths "
             f"({', '.join(PATH_COLUMNS)})"
@@ -111,6 +111,25 @@ def _class_names(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
     except (KeyError, TypeError, ValueError):
         return None
     return [str(name) for name in names]
+
+
+class NoPicturesError(CorpusError):
+    """A table without any column that could hold pictures."""
+
+
+def table_kind(root: Place, name: str) -> Literal["index", "bytes", "paths"] | None:
+    """Return what a Parquet file holds: our own index, pictures as bytes or as paths; None for none of these.
+
+    Raises: FileNotFoundError; CorpusError if it is no Parquet, or not clear; StorageError.
+    """
+    with _opened(root, name) as table:
+        if INDEX_MARK in (table.schema_arrow.metadata or {}):
+            return "index"
+        try:
+            columns = columns_of(table.schema_arrow, root / name)
+        except NoPicturesError:
+            return None
+    return "paths" if columns.data is None else "bytes"
 
 
 def is_index(root: Place, name: str) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from eupe.corpus.index import Corpus, open_corpus
+from eupe.corpus.left_out import Patterns
 from eupe.corpus.views import ViewSpec
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, StorageError
@@ -317,7 +318,7 @@ def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda 
     config = with_absolute_paths(config)
     card = checked_teacher(config)
     on_stage("indexing")
-    corpus = picked(config, open_corpus(config.corpus))
+    corpus = picked(config, open_corpus(config.corpus, patterns=Patterns(config.include, config.exclude)))
     device = pick_device()
     dtype = compute_dtype(config.dtype, device)
     spec = wanted_spec(config, card, corpus, weights_sha256="", dtype=dtype_name(dtype))

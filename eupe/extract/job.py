@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus, some_keys
+from eupe.corpus.left_out import Patterns
 from eupe.device import compute_dtype, pick_device
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.extract.actors import JobActors, require_cluster
@@ -101,7 +102,10 @@ def extract_together(
     indexes = [stored_index(store) if store is not None and has_index(store) else None for store in existing]
     previous = next((index for index in indexes if index is not None), None)
     corpus = open_corpus(
-        configs[0].corpus, previous=previous, progress=lambda done, of: on_status(Status("indexing", done, of))
+        configs[0].corpus,
+        previous=previous,
+        patterns=Patterns(configs[0].include, configs[0].exclude),
+        progress=lambda done, of: on_status(Status("indexing", done, of)),
     )
     corpus = picked(configs[0], corpus)
     with JobActors(configs, teachers, corpus) as actors:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from eupe.corpus.folder import file_names
 from eupe.corpus.index import Corpus, read_index
 from eupe.corpus.sources import find_source
+from eupe.names import name_of
 from eupe.place import Place
 from eupe.teachers.weights import weights_files
 
@@ -109,7 +110,7 @@ def _stamp(root: Path, names: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
         try:
-            status = (root / name).stat()
+            status = (root / name_of(name)).stat()
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         except OSError:
             digest.update(f"{name}\0unreadable\n".encode())
