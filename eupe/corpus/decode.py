@@ -103,7 +103,7 @@ def decode_image(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         raise CorpusError(f"not a picture of a kind that is read ({', '.join(FORMATS)})") from error
     except Exception as error:  # a hostile file can raise anything from a decoder
-        raise CorpusError(f"{type(error).__name__}: {error}") from error
+        raise CorpusError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _check_rows(image: Image.Image, png: Png) -> None:

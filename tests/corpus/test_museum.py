@@ -175,7 +175,11 @@ def test_all_verbs_bear_odd_names(museum: Path, tmp_path: Path, tiny_weights: Pa
 
 def test_patterns_leave_out_before_anything_is_read(museum: Path, tmp_path: Path, run_eupe: Run) -> None:
     whole = open_corpus(museum)
-    for include, exclude in ((("odd*",), ("*Screenshot*", "*.PNG")), ((), ("odd*",)), (("?/*", os.fsdecode(b"class \xe9/*")), ())):
+    for include, exclude in (
+        (("odd*",), ("*Screenshot*", "*.PNG")),
+        ((), ("odd*",)),
+        (("?/*", os.fsdecode(b"class \xe9/*")), ()),
+    ):
         options = [*(w for p in include for w in ("--include", p)), *(w for p in exclude for w in ("--exclude", p))]
         outcome = run_eupe("index", "--corpus", museum, *options, "--out", tmp_path / "i.parquet", "--json")
         assert outcome.code == 0, outcome.err
