@@ -66,7 +66,8 @@ def read_png(data: bytes) -> Png:
 
     Raises: CorpusError if a checksum is wrong, or a chunk that must be there is not.
     """
-    view, at, chunks, kept = memoryview(data), len(SIGNATURE), [], [SIGNATURE]
+    view, at, chunks = memoryview(data), len(SIGNATURE), []
+    kept: list[bytes | memoryview] = [SIGNATURE]
     while True:
         length = int.from_bytes(view[at : at + 4], "big")
         name, end = bytes(view[at + 4 : at + 8]), at + 8 + length
