@@ -51,5 +51,6 @@ def shown(text: str) -> str:
 
 
 def _spelled(code: int) -> str:
-    byte = code - PRIVATE if PRIVATE <= code < PRIVATE + 256 else code
-    return f"\\x{byte:02x}" if byte < 256 else f"\\u{byte:04x}"
+    for first in (PRIVATE, 0xDC00):  # which stand for bytes, as `key_of` and as Python write them
+        code -= first if first <= code < first + 256 else 0
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

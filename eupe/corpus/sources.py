@@ -169,9 +169,10 @@ def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
         )
     left_out.update(METADATA for name in metadata if not name.endswith(TABLE))
     unclear = [name for name, reason in tables.items() if reason == NO_TABLE]
+    by_patterns = left_out[BY_INCLUDE] + left_out[BY_EXCLUDE]
+    if by_patterns and not files["tars"] and not taken:
+        raise CorpusError(left_none(by_patterns, root, first))
     if not files["tars"] and not taken and not unclear:
-        if by_patterns := left_out[BY_INCLUDE] + left_out[BY_EXCLUDE]:
-            raise CorpusError(left_none(by_patterns, root, first))
         missed = f" (left out: {told(left_out)})" if left_out else ""
         raise CorpusError(
             f"corpus {root} holds no picture{missed}; looked for {', '.join(sorted(EXTENSIONS))} below it"

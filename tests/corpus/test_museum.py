@@ -153,13 +153,13 @@ def test_all_of_a_tree_is_taken_or_counted(museum: Path, tmp_path: Path) -> None
 
 
 def test_all_verbs_bear_odd_names(museum: Path, tmp_path: Path, tiny_weights: Path, run_eupe: Run) -> None:
-    shutil.copytree(museum / "odd\u202fnames", museum / "other")
+    odd = next(name for name in NAMES if "\x1b" in name)
+    (museum / "other").mkdir()
+    shutil.copy(museum / "odd\u202fnames" / odd, museum / "other" / odd)
     out = ("--out", tmp_path / "i.parquet")
     outcome = run_eupe("index", "--corpus", museum, *out)
     assert outcome.code == 0, outcome.err
-    assert (
-        "7 files of kinds" not in outcome.out and "10 files of kinds that are not read: .xcf 2, .csv 1" in outcome.out
-    )
+    assert "11 files of kinds that are not read: .xcf 2, .csv 1" in outcome.out
     assert "the same picture" in outcome.out and r"two\x0alines\x09and\x1b[31m red.png" in outcome.out
     assert not any(ord(each) < 32 and each != "\n" for each in outcome.out + outcome.err)
     store = make_store(tmp_path / "s.zarr", museum, tiny_weights)
