@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,20 @@ from typer.core import TyperGroup
 
 import eupe
 from eupe.cli_eval import eval_app
-from eupe.cli_shared import Json, LocalWeights, PicturesPath, err, escaped, finish, local_weights, out, show
+from eupe.cli_shared import (
+    ImageColumn,
+    ImageKey,
+    Json,
+    LabelColumn,
+    LocalWeights,
+    PicturesPath,
+    err,
+    escaped,
+    finish,
+    local_weights,
+    out,
+    show,
+)
 from eupe.errors import ConfigError, EupeError
 
 if TYPE_CHECKING:
@@ -216,9 +230,13 @@ def index(
     out_path: Annotated[str, typer.Option("--out", help="The index to write (.parquet).")],
     include: Include = None,
     exclude: Exclude = None,
+    image_key: ImageKey = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     as_json: Json = False,
 ) -> None:
     """List and hash pictures; cut off, the same command goes on."""
+    from eupe.corpus.choice import Choice
     from eupe.corpus.index import some_keys
     from eupe.corpus.left_out import Patterns, told
     from eupe.corpus.resumable import make_index
@@ -232,20 +250,27 @@ def index(
             out_path,
             patterns=Patterns(tuple(include or ()), tuple(exclude or ())),
             progress=lambda done, of: progress.update("indexing", done, of),
+            choice=Choice(image_key, image_column, label_column),
         )
     unreadable = found.samples["sha256"].null_count
     duplicates = found.duplicates
     facts = {"index": out_path, "found": found.num_found, "pictures": len(found), "left_out": found.left_out}
     facts |= {"unreadable": unreadable, "fingerprint": found.fingerprint}
     if as_json:
-        print(json.dumps({**facts, "duplicates": duplicates}))
+        print(json.dumps({**facts, "notes": list(found.notes), "duplicates": duplicates}))
         return
     facts["left_out"] = told(found.left_out)
     finish({**facts, "duplicates": sum(len(keys) - 1 for keys in duplicates)}, as_json)
+    _print_notes(found.notes)
     for keys in duplicates[:NAMED_DUPLICATES]:
         out.print(f"the same picture: {some_keys(keys)}", markup=False)
     if len(duplicates) > NAMED_DUPLICATES:
         out.print(f"... and {len(duplicates) - NAMED_DUPLICATES} more such groups; --json names them all")
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        out.print(f"note: {escaped(note)}", soft_wrap=True)
 
 
 @app.command()
@@ -310,6 +335,9 @@ def extract(
     limit: Limit = None,
     include: Include = None,
     exclude: Exclude = None,
+    image_key: ImageKey = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     shuffle: Shuffle = False,
     seed: Annotated[int, typer.Option(help="Decides all that is random about the views, and the order.")] = 0,
     retry_failed: Annotated[
@@ -318,6 +346,7 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Run teachers once over a corpus and cache their features."""
+    from eupe.corpus.choice import Choice
     from eupe.corpus.left_out import told
     from eupe.corpus.views import parse_views
     from eupe.extract.config import ExtractConfig
@@ -342,6 +371,7 @@ def extract(
         limit=limit,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
+        choice=Choice(image_key, image_column, label_column),
         shuffle=shuffle,
         retry_failed=retry_failed,
     )
@@ -359,7 +389,11 @@ def extract(
         print(json.dumps({"stores": [dataclasses.asdict(report) for report in reports]}))
         return
     for report in reports:
-        finish(dataclasses.asdict(report) | ({} if as_json else {"left_out": told(report.left_out)}), as_json)
+        facts = dataclasses.asdict(report)
+        notes = facts["notes"] if as_json else facts.pop("notes")
+        finish(facts | ({} if as_json else {"left_out": told(report.left_out)}), as_json)
+        if not as_json:
+            _print_notes(notes)
         if report.failures and not as_json:
             kinds = "; ".join(f"{count} x {reason}" for reason, count in report.failures.items())
             err.print(
@@ -432,11 +466,15 @@ def plan(
     limit: Limit = None,
     include: Include = None,
     exclude: Exclude = None,
+    image_key: ImageKey = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     shuffle: Shuffle = False,
     seed: Annotated[int | None, typer.Option(help="Decides the random crops and the order. Default 0.")] = None,
     as_json: Json = False,
 ) -> None:
     """What an extraction will take, measured on a few pictures, or on paper: bytes, hours, bandwidth, precisions."""
+    from eupe.corpus.choice import Choice
     from eupe.corpus.views import parse_views
     from eupe.extract.config import ExtractConfig
     from eupe.extract.estimate import PaperConfig, estimate, estimate_on_paper
@@ -457,6 +495,9 @@ def plan(
         "--limit": limit,
         "--include": include,
         "--exclude": exclude,
+        "--image-key": image_key,
+        "--image-column": image_column,
+        "--label-column": label_column,
         "--shuffle": shuffle or None,
         "--seed": seed,
     }
@@ -488,6 +529,7 @@ def plan(
         limit=limit,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
+        choice=Choice(image_key, image_column, label_column),
         shuffle=shuffle,
         dtype=dtype or "auto",
         workers=workers,

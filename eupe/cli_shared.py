@@ -33,6 +33,21 @@ PicturesPath = Annotated[
     str | None,
     typer.Option("--corpus", help="Where the pictures are now; else the place noted in the store."),
 ]
+ImageKey = Annotated[
+    str | None,
+    typer.Option(
+        "--image-key",
+        help="Of tars whose samples hold several pictures: which to take, by its name after the first dot, as "
+        "input.jpg; '*' takes each by itself.",
+    ),
+]
+ImageColumn = Annotated[
+    str | None, typer.Option("--image-column", help="Of tables: the column of pictures; STRUCT.CHILD inside a struct.")
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option("--label-column", help="Of tables and metadata files: the column of labels; of tars the .json's."),
+]
 LocalWeights = Annotated[list[str] | None, typer.Option("--weights", help="TEACHER=PATH: local weights of a teacher.")]
 
 

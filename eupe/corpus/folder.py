@@ -96,12 +96,6 @@ def _identity(about: os.stat_result) -> Identity:
     return about.st_dev, about.st_ino
 
 
-def require_printable(path: str) -> None:
-    """Raises: CorpusError for a name that could not be shown or written down."""
-    if not path.isprintable():
-        raise CorpusError(f"the file name {path!r} has unprintable characters; rename it")
-
-
 def picture_row(root: Place, known: Known, key: str) -> Row:
     """Of a picture that is a file; without a hash if it cannot be read, for the extraction to record the reason.
 

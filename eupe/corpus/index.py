@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eupe.ahead import map_ahead
+from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.folder import Row, picture_row
 from eupe.corpus.left_out import (
     BY_EXCLUDE,
@@ -52,7 +53,10 @@ ROOT_KEY = b"eupe.root"
 GAPS_KEY = b"eupe.without_picture"
 """How many `NO_PICTURE`, as indexes said before they knew of other reasons."""
 LEFT_OUT_KEY = b"eupe.left_out"
+CHOICE_KEY = b"eupe.choice"
+NOTES_KEY = b"eupe.notes"
 NAMED_KEYS = 5
+NAMED_NOTES = 10
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -86,6 +90,10 @@ class Corpus:
     """Columns of `SCHEMA` or of `CONTAINED`, one row per picture."""
     left_out: LeftOut = field(default_factory=dict)
     """What is none of the samples, when they were indexed."""
+    choice: Choice = AS_FOUND
+    """What the user chose where tars and tables hold more."""
+    notes: Sequence[str] = ()
+    """What was taken where there was a choice that the user did not make."""
 
     def __len__(self) -> int:
         return int(self.samples.num_rows)
@@ -176,6 +184,7 @@ def open_corpus(
     previous: Corpus | None = None,
     patterns: Patterns = EVERYTHING,
     progress: Progress = lambda done, of: None,
+    choice: Choice = AS_FOUND,
 ) -> Corpus:
     """A folder, tars or tables (indexed now), or an index made before.
 
@@ -185,14 +194,28 @@ def open_corpus(
         progress: called with (pictures hashed, pictures in all); of tars and tables that is what it will be if all
             hold as many as those that are done.
         patterns: which pictures; a file that they leave out is not read.
-    Raises: CorpusError if there is nothing there, or nothing that is a picture; StorageError if an object store does
-        not serve it.
+        choice: which pictures and labels to take where there are several.
+    Raises: CorpusError if there is nothing there, nothing that is a picture, or nothing that was chosen; StorageError
+        if an object store does not serve it.
     """
-    found = find_source(source, patterns)
+    found = replace(find_source(source, patterns), choice=choice)
     if found.kind == "index":
-        index = read_index(found.root / found.files[0])
-        return index.pick(include=patterns.include, exclude=patterns.exclude)
+        return chosen_index(found)
     return _gathered(found, previous, progress)
+
+
+def chosen_index(found: Source) -> Corpus:
+    """Read an index that stands for its pictures.
+
+    Raises: CorpusError if it was made with another choice than is asked for now.
+    """
+    corpus = read_index(found.root / found.files[0])
+    if found.choice not in (AS_FOUND, corpus.choice):
+        raise CorpusError(
+            f"index {found.root / found.files[0]} was made {corpus.choice.told()}; {found.choice.words()} chooses when "
+            "pictures are indexed, so give it to `eupe index`, or leave it out here"
+        )
+    return corpus.pick(include=found.patterns.include, exclude=found.patterns.exclude)
 
 
 def index_folder(
@@ -208,7 +231,8 @@ def index_folder(
 def _gathered(found: Source, previous: Corpus | None, progress: Progress) -> Corpus:
     pieces = list(index_pieces(found, previous, progress))
     left_out = added(found.left_out, *(piece.left_out for piece in pieces))
-    corpus = Corpus(found.root, pa.concat_tables([piece.rows for piece in pieces]), left_out)
+    notes = joined_notes(piece.notes for piece in pieces)
+    corpus = Corpus(found.root, pa.concat_tables([piece.rows for piece in pieces]), left_out, found.choice, notes)
     require_pictures(found, corpus)
     return corpus
 
@@ -236,6 +260,7 @@ class Piece:
     rows: pa.Table
     left_out: LeftOut = field(default_factory=dict)
     """Of the tar or table; of a folder's pieces nothing, for its source says what it leaves out."""
+    notes: Sequence[str] = ()
 
 
 def index_pieces(
@@ -271,10 +296,16 @@ def index_pieces(
 
 def _file_piece(found: Source, known: Sequence[_Known], name: str) -> Piece:
     rows_of = tar_rows if found.kind == "tars" else table_rows
-    rows, left_out = rows_of(found.root, name, _by_key(known, "file", [name]))
-    reasons = [found.patterns.reason(row["key"]) for row in rows]
-    taken = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
-    return Piece(pa.Table.from_pylist(taken, schema=CONTAINED), added(left_out, Counter(filter(None, reasons))))
+    contents = rows_of(found.root, name, _by_key(known, "file", [name]), found.choice)
+    reasons = [found.patterns.reason(row["key"]) for row in contents.rows]
+    taken = [row for row, reason in zip(contents.rows, reasons, strict=True) if reason is None]
+    left_out = added(contents.left_out, Counter(filter(None, reasons)))
+    return Piece(pa.Table.from_pylist(taken, schema=CONTAINED), left_out, contents.notes)
+
+
+def joined_notes(notes: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Return each sentence once, and no more than people read."""
+    return tuple(itertools.islice(dict.fromkeys(itertools.chain.from_iterable(notes)), NAMED_NOTES))
 
 
 class _Known:
@@ -316,6 +347,10 @@ def index_metadata(corpus: Corpus) -> dict[bytes, bytes]:
         metadata[GAPS_KEY] = str(gaps).encode()
     if others := {reason: count for reason, count in corpus.left_out.items() if reason != NO_PICTURE}:
         metadata[LEFT_OUT_KEY] = json.dumps(others, sort_keys=True).encode()
+    if chosen := corpus.choice.to_bytes():
+        metadata[CHOICE_KEY] = chosen
+    if corpus.notes:
+        metadata[NOTES_KEY] = json.dumps(corpus.notes).encode()
     return metadata
 
 
@@ -344,7 +379,8 @@ def index_from_bytes(data: bytes, where: str) -> Corpus:
     root = Place.of(metadata[ROOT_KEY].decode())
     _require_below(root, table, where)
     left_out = added({NO_PICTURE: int(metadata.get(GAPS_KEY, b"0"))}, json.loads(metadata.get(LEFT_OUT_KEY, b"{}")))
-    return Corpus(root, table.replace_schema_metadata(), left_out)
+    choice, notes = Choice.from_bytes(metadata.get(CHOICE_KEY, b"")), json.loads(metadata.get(NOTES_KEY, b"[]"))
+    return Corpus(root, table.replace_schema_metadata(), left_out, choice, notes)
 
 
 def _require_below(root: Place, samples: pa.Table, where: str) -> None:

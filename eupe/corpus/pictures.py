@@ -52,7 +52,7 @@ def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
             _require_file(root, key)
             return root.read(key)
         if inside.length is None:
-            return read_row(root, inside.file, inside.start)
+            return read_row(root, inside.file, inside.start, key)
         data = root.read_range(inside.file, inside.start, inside.length)
     except FileNotFoundError as error:
         _require_root(root)

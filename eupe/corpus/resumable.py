@@ -9,14 +9,16 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.index import (
     Corpus,
     Progress,
+    chosen_index,
     index_bytes,
     index_from_bytes,
     index_metadata,
     index_pieces,
-    open_corpus,
+    joined_notes,
     read_index,
     require_pictures,
     write_index,
@@ -37,16 +39,17 @@ def make_index(
     *,
     patterns: Patterns = EVERYTHING,
     progress: Progress = lambda done, of: None,
+    choice: Choice = AS_FOUND,
 ) -> Corpus:
     """Index pictures into a file, on from an earlier index there and from a run that was cut off.
 
     Args:
-        source, patterns: as `open_corpus` takes them.
+        source, patterns, choice: as `open_corpus` takes them.
     Raises: CorpusError if there is no picture, or the place cannot be written; StorageError.
     """
-    found, place = find_source(source, patterns), Place.of(out)
+    found, place = replace(find_source(source, patterns), choice=choice), Place.of(out)
     if found.kind == "index":
-        corpus = open_corpus(source, patterns=patterns)
+        corpus = chosen_index(found)
         write_index(corpus, out)
         return corpus
     previous = None
@@ -54,12 +57,13 @@ def make_index(
         previous = read_index(place)
     unfinished = place.parent / f"{place.name}{UNFINISHED}"
     interrupted = [piece.samples for piece in _left_over(unfinished) if piece.root == found.root]
-    made = Corpus(found.root, pa.table({}), found.left_out)
+    made = Corpus(found.root, pa.table({}), found.left_out, choice)
     num_pieces = 0
     try:
         for piece in index_pieces(found, previous, progress, interrupted=interrupted):
             unfinished.write(_piece_name(num_pieces), index_bytes(Corpus(found.root, piece.rows, piece.left_out)))
-            made = replace(made, left_out=added(made.left_out, piece.left_out))
+            notes = joined_notes((made.notes, piece.notes))
+            made = replace(made, left_out=added(made.left_out, piece.left_out), notes=notes)
             num_pieces += 1
         keys = [_piece(unfinished, number).select(["key"]) for number in range(num_pieces)]
         require_pictures(found, replace(made, samples=pa.concat_tables(keys)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Literal
 
+from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.decode import EXTENSIONS
 from eupe.corpus.folder import Entry, entries
 from eupe.corpus.left_out import (
@@ -59,6 +60,8 @@ class Source:
     """Which of the pictures are taken."""
     metadata: Sequence[str] = ()
     """Of a folder of pictures: its files `METADATA_NAME`, below the root."""
+    choice: Choice = AS_FOUND
+    """What to take where there are several pictures or labels."""
 
     def picture_keys(self) -> Iterator[str]:
         """Of a folder of pictures: their paths, sorted.

@@ -1,135 +1,66 @@
-"""Pictures in Parquet tables: as bytes, or as paths of files beside the table.
+"""Pictures in tables, Parquet or Arrow: as bytes, or as paths of files beside the table.
 
-Bytes are in a struct column of `bytes` and perhaps `path`, as Hugging Face writes them, or in a binary column. Rows are
-decoded in slices of some megabytes, and what has been decoded is kept within bounds, so that rows that are asked for
-one after the other are decoded once. A row at random costs the decoding of its row group up to it.
+Bytes are in a struct column of `bytes` and perhaps `path`, as Hugging Face writes them, in a binary column, or in lists
+of either. Rows of Parquet are decoded in slices of some megabytes, and what has been decoded is kept within bounds, so
+that rows in order are decoded once. A row at random costs the decoding of its row group up to it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import posixpath
+import re
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from pathlib import PureWindowsPath
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from eupe.corpus.folder import Known, Row, modified_ns, picture_row, require_printable
-from eupe.corpus.left_out import NO_PICTURE, LeftOut, added
+from eupe.corpus.choice import AS_FOUND, Choice, Contents, writable
+from eupe.corpus.columns import (
+    Columns,
+    LabelColumn,
+    Path,
+    PictureColumn,
+    columns_of,
+    found_stored,
+    named_stored,
+    picture_kind,
+)
+from eupe.corpus.folder import Known, Row, modified_ns, picture_row
+from eupe.corpus.left_out import NO_PICTURE, added
+from eupe.corpus.table_files import ArrowTable, TableFile, column_at, num_rows, open_table
 from eupe.errors import CorpusError, StorageError
+from eupe.names import key_of
 from eupe.place import Place
 
-BINARY_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
-PATH_COLUMNS = ("path", "file_name", "image_path")
-LABEL_COLUMNS = ("label", "class")
-CAPTION_COLUMNS = ("caption", "text")
 INDEX_MARK = b"eupe.root"
 """In the metadata of our own indexes, which are tables, too."""
+KEY = re.compile(r"(?P<row>\d+)(\.(?P<item>\d+))?(@(?P<column>.+))?")
+"""Of a picture in a table, after the table's name."""
 
-SLICE_BYTES = 8 * 2**20
-"""Decoded at once, about."""
+ELSEWHERE = "rows that name a file outside the corpus's folder"
+WEB = "rows that name an address on the web"
+AGAIN = "rows that name a picture again"
+WEB_ADDRESS = ("http://", "https://")
+FILE_URL = re.compile(r"file:(//(localhost)?(?=/))?")
+BASE64 = re.compile(r"data:image/|/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AK|Qk0")
+"""How pictures begin that were written as text."""
+BASE64_LENGTH = 100
+"""A path as long as that, which begins so, is none."""
+
 CACHE_BYTES = 256 * 2**20
 """Of decoded pictures kept, in each process."""
 OPEN_TABLES = 16
 
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table hold what; leaves of structs by their dotted names."""
-
-    data: str | None
-    path: str | None
-    label: str | None
-    names: list[str] | None
-    """Of the classes that integers of `label` stand for."""
-    caption: str | None
-
-    @property
-    def picture(self) -> list[str]:
-        return [name for name in (self.data, self.path) if name is not None]
-
-    @property
-    def words(self) -> list[str]:
-        return [name for name in (self.label, self.caption) if name is not None]
-
-
-def columns_of(schema: pa.Schema, where: Place) -> Columns:
-    """Raises: CorpusError if no column holds pictures, or it is not clear which."""
-    fields = {field.name: field.type for field in schema}
-    structs = [name for name, kind in fields.items() if _is_picture(kind)]
-    binaries = [name for name in BINARY_COLUMNS if name in fields and _is_binary(fields[name])]
-    paths = [name for name in PATH_COLUMNS if name in fields and _is_text(fields[name])]
-    found = structs or binaries or paths
-    if not found:
-        raise NoPicturesError(
-            f"table {where} has no column of pictures among {', '.join(schema.names)}; it takes a struct with bytes "
-            f"(Hugging Face's Image), a binary column ({', '.join(BINARY_COLUMNS)}) or one of paths "
-            f"({', '.join(PATH_COLUMNS)})"
-        )
-    if len(found) > 1 and "image" not in found:
-        raise CorpusError(
-            f"table {where} has several columns of pictures, {', '.join(found)}; call the one to take `image`"
-        )
-    name = "image" if "image" in found else found[0]
-    data, path = (None, name) if found is paths else (name, None)
-    if found is structs:
-        data, path = f"{name}.bytes", f"{name}.path" if fields[name].get_field_index("path") >= 0 else None
-    label = next((n for n in LABEL_COLUMNS if n in fields and (_is_text(fields[n]) or _is_integer(fields[n]))), None)
-    caption = next((n for n in CAPTION_COLUMNS if n in fields and _is_text(fields[n])), None)
-    names = _class_names(schema.metadata or {}, label) if label and _is_integer(fields[label]) else None
-    return Columns(data, path, label, names, caption)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _is_integer(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind))
-
-
-def _is_picture(kind: pa.DataType) -> bool:
-    place = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
-    return place >= 0 and _is_binary(kind.field(place).type)
-
-
-def _class_names(metadata: dict[bytes, bytes], label: str) -> list[str] | None:
-    """Of a Hugging Face ClassLabel."""
-    try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return [str(name) for name in names]
-
-
-class NoPicturesError(CorpusError):
-    """A table without any column that could hold pictures."""
-
-
-def table_kind(root: Place, name: str) -> Literal["index", "bytes", "paths"] | None:
-    """Return what a Parquet file holds: our own index, pictures as bytes or as paths; None for none of these.
-
-    Raises: FileNotFoundError; CorpusError if it is no Parquet, or not clear; StorageError.
-    """
-    with _opened(root, name) as table:
-        if INDEX_MARK in (table.schema_arrow.metadata or {}):
-            return "index"
-        try:
-            columns = columns_of(table.schema_arrow, root / name)
-        except NoPicturesError:
-            return None
-    return "paths" if columns.data is None else "bytes"
+Item = tuple[bytes | None, str | None]
+"""A picture's bytes and path, as far as the table tells."""
 
 
 def is_index(root: Place, name: str) -> bool:
@@ -137,23 +68,22 @@ def is_index(root: Place, name: str) -> bool:
 
     Raises: FileNotFoundError; CorpusError if it is no Parquet; StorageError.
     """
-    with _opened(root, name) as table:
-        return INDEX_MARK in (table.schema_arrow.metadata or {})
+    return INDEX_MARK in (open_table(root, name).schema.metadata or {})
 
 
-def _opened(root: Place, name: str) -> pq.ParquetFile:
-    """Raises: FileNotFoundError; CorpusError; StorageError."""
-    file = root.open(name)
-    try:
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
-    except (StorageError, FileNotFoundError):
-        raise
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise CorpusError(f"{root / name} cannot be read as Parquet: {error}") from error
+def table_kind(root: Place, name: str) -> Literal["index", "bytes", "paths"] | None:
+    """Return what a table holds: our own index, pictures as bytes or as paths; None for none of these.
+
+    Raises: FileNotFoundError; CorpusError if it is no table, or not clear; StorageError.
+    """
+    schema = open_table(root, name).schema
+    if INDEX_MARK in (schema.metadata or {}):
+        return "index"
+    return picture_kind(schema)
 
 
-def table_rows(root: Place, name: str, known: Known) -> tuple[list[Row], LeftOut]:
-    """Rows of the index, one for each picture, in the table's order, and what is left out.
+def table_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) -> Contents:
+    """Read what a table holds.
 
     Args:
         name: of the table, below the root.
@@ -162,146 +92,311 @@ def table_rows(root: Place, name: str, known: Known) -> tuple[list[Row], LeftOut
     Raises: CorpusError if the table cannot be read as one of pictures; StorageError if an object store does not serve
         it.
     """
-    require_printable(str(root / name))
     modified = modified_ns(root, name)
     rows: list[Row] = []
-    gaps = 0
+    left_out: Counter[str] = Counter()
     try:
-        with _opened(root, name) as table:
-            columns = columns_of(table.schema_arrow, root / name)
-            before = _unchanged(known, modified, table.metadata.num_rows)
-            for number, (data, path, words) in enumerate(_read(table, columns, hashed=before is None)):
-                place = {"file": name, "start": number, "mtime_ns": modified}
-                key = f"{name}/{number:08d}"
+        table = open_table(root, name)
+        columns = columns_of(table.schema, root / name, choice)
+        pictures, note = _files_or_stored(root, name, table, columns)
+        words = Words(table, columns)
+        keys = _Keys(name, pictures, chosen=columns.chosen)
+        before = _unchanged(known, modified, keys, num_rows(table))
+        odd_path: str | None = None
+        labels: dict[str, str | None] = {}
+        leaves = pictures.leaves if before is None else []
+        for number, (items, batch, i) in enumerate(_read(table, pictures, leaves, words.paths)):
+            said = words.of(batch, i)
+            for item, (data, path) in enumerate(items):
+                key = keys.of(number, item)
+                place = {"key": key, "file": name, "start": number, "mtime_ns": modified}
                 if before is not None:
-                    row = {"key": key, **place} | {column: before[number][column] for column in ("sha256", "num_bytes")}
+                    row = place | {column: before[key][column] for column in ("sha256", "num_bytes")}
                 elif data is not None:
-                    digest = hashlib.sha256(data).hexdigest()
-                    row = {"key": key, **place, "sha256": digest, "num_bytes": len(data)}
-                elif path:
-                    row = picture_row(root, known, _key_of(root, name, path))
-                else:
-                    gaps += 1
+                    row = place | {"sha256": hashlib.sha256(data).hexdigest(), "num_bytes": len(data)}
+                elif not path:
+                    left_out[NO_PICTURE] += 1
                     continue
-                rows.append(row | _words(columns, words))
+                elif (own := place_key(root, name, path)) is None:
+                    left_out[WEB if path.startswith(WEB_ADDRESS) else ELSEWHERE] += 1
+                    odd_path = odd_path or path
+                    continue
+                elif own in labels and labels[own] == said["label"]:  # of another label it is refused, in the end
+                    left_out[AGAIN] += 1
+                    continue
+                else:
+                    labels[own] = said["label"]
+                    row = picture_row(root, known, own)
+                rows.append(row | said)
+            left_out[NO_PICTURE] += not items
     except FileNotFoundError as error:
         raise CorpusError(str(error)) from error
-    except StorageError:
+    except (CorpusError, StorageError):
         raise
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise CorpusError(f"table {root / name} cannot be read after {len(rows)} rows: {error}") from error
-    return rows, added({NO_PICTURE: gaps})
+    _require_files(root, name, rows, odd_path)
+    notes = [*columns.notes, *([note] if note else []), *words.notes(root / name)]
+    return Contents(rows, added(left_out), tuple(notes))
 
 
-def _unchanged(known: Known, modified: int | None, num_rows: int) -> dict[int, Row] | None:
-    """An earlier index's rows by number, if each row of the table is among them."""
-    rows = {row["start"]: row for row in known.values() if row["file"] is not None and row["mtime_ns"] == modified}
-    return rows if len(rows) == num_rows and rows else None
+@dataclass(frozen=True)
+class _Keys:
+    """Keys of a table's pictures: `FILE/ROW`, and what more it takes to find them again."""
+
+    table: str
+    pictures: PictureColumn
+    chosen: bool
+
+    def of(self, row: int, item: int) -> str:
+        """`.ITEM` of a list, `@COLUMN` of a column that is not the one that would be found."""
+        number = f".{item}" if self.pictures.many else ""
+        return f"{self.table}/{row:08d}{number}{f'@{self.pictures.name}' if self.chosen else ''}"
 
 
-def _read(table: pq.ParquetFile, columns: Columns, *, hashed: bool) -> Iterator[tuple[Any, str | None, list[Any]]]:
-    """Bytes, path, and label and caption of each row; without bytes and paths unless they are to be hashed."""
-    names = [*(columns.picture if hashed else ()), *columns.words]
-    if not names:
-        yield from ((None, None, []) for _ in range(table.metadata.num_rows))
-        return
-    for group in range(table.metadata.num_row_groups):
-        for batch in table.iter_batches(_slice_rows(table, group), row_groups=[group], columns=names):
-            data = _leaf(batch, columns.data) if hashed and columns.data else [None] * len(batch)
-            path = _leaf(batch, columns.path) if hashed and columns.path else [None] * len(batch)
-            words = [_leaf(batch, name) for name in columns.words]
-            for i in range(len(batch)):
-                yield _plain(data[i]), _plain(path[i]), [_plain(column[i]) for column in words]
+def _unchanged(known: Known, modified: int | None, keys: _Keys, count: int) -> dict[str, Row] | None:
+    """An earlier index's rows by key, if each row of the table is among them."""
+    rows = {key: row for key, row in known.items() if row["file"] == keys.table and row["mtime_ns"] == modified}
+    if not rows or keys.pictures.many or len(rows) != count:
+        return None
+    return rows if all(keys.of(number, 0) in rows for number in range(count)) else None
 
 
-def _plain(value: Any) -> Any:
-    return value.as_py() if isinstance(value, pa.Scalar) else value
+def _files_or_stored(root: Place, name: str, table: TableFile, columns: Columns) -> tuple[PictureColumn, str | None]:
+    """The column to take, and a sentence where there was a choice: files that are there go before stored bytes.
 
-
-def _leaf(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """A column, or of a struct column a child that is null where the struct is."""
-    if name in batch.schema.names:
-        return batch.column(name)
-    parent, _, child = name.rpartition(".")
-    column = batch.column(parent)
-    return column.flatten()[column.type.get_field_index(child)]
-
-
-def _slice_rows(table: pq.ParquetFile, group: int) -> int:
-    about = table.metadata.row_group(group)
-    rows: int = SLICE_BYTES * about.num_rows // max(1, about.total_byte_size)
-    return max(1, min(1024, rows))
-
-
-def _words(columns: Columns, values: list[Any]) -> Row:
-    found = dict(zip(columns.words, values, strict=True))
-    label = found.get(columns.label) if columns.label else None
-    if columns.names is not None and label is not None:
-        label = columns.names[label] if 0 <= label < len(columns.names) else None
-    return {
-        "label": None if label is None else str(label),
-        "caption": found.get(columns.caption) if columns.caption else None,
-    }
-
-
-def _key_of(root: Place, table: str, path: str) -> str:
-    """Of a file that a table names: its path below the root.
-
-    Raises: CorpusError if it lies elsewhere.
+    Raises: CorpusError if the text is no path.
     """
-    folder = root / posixpath.dirname(table) if "/" in table else root
-    whole = posixpath.normpath(path if posixpath.isabs(path) else posixpath.join("/", folder.url.lstrip("/"), path))
-    below = posixpath.join("/", root.url.lstrip("/"), "")
-    if not root.is_local:
-        whole, below = posixpath.normpath(posixpath.join("/", posixpath.dirname(table), path)), "/"
-    if not whole.startswith(below) or (not root.is_local and posixpath.isabs(path)):
+    if columns.files is None:
+        assert columns.stored is not None
+        return columns.stored, None
+    rows = _read(table, columns.files, columns.files.leaves, [])
+    first = next((path for items, *_ in rows for _, path in items if path), None)
+    if first is not None and len(first) >= BASE64_LENGTH and BASE64.match(first):
         raise CorpusError(
-            f"table {root / table} names {path}, which does not lie below {root}; "
-            "give paths relative to the table's folder"
+            f"column {columns.files.name} of table {root / name} holds pictures as base64 text; decode it into a "
+            "binary column"
         )
-    require_printable(whole)
-    return whole.removeprefix(below)
+    if columns.stored is None:
+        return columns.files, None
+    key = None if first is None else place_key(root, name, first)
+    there = key is not None and root.exists(key)
+    taken, other = (columns.files, columns.stored) if there else (columns.stored, columns.files)
+    return taken, f"pictures are those of column {taken.name}; there is also {other.name}: --image-column chooses"
+
+
+def _read(
+    table: TableFile, pictures: PictureColumn, leaves: Sequence[Path], words: Sequence[Path]
+) -> Iterator[tuple[list[Item], pa.RecordBatch | None, int]]:
+    """The pictures of each row, and where its words are; one unknown picture each where no leaves are to be read."""
+    columns = [*leaves, *words]
+    if not columns:
+        yield from (([(None, None)], None, i) for i in range(num_rows(table)))
+        return
+    for group in range(len(table.ends)):
+        for batch in table.batches(group, columns):
+            found = [column_at(batch, leaf) for leaf in leaves]
+            for i in range(len(batch)):
+                yield (_items(pictures, found, i) if leaves else [(None, None)]), batch, i
+
+
+def _items(pictures: PictureColumn, columns: Sequence[pa.Array], row: int) -> list[Item]:
+    """The pictures of one row."""
+    values = [column[row].as_py() for column in columns]
+    if pictures.many:
+        return [_item(value) for value in values[0] or ()]
+    if pictures.kind == "text":
+        return [(None, values[0])]
+    data = values[0] if pictures.has_bytes else None
+    return [(data, values[-1] if pictures.has_path else None)]
+
+
+def _item(value: Any) -> Item:
+    """Of a list's element."""
+    return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+
+
+class Words:
+    """Labels and captions of a table's rows."""
+
+    def __init__(self, table: TableFile, columns: Columns) -> None:
+        self._label, self._caption = columns.label, columns.caption
+        self._fraction = None if self._label is None else _first_fraction(table, self._label)
+        if self._fraction is not None:
+            self._label = None
+        self._column = columns.label
+        self._batch: pa.RecordBatch | None = None
+        self._labels: list[Any] = []
+        self._captions: list[Any] = []
+        self._unreadable = 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of the columns to read."""
+        return [path for path in (self._label.path if self._label else None, self._caption) if path is not None]
+
+    def of(self, batch: pa.RecordBatch | None, i: int) -> Row:
+        """Label and caption of a row of a batch."""
+        if batch is not self._batch and batch is not None:
+            self._batch = batch
+            self._labels = self._values(batch, self._label.path if self._label else None)
+            self._captions = self._values(batch, self._caption)
+        if batch is None:
+            return {"label": None, "caption": None}
+        names = self._label.names if self._label else None
+        return {"label": _label_word(self._labels[i], names), "caption": writable(self._captions[i])}
+
+    def _values(self, batch: pa.RecordBatch, path: Path | None) -> list[Any]:
+        """Python's values; None for text that is not UTF-8, which is counted."""
+        if path is None:
+            return [None] * len(batch)
+        column = column_at(batch, path)
+        try:
+            return list(column.to_pylist())
+        except UnicodeDecodeError:
+            return [self._value(scalar) for scalar in column]
+
+    def _value(self, scalar: pa.Scalar) -> Any:
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError:
+            self._unreadable += 1
+            return None
+
+    def notes(self, where: Place) -> Iterator[str]:
+        """What is to be said of them once all rows have been read."""
+        if self._fraction is not None and self._column is not None:
+            yield (
+                f"column {self._column.name} of table {where} holds numbers such as {self._fraction:g}, which are no "
+                "classes, so no label was taken; --label-column chooses"
+            )
+        if self._unreadable:
+            yield f"{self._unreadable} labels and captions of table {where} are not UTF-8 text, and are left out"
+
+
+def _first_fraction(table: TableFile, label: LabelColumn) -> float | None:
+    """A number that stands for no class; missing labels turn whole numbers into floating ones."""
+    kind = label.kind.value_type if pa.types.is_dictionary(label.kind) else label.kind
+    if not pa.types.is_floating(kind):
+        return None
+    for group in range(len(table.ends)):
+        for batch in table.batches(group, [label.path]):
+            for value in column_at(batch, label.path).to_pylist():
+                if value is not None and not math.isnan(value) and not float(value).is_integer():
+                    return float(value)
+    return None
+
+
+def _label_word(value: Any, names: Sequence[str] | None) -> str | None:
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value)
+    if names is not None and isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else None
+    return None if value is None else writable(str(value))
+
+
+def _require_files(root: Place, name: str, rows: Sequence[Row], odd_path: str | None) -> None:
+    """Raises: CorpusError if the table names nothing but files that are not there."""
+    where = root / name
+    if not rows and odd_path is not None:
+        raise CorpusError(
+            f"table {where} names pictures on the web, such as {odd_path}; download them, with img2dataset for one"
+            if odd_path.startswith(WEB_ADDRESS)
+            else f"table {where} names {odd_path}, which does not lie below {root}; give paths relative to the table's "
+            "folder"
+        )
+    files = [row["key"] for row in rows if row.get("file") is None and row.get("sha256") is None]
+    if files and len(files) == len(rows) and root.is_local and not any(root.path(key).exists() for key in files):
+        raise CorpusError(
+            f"none of the {len(files)} files that table {where} names is there, the first is {root / files[0]}; put "
+            "them there, or give paths relative to the table's folder"
+        )
+
+
+def place_key(root: Place, table: str, path: str) -> str | None:
+    """Of a file that a table names: its path below the root; None if it lies elsewhere."""
+    if path.startswith(f"{root.url}/"):
+        path = path if root.is_local else posixpath.relpath(path.removeprefix(f"{root.url}/"), _folder(table))
+    elif "://" in path and not path.startswith("file:"):
+        return None
+    choices = [path]
+    if match := FILE_URL.match(path):
+        choices = [unquote(path[match.end() :]), path[match.end() :]]
+    elif "\\" in path:
+        choices.append(PureWindowsPath(path).as_posix())
+    keys = [key_of(key) for choice in choices if (key := _below(root, table, choice)) is not None]
+    there = (key for key in keys if root.is_local and root.path(key).exists())
+    return next(there, keys[0] if keys else None)
+
+
+def _folder(table: str) -> str:
+    return posixpath.dirname(table) or "."
+
+
+def _below(root: Place, table: str, path: str) -> str | None:
+    """A path, absolute or relative to the table's folder, as one below the root; None if it leaves that."""
+    if not posixpath.isabs(path):
+        key = posixpath.normpath(posixpath.join(posixpath.dirname(table), path))
+        return None if key == ".." or key.startswith("../") else key
+    if not root.is_local:
+        return None
+    below = posixpath.join(root.url, "")
+    folder, name = posixpath.split(posixpath.normpath(path))
+    for whole in (folder, posixpath.realpath(folder)):  # the root is known by its real path
+        if f"{whole}/".startswith(below):
+            return posixpath.join(f"{whole}/".removeprefix(below), name)
+    return None
 
 
 @dataclass
 class _Reading:
     """A table that is open, and where its last reading stands."""
 
-    table: pq.ParquetFile
-    column: str
-    ends: list[int]
-    """Of the row groups, counted in rows."""
+    table: TableFile
+    pictures: PictureColumn
     group: int = -1
     next_row: int = 0
     batches: Iterator[pa.RecordBatch] = field(default_factory=lambda: iter(()))
 
 
+Table = tuple[str, int | None, str | None]
+"""Its place, when it was changed, and the column, where one was chosen."""
+Spot = tuple[str, int | None, str | None, int, int]
+"""A table, a row in it and a picture in that."""
+
+
 class RowReader:
-    """Bytes of rows of tables; safe to use from several threads.
+    """Bytes of pictures in tables; safe to use from several threads.
 
     Each table is decoded by one thread at a time.
     """
 
     def __init__(self, cache_bytes: int = CACHE_BYTES) -> None:
         self._cache_bytes = cache_bytes
-        self._rows: OrderedDict[tuple[str, int | None, int], bytes] = OrderedDict()
+        self._rows: OrderedDict[Spot, bytes] = OrderedDict()
         self._num_bytes = 0
-        self._tables: OrderedDict[tuple[str, int | None], tuple[_Reading, threading.Lock]] = OrderedDict()
+        self._tables: OrderedDict[Table, tuple[_Reading, threading.Lock]] = OrderedDict()
         self._lock = threading.Lock()
         self.num_decoded = 0
         """Rows, for whoever wants to know what reading costs."""
 
-    def read(self, root: Place, name: str, row: int) -> bytes:
-        """Raises: FileNotFoundError; CorpusError if there is no such picture; StorageError."""
-        table = (str(root / name), modified_ns(root, name))
-        if (data := self._cached((*table, row))) is not None:
+    def read(self, root: Place, name: str, row: int, *, item: int = 0, column: str | None = None) -> bytes:
+        """Return the bytes of a picture.
+
+        Args:
+            item: which of a list.
+            column: None for the one that is taken where none was chosen.
+        Raises: FileNotFoundError; CorpusError if there is no such picture; StorageError.
+        """
+        table = (str(root / name), modified_ns(root, name), column)
+        if (data := self._cached((*table, row, item))) is not None:
             return data
         reading, turn = self._reading(root, name, table)
         with turn:
-            if (data := self._cached((*table, row))) is not None:
+            if (data := self._cached((*table, row, item))) is not None:
                 return data
             try:
-                data = self._decode(reading, table, row)
+                data = self._decode(reading, table, row, item)
             except StorageError:
                 raise
             except (OSError, pa.ArrowException, StopIteration) as error:
@@ -311,53 +406,59 @@ class RowReader:
             raise CorpusError(f"{root / name} has no picture in row {row}")
         return data
 
-    def _cached(self, place: tuple[str, int | None, int]) -> bytes | None:
+    def _cached(self, place: Spot) -> bytes | None:
         with self._lock:
             if place in self._rows:
                 self._rows.move_to_end(place)
             return self._rows.get(place)
 
-    def _reading(self, root: Place, name: str, table: tuple[str, int | None]) -> tuple[_Reading, threading.Lock]:
+    def _reading(self, root: Place, name: str, table: Table) -> tuple[_Reading, threading.Lock]:
         with self._lock:
             if table in self._tables:
                 self._tables.move_to_end(table)
                 return self._tables[table]
-        opened = _opened(root, name)
-        column = columns_of(opened.schema_arrow, root / name).data
-        if column is None:
-            raise CorpusError(f"{root / name} holds no bytes of pictures; it has changed since it was indexed")
-        groups = (opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups))
-        with self._lock:
-            entry = self._tables.setdefault(
-                table, (_Reading(opened, column, list(accumulate(groups))), threading.Lock())
+        opened, column = open_table(root, name), table[2]
+        schema, where = opened.schema, root / name
+        pictures = found_stored(schema, where) if column is None else named_stored(schema, where, column)
+        if pictures is None:
+            raise CorpusError(
+                f"{where} holds no bytes of pictures{f' in column {column}' if column else ''}; it has changed since "
+                "it was indexed"
             )
+        with self._lock:
+            entry = self._tables.setdefault(table, (_Reading(opened, pictures), threading.Lock()))
             if len(self._tables) > OPEN_TABLES:
                 self._tables.popitem(last=False)
         return entry
 
-    def _decode(self, reading: _Reading, table: tuple[str, int | None], row: int) -> bytes | None:
-        """The row's bytes; all rows that are decoded on the way to it are kept, too."""
-        group = bisect_right(reading.ends, row)
-        if row < 0 or group == len(reading.ends):
+    def _decode(self, reading: _Reading, table: Table, row: int, item: int) -> bytes | None:
+        """The picture's bytes; of Parquet, all rows that are decoded on the way to it are kept, too."""
+        pictures, ends = reading.pictures, reading.table.ends
+        leaf = pictures.leaves[0]
+        group = bisect_right(ends, row)
+        if row < 0 or group == len(ends):
             return None
+        if isinstance(reading.table, ArrowTable):
+            self.num_decoded += 1
+            found = _items(pictures, [column_at(reading.table.row(row), leaf)], 0)
+            return found[item][0] if item < len(found) else None
         if group != reading.group or row < reading.next_row:
-            reading.group, reading.next_row = group, reading.ends[group - 1] if group else 0
-            reading.batches = reading.table.iter_batches(
-                _slice_rows(reading.table, group), row_groups=[group], columns=[reading.column]
-            )
+            reading.group, reading.next_row = group, ends[group - 1] if group else 0
+            reading.batches = reading.table.batches(group, [leaf])
         wanted: bytes | None = None
         while reading.next_row <= row:
-            values = _leaf(next(reading.batches), reading.column)
-            for i, value in enumerate(values.to_pylist(), reading.next_row):
-                if i == row:
-                    wanted = value
-                if value is not None:
-                    self._keep((*table, i), value)
+            values = column_at(next(reading.batches), leaf)
+            for i in range(len(values)):
+                for number, (data, _) in enumerate(_items(pictures, [values], i)):
+                    if (reading.next_row + i, number) == (row, item):
+                        wanted = data
+                    if data is not None:
+                        self._keep((*table, reading.next_row + i, number), data)
             reading.next_row += len(values)
             self.num_decoded += len(values)
         return wanted
 
-    def _keep(self, place: tuple[str, int | None, int], data: bytes) -> None:
+    def _keep(self, place: Spot, data: bytes) -> None:
         with self._lock:
             self._num_bytes += len(data) - len(self._rows.pop(place, b""))
             self._rows[place] = data
@@ -368,9 +469,13 @@ class RowReader:
 _rows = RowReader()
 
 
-def read_row(root: Place, name: str, row: int) -> bytes:
+def read_row(root: Place, name: str, row: int, key: str) -> bytes:
     """The bytes of the picture in a row of a table.
 
+    Args:
+        key: the picture's; in it stands which of several pictures of the row it is.
     Raises: FileNotFoundError; CorpusError if there is no such picture; StorageError.
     """
-    return _rows.read(root, name, row)
+    match = KEY.fullmatch(key.removeprefix(f"{name}/"))
+    item, column = (match["item"], match["column"]) if match else (None, None)
+    return _rows.read(root, name, row, item=int(item or 0), column=column)

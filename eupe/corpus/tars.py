@@ -1,142 +1,217 @@
-"""WebDataset tars: members that share a path up to the first dot of its last word are one sample.
+"""Tars of pictures: WebDataset's samples, or class folders as `tar` packs them.
 
-Nothing is ever unpacked: a picture is a range of bytes of its tar. Labels come from `.cls` or a `.json`'s `label` or
-`class`, captions from `.txt` or a `.json`'s `caption` or `text`.
+Nothing is ever unpacked: a picture is a range of bytes of its tar. In a WebDataset, members that share a path up to the
+first dot of its last word are one sample, and what follows the dot is their key; labels come from `.cls` or a `.json`'s
+`label`, captions from `.txt` or a `.json`'s `caption` or `text`. A tar in which no picture has such a file beside it
+holds folders: each picture stands for itself, whatever dots are in its name, and its folder is its label.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+from eupe.corpus.choice import AS_FOUND, CAPTIONS, LABELS, Choice, Contents, label_word, writable
 from eupe.corpus.decode import EXTENSIONS
-from eupe.corpus.folder import Known, Row, modified_ns, require_printable
-from eupe.corpus.left_out import NO_PICTURE, LeftOut, added
+from eupe.corpus.folder import Known, Row, modified_ns
+from eupe.corpus.left_out import added, hidden, not_read
 from eupe.errors import CorpusError
+from eupe.names import key_of
 from eupe.place import BLOCK_BYTES, Place
 
 MEMBER = re.compile(r"(?P<sample>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
 SIDECARS = ("cls", "json", "txt")
 GZIP = b"\x1f\x8b"
+EVERY_KEY = "*"
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+WORDS = "label and caption files"
+LONELY_WORDS = "label and caption files without a picture"
+UNREADABLE_WORDS = "label and caption files that cannot be read"
+OTHER_KEYS = "pictures of other keys of their samples"
+ODD_MEMBERS = "members that are neither files nor links"
+LOST_LINKS = "links to what is not in their tar"
+FOLDER_LINKS = "links to folders"
+REPLACED = "members that a later one of the same name replaces"
+
+WORDS_BYTES = 16 * 2**20
+"""A larger label or caption file is not read: one such member must not fill the memory."""
+MAX_LINKS = 40
+"""One after the other, as Linux follows them."""
+NAMED_ENTRIES = 20
+NAMED_KEYS = 8
+
+
+@dataclass(slots=True)
+class _Picture:
+    """One member, without the tar's name, which all share."""
+
+    path: str
+    start: int
+    length: int
+    sha256: str | None = None
+
+
+@dataclass(slots=True)
+class _Words:
+    """What stands beside a picture, by the kind of file that says it."""
+
+    cls: str | None = None
+    label: str | None = None
+    txt: str | None = None
+    caption: str | None = None
+    kinds: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass
-class _Sample:
-    picture: Row | None = None
-    words: dict[str, bytes] = field(default_factory=dict)
+class _Tar:
+    """What is known of a tar while it is read; of a member some hundred bytes."""
+
+    where: Place
+    name: str
+    """Below the root; keys begin with it."""
+    choice: Choice
+    samples: dict[str, dict[str, _Picture]] = field(default_factory=dict)
+    """By the path up to the first dot, and by what follows it."""
+    words: dict[str, _Words] = field(default_factory=dict)
+    """By the path without the last suffix."""
+    links: dict[str, str] = field(default_factory=dict)
+    """Hard and symbolic ones: path to target."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    entries: dict[str, None] = field(default_factory=dict)
+    """Of all `.json`: their names, for whoever asks for one that is not there."""
+
+    def num_samples(self) -> int:
+        return len(self.samples.keys() | self.words.keys())
 
 
-def tar_rows(root: Place, name: str, known: Known) -> tuple[list[Row], LeftOut]:
-    """Rows of the index, one for each sample, in the tar's order, and what is left out.
+def tar_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) -> Contents:
+    """Read what a tar holds.
 
     Args:
         name: of the tar, below the root.
         known: rows of this tar in an earlier index; a picture of the same place in a tar of the same time is not
             hashed again.
-    Raises: CorpusError if the tar is not whole and plain, or its samples are not clear; StorageError if an object
-        store does not serve it.
+    Raises: CorpusError if the tar is not whole and plain, its samples are not clear, or it holds nothing that was
+        chosen; StorageError if an object store does not serve it.
     """
-    require_printable(str(root / name))
     modified = modified_ns(root, name)
-    samples: dict[str, _Sample] = {}
+    tar = _Tar(root / name, name, choice)
+
+    def hash_of(file: BinaryIO, picture: _Picture) -> str:
+        before = known.get(f"{name}/{picture.path}")
+        place = {"file": name, "start": picture.start, "length": picture.length, "mtime_ns": modified}
+        if before is not None and before["sha256"] and all(before[column] == place[column] for column in place):
+            return str(before["sha256"])
+        digest = hashlib.sha256()
+        file.seek(picture.start)
+        for block in _blocks(file, picture.length):
+            digest.update(block)
+        return digest.hexdigest()
+
     try:
         with root.open(name) as file:
-            _scan(file, root / name, samples, lambda member: _take(file, member, name, samples, known, modified))
+            _scan(file, tar, lambda member: _note(file, member, tar, hash_of))
+            if tar.links:
+                _follow_links(file, tar)
+            chosen = sorted(_chosen(tar), key=lambda found: (found[0].start, found[0].path))
+            last = _Picture("", -1, 0)
+            for picture, _ in chosen:  # a link comes right after its target, whose place it shares
+                if picture.sha256 is None:
+                    same = (picture.start, picture.length) == (last.start, last.length)
+                    picture.sha256 = last.sha256 if same else hash_of(file, picture)
+                last = picture
     except FileNotFoundError as error:
         raise CorpusError(str(error)) from error
+    _require_label_entry(tar)
+    stems = {stem for _, stem in chosen}
+    sidecars = not stems.isdisjoint(tar.words)
+    folders = {} if sidecars else _folder_labels({posixpath.dirname(picture.path) for picture, _ in chosen})
     rows = [
-        sample.picture | _words(sample.words, f"{root / name}: {prefix}")
-        for prefix, sample in samples.items()
-        if sample.picture is not None
+        {"key": f"{name}/{picture.path}", "num_bytes": picture.length, "mtime_ns": modified}
+        | {"file": name, "start": picture.start, "length": picture.length, "sha256": picture.sha256}
+        | _label_and_caption(tar.words.get(stem), folders.get(posixpath.dirname(picture.path)))
+        for picture, stem in chosen
     ]
-    rows.sort(key=lambda row: int(row["start"]))
-    return rows, added({NO_PICTURE: len(samples) - len(rows)})
+    return Contents(rows, _left_out(tar, stems), _notes(tar))
 
 
-def _scan(file: BinaryIO, where: Place, samples: dict[str, _Sample], take: Callable[[tarfile.TarInfo], None]) -> None:
-    """Hand on the files in a tar.
+def _label_and_caption(words: _Words | None, folder: str | None) -> Row:
+    if words is None:
+        return {"label": folder, "caption": None}
+    label = words.cls if words.cls is not None else words.label
+    return {
+        "label": folder if label is None else label,
+        "caption": words.txt if words.txt is not None else words.caption,
+    }
+
+
+def _broken(tar: _Tar, whole: int, reason: object) -> CorpusError:
+    return CorpusError(
+        f"{tar.where} is truncated or damaged ({reason}), after {whole} whole samples; make or fetch it again"
+    )
+
+
+def _scan(file: BinaryIO, tar: _Tar, take: Callable[[tarfile.TarInfo], None]) -> None:
+    """Hand on the members of a tar.
 
     Raises: CorpusError, telling how many samples came before, where it breaks off.
     """
     if file.read(len(GZIP)) == GZIP:
-        raise CorpusError(f"{where} is gzipped, so that no picture in it can be found by its place; gunzip it first")
-    file.seek(0)
+        raise CorpusError(
+            f"{tar.where} is gzipped, so that no picture in it can be found by its place; gunzip it first"
+        )
     broken: BaseException | None = None
     last: str | None = None
     end = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                last = _sample_name(member)
-                if member.issparse():
-                    raise CorpusError(f"{where}: member {member.name} is a sparse file; make the tar without --sparse")
-                if member.isreg():
-                    take(member)
-                tar.members.clear()  # type: ignore[attr-defined]  # which would hold every header of the tar
-            end = tar.offset
+        for member, after in _members(file):
+            end = after
+            if member is None:
+                break
+            last = _sample_name(member)
+            if member.issparse():
+                raise CorpusError(f"{tar.where}: member {member.name} is a sparse file; make the tar without --sparse")
+            if not member.isdir():
+                take(member)
     except (tarfile.TarError, EOFError) as error:
         broken = error
     if broken is None:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
             return
-    whole = len(samples) - (broken is not None and last in samples)
-    raise CorpusError(
-        f"{where} is truncated or damaged ({broken or 'its end mark is missing'}), after {whole} whole samples; make "
-        "or fetch it again"
-    ) from broken
+    whole = tar.num_samples() - (broken is not None and (last in tar.samples or last in tar.words))
+    raise _broken(tar, whole, broken or "its end mark is missing") from broken
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo | None, int]]:
+    """Each header with where the tar stands; at last None with its end."""
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as opened:
+        for member in opened:
+            yield member, opened.offset
+            opened.members.clear()  # type: ignore[attr-defined]  # which would hold every header of the tar
+        yield None, opened.offset
+
+
+def _plain(name: str) -> str:
+    """A member's path as text that can be written; `tar -C folder .` begins each with `./`."""
+    return key_of(name.removeprefix("./"))
 
 
 def _sample_name(member: tarfile.TarInfo) -> str | None:
-    match = MEMBER.fullmatch(member.name.removeprefix("./"))
+    match = MEMBER.fullmatch(_plain(member.name))
     return match["sample"] if match and member.isreg() else None
-
-
-def _take(
-    file: BinaryIO, member: tarfile.TarInfo, tar: str, samples: dict[str, _Sample], known: Known, modified: int | None
-) -> None:
-    """Note a member in its sample.
-
-    Raises: CorpusError; EOFError if the tar ends inside it.
-    """
-    path = member.name.removeprefix("./")
-    match = MEMBER.fullmatch(path)
-    if match is None:
-        return
-    key = f"{tar}/{path}"
-    require_printable(key)
-    sample = samples.setdefault(match["sample"], _Sample())
-    extension = match["extension"].lower()
-    file.seek(member.offset_data)
-    if extension in SIDECARS:
-        if extension in sample.words:
-            raise CorpusError(f"{key} is in its tar twice; names in a tar must be unique")
-        sample.words[extension] = b"".join(_blocks(file, member.size))
-    elif f".{extension}" in EXTENSIONS:
-        if sample.picture is not None:
-            other = sample.picture["key"]
-            raise CorpusError(
-                f"{key} is in its tar twice; names in a tar must be unique"
-                if other == key
-                else f"one sample has two pictures, {other} and {key}; give each sample of a tar one, under one name "
-                "up to the first dot"
-            )
-        place = {"file": tar, "start": member.offset_data, "length": member.size}
-        row: Row = {"key": key, "num_bytes": member.size, "mtime_ns": modified, **place}
-        before = known.get(key)
-        if before is not None and all(before[name] == row[name] for name in ("mtime_ns", *place)):
-            row["sha256"] = before["sha256"]
-        else:
-            digest = hashlib.sha256()
-            for block in _blocks(file, member.size):
-                digest.update(block)
-            row["sha256"] = digest.hexdigest()
-        sample.picture = row
 
 
 def _blocks(file: BinaryIO, length: int) -> Iterator[bytes]:
@@ -148,28 +223,256 @@ def _blocks(file: BinaryIO, length: int) -> Iterator[bytes]:
         yield block
 
 
-def _words(words: dict[str, bytes], where: str) -> Row:
-    """Label and caption.
+HashOf = Callable[[BinaryIO, _Picture], str]
 
-    Raises: CorpusError if they cannot be read.
+
+def _note(file: BinaryIO, member: tarfile.TarInfo, tar: _Tar, hash_of: HashOf) -> None:
+    """Note a member.
+
+    Raises: CorpusError; EOFError if the tar ends inside it.
     """
-    texts: dict[str, str] = {}
-    for extension, data in words.items():
-        try:
-            texts[extension] = data.decode()
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"{where}.{extension} is not UTF-8 text") from error
+    path = _plain(member.name)
+    if posixpath.basename(path).startswith("."):
+        tar.left_out[hidden(posixpath.basename(path))] += 1
+    elif member.islnk() or member.issym():
+        folder = "" if member.islnk() else posixpath.dirname(path)
+        tar.links[path] = posixpath.normpath(posixpath.join(folder, _plain(member.linkname)))
+    elif member.isreg():
+        _note_file(file, path, member.offset_data, member.size, tar, hash_of)
+    else:
+        tar.left_out[ODD_MEMBERS] += 1
+
+
+def _note_file(file: BinaryIO, path: str, start: int, length: int, tar: _Tar, hash_of: HashOf | None) -> None:
+    """Note a regular member, or what a link stands for.
+
+    Args:
+        hash_of: for pictures whose key has no dot: nearly all are taken, and a bucket is read but once.
+    Raises: CorpusError for a name that is there twice; EOFError.
+    """
+    suffix = PurePosixPath(path).suffix.lower()
+    match = MEMBER.fullmatch(path)
+    if match is None or (suffix.removeprefix(".") not in SIDECARS and suffix not in EXTENSIONS):
+        tar.left_out[not_read(path)] += 1
+        return
+    if suffix not in EXTENSIONS:
+        _note_words(file, path, start, length, tar)
+        return
+    picture = _Picture(path, start, length)
+    pictures = tar.samples.setdefault(match["sample"], {})
+    if match["extension"] in pictures:
+        if "." not in match["extension"]:
+            raise CorpusError(f"{tar.name}/{path} is in its tar twice; names in a tar must be unique")
+        tar.left_out[REPLACED] += 1
+    pictures[match["extension"]] = picture
+    if hash_of is not None and "." not in match["extension"]:
+        picture.sha256 = hash_of(file, picture)
+
+
+def _note_words(file: BinaryIO, path: str, start: int, length: int, tar: _Tar) -> None:
+    """Keep the label and the caption of a file of them, not the file.
+
+    Raises: CorpusError for a name that is there twice; EOFError.
+    """
+    stem, _, kind = path.rpartition(".")
+    kind = kind.lower()
+    words = tar.words.setdefault(stem, _Words())
+    if kind in (*words.kinds, *words.unreadable):
+        raise CorpusError(f"{tar.name}/{path} is in its tar twice; names in a tar must be unique")
+    if length > WORDS_BYTES:
+        words.unreadable += (kind,)
+        return
+    file.seek(start)
     try:
-        notes = json.loads(texts["json"]) if "json" in texts else {}
-    except ValueError as error:
-        raise CorpusError(f"{where}.json cannot be read as JSON: {error}") from error
-    notes = notes if isinstance(notes, dict) else {}
-    label = texts["cls"].strip() if "cls" in texts else _first(notes, "label", "class")
-    caption = texts["txt"].strip() if "txt" in texts else _first(notes, "caption", "text")
-    return {"label": label, "caption": caption}
+        _read_words(b"".join(_blocks(file, length)).decode("utf-8-sig"), kind, words, tar)
+    except (ValueError, RecursionError):
+        words.unreadable += (kind,)
+    else:
+        words.kinds += (kind,)
 
 
-def _first(notes: dict[str, Any], *names: str) -> str | None:
-    """The first of these entries that is a word or a number."""
-    values = (notes[name] for name in names if isinstance(notes.get(name), str | int | float))
-    return next((str(value) for value in values), None)
+def _read_words(text: str, kind: str, words: _Words, tar: _Tar) -> None:
+    """Raises: ValueError, RecursionError if the text is no JSON and should be."""
+    column = tar.choice.label_column
+    if kind == "txt":
+        words.txt = text.strip()
+        return
+    if kind == "cls":
+        tar.entries.setdefault("cls")
+        words.cls = text.strip() if column in (None, "cls") else None
+        return
+    notes: Any = json.loads(text)
+    if not isinstance(notes, dict):
+        return
+    for name in notes:
+        if len(tar.entries) < NAMED_ENTRIES or name in LABELS or name == column:
+            tar.entries.setdefault(name)
+    found = (label_word(notes.get(name)) for name in (LABELS if column is None else (column,)))
+    words.label = next((word for word in found if word is not None), None)
+    said = (notes[name] for name in CAPTIONS if isinstance(notes.get(name), str | int | float))
+    words.caption = next((writable(str(value)) for value in said), None)
+
+
+def _follow_links(file: BinaryIO, tar: _Tar) -> None:
+    """Note the files that links stand for.
+
+    Raises: CorpusError for a name that is there twice.
+    """
+    targets = {path: _target(path, tar.links) for path in tar.links}
+    wanted = set(targets.values())
+    places: dict[str, tuple[int, int]] = {}
+    for member, _ in _members(file):
+        if member is not None and member.isreg() and (path := posixpath.normpath(_plain(member.name))) in wanted:
+            places[path] = (member.offset_data, member.size)
+    for path, target in targets.items():
+        if target in places:
+            _note_file(file, path, *places[target], tar, None)
+        else:
+            suffix = PurePosixPath(path).suffix
+            tar.left_out[LOST_LINKS if suffix.lower() in EXTENSIONS else FOLDER_LINKS] += 1
+
+
+def _target(path: str, links: Mapping[str, str]) -> str | None:
+    """Return where a link leads, over others and over links to folders; None where it goes round in circles."""
+    for _ in range(MAX_LINKS):
+        words = path.split("/")
+        heads = ("/".join(words[:count]) for count in range(1, len(words) + 1))
+        head = next((head for head in heads if head in links), None)
+        if head is None:
+            return path
+        path = posixpath.normpath(posixpath.join(links[head], path[len(head) + 1 :]))
+    return None
+
+
+def _chosen(tar: _Tar) -> list[tuple[_Picture, str]]:
+    """Pictures to take, each with the path, without suffix, of the files that tell its label and caption.
+
+    Raises: CorpusError if a sample has several pictures and none was chosen, or none has the one that was.
+    """
+    single, kinds = _told_apart(tar)
+    taken = [(picture, picture.path.rpartition(".")[0]) for picture in single]
+    if (wanted := tar.choice.image_key) is not None:
+        taken = [found for found in taken if _is_called(PurePosixPath(found[0].path).suffix[1:], wanted)]
+        for sample, pictures in kinds.items():
+            taken += [(picture, sample) for key, picture in pictures.items() if _is_called(key, wanted)]
+        _count_others(tar, taken, single, kinds)
+        if not taken and (single or kinds):
+            raise CorpusError(f"{tar.where} has no picture called {wanted}; --image-key may be {_keys(kinds, single)}")
+        return taken
+    beside: set[str] = set()
+    """Keys that stand beside a sample's one picture without a dot in its key, `seg.png` of `jpg`."""
+    alone: list[tuple[str, str, _Picture]] = []
+    for sample, pictures in kinds.items():
+        plain = [key for key in pictures if "." not in key]
+        if len(pictures) == 1:
+            alone += [(sample, key, picture) for key, picture in pictures.items()]
+        elif len(plain) == 1:
+            taken.append((pictures[plain[0]], sample))
+            beside |= {key.lower() for key in pictures if key != plain[0]}
+        else:
+            first, second = list(pictures.values())[:2]
+            raise CorpusError(
+                f"one sample has two pictures, {tar.name}/{first.path} and {tar.name}/{second.path}; choose by "
+                f"--image-key {_keys(kinds, single)}, or take each by itself: --image-key '{EVERY_KEY}'"
+            )
+    taken += [(picture, sample) for sample, key, picture in alone if key.lower() not in beside]
+    _count_others(tar, taken, single, kinds)
+    return taken
+
+
+def _told_apart(tar: _Tar) -> tuple[list[_Picture], dict[str, dict[str, _Picture]]]:
+    """Pictures that stand for themselves, whatever dots are in their names; and by sample and key those of samples.
+
+    What follows the first dot is a key rather than a part of a name (`img_1.5.jpg`) where half of the samples have it,
+    or where the tar's pictures have labels or captions under the name before that dot. One that begins with a digit
+    takes such a file of its own sample.
+    """
+    shares = Counter(key.lower() for pictures in tar.samples.values() for key in pictures)
+    labelled = not tar.words.keys().isdisjoint(tar.samples)
+    crowded = sum(sum("." not in key for key in pictures) > 1 for pictures in tar.samples.values())
+    folder_of_twins = not labelled and 2 * crowded < len(tar.samples)
+    single: list[_Picture] = []
+    kinds: dict[str, dict[str, _Picture]] = {}
+    for sample, pictures in tar.samples.items():
+        plain = sum("." not in key for key in pictures)
+        for key, picture in pictures.items():
+            common = 2 * shares[key.lower()] >= len(tar.samples)
+            if "." not in key:
+                is_key = plain == 1 or not folder_of_twins  # x.jpg and x.png in a folder are two pictures
+            elif key[0].isdigit():
+                is_key = sample in tar.words and (common or not plain)
+            else:
+                is_key = common or (labelled and picture.path.rpartition(".")[0] not in tar.words)
+            if is_key:
+                kinds.setdefault(sample, {})[key] = picture
+            else:
+                single.append(picture)
+    return single, kinds
+
+
+def _is_called(key: str, wanted: str) -> bool:
+    return fnmatchcase(key.lower(), wanted.lower())
+
+
+def _count_others(
+    tar: _Tar,
+    taken: Sequence[tuple[_Picture, str]],
+    single: Sequence[_Picture],
+    kinds: Mapping[str, Mapping[str, _Picture]],
+) -> None:
+    """Count the pictures that are not taken, by their keys."""
+    paths = {picture.path for picture, _ in taken}
+    for pictures in kinds.values():
+        for key, picture in pictures.items():
+            if picture.path not in paths:
+                tar.left_out[f"{OTHER_KEYS}: {key.lower()}"] += 1
+    for picture in single:
+        if picture.path not in paths:
+            tar.left_out[f"{OTHER_KEYS}: {PurePosixPath(picture.path).suffix[1:].lower()}"] += 1
+
+
+def _keys(kinds: Mapping[str, Mapping[str, _Picture]], single: Sequence[_Picture]) -> str:
+    """The keys that there are, the most common first."""
+    counts = Counter(key.lower() for pictures in kinds.values() for key in pictures)
+    counts.update(PurePosixPath(picture.path).suffix[1:].lower() for picture in single)
+    named = [f"{key} ({count} pictures)" for key, count in counts.most_common(NAMED_KEYS)]
+    return ", ".join(named) + (", ..." if len(counts) > NAMED_KEYS else "")
+
+
+def _folder_labels(folders: Set[str]) -> dict[str, str]:
+    """Return each folder's label: the first folder below what all of them share, and below `train`, `val` and `test`.
+
+    A picture in no folder has none.
+    """
+    parts = {folder: folder.strip("/").split("/") for folder in folders}
+    while parts and min(map(len, parts.values())) > 1:
+        heads = {words[0] for words in parts.values()}
+        if len(heads) > 1 and not {head.lower() for head in heads} <= SPLITS:
+            break
+        parts = {folder: words[1:] for folder, words in parts.items()}
+    labels = {folder: words[0] for folder, words in parts.items() if words[0]}
+    return {} if {label.lower() for label in labels.values()} <= SPLITS else labels
+
+
+def _require_label_entry(tar: _Tar) -> None:
+    """Raises: CorpusError if the labels that were asked for are in none of the tar's files."""
+    wanted = tar.choice.label_column
+    if wanted is None or wanted in tar.entries:
+        return
+    there = f"they have {', '.join(tar.entries)}" if tar.entries else "there is none that could be read"
+    raise CorpusError(f"--label-column {wanted} is in no .json of {tar.where}; {there}")
+
+
+def _left_out(tar: _Tar, taken: Set[str]) -> dict[str, int]:
+    for stem, words in tar.words.items():
+        reason = WORDS if stem in taken else LONELY_WORDS
+        tar.left_out.update(f"{reason}: .{kind}" for kind in words.kinds)
+        tar.left_out.update(f"{UNREADABLE_WORDS}: .{kind}" for kind in words.unreadable)
+    return added(tar.left_out)
+
+
+def _notes(tar: _Tar) -> tuple[str, ...]:
+    there = [name for name in LABELS if name in tar.entries]
+    if len(there) < 2 or tar.choice.label_column is not None:
+        return ()
+    return (f"labels are `{there[0]}` of each .json, or what it has of {', '.join(there[1:])}; --label-column chooses",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
 from eupe.place import Where
@@ -55,6 +56,8 @@ class ExtractConfig:
     """Patterns of keys; only pictures that match one of them, see `Corpus.pick`."""
     exclude: tuple[str, ...] = ()
     """Patterns of keys; no picture that matches one of them."""
+    choice: Choice = AS_FOUND
+    """Which pictures and labels to take where tars and tables hold several."""
     shuffle: bool = False
     """Take the pictures in an order drawn by the views' seed; with a limit, a random sample."""
     retry_failed: bool = False

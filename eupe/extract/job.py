@@ -67,6 +67,8 @@ class ExtractReport:
     """Files of a folder, members of tars and rows of tables that were found now, pictures or not."""
     left_out: Mapping[str, int]
     """How many of them are left out, by reason; the others are the samples asked for."""
+    notes: tuple[str, ...]
+    """What was taken of the corpus where there was a choice that was not made."""
 
 
 def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lambda status: None) -> ExtractReport:
@@ -106,6 +108,7 @@ def extract_together(
         previous=previous,
         patterns=Patterns(configs[0].include, configs[0].exclude),
         progress=lambda done, of: on_status(Status("indexing", done, of)),
+        choice=configs[0].choice,
     )
     corpus = picked(configs[0], corpus)
     with JobActors(configs, teachers, corpus) as actors:
@@ -264,6 +267,8 @@ def _open_or_create(
     on_status: Callable[[Status], None],
 ) -> Store:
     """The store to fill: new, as it was left, or extended by what came to the corpus."""
+    if existing is not None and has_index(existing):
+        _require_same_choice(existing, corpus)
     fidelity = actors.configs[i].fidelity
     if existing is not None and fidelity is not None and existing.spec.fidelity.get("asked") == fidelity:
         spec = replace(spec, precision=existing.spec.precision)
@@ -278,6 +283,17 @@ def _open_or_create(
     store = create_store(place, spec)
     store.path.create(segment_name(0), index_bytes(corpus))
     return store
+
+
+def _require_same_choice(store: Store, corpus: Corpus) -> None:
+    """Raises: ConfigError if the store's pictures and labels were chosen otherwise than is asked for now."""
+    stored = stored_index(store)
+    if stored.choice != corpus.choice:
+        now = corpus.choice.words() or "no such option"
+        raise ConfigError(
+            f"{store.path} was made {stored.choice.told()}, and now {now} was given, which may take other pictures or "
+            "labels; give what it was made with, or another --out"
+        )
 
 
 def has_index(store: Store) -> bool:
@@ -296,7 +312,8 @@ def stored_index(store: Store) -> Corpus:
     except FileNotFoundError as error:
         raise CorpusError(f"the store's index of pictures is incomplete: {error}") from error
     samples = pa.concat_tables([segment.samples for segment in segments], promote_options="default")
-    return Corpus(segments[0].root, samples, segments[-1].left_out)
+    last = segments[-1]
+    return Corpus(segments[0].root, samples, last.left_out, last.choice, last.notes)
 
 
 def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
@@ -316,7 +333,7 @@ def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
             f"{' and '.join(what)}; put them back, or give another --out"
         )
     new_samples = corpus.samples.filter(pc.is_in(corpus.samples["key"], pa.array(sorted(gained))))
-    added = Corpus(corpus.root, new_samples, corpus.left_out)
+    added = replace(corpus, samples=new_samples)
     store.path.write(segment_name(len(store.spec.corpus["segments"])), index_bytes(added))
     return extend_store(store, fingerprint=corpus.fingerprint, num_new=len(added))
 
@@ -341,4 +358,5 @@ def _report(store: Store, corpus: Corpus, *, seconds: float, views_per_s: float 
         forward=spec.forward,
         num_found=corpus.num_found,
         left_out=corpus.left_out,
+        notes=tuple(corpus.notes),
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.index import Corpus, fingerprint, index_bytes, index_from_bytes, open_corpus
 from eupe.corpus.views import ViewSpec
 from eupe.errors import CorpusError, EupeError, IncompleteError, PartCorruptError
@@ -178,9 +179,11 @@ def _restore_index(store: Store, found: VerifyReport, corpus: Where | None, on_s
     try:
         root = stored_pictures(store, corpus)
         pictures = open_corpus(
-            corpus or root, progress=lambda done, of: on_status(Status("indexing", done, of))
-        ).samples
-        segments = _segments(store, bad, pictures)
+            corpus or root,
+            progress=lambda done, of: on_status(Status("indexing", done, of)),
+            choice=_choice(store, bad),
+        )
+        segments = _segments(store, bad, pictures.samples)
     except CorpusError as error:
         raise CorpusError(
             f"{store.path / damages[0].what} {damages[0].reason}, and the commit files repeat it only in part, so it "
@@ -188,9 +191,16 @@ def _restore_index(store: Store, found: VerifyReport, corpus: Where | None, on_s
             "nor extended"
         ) from error
     for segment in bad:
-        index = Corpus(Place.of(store.spec.corpus["root"]), segments[segment])
+        index = replace(pictures, root=Place.of(store.spec.corpus["root"]), samples=segments[segment])
         store.path.write(segment_name(segment), index_bytes(index))
     return [segment_name(segment) for segment in bad]
+
+
+def _choice(store: Store, bad: Sequence[int]) -> Choice:
+    """What was chosen when the store was made, as far as a whole segment tells."""
+    whole = [segment for segment in range(len(store.spec.corpus["segments"])) if segment not in bad]
+    names = [segment_name(segment) for segment in whole[:1]]
+    return next((index_from_bytes(store.path.read(name), name).choice for name in names), AS_FOUND)
 
 
 def _segments(store: Store, bad: Sequence[int], pictures: pa.Table) -> list[pa.Table]:

@@ -18,7 +18,6 @@ from containers import make_tar, png, tars_of
 from making import make_corpus
 
 from eupe.corpus.index import index_bytes, open_corpus, read_index
-from eupe.corpus.left_out import NO_PICTURE
 from eupe.corpus.resumable import UNFINISHED, make_index
 from eupe.errors import CorpusError
 
@@ -104,8 +103,9 @@ def test_the_command_tells_of_samples_without_a_picture(tmp_path: Path, run_eupe
     make_tar(tmp_path / "x.tar", {"a.png": png(1), "b.txt": b"lost", "c.cls": b"1"})
     outcome = run_eupe("index", "--corpus", tmp_path / "x.tar", "--out", tmp_path / "i.parquet")
     assert outcome.code == 0, outcome.err
-    assert "left out: 2 (2 samples without a picture)" in outcome.out
-    assert read_index(tmp_path / "i.parquet").left_out == {NO_PICTURE: 2}
+    lonely = "label and caption files without a picture"
+    assert f"left out: 2 (2 {lonely}: .cls 1, .txt 1)" in outcome.out
+    assert read_index(tmp_path / "i.parquet").left_out == {f"{lonely}: .{kind}": 1 for kind in ("cls", "txt")}
     before = (tmp_path / "i.parquet").read_bytes()
     make_tar(tmp_path / "x.tar", {"b.txt": b"lost"})
     with pytest.raises(CorpusError, match="holds no picture"):

@@ -17,7 +17,7 @@ from making import make_corpus
 from eupe.corpus.index import Corpus, index_folder, open_corpus, write_index
 from eupe.corpus.left_out import NO_PICTURE
 from eupe.corpus.pictures import insides, read_picture
-from eupe.corpus.tables import RowReader
+from eupe.corpus.tables import AGAIN, ELSEWHERE, WEB, RowReader
 from eupe.errors import CorpusError
 from eupe.place import Place
 
@@ -96,14 +96,21 @@ def test_paths_name_files_below_the_tables_folder(tmp_path: Path) -> None:
     struct = pa.schema([("image", IMAGE)])
     same = write(folder / "same.parquet", [{"image": {"bytes": None, "path": path}} for path in paths], struct)
     assert open_corpus(same).fingerprint == corpus.fingerprint
-    for bad, words in (
-        ("../x.png", "does not lie below"),
-        ("/etc/x.png", "does not lie below"),
-        (keys[0], "more than"),
-    ):
+    for bad, reason in (("../x.png", ELSEWHERE), ("/etc/x.png", ELSEWHERE), ("https://x.org/y.png", WEB)):
         write(folder / "bad.parquet", [*rows, {"file_name": bad, "label": 9}], schema)
-        with pytest.raises(CorpusError, match=words):
+        found = open_corpus(folder / "bad.parquet")
+        assert found.fingerprint == corpus.fingerprint and found.left_out == {reason: 1}
+        write(folder / "bad.parquet", [{"file_name": bad, "label": 9}], schema)
+        with pytest.raises(CorpusError, match="does not lie below" if reason == ELSEWHERE else "pictures on the web"):
             open_corpus(folder / "bad.parquet")
+    write(folder / "twice.parquet", [*rows, {"file_name": keys[0], "label": 0}], schema)
+    assert open_corpus(folder / "twice.parquet").left_out == {AGAIN: 1}
+    write(folder / "twice.parquet", [*rows, {"file_name": keys[0], "label": 9}], schema)
+    with pytest.raises(CorpusError, match="more than one row"):
+        open_corpus(folder / "twice.parquet")
+    write(folder / "gone.parquet", [{"file_name": f"gone/{i}.png", "label": i} for i in range(3)], schema)
+    with pytest.raises(CorpusError, match=r"none of the 3 files that table .* names is there, the first is .*gone/0"):
+        open_corpus(folder / "gone.parquet")
 
 
 def test_a_table_without_pictures_or_with_too_many_is_refused(tmp_path: Path) -> None:

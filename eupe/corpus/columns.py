@@ -1,0 +1,333 @@
+"""Which columns of a table hold pictures, labels and captions: found by type and name, or chosen by the user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from eupe.corpus.choice import AS_FOUND, CAPTIONS, LABELS, Choice
+from eupe.errors import CorpusError
+from eupe.place import Place
+
+BINARY_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
+OTHER_BINARY_COLUMNS = (
+    *("image_bytes", "img_bytes", "image_data", "img_data", "picture_bytes", "jpeg_bytes", "jpg_bytes", "png_bytes"),
+    *("bytes", "content", "data"),
+)
+"""Taken where there is none of the others: Spark's `content`, and what people call their own."""
+PATH_COLUMNS = ("path", "file_name", "image_path")
+OTHER_PATH_COLUMNS = (
+    *("image", "img", "picture", "filename", "file_path", "filepath", "file", "image_file", "image_name"),
+    *("img_path", "image_filename", "image_uri", "uri"),
+)
+SPARK = {"path", "modificationTime", "length", "content"}
+"""What Spark's `binaryFile` writes: there `path` tells where a picture came from, not where it is."""
+NAMED_COLUMNS = 12
+
+Path = tuple[str, ...]
+"""Of a column: its name, and in a struct those of the children down to it."""
+
+
+@dataclass(frozen=True)
+class PictureColumn:
+    """A column that may hold pictures."""
+
+    path: Path
+    kind: Literal["struct", "binary", "text"]
+    """A struct of `bytes` and perhaps `path`, as Hugging Face has it; bytes; or paths of files."""
+    has_bytes: bool = True
+    has_path: bool = False
+    many: bool = False
+    """A list of them in each row."""
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def leaves(self) -> list[Path]:
+        """What has to be read: bytes before paths."""
+        if self.kind != "struct" or self.many:
+            return [self.path]
+        return [
+            *([(*self.path, "bytes")] if self.has_bytes else []),
+            *([(*self.path, "path")] if self.has_path else []),
+        ]
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """A column of labels."""
+
+    path: Path
+    kind: pa.DataType
+    names: tuple[str, ...] | None
+    """Of the classes that integers stand for."""
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is taken from a table."""
+
+    stored: PictureColumn | None
+    """Holds the pictures themselves."""
+    files: PictureColumn | None
+    """Names their files; where both are there, the files go first if they exist."""
+    chosen: bool
+    """`stored` is not what is found without a choice."""
+    label: LabelColumn | None
+    caption: Path | None
+    notes: tuple[str, ...]
+
+
+class NoPicturesError(CorpusError):
+    """A table without any column that could hold pictures."""
+
+
+def columns_of(schema: pa.Schema, where: Place, choice: Choice = AS_FOUND) -> Columns:
+    """Raises: CorpusError if no column holds pictures, it is not clear which, or there is none that was chosen."""
+    candidates = list(_candidates(schema))
+    if choice.image_column is None:
+        stored, files = _found(candidates, schema, where)
+        chosen = False
+    else:
+        column = _named(candidates, choice.image_column, schema, where)
+        stored, files = (None, column) if not column.has_bytes else (column, None)
+        chosen = stored is not None and stored != found_stored(schema, where)
+    taken = stored or files
+    assert taken is not None
+    label, notes = _label(schema, taken.path[:-1], where, choice)
+    if choice.image_column is None:
+        others = [c.name for c in candidates if c.path != taken.path and _is_telling(c)]
+        notes = (*_note("pictures", taken.name, others, "--image-column"), *notes)
+    return Columns(stored, files, chosen, label, _caption(schema, taken.path[:-1]), notes)
+
+
+def words_of(schema: pa.Schema, where: Place, choice: Choice) -> Columns:
+    """Columns of labels and captions alone.
+
+    Raises: CorpusError if there is no such column of labels as was chosen.
+    """
+    label, notes = _label(schema, (), where, choice)
+    return Columns(None, None, False, label, _caption(schema, ()), notes)
+
+
+def _caption(schema: pa.Schema, above: Path) -> Path | None:
+    return next((path for path in _paths(CAPTIONS, above) if _is_text(_type_at(schema, path))), None)
+
+
+def picture_kind(schema: pa.Schema) -> Literal["bytes", "paths"] | None:
+    """Return how a table holds pictures, if it does, whichever of its columns they are in."""
+    try:
+        stored, _ = _found(list(_candidates(schema)), schema, Place("/"))
+    except NoPicturesError:
+        return None
+    except CorpusError:
+        return "bytes"  # in several columns
+    return "paths" if stored is None else "bytes"
+
+
+def found_stored(schema: pa.Schema, where: Place) -> PictureColumn | None:
+    """The column of pictures themselves that is taken without a choice; None if there is none, or it is not clear."""
+    try:
+        return _found(list(_candidates(schema)), schema, where)[0]
+    except CorpusError:
+        return None
+
+
+def named_stored(schema: pa.Schema, where: Place, name: str) -> PictureColumn | None:
+    """The column of pictures themselves of this name, if there is one."""
+    return next((c for c in _candidates(schema) if c.name == name and c.has_bytes), None)
+
+
+def _candidates(fields: pa.Schema | pa.StructType, above: Path = ()) -> Iterator[PictureColumn]:
+    """All columns that may hold pictures, those of structs after the struct."""
+    for field in fields:
+        path = (*above, field.name)
+        kind, many = field.type, False
+        if _is_list(kind):
+            kind, many = kind.value_type, True
+        if pa.types.is_struct(kind):
+            inner = {child.name: child.type for child in kind}
+            has_bytes, has_path = _is_binary(inner.get("bytes")), _is_text(inner.get("path"))
+            if has_bytes or (has_path and inner.keys() <= {"bytes", "path"}):
+                yield PictureColumn(path, "struct", has_bytes, has_path, many)
+            elif not many:
+                yield from _candidates(kind, path)
+        elif _is_binary(kind):
+            yield PictureColumn(path, "binary", many=many)
+        elif _is_text(kind) and not many:
+            yield PictureColumn(path, "text", has_bytes=False, has_path=True)
+
+
+def _is_telling(column: PictureColumn) -> bool:
+    """Whether it holds pictures by more than its type."""
+    names = (*BINARY_COLUMNS, *OTHER_BINARY_COLUMNS)
+    return column.has_bytes and (column.kind == "struct" or column.path[-1] in names)
+
+
+def _found(
+    candidates: Sequence[PictureColumn], schema: pa.Schema, where: Place
+) -> tuple[PictureColumn | None, PictureColumn | None]:
+    """What holds the pictures, and what names their files.
+
+    Raises: CorpusError if there is neither, or it is not clear which.
+    """
+    top = [c for c in candidates if len(c.path) == 1]
+    whole = {c.name: c for c in top if c.has_bytes and not c.many}
+    structs = [c for c in whole.values() if c.kind == "struct"]
+    binaries = [whole[name] for name in BINARY_COLUMNS if name in whole]
+    if structs or binaries:
+        return _only(structs or binaries, where), None
+    others = [whole[name] for name in OTHER_BINARY_COLUMNS if name in whole]
+    texts = {c.name: c for c in top if c.kind == "text"}
+    paths = [texts[name] for name in PATH_COLUMNS if name in texts]
+    if paths:
+        spark = set(schema.names) >= SPARK and "content" in whole
+        return (whole["content"], None) if spark else (others[0] if others else None, _only(paths, where))
+    nested = [c for c in candidates if len(c.path) > 1 and not c.many and _is_telling(c)]
+    many = [c for c in candidates if c.many and _is_telling(c)]
+    lists = [c for c in candidates if c.many]
+    for stored in (others[:1], list(whole.values()), many, nested, lists):
+        if stored:
+            return _only(stored, where), None
+    named = [c for c in top if c.kind == "struct"] or [texts[name] for name in OTHER_PATH_COLUMNS if name in texts]
+    if named:
+        return None, named[0]
+    raise NoPicturesError(
+        f"table {where} has no column of pictures among {_some(schema.names)}; it takes a struct with bytes "
+        f"(Hugging Face's Image), a binary column ({', '.join(BINARY_COLUMNS)}) or one of paths "
+        f"({', '.join(PATH_COLUMNS)}), or what --image-column names"
+    )
+
+
+def _only(found: Sequence[PictureColumn], where: Place) -> PictureColumn:
+    """Raises: CorpusError unless there is one, or one that is called `image`."""
+    images = [column for column in found if column.name == "image"]
+    if len(found) > 1 and not images:
+        names = ", ".join(column.name for column in found)
+        raise CorpusError(
+            f"table {where} has several columns of pictures, {names}; choose one of them by --image-column"
+        )
+    return (images or found)[0]
+
+
+def _named(candidates: Sequence[PictureColumn], name: str, schema: pa.Schema, where: Place) -> PictureColumn:
+    """Raises: CorpusError if there is no such column, or it can hold no pictures."""
+    for column in candidates:
+        if column.name == name:
+            return column
+    telling = [c.name for c in candidates if c.has_bytes] or schema.names
+    if (kind := _type_at(schema, _split(name, schema))) is not None:
+        raise CorpusError(
+            f"column {name} of table {where} holds {kind}, which is no picture; --image-column may be {_some(telling)}"
+        )
+    raise CorpusError(f"table {where} has no column {name}; --image-column may be {_some(telling)}")
+
+
+def _label(schema: pa.Schema, above: Path, where: Place, choice: Choice) -> tuple[LabelColumn | None, tuple[str, ...]]:
+    """The column of labels, and what is to be said of it.
+
+    Args:
+        above: the struct that the pictures are in; its labels go before the table's own.
+    Raises: CorpusError if there is no such column as was chosen, or it can hold no labels.
+    """
+    if (name := choice.label_column) is not None:
+        path = _split(name, schema)
+        kind = _type_at(schema, path)
+        if kind is None:
+            raise CorpusError(f"table {where} has no column {name}; --label-column may be {_some(_labels_in(schema))}")
+        if not _is_label(kind):
+            raise CorpusError(
+                f"column {name} of table {where} holds {kind}, which is no label; --label-column may be "
+                f"{_some(_labels_in(schema))}"
+            )
+        return LabelColumn(path, kind, _class_names(schema, path)), ()
+    there = [(path, kind) for path in _paths(LABELS, above) if (kind := _type_at(schema, path)) is not None]
+    usable = [(path, kind) for path, kind in there if _is_label(kind)]
+    if not usable:
+        return None, tuple(
+            f"column {'.'.join(path)} holds {kind}, which is no label, so none was taken; --label-column chooses"
+            for path, kind in there[:1]
+            if not pa.types.is_null(kind)
+        )
+    path, kind = usable[0]
+    label = LabelColumn(path, kind, _class_names(schema, path))
+    return label, _note("labels", label.name, [".".join(path) for path, _ in usable[1:]], "--label-column")
+
+
+def _note(what: str, taken: str, others: Sequence[str], option: str) -> tuple[str, ...]:
+    if not others:
+        return ()
+    return (f"{what} are those of column {taken}; there is also {_some(others)}: {option} chooses",)
+
+
+def _paths(names: Sequence[str], above: Path) -> list[Path]:
+    return [*((*above, name) for name in names if above), *((name,) for name in names)]
+
+
+def _split(name: str, schema: pa.Schema) -> Path:
+    """A column by the name that a user gives it."""
+    return (name,) if name in schema.names else tuple(name.split("."))
+
+
+def _type_at(schema: pa.Schema, path: Path) -> pa.DataType | None:
+    kinds: dict[str, pa.DataType] = {field.name: field.type for field in schema}
+    kind: pa.DataType | None = None
+    for name in path:
+        kind = kinds.get(name)
+        kinds = {child.name: child.type for child in kind} if kind is not None and pa.types.is_struct(kind) else {}
+    return kind
+
+
+def _labels_in(schema: pa.Schema) -> list[str]:
+    return [field.name for field in schema if _is_label(field.type)] or list(schema.names)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - NAMED_COLUMNS
+    return ", ".join(names[:NAMED_COLUMNS]) + (f", and {more} more" if more > 0 else "")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    tests = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+    return any(getattr(pa.types, test)(kind) for test in tests)
+
+
+def _is_binary(kind: pa.DataType | None) -> bool:
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = ("is_binary", "is_large_binary", "is_binary_view", "is_fixed_size_binary")
+    return kind is not None and any(getattr(pa.types, test)(kind) for test in tests)
+
+
+def _is_text(kind: pa.DataType | None) -> bool:
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = ("is_string", "is_large_string", "is_string_view")
+    return kind is not None and any(getattr(pa.types, test)(kind) for test in tests)
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    tests = ("is_integer", "is_boolean", "is_floating")
+    return _is_text(value) or any(getattr(pa.types, test)(value) for test in tests)
+
+
+def _class_names(schema: pa.Schema, path: Path) -> tuple[str, ...] | None:
+    """Of a Hugging Face ClassLabel."""
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        for name in path:
+            feature = feature[name]
+        return tuple(str(name) for name in feature["names"])
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,122 @@
+"""Tables as they lie in files: Parquet, and Arrow as Hugging Face's `save_to_disk` leaves it, read alike."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eupe.corpus.columns import Path
+from eupe.errors import CorpusError, StorageError
+from eupe.place import Place
+
+ARROW = ".arrow"
+FILE_MAGIC = b"ARROW1"
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+SLICE_BYTES = 8 * 2**20
+"""Decoded at once, about."""
+SLICE_ROWS = 1024
+
+
+class ParquetTable:
+    """A Parquet file; its groups are Parquet's row groups."""
+
+    def __init__(self, root: Place, name: str) -> None:
+        """Raises: FileNotFoundError; CorpusError; StorageError."""
+        file = root.open(name)
+        try:
+            self._file = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
+        except (StorageError, FileNotFoundError):
+            raise
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise CorpusError(f"{root / name} cannot be read as Parquet: {error}") from error
+        groups = range(self._file.metadata.num_row_groups)
+        self.ends = list(accumulate(self._file.metadata.row_group(group).num_rows for group in groups))
+        """Of the groups, counted in rows."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self._file.schema_arrow
+
+    def batches(self, group: int, columns: Sequence[Path]) -> Iterator[pa.RecordBatch]:
+        """Some columns of a group, in slices of some megabytes."""
+        about = self._file.metadata.row_group(group)
+        rows = _slice_rows(about.num_rows, about.total_byte_size)
+        names = [".".join(path) for path in columns]
+        yield from self._file.iter_batches(rows, row_groups=[group], columns=names)
+
+
+class ArrowTable:
+    """An Arrow file or stream on a disk, mapped into memory; its groups are Arrow's record batches."""
+
+    def __init__(self, root: Place, name: str) -> None:
+        """Raises: FileNotFoundError; CorpusError; StorageError."""
+        where = root / name
+        if not root.is_local:
+            raise CorpusError(
+                f"{where} is Arrow, which is read from a disk only; copy it there, or write the data set with "
+                "`to_parquet` and put that into the bucket"
+            )
+        with root.open(name) as file:
+            magic = file.read(len(FILE_MAGIC))
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - len(STREAM_END)))
+            end = file.read()
+        try:
+            mapped = pa.memory_map(where.url)
+            if magic == FILE_MAGIC:
+                reader = pa.ipc.open_file(mapped)
+                self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            else:
+                reader = pa.ipc.open_stream(mapped)
+                self._batches = list(reader)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise CorpusError(f"{where} cannot be read as Arrow: {error}; make or fetch it again") from error
+        if magic != FILE_MAGIC and end != STREAM_END:
+            rows = sum(map(len, self._batches))
+            raise CorpusError(
+                f"{where} is truncated after {rows} rows (its end mark is missing); make or fetch it again"
+            )
+        self.schema = reader.schema
+        self.ends = list(accumulate(map(len, self._batches)))
+
+    def batches(self, group: int, columns: Sequence[Path]) -> Iterator[pa.RecordBatch]:
+        """Some columns of a group, in slices of some megabytes."""
+        batch = self._batches[group].select(list(dict.fromkeys(path[0] for path in columns)))
+        rows = _slice_rows(len(batch), batch.nbytes)
+        for start in range(0, len(batch), rows):
+            yield batch.slice(start, rows)
+
+    def row(self, row: int) -> pa.RecordBatch:
+        """One row by itself, for the others cost nothing."""
+        group = bisect_right(self.ends, row)
+        return self._batches[group].slice(row - (self.ends[group - 1] if group else 0), 1)
+
+
+TableFile = ParquetTable | ArrowTable
+
+
+def open_table(root: Place, name: str) -> TableFile:
+    """Raises: FileNotFoundError; CorpusError; StorageError."""
+    return ArrowTable(root, name) if name.endswith(ARROW) else ParquetTable(root, name)
+
+
+def num_rows(table: TableFile) -> int:
+    """Of all groups together."""
+    return table.ends[-1] if table.ends else 0
+
+
+def column_at(batch: pa.RecordBatch, path: Path) -> pa.Array:
+    """A column, or of a struct column a child that is null where the struct is."""
+    column = batch.column(path[0])
+    for name in path[1:]:
+        column = column.flatten()[column.type.get_field_index(name)]
+    return column
+
+
+def _slice_rows(num_rows: int, num_bytes: int) -> int:
+    return max(1, min(SLICE_ROWS, SLICE_BYTES * num_rows // max(1, num_bytes)))
