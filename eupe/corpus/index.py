@@ -42,8 +42,9 @@ from eupe.corpus.left_out import (
     added,
     left_none,
 )
+from eupe.corpus.metadata import Metadata
 from eupe.corpus.pictures import OUTSIDE
-from eupe.corpus.sources import Source, find_folder, find_source
+from eupe.corpus.sources import Source, find_folder, find_source, require_meaning
 from eupe.corpus.tables import table_rows
 from eupe.corpus.tars import tar_rows
 from eupe.errors import CorpusError, StorageError
@@ -273,18 +274,24 @@ def index_pieces(
         interrupted: pieces of this very index from a run that was cut off; they vouch for objects, too.
     Raises: CorpusError; StorageError if an object store does not serve the pictures.
     """
+    require_meaning(found)
     usable = previous is not None and previous.root == found.root and found.root.is_local
     known = [_Known(table) for table in (*([previous.samples] if previous and usable else ()), *interrupted)]
     with ThreadPoolExecutor(threads := found.root.threads((os.cpu_count() or 1) + 4)) as pool:
         if found.kind == "pictures":
+            metadata = Metadata(found.root, found.metadata, found.choice)
             keys, done = found.picture_keys(), 0
-            while some := list(itertools.islice(keys, ROWS_AT_ONCE)):
+            following = list(itertools.islice(keys, ROWS_AT_ONCE))
+            while some := following:
                 row_of = partial(picture_row, found.root, _by_key(known, "key", some))
                 rows = []
                 for row in pool.map(row_of, some):
-                    rows.append(row)  # with the first folder as its label; `found.metadata` may know better
+                    rows.append(row)
                     progress(done := done + 1, found.num_pictures)
-                yield Piece(pa.Table.from_pylist(rows, schema=SCHEMA))
+                following = list(itertools.islice(keys, ROWS_AT_ONCE))
+                schema = CONTAINED if found.metadata else SCHEMA
+                rows = metadata.told(rows)
+                yield Piece(pa.Table.from_pylist(rows, schema=schema), notes=() if following else metadata.notes())
         else:
             work = partial(_file_piece, found, known)
             done = 0

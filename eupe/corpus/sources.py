@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Literal
@@ -17,6 +19,7 @@ from eupe.corpus.left_out import (
     BROKEN_LINKS,
     BY_EXCLUDE,
     BY_INCLUDE,
+    DERIVED,
     EVERYTHING,
     METADATA,
     NO_TABLE,
@@ -27,6 +30,7 @@ from eupe.corpus.left_out import (
     not_read,
     told,
 )
+from eupe.corpus.table_files import ARROW
 from eupe.corpus.tables import is_index, table_kind
 from eupe.errors import CorpusError
 from eupe.names import key_of
@@ -35,12 +39,18 @@ from eupe.place import Place, Where
 TAR = ".tar"
 GZIPPED = (".tar.gz", ".tgz")
 TABLE = ".parquet"
+TABLES = (TABLE, ARROW)
+SAVED_STATE = "state.json"
+"""In each folder that Hugging Face's `save_to_disk` makes; tells which Arrow files are the data set."""
+MADE_OF_IT = re.compile(r"(.*/)?(cache|tmp)-?[^/]*\.arrow", re.IGNORECASE)
+"""Arrow files that `datasets` keeps of what was computed from a data set."""
 METADATA_NAME = re.compile(r"(.*/)?metadata\.(csv|jsonl|parquet)")
 """Beside pictures, as Hugging Face's image folders have it."""
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 Kind = Literal["pictures", "tars", "tables", "index"]
+NAMED: Mapping[Kind, str] = {"pictures": "pictures as files", "tars": "tars", "tables": "tables", "index": "an index"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ def _kind_of(name: str) -> Literal["pictures", "tars", "tables"] | None:
     name = name.lower()
     if name.endswith((TAR, *GZIPPED)):
         return "tars"
-    if name.endswith(TABLE):
+    if name.endswith(TABLES):
         return "tables"
     return "pictures" if PurePosixPath(name.rpartition("/")[2]).suffix in EXTENSIONS else None
 
@@ -114,6 +124,19 @@ def find_source(words: Where, patterns: Patterns = EVERYTHING) -> Source:
     )
 
 
+def require_meaning(found: Source) -> None:
+    """Raises: CorpusError for a choice that such a corpus does not have."""
+    idle = {
+        "--image-key": (found.choice.image_key, "tars", "tars whose samples hold several pictures"),
+        "--image-column": (found.choice.image_column, "tables", "tables"),
+    }
+    for option, (value, kind, meant) in idle.items():
+        if value is not None and found.kind not in (kind, "index"):
+            raise CorpusError(
+                f"{option} {value} is for {meant}, and {found.root} holds {NAMED[found.kind]}; leave it out"
+            )
+
+
 def corpus_root(words: Where) -> Place:
     """The folder that the keys of a corpus begin at, whether or not it is there.
 
@@ -140,7 +163,7 @@ def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
     _require_utf8(root)
     files: dict[str, list[str]] = {"pictures": [], "tars": [], "tables": []}
     left_out: Counter[str] = Counter()
-    num_pictures, first, metadata = 0, "", []
+    num_pictures, first, metadata, states = 0, "", [], []
     for entry in entries(root):
         kind, reason = _kind_of(entry.name), entry.left_out
         if _is_picture(entry):
@@ -151,6 +174,9 @@ def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
             metadata.append(entry.name)
         elif reason is None and kind is not None:
             files[kind].append(entry.name)
+        elif reason is None and entry.name.rpartition("/")[2] == SAVED_STATE:
+            states.append(entry.name)
+            reason = METADATA
         elif reason is None:
             reason = not_read(entry.name)
         left_out.update(filter(None, [reason]))
@@ -163,7 +189,9 @@ def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
     if num_pictures:
         left_out.update([METADATA for _ in metadata] + [not_read(name) for name in files["tars"] + files["tables"]])
         return Source("pictures", root, (), num_pictures, left_out, patterns, metadata)
-    files["tables"] += [name for name in metadata if name.endswith(TABLE)]
+    saved = _saved(root, states, files["tables"])
+    left_out[DERIVED] += len(files["tables"]) - len(saved)
+    files["tables"] = saved + [name for name in metadata if name.endswith(TABLE)]
     tables = {name: _table_reason(root, name, beside_tars=bool(files["tars"])) for name in files["tables"]}
     taken = [name for name, reason in tables.items() if reason is None]
     if files["tars"] and taken:
@@ -183,6 +211,48 @@ def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
     names = files["tars"] or taken or unclear
     left_out.update(reason for name, reason in tables.items() if reason is not None and name not in names)
     return replace(_of_files(root, names), left_out=left_out, patterns=patterns)
+
+
+def _saved(root: Place, states: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the tables that are data sets: in a folder that `save_to_disk` made, those that it lists.
+
+    Raises: CorpusError for a list that cannot be read, or of what is not there; StorageError.
+    """
+    arrows = [name for name in names if _is_arrow(name)]
+    if arrows and len(arrows) < len(names):
+        other = next(name for name in names if not _is_arrow(name))
+        raise CorpusError(
+            f"corpus {root} holds Arrow ({arrows[0]}) and Parquet ({other}), maybe of the same pictures; name one kind "
+            f"of them: 'FOLDER/{{a,b}}{TABLE}'"
+        )
+    if not arrows:
+        return list(names)
+    listed: list[str] = []
+    folders = {posixpath.dirname(state) for state in states}
+    for state in states:
+        folder = posixpath.dirname(state)
+        try:
+            about = json.loads(root.read(state))
+            mapped = about.get("_indices_data_files")
+            listed += [posixpath.join(folder, file["filename"]) for file in about["_data_files"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorpusError(f"{root / state} does not list the files of a data set of `datasets`: {error}") from error
+        if mapped:
+            raise CorpusError(
+                f"{root / state} selects rows by a list of their own, as `datasets` did before 2.0; write it again: "
+                f"load_from_disk({str(root / folder)!r}).flatten_indices().save_to_disk(...)"
+            )
+    if missing := [name for name in listed if name not in names]:
+        raise CorpusError(f"{root / missing[0]} is missing, which {SAVED_STATE} beside it lists; fetch it again")
+    return [
+        name
+        for name in arrows
+        if name in listed or (posixpath.dirname(name) not in folders and not MADE_OF_IT.fullmatch(name))
+    ]
+
+
+def _is_arrow(name: str) -> bool:
+    return name.lower().endswith(ARROW)
 
 
 def _table_reason(root: Place, name: str, *, beside_tars: bool) -> str | None:

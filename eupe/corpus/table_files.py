@@ -102,7 +102,7 @@ TableFile = ParquetTable | ArrowTable
 
 def open_table(root: Place, name: str) -> TableFile:
     """Raises: FileNotFoundError; CorpusError; StorageError."""
-    return ArrowTable(root, name) if name.endswith(ARROW) else ParquetTable(root, name)
+    return ArrowTable(root, name) if name.lower().endswith(ARROW) else ParquetTable(root, name)
 
 
 def num_rows(table: TableFile) -> int:

@@ -73,7 +73,7 @@ class Inputs:
             index = read_index(found.root / found.files[0])
             return Pictures(index.fingerprint, index.samples["key"].to_pylist())
         keys = list(found.picture_keys()) if found.kind == "pictures" else None
-        return Pictures(_stamp(found.root.local, found.files if keys is None else keys), keys)
+        return Pictures(_stamp(found.root.local, found.files if keys is None else [*keys, *found.metadata]), keys)
 
     def folder(self, words: str) -> str:
         """Changes when any file below a local folder does: names, sizes and times, which links to folders hide.

@@ -241,3 +241,38 @@ def test_an_arrow_file_is_read_by_rows(tmp_path: Path) -> None:
     os.truncate(path, 0)
     with pytest.raises(CorpusError, match="cannot be read as Arrow"):
         table_rows(Place.of(folder), path.name, {})
+
+
+def test_a_folder_of_save_to_disk_opens_as_it_is(tmp_path: Path) -> None:
+    whole = tmp_path / "dict"
+    save_to_disk(whole / "train", [arrow_table(STRUCTS[:3]), arrow_table(STRUCTS[3:])])
+    save_to_disk(whole / "test", [arrow_table(OTHERS[:2])])
+    (whole / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for name in ("cache-0a1b.arrow", "tmpq1w2"):
+        (whole / "train" / name).write_bytes(b"of a map that was cut off")
+    corpus = open_corpus(whole)
+    data = {
+        key: read_picture(corpus.root, key, inside)
+        for key, inside in zip(corpus.samples["key"].to_pylist(), insides(corpus.samples), strict=True)
+    }
+    shards = ["test/data-00000-of-00001", "train/data-00000-of-00002", "train/data-00001-of-00002"]
+    keys = [f"{shards[0]}.arrow/{i:08d}" for i in range(2)] + [f"{shards[1]}.arrow/{i:08d}" for i in range(3)]
+    keys += [f"{shards[2]}.arrow/{i:08d}" for i in range(2)]
+    assert data == dict(zip(keys, [*(other["bytes"] for other in OTHERS[:2]), *BYTES], strict=True))
+    assert corpus.left_out == {
+        "Arrow files of what was computed from a data set": 1,
+        "files of kinds that are not read: .json": 3,
+        "files of kinds that are not read: no suffix": 1,
+        "files of metadata": 2,
+    }
+    assert (
+        open_corpus(f"{whole}/train/data-{{00000..00001}}-of-00002.arrow")
+        .samples["sha256"]
+        .equals(corpus.samples["sha256"][2:])
+    )
+    (whole / "train" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(CorpusError, match=r"data-00001-of-00002\.arrow is missing, which state\.json beside it lists"):
+        open_corpus(whole)
+    pq.write_table(pa.table({"image": BYTES}), whole / "x.parquet")
+    with pytest.raises(CorpusError, match=r"holds Arrow \(test/data-.*\) and Parquet \(x\.parquet\).*name one kind"):
+        open_corpus(whole)
