@@ -180,7 +180,7 @@ def _files_or_stored(root: Place, name: str, table: TableFile, columns: Columns)
     if columns.stored is None:
         return columns.files, None
     key = None if first is None else place_key(root, name, first)
-    there = key is not None and root.exists(key)
+    there = key is not None and (_is_there(root, key) if root.is_local else root.exists(key))
     taken, other = (columns.files, columns.stored) if there else (columns.stored, columns.files)
     return taken, f"pictures are those of column {taken.name}; there is also {other.name}: --image-column chooses"
 
@@ -306,7 +306,7 @@ def _require_files(root: Place, name: str, rows: Sequence[Row], odd_path: str | 
             "folder"
         )
     files = [row["key"] for row in rows if row.get("file") is None and row.get("sha256") is None]
-    if files and len(files) == len(rows) and root.is_local and not any(root.path(key).exists() for key in files):
+    if files and len(files) == len(rows) and root.is_local and not any(_is_there(root, key) for key in files):
         raise CorpusError(
             f"none of the {len(files)} files that table {where} names is there, the first is {root / files[0]}; put "
             "them there, or give paths relative to the table's folder"
@@ -317,7 +317,7 @@ def place_key(root: Place, table: str, path: str) -> str | None:
     """Of a file that a table names: its path below the root; None if it lies elsewhere."""
     if path.startswith(f"{root.url}/"):
         path = path if root.is_local else posixpath.relpath(path.removeprefix(f"{root.url}/"), _folder(table))
-    elif "://" in path and not path.startswith("file:"):
+    elif "\0" in path or ("://" in path and not path.startswith("file:")):
         return None
     choices = [path]
     if match := FILE_URL.match(path):
@@ -325,8 +325,15 @@ def place_key(root: Place, table: str, path: str) -> str | None:
     elif "\\" in path:
         choices.append(PureWindowsPath(path).as_posix())
     keys = [key_of(key) for choice in choices if (key := _below(root, table, choice)) is not None]
-    there = (key for key in keys if root.is_local and root.path(key).exists())
+    there = (key for key in keys if root.is_local and _is_there(root, key))
     return next(there, keys[0] if keys else None)
+
+
+def _is_there(root: Place, key: str) -> bool:
+    try:
+        return root.path(key).exists()
+    except OSError:  # a name that is too long for a file
+        return False
 
 
 def _folder(table: str) -> str:

@@ -328,8 +328,9 @@ def _follow_links(file: BinaryIO, tar: _Tar) -> None:
         if target in places:
             _note_file(file, path, *places[target], tar, None)
         else:
-            suffix = PurePosixPath(path).suffix
-            tar.left_out[LOST_LINKS if suffix.lower() in EXTENSIONS else FOLDER_LINKS] += 1
+            suffix = PurePosixPath(path).suffix.lower()
+            wanted_file = suffix in EXTENSIONS or suffix.removeprefix(".") in SIDECARS
+            tar.left_out[LOST_LINKS if wanted_file else not_read(path) if suffix else FOLDER_LINKS] += 1
 
 
 def _target(path: str, links: Mapping[str, str]) -> str | None:

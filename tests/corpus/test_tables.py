@@ -96,7 +96,12 @@ def test_paths_name_files_below_the_tables_folder(tmp_path: Path) -> None:
     struct = pa.schema([("image", IMAGE)])
     same = write(folder / "same.parquet", [{"image": {"bytes": None, "path": path}} for path in paths], struct)
     assert open_corpus(same).fingerprint == corpus.fingerprint
-    for bad, reason in (("../x.png", ELSEWHERE), ("/etc/x.png", ELSEWHERE), ("https://x.org/y.png", WEB)):
+    for bad, reason in (
+        ("../x.png", ELSEWHERE),
+        ("/etc/x.png", ELSEWHERE),
+        ("a\0.png", ELSEWHERE),
+        ("https://x.org/y.png", WEB),
+    ):
         write(folder / "bad.parquet", [*rows, {"file_name": bad, "label": 9}], schema)
         found = open_corpus(folder / "bad.parquet")
         assert found.fingerprint == corpus.fingerprint and found.left_out == {reason: 1}
@@ -108,6 +113,8 @@ def test_paths_name_files_below_the_tables_folder(tmp_path: Path) -> None:
     write(folder / "twice.parquet", [*rows, {"file_name": keys[0], "label": 9}], schema)
     with pytest.raises(CorpusError, match="more than one row"):
         open_corpus(folder / "twice.parquet")
+    write(folder / "long.parquet", [*rows, {"file_name": "x" * 9000, "label": 9}], schema)
+    assert open_corpus(folder / "long.parquet").samples["sha256"].null_count == 1
     write(folder / "gone.parquet", [{"file_name": f"gone/{i}.png", "label": i} for i in range(3)], schema)
     with pytest.raises(CorpusError, match=r"none of the 3 files that table .* names is there, the first is .*gone/0"):
         open_corpus(folder / "gone.parquet")
