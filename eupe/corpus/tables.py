@@ -191,7 +191,8 @@ def _read(
     """The pictures of each row, and where its words are; one unknown picture each where no leaves are to be read."""
     columns = [*leaves, *words]
     if not columns:
-        yield from (([(None, None)], None, i) for i in range(num_rows(table)))
+        for i in range(num_rows(table)):
+            yield [(None, None)], None, i
         return
     for group in range(len(table.ends)):
         for batch in table.batches(group, columns):

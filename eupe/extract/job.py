@@ -268,7 +268,7 @@ def _open_or_create(
 ) -> Store:
     """The store to fill: new, as it was left, or extended by what came to the corpus."""
     if existing is not None and has_index(existing):
-        _require_same_choice(existing, corpus)
+        require_same_choice(existing, corpus)
     fidelity = actors.configs[i].fidelity
     if existing is not None and fidelity is not None and existing.spec.fidelity.get("asked") == fidelity:
         spec = replace(spec, precision=existing.spec.precision)
@@ -285,7 +285,7 @@ def _open_or_create(
     return store
 
 
-def _require_same_choice(store: Store, corpus: Corpus) -> None:
+def require_same_choice(store: Store, corpus: Corpus) -> None:
     """Raises: ConfigError if the store's pictures and labels were chosen otherwise than is asked for now."""
     stored = stored_index(store)
     if stored.choice != corpus.choice:

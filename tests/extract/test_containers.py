@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from containers import make_tar, members_of, tars_of
 from making import make_corpus, make_store, picture
 from mending import Crews
 
+from eupe.corpus.choice import Choice
+from eupe.corpus.index import index_bytes, open_corpus
 from eupe.corpus.views import ViewSpec
-from eupe.errors import CorpusError
+from eupe.errors import ConfigError, CorpusError
 from eupe.extract.audit import AuditConfig, audit
+from eupe.extract.job import require_same_choice
 from eupe.extract.repair import RepairConfig, repair
 from eupe.store import Store, open_store
 from eupe.store.layout import part_name, segment_name
@@ -30,12 +34,24 @@ def table_of(corpus: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=["tars", "table"])
+def saved_to_disk(corpus: Path, folder: Path) -> Path:
+    """The same, as `datasets` leaves it on a disk."""
+    images = [{"bytes": path.read_bytes(), "path": None} for path in sorted(corpus.rglob("*.png"))]
+    folder.mkdir()
+    table = pa.table({"image": images})
+    with pa.OSFile(str(folder / "data-0.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+    return folder
+
+
+@pytest.fixture(params=["tars", "table", "arrow"])
 def container(request: pytest.FixtureRequest, tiny_corpus: Path, tmp_path: Path) -> Path:
     """The tiny corpus's 24 pictures in another shape."""
     if request.param == "tars":
         return tars_of(tiny_corpus, tmp_path / "shards", count=3)
-    return table_of(tiny_corpus, tmp_path / "table")
+    make = table_of if request.param == "table" else saved_to_disk
+    return make(tiny_corpus, tmp_path / "table")
 
 
 def features(store: Store) -> list[np.ndarray]:
@@ -77,6 +93,22 @@ def test_parts_and_the_index_are_made_anew(container: Path, tiny_weights: Path, 
     assert verify(store.path).whole
     assert store.path.read(names[1]) == before[names[1]]
     assert open_targets([store.path], corpus=moved, holdout=0.2).read_image(3).size == picture(3).size
+
+
+def test_a_store_goes_on_only_with_what_was_chosen_for_it(
+    tiny_corpus: Path, tiny_weights: Path, tmp_path: Path
+) -> None:
+    folder = tars_of(tiny_corpus, tmp_path / "shards", count=1)
+    store = make_store(tmp_path / "s.zarr", folder, tiny_weights)
+    corpus = open_corpus(folder)
+    require_same_choice(store, corpus)
+    chosen = replace(corpus, choice=Choice(label_column="cls"))
+    with pytest.raises(ConfigError, match="was made without such an option, and now --label-column cls was given"):
+        require_same_choice(store, chosen)
+    store.path.write(segment_name(0), index_bytes(chosen))
+    require_same_choice(store, chosen)
+    with pytest.raises(ConfigError, match="was made with --label-column cls, and now no such option was given"):
+        require_same_choice(store, corpus)
 
 
 def test_a_picture_that_changed_in_its_tar_fails_alone(tiny_weights: Path, tmp_path: Path) -> None:
