@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from eupe.cli_shared import Json, LocalWeights, PicturesPath, err, escaped, finish, local_weights, out, show
+from eupe.cli_shared import (
+    ImageColumn,
+    ImageKey,
+    Json,
+    LabelColumn,
+    LocalWeights,
+    PicturesPath,
+    err,
+    escaped,
+    finish,
+    local_weights,
+    out,
+    show,
+)
 from eupe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -216,6 +229,9 @@ def eval_knn(
     ] = None,
     k: Annotated[int, typer.Option(help="Neighbours that vote.")] = 10,
     metric: Annotated[str, typer.Option(help="l2 or cosine.")] = "l2",
+    image_key: ImageKey = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     size: Size = None,
     weights: LocalWeights = None,
     untrained: Untrained = False,
@@ -223,10 +239,13 @@ def eval_knn(
     as_json: Json = False,
 ) -> None:
     """k-NN accuracy of summaries."""
+    from eupe.corpus.choice import Choice
     from eupe.evaluate.knn import knn
 
+    choice = Choice(image_key, image_column, label_column)
+
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return knn(subject, data=data, k=k, metric=metric, size=size)  # type: ignore[arg-type]
+        return knn(subject, data=data, k=k, metric=metric, size=size, choice=choice)  # type: ignore[arg-type]
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 
@@ -244,6 +263,9 @@ def eval_linear(
     penalty: Annotated[
         list[float] | None, typer.Option(help="Of the weights; the best of several, 1e-6 to 100 by default.")
     ] = None,
+    image_key: ImageKey = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     size: Size = None,
     weights: LocalWeights = None,
     untrained: Untrained = False,
@@ -251,10 +273,13 @@ def eval_linear(
     as_json: Json = False,
 ) -> None:
     """Accuracy of logistic regression on summaries."""
+    from eupe.corpus.choice import Choice
     from eupe.evaluate.linear import PENALTIES, linear
 
+    choice = Choice(image_key, image_column, label_column)
+
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return linear(subject, data=data, penalties=tuple(penalty or PENALTIES), size=size)
+        return linear(subject, data=data, penalties=tuple(penalty or PENALTIES), size=size, choice=choice)
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 
@@ -420,6 +445,9 @@ def eval_zeroshot(
     text: Text = None,
     text_weights: TextWeights = None,
     space: Space = None,
+    image_key: ImageKey = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     size: Size = None,
     weights: LocalWeights = None,
     untrained: Untrained = False,
@@ -427,13 +455,16 @@ def eval_zeroshot(
     as_json: Json = False,
 ) -> None:
     """Zero-shot accuracy in a teacher's text space, through a run's heads."""
+    from eupe.corpus.choice import Choice
     from eupe.evaluate.text import open_source
     from eupe.evaluate.zeroshot import zeroshot
 
     texts = open_source(text, classes=classes, templates=templates, weights=text_weights)
 
+    choice = Choice(image_key, image_column, label_column)
+
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return zeroshot(subject, data=data, texts=texts, teacher=space, size=size, on_step=on_step)
+        return zeroshot(subject, data=data, texts=texts, teacher=space, size=size, choice=choice, on_step=on_step)
 
     _judge(subjects, weights, untrained, results, as_json, judge)
 

@@ -28,10 +28,13 @@ class Choice:
     label_column: str | None = None
     """Of tables and of a folder's metadata; of tars an entry of `.json`."""
 
+    def given(self) -> dict[str, str]:
+        """What was chosen, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
     def words(self) -> str:
         """As on the command line; empty where nothing was chosen."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self.given().items())
 
     def told(self) -> str:
         """After `was made`."""
@@ -39,8 +42,7 @@ class Choice:
 
     def to_bytes(self) -> bytes:
         """For the metadata of an index; empty where nothing was chosen."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return json.dumps(given).encode() if given else b""
+        return json.dumps(given).encode() if (given := self.given()) else b""
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Choice:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.device import pick_device
 from eupe.errors import ConfigError
 from eupe.evaluate.pictures import centre
@@ -63,9 +64,11 @@ class Parts:
     size: int
     data: str
     splits: Splits
+    choice: Choice
+    """What of the data was taken."""
 
 
-def summaries_of(subject: Subject, data: Where | None, *, size: int | None) -> Parts:
+def summaries_of(subject: Subject, data: Where | None, *, size: int | None, choice: Choice = AS_FOUND) -> Parts:
     """Summaries of both splits: of the data's pictures, or of a store's own labelled samples.
 
     Raises: ConfigError, CorpusError, StoreError.
@@ -73,15 +76,19 @@ def summaries_of(subject: Subject, data: Where | None, *, size: int | None) -> P
     if data is None:
         if not isinstance(subject, StoreSubject):
             raise ConfigError(f"{subject.name} is no store: give the labelled pictures to judge it on with --data")
+        if choice != AS_FOUND:
+            raise ConfigError(
+                f"{choice.words()} chooses among the labels or pictures of --data, and there is no --data"
+            )
         chosen, path = subject.size(size), str(subject.store.path)
         splits = corpus_splits(subject.labelled(), path)
     else:
         chosen, path = subject.size(size, usual=SIZE), str(data)
-        splits = labelled_splits(data)
+        splits = labelled_splits(data, choice)
     require_classes(splits.val, splits.train, path)
     train, val = (None if part is None else _look(subject, part, chosen, data) for part in (splits.train, splits.val))
     assert val is not None
-    return Parts(train, val, chosen, path, splits)
+    return Parts(train, val, chosen, path, splits, choice)
 
 
 def _look(subject: Subject, part: Labelled, size: int, data: Where | None) -> Summaries:
@@ -96,7 +103,13 @@ def _look(subject: Subject, part: Labelled, size: int, data: Where | None) -> Su
 
 
 def knn(
-    subject: Subject, *, data: Where | None = None, k: int = K, metric: Metric = "l2", size: int | None = None
+    subject: Subject,
+    *,
+    data: Where | None = None,
+    k: int = K,
+    metric: Metric = "l2",
+    size: int | None = None,
+    choice: Choice = AS_FOUND,
 ) -> Result:
     """k-NN accuracy of a subject's summaries.
 
@@ -104,7 +117,7 @@ def knn(
     """
     if metric not in ("l2", "cosine"):
         raise ConfigError(f"--metric {metric} is unknown; give l2 or cosine")
-    parts = summaries_of(subject, data, size=size)
+    parts = summaries_of(subject, data, size=size, choice=choice)
     val, bank = parts.val, parts.train or parts.val
     names = order_labels(bank.labels + val.labels)
     code_of = {name: code for code, name in enumerate(names)}
@@ -127,7 +140,7 @@ def knn(
             "judged_by": "the other pictures" if parts.train is None else "the training split",
             **parts.splits.protocol,
         },
-        data={"path": parts.data, "train": len(bank), "val": len(val), "labels": len(names)},
+        data={"path": parts.data, **parts.choice.given(), "train": len(bank), "val": len(val), "labels": len(names)},
         notes=(*tell_protocol(parts.splits.val, parts.splits.train), *parts.splits.notes),
     )
 

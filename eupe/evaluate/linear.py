@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.device import pick_device
 from eupe.errors import ConfigError
 from eupe.evaluate.knn import Parts, Summaries, summaries_of
@@ -47,7 +48,12 @@ class Logistic:
 
 
 def linear(
-    subject: Subject, *, data: Where | None = None, penalties: tuple[float, ...] = PENALTIES, size: int | None = None
+    subject: Subject,
+    *,
+    data: Where | None = None,
+    penalties: tuple[float, ...] = PENALTIES,
+    size: int | None = None,
+    choice: Choice = AS_FOUND,
 ) -> Result:
     """Accuracy of a linear classifier on a subject's summaries.
 
@@ -55,7 +61,7 @@ def linear(
     """
     if not penalties or not all(0 < penalty < math.inf for penalty in penalties):
         raise ConfigError(f"--penalty must be above 0, and finite, got {', '.join(f'{p:g}' for p in penalties)}")
-    parts = summaries_of(subject, data, size=size)
+    parts = summaries_of(subject, data, size=size, choice=choice)
     train, val = (parts.train, parts.val) if parts.train is not None else _split(parts.val, VAL_SHARE)
     names = order_labels(train.labels)
     if len(names) < 2 or not len(val):
@@ -88,7 +94,7 @@ def linear(
             "judged_on": "the val split" if parts.train is not None else f"{VAL_SHARE:.0%} of the pictures",
             **parts.splits.protocol,
         },
-        data={"path": parts.data, "train": len(train), "val": len(val), "labels": len(names)},
+        data={"path": parts.data, **parts.choice.given(), "train": len(train), "val": len(val), "labels": len(names)},
         notes=(*_told(parts), *parts.splits.notes),
     )
 

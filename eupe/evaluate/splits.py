@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
+from eupe.corpus.choice import AS_FOUND
+from eupe.corpus.choice import Choice as Taken
 from eupe.corpus.decode import EXTENSIONS
 from eupe.corpus.index import Corpus, open_corpus
 from eupe.corpus.pictures import insides
@@ -132,14 +134,14 @@ def order_labels(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(different))
 
 
-def labelled_splits(data: Where) -> Splits:
+def labelled_splits(data: Where, taken: Taken = AS_FOUND) -> Splits:
     """Find the splits of labelled pictures; the val split is judged, or test where there is no val.
 
     Raises: CorpusError; ConfigError if a split has no labels, or it is not clear which folders are splits.
     """
     place = Place.of(data)
     if not place.is_local or not place.local.is_dir():
-        return corpus_splits(open_corpus(data), str(data))
+        return corpus_splits(open_corpus(data, choice=taken), str(data))
     root = place.local
     if (root / "images").is_dir() and (maps := [m for m in MAPS if (root / m).is_dir()]):
         raise ConfigError(
@@ -150,9 +152,9 @@ def labelled_splits(data: Where) -> Splits:
     # a list of labels names pictures by their paths below it, so what it lies in is read whole
     chosen = None if has_list else _choose_folders([f.name for f in _bearing(inner)], str(inner))
     if chosen is None or (chosen.may_be_classes and not any(map(_has_classes, map(inner.joinpath, chosen.both)))):
-        return corpus_splits(open_corpus(data), str(data))
+        return corpus_splits(open_corpus(data, choice=taken), str(data))
     # each split is indexed by itself: what is neither need not be read
-    corpora = [open_corpus(inner / names[0]) for names in (chosen.train, chosen.judged)]
+    corpora = [open_corpus(inner / names[0], choice=taken) for names in (chosen.train, chosen.judged)]
     parts = [_samples(*_columns(corpus.samples)[:2]) for corpus in corpora]
     return _splits(corpora, _unwrapped_both(*parts), chosen, str(data))
 

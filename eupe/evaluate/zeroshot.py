@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.evaluate.pictures import centre
 from eupe.evaluate.prompts import class_numbers, folder_classes
 from eupe.evaluate.ranking import best_places, share_within
@@ -32,6 +33,7 @@ def zeroshot(
     texts: TextSource,
     teacher: str | None = None,
     size: int | None = None,
+    choice: Choice = AS_FOUND,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
     """Top-1 and top-5 accuracy on the val split, or on the one corpus that there is, and the mean cross-entropy.
@@ -45,7 +47,7 @@ def zeroshot(
         StoreError, TeacherError.
     """
     way = choose_way(subject, teacher or texts.teacher)
-    splits = labelled_splits(data)
+    splits = labelled_splits(data, choice)
     val = splits.val
     require_several(val, str(data))
     classes = texts.classes or folder_classes(val.labels)
@@ -73,6 +75,12 @@ def zeroshot(
             "prompts": said.words_digest,
             **splits.protocol,
         },
-        data={"path": str(data), "val": len(labels), "classes": len(classes.names), "folders": len(numbers)},
+        data={
+            "path": str(data),
+            **choice.given(),
+            "val": len(labels),
+            "classes": len(classes.names),
+            "folders": len(numbers),
+        },
         notes=(*tell_judged(val, len(classes.names)), *splits.notes),
     )
