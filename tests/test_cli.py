@@ -255,7 +255,9 @@ def test_a_plan_says_short_times_in_seconds_and_whose_place_it_asked(
     tiny_corpus: Path, tiny_weights: Path, tmp_path: Path, run_eupe: Run
 ) -> None:
     words = ["plan", "--teacher", TINY_TEACHER, "--weights", tiny_weights, "--corpus", tiny_corpus, "--size", 64]
-    lines = dict(line.split(": ", 1) for line in run_eupe(*words).out.splitlines() if ": " in line)
+    outcome = run_eupe(*words)
+    assert outcome.code == 0, outcome.err
+    lines = dict(line.split(": ", 1) for line in outcome.out.splitlines() if ": " in line)
     assert lines["time, 1 worker like this"].endswith(" s")
     assert any(name.endswith("timm-test_vit.zarr, where the store lies without --out") for name in lines)
     given = run_eupe(*words, "--out", tmp_path / "s.zarr").out
