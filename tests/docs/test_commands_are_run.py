@@ -125,7 +125,7 @@ TRIPS = {
             "--student vit_large_patch16_dinov3": "--student test_vit",
             "--student vit_tiny_patch16_dinov3_qkvb": "--student test_vit",
             "--student convnext_tiny": "--student test_vit2",
-            "--head-width 1536": "",
+            "--head-width 1536 --batch-size 1024 --epochs 20 --num-workers 4": STEPS,
             "--batch-size 1024 --epochs 20 --num-workers 4": f"{STEPS} --num-workers 2",
         },
         says={"eupe store verify": "is whole"},
