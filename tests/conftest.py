@@ -117,6 +117,21 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny
 
 
 @pytest.fixture(scope="session")
+def warm_python() -> Iterator[str]:
+    """In place of `sys.executable`: commands of eupe and processes of Ray begin with their libraries imported."""
+    from warm import warm_programs
+
+    with warm_programs(os.environ) as programs:
+        yield str(programs / "python")
+
+
+@pytest.fixture
+def forked(warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests in which processes are started that have to import PyTorch, and it does not matter how."""
+    monkeypatch.setattr(sys, "executable", warm_python)
+
+
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     from browser import Browser
 
