@@ -248,15 +248,9 @@ def create_timm(arch: str, *, size: int | None = None, num_classes: int = 0, pre
     Args:
         size: side for which position tables are laid out; None for the architecture's own.
         num_classes: -1 for as many as the pretrained weights have.
-    Raises: ConfigError for an unknown architecture or tag.
+    Raises: ConfigError for an unknown architecture or tag, and a directory that timm cannot read.
     """
-    if not timm.is_model(arch):
-        raise ConfigError(f"timm has no architecture {arch!r}{near(arch.split('.')[0], timm.list_models())}")
-    try:
-        config = timm.get_pretrained_cfg(arch)
-    except RuntimeError:
-        base = arch.split(".")[0]
-        raise ConfigError(f"timm has no weights {arch!r}{near(arch, timm.list_pretrained(base + '*'))}") from None
+    config = timm_config(arch)
     options: dict[str, Any] = {} if num_classes < 0 else {"num_classes": num_classes}
     if size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size
@@ -266,6 +260,42 @@ def create_timm(arch: str, *, size: int | None = None, num_classes: int = 0, pre
         if "dynamic_img_size" not in str(error):
             raise
     return timm.create_model(arch, pretrained=pretrained, **options)
+
+
+def timm_config(arch: str) -> Any:
+    """What timm knows of an architecture's weights, or says in a directory of its own: None where it is nothing.
+
+    Raises: ConfigError for an unknown architecture or tag, and a directory that timm cannot read.
+    """
+    if arch.startswith("local-dir:"):
+        return _config_of_directory(Path(arch.removeprefix("local-dir:")))
+    if not timm.is_model(arch):
+        raise ConfigError(f"timm has no architecture {arch!r}{near(arch.split('.')[0], timm.list_models())}")
+    try:
+        return timm.get_pretrained_cfg(arch)
+    except RuntimeError:
+        base = arch.split(".")[0]
+        raise ConfigError(f"timm has no weights {arch!r}{near(arch, timm.list_pretrained(base + '*'))}") from None
+
+
+def _config_of_directory(folder: Path) -> Any:
+    from timm.models._builder import resolve_pretrained_cfg
+    from timm.models._hub import load_model_config_from_path
+
+    if not (folder / "config.json").is_file():
+        what = "has no config.json, so is not laid out as timm does" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"{folder} {what}; give a folder of timm's save_for_hf, or of `eupe export --format timm`")
+    try:
+        own, arch, _ = load_model_config_from_path(folder)
+        config = resolve_pretrained_cfg(arch, own)
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{folder / 'config.json'} cannot be read as timm does ({words[:200]})") from error
+    if not timm.is_model(arch):
+        raise ConfigError(
+            f"{folder / 'config.json'}: timm has no architecture {arch!r}{near(arch, timm.list_models())}"
+        )
+    return config
 
 
 def summary_kind(model: Any) -> SummaryKind:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eupe.checkpoints import ALONE, read_checkpoint
 from eupe.device import pick_device
 from eupe.encoder import load_state_dict_strictly
 from eupe.errors import TeacherError
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import brief, hub_or_offline, quiet_open_clip, read_state_dict
+from eupe.teachers.weights import brief, hub_or_offline, quiet_open_clip
 
 BATCH = 128
 WHOLE_MODEL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -150,7 +151,7 @@ def _from_file(arch: str, weights: Path) -> Any:
     with quiet_open_clip(), torch.random.fork_rng(devices=[]):
         whole = open_clip.create_model(arch, load_weights=False, pretrained_text=False, vision_cfg=dict(NO_IMAGE_TOWER))
     model = _without_image_tower(whole)
-    state = read_state_dict(_whole_model_file(weights))
+    state = read_checkpoint(_whole_model_file(weights), fitting=model.state_dict(), whole=True, remedy=ALONE)
     if any(name.startswith("text_model.") for name in state):
         raise TeacherError(
             f"{weights} has transformers' names for its weights; give open_clip's checkpoint of the same model"

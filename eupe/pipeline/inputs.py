@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from eupe.checkpoints import weights_files
 from eupe.corpus.folder import file_names
 from eupe.corpus.index import Corpus, read_index
 from eupe.corpus.sources import find_source
 from eupe.names import name_of
 from eupe.place import Place
-from eupe.teachers.weights import weights_files
 
 DIGESTS = ".digests.json"
 """Of files that have been read before, in a pipeline's directory: path to size, modification time and sha256."""
@@ -86,9 +86,10 @@ class Inputs:
         """sha256 of a local file, or of a folder's weights and documents, as models, runs and stores have them.
 
         Args:
-            words: a path, or NAME=PATH; of anything else there is None.
+            words: a path, NAME=PATH, or a teacher's timm:local-dir:PATH; of anything else there is None.
         """
-        path = next((path for path in map(Path, (words, words.partition("=")[2])) if path.name and path.exists()), None)
+        ways = (words, words.partition("=")[2], words.partition("timm:local-dir:")[2])
+        path = next((path for path in map(Path, ways) if path.name and path.exists()), None)
         if path is None:
             return None
         if path.is_file():

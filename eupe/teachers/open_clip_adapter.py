@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from eupe.checkpoints import read_checkpoint
 from eupe.encoder import Tokens, create_timm, load_state_dict_strictly, near, timm_card, timm_tokens
 from eupe.errors import ConfigError, TeacherError
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import hub_errors, quiet_open_clip, read_state_dict
+from eupe.teachers.weights import hub_errors, quiet_open_clip
 
 
 def describe(name: str) -> TeacherSpec:
@@ -50,7 +52,7 @@ def describe(name: str) -> TeacherSpec:
     )
 
 
-def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> Any:
+def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tuple[int, ...]) -> Any:
     """open_clip's ViT, without its projection unless it is asked for, or the timm trunk of a tower that has one.
 
     A weights file may hold the whole model (tensors of the vision tower under `visual.`) or the vision tower alone.
@@ -61,17 +63,20 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
     vision = _architecture(arch)["vision_cfg"]
     _settings(arch, tag)
     if weights is None:
+        if not open_clip.list_pretrained_tags_by_model(arch):
+            raise TeacherError(f"open_clip publishes no weights of {arch}; give your own by --weights PATH")
         with hub_errors(spec), quiet_open_clip():
             visual = open_clip.create_model(arch, pretrained=tag or None, require_pretrained=True).visual
-        state, source = visual.state_dict(), spec.model
-    else:
-        visual = None
-        state, source = _visual_state(read_state_dict(weights)), str(weights)
+        if "timm_model_name" in vision:
+            return _trunk(vision, _visual_state(visual.state_dict()), spec.model)
+        return _prepared(visual, spec)
     if "timm_model_name" in vision:
-        return _trunk(vision, state, source)
-    if visual is None:
-        visual = _random(arch).visual
-        load_state_dict_strictly(visual, state, source=source)
+        trunk = create_timm(vision["timm_model_name"], size=vision["image_size"])
+        state = read_checkpoint(weights, key=key, fitting=trunk.state_dict())
+        return _trunk(vision, _visual_state(state), str(weights))
+    visual = _random(arch).visual
+    state = read_checkpoint(weights, key=key, fitting=visual.state_dict())
+    load_state_dict_strictly(visual, _visual_state(state), source=str(weights))
     return _prepared(visual, spec)
 
 
@@ -129,15 +134,18 @@ def _architecture(arch: str) -> dict[str, Any]:
 def _settings(arch: str, tag: str) -> dict[str, Any]:
     """mean, std and activation of pretrained weights; without a tag, of the architecture's first.
 
+    An architecture without published weights has open_clip's defaults, with which open_clip itself trains it.
+
     Raises: TeacherError for an unknown tag, or weights that were trained with the other kind of GELU.
     """
     import open_clip
+    from open_clip.transform import PreprocessCfg
 
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if tag and tag not in tags:
         raise TeacherError(f"open_clip has no weights {tag!r} for {arch}; it has {', '.join(tags) or 'none'}")
     if not tags:
-        raise TeacherError(f"open_clip has no weights for {arch}, so its normalisation is not known")
+        return asdict(PreprocessCfg())
     settings: dict[str, Any] = open_clip.get_pretrained_cfg(arch, tag or tags[0])
     wants, has = settings.get("quick_gelu", False), _architecture(arch).get("quick_gelu") or False
     if tag and wants != has:
@@ -186,7 +194,7 @@ def _trunk(vision: dict[str, Any], state: dict[str, Tensor], source: str) -> Any
     own = trunk.state_dict().keys()
     projection = {"head.weight", "head.bias", "head.fc.weight", "head.fc.bias"} - own
     weights = {name.removeprefix("trunk."): t for name, t in state.items() if name.startswith("trunk.")}
-    fitting = {name: t for name, t in weights.items() if name not in projection}
+    fitting = {name: t for name, t in (weights or state).items() if name not in projection}
     load_state_dict_strictly(trunk, fitting, source=source)
     return trunk
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from eupe.checkpoints import read_checkpoint
 from eupe.encoder import Encoder, EncoderCard, Tokens, build_encoder, load_card, load_encoder, load_state_dict_strictly
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import read_state_dict
 
 OWN_LICENCE = "own"
 """Said of a student of one's own, whose teachers have licences none the less."""
@@ -42,11 +42,12 @@ def as_teacher(card: EncoderCard, directory: str) -> TeacherSpec:
     )
 
 
-def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> Encoder:
+def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tuple[int, ...]) -> Encoder:
     """The run's encoder; `weights`, where given, replace the run's own."""
     encoder = load_encoder(Path(spec.model))
     if weights is not None:
-        load_state_dict_strictly(encoder.model, read_state_dict(weights), source=str(weights))
+        state = read_checkpoint(weights, key=key, fitting=encoder.model.state_dict())
+        load_state_dict_strictly(encoder.model, state, source=str(weights))
     return encoder
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from eupe.errors import TeacherError
@@ -13,6 +14,8 @@ from eupe.kinds import DenseKind, SummaryKind
 
 __all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec"]
 
+LOCAL_DIR = "local-dir:"
+"""Ahead of a directory that timm lays out, as in timm's own names of models."""
 Backend = Literal["timm", "hf", "open_clip", "run"]
 
 
@@ -24,7 +27,8 @@ class TeacherSpec:
     """Registry name, or the spec the user typed (`timm:...`, `hf:...`, `open_clip:...`, a run's directory)."""
     backend: Backend
     model: str
-    """timm `arch.tag`, Hugging Face repository or directory, open_clip `arch@tag`, or a run's directory."""
+    """timm `arch.tag` or `local-dir:DIR`, Hugging Face repository or directory, open_clip `arch@tag`, or a run's
+    directory."""
     patch: int
     """Pixels of input per dense cell, along either side."""
     dense_dim: int
@@ -60,7 +64,23 @@ class TeacherSpec:
     @property
     def architecture(self) -> str | None:
         """What decides the arithmetic beside the weights; None where `model` is a place with a configuration."""
-        return re.split(r"[.@]", self.model)[0] if self.backend in ("timm", "open_clip") else None
+        if self.is_local_dir or self.backend not in ("timm", "open_clip"):
+            return None
+        return re.split(r"[.@]", self.model)[0]
+
+    @property
+    def is_local_dir(self) -> bool:
+        """Whether it is a directory that timm lays out."""
+        return self.model.startswith(LOCAL_DIR)
+
+    @property
+    def place(self) -> Path:
+        """Where the model lies, if `model` is a place."""
+        return Path(self.model.removeprefix(LOCAL_DIR))
+
+    def at(self, place: Path) -> TeacherSpec:
+        """The same model in another place, or under the absolute name of its own."""
+        return dataclasses.replace(self, model=f"{LOCAL_DIR if self.is_local_dir else ''}{place}")
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> TeacherSpec:

@@ -1,8 +1,8 @@
 """A loaded teacher: uint8 pictures in, float32 tokens out, whatever library it comes from.
 
-Each adapter module has three functions: `load(spec, weights=, sizes=)` gives the library's own encoder on the CPU,
-`build(spec, sizes=)` the same with random weights, `tokens(model, spec, pixels_BCHW)` runs it. All else that teachers
-have in common is here.
+Each adapter module has three functions: `load(spec, weights=, key=, sizes=)` gives the library's own encoder on the
+CPU, `build(spec, sizes=)` the same with random weights, `tokens(model, spec, pixels_BCHW)` runs it. All else that
+teachers have in common is here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from eupe.checkpoints import require_readable
 from eupe.device import autocast
 from eupe.encoder import Tokens, normalise
 from eupe.errors import TeacherError
 from eupe.teachers.spec import Backend, TeacherSpec
-from eupe.teachers.weights import file_digest, require_readable, weights_digest
+from eupe.teachers.weights import file_digest, weights_digest
 
 __all__ = ["Teacher", "file_digest", "load_teacher", "require_weights", "weights_digest"]
 
@@ -63,13 +64,20 @@ class Teacher:
 
 
 def load_teacher(
-    spec: TeacherSpec, *, weights: Path | None, device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...]
+    spec: TeacherSpec,
+    *,
+    weights: Path | None,
+    key: str | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
 ) -> Teacher:
     """Build the teacher's encoder, load every weight of it, freeze it and move it to the device.
 
     Args:
         weights: a safetensors file, a torch state dict, or a directory as Hugging Face lays it out; None for the
             library's own download.
+        key: where among others in the weights file its tensors are; see `read_checkpoint`.
         dtype: what the matrix products compute in, under autocast; the weights stay float32.
         sizes: sides in pixels of the inputs that it will be given.
     Raises: TeacherError for a size it cannot take, weights that cannot be had or do not fit; nothing is half loaded.
@@ -77,7 +85,7 @@ def load_teacher(
     for size in sizes:
         spec.grid(size)
     adapter = importlib.import_module(_ADAPTERS[spec.backend])
-    module: nn.Module = adapter.load(spec, weights=weights, sizes=sizes)
+    module: nn.Module = adapter.load(spec, weights=weights, key=key, sizes=sizes)
     return Teacher(spec=spec, module=_frozen(module).to(device), device=device, dtype=dtype)
 
 

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
-from eupe.encoder import Tokens, create_timm, load_state_dict_strictly, timm_card, timm_tokens
+from eupe.checkpoints import read_checkpoint
+from eupe.encoder import Tokens, create_timm, load_state_dict_strictly, timm_card, timm_config, timm_tokens
 from eupe.errors import ConfigError, TeacherError
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import hub_errors, read_state_dict
+from eupe.teachers.weights import hub_errors, own_weights
 
 
 def describe(name: str) -> TeacherSpec:
-    """The spec of `timm:ARCH[.tag]`.
+    """The spec of `timm:ARCH[.tag]`, or of `timm:local-dir:DIR`, a directory as timm lays it out.
 
     Raises: TeacherError for an unknown architecture or tag, one whose features cannot be used, or CLIP weights under
         an architecture with the wrong activation.
@@ -28,7 +28,7 @@ def describe(name: str) -> TeacherSpec:
         card = timm_card(arch, None)
     except ConfigError as error:
         raise TeacherError(f"teacher {name}: {error}") from error
-    config = timm.get_pretrained_cfg(arch)
+    config = timm_config(arch)
     _check_activation(arch, config.notes or ())
     return TeacherSpec(
         name=name,
@@ -47,9 +47,10 @@ def describe(name: str) -> TeacherSpec:
     )
 
 
-def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> Any:
+def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tuple[int, ...]) -> Any:
     """timm's model without its classifier, or, for CLIP-like models, without its projection unless it is asked for."""
     size = _build_size(spec, sizes)
+    weights = weights or own_weights(spec)
     if weights is None:
         with hub_errors(spec):
             model = create_timm(spec.model, size=size, num_classes=-1, pretrained=True)
@@ -57,7 +58,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
             model.reset_classifier(0)
         return model
     model = _built(spec, size)
-    state = _without_classifier(model, read_state_dict(weights))
+    state = _without_classifier(model, read_checkpoint(weights, key=key, fitting=model.state_dict()))
     if size is not None or state.keys() != model.state_dict().keys():
         state = _without_classifier(model, _in_timm_names(model, state))
     load_state_dict_strictly(model, state, source=str(weights))

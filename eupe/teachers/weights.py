@@ -1,4 +1,4 @@
-"""Weights on disk and in memory: reading them without running code, and naming them by their content."""
+"""Weights named by their content, and what is common to the libraries that load them."""
 
 from __future__ import annotations
 
@@ -9,77 +9,33 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from eupe.checkpoints import is_usual, weights_files
+from eupe.encoder import WEIGHTS_FILE
 from eupe.errors import EupeError, TeacherError
 from eupe.teachers.spec import TeacherSpec
 
-DIRECTORY_PATTERNS = (
-    "model.safetensors",
-    "model-*.safetensors",
-    "*.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model-*.bin",
-    "*.pt",
-    "*.pth",
-    "*.bin",
-)
-"""Where a directory's weights are: the first pattern that any file fits, and then every file that fits it."""
 HUB_SECONDS = 5.0
 _BLOCK_BYTES = 1 << 24
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a weights file, or of all the weights files of one format in a directory, on the CPU.
+def own_weights(spec: TeacherSpec) -> Path | None:
+    """Where a teacher that lies in a directory of a run, or of timm's, has its weights; None for all others."""
+    if spec.is_local_dir:
+        return spec.place
+    return spec.place / WEIGHTS_FILE if spec.backend == "run" else None
 
-    Pickled files are read with torch's weights-only unpickler; a state dict under "state_dict" or "model" is unwrapped.
 
-    Raises: TeacherError if there is nothing there, or it is not a state dict.
+def file_digest(path: Path, key: str | None = None) -> str:
+    """sha256 of a weights file, or of a directory's weights and configuration files, names included, sorted.
+
+    Args:
+        key: of the tensors among others in the file; it is part of the digest where it says more than the file does.
     """
-    state: dict[str, Tensor] = {}
-    for file in _found(path):
-        state |= _read_file(file)
-    return state
-
-
-def require_readable(path: Path) -> None:
-    """Without reading the tensors: raises TeacherError if there are no weights, or files of another kind."""
-    for file in _found(path):
-        try:
-            if file.suffix == ".safetensors":
-                with safetensors.safe_open(file, framework="pt"):
-                    continue
-            with file.open("rb") as stream:
-                start = stream.read(2)
-        except Exception as error:
-            raise TeacherError(f"{file} is not a weights file that can be read ({brief(error)})") from error
-        if start != b"PK" and start[:1] != b"\x80":
-            raise TeacherError(f"{file} is not a weights file: neither safetensors nor what torch.save writes")
-
-
-def _found(path: Path) -> list[Path]:
-    """Raises: TeacherError if there are no weights."""
-    if not path.exists():
-        _, equals, after = str(path).partition("=")
-        hint = f"; this verb takes the path alone, without TEACHER=: --weights {after}" if equals else ""
-        raise TeacherError(f"weights {path} do not exist{hint}")
-    if not (files := weights_files(path)):
-        raise TeacherError(f"{path} holds no weights: no {', '.join(DIRECTORY_PATTERNS)} in it")
-    return files
-
-
-def weights_files(path: Path) -> list[Path]:
-    """A file itself; in a directory the files that hold its model, by the hub's habits of naming, sorted by name."""
-    if path.is_file():
-        return [path]
-    found = (sorted(path.glob(pattern)) for pattern in DIRECTORY_PATTERNS)
-    return next((files for files in found if files), [])
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a weights file, or of a directory's weights and configuration files, names included, sorted."""
+    if key is not None and not is_usual(path, key):
+        return hashlib.sha256(f"{file_digest(path)} {key.strip('.')}".encode()).hexdigest()
     if path.is_file():
         return _sha256_of_files([path], with_names=False)
     return _sha256_of_files(sorted([*weights_files(path), *path.glob("*.json")]), with_names=True)
@@ -177,21 +133,6 @@ def brief(error: BaseException) -> str:
     """What a library had to say, on one line of bearable length."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= 200 else f"{words[:200]}..."
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise TeacherError(f"{file} is not a weights file that can be read ({brief(error)})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise TeacherError(f"{file} is not a state dict: it holds something else than named tensors")
-    return loaded
 
 
 def _sha256_of_files(files: list[Path], *, with_names: bool) -> str:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
+from eupe.checkpoints import ALONE, read_checkpoint
 from eupe.encoder import (
     WEIGHTS_FILE,
     Encoder,
@@ -69,8 +70,8 @@ def init_from_run(
     """
     known = finished_card(run).targets
     _check_same_model(run, encoder)
-    student = fitted(_read(run / WEIGHTS_FILE, RunError), encoder.model)
-    theirs = _heads(_read(run / HEADS_FILE, RunError))
+    student = fitted(_read(run / WEIGHTS_FILE), encoder.model)
+    theirs = _heads(_read(run / HEADS_FILE))
     ours = {f"{i}.{kind}": head for i, pair in enumerate(heads) for kind, head in pair.named_children()}
     sources = {
         f"{i}.{kind}": f"{j}.{kind}" for i, j in _same_teachers(targets, known).items() for kind in ("summary", "dense")
@@ -103,12 +104,12 @@ def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
     on loading.
 
     Args:
-        path: a safetensors file in timm's names.
+        path: a file in timm's names, as safetensors or as torch.save writes it, whatever wraps the tensors.
     Raises: TeacherError if the file cannot be read, or fills less than half of the parameters; then nothing has
         changed.
     """
     model = encoder.model
-    state = fitted(_read(path, TeacherError), model)
+    state = fitted(read_checkpoint(path, fitting=model.state_dict(), remedy=ALONE), model)
     places = model.state_dict()
     fitting = {name: value for name, value in state.items() if name in places and value.shape == places[name].shape}
     filled = sum(parameter.numel() for name, parameter in model.named_parameters() if name in fitting)
@@ -182,9 +183,9 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _read(path: Path, refusal: type[RunError] | type[TeacherError]) -> dict[str, Tensor]:
-    """Raises: `refusal` if there is no such file, or it is not safetensors."""
+def _read(path: Path) -> dict[str, Tensor]:
+    """Raises: RunError if there is no such file, or it is not safetensors."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise refusal(f"{path} is not a safetensors file that can be read ({error})") from error
+        raise RunError(f"{path} is not a safetensors file that can be read ({error})") from error

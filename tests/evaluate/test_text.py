@@ -51,13 +51,12 @@ def test_batches_do_not_change_a_prompt(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_weights_come_in_the_shapes_that_users_have(tmp_path: Path) -> None:
-    """A state dict in its wrapper, a repository with the image tower's file beside, the names of PE-core's authors."""
+    """A state dict of a training on several GPUs, a repository with another file, the names of PE-core's authors."""
     model, path = whole_model(PE, tmp_path / "a")
     wanted = load_tower(REGISTRY[PE], weights=path)(PROMPTS)
     state = model.state_dict()
-    torch.save(
-        {"epoch": 3, "state_dict": {**state, "logit_scale": state["logit_scale"][None]}}, tmp_path / "wrapped.pt"
-    )
+    wrapped = {f"module.{name}": value for name, value in {**state, "logit_scale": state["logit_scale"][None]}.items()}
+    torch.save({"epoch": 3, "state_dict": wrapped, "optimizer": {}}, tmp_path / "wrapped.pt")
     safetensors.torch.save_file({"head.weight": torch.zeros(1)}, tmp_path / "a" / "model.safetensors")
     torch.save({name.removeprefix("text."): value for name, value in state.items()}, tmp_path / "authors.pt")
     for weights in (tmp_path / "wrapped.pt", tmp_path / "a", tmp_path / "authors.pt"):

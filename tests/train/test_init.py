@@ -129,7 +129,7 @@ def test_weights_that_fill_less_than_half_are_refused_and_change_nothing(tmp_pat
     with pytest.raises(TeacherError, match=r"fill 0.0% .*unexpected \(head.bias, .*wrong shape \(blocks.0.*for \(384"):
         init_from_weights(path, encoder)
     path.write_bytes(b"no tensors")
-    with pytest.raises(TeacherError, match=r"w.safetensors is not a safetensors file"):
+    with pytest.raises(TeacherError, match=r"w.safetensors is not a weights file"):
         init_from_weights(path, encoder)
     with pytest.raises(TeacherError, match="none"):
         init_from_weights(tmp_path / "none", encoder)

@@ -1,0 +1,345 @@
+"""Weights files as trainers leave them: found inside what wraps them, without running the code that a pickle may hold.
+
+A checkpoint is taken as one flat table of tensors: those of a dict under a key have that key ahead of their own names,
+so that `{"teacher": {"backbone.norm.weight": ...}}` and `{"teacher.backbone.norm.weight": ...}` are the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from eupe.errors import TeacherError
+
+DIRECTORY_PATTERNS = (
+    "model.safetensors",
+    "model-*.safetensors",
+    "*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-*.bin",
+    "*.pt",
+    "*.pth",
+    "*.bin",
+    "*.ckpt",
+)
+"""Where a directory's weights are: the first pattern that any file fits, and then every file that fits it."""
+
+TORCH_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+"""What torch's own wrappers put into names; no model of a library has such names."""
+WRAPPERS = {"module", "model", "net", "network", "backbone", "encoder", "student", "teacher", "ema", "visual"}
+"""First words that trainers put ahead of all of a model's names."""
+NOT_A_MODEL = re.compile(
+    r"(optim\w*|(lr_)?sched\w*|(\w+_)?scaler|amp|\w*loss\w*|criterion|\w*rng\w*|hyper_param\w*|config|cfg|args|callbacks)",
+    re.I,
+)
+"""Keys of a checkpoint that hold tensors, too, but never those of a model."""
+LEAST_COVER = 0.5
+"""Of a model's tensors must be found, by name and shape, for a part of a checkpoint to be taken for its weights."""
+NEARLY = 0.9
+"""Of the best place's tensors make another place as likely."""
+LEAST_SHARE = 0.1
+"""Of the largest table's number of tensors make another one that could be a model's."""
+ADAPTER_FILE = "adapter_config.json"
+ADAPTER_NAME = re.compile(r"(^|\.)(lora_\w+|ia3_\w+|oft_\w+|hada_\w+)(\.|$)")
+"""In the names of tensors that a library of adapters makes."""
+MERGE = (
+    "merge it first: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(NEW), then give NEW, "
+    "or move it out of the folder to have the model without it"
+)
+ALONE = "save the one that you mean in a file of its own"
+_HEADS = {
+    b"version https://git-lfs": "is a git-LFS pointer, not the weights it stands for; fetch them with `git lfs pull`",
+    b"<!doctype": "is a web page, not weights; download the file itself",
+    b"<html": "is a web page, not weights; download the file itself",
+    b"<?xml": "is a server's answer, not weights; download the file itself",
+    b"{": "is a JSON document, not weights; give the file of tensors",
+    b"gguf": "is a GGUF file; give the weights as safetensors or as torch.save writes them",
+}
+
+
+def read_checkpoint(
+    path: Path,
+    *,
+    key: str | None = None,
+    fitting: Mapping[str, Any] | None = None,
+    whole: bool = False,
+    remedy: str = "say which by --weights-key",
+) -> dict[str, Tensor]:
+    """The tensors of one model out of a weights file, or all the weights files of one format in a directory.
+
+    Args:
+        key: where in the file they are: a key of it, or what stands ahead of their names; found by itself if only one
+            place comes into question.
+        fitting: tensors or shapes by name of the model that they are for, by which the place is found.
+        whole: only a place with all of them counts; else one with most of them does where none has all.
+        remedy: what to do about several places.
+    Raises: TeacherError if there is nothing there, it is no checkpoint, or several places come into question.
+    """
+    tables = read_tables(path)
+    if key is not None:
+        tables = _under(tables, key, path)
+    if fitting:
+        flat = _flat(tables)
+        places = _fitting_places(flat, fitting, whole=whole)
+        if "" in places:
+            return tables.get("", flat)
+        if len(places) > 1:
+            raise TeacherError(_several(path, places, remedy))
+        if places:
+            return _stripped(flat, places[0])
+    most = max(map(len, tables.values()))
+    models = {place: table for place, table in tables.items() if len(table) > most * LEAST_SHARE}
+    if len(models) > 1:
+        raise TeacherError(_several(path, list(models), remedy))
+    return _without_wrappers(next(iter(models.values())))
+
+
+def read_tables(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Every table of named tensors in a weights file or directory, by its key ("" for the file itself).
+
+    Raises: TeacherError if there is none.
+    """
+    merged: dict[str, dict[str, Tensor]] = {}
+    origin: dict[tuple[str, str], Path] = {}
+    for file in found_files(path):
+        found = _read_file(file)
+        _require_merged(file, found)
+        for place, part in found.items():
+            if twice := next((name for name in part if (place, name) in origin), None):
+                raise TeacherError(
+                    f"{path} holds several checkpoints: {origin[place, twice].name} and {file.name} have the same "
+                    f"tensors ({twice}); give the one that you mean"
+                )
+            origin |= dict.fromkeys(((place, name) for name in part), file)
+            merged.setdefault(place, {}).update(part)
+    return merged
+
+
+def is_usual(path: Path, key: str) -> bool:
+    """Whether a key names what is taken from a file without one, so that it says nothing more.
+
+    That is the only table of the file, or what versions of eupe that knew of no keys took: "state_dict", then "model",
+    one inside the other.
+
+    Raises: TeacherError if the file cannot be read.
+    """
+    wanted = TORCH_WRAPPERS.sub("", key).strip(".")
+    if path.is_dir() or is_safetensors(path):
+        return False
+    loaded, place = _load(path, mapped=True), list[str]()
+    tables = [found for found, _ in _tables(loaded, ())]
+    for name in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
+            place.append(name)
+    return wanted == ".".join(place) or tables == [wanted]
+
+
+def require_no_adapter(folder: Path) -> None:
+    """Raises: TeacherError if a directory holds an adapter (LoRA and the like), alone or beside the model it changes.
+
+    transformers would apply it or not, depending on whether peft is installed.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        raise TeacherError(
+            f"{folder} holds an adapter ({ADAPTER_FILE}), which is not part of the model's weights; {MERGE}"
+        )
+
+
+def found_files(path: Path) -> list[Path]:
+    """Raises: TeacherError if there are no weights, or an adapter that would not be heeded beside them."""
+    if not path.exists():
+        _, equals, after = str(path).partition("=")
+        hint = f"; this verb takes the path alone, without TEACHER=: --weights {after}" if equals else ""
+        raise TeacherError(f"weights {path} do not exist{hint}")
+    require_no_adapter(path)
+    if not (files := weights_files(path)):
+        raise TeacherError(f"{path} holds no weights: no {', '.join(DIRECTORY_PATTERNS)} in it")
+    return files
+
+
+def weights_files(path: Path) -> list[Path]:
+    """A file itself; in a directory the files that hold its model, by the hub's habits of naming, sorted by name."""
+    if path.is_file():
+        return [path]
+    found = (sorted(path.glob(pattern)) for pattern in DIRECTORY_PATTERNS)
+    return next((files for files in found if files), [])
+
+
+def require_readable(path: Path) -> None:
+    """Without reading the tensors: raises TeacherError if there are no weights, or files of another kind."""
+    for file in found_files(path):
+        _require_weights_file(file)
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file begins as safetensors does, whatever its name."""
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 28
+
+
+def _require_weights_file(file: Path) -> None:
+    """Raises: TeacherError naming what the file is instead, as far as its first and last bytes tell."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(512)
+        if is_safetensors(file):
+            with safetensors.safe_open(file, framework="pt"):
+                return
+    except Exception as error:
+        raise TeacherError(_unreadable(file, error)) from error
+    if not start:
+        raise TeacherError(f"{file} is empty; download it again")
+    for head, said in _HEADS.items():
+        if start.lstrip().lower().startswith(head):
+            raise TeacherError(f"{file} {said}")
+    if start[:2] != b"PK" and start[:1] != b"\x80":
+        raise TeacherError(f"{file} is not a weights file: neither safetensors nor what torch.save writes")
+
+
+def _read_file(file: Path) -> dict[str, dict[str, Tensor]]:
+    _require_weights_file(file)
+    try:
+        if is_safetensors(file):
+            return {"": _renamed(safetensors.torch.load_file(file))}
+    except Exception as error:
+        raise TeacherError(_unreadable(file, error)) from error
+    tables = dict(_tables(_load(file), ()))
+    if not tables:
+        raise TeacherError(f"{file} is not a state dict: it holds something else than named tensors")
+    return tables
+
+
+def _require_merged(file: Path, tables: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises: TeacherError if there are tensors of an adapter among them."""
+    if name := next((name for table in tables.values() for name in table if ADAPTER_NAME.search(name)), None):
+        raise TeacherError(f"{file} holds an adapter's tensors ({name}), not a model's own; {MERGE}")
+
+
+def _load(file: Path, *, mapped: bool = False) -> Any:
+    """What torch's weights-only unpickler makes of a file.
+
+    Args:
+        mapped: leave the tensors on the disk, for who asks for names only.
+    """
+    try:
+        if mapped:
+            with suppress(RuntimeError, ValueError):  # files of torch before 1.6 cannot be mapped
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with file.open("rb") as stream:  # by its content; by name it would take one for safetensors
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise TeacherError(_unreadable(file, error)) from error
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    words = " ".join(str(error).split())
+    if objects := _objects(file, words):
+        return (
+            f"{file} holds Python objects beside its tensors ({', '.join(objects)}), and to unpickle them could run "
+            "any code; if you trust the file, save its tensors alone: torch.save(torch.load(OLD, "
+            "weights_only=False)['model'], NEW), or whatever the key is"
+        )
+    if "TorchScript" in words:
+        return f"{file} is a TorchScript program; save its tensors: torch.save(torch.jit.load(OLD).state_dict(), NEW)"
+    short = words if len(words) <= 200 else f"{words[:200]}..."
+    cut = re.search(
+        r"incomplete|not fully covered|central directory|EOF|Ran out of input|truncated|corrupt", words, re.I
+    )
+    hint = "; it is cut short or damaged: download or save it again" if cut or not words else ""
+    return f"{file} is not a weights file that can be read ({short or type(error).__name__}){hint}"
+
+
+def _objects(file: Path, words: str) -> list[str]:
+    """Names of the classes for which a pickle was refused."""
+    if "weights_only" not in words and "Weights only" not in words:
+        return []
+    with suppress(Exception):
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))[:3]
+    return re.findall(r"(?:GLOBAL|global:?) ([\w.]+\.\w+)", words)[:1]
+
+
+def _tables(loaded: Any, place: tuple[str, ...]) -> list[tuple[str, dict[str, Tensor]]]:
+    """Depth first, every dict that holds tensors under words, those that never are a model's left out."""
+    if not isinstance(loaded, Mapping):
+        return []
+    own = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    found = [(".".join(place), _renamed(own))] if own else []
+    for name, value in loaded.items():
+        if isinstance(name, str) and not (not place and NOT_A_MODEL.fullmatch(name)):
+            found += _tables(value, (*place, name))
+    return found
+
+
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names without what torch's own wrappers put into them."""
+    return {TORCH_WRAPPERS.sub("", name).lstrip("."): tensor for name, tensor in state.items()}
+
+
+def _fitting_places(flat: Mapping[str, Tensor], fitting: Mapping[str, Any], *, whole: bool) -> list[str]:
+    """What stands ahead of a model's names in the checkpoint: those where all of it is, or else most of it."""
+    shapes = {name: tuple(getattr(value, "shape", value)) for name, value in fitting.items()}
+    found: Counter[str] = Counter()
+    for name, tensor in flat.items():
+        for start in (0, *(match.end() for match in re.finditer(r"\.", name))):
+            if shapes.get(name[start:]) == tuple(tensor.shape):
+                found[name[:start]] += 1
+    most = max(found.values(), default=0)
+    if most == len(shapes):
+        return [place for place, count in found.items() if count == most]
+    if whole or most < LEAST_COVER * len(shapes):
+        return []
+    return [place for place, count in found.items() if count > NEARLY * most]
+
+
+def _flat(tables: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{place}.{name}" if place else name: tensor
+        for place, table in tables.items()
+        for name, tensor in table.items()
+    }
+
+
+def _stripped(flat: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
+    return {name[len(place) :]: tensor for name, tensor in flat.items() if name.startswith(place)}
+
+
+def _under(tables: Mapping[str, Mapping[str, Tensor]], key: str, path: Path) -> dict[str, dict[str, Tensor]]:
+    """What is below a key: a table's own name, or the first words of names.
+
+    Raises: TeacherError naming what there is if there is none of that name.
+    """
+    wanted = TORCH_WRAPPERS.sub("", key).strip(".") + "."
+    flat = _flat(tables)
+    for place in ("", *(f"{table}." for table in tables if table), "module.", *(f"{t}.module." for t in tables if t)):
+        if found := _stripped(flat, place + wanted):
+            return {"": found}
+    there = sorted({*filter(None, tables), *(name.partition(".")[0] for name in tables.get("", {}) if "." in name)})
+    raise TeacherError(
+        f"{path} has no tensors under --weights-key {key}; there are {', '.join(there[:12]) or 'no keys'}"
+    )
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without first words of trainers' that all names have in common."""
+    while state:
+        first = {name.partition(".")[0] for name in state}
+        if len(first) > 1 or not first & WRAPPERS or any("." not in name for name in state):
+            break
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+    return state
+
+
+def _several(path: Path, places: list[str], remedy: str) -> str:
+    names = [place.strip(".") or "(names without a key)" for place in places]
+    return f"{path} holds the weights of several models, under {', '.join(names[:-1])} and {names[-1]}; {remedy}"
