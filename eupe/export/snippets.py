@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from eupe.export.config import EXECUTORCH, HF, ONNX, ExportConfig
 from eupe.export.hf_files import native_of
 from eupe.export.source import Source
 from eupe.export.timm_files import dense_lines
 
 HEADS = """
-import torch.nn.functional as F
-from safetensors.torch import load_file
-
 heads = load_file(f"{DIR}/heads.safetensors")
 
 
@@ -21,94 +20,99 @@ def said(name, token):
 
 
 """
+HEADS_IMPORTS = ("import torch.nn.functional as F", "from safetensors.torch import load_file")
 
 
 def snippet(source: Source, config: ExportConfig) -> str:
-    """Python code that asks the export in DIR about the picture at PICTURE: `summary`, `dense`, what the heads say."""
-    code = {HF: _hf, ONNX: _onnx, EXECUTORCH: _executorch}.get(config.format, _timm)(source)
-    if source.heads and config.format not in (ONNX, EXECUTORCH):
-        asked = (f'    "{name}": said("{name}", {name.rpartition(".")[2]}),\n' for name in source.heads)
-        code += f"{HEADS}teachers = {{\n{''.join(asked)}}}\n"
-    return code
+    """Python code that asks the export in DIR about the picture at PICTURE: `summary`, `dense`, what the heads say.
+
+    What is loaded once stands first, so that the rest can be run for one picture after the other.
+    """
+    once, each = {HF: _hf, ONNX: _onnx, EXECUTORCH: _executorch}.get(config.format, _timm)(source)
+    if not source.heads or config.format in (ONNX, EXECUTORCH):
+        return f"{_lines(once)}\n{_lines(each)}"
+    imports = once.index("")
+    once = [*once[:imports], *HEADS_IMPORTS, *once[imports:]]
+    asked = (f'    "{name}": said("{name}", {name.rpartition(".")[2]}),' for name in source.heads)
+    return f"{_lines(once)}{HEADS}{_lines([*each, 'teachers = {', *asked, '}'])}"
 
 
-def _timm(source: Source) -> str:
-    return "\n".join(
-        [
-            "import timm",
-            "import torch",
-            "from PIL import Image",
-            "",
-            'model = timm.create_model(f"local-dir:{DIR}", pretrained=True, num_classes=0).eval()',
-            "prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
-            'pixels = prepare(Image.open(PICTURE).convert("RGB"))[None]',
-            "with torch.inference_mode():",
-            "    features = model.forward_features(pixels)",
-            "    summary = model.forward_head(features, pre_logits=True)",
-            *(f"    {line}" for line in dense_lines(source.encoder.card, source.encoder.model)),
-            "",
-        ]
-    )
+def _lines(lines: Sequence[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
-def _hf(source: Source) -> str:
+def _timm(source: Source) -> tuple[list[str], list[str]]:
+    once = [
+        "import timm",
+        "import torch",
+        "from PIL import Image",
+        "",
+        'model = timm.create_model(f"local-dir:{DIR}", pretrained=True, num_classes=0).eval()',
+        "prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+    ]
+    each = [
+        'pixels = prepare(Image.open(PICTURE).convert("RGB"))[None]',
+        "with torch.inference_mode():",
+        "    features = model.forward_features(pixels)",
+        "    summary = model.forward_head(features, pre_logits=True)",
+        *(f"    {line}" for line in dense_lines(source.encoder.card, source.encoder.model)),
+    ]
+    return once, each
+
+
+def _hf(source: Source) -> tuple[list[str], list[str]]:
     card, translated = source.encoder.card, native_of(source)
     if translated is None:
-        dense = ["features, model = answer.last_hidden_state, model.timm_model"]
-        dense += dense_lines(card, source.encoder.model)
+        dense = dense_lines(card, source.encoder.model, features="answer.last_hidden_state", name="model.timm_model")
     else:
         cells = f"(pixels.shape[-2] // {card.patch}, pixels.shape[-1] // {card.patch})"
         dense = [f"dense = answer.last_hidden_state[:, {translated.prefix}:].unflatten(1, {cells})"]
-    return "\n".join(
-        [
-            "import torch",
-            "from PIL import Image",
-            "from transformers import AutoImageProcessor, AutoModel",
-            "",
-            "model = AutoModel.from_pretrained(DIR).eval()",
-            "prepare = AutoImageProcessor.from_pretrained(DIR)",
-            'pixels = prepare(Image.open(PICTURE).convert("RGB"), return_tensors="pt")["pixel_values"]',
-            "with torch.inference_mode():",
-            "    answer = model(pixel_values=pixels)",
-            "    summary = answer.pooler_output",
-            *(f"    {line}" for line in dense),
-            "",
-        ]
-    )
+    once = [
+        "import torch",
+        "from PIL import Image",
+        "from transformers import AutoImageProcessor, AutoModel",
+        "",
+        "model = AutoModel.from_pretrained(DIR).eval()",
+        "prepare = AutoImageProcessor.from_pretrained(DIR)",
+    ]
+    each = [
+        'pixels = prepare(Image.open(PICTURE).convert("RGB"), return_tensors="pt")["pixel_values"]',
+        "with torch.inference_mode():",
+        "    answer = model(pixel_values=pixels)",
+        "    summary = answer.pooler_output",
+        *(f"    {line}" for line in dense),
+    ]
+    return once, each
 
 
-def _onnx(source: Source) -> str:
+def _onnx(source: Source) -> tuple[list[str], list[str]]:
     teachers = ", ".join(f'"{name}"' for name in source.heads)
-    return "\n".join(
-        [
-            "import numpy as np",
-            "import onnxruntime",
-            "from PIL import Image",
-            "",
-            *_prepared(source),
-            'session = onnxruntime.InferenceSession(f"{DIR}/model.onnx")',
-            'summary, dense = session.run(["summary", "dense"], {"pixels": pixels})',
-            *([f'teachers = session.run([{teachers}], {{"pixels": pixels}})'] if source.heads else []),
-            "",
-        ]
-    )
+    once = [
+        "import numpy as np",
+        "import onnxruntime",
+        "from PIL import Image",
+        "",
+        'session = onnxruntime.InferenceSession(f"{DIR}/model.onnx")',
+    ]
+    each = [
+        *_prepared(source),
+        'summary, dense = session.run(["summary", "dense"], {"pixels": pixels})',
+        *([f'teachers = session.run([{teachers}], {{"pixels": pixels}})'] if source.heads else []),
+    ]
+    return once, each
 
 
-def _executorch(source: Source) -> str:
+def _executorch(source: Source) -> tuple[list[str], list[str]]:
     outputs = "summary, dense, *teachers" if source.heads else "summary, dense"
-    return "\n".join(
-        [
-            "import numpy as np",
-            "import torch",
-            "from executorch.runtime import Runtime",
-            "from PIL import Image",
-            "",
-            *_prepared(source),
-            'method = Runtime.get().load_program(f"{DIR}/model.pte").load_method("forward")',
-            f"{outputs} = method.execute([torch.from_numpy(pixels)])",
-            "",
-        ]
-    )
+    once = [
+        "import numpy as np",
+        "import torch",
+        "from executorch.runtime import Runtime",
+        "from PIL import Image",
+        "",
+        'method = Runtime.get().load_program(f"{DIR}/model.pte").load_method("forward")',
+    ]
+    return once, [*_prepared(source), f"{outputs} = method.execute([torch.from_numpy(pixels)])"]
 
 
 def _prepared(source: Source) -> list[str]:

@@ -105,15 +105,15 @@ def dense_of(card: EncoderCard, model: Any, features: Tensor, pixels: Tensor) ->
     return features if _channels_last(model) else features.permute(0, 2, 3, 1)
 
 
-def dense_lines(card: EncoderCard, model: Any) -> list[str]:
-    """The same as code, from `features` and `pixels`."""
+def dense_lines(card: EncoderCard, model: Any, *, features: str = "features", name: str = "model") -> list[str]:
+    """The same as code, from `pixels` and what the features and the model are called."""
     if hasattr(model, "num_prefix_tokens"):
         cells = f"(pixels.shape[-2] // {card.patch}, pixels.shape[-1] // {card.patch})"
-        return [f"dense = features[:, {card.prefix_tokens}:].unflatten(1, {cells})"]
+        return [f"dense = {features}[:, {card.prefix_tokens}:].unflatten(1, {cells})"]
     if card.dense == "last_stage":
-        source = "model.forward_intermediates(pixels, indices=1)[1][0]"
+        source = f"{name}.forward_intermediates(pixels, indices=1)[1][0]"
     else:
-        source = "model.head.norm(features)" if _head_norms(card, model) else "features"
+        source = f"{name}.head.norm({features})" if _head_norms(card, model) else features
     return [f"dense = {source}" if _channels_last(model) else f"dense = {source}.permute(0, 2, 3, 1)"]
 
 

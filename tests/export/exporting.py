@@ -19,6 +19,10 @@ from eupe.corpus.awkward import picture
 from eupe.encoder import Encoder, build_encoder, load_encoder, normalise, save_encoder
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
+from eupe.export.pictures import varied_pictures
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.teacher import load_teacher
+from eupe.teachers.verify import compare
 from eupe.train.card import RunCard, target_names
 from eupe.train.heads import TargetHeads
 from eupe.train.normalise import Normaliser
@@ -162,6 +166,29 @@ def least_cosine(got: Any, want: Tensor) -> float:
     got = torch.as_tensor(np.asarray(got))
     assert got.shape == want.shape
     return float(torch.nn.functional.cosine_similarity(got.double(), want.double(), dim=-1).min())
+
+
+def assert_teaches(name: str, run: Path) -> None:
+    """As a teacher an export gives the tokens of the run that it is of, and its library agrees."""
+    spec, student = resolve_teacher(name), load_encoder(run).eval()
+    assert (spec.native_size, spec.mean, spec.std) == (SIZE, student.card.mean, student.card.std)
+    teacher = load_teacher(spec, weights=None, device=torch.device("cpu"), dtype=torch.float32, sizes=(SIZE,))
+    views = torch.from_numpy(varied_pictures(SIZE, SIZE, seed=7))
+    with torch.inference_mode():
+        got, want = teacher(views), student(normalise(views, student.card.mean, student.card.std))
+    assert least_cosine(got.summary, want.summary) > 0.99999
+    assert least_cosine(got.dense, want.dense) > 0.99999
+    assert compare(spec).agrees
+
+
+def said_in_a_loop(out: Path, pictures: Sequence[Path]) -> list[dict[str, Any]]:
+    """What the card's code says of each picture, where all that stands behind its loading is run in a loop."""
+    once, blank, each = code_of(out / "README.md").rpartition("\n\n")
+    body = "".join(f"    {line}\n" for line in each.splitlines())
+    loop = f"{once}{blank}for PICTURE in PICTURES:\n{body}    said_of.append((summary, dense, teachers))\n"
+    names: dict[str, Any] = {"DIR": str(out), "PICTURES": list(map(str, pictures)), "said_of": [], "teachers": None}
+    exec(loop, names)
+    return [dict(zip(("summary", "dense", "teachers"), each, strict=True)) for each in names["said_of"]]
 
 
 def code_of(card: Path) -> str:

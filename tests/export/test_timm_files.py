@@ -15,11 +15,12 @@ from exporting import (
     SIZE,
     VIT,
     Exports,
-    code_of,
+    assert_teaches,
     fill,
     finished_run,
     least_cosine,
     photograph,
+    said_in_a_loop,
     some_slow,
     tokens_of,
 )
@@ -87,11 +88,15 @@ def assert_said(names: dict[str, Any], run: Path, path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_an_export_teaches(arch: str, exports: Exports) -> None:
+    assert_teaches(f"timm:local-dir:{exports.out(arch)}", exports.run(arch))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_the_code_in_the_card_gives_the_run_s_tokens(arch: str, exports: Exports, tmp_path: Path) -> None:
     path = photograph(tmp_path / "p.png", width=110)
-    names: dict[str, Any] = {"DIR": str(exports.out(arch)), "PICTURE": str(path)}
-    exec(code_of(exports.out(arch) / "README.md"), names)
-    assert_said(names, exports.run(arch), path)
+    for said in said_in_a_loop(exports.out(arch), [path, path]):
+        assert_said(said, exports.run(arch), path)
 
 
 ALONE = """
