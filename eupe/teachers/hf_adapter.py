@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eupe.checkpoints import ADAPTER_FILE, read_checkpoint, require_no_adapter
 from eupe.encoder import Tokens, describe_misfits
 from eupe.errors import TeacherError
 from eupe.kinds import DenseKind, SummaryKind
+from eupe.teachers import timm_adapter
 from eupe.teachers.own_forward import own_model
-from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import brief, hub_errors, hub_or_offline, quiet_transformers, read_state_dict
+from eupe.teachers.preprocess import NESTED_FILE, UNIT, of_processor, processor_settings, timm_folder
+from eupe.teachers.spec import LOCAL_DIR, TeacherSpec
+from eupe.teachers.weights import brief, hub_errors, hub_or_offline, quiet_transformers
 
 Triple = tuple[float, float, float]
 
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI: tuple[Triple, Triple] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-UNIT: tuple[Triple, Triple] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 UNUSED_WEIGHTS = re.compile(
     r"text_model\.|text_projection|visual_projection|logit_scale|logit_bias|classifier\.|head\.(weight|bias)|pooler\."
@@ -43,9 +45,9 @@ class Family:
     summary: SummaryKind
     dense: DenseKind
     normalisation: tuple[Triple, Triple]
-    """Used where the repository has no preprocessor_config.json."""
+    """Used where the repository says nothing of it."""
     prefix: Callable[[Any], int] = lambda config: 1
-    patch: Callable[[Any], int] = lambda config: int(config.patch_size)
+    patch: Callable[[Any], int] = lambda config: _side(config, "patch_size")
     width: Callable[[Any], int] = lambda config: int(config.hidden_size)
     build: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the model's constructor."""
@@ -123,14 +125,17 @@ FAMILIES: dict[str, Family] = {
 
 
 def describe(name: str) -> TeacherSpec:
-    """The spec of `hf:REPO_OR_DIR`, from its config.json and preprocessor_config.json.
+    """The spec of `hf:REPO_OR_DIR`, from its config.json and what its image processor is configured by.
 
     Raises: TeacherError if the configuration cannot be had, or its model type is not supported.
     """
     model = name.removeprefix("hf:")
+    if timm_folder(Path(model)):  # a TimmWrapperModel
+        return dataclasses.replace(timm_adapter.describe(f"timm:{LOCAL_DIR}{model}"), name=name)
+    _require_no_adapter(model)
     config = _vision_config(model)
     family = FAMILIES[config.model_type]
-    mean, std = UNIT if config.model_type == "radio" else _normalisation(model, family)
+    (mean, std), said = (UNIT, "") if config.model_type == "radio" else _normalisation(model, family)
     width, patch = family.width(config), family.patch(config)
     return TeacherSpec(
         name=name,
@@ -146,11 +151,11 @@ def describe(name: str) -> TeacherSpec:
         mean=mean,
         std=std,
         licence="unknown",
-        note="; ".join(filter(None, (family.note, "licence: see the repository"))),
+        note="; ".join(filter(None, (family.note, said, "licence: see the repository"))),
     )
 
 
-def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> Any:
+def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tuple[int, ...]) -> Any:
     """The library's vision encoder with every weight from one place.
 
     A weights file needs its config.json beside it, or at the repository or directory that the spec names.
@@ -158,6 +163,8 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
     Raises: TeacherError if the configuration is of another model than the spec's, or a weight is missing, of another
         shape, or of no use.
     """
+    if weights is None:
+        _require_no_adapter(spec.model)
     source = _config_source(spec, weights)
     config = _vision_config(source, weights)
     _check_fits(spec, config, source)
@@ -175,7 +182,10 @@ def load(spec: TeacherSpec, *, weights: Path | None, sizes: tuple[int, ...]) -> 
             with hub_errors(spec):
                 model, report = model_class.from_pretrained(spec.model, **options)
         else:
-            model, report = _from_state_dict(model_class, read_state_dict(weights), weights, options)
+            with torch.device("meta"):
+                shapes = model_class(config, **family.build).state_dict()
+            state = read_checkpoint(weights, key=key, fitting=shapes, whole=True)
+            model, report = _from_state_dict(model_class, state, weights, options)
     _check_report(report, source=str(weights or spec.model))
     return model
 
@@ -246,7 +256,25 @@ def _vision_config(source: str, weights: Path | None = None) -> Any:
         raise TeacherError(
             f"{source} is of model type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
         )
+    if (channels := getattr(config, "num_channels", 3)) != 3:
+        raise TeacherError(f"{source} takes pictures of {channels} channels; eupe's views are RGB, so have 3")
     return config
+
+
+def _require_no_adapter(source: str) -> None:
+    """Raises: TeacherError as `require_no_adapter` does, also for a repository of the hub."""
+    from transformers.utils import cached_file
+
+    with hub_or_offline(source):
+        file = cached_file(
+            source,
+            ADAPTER_FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    if file is not None:
+        require_no_adapter(Path(file).parent)
 
 
 def _library_class(name: str) -> Any:
@@ -310,38 +338,32 @@ def _summary_dim(config: Any, width: int) -> int:
     return width * len(config.summary_idxs) if config.model_type == "radio" else width
 
 
-def _preprocessor(model: str) -> dict[str, Any]:
-    """preprocessor_config.json of a directory or repository; empty where there is none.
-
-    Raises: TeacherError if it is not JSON.
-    """
-    from transformers.utils import cached_file
-
-    with hub_or_offline(model):
-        file = cached_file(
-            model,
-            "preprocessor_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    try:
-        return {} if file is None else dict(json.loads(Path(file).read_text()))
-    except ValueError as error:
-        raise TeacherError(f"{file} is not JSON that can be read ({brief(error)})") from error
-
-
-def _normalisation(model: str, family: Family) -> tuple[Triple, Triple]:
-    settings = _preprocessor(model)
-    if settings.get("do_normalize") is False:
-        return UNIT
-    if "image_mean" not in settings:
-        return family.normalisation
-    return tuple(settings["image_mean"]), tuple(settings["image_std"])
+def _normalisation(model: str, family: Family) -> tuple[tuple[Triple, Triple], str]:
+    """mean and std, and a note where they are from the file that older versions of eupe did not read."""
+    found = of_processor(model)
+    if found is None:
+        return family.normalisation, ""
+    return (found.mean, found.std), f"mean and std are those of {NESTED_FILE}" if found.file == NESTED_FILE else ""
 
 
 def _native_size(model: str, config: Any, patch: int) -> int:
     """The side that the repository's preprocessor produces, where the patch divides it; else the position table's."""
-    settings = _preprocessor(model)
-    size = settings.get("crop_size") or settings.get("size") or {}
-    side = size.get("height") if isinstance(size, dict) else size
-    return int(side) if side and side % patch == 0 else int(config.image_size) // patch * patch
+    settings, _ = processor_settings(model)
+    size = (settings or {}).get("crop_size") or (settings or {}).get("size") or {}
+    side = size.get("height") if isinstance(size, dict) else size[0] if isinstance(size, list) else size
+    if isinstance(side, int) and side > 0 and side % patch == 0:
+        return side
+    return max(_side(config, "image_size") // patch, 1) * patch
+
+
+def _side(config: Any, name: str) -> int:
+    """One side of what the configuration has as a number, or as two that are equal.
+
+    Raises: TeacherError if it is something else.
+    """
+    value = getattr(config, name)
+    sides = {*value} if isinstance(value, list | tuple) else {value}
+    (side,) = sides if len(sides) == 1 else (None,)
+    if not isinstance(side, int) or side < 1:
+        raise TeacherError(f"the configuration has {name} {value!r}; it takes a number, or two equal ones")
+    return side

@@ -7,7 +7,6 @@ Shapes: B batch, N tokens, D their width, Ds width of the summary.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,17 +15,32 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
+from eupe.checkpoints import read_checkpoint
 from eupe.encoder import WEIGHTS_FILE, load_card
 from eupe.errors import TeacherError
+from eupe.reading import read_json
+from eupe.teachers.preprocess import (
+    OPEN_CLIP_FILE,
+    RUN_FILE,
+    is_model,
+    open_processor,
+    processed,
+    processor_settings,
+    timm_folder,
+)
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import hub_errors, quiet_open_clip, quiet_transformers, read_state_dict
+from eupe.teachers.weights import hub_errors, quiet_open_clip, quiet_transformers
 
-Triple = tuple[float, float, float]
+Prepare = Callable[[NDArray[np.uint8]], Tensor]
+"""Square pictures [B, S, S, 3] to the pixels [B, 3, S, S] that a library's model takes."""
 
 NARROW_WIDTH, NARROW_CONV_WIDTH = 64, 48
 NARROW_VIT: dict[str, Any] = {"embed_dim": NARROW_WIDTH, "depth": 2, "num_heads": 4}
@@ -43,7 +57,7 @@ NORMALISED_LIKE = {
     "siglip_vision_model": "vit_base_patch16_siglip_224.webli",
     "vit": "vit_base_patch16_224.augreg_in21k",
 }
-"""timm's weights of each Hugging Face family: their normalisation where a directory has no preprocessor_config.json."""
+"""timm's weights of each Hugging Face family: their normalisation where a directory says nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +67,21 @@ class OwnModel:
     module: nn.Module
     forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     """Normalised pixels [B, 3, S, S] to dense [B, N, D] and summary [B, Ds]."""
-    mean: Triple
-    std: Triple
+    prepare: Prepare
+    """The library's own preparation of pictures that have their size already."""
 
 
-def own_model(spec: TeacherSpec, weights: Path | None = None) -> OwnModel:
+def own_model(spec: TeacherSpec, weights: Path | None = None, key: str | None = None) -> OwnModel:
     """The library's own model, in eval mode on the CPU.
 
     Args:
         weights: where its weights are; None for the library's random initialisation, except that `hf:` names and runs
             bring their own.
+        key: where among others in the weights file they are.
     Raises: TeacherError where the library has no second path to the features.
     """
     build = {"timm": _timm_model, "hf": _hf_model, "open_clip": _open_clip_model, "run": _run_model}[spec.backend]
-    own: OwnModel = build(spec, weights)
+    own: OwnModel = build(spec, weights, key)
     own.module.eval()
     return own
 
@@ -140,27 +155,115 @@ def _narrow_options(spec: TeacherSpec) -> dict[str, Any]:
     return {} if "efficientnet" in spec.model else NARROW_VIT
 
 
-def _timm_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:
-    loading: dict[str, Any] = {}
-    if weights is not None:
-        loading = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": read_state_dict(weights)}}
+def _timm_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnModel:
+    if spec.name.startswith("hf:") and weights is None:
+        return _with_timm_forward(spec, _wrapped_model(spec.place), None)
+    loading: dict[str, Any] = {"pretrained": True} if spec.is_local_dir else {}
     classifier = {} if spec.summary == "projected" else {"num_classes": 0}
+    if weights is not None:
+        with torch.device("meta"):
+            shapes = timm.create_model(spec.model, **classifier).state_dict()
+        state = read_checkpoint(weights, key=key, fitting=shapes)
+        loading = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
     model = timm.create_model(spec.model, **classifier, **loading)
-    return _with_timm_forward(spec, model, timm.get_pretrained_cfg(spec.model))
+    return _with_timm_forward(spec, model, weights)
 
 
-def _run_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:
+def _wrapped_model(folder: Path) -> Any:
+    """timm's model out of the Transformers library's TimmWrapperModel, as that library loads it."""
+    from transformers import AutoModel
+
+    with quiet_transformers():
+        return AutoModel.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True).timm_model
+
+
+def _run_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnModel:
     directory = Path(spec.model)
     card = load_card(directory)
     model = timm.create_model(card.arch, num_classes=0)
     if hasattr(model, "set_input_size"):
         model.set_input_size((card.size, card.size))
-    model.load_state_dict(read_state_dict(weights or directory / WEIGHTS_FILE))
-    return _with_timm_forward(spec, model, timm.get_pretrained_cfg(card.arch))
+    model.load_state_dict(read_checkpoint(weights or directory / WEIGHTS_FILE, key=key, fitting=model.state_dict()))
+    return _with_timm_forward(spec, model, weights)
 
 
-def _with_timm_forward(spec: TeacherSpec, model: Any, config: Any) -> OwnModel:
-    return OwnModel(model, lambda x: timm_forward(spec, model, x), tuple(config.mean), tuple(config.std))
+def _with_timm_forward(spec: TeacherSpec, model: Any, weights: Path | None) -> OwnModel:
+    prepare = _prepared_as_files_say(spec, weights) or timm_preparation(timm.data.resolve_model_data_config(model))
+    return OwnModel(model, lambda x: timm_forward(spec, model, x), prepare)
+
+
+def timm_preparation(config: dict[str, Any]) -> Prepare:
+    """timm's own transform of pictures that have their size."""
+
+    def prepare(views: NDArray[np.uint8]) -> Tensor:
+        same_size = {"input_size": (3, *views.shape[1:3]), "crop_pct": 1.0, "crop_mode": "center"}
+        transform = timm.data.create_transform(**{**config, **same_size})
+        return torch.stack([transform(Image.fromarray(view)) for view in views])
+
+    return prepare
+
+
+def open_clip_preparation(settings: dict[str, Any]) -> Prepare:
+    """open_clip's own transform of pictures that have their size, by its defaults where a setting is not given."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+    def prepare(views: NDArray[np.uint8]) -> Tensor:
+        merged = {**merge_preprocess_dict(PreprocessCfg(), settings), "size": views.shape[1:3]}
+        transform = image_transform_v2(PreprocessCfg(**merged), is_train=False)
+        return torch.stack([transform(Image.fromarray(view)) for view in views])
+
+    return prepare
+
+
+def hf_preparation(source: str) -> Prepare | None:
+    """What transformers' own processor of a directory or repository does; None where it has none.
+
+    Of a processor that the library does not know, which is a class of the repository's own, mean and std are taken.
+    """
+    settings, _ = processor_settings(source)
+    if settings is None:
+        return None
+    try:
+        processor = open_processor(source)
+    except Exception:
+        return timm_preparation({"mean": settings["image_mean"], "std": settings["image_std"]})
+    return lambda views: torch.from_numpy(np.array(processed(processor, views)))
+
+
+def _prepared_as_files_say(spec: TeacherSpec, weights: Path | None) -> Prepare | None:
+    """By the library whose files lie beside local weights, the teacher's own first; None where there are none."""
+    if weights is None:
+        return None
+    folder = weights if weights.is_dir() else weights.parent
+    radio = is_model(folder, "radio") or "_radio_" in spec.model
+    found: dict[str, Callable[[], Prepare | None]] = {
+        "timm": lambda: _prepared_as_timm_folder(folder),
+        "open_clip": lambda: _prepared_as_open_clip_folder(folder),
+        "hf": lambda: None if radio else hf_preparation(str(folder)),
+        "run": lambda: _prepared_as_run(folder),
+    }
+    ready = (found[kind]() for kind in sorted(found, key=lambda kind: kind != spec.backend))
+    return next((prepare for prepare in ready if prepare is not None), None)
+
+
+def _prepared_as_timm_folder(folder: Path) -> Prepare | None:
+    if not timm_folder(folder):
+        return None
+    with torch.device("meta"):
+        return timm_preparation(timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}")))
+
+
+def _prepared_as_open_clip_folder(folder: Path) -> Prepare | None:
+    if not (folder / OPEN_CLIP_FILE).is_file():
+        return None
+    return open_clip_preparation(read_json(folder / OPEN_CLIP_FILE).get("preprocess_cfg") or {})
+
+
+def _prepared_as_run(folder: Path) -> Prepare | None:
+    if not (folder / RUN_FILE).is_file():
+        return None
+    card = load_card(folder)
+    return timm_preparation({"mean": card.mean, "std": card.std})
 
 
 def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -218,7 +321,7 @@ def _pooled_map(model: Any, pool: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]
     return tokens, summary
 
 
-def _open_clip_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:
+def _open_clip_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnModel:
     import open_clip
 
     arch, _, tag = spec.model.partition("@")
@@ -226,17 +329,20 @@ def _open_clip_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:
     with quiet_open_clip():
         model = open_clip.create_model(arch, load_weights=False, pretrained_text=False, device=device)
     if weights is not None:
-        state = read_state_dict(weights)
-        (model if any(name.startswith("visual.") for name in state) else model.visual).load_state_dict(state)
-    settings = open_clip.get_pretrained_cfg(arch, tag or open_clip.list_pretrained_tags_by_model(arch)[0])
-    mean, std = tuple(settings["mean"]), tuple(settings["std"])
+        visual, trunk = model.visual, getattr(model.visual, "trunk", None)
+        target = visual if trunk is None else trunk
+        state = read_checkpoint(weights, key=key, fitting=target.state_dict())
+        target.load_state_dict({name.removeprefix("visual.").removeprefix("trunk."): t for name, t in state.items()})
+    tag = tag or next(iter(open_clip.list_pretrained_tags_by_model(arch)), "")
+    settings = open_clip.get_pretrained_cfg(arch, tag) if tag else {}
+    prepare = _prepared_as_files_say(spec, weights) or open_clip_preparation(settings)
     if hasattr(model.visual, "trunk"):
         model.visual.trunk.reset_classifier(0)
-        return OwnModel(model, lambda x: timm_forward(spec, model.visual.trunk.eval(), x), mean, std)
+        return OwnModel(model, lambda x: timm_forward(spec, model.visual.trunk.eval(), x), prepare)
     model.visual.output_tokens = True
     if spec.summary == "projected":
-        return OwnModel(model, lambda x: open_clip_projected(model, x), mean, std)
-    return OwnModel(model, lambda x: open_clip_forward(model.visual, x), mean, std)
+        return OwnModel(model, lambda x: open_clip_projected(model, x), prepare)
+    return OwnModel(model, lambda x: open_clip_forward(model.visual, x), prepare)
 
 
 def open_clip_forward(visual: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,7 +366,7 @@ def open_clip_projected(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         model.visual.output_tokens = True
 
 
-def _hf_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:
+def _hf_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnModel:
     import transformers
 
     if weights is None and not spec.name.startswith("hf:"):
@@ -274,11 +380,11 @@ def _hf_model(spec: TeacherSpec, weights: Path | None) -> OwnModel:
             model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
         else:
             with torch.device("meta"):
-                model_class = type(transformers.AutoModel.from_config(config))
-            state = read_state_dict(weights)
-            model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
-    mean, std = _hf_normalisation(source, getattr(config, "vision_config", config).model_type)
-    return OwnModel(model, lambda x: hf_forward(model, x), mean, std)
+                shapeless = transformers.AutoModel.from_config(config)
+            state = read_checkpoint(weights, key=key, fitting=shapeless.state_dict(), whole=True)
+            model = type(shapeless).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    prepare = _hf_prepare(spec, weights, getattr(config, "vision_config", config).model_type)
+    return OwnModel(model, lambda x: hf_forward(model, x), prepare)
 
 
 def _random_dinov2(spec: TeacherSpec) -> OwnModel:
@@ -308,8 +414,7 @@ def _random_dinov2(spec: TeacherSpec) -> OwnModel:
         model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**dimensions, num_register_tokens=4))
     else:
         model = Dinov2Model(Dinov2Config(**dimensions))
-    mean, std = tuple(twin.pretrained_cfg["mean"]), tuple(twin.pretrained_cfg["std"])
-    return OwnModel(model, lambda x: hf_forward(model, x), mean, std)
+    return OwnModel(model, lambda x: hf_forward(model, x), timm_preparation(timm.data.resolve_model_data_config(twin)))
 
 
 def hf_forward(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -337,16 +442,12 @@ def hf_forward(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:, 1:], hidden[:, 0]
 
 
-def _hf_normalisation(source: str, model_type: str) -> tuple[Triple, Triple]:
-    """mean and std of the directory's preprocessor, or of timm's weights of the family; RADIO normalises inside."""
+def _hf_prepare(spec: TeacherSpec, weights: Path | None, model_type: str) -> Prepare:
+    """The library's own processor, or timm's transform of the family's weights; RADIO normalises inside."""
     if model_type == "radio":
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    from transformers.utils import cached_file
-
-    file = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    if file is not None:
-        settings = json.loads(Path(file).read_text())
-        if "image_mean" in settings:
-            return tuple(settings["image_mean"]), tuple(settings["image_std"])
-    config = timm.get_pretrained_cfg(NORMALISED_LIKE[model_type])
-    return tuple(config.mean), tuple(config.std)
+        return timm_preparation({"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
+    if (beside := _prepared_as_files_say(spec, weights)) is not None:
+        return beside
+    own = hf_preparation(spec.model) if spec.name.startswith("hf:") else None
+    like = timm.get_pretrained_cfg(NORMALISED_LIKE[model_type]).to_dict()
+    return own or timm_preparation(timm.data.resolve_data_config(pretrained_cfg=like))

@@ -22,11 +22,22 @@ _DESCRIBERS = {
 }
 
 
-def resolve_teacher(name: str) -> TeacherSpec:
+def resolve_teacher(name: str, weights: Path | None = None) -> TeacherSpec:
     """The spec of a registry name or alias, `timm:ARCH[.tag]`, `hf:REPO_OR_DIR`, `open_clip:ARCH[@TAG]`, or a run.
 
-    Raises: TeacherError for anything else, with near names; RunError for a run whose card is unreadable.
+    Args:
+        weights: local ones; what their own files say of mean and std is in the spec.
+    Raises: TeacherError for anything else, with near names, and for files beside the weights that cannot be followed;
+        RunError for a run whose card is unreadable.
     """
+    spec = _known(name)
+    if weights is None:
+        return spec
+    given: TeacherSpec = import_module("eupe.teachers.preprocess").as_given(spec, weights)
+    return given
+
+
+def _known(name: str) -> TeacherSpec:
     if name in ALIASES or name in REGISTRY:
         return REGISTRY[ALIASES.get(name, name)]
     backend, colon, rest = name.partition(":")

@@ -74,6 +74,7 @@ def verify_teachers(
     name: str | None,
     weights: Path | None = None,
     *,
+    key: str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: Progress = lambda done, of: None,
 ) -> list[Comparison]:
@@ -82,17 +83,18 @@ def verify_teachers(
     Args:
         weights: local weights of the one teacher; without them its library makes random ones, except that `hf:` names
             and runs bring their own.
+        key: where among others in the weights file its tensors are.
         dtype: an arithmetic of which to tell, beside, how near its tokens are to those of float32.
     Raises: StorageError if the temporary folder refuses; for the one teacher, TeacherError as `resolve_teacher` and
         `load_teacher` do.
     """
-    specs = list(REGISTRY.values()) if name is None else [resolve_teacher(name)]
+    specs = list(REGISTRY.values()) if name is None else [resolve_teacher(name, weights)]
     full_up_to = FULL_IN_REGISTRY if name is None else FULL_BY_NAME
     comparisons = []
     for i, spec in enumerate(specs):
         progress(i, len(specs))
         try:
-            found = compare(spec, weights, full_up_to=full_up_to, dtype=dtype)
+            found = compare(spec, weights, key=key, full_up_to=full_up_to, dtype=dtype)
         except StorageError:
             raise
         except Exception as error:
@@ -118,6 +120,7 @@ def compare(
     spec: TeacherSpec,
     weights: Path | None = None,
     *,
+    key: str | None = None,
     full_up_to: int = FULL_BY_NAME,
     dtype: torch.dtype = torch.float32,
 ) -> Comparison:
@@ -126,10 +129,10 @@ def compare(
     Args:
         full_up_to: a registry row of more parameters that gets random weights is built narrow.
     """
-    brings_its_own = spec.backend == "run" or spec.name.startswith("hf:")
+    brings_its_own = spec.backend == "run" or spec.is_local_dir or spec.name.startswith("hf:")
     if weights is not None or brings_its_own:
-        teacher = _loaded(spec, weights)
-        own, build, source = own_model(spec, weights), "full", str(weights or spec.model)
+        teacher = _loaded(spec, weights, key)
+        own, build, source = own_model(spec, weights, key), "full", str(weights or spec.model)
     else:
         is_narrow = spec.name in REGISTRY and _num_parameters(spec) > full_up_to
         own, teacher = random_pair(spec, is_narrow=is_narrow, sizes=(spec.native_size,))
@@ -167,7 +170,7 @@ def random_pair(spec: TeacherSpec, *, is_narrow: bool, sizes: tuple[int, ...]) -
         own = own_model(spec)
         fill_at_random(own.module)
         with _saved(own.module) as saved:
-            return own, _loaded(narrow(spec) if is_narrow else spec, saved, sizes)
+            return own, _loaded(narrow(spec) if is_narrow else spec, saved, sizes=sizes)
 
 
 @contextmanager
@@ -197,15 +200,9 @@ def awkward_views(size: int) -> NDArray[np.uint8]:
     return np.stack([render_view(image, params, size) for image, params in drawn])
 
 
-def normalised_by_hand(views_u8_BHWC: NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalised float32 pixels [B, 3, H, W], by the textbook."""
-    pixels = (views_u8_BHWC / 255.0 - np.array(mean)) / np.array(std)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float()
-
-
-def _loaded(spec: TeacherSpec, weights: Path | None, sizes: tuple[int, ...] = ()) -> Teacher:
-    sizes = sizes or (spec.native_size,)
-    return load_teacher(spec, weights=weights, device=torch.device("cpu"), dtype=torch.float32, sizes=sizes)
+def _loaded(spec: TeacherSpec, weights: Path | None, key: str | None = None, *, sizes: tuple[int, ...] = ()) -> Teacher:
+    device, sizes = torch.device("cpu"), sizes or (spec.native_size,)
+    return load_teacher(spec, weights=weights, key=key, device=device, dtype=torch.float32, sizes=sizes)
 
 
 def _num_parameters(spec: TeacherSpec) -> int:
@@ -220,7 +217,7 @@ def _cosines(teacher: Teacher, own: OwnModel, views: NDArray[np.uint8]) -> dict[
     for start in range(0, len(views), BATCH_SIZE):
         batch = views[start : start + BATCH_SIZE]
         tokens = teacher(torch.from_numpy(batch))
-        dense, summary = own.forward(normalised_by_hand(batch, own.mean, own.std))
+        dense, summary = own.forward(own.prepare(batch))
         found.setdefault("dense", []).append(_cosine(tokens.dense.flatten(1, 2), dense))
         if tokens.summary is not None and summary is not None:
             found.setdefault("summary", []).append(_cosine(tokens.summary, summary))
