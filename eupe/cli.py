@@ -18,17 +18,21 @@ from typer.core import TyperGroup
 import eupe
 from eupe.cli_eval import eval_app
 from eupe.cli_shared import (
+    WEIGHTS_KEY,
     ImageColumn,
     ImageKey,
     Json,
     LabelColumn,
+    LocalKeys,
     LocalWeights,
     PicturesPath,
     err,
     escaped,
     finish,
+    local_keys,
     local_weights,
     out,
+    require_weights_of_key,
     show,
 )
 from eupe.errors import ConfigError, EupeError
@@ -71,6 +75,7 @@ CorpusPath = Annotated[
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")]
+WeightsKey = Annotated[str | None, typer.Option(help=WEIGHTS_KEY)]
 Sizes = Annotated[list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")]
 Views = Annotated[str, typer.Option(help="center, squash, or rrc:K for K random resized crops per picture.")]
 PhotometricKind = Annotated[
@@ -159,11 +164,18 @@ def teachers(context: typer.Context) -> None:
 
 
 @teachers_app.command("show", hidden=True)
-def teachers_show(name: Annotated[str, typer.Argument(help="A teacher.")]) -> None:
+def teachers_show(
+    name: Annotated[str, typer.Argument(help="A teacher.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Local weights, whose own files may say of mean and std.")
+    ] = None,
+) -> None:
     """Show one card."""
+    from eupe.teachers.preprocess import where_from
     from eupe.teachers.resolve import resolve_teacher
 
-    out.print_json(data=resolve_teacher(name).to_json())
+    spec = resolve_teacher(name, weights)
+    out.print_json(data={**spec.to_json(), "normalised_by": where_from(spec, weights)})
 
 
 @teachers_app.command("verify")
@@ -172,6 +184,7 @@ def teachers_verify(
         str | None, typer.Argument(metavar="[NAME]", help="A teacher; every row of the registry where not given.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Local weights; else random ones.")] = None,
+    weights_key: WeightsKey = None,
     dtype: Annotated[
         str, typer.Option(help="Another arithmetic, bf16 say, whose tokens are compared with those of fp32.")
     ] = "fp32",
@@ -186,10 +199,15 @@ def teachers_verify(
 
     if weights is not None and teacher is None:
         raise ConfigError("--weights are those of one teacher; give its NAME, too")
+    require_weights_of_key(weights, weights_key)
     arithmetic = compute_dtype(dtype, torch.device("cpu"))
     with report_progress(err, "teachers", quiet=as_json) as progress:
         comparisons = verify_teachers(
-            teacher, weights, dtype=arithmetic, progress=lambda done, of: progress.update("verifying", done, of)
+            teacher,
+            weights,
+            key=weights_key,
+            dtype=arithmetic,
+            progress=lambda done, of: progress.update("verifying", done, of),
         )
     if as_json:
         rows = [{**dataclasses.asdict(c), "agrees": c.agrees} for c in comparisons]
@@ -311,6 +329,9 @@ def extract(
         list[str] | None,
         typer.Option(help="Local weights in place of the hub's. One a teacher; 'hub' for one without."),
     ] = None,
+    weights_key: Annotated[
+        list[str] | None, typer.Option(help=f"{WEIGHTS_KEY} One a teacher; 'auto' for one without.")
+    ] = None,
     size: Sizes = None,
     views: Views = "center",
     scale: Scale = None,
@@ -377,9 +398,10 @@ def extract(
     )
     outs = _one_each("--out", out_path, teacher)
     files = [None if file in (None, "hub") else Path(file) for file in _one_each("--weights", weights, teacher)]
+    keys = [None if key in (None, "auto") else key for key in _one_each("--weights-key", weights_key, teacher)]
     configs = [
-        dataclasses.replace(shared, teacher=name, out=place, weights=file)
-        for name, place, file in zip(teacher, outs, files, strict=True)
+        dataclasses.replace(shared, teacher=name, out=place, weights=file, weights_key=key)
+        for name, place, file, key in zip(teacher, outs, files, keys, strict=True)
     ]
     with report_progress(err, "views", quiet=as_json) as progress:
         reports = extract_together(configs, on_status=lambda s: _show_status(progress, s))
@@ -448,6 +470,7 @@ def plan(
         str | None, typer.Option("--out", help="Where the store is to lie; its disk must have the space.")
     ] = None,
     weights: Weights = None,
+    weights_key: WeightsKey = None,
     size: Sizes = None,
     views: Views = "center",
     scale: Scale = None,
@@ -485,6 +508,7 @@ def plan(
     only_measured = {
         "--photometric": photometric,
         "--weights": weights,
+        "--weights-key": weights_key,
         "--scale": scale,
         "--ratio": ratio,
         "--fidelity": fidelity,
@@ -524,6 +548,7 @@ def plan(
         teacher=teacher[0],
         corpus=corpus or "",
         weights=weights,
+        weights_key=weights_key,
         fidelity=fidelity,
         pixels=pixels,
         limit=limit,
@@ -559,6 +584,7 @@ def _print_plan(plan: Estimate, *, given: bool) -> None:
     facts = {
         "measured": f"{plan.teacher} on {plan.sampled_views} views, {plan.dtype} on {plan.device}, this machine alone",
         "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views",
+        "mean and std are those of": plan.normalised_by,
         "bytes per view": f"{amount(plan.bytes_per_view)} ({precision}; raw fp16 {amount(plan.raw_bytes_per_view)})",
         "bytes in all": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} on the way there",
         f"free at {plan.out}{'' if given else ', where the store lies without --out'}": free,
@@ -724,6 +750,7 @@ def store_repair(
     path: str,
     corpus: PicturesPath = None,
     weights: StoredWeights = None,
+    weights_key: WeightsKey = None,
     teacher: StoredTeacher = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Views per forward pass; the fastest is found by itself.")
@@ -739,10 +766,12 @@ def store_repair(
     from eupe.extract.repair import RepairConfig, repair
     from eupe.progress import report_progress
 
+    require_weights_of_key(weights, weights_key)
     config = RepairConfig(
         store=path,
         corpus=corpus,
         weights=weights,
+        weights_key=weights_key,
         teacher=teacher,
         batch_size=batch_size,
         workers=workers,
@@ -763,6 +792,7 @@ def store_audit(
     samples: Annotated[int, typer.Option(help="How many pictures to compute again.")] = 32,
     corpus: PicturesPath = None,
     weights: StoredWeights = None,
+    weights_key: WeightsKey = None,
     teacher: StoredTeacher = None,
     dtype: Annotated[
         str | None, typer.Option(help="auto, fp32, bf16, fp16; else the arithmetic that the store was made in.")
@@ -776,7 +806,16 @@ def store_audit(
 
     if not 0 < least <= 1:
         raise ConfigError(f"--least must lie between 0 and 1, got {least:g}")
-    config = AuditConfig(store=path, samples=samples, corpus=corpus, weights=weights, teacher=teacher, dtype=dtype)
+    require_weights_of_key(weights, weights_key)
+    config = AuditConfig(
+        store=path,
+        samples=samples,
+        corpus=corpus,
+        weights=weights,
+        weights_key=weights_key,
+        teacher=teacher,
+        dtype=dtype,
+    )
     with report_progress(err, "views", quiet=as_json) as progress:
         report = audit(config, progress=lambda done, of: progress.update("computing", done, of))
     if as_json:
@@ -817,7 +856,7 @@ def train(
     ] = None,
     init: Annotated[
         list[Path] | None,
-        typer.Option(help="A finished run to go on from, or weights (safetensors) of such a model; one per student."),
+        typer.Option(help="A finished run to go on from, or a file of weights of such a model; one per student."),
     ] = None,
     mix: Annotated[
         list[str] | None,
@@ -1035,6 +1074,7 @@ def viz(
     out_path: Annotated[Path, typer.Option("--out", help="The page (.html) or figure (.png) to write.")],
     limit: Annotated[int, typer.Option(help="How many pictures.")] = 8,
     weights: LocalWeights = None,
+    weights_key: LocalKeys = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Colour the foreground alone, found by a model's first component.")
     ] = False,
@@ -1050,6 +1090,7 @@ def viz(
         out=out_path,
         limit=limit,
         weights=local_weights(weights, items),
+        weights_keys=local_keys(weights_key),
         foreground=foreground,
         cell_px=cell,
     )

@@ -17,11 +17,13 @@ from eupe.cli_shared import (
     ImageKey,
     Json,
     LabelColumn,
+    LocalKeys,
     LocalWeights,
     PicturesPath,
     err,
     escaped,
     finish,
+    local_keys,
     local_weights,
     out,
     show,
@@ -234,6 +236,7 @@ def eval_knn(
     label_column: LabelColumn = None,
     size: Size = None,
     weights: LocalWeights = None,
+    weights_key: LocalKeys = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -247,7 +250,7 @@ def eval_knn(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return knn(subject, data=data, k=k, metric=metric, size=size, choice=choice)  # type: ignore[arg-type]
 
-    _judge(subjects, weights, untrained, results, as_json, judge)
+    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("linear")
@@ -268,6 +271,7 @@ def eval_linear(
     label_column: LabelColumn = None,
     size: Size = None,
     weights: LocalWeights = None,
+    weights_key: LocalKeys = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -281,7 +285,7 @@ def eval_linear(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return linear(subject, data=data, penalties=tuple(penalty or PENALTIES), size=size, choice=choice)
 
-    _judge(subjects, weights, untrained, results, as_json, judge)
+    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("segment")
@@ -312,6 +316,7 @@ def eval_segment(
     limit: Limit = None,
     scratch: Scratch = None,
     weights: LocalWeights = None,
+    weights_key: LocalKeys = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -327,7 +332,7 @@ def eval_segment(
             subject, data=data, size=size, training=how, code=code, limit=limit, scratch=scratch, on_step=on_step
         )
 
-    _judge(subjects, weights, untrained, results, as_json, judge)
+    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("depth")
@@ -352,6 +357,7 @@ def eval_depth(
     limit: Limit = None,
     scratch: Scratch = None,
     weights: LocalWeights = None,
+    weights_key: LocalKeys = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -376,7 +382,7 @@ def eval_depth(
             on_step=on_step,
         )
 
-    _judge(subjects, weights, untrained, results, as_json, judge)
+    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("correspond")
@@ -388,6 +394,7 @@ def eval_correspond(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
     scratch: Scratch = None,
     weights: LocalWeights = None,
+    weights_key: LocalKeys = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -398,7 +405,7 @@ def eval_correspond(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return correspond(subject, data=data, size=size, alpha=alpha, limit=limit, scratch=scratch, on_step=on_step)
 
-    _judge(subjects, weights, untrained, results, as_json, judge)
+    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("text")
@@ -450,6 +457,7 @@ def eval_zeroshot(
     label_column: LabelColumn = None,
     size: Size = None,
     weights: LocalWeights = None,
+    weights_key: LocalKeys = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -466,7 +474,7 @@ def eval_zeroshot(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return zeroshot(subject, data=data, texts=texts, teacher=space, size=size, choice=choice, on_step=on_step)
 
-    _judge(subjects, weights, untrained, results, as_json, judge)
+    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("retrieval")
@@ -479,6 +487,7 @@ def eval_retrieval(
     size: Size = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures.")] = None,
     weights: LocalWeights = None,
+    weights_key: LocalKeys = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -493,7 +502,7 @@ def eval_retrieval(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return retrieval(subject, data=data, texts=texts, teacher=space, size=size, limit=limit, on_step=on_step)
 
-    _judge(subjects, weights, untrained, results, as_json, judge)
+    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("vqa")
@@ -506,6 +515,7 @@ def eval_vqa(
     ] = None,
     size: Size = None,
     weights: LocalWeights = None,
+    weights_key: LocalKeys = None,
     untrained: Untrained = False,
     results: Results = None,
     as_json: Json = False,
@@ -518,7 +528,7 @@ def eval_vqa(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return vqa(subject, data=data, fitting=fitting, dropouts=tuple(dropout or DROPOUTS), size=size, on_step=on_step)
 
-    _judge(subjects, weights, untrained, results, as_json, judge)
+    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("report")
@@ -587,6 +597,7 @@ def _training(paper: Training, steps: int | None, batch_size: int | None, lr: fl
 def _judge(
     words: list[str],
     weights: list[str] | None,
+    weights_key: list[str] | None,
     untrained: bool,
     results: Path | None,
     as_json: bool,
@@ -599,7 +610,8 @@ def _judge(
     from eupe.progress import report_progress
 
     require_place(results)
-    subjects = open_subjects(words, local_weights(weights, words), untrained=untrained)
+    keys = local_keys(weights_key)
+    subjects = open_subjects(words, local_weights(weights, words), keys=keys, untrained=untrained)
     require_place(results, (subject.name for subject in subjects if subject.kind == "run"))
     found = []
     with report_progress(err, "steps", quiet=as_json) as progress:

@@ -49,6 +49,11 @@ LabelColumn = Annotated[
     typer.Option("--label-column", help="Of tables and metadata files: the column of labels; of tars the .json's."),
 ]
 LocalWeights = Annotated[list[str] | None, typer.Option("--weights", help="TEACHER=PATH: local weights of a teacher.")]
+LocalKeys = Annotated[
+    list[str] | None,
+    typer.Option("--weights-key", help="TEACHER=KEY: where in a file of several models its weights are: teacher, ema."),
+]
+WEIGHTS_KEY = "Where in a file of several models its weights are: teacher, ema; found by itself if only one place fits."
 
 
 def local_weights(words: list[str] | None, subjects: Sequence[str]) -> dict[str, Path]:
@@ -62,6 +67,23 @@ def local_weights(words: list[str] | None, subjects: Sequence[str]) -> dict[str,
         right = "; write " + " or ".join(f"--weights {name}={malformed[0]}" for name in teachers) if teachers else ""
         raise ConfigError(f"--weights takes TEACHER=PATH, got {malformed[0]}{right}")
     return {name: Path(path) for name, _, path in pairs}
+
+
+def local_keys(words: list[str] | None) -> dict[str, str]:
+    """By the teacher's word.
+
+    Raises: ConfigError.
+    """
+    pairs = [word.partition("=") for word in words or []]
+    if malformed := [name for name, _, key in pairs if not key]:
+        raise ConfigError(f"--weights-key takes TEACHER=KEY, got {malformed[0]}")
+    return {name: key for name, _, key in pairs}
+
+
+def require_weights_of_key(weights: Path | None, key: str | None) -> None:
+    """Raises: ConfigError for a key of no file."""
+    if key is not None and weights is None:
+        raise ConfigError(f"--weights-key {key} is of no file; give --weights, too")
 
 
 def escaped(text: str) -> str:

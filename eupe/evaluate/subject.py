@@ -161,6 +161,8 @@ class EncoderSubject:
     spec: TeacherSpec
     weights: Path | None = None
     untrained: bool = False
+    weights_key: str | None = None
+    """Where among others in the weights file its tensors are."""
 
     @property
     def kind(self) -> str:
@@ -224,7 +226,9 @@ class EncoderSubject:
         device = pick_device()
         dtype = compute_dtype("auto", device)
         if not self.untrained:
-            return load_teacher(self.spec, weights=self.weights, device=device, dtype=dtype, sizes=(size,))
+            return load_teacher(
+                self.spec, weights=self.weights, key=self.weights_key, device=device, dtype=dtype, sizes=(size,)
+            )
         seed = read_card(Path(self.spec.model)).config["seed"] if self.kind == "run" else 0
         teacher = build_teacher(self.spec, size=size, seed=seed)
         return Teacher(self.spec, teacher.module.to(device), device, dtype)
@@ -309,20 +313,29 @@ def result_of(
     )
 
 
-def open_subjects(words: Sequence[str], weights: Mapping[str, Path], *, untrained: bool = False) -> list[Subject]:
+def open_subjects(
+    words: Sequence[str],
+    weights: Mapping[str, Path],
+    *,
+    keys: Mapping[str, str] | None = None,
+    untrained: bool = False,
+) -> list[Subject]:
     """Each word as a store, a run, a teacher or `pixels`; no weights are loaded yet.
 
     Args:
         weights: local weights in place of the hub's, by the teacher's word.
+        keys: where among others in a weights file a teacher's tensors are, by the same word.
         untrained: after every run and teacher, the same with random weights.
     Raises: ConfigError for none, one that is nothing of these, or weights for no teacher; StoreError, RunError for one
         that is damaged or unfinished.
     """
     if not words:
         raise ConfigError("name at least one store, training run or teacher")
+    if homeless := sorted(set(keys or {}) - set(weights)):
+        raise ConfigError(f"--weights-key is given for {homeless[0]}, which has no --weights")
     opened: list[Subject] = []
     for word in words:
-        subject = _open(word, weights.get(word))
+        subject = _open(word, weights.get(word), (keys or {}).get(word))
         opened.append(subject)
         if untrained and isinstance(subject, EncoderSubject):
             opened.append(dataclasses.replace(subject, untrained=True))
@@ -332,7 +345,7 @@ def open_subjects(words: Sequence[str], weights: Mapping[str, Path], *, untraine
     return opened
 
 
-def _open(word: str, weights: Path | None) -> Subject:
+def _open(word: str, weights: Path | None, key: str | None) -> Subject:
     path, place = Path(word), Place.of(word)
     if word == PIXELS:
         return PixelSubject()
@@ -343,7 +356,7 @@ def _open(word: str, weights: Path | None) -> Subject:
     if is_run(path) and not (path / CARD_FILE).is_file():
         raise RunError(f"run {path} has no student yet; finish it with `eupe train ... --resume`")
     try:
-        return EncoderSubject(word, resolve_teacher(word), weights)
+        return EncoderSubject(word, resolve_teacher(word, weights), weights, weights_key=key)
     except TeacherError as error:
         if "/" in word and not path.exists():
             raise ConfigError(str(error)) from error

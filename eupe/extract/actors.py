@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ import torch
 
 from eupe.corpus.index import Corpus
 from eupe.device import compute_dtype, dtype_name, pick_device
-from eupe.encoder import WEIGHTS_FILE
 from eupe.errors import ConfigError, CorpusError, EupeError, TeacherError, WorkerDiedError
 from eupe.extract.calibrate import Measured, candidates, measure, sample_task
 from eupe.extract.config import ExtractConfig
@@ -35,6 +33,7 @@ from eupe.store import Store, open_store
 from eupe.store.layout import StoreSpec
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
+from eupe.teachers.weights import own_weights
 
 STRETCHES_IN_FLIGHT = 2
 """Per worker: one has the teachers while the other is written."""
@@ -97,10 +96,9 @@ class JobActors:
 
     def _digest(self, teacher: int) -> str:
         card = self._teachers[teacher]
-        own = Path(card.model) / WEIGHTS_FILE if card.backend == "run" else None
-        weights = self.configs[teacher].weights or own
+        weights = self.configs[teacher].weights or own_weights(card)
         if weights is not None:
-            return file_digest(weights)
+            return file_digest(weights, self.configs[teacher].weights_key)
         return str(self._ask("weights_sha256", teacher))
 
     @cached_property
@@ -279,7 +277,9 @@ class ExtractActor:
             device = pick_device()
             sizes = config.sizes or (card.native_size,)
             dtype = compute_dtype(config.dtype, device)
-            self._loaded[i] = load_teacher(card, weights=config.weights, device=device, dtype=dtype, sizes=sizes)
+            self._loaded[i] = load_teacher(
+                card, weights=config.weights, key=config.weights_key, device=device, dtype=dtype, sizes=sizes
+            )
         return self._loaded[i]
 
     def _computer(self, i: int, spec: StoreSpec) -> Computer:

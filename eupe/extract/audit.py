@@ -54,6 +54,8 @@ class AuditConfig:
     """The folder of the pictures now; the one noted in the store where not given."""
     weights: Path | None = None
     """Local weights in place of the hub's; the same file that the store was made with."""
+    weights_key: str | None = None
+    """Where among others in the weights file the teacher's tensors are; found by itself if only one place fits."""
     teacher: str | None = None
     """The teacher's name or place now; the one noted in the store where not given."""
     dtype: str | None = None
@@ -169,15 +171,17 @@ def _load(config: AuditConfig, store: Store) -> Teacher:
 
     Raises: TeacherError; SpecMismatchError; ConfigError for an arithmetic that this machine does not have.
     """
-    spec = stored_teacher(store, config.teacher)
+    spec = stored_teacher(store, config.teacher, config.weights)
     weights = weights_file(spec, config.weights)
     if weights is not None:
-        require_same_teacher(store, spec, file_digest(weights))
+        require_same_teacher(store, spec, file_digest(weights, config.weights_key))
     if config.dtype is None:
         require_arithmetic(store)
     device = pick_device()
     dtype = compute_dtype(config.dtype or store.spec.teacher["dtype"], device)
-    teacher = load_teacher(spec, weights=config.weights, device=device, dtype=dtype, sizes=store.spec.sizes)
+    teacher = load_teacher(
+        spec, weights=config.weights, key=config.weights_key, device=device, dtype=dtype, sizes=store.spec.sizes
+    )
     if weights is None:
         require_same_teacher(store, spec, weights_digest(teacher.module))
     return teacher

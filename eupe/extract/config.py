@@ -28,6 +28,8 @@ class ExtractConfig:
     specification under whatever name, or `store/TEACHER.zarr`."""
     weights: Path | None = None
     """Local weights in place of the hub's."""
+    weights_key: str | None = None
+    """Where among others in the weights file the teacher's tensors are; found by itself if only one place fits."""
     sizes: tuple[int, ...] = ()
     """Sides of the square input in pixels; the teacher's native size where none is given."""
     views: ViewSpec = field(default_factory=ViewSpec)

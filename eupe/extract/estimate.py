@@ -44,6 +44,7 @@ from eupe.store.precision import FP16, INT8, parse_precision
 from eupe.store.reader import ROOT_DOCUMENT
 from eupe.store.shard import bytes_of_index
 from eupe.store.writer import Part, StoreWriter, create_store
+from eupe.teachers.preprocess import where_from
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, load_teacher
@@ -139,6 +140,8 @@ class Estimate:
     out: str
     free_bytes: int | None
     """None for an object store."""
+    normalised_by: str
+    """The file or table that says how pixels are normalised."""
     held_bytes: int
     """Of the need, what a store that this extraction would go on with holds already; 0 for an object store."""
 
@@ -324,7 +327,9 @@ def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda 
     dtype = compute_dtype(config.dtype, device)
     spec = wanted_spec(config, card, corpus, weights_sha256="", dtype=dtype_name(dtype))
     on_stage("loading teacher")
-    teacher = load_teacher(card, weights=config.weights, device=device, dtype=dtype, sizes=spec.sizes)
+    teacher = load_teacher(
+        card, weights=config.weights, key=config.weights_key, device=device, dtype=dtype, sizes=spec.sizes
+    )
     prepare_process()
     task = sample_task(spec, corpus)
     num_views = len(task.samples) * spec.num_views
@@ -410,6 +415,7 @@ def _estimate(
         choices=choices,
         out=str(place),
         free_bytes=free,
+        normalised_by=where_from(TeacherSpec.from_json(spec.teacher), config.weights),
         held_bytes=held,
     )
 

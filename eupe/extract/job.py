@@ -35,11 +35,12 @@ from eupe.store.writer import (
     require_empty,
     require_same_spec,
 )
+from eupe.teachers.preprocess import where_from
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import require_weights
 
-OF_ONE_TEACHER = {"teacher", "out", "weights", "sizes"}
+OF_ONE_TEACHER = {"teacher", "out", "weights", "weights_key", "sizes"}
 """Options that may differ between teachers that share a pass over the pictures."""
 
 
@@ -69,6 +70,8 @@ class ExtractReport:
     """How many of them are left out, by reason; the others are the samples asked for."""
     notes: tuple[str, ...]
     """What was taken of the corpus where there was a choice that was not made."""
+    normalised_by: str
+    """The file or table that says how pixels are normalised."""
 
 
 def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lambda status: None) -> ExtractReport:
@@ -91,7 +94,7 @@ def extract_together(
     began = time.monotonic()
     configs = [with_absolute_paths(config) for config in configs]
     _require_one_pass(configs)
-    teachers = [resolve_teacher(config.teacher) for config in configs]
+    teachers = [resolve_teacher(config.teacher, config.weights) for config in configs]
     if len({config.sizes for config in configs}) == 1:
         require_common_sizes(teachers, configs[0].sizes)
     teachers = [checked(config, teacher) for config, teacher in zip(configs, teachers, strict=True)]
@@ -129,7 +132,13 @@ def extract_together(
                 remove_leftovers(store)  # of a driver that was killed when it had just finished the store
     seconds = time.monotonic() - began
     return [
-        _report(store, corpus, seconds=seconds, views_per_s=views_per_s if i in unfinished else None)
+        _report(
+            store,
+            corpus,
+            seconds=seconds,
+            views_per_s=views_per_s if i in unfinished else None,
+            normalised_by=where_from(teachers[i], configs[i].weights),
+        )
         for i, store in enumerate(stores)
     ]
 
@@ -233,7 +242,7 @@ def teacher_name(words: str) -> str:
 
 def checked_teacher(config: ExtractConfig) -> TeacherSpec:
     """See `checked`."""
-    return checked(config, resolve_teacher(config.teacher))
+    return checked(config, resolve_teacher(config.teacher, config.weights))
 
 
 def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:
@@ -248,13 +257,13 @@ def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:
         compute_dtype(config.dtype, pick_device())
     if config.weights is not None:
         require_weights(teacher, config.weights)
+    elif config.weights_key is not None:
+        raise ConfigError(f"--weights-key {config.weights_key} is of no file; give --weights, too")
     if config.fidelity is not None and not 0 < config.fidelity < 1:
         raise ConfigError(f"--fidelity must lie between 0 and 1, got {config.fidelity:g}")
     if config.fidelity is not None and config.precision != "fp16":
         raise ConfigError("--fidelity chooses the precision by itself; leave out --precision")
-    if Path(teacher.model).exists():
-        return replace(teacher, model=str(Path(teacher.model).absolute()))
-    return teacher
+    return teacher.at(teacher.place.absolute()) if teacher.place.exists() else teacher
 
 
 def _open_or_create(
@@ -338,7 +347,9 @@ def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
     return extend_store(store, fingerprint=corpus.fingerprint, num_new=len(added))
 
 
-def _report(store: Store, corpus: Corpus, *, seconds: float, views_per_s: float | None) -> ExtractReport:
+def _report(
+    store: Store, corpus: Corpus, *, seconds: float, views_per_s: float | None, normalised_by: str
+) -> ExtractReport:
     spec = store.spec
     dense_dim = int(spec.teacher["dense_dim"]) if DENSE in spec.tokens else 0
     summary_dim = int(spec.teacher["summary_dim"]) if SUMMARY in spec.tokens else 0
@@ -359,4 +370,5 @@ def _report(store: Store, corpus: Corpus, *, seconds: float, views_per_s: float 
         num_found=corpus.num_found,
         left_out=corpus.left_out,
         notes=tuple(corpus.notes),
+        normalised_by=normalised_by,
     )

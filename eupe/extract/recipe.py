@@ -12,7 +12,6 @@ from eupe.corpus.index import some_keys
 from eupe.corpus.pictures import read_picture
 from eupe.corpus.sources import corpus_root
 from eupe.device import compute_dtype, pick_device
-from eupe.encoder import WEIGHTS_FILE
 from eupe.errors import ConfigError, CorpusError, SpecMismatchError, TeacherError
 from eupe.extract.plan import Sample
 from eupe.place import Place, Where
@@ -20,19 +19,21 @@ from eupe.store import Store
 from eupe.store.layout import differences
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.weights import own_weights
 
 
-def stored_teacher(store: Store, given: str | None) -> TeacherSpec:
+def stored_teacher(store: Store, given: str | None, weights: Path | None = None) -> TeacherSpec:
     """The card of the teacher that made a store.
 
     Args:
         given: the teacher's name or place now; None for the one noted in the store.
+        weights: local ones, beside which more may be said of a teacher that is given.
     Raises: TeacherError if it was in a folder that is gone.
     """
-    card = TeacherSpec.from_json(store.spec.teacher) if given is None else resolve_teacher(given)
-    place = Path(card.model)
+    card = TeacherSpec.from_json(store.spec.teacher) if given is None else resolve_teacher(given, weights)
+    place = card.place
     if place.exists():
-        return replace(card, model=str(place.absolute()))
+        return card.at(place.absolute())
     if place.is_absolute():
         raise TeacherError(f"the teacher that made {store.path} is gone from {place}; name its new place by --teacher")
     return card
@@ -43,8 +44,7 @@ def weights_file(teacher: TeacherSpec, given: Path | None) -> Path | None:
 
     Raises: TeacherError if they do not exist.
     """
-    own = Path(teacher.model) / WEIGHTS_FILE if teacher.backend == "run" else None
-    weights = own if given is None else given.absolute()
+    weights = own_weights(teacher) if given is None else given.absolute()
     if weights is not None and not weights.exists():
         raise TeacherError(f"weights {weights} do not exist")
     return weights
@@ -59,7 +59,8 @@ def require_same_teacher(store: Store, teacher: TeacherSpec, weights_sha256: str
     if different and stored["weights_sha256"] != weights_sha256:
         raise TeacherError(
             f"{store.path} was made with weights of {stored['name']} whose SHA-256 is "
-            f"{stored['weights_sha256']}, these have {weights_sha256}; give the file that it was made with by --weights"
+            f"{stored['weights_sha256']}, these have {weights_sha256}; give the file that it was made with by "
+            "--weights, and the same --weights-key"
         )
     if different:
         raise SpecMismatchError(

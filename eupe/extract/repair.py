@@ -53,6 +53,8 @@ class RepairConfig:
     """The folder of the pictures now; the one noted in the store where not given."""
     weights: Path | None = None
     """Local weights in place of the hub's; the same file that the store was made with."""
+    weights_key: str | None = None
+    """Where among others in the weights file the teacher's tensors are; found by itself if only one place fits."""
     teacher: str | None = None
     """The teacher's name or place now; the one noted in the store where not given."""
     batch_size: int | None = None
@@ -262,7 +264,7 @@ def _extract_again(
 
     Raises: an EupeError, before any part is given up, if something that it takes is not at hand.
     """
-    teacher = stored_teacher(store, config.teacher)
+    teacher = stored_teacher(store, config.teacher, config.weights)
     pictures = stored_pictures(store, config.corpus)
     samples = stored_index(store).samples
     extraction = _extraction(config, store, teacher, pictures)
@@ -288,6 +290,7 @@ def _extraction(config: RepairConfig, store: Store, teacher: TeacherSpec, pictur
         corpus=pictures,
         out=store.path,
         weights=weights_file(teacher, config.weights),
+        weights_key=config.weights_key,
         sizes=spec.sizes,
         views=ViewSpec.from_json(spec.views),
         tokens=spec.tokens,

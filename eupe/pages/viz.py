@@ -62,6 +62,7 @@ def write_maps(
     out: Path,
     limit: int = 8,
     weights: Mapping[str, Path] | None = None,
+    weights_keys: Mapping[str, str] | None = None,
     foreground: bool = False,
     cell_px: int | None = None,
 ) -> VizReport:
@@ -73,13 +74,14 @@ def write_maps(
         out: ends in .html or .png.
         limit: most pictures to show.
         weights: local weights in place of the hub's, for teachers among the models.
+        weights_keys: where among others in these files their tensors are.
         foreground: colour the foreground alone, found by each model's own first component.
         cell_px: side of a figure's cells.
     Raises: ConfigError, CorpusError, StoreError, RunError or TeacherError for what the user can mend;
         StorageError if `out` cannot be written.
     """
     _require_words(out, limit, cell_px)
-    opened = with_short_names(open_subjects(models, weights or {}))
+    opened = with_short_names(open_subjects(models, weights or {}, keys=weights_keys))
     stores = [each for each in opened if isinstance(each, StoreSubject)]
     for each in stores:
         each.require(DENSE)
