@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from eupe.checkpoints import require_readable
 from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus, some_keys
 from eupe.corpus.left_out import Patterns
 from eupe.device import compute_dtype, pick_device
@@ -259,6 +260,8 @@ def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:
         require_weights(teacher, config.weights)
     elif config.weights_key is not None:
         raise ConfigError(f"--weights-key {config.weights_key} is of no file; give --weights, too")
+    elif teacher.backend in ("hf", "timm") and teacher.place.is_dir():
+        require_readable(teacher.place)
     if config.fidelity is not None and not 0 < config.fidelity < 1:
         raise ConfigError(f"--fidelity must lie between 0 and 1, got {config.fidelity:g}")
     if config.fidelity is not None and config.precision != "fp16":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eupe.checkpoints import ADAPTER_FILE, read_checkpoint, require_no_adapter
+from eupe.checkpoints import ADAPTER_FILE, read_checkpoint, require_no_adapter, require_readable
 from eupe.encoder import Tokens, describe_misfits
 from eupe.errors import TeacherError
 from eupe.kinds import DenseKind, SummaryKind
@@ -165,6 +165,8 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
     """
     if weights is None:
         _require_no_adapter(spec.model)
+        if spec.place.is_dir():
+            require_readable(spec.place)
     source = _config_source(spec, weights)
     config = _vision_config(source, weights)
     _check_fits(spec, config, source)

@@ -128,3 +128,15 @@ def test_a_run_s_weights_from_elsewhere(tmp_path: Path) -> None:
     want = encoder.model.state_dict()["norm.weight"] + 1
     assert torch.equal(teacher.module.model.state_dict()["norm.weight"], want)  # type: ignore[union-attr]
     assert json.loads((tmp_path / "student.json").read_text())["arch"] == "test_vit"
+
+
+def test_a_directory_s_own_files_are_named_for_what_they_are(tmp_path: Path) -> None:
+    """Not as something that the hub failed to send."""
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    spec = resolve_teacher(f"hf:{tmp_path}")
+    with pytest.raises(TeacherError, match=r"model.safetensors is a git-LFS pointer"):
+        load_teacher(spec, weights=None, device=CPU, dtype=torch.float32, sizes=(56,))
+    with pytest.raises(TeacherError, match=r"model.safetensors is a git-LFS pointer"):
+        checked_teacher(ExtractConfig(teacher=spec.name, corpus=tmp_path))
