@@ -23,7 +23,7 @@ from eupe.store import Store, open_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import file_digest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked")]
 
 Run = Callable[..., Any]
 
@@ -33,7 +33,6 @@ def extract_words(corpus: Path, weights: Path, out: Path, *more: object) -> list
     return [*words, "--size", 64, "--views", "rrc:2", "--dtype", "fp32", *more]
 
 
-@pytest.mark.usefixtures("forked")
 def test_a_job_on_ray_makes_the_store_that_one_process_makes(
     tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, tiny_store: Store, run_eupe: Run
 ) -> None:
@@ -61,7 +60,6 @@ def test_a_job_on_ray_makes_the_store_that_one_process_makes(
     assert "teacher.weights_sha256" in flat(other.err)
 
 
-@pytest.mark.usefixtures("forked")
 def test_the_options_choose_pictures_and_views(
     tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run
 ) -> None:
@@ -93,7 +91,6 @@ def store_files(path: Path) -> dict[str, bytes]:
     return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
 
 
-@pytest.mark.usefixtures("forked")
 def test_unreadable_pictures_are_counted_not_fatal(tmp_path: Path, tiny_weights: Path, run_eupe: Run) -> None:
     corpus = make_corpus(tmp_path / "c", count=4)
     save_broken(corpus)
@@ -105,7 +102,6 @@ def test_unreadable_pictures_are_counted_not_fatal(tmp_path: Path, tiny_weights:
     assert set(info["failed"]) == {"truncated.jpg", "empty.png", "text.jpg", "bomb.png"}
 
 
-@pytest.mark.usefixtures("forked")
 def test_weights_that_do_not_fit_are_never_partly_loaded(tmp_path: Path, tiny_corpus: Path, run_eupe: Run) -> None:
     wrong = random_weights("test_vit2", tmp_path / "wrong.safetensors")
     outcome = run_eupe(*extract_words(tiny_corpus, wrong, tmp_path / "s.zarr"))
