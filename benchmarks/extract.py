@@ -225,7 +225,7 @@ class Stages:
 
     def _load(self) -> Iterator[Any]:
         computer = self._computer
-        loader = Loader(computer.root, VIEWS, [computer.spec], ahead=computer.samples_ahead)
+        loader = Loader(computer.root, VIEWS, [computer.spec], ahead=computer.samples_ahead, cores=computer.cores)
         return loader.load(self._samples)
 
 

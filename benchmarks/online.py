@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from eupe.cores import num_cores
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.extract.forward import single_threads
 from eupe.teachers.teacher import Teacher
@@ -50,7 +51,7 @@ class OnlineTeacher:
             batch_size: most views that one core is given at once.
         """
         self._teacher, self._size = teacher, size
-        self._threads = torch.get_num_threads()
+        self._threads = num_cores()
         self._piece = batch_size
         self._cores = None if teacher.device.type == "cuda" else single_threads(self._threads)
 

@@ -35,7 +35,7 @@ from eupe.cli_shared import (
     require_weights_of_key,
     show,
 )
-from eupe.errors import ConfigError, EupeError
+from eupe.errors import ConfigError, EupeError, IncompleteError
 
 if TYPE_CHECKING:
     from eupe.extract.dispatch import Status
@@ -407,10 +407,10 @@ def extract(
         reports = extract_together(configs, on_status=lambda s: _show_status(progress, s))
     for report in reports:
         _warn_of_rounding(report)
+        warn_of_clipping(report.store, report.clipped_values, report.clipped_arrays)
     if as_json and len(reports) > 1:
         print(json.dumps({"stores": [dataclasses.asdict(report) for report in reports]}))
-        return
-    for report in reports:
+    for report in reports if not as_json or len(reports) == 1 else ():
         facts = dataclasses.asdict(report)
         notes = facts["notes"] if as_json else facts.pop("notes")
         finish(facts | ({} if as_json else {"left_out": told(report.left_out)}), as_json)
@@ -426,6 +426,32 @@ def extract(
         if not as_json:
             what = "nothing to do: the store holds all of this already" if report.cached else "done"
             out.print(f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME")
+    require_finite_features(reports)
+
+
+def warn_of_clipping(store: str, count: int, arrays: Sequence[str]) -> None:
+    """Say on standard error that values were too large for a store, and what that means."""
+    if count:
+        err.print(
+            f"[yellow]warning:[/] {escaped(store)}: {count:,} values of {' and '.join(arrays)} are beyond 65,504, the "
+            "largest of fp16, and stored as that, in every precision and with every --dtype; a student learns the "
+            "smaller value. A few tokens of such size do little harm; many (see `eupe store stats`) come of a damaged "
+            "checkpoint or of another normalisation of the pictures",
+            soft_wrap=True,
+        )
+
+
+def require_finite_features(reports: Sequence[ExtractReport]) -> None:
+    """Raises: IncompleteError if pictures have no features because the teacher's are not finite."""
+    from eupe.store import open_store
+    from eupe.store.writer import what_to_do
+
+    if bad := [report for report in reports if report.num_not_finite]:
+        stores = ", ".join(f"{report.num_not_finite} in {report.store}" for report in bad)
+        raise IncompleteError(
+            f"the teacher's features are not finite (NaN, or beyond its arithmetic) for some pictures: {stores}; these "
+            f"have no features there, `eupe store info --json` names them; {what_to_do(open_store(bad[0].store).spec)}"
+        )
 
 
 def _warn_of_rounding(report: ExtractReport) -> None:
@@ -656,7 +682,6 @@ def store_info(path: str, as_json: Json = False) -> None:
     from eupe.corpus.left_out import told
     from eupe.store import open_store
     from eupe.store.places import left_out
-    from eupe.store.reader import committed_parts, read_part_metadata
 
     store = open_store(path)
     ledger = store.failures
@@ -670,14 +695,16 @@ def store_info(path: str, as_json: Json = False) -> None:
             "finished": store.finished,
             "missing_parts": len(store.missing_parts()),
             "num_parts": store.spec.num_parts,
-            "clipped_values": sum(
-                read_part_metadata(store.path, part)["num_clipped"] for part in committed_parts(store.path)
-            ),
+            "clipped_values": store.clipped.count,
+            "clipped_arrays": list(store.clipped.paths),
             "failures": ledger if as_json else {reason: some_keys(keys) for reason, keys in ledger.items()},
+            "not_finite": store.num_not_finite,
             **({"failed": reasons} if as_json else {}),
         },
         as_json,
     )
+    if not as_json:
+        warn_of_clipping(path, store.clipped.count, store.clipped.paths)
 
 
 @store_app.command("stats")

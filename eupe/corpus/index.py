@@ -16,7 +16,7 @@ import hashlib
 import io
 import itertools
 import json
-import os
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eupe.ahead import map_ahead
+from eupe.cores import num_cores
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.folder import Row, picture_row
 from eupe.corpus.left_out import (
@@ -162,10 +163,7 @@ def some_keys(keys: Sequence[str]) -> str:
 def fingerprint(samples: pa.Table) -> str:
     """SHA-256 over the lines `key NUL sha256 LF` of an index, sorted by key; `unreadable` stands in for no hash."""
     digest = hashlib.sha256()
-    pairs = samples.select(["key", "sha256"])
-    keys = pairs["key"]
-    if not pc.all(pc.less_equal(keys[:-1], keys[1:])).as_py():
-        pairs = pairs.sort_by("key")
+    pairs = in_order(samples.select(["key", "sha256"]), "key")
     for start in range(0, len(pairs), ROWS_AT_ONCE):
         rows = pairs.slice(start, ROWS_AT_ONCE)
         ends = pc.binary_join_element_wise(pc.fill_null(rows["sha256"], "unreadable"), "", "\n")
@@ -276,14 +274,15 @@ def index_pieces(
     """
     require_meaning(found)
     usable = previous is not None and previous.root == found.root and found.root.is_local
-    known = [_Known(table) for table in (*([previous.samples] if previous and usable else ()), *interrupted)]
-    with ThreadPoolExecutor(threads := found.root.threads((os.cpu_count() or 1) + 4)) as pool:
+    column = "key" if found.kind == "pictures" else "file"
+    known = [_Known(table, column) for table in (*([previous.samples] if previous and usable else ()), *interrupted)]
+    with ThreadPoolExecutor(threads := found.root.threads(num_cores() + 4)) as pool:
         if found.kind == "pictures":
             metadata = Metadata(found.root, found.metadata, found.choice)
             keys, done = found.picture_keys(), 0
             following = list(itertools.islice(keys, ROWS_AT_ONCE))
             while some := following:
-                row_of = partial(picture_row, found.root, _by_key(known, "key", some))
+                row_of = partial(picture_row, found.root, _by_key(known, some))
                 rows = []
                 for row in pool.map(row_of, some):
                     rows.append(row)
@@ -303,7 +302,7 @@ def index_pieces(
 
 def _file_piece(found: Source, known: Sequence[_Known], name: str) -> Piece:
     rows_of = tar_rows if found.kind == "tars" else table_rows
-    contents = rows_of(found.root, name, _by_key(known, "file", [name]), found.choice)
+    contents = rows_of(found.root, name, _by_key(known, [name]), found.choice)
     reasons = [found.patterns.reason(row["key"]) for row in contents.rows]
     taken = [row for row, reason in zip(contents.rows, reasons, strict=True) if reason is None]
     left_out = added(contents.left_out, Counter(filter(None, reasons)))
@@ -316,23 +315,37 @@ def joined_notes(notes: Iterable[Sequence[str]]) -> tuple[str, ...]:
 
 
 class _Known:
-    """An earlier index, of which a few rows are asked for at a time."""
+    """An earlier index, of which a few rows are asked for at a time: those between the least and the largest value."""
 
-    def __init__(self, samples: pa.Table) -> None:
-        self._samples = samples
+    def __init__(self, samples: pa.Table, column: str) -> None:
+        """
+        Args:
+            column: by which rows are asked for.
+        """
+        self._column = column
+        has = column in samples.schema.names
+        self._samples = in_order(samples, column) if has else samples.slice(0, 0)
+        self._values = self._samples[column] if has else pa.chunked_array([], pa.string())
 
-    def rows(self, column: str, values: Sequence[str]) -> list[Row]:
-        """Those that hold one of these values."""
-        if column not in self._samples.schema.names:
+    def rows(self, values: Sequence[str]) -> list[Row]:
+        """Return those that hold one of these values."""
+        places, value_at = range(len(self._values)), lambda i: self._values[i].as_py()
+        start = bisect_left(places, min(values), key=value_at)
+        near = self._samples.slice(start, bisect_right(places, max(values), key=value_at) - start)
+        if not len(near):
             return []
-        found: list[Row] = self._samples.filter(
-            pc.is_in(self._samples[column], pa.array(values, pa.string()))
-        ).to_pylist()
+        found: list[Row] = near.filter(pc.is_in(near[self._column], pa.array(values, pa.string()))).to_pylist()
         return found
 
 
-def _by_key(known: Sequence[_Known], column: str, values: Sequence[str]) -> dict[str, Row]:
-    return {row["key"]: row for index in known for row in index.rows(column, values)}
+def in_order(samples: pa.Table, column: str) -> pa.Table:
+    """Return rows sorted by a column; as they are where they are that already."""
+    values = samples[column]
+    return samples if pc.all(pc.less_equal(values[:-1], values[1:])).as_py() else samples.sort_by(column)
+
+
+def _by_key(known: Sequence[_Known], values: Sequence[str]) -> dict[str, Row]:
+    return {row["key"]: row for index in known for row in index.rows(values)}
 
 
 def write_index(corpus: Corpus, path: Where) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eupe.ahead import map_ahead
+from eupe.cores import control_groups
 from eupe.corpus.views import ViewParams, render_view
 from eupe.device import is_out_of_memory
 from eupe.encoder import Tokens
@@ -195,13 +196,8 @@ def free_bytes(root: Path = Path("/")) -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """Of its control group (version 2) and those around it, as far as they have limits."""
-    try:
-        own = next(line[3:] for line in (root / "proc/self/cgroup").read_text().splitlines() if line[:3] == "0::")
-    except (OSError, StopIteration):
-        return
-    inner = root / "sys/fs/cgroup" / own.lstrip("/")
-    for group in (inner, *inner.parents):
+    """Of its control groups, as far as they have limits."""
+    for group in control_groups(root):
         try:
             limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())

@@ -17,10 +17,12 @@ import numpy as np
 import ray
 import torch
 
+from eupe.cluster import join_ray, start_ray
+from eupe.cores import num_cores
 from eupe.corpus.index import Corpus
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, CorpusError, EupeError, TeacherError, WorkerDiedError
-from eupe.extract.calibrate import Measured, candidates, measure, sample_task
+from eupe.extract.calibrate import Measured, candidates, measure, require_features, sample_task
 from eupe.extract.config import ExtractConfig
 from eupe.extract.forward import cosine_to_fp32, fastest_batch
 from eupe.extract.isolate import find_killers
@@ -42,7 +44,6 @@ MAX_LOADS = 3
 DEFAULT_BATCH = 16
 """Where a store does not say, and before a device has been tried."""
 COMPARED_VIEWS = 8
-QUIET: Mapping[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: |$)")
 """The line of a traceback that names what was raised."""
@@ -190,28 +191,17 @@ class JobActors:
     def _start_ray(self) -> None:
         address = self._shared.ray_address
         if address is not None:
-            _connect(address)
+            join_ray(address)
         else:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            cpus = max(os.cpu_count() or 1, self._shared.workers or 1)
-            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **QUIET)
+            start_ray(num_cpus=max(num_cores(), self._shared.workers or 1))
         self._ray_started = True
 
 
 def require_cluster(address: str | None) -> None:
     """Ahead of the work: raises ConfigError if a cluster is asked for that does not answer."""
     if address is not None and not ray.is_initialized():
-        _connect(address)
+        join_ray(address)
         ray.shutdown()
-
-
-def _connect(address: str) -> None:
-    """Raises: ConfigError if no cluster answers."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address=address, **QUIET)
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster answers at --ray-address {address}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -260,6 +250,7 @@ class ExtractActor:
         self, configs: Sequence[ExtractConfig], teachers: Sequence[TeacherSpec], corpus_root: Place, num_cpus: int
     ) -> None:
         torch.set_num_threads(num_cpus)
+        self._cores = num_cpus
         prepare_process()
         self._configs = configs
         self._cards = teachers
@@ -291,7 +282,14 @@ class ExtractActor:
         if arithmetic != agreed:
             raise ConfigError(f"worker on {host} would compute in {arithmetic}, the store is {agreed}; give --dtype")
         batch_size = config.batch_size or spec.forward.get("batch_size", DEFAULT_BATCH)
-        return Computer(teacher, spec, corpus_root=self._corpus_root, views=config.views, batch_size=batch_size)
+        return Computer(
+            teacher,
+            spec,
+            corpus_root=self._corpus_root,
+            views=config.views,
+            batch_size=batch_size,
+            cores=self._cores,
+        )
 
     def weights_sha256(self, i: int) -> str:
         with self._loading:
@@ -304,8 +302,9 @@ class ExtractActor:
         """
         with self._loading:
             task = self._without_killers(task, spec) if careful else task
-            features = self._computer(i, spec).compute(task).features
-            return measure(spec, features, candidates(spec, self._configs[i].fidelity))
+            part = self._computer(i, spec).compute(task)
+            require_features(spec, part)
+            return measure(spec, part.features, candidates(spec, self._configs[i].fidelity))
 
     def try_forward(self, i: int, spec: StoreSpec, task: PartTask, *, careful: bool) -> dict[str, Any]:
         """See `measure`."""

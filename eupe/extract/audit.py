@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from eupe.cores import num_cores
 from eupe.corpus.views import ViewSpec
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, CorpusError, DriftError
@@ -37,7 +38,8 @@ from eupe.store.reader import ChannelStats
 from eupe.store.writer import Part
 from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
 
-BATCH_SIZE = 16
+COMPARED_AT_ONCE = 16
+"""Views, or as many as there are cores."""
 SEED = 0
 
 Progress = Callable[[int, int], None]
@@ -117,12 +119,14 @@ def audit(config: AuditConfig, *, progress: Progress = lambda done, of: None) ->
     pictures = stored_pictures(store, config.corpus)
     require_unchanged(pictures, samples_of(picked))
     teacher = _load(config, store)
-    computer = Computer(
-        teacher, store.spec, corpus_root=pictures, views=ViewSpec.from_json(store.spec.views), batch_size=BATCH_SIZE
-    )
+    views = ViewSpec.from_json(store.spec.views)
+    cores = num_cores()
+    at_once = max(COMPARED_AT_ONCE, cores)
+    batch_size = at_once if teacher.device.type == "cuda" else -(-at_once // cores)
+    computer = Computer(teacher, store.spec, corpus_root=pictures, views=views, batch_size=batch_size, cores=cores)
     batches: list[Compared] = []
     done = 0
-    for rows in _batches(store, picked):
+    for rows in _batches(store, picked, at_once):
         batches.append(_compare(store, stats, computer, rows))
         done += len(rows)
         progress(done * store.spec.num_views, len(picked) * store.spec.num_views)
@@ -187,9 +191,9 @@ def _load(config: AuditConfig, store: Store) -> Teacher:
     return teacher
 
 
-def _batches(store: Store, picked: pa.Table) -> list[pa.Table]:
-    """Rows whose views fill a batch of the teacher."""
-    count = max(1, BATCH_SIZE // store.spec.num_views)
+def _batches(store: Store, picked: pa.Table, at_once: int) -> list[pa.Table]:
+    """Return rows that have so many views together."""
+    count = max(1, at_once // store.spec.num_views)
     return [picked.slice(start, count) for start in range(0, len(picked), count)]
 
 

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eupe.corpus.index import Corpus
-from eupe.errors import ConfigError
+from eupe.errors import ConfigError, TeacherError
 from eupe.extract.plan import PartTask, samples_of
 from eupe.store.layout import StoreSpec, arrays
 from eupe.store.precision import CANDIDATES, FP16, INT8, Calibration, Fidelity, cosines, encode
+from eupe.store.reader import NOT_FINITE
 from eupe.store.shard import chunks_of, encode_chunk
+from eupe.store.writer import Part, what_to_do
 
 SAMPLE_VIEWS = 128
 
@@ -36,6 +38,16 @@ def sample_task(spec: StoreSpec, corpus: Corpus) -> PartTask:
     return PartTask(0, tuple(samples_of(corpus.samples.take(picked))))
 
 
+def require_features(spec: StoreSpec, part: Part) -> None:
+    """Raises: ConfigError, or TeacherError, if no sample has features, which says why."""
+    errors = [row.error for row in part.rows if row.error is not None]
+    if len(errors) < len(part.rows):
+        return
+    if any(error.startswith(NOT_FINITE) for error in errors):
+        raise TeacherError(f"{spec.teacher['name']}: of all pictures that were tried {NOT_FINITE}; {what_to_do(spec)}")
+    raise ConfigError("none of the pictures that the precision is measured on can be read; see `eupe index`")
+
+
 def measure(
     spec: StoreSpec, features: Mapping[str, NDArray[np.float16]], candidates: Mapping[str, tuple[str, ...]]
 ) -> Measured:
@@ -44,14 +56,12 @@ def measure(
     Args:
         features: path to [samples, views, ...]; NaN where a sample failed.
         candidates: kind of token to the precisions to try.
-    Raises: ConfigError if no sample has features.
     """
     calibrations, fidelity = {}, {}
     num_views = 0
     for path, values in features.items():
         valid = values[np.isfinite(values.reshape(len(values), -1)).all(axis=1)]
-        if not len(valid):
-            raise ConfigError("none of the pictures that the precision is measured on can be read; see `eupe index`")
+        assert len(valid), "see require_features"
         num_views = valid.shape[0] * valid.shape[1]
         calibrations[path] = Calibration.of(valid)
         tried = candidates[path.rpartition("/")[2]]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from eupe.corpus.left_out import Patterns
 from eupe.corpus.views import ViewSpec
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, StorageError
-from eupe.extract.calibrate import Measured, candidates, measure, sample_task, settle
+from eupe.extract.calibrate import Measured, candidates, measure, require_features, sample_task, settle
 from eupe.extract.config import ExtractConfig
 from eupe.extract.count import counter
 from eupe.extract.forward import fastest_batch
@@ -335,6 +336,7 @@ def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda 
     num_views = len(task.samples) * spec.num_views
     on_stage("decoding and computing")
     part, decode_s, forward_s = _timed_part(config, teacher, spec, corpus.root, task)
+    require_features(spec, part)
     on_stage("measuring precision")
     asked = candidates(spec, config.fidelity)
     measured = measure(spec, part.features, {k: tuple(dict.fromkeys((*SHOWN, *asked[k]))) for k in spec.tokens})
@@ -423,7 +425,7 @@ def _estimate(
 def _timed_part(
     config: ExtractConfig, teacher: Teacher, spec: StoreSpec, root: Place, task: PartTask
 ) -> tuple[Part, float, float]:
-    """The sample's features, and the seconds that decoding and the teacher took."""
+    """Return the sample's features, and the seconds that decoding and the teacher took."""
     batch_size = config.batch_size or fastest_batch(teacher, spec.sizes)
     computer = Computer(teacher, spec, corpus_root=root, views=config.views, batch_size=batch_size)
     began = time.perf_counter()
@@ -432,7 +434,28 @@ def _timed_part(
     _computed(computer, task, samples[: -(-batch_size // spec.num_views)])  # the first batch on a device is slow
     began = time.perf_counter()
     part = _computed(computer, task, samples)
-    return part, decode_s, time.perf_counter() - began
+    forward_s = time.perf_counter() - began
+    num_views = len(samples) * spec.num_views
+    if num_views < min(batch_size * computer.forward.batches_at_once, spec.num_samples * spec.num_views):
+        forward_s = num_views * _seconds_a_view_on_all_cores(computer, samples)
+    return part, decode_s, forward_s
+
+
+def _seconds_a_view_on_all_cores(computer: Computer, samples: Sequence[LoadedSample]) -> float:
+    """Time a batch on every core, as a job has them, of views that may come again."""
+    size, count = computer.forward.batch_size, computer.forward.batches_at_once
+    views = [
+        {side: sample.views[side][k] for side in computer.spec.sizes}
+        for sample in samples
+        if sample.row.error is None
+        for k in range(computer.spec.num_views)
+    ]
+    endless = cycle(views)
+    batches = [list(islice(endless, size)) for _ in range(count if views else 0)]
+    began = time.perf_counter()
+    for pending in [computer.forward.begin(batch) for batch in batches]:
+        pending.wait()
+    return (time.perf_counter() - began) / (size * count)
 
 
 def _computed(computer: Computer, task: PartTask, samples: Sequence[LoadedSample]) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,13 +70,18 @@ class OnCpu:
 class Forward:
     """A teacher's tokens at all sizes of a store, as it keeps them before they are coded."""
 
-    def __init__(self, teacher: Teacher, spec: StoreSpec, *, batch_size: int) -> None:
+    def __init__(self, teacher: Teacher, spec: StoreSpec, *, batch_size: int, cores: int) -> None:
+        """
+        Args:
+            cores: how many batches are computed side by side on a CPU. It is said, not asked of torch: what torch
+                answers in one thread is what was last set in any other.
+        """
         self.teacher = teacher
         self._spec = spec
         self.batch_size = batch_size
         """Of the next batch; halved when the device runs out of memory."""
         self._on_gpu = teacher.device.type == "cuda"
-        self.batches_at_once = 1 if self._on_gpu else torch.get_num_threads()
+        self.batches_at_once = 1 if self._on_gpu else cores
         """How many are begun before one is waited for, so that the device always has work."""
         self._cores = None if self._on_gpu else single_threads(self.batches_at_once)
 
@@ -139,9 +145,20 @@ def single_threads(count: int) -> ThreadPoolExecutor:
     operation, and each time for whatever else a core has to do, such as decoding. Only torch's own setting reaches MKL,
     which would else take the process's number of threads, and on some processors round otherwise.
     """
+    before = torch.get_num_threads()
+    all_there = threading.Barrier(count + 1)
 
-    torch.get_num_threads()  # settles the caller's number, which would else become the last that was set
-    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    def settle() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # only now it is this thread's own, whatever another sets
+        all_there.wait()
+
+    pool = ThreadPoolExecutor(count)
+    for _ in range(count):
+        pool.submit(settle)
+    all_there.wait()
+    torch.set_num_threads(before)  # what was set last is what every thread that starts from now on takes
+    return pool
 
 
 def pool_cells(dense_BhwD: Tensor, grid: int) -> Tensor:

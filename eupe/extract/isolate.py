@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import IO
 
+from eupe.cores import num_cores
 from eupe.corpus.pictures import Inside
 from eupe.corpus.views import ViewSpec
 from eupe.errors import StorageError
@@ -40,7 +41,7 @@ def find_killers(samples: Sequence[Sample], root: Place, views: ViewSpec, sizes:
     """
     if not samples:
         return {}
-    count = min(len(samples), os.cpu_count() or 1, load.MAX_DECODE_THREADS)
+    count = min(len(samples), num_cores(), load.MAX_DECODE_THREADS)
     slices = [samples[i * len(samples) // count : (i + 1) * len(samples) // count] for i in range(count)]
     with ThreadPoolExecutor(count) as pool:
         found = pool.map(lambda some: _killers_of(list(some), root, views, sizes), slices)

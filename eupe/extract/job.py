@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from eupe.checkpoints import require_readable
 from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus, some_keys
 from eupe.corpus.left_out import Patterns
 from eupe.device import compute_dtype, pick_device
-from eupe.errors import ConfigError, CorpusError, StoreError
+from eupe.errors import ConfigError, CorpusError, IncompleteError, StoreError
 from eupe.extract.actors import JobActors, require_cluster
 from eupe.extract.calibrate import settle
 from eupe.extract.config import STORES, ExtractConfig, require_counts
@@ -57,6 +57,12 @@ class ExtractReport:
     num_failed: int
     failures: dict[str, int]
     """How many failed for each kind of reason."""
+    num_not_finite: int
+    """Of them, how many because the teacher's features are not finite."""
+    clipped_values: int
+    """Values beyond float16's range, stored as its largest."""
+    clipped_arrays: tuple[str, ...]
+    """Where they are."""
     stored_bytes: int
     raw_bytes: int
     """The same features as bare fp16."""
@@ -126,11 +132,7 @@ def extract_together(
         views_per_s = None
         if unfinished:
             views_per_s = run_parts(actors, unfinished, _common_index(list(unfinished.values())), on_status)
-        for i, store in enumerate(stores):
-            if i in unfinished:
-                stores[i] = finish_store(store.path)
-            else:
-                remove_leftovers(store)  # of a driver that was killed when it had just finished the store
+        stores = _finish(stores, unfinished)
     seconds = time.monotonic() - began
     return [
         _report(
@@ -142,6 +144,26 @@ def extract_together(
         )
         for i, store in enumerate(stores)
     ]
+
+
+def _finish(stores: Sequence[Store], unfinished: Collection[int]) -> list[Store]:
+    """Finish every store that can be finished.
+
+    Raises: what the first of the others says.
+    """
+    finished, problems = [], []
+    for i, store in enumerate(stores):
+        if i not in unfinished:
+            remove_leftovers(store)  # of a driver that was killed when it had just finished the store
+            finished.append(store)
+            continue
+        try:
+            finished.append(finish_store(store.path))
+        except (StoreError, IncompleteError) as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
+    return finished
 
 
 def _require_one_pass(configs: Sequence[ExtractConfig]) -> None:
@@ -365,6 +387,9 @@ def _report(
         num_views=num_views,
         num_failed=sum(failures.values()),
         failures=failures,
+        num_not_finite=store.num_not_finite,
+        clipped_values=store.clipped.count,
+        clipped_arrays=store.clipped.paths,
         stored_bytes=store.stored_bytes,
         raw_bytes=num_views * bytes_per_view(spec.grids, dense_dim, summary_dim),
         seconds=seconds,

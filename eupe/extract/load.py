@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -86,18 +85,19 @@ def load_sample(
 class Loader:
     """Decodes and renders ahead of its use, by a pool of threads that parts take turns with."""
 
-    def __init__(self, root: Place, views: ViewSpec, specs: Sequence[StoreSpec], *, ahead: int) -> None:
+    def __init__(self, root: Place, views: ViewSpec, specs: Sequence[StoreSpec], *, ahead: int, cores: int) -> None:
         """
         Args:
             specs: of the stores that the samples are for, all of the same views.
             ahead: how many samples may be ready before they are used.
+            cores: to decode on.
         """
         self._views = views
         sizes = {size for spec in specs for size in spec.sizes}
         digested = {spec.sizes[0] for spec in specs}
         self._load = partial(load_sample, root=root, spec=views, sizes=sizes, digested=digested)
         self._ahead = ahead
-        self._pool = ThreadPoolExecutor(root.threads(min(MAX_DECODE_THREADS, os.cpu_count() or 1)))
+        self._pool = ThreadPoolExecutor(root.threads(min(MAX_DECODE_THREADS, cores)))
 
     def load(
         self, samples: Sequence[Sample], *, killers: Mapping[str, str] | None = None, one_by_one: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -173,14 +173,15 @@ def _pooled_grid(teacher: TeacherSpec, size: int, grid: int | None) -> int:
     return grid
 
 
-def plan_parts(spec: StoreSpec, samples: pa.Table, done: Collection[int]) -> list[PartTask]:
+def plan_parts(spec: StoreSpec, samples: pa.Table, done: Iterable[int]) -> list[PartTask]:
     """The parts still to be made, in order.
 
     Args:
         samples: the store's index, its segments one after the other.
         done: parts whose commit file exists.
     """
-    return [part_task(spec, samples, part) for part in range(spec.num_parts) if part not in done]
+    finished = set(done)
+    return [part_task(spec, samples, part) for part in range(spec.num_parts) if part not in finished]
 
 
 def part_task(spec: StoreSpec, samples: pa.Table, part: int) -> PartTask:
@@ -189,7 +190,7 @@ def part_task(spec: StoreSpec, samples: pa.Table, part: int) -> PartTask:
     return PartTask(part, tuple(samples_of(samples.slice(rows.start, rows.stop - rows.start))), rows.start)
 
 
-def plan_stretches(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence[Collection[int]]) -> Iterator[Stretch]:
+def plan_stretches(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence[Iterable[int]]) -> Iterator[Stretch]:
     """What is still to be made of several stores of the same samples, in order: parts that share some go together.
 
     Where stores were extended at different times their parts overlap like shingles; then a stretch ends all the same
@@ -201,7 +202,7 @@ def plan_stretches(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence
     """
     missing = [
         (spec.part_samples(part), store, part)
-        for store, (spec, finished) in enumerate(zip(specs, done, strict=True))
+        for store, (spec, finished) in enumerate(zip(specs, map(set, done), strict=True))
         for part in range(spec.num_parts)
         if part not in finished
     ]

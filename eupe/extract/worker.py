@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eupe.cores import num_cores
 from eupe.corpus.photometric import Photometric
 from eupe.corpus.views import ViewSpec
 from eupe.extract.count import counter
@@ -25,6 +26,7 @@ from eupe.extract.load import LoadedSample, Loader
 from eupe.extract.plan import PartTask, Sample, Stretch, installed_versions
 from eupe.place import Place, Where
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
+from eupe.store.reader import NOT_FINITE
 from eupe.store.writer import Part, Row, StoreWriter
 from eupe.teachers.teacher import Teacher
 
@@ -33,12 +35,24 @@ class Computer:
     """A teacher and the pictures to read: a part's content, without a store to write to."""
 
     def __init__(
-        self, teacher: Teacher, spec: StoreSpec, *, corpus_root: Place, views: ViewSpec, batch_size: int
+        self,
+        teacher: Teacher,
+        spec: StoreSpec,
+        *,
+        corpus_root: Place,
+        views: ViewSpec,
+        batch_size: int,
+        cores: int | None = None,
     ) -> None:
+        """
+        Args:
+            cores: to decode and compute on; all that this process may use where not given.
+        """
+        self.cores = cores or num_cores()
         self.spec = spec
         self.root = corpus_root
         self.views = views
-        self.forward = Forward(teacher, spec, batch_size=batch_size)
+        self.forward = Forward(teacher, spec, batch_size=batch_size, cores=self.cores)
         self._batch_size = batch_size
 
     @property
@@ -59,7 +73,8 @@ class Computer:
 
     def load_ahead(self, samples: Sequence[Sample]) -> Iterator[LoadedSample]:
         """Rendered samples in order, decoded by a pool that runs two batches ahead at most."""
-        return Loader(self.root, self.views, [self.spec], ahead=self.samples_ahead).load(samples)
+        loader = Loader(self.root, self.views, [self.spec], ahead=self.samples_ahead, cores=self.cores)
+        return loader.load(samples)
 
 
 class PartInMaking:
@@ -150,13 +165,14 @@ class Worker:
         self.progress = Progress()
         self._computers = computers
         self._writers = [
-            StoreWriter(store, count=counter(computer.device))
+            StoreWriter(store, threads=computer.cores, count=counter(computer.device))
             for computer, store in zip(computers, stores, strict=True)
         ]
         self._sizes = sorted({size for computer in computers for size in computer.spec.sizes})
         first = computers[0]
         ahead = max(computer.samples_ahead for computer in computers)
-        self._loader = Loader(first.root, first.views, [computer.spec for computer in computers], ahead=ahead)
+        specs = [computer.spec for computer in computers]
+        self._loader = Loader(first.root, first.views, specs, ahead=ahead, cores=first.cores)
         self._turn, self._searching = threading.Lock(), threading.Lock()
         self._commits = ThreadPoolExecutor(len(computers))
         self._committing: list[Future[None] | None] = [None] * len(computers)
@@ -311,4 +327,4 @@ class PartBuffers:
             pixels[i] = 0
         self._boxes[i], self._flips[i], self._digests[i] = 0, False, 0
         self._photometric[i] = np.nan
-        return Row(row.key, row.sha256, row.label, error=f"the teacher gave non-finite values in {', '.join(bad)}")
+        return Row(row.key, row.sha256, row.label, error=f"{NOT_FINITE} ({', '.join(bad)})")

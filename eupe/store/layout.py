@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from eupe.corpus.photometric import Photometric
@@ -62,8 +64,7 @@ class StoreSpec:
 
     @property
     def num_samples(self) -> int:
-        segments: list[int] = self.corpus["segments"]
-        return sum(segments)
+        return self._sample_ends[-1] if self._sample_ends else 0
 
     @property
     def num_views(self) -> int:
@@ -76,7 +77,7 @@ class StoreSpec:
 
     @property
     def num_parts(self) -> int:
-        return sum(self._parts_of_segments())
+        return self.segment_ends[-1] if self.segment_ends else 0
 
     @property
     def num_rows(self) -> int:
@@ -85,14 +86,13 @@ class StoreSpec:
 
     def part_samples(self, part: int) -> slice:
         """Places of a part's samples in the corpus's index, the segments' one after the other."""
-        segment_start = 0
-        for segment, parts in zip(self.corpus["segments"], self._parts_of_segments(), strict=True):
-            if part < parts:
-                start = segment_start + part * self.samples_per_part
-                return slice(start, min(start + self.samples_per_part, segment_start + segment))
-            part -= parts
-            segment_start += segment
-        raise IndexError(f"no part {part}")
+        if not 0 <= part < self.num_parts:
+            raise IndexError(f"no part {part}")
+        segment = bisect_right(self.segment_ends, part)
+        first_part = self.segment_ends[segment - 1] if segment else 0
+        start = self._sample_ends[segment - 1] if segment else 0
+        start += (part - first_part) * self.samples_per_part
+        return slice(start, min(start + self.samples_per_part, self._sample_ends[segment]))
 
     def part_rows(self, part: int) -> slice:
         """Rows of the arrays that belong to a part."""
@@ -100,13 +100,15 @@ class StoreSpec:
         start = part * self.samples_per_part
         return slice(start, start + samples.stop - samples.start)
 
-    @property
+    @cached_property
     def segment_ends(self) -> list[int]:
         """How many parts there are up to the end of each segment."""
-        return list(itertools.accumulate(self._parts_of_segments()))
+        return list(accumulate(-(-segment // self.samples_per_part) for segment in self.corpus["segments"]))
 
-    def _parts_of_segments(self) -> list[int]:
-        return [-(-segment // self.samples_per_part) for segment in self.corpus["segments"]]
+    @cached_property
+    def _sample_ends(self) -> list[int]:
+        """How many samples there are up to the end of each segment."""
+        return list(accumulate(self.corpus["segments"]))
 
     @property
     def feature_paths(self) -> list[str]:

@@ -28,8 +28,8 @@ from eupe.place import Place
 from eupe.store.handles import Array, open_array, read_result
 from eupe.store.layout import ATTRIBUTE, DENSE, PHOTOMETRIC, PIXELS, SUMMARY, StoreSpec, arrays, feature_path, part_name
 from eupe.store.local import LocalViews
-from eupe.store.precision import Calibration, decode
-from eupe.store.stats import Moments, norm_bin_edges
+from eupe.store.precision import FP16_MAX, Calibration, decode
+from eupe.store.stats import Moments, norm_bin_edges, norm_histogram
 
 ROOT_DOCUMENT = "zarr.json"
 VIEWS_PER_READ = 64
@@ -37,6 +37,12 @@ PART_STATS = b"eupe.part"
 PART_CHECKSUM = b"eupe.crc32"
 """CRC-32 of `eupe.part`, which the page checksums of Parquet do not cover; eight hexadecimal digits."""
 STATS = "stats"
+NOT_FINITE = "the teacher's features are not finite"
+"""How the reason of a sample begins that could be read, but whose features hold NaN or infinity."""
+FIRST_NOT_FINITE = "the teacher gave non-finite values"
+"""How it began in the first stores."""
+CLIPPED_BIN = int(norm_histogram(np.array([0.99 * FP16_MAX])).argmax())
+"""First bin of norms that a token with a clipped value can have; int8 keeps values to less than a hundredth."""
 ROW_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -144,6 +150,15 @@ class FullStats(ChannelStats):
         return np.flatnonzero(self.std == 0).tolist()
 
 
+@dataclass(frozen=True)
+class Clipped:
+    """Values that float16 does not reach, stored as its largest, 65,504."""
+
+    count: int
+    paths: tuple[str, ...]
+    """Feature arrays that may hold them: those with tokens that are long enough."""
+
+
 class PendingFeatures:
     """Reads under way; `result()` waits for them."""
 
@@ -227,8 +242,12 @@ class Store:
     @cached_property
     def stored_bytes(self) -> int:
         """Of the arrays' objects in `samples`."""
-        facts = (json.loads(table.schema.metadata[PART_STATS])["objects"] for table in self._commits)
-        return sum(o["bytes"] for objects in facts for key, o in objects.items() if not key.endswith(".moments"))
+        return sum(
+            recorded["bytes"]
+            for facts in self._facts()
+            for key, recorded in facts["objects"].items()
+            if not key.endswith(".moments")
+        )
 
     @cached_property
     def _commits(self) -> list[pa.Table]:
@@ -260,6 +279,26 @@ class Store:
             ledger.setdefault(re.sub(r"\d+(\.\d+)?", "N", row["error"]), []).append(row["key"])
         return dict(sorted(ledger.items(), key=lambda item: -len(item[1])))
 
+    @property
+    def num_not_finite(self) -> int:
+        """Samples without features because the teacher's are not finite."""
+        reasons = self.failed["error"].to_pylist()
+        return sum(reason.startswith((NOT_FINITE, FIRST_NOT_FINITE)) for reason in reasons)
+
+    @cached_property
+    def clipped(self) -> Clipped:
+        """Values beyond float16's range in committed parts."""
+        count, paths = 0, set()
+        for facts in self._facts():
+            if facts["num_clipped"]:
+                count += facts["num_clipped"]
+                paths |= {path for path, norms in facts["norms"].items() if any(norms[CLIPPED_BIN:])}
+        return Clipped(count, tuple(path for path in self.spec.feature_paths if path in paths))
+
+    def _facts(self) -> Iterator[dict[str, Any]]:
+        """What is recorded of every committed part beside its samples; see FORMAT.md."""
+        return (json.loads(table.schema.metadata[PART_STATS]) for table in self._commits)
+
     def failed_parts(self) -> list[int]:
         """Committed parts that hold samples without features."""
         return sorted({row // self.spec.samples_per_part for row in self.failed["row"].to_pylist()})
@@ -290,9 +329,10 @@ class Store:
         """
         k = self.spec.num_views
         per_read = max(1, VIEWS_PER_READ // k)
+        every_key = self.keys
         pending: deque[tuple[list[str], PendingFeatures]] = deque()
-        for start in range(0, len(self.keys), per_read):
-            keys = self.keys[start : start + per_read]
+        for start in range(0, len(every_key), per_read):
+            keys = every_key[start : start + per_read]
             rows = [row for row in self.rows(keys) for _ in range(k)]
             pending.append((keys, self.read_async(rows, list(range(k)) * len(keys), size=size)))
             if len(pending) > 1:

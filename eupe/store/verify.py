@@ -8,7 +8,6 @@ the index against the corpus's fingerprint; the statistics against their checksu
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eupe.cores import num_cores
 from eupe.corpus.index import fingerprint, index_bytes, index_from_bytes
 from eupe.corpus.photometric import are_possible
 from eupe.errors import PartCorruptError, StorageError
@@ -124,7 +124,7 @@ def verify(path: Where, *, progress: Progress = lambda done, of: None) -> Verify
     Raises: StoreError if there is no store, or its specification cannot be read; StorageError.
     """
     store = open_store(path)
-    names = store.path.list()
+    names = set(store.path.list())
     documents = metadata_documents(store.spec)
     statistics = statistics_documents(_blank_statistics(store.spec), {})
     damages = list(_metadata_damages(store, documents))
@@ -135,7 +135,7 @@ def verify(path: Where, *, progress: Progress = lambda done, of: None) -> Verify
         read = list(pool.map(lambda part: _read_commit(store, part, index), parts))
         commits = {commit.part: commit for commit in read if isinstance(commit, Commit)}
         damages += [damage for damage in read if isinstance(damage, PartDamage)]
-        checks = [check for commit in commits.values() for check in _object_checks(store, commit, set(names))]
+        checks = [check for commit in commits.values() for check in _object_checks(store, commit, names)]
         num_bytes = 0
         for done, (size, damage) in enumerate(pool.map(lambda check: check(), checks), 1):
             num_bytes += size
@@ -154,12 +154,12 @@ def verify(path: Where, *, progress: Progress = lambda done, of: None) -> Verify
         num_bytes=num_bytes,
         missing=missing,
         damages=tuple(damages),
-        strays=tuple(sorted(set(names) - known)),
+        strays=tuple(sorted(names - known)),
     )
 
 
 def _num_threads() -> int:
-    return min(MAX_THREADS, 2 * (os.cpu_count() or 1))
+    return min(MAX_THREADS, 2 * num_cores())
 
 
 def _metadata_damages(store: Store, documents: Mapping[str, bytes]) -> Iterator[PartDamage]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,8 @@ from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from eupe.ahead import map_ahead
-from eupe.errors import SpecMismatchError, StoreError
+from eupe.cores import num_cores
+from eupe.errors import IncompleteError, SpecMismatchError, StoreError
 from eupe.place import Place, remove_unfinished
 from eupe.store.layout import (
     ATTRIBUTE,
@@ -38,6 +38,7 @@ from eupe.store.layout import (
 )
 from eupe.store.precision import Calibration, decode, encode
 from eupe.store.reader import (
+    NOT_FINITE,
     PART_CHECKSUM,
     PART_STATS,
     ROOT_DOCUMENT,
@@ -190,7 +191,7 @@ class StoreWriter:
         self.spec = open_store(self.place).spec
         self._layouts = {layout.path: layout for layout in arrays(self.spec)}
         self._calibrations = {path: self.spec.array_calibration(path) for path in self._layouts}
-        threads = threads or os.cpu_count() or 1
+        threads = threads or num_cores()
         self._in_pool = partial(map_ahead, ThreadPoolExecutor(threads), ahead=2 * threads)
         self._count = count
 
@@ -341,7 +342,7 @@ def _write_statistics(store: Store) -> None:
     for name in spec.feature_paths:
         total = merged[name]
         if total.count == 0:
-            raise StoreError(f"{place}: no picture of the corpus could be read; see `eupe store info {place}`")
+            raise without_features(store)
         statistics = {
             "count": np.array(total.count),
             "mean": total.mean,
@@ -358,6 +359,30 @@ def _write_statistics(store: Store) -> None:
     for name, document in documents.items():
         place.write(f"{STATS}/{name}", document)
     place.write(f"{STATS}/{ROOT_DOCUMENT}", mark)
+
+
+def without_features(store: Store) -> StoreError | IncompleteError:
+    """Return what is to be said of a store in which no sample has features."""
+    see = f"`eupe store info {store.path} --json` names them"
+    if not store.num_not_finite:
+        return StoreError(f"{store.path}: no picture of the corpus could be read; {see}")
+    unreadable = len(store.failed) - store.num_not_finite
+    others = f", and {unreadable} could not be read" if unreadable else ""
+    return IncompleteError(
+        f"{store.path}: no picture has features: of {store.num_not_finite} pictures {NOT_FINITE}{others} ({see}); "
+        f"{what_to_do(store.spec)}"
+    )
+
+
+def what_to_do(spec: StoreSpec) -> str:
+    """Return advice for a teacher whose features are not finite."""
+    dtype = spec.teacher.get("dtype")
+    if dtype in ("fp16", "bf16"):
+        return f"they were computed in {dtype}: give --dtype fp32, and another --out"
+    return (
+        "they were computed in fp32, so the checkpoint itself is likely damaged (NaN among its weights): give the "
+        "right one, and another --out"
+    )
 
 
 def totals_of(facts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -395,7 +420,8 @@ def merged_statistics(store: Store) -> tuple[dict[str, Moments], list[dict[str, 
     covered = store.totals.get("num_parts", 0)
     merged = {name: store.merged_moments(name) for name in store.spec.feature_paths} if covered else {}
     facts = []
-    threads = os.cpu_count() or 1
+    threads = num_cores()
+    inner_ends = set(store.spec.segment_ends[:-1])
 
     def recorded(part: int) -> tuple[dict[str, Any], dict[str, Moments]]:
         noted = read_part_metadata(store.path, part)
@@ -410,7 +436,7 @@ def merged_statistics(store: Store) -> tuple[dict[str, Moments], list[dict[str, 
                 continue
             for name, moments in of_part.items():
                 merged[name] = merged[name].merge(moments) if name in merged else moments
-            if part + 1 in store.spec.segment_ends[:-1]:
+            if part + 1 in inner_ends:
                 merged = {name: moments.as_kept() for name, moments in merged.items()}
     return merged, facts
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import threading
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from eupe.cores import num_cores
 from eupe.device import is_out_of_memory
 from eupe.errors import ConfigError, EupeError, IncompleteError, TrainingError
 from eupe.place import Place, Where
@@ -196,16 +196,12 @@ def _ray(config: TrainConfig) -> Iterator[bool]:
     """
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    try:
-        if config.ray_address is not None:
-            ray.init(address=config.ray_address, **quiet)
-        else:
-            cpus = max(os.cpu_count() or 1, config.num_workers)
-            ray.init(address="local", include_dashboard=False, num_cpus=cpus, **quiet)
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster answers at --ray-address {config.ray_address}: {error}") from error
+    from eupe.cluster import join_ray, start_ray
+
+    if config.ray_address is not None:
+        join_ray(config.ray_address)
+    else:
+        start_ray(num_cpus=max(num_cores(), config.num_workers))
     try:
         resources = ray.cluster_resources()
         kind = "GPU" if resources.get("GPU", 0) else "CPU"

@@ -62,7 +62,7 @@ def test_a_picture_without_end_is_named(corpus: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(load, "PICTURE_SECONDS", 1.0)
     monkeypatch.setattr(load, "load_sample", slow)
-    loader = Loader(index.root, TWO_CROPS, [tiny_store.spec], ahead=3)
+    loader = Loader(index.root, TWO_CROPS, [tiny_store.spec], ahead=3, cores=2)
     with pytest.raises(StuckError) as caught:
         list(loader.load(samples_of(index.samples)))
     assert caught.value.key == "class1/0004.png"

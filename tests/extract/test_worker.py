@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from transformers import Dinov2Model
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.encoder import Tokens, build_encoder, save_encoder
+from eupe.errors import ConfigError, IncompleteError, TeacherError
+from eupe.extract.calibrate import require_features
 from eupe.extract.plan import plan_stretches, store_spec
 from eupe.extract.worker import Computer, Worker
 from eupe.store import Store, open_store
-from eupe.store.writer import create_store, finish_store
+from eupe.store.writer import Part, Row, create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
 
@@ -211,7 +214,7 @@ def test_overflow_is_clipped_and_counted_and_nan_fails_the_sample(tmp_path: Path
     assert dense is not None and (dense == 65504).all()
     rows = store.samples.to_pylist()
     assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
-    assert "non-finite" in rows[1]["error"]
+    assert "not finite" in rows[1]["error"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -260,3 +263,92 @@ def test_random_weights_of_another_seed_give_other_features(tmp_path: Path, tiny
     a, b = (store.read([0], [0]).summary for store in stores)
     assert not np.array_equal(a, b)
     assert stores[0].spec.teacher["weights_sha256"] != stores[1].spec.teacher["weights_sha256"]
+
+
+class SomeBad:
+    """A teacher that gives a value for what a picture's first channel is: NaN, infinity in the summary alone, 1e5."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, summaries: list[float], dense: list[float]) -> None:
+        self._summaries, self._dense = summaries, dense
+
+    def __call__(self, views: Tensor) -> Tokens:
+        summary, dense = torch.zeros(len(views), 64), torch.ones(len(views), 4, 4, 64)
+        summary[:, 7] = torch.tensor(self._summaries)
+        dense[:, 1, 2, 3] = torch.tensor(self._dense)
+        return Tokens(summary=summary, dense=dense)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("summaries", "dense", "failed", "clipped", "arrays"),
+    [
+        ([0, NAN, 0], [1, 1, 1], {1: "64/summary"}, 0, []),
+        ([0, INF, 0], [1, 1, -INF], {1: "64/summary", 2: "64/dense"}, 0, []),
+        ([0, 0, 0], [1, 1e5, 1], {}, 1, ["64/dense"]),
+        ([-7e4, 0, NAN], [1, 6.5e4, 1], {2: "64/summary"}, 1, ["64/summary", "64/dense"]),
+    ],
+)
+def test_what_fp16_cannot_hold_is_told(
+    tmp_path: Path,
+    run_eupe: Callable[..., Any],
+    summaries: list[float],
+    dense: list[float],
+    failed: dict[int, str],
+    clipped: int,
+    arrays: list[str],
+) -> None:
+    store = store_of(tmp_path, SomeBad(summaries, dense))
+    outcome = run_eupe("store", "info", store.path, "--json")
+    info = json.loads(outcome.out)
+    assert (info["clipped_values"], info["clipped_arrays"], info["not_finite"]) == (clipped, arrays, len(failed))
+    errors = [row["error"] for row in store.samples.to_pylist()]
+    reasons = {i: f"the teacher's features are not finite ({path})" for i, path in failed.items()}
+    assert {i: error for i, error in enumerate(errors) if error} == reasons
+    told = flat(run_eupe("store", "info", store.path).err)
+    assert (f"{clipped:,} values of {' and '.join(arrays)} are beyond 65,504" in told) == bool(clipped)
+    valid = store.valid["row"].to_pylist()
+    read = store.read(valid, [0] * len(valid))
+    assert np.isfinite(read.summary).all() and np.isfinite(read.dense).all()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [("fp32", "checkpoint itself is likely damaged"), ("fp16", "--dtype fp32")]
+)
+def test_no_features_at_all_is_not_called_unreadable(tmp_path: Path, dtype: str, advice: str) -> None:
+    with pytest.raises(IncompleteError, match=f"of 3 pictures the teacher's features are not finite.*{advice}"):
+        store_of(tmp_path, SomeBad([NAN] * 3, [1] * 3), dtype)
+    rows = [Row("a", None, None, error="the teacher's features are not finite (64/dense)")]
+    part = Part(0, rows, np.zeros(0), np.zeros(0), np.zeros(0), {})
+    spec = open_store(tmp_path / "s.zarr").spec
+    with pytest.raises(TeacherError, match=f"of all pictures that were tried .* not finite; .*{advice}"):
+        require_features(spec, part)
+    with pytest.raises(ConfigError, match="can be read"):
+        require_features(spec, replace(part, rows=[Row("a", None, None, error="the file is empty")]))
+
+
+def store_of(folder: Path, teacher: Any, dtype: str = "fp32") -> Store:
+    """Of three pictures, in one batch."""
+    index = index_folder(make_corpus(folder / "c", count=3, classes=1))
+    plan = store_spec(
+        resolve_teacher(TINY_TEACHER),
+        index,
+        views=CENTER,
+        sizes=(64,),
+        tokens=("summary", "dense"),
+        weights_sha256="",
+        dtype=dtype,
+    )
+    create_store(folder / "s.zarr", plan)
+    computer = Computer(teacher, plan, corpus_root=index.root, views=CENTER, batch_size=8)
+    worker = Worker([computer], [folder / "s.zarr"])
+    for stretch in plan_stretches([plan], index.samples, [()]):
+        worker.run(stretch)
+    return finish_store(folder / "s.zarr")
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,96 @@
+"""Ray's surroundings: where its files may lie, and clusters that do not answer."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eupe import cluster
+from eupe.cluster import join_ray, scratch_folder, start_ray
+from eupe.errors import ConfigError
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose path is short, in place of the system's own."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    folder = Path(f"/tmp/eupe{os.getpid()}")
+    folder.mkdir()
+    yield folder
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+def test_ray_lies_where_its_sockets_can_be(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(short))
+    assert scratch_folder() == short / "ray"
+    file = short / "file"
+    file.write_bytes(b"")
+    for useless in (str(tmp_path / ("a" * 120)), "/nowhere/at/all", "/proc", str(file)):
+        monkeypatch.setenv("TMPDIR", useless)
+        Path(useless).mkdir() if "aaaa" in useless else None
+        assert scratch_folder() in {Path("/tmp/ray"), Path(f"/tmp/ray-{os.getuid()}")}
+    monkeypatch.setenv("RAY_TMPDIR", str(short))
+    (short / "ray").rmdir()
+    (short / "ray").write_bytes(b"somebody else's")
+    assert scratch_folder() == short / f"ray-{os.getuid()}"
+
+
+def test_no_folder_at_all_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_can_be_used", lambda folder: False)
+    with pytest.raises(ConfigError, match=r"finds no folder .*of at most 37 characters in RAY_TMPDIR"):
+        scratch_folder()
+
+
+def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("the raylet died\nand more")
+
+    monkeypatch.setattr("ray.init", refuse)
+    with pytest.raises(ConfigError, match=r"Ray cannot start on this machine.*: the raylet died; name another"):
+        start_ray(1)
+
+
+@pytest.mark.parametrize(
+    "form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}/?x=1", "auto"]
+)
+def test_a_cluster_that_is_gone_is_a_sentence(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Ray, which would wait for minutes, is asked; also where it remembers the address by itself."""
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was asked"))
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(cluster, "_found_by_ray", lambda: f"127.0.0.1:{port}")
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers at --ray-address .*leave the option out"):
+        join_ray(form.format(port))
+
+
+def test_a_cluster_that_answers_is_joined_and_other_words_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr("ray.init", lambda **options: asked.append(options["address"]))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        join_ray(f"127.0.0.1:{server.getsockname()[1]}")
+    join_ray("local")
+    assert len(asked) == 2
+    with pytest.raises(ConfigError, match="no Ray cluster answers"):
+        join_ray("localhost:abc")
+
+
+@pytest.mark.parametrize("home", ["/proc", "/nowhere/at/all", None])
+def test_a_home_that_cannot_be_written_is_not_needed(
+    home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's processes are given a token that it else keeps there; a home that can be used stays in use."""
+    tokens = []
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setattr("ray.init", lambda **_: tokens.append(os.environ.pop("RAY_AUTH_TOKEN", None)))
+    monkeypatch.setenv("HOME", home or str(tmp_path))
+    start_ray(1)
+    assert [token is not None for token in tokens] == [home is not None]
