@@ -28,7 +28,7 @@ from eupe.evaluate.dense_probe import (
     require_same_sides,
     train_head,
 )
-from eupe.evaluate.layouts import NYU_SIDES, DepthUnit, Mapped, depth_split, read_depth, told_unit
+from eupe.evaluate.layouts import NYU_SIDES, DepthUnit, Mapped, depth_split, read_depth, stated_unit, told_unit
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import Subject, result_of
@@ -82,13 +82,14 @@ def depth(
 
     Args:
         max_m: pixels farther than this do not count.
-        unit: of the maps, see `read_depth`.
+        unit: of the maps; where not given, see `stated_unit`.
     Raises: CorpusError for a map that is missing, of another size than its picture, or empty; StoreError, RunError,
         TeacherError, ConfigError.
     """
     if not MIN_M < max_m < math.inf:
         raise ConfigError(f"--max-depth must be above {MIN_M:g} m, and finite, got {max_m:g}")
     train, val = (depth_split(data, split).limited(limit) for split in ("train", "val"))
+    unit = stated_unit(data, unit, train.maps)
     reads = {split: partial(_read, part, unit) for split, part in (("train", train), ("val", val))}
     ranges = {split: _range(len(part.maps), reads[split], max_m) for split, part in (("train", train), ("val", val))}
     for split, found in ranges.items():

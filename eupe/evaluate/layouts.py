@@ -5,7 +5,7 @@
 | masks | `images/{training,validation}/X.jpg`, `annotations/.../X.png`, 0 is nothing (ADE20K); or `images/{train,val}`,
   `masks/{train,val}`, 255 is nothing |
 | depth | `nyu_train.txt`, `nyu_test.txt`: lines of picture, depth map, focal length (NYUv2); or `images/{train,val}`,
-  `depth/{train,val}`; 16-bit PNGs of millimetres, or `.npy` of metres, 0 is nothing |
+  `depth/{train,val}`; 16-bit PNGs of what `depth-unit.txt` says, or `.npy` of metres, 0 is nothing |
 | pairs | `JPEGImages`, `PairAnnotation/test`, `Layout/large/test.txt` (SPair-71k) |
 | captions | `captions_val2017.json`, or that in `annotations/`, and `val2017/` (COCO) |
 | questions | `questions.json`, a list of `image` (a path below its folder), `split` (train or val), `kind`, `question`
@@ -35,6 +35,7 @@ from eupe.evaluate.pictures import Pictures
 from eupe.evaluate.splits import split_role
 from eupe.place import Place
 from eupe.reading import read_json
+from eupe.scenes.make import CARD as SCENES_CARD
 
 Split = Literal["train", "val"]
 ADE_NOTHING, MASK_NOTHING = 0, 255
@@ -42,6 +43,8 @@ MILLIMETRE = 1e-3
 METRES = {"m": 1.0, "cm": 1e-2, "mm": MILLIMETRE}
 NYU_LISTS: dict[str, str] = {"train": "nyu_train.txt", "val": "nyu_test.txt"}
 NYU_SIDES = (640, 480)
+UNIT_FILE = "depth-unit.txt"
+"""Beside a data set's depth maps: what `--depth-unit` would say of them."""
 COCO_CAPTIONS, COCO_PICTURES = "captions_val2017.json", "val2017"
 QUESTIONS = "questions.json"
 EIGEN_CROP = (41, 45, 601, 471)
@@ -358,6 +361,30 @@ def read_depth(path: Path, unit: DepthUnit | None = None) -> NDArray[np.float32]
         metres = known * unit.metres
     depth: NDArray[np.float32] = np.nan_to_num(metres.astype(np.float32), posinf=0, neginf=0)
     return depth
+
+
+def stated_unit(data: Path, given: DepthUnit | None, maps: Sequence[Path]) -> DepthUnit | None:
+    """Return the unit of a data set's depth maps: the given one, or that in `depth-unit.txt`; None is the usual one.
+
+    Raises: ConfigError for a file that holds no unit; CorpusError for maps of whole numbers that could be anything.
+    """
+    if given is not None:
+        return given
+    if (data / UNIT_FILE).exists():
+        stated = depth_unit((data / UNIT_FILE).read_text().strip())
+        return None if stated == depth_unit("mm") else stated
+    path = maps[0]
+    is_array = path.suffix.lower() == ".npy"
+    values = _read_array(path) if is_array else _read_image(path)
+    # Scenes that were rendered before they had the file are known by their card.
+    usual = (data / NYU_LISTS["train"]).exists() or (data.parent / SCENES_CARD).exists()
+    if values.dtype.kind in "iu" and values.dtype.itemsize > 1 and not usual:
+        raise CorpusError(
+            f"depth map {path} holds whole numbers up to {values.max():,}, and nothing says what a step of one is; "
+            "give --depth-unit (mm, cm, 1/256 as KITTI has it, or the metres of one step), or write it to "
+            f"{data / UNIT_FILE}"
+        )
+    return None
 
 
 def told_unit(path: Path, unit: DepthUnit | None) -> str:

@@ -91,6 +91,7 @@ def _draw_room(root: Path, request: Request, number: int) -> str:
 
 def _finish_rooms(root: Path, request: Request, splits: Sequence[str]) -> Mapping[str, int]:
     (root / "segmentation" / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (root / "depth" / "depth-unit.txt").write_text("mm\n")
     return {split: splits.count(split) for split in (TRAIN, VAL)}
 
 

@@ -60,6 +60,7 @@ def depth_pairs(folder: Path, *, train: int = 8, val: int = 3) -> Path:
             millimetres[:4] = 0
             save(pixels, folder / "images" / split / f"{number}.png")
             save(millimetres, folder / "depth" / split / f"{number}.png")
+    (folder / "depth-unit.txt").write_text("mm\n")
     return folder
 
 

@@ -210,6 +210,30 @@ def test_maps_are_in_the_unit_that_is_given(
     assert read == pytest.approx(np.array(metres), rel=1e-5)
 
 
+def test_whole_numbers_are_read_in_a_unit_that_is_stated_or_not_at_all(
+    tmp_path: Path, run_eupe: Callable[..., Any]
+) -> None:
+    data = depth_pairs(tmp_path / "set")
+    words = ["eval", "depth", "pixels", "--data", data, "--size", 48, "--steps", 2]
+    by_file = run_eupe(*words, "--json")
+    (data / "depth-unit.txt").write_text("0.0001")
+    (tenth,) = json.loads(run_eupe(*words, "--json").out)["results"]
+    assert tenth["protocol"]["depth_unit"] == "0.0001" and "0.1 to 0.6 m" in tenth["notes"][1]
+    (data / "depth-unit.txt").write_text("fathoms")
+    refused(run_eupe(*words), "--depth-unit takes")
+    (data / "depth-unit.txt").unlink()
+    refused(run_eupe(*words), "whole numbers up to 6,000, and nothing says what a step of one is; give --depth-unit")
+    (given,) = json.loads(run_eupe(*words, "--depth-unit", "mm", "--json").out)["results"]
+    assert given["scores"] == json.loads(by_file.out)["results"][0]["scores"]
+    (tmp_path / "scenes.json").write_text("{}")  # scenes that were rendered before they said so
+    assert run_eupe(*words, "--json").out == by_file.out
+
+
+def refused(outcome: Any, said: str) -> None:
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert said in outcome.err
+
+
 @pytest.mark.parametrize("word", ["", "0", "-1", "inch", "1/0", "nan", "1/256/2", "/disparity"])
 def test_units_that_are_none_are_refused(word: str) -> None:
     with pytest.raises(ConfigError, match="--depth-unit takes m, cm, mm, the metres of one step"):

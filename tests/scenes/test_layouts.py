@@ -54,7 +54,8 @@ def test_every_file_is_of_a_layout_and_the_card_counts_them(scenes: Path) -> Non
     pairs = card["counts"]["correspondence"]["pairs"]
     pictures = [path for path in files if path.suffix in (".jpg", ".png")]
     assert len(pictures) == PICTURES * (1 + 2 + 2 + 1 + 1 + 1)
-    assert len(files) - len(pictures) == pairs + 5  # classes.txt, test.txt, captions, questions, scenes.json
+    others = ["classes.txt", "depth-unit.txt", "test.txt", "captions", "questions", "scenes.json"]
+    assert len(files) - len(pictures) == pairs + len(others)
     for path in pictures:
         assert opened(path).shape[:2] == (SIZE, SIZE), path
 
