@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Both make the virtual environment where there is none.
-# `make test-slow` runs what takes longer (Ray, faults, clusters, real weights); `make test-all` both in one, as CI does.
+# `make test-slow` runs what takes longer (Ray, faults, clusters, real weights), as CI does.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 # processes themselves, are at most two at a time.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: demo test test-slow test-all test-executorch lint types check clean
+.PHONY: demo test test-slow test-executorch lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
@@ -24,9 +24,6 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow --maxprocesses 2
-
-test-all: $(STAMP)
-	$(PYTEST) --maxprocesses 2
 
 # ExecuTorch brings a package that makes every import of Transformers print warnings, so it is installed last of all.
 test-executorch: $(STAMP)
@@ -41,7 +38,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test-all test-executorch
+check: lint types test test-slow test-executorch
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

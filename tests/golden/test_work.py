@@ -7,11 +7,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import Outcome
 from make_work import EXACT, HALF_RUN, HALF_STORE, RUN, STORE, picture, set_times
 from safetensors.numpy import load_file
 
@@ -21,7 +21,7 @@ from eupe.store.verify import verify
 
 WORK = Path(__file__).parent / "work1"
 
-Run = Callable[[str], Outcome]
+Run = Callable[[str], Any]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def work(left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(run_eupe: Callable[..., Outcome]) -> Run:
+def run(run_eupe: Callable[..., Any]) -> Run:
     return lambda words: run_eupe(*words.split())
 
 
