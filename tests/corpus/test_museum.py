@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,46 @@ def test_all_verbs_bear_odd_names(museum: Path, tmp_path: Path, tiny_weights: Pa
     outcome = run_eupe("store", "info", store.path, "--json")
     assert json.loads(outcome.out)["left_out"] == LEFT_OUT
     assert json.loads(outcome.out)["num_found"] == files_of(museum)
+
+
+def test_all_of_a_tar_is_taken_or_counted(museum: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "museum.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for path in sorted(p for p in museum.rglob("*") if p.is_symlink() or not p.is_dir()):
+            tar.add(path, path.relative_to(museum).as_posix(), recursive=False)
+    corpus = open_corpus(tmp_path / "museum.tar")
+    with tarfile.open(tmp_path / "museum.tar", encoding="utf-8", errors="surrogateescape") as tar:
+        members = {member.name: member for member in tar}
+        assert corpus.num_found == len(members) == len(corpus) + sum(corpus.left_out.values())
+        plain = [m for m in members.values() if m.isreg() and Path(m.name).suffix.lower() in EXTENSIONS]
+        pictures = {m.name for m in plain if not Path(m.name).name.startswith(".")}
+        taken = {name_of(key.removeprefix("museum.tar/")): sha256 for key, sha256 in hashes(corpus).items()}
+        assert set(taken) == pictures
+        for name, sha256 in taken.items():
+            file = tar.extractfile(members[name])
+            assert file is not None and hashlib.sha256(file.read()).hexdigest() == sha256
+    assert corpus.left_out["links to folders"] + corpus.left_out["links to what is not in their tar"] == sum(
+        member.issym() for member in members.values()
+    )
+
+
+def test_all_rows_of_a_table_are_taken_or_counted(museum: Path, tmp_path: Path) -> None:
+    paths = [path.relative_to(museum).as_posix() for path in sorted((museum / "odd\u202fnames").iterdir())]
+    writable = [path for path in paths if path.isprintable()]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": None, "path": path} for path in [*writable, "phone/y.psd", "../elsewhere/b/0.png", "gone.png"]]
+    rows += [
+        {"bytes": png(1), "path": None},
+        {"bytes": b"no picture", "path": "x"},
+        {"bytes": None, "path": None},
+        None,
+    ]
+    pq.write_table(pa.table({"image": pa.array(rows, struct)}), museum / "museum.parquet")
+    corpus = open_corpus(museum / "museum.parquet")
+    assert corpus.num_found == len(rows) == len(corpus) + sum(corpus.left_out.values())
+    found = hashes(corpus)
+    for path in writable:
+        assert found[path] == hashlib.sha256((museum / path).read_bytes()).hexdigest()
+    assert not any("elsewhere" in key for key in found)
 
 
 def test_patterns_leave_out_before_anything_is_read(museum: Path, tmp_path: Path, run_eupe: Run) -> None:
