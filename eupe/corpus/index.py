@@ -324,7 +324,8 @@ class _Known:
         """
         self._column = column
         has = column in samples.schema.names
-        self._samples = in_order(samples, column) if has else samples.slice(0, 0)
+        # Rows whose pictures are files of their own are in no tar or table.
+        self._samples = in_order(samples.filter(samples[column].is_valid()), column) if has else samples.slice(0, 0)
         self._values = self._samples[column] if has else pa.chunked_array([], pa.string())
 
     def rows(self, values: Sequence[str]) -> list[Row]:

@@ -19,6 +19,7 @@ from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.index import index_folder, open_corpus
 from eupe.corpus.left_out import NO_PICTURE
 from eupe.corpus.pictures import insides, read_picture
+from eupe.corpus.resumable import make_index
 from eupe.corpus.tables import table_rows
 from eupe.errors import CorpusError
 from eupe.place import Place
@@ -278,3 +279,12 @@ def test_a_folder_of_save_to_disk_opens_as_it_is(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": BYTES}), whole / "x.parquet")
     with pytest.raises(CorpusError, match=r"holds Arrow \(test/data-.*\) and Parquet \(x\.parquet\).*name one kind"):
         open_corpus(whole)
+
+
+def test_a_table_of_paths_and_bytes_is_indexed_again(tmp_path: Path) -> None:
+    folder = make_corpus(tmp_path / "pictures", count=3)
+    rows = [{"bytes": None, "path": key} for key in index_folder(folder).samples["key"].to_pylist()]
+    table(folder / "a.parquet", image=pa.array([*rows, {"bytes": png(8), "path": None}], IMAGE))
+    table(folder / "b.parquet", image=pa.array([{"bytes": png(9), "path": None}], IMAGE))
+    first, again = (make_index(folder / "{a,b}.parquet", tmp_path / "i.parquet") for _ in range(2))
+    assert len(first) == 5 and again.samples.equals(first.samples)
