@@ -38,8 +38,9 @@ from eupe.cli_shared import (
 from eupe.errors import ConfigError, EupeError, IncompleteError
 
 if TYPE_CHECKING:
+    from eupe.extract.config import ExtractConfig
     from eupe.extract.dispatch import Status
-    from eupe.extract.estimate import Estimate, PaperEstimate
+    from eupe.extract.estimate import Choice, Estimate, JointEstimate, PaperEstimate
     from eupe.extract.job import ExtractReport
     from eupe.progress import Reporter
     from eupe.store.summary import StoreSummary
@@ -74,8 +75,15 @@ CorpusPath = Annotated[
         "with images, or an index; also s3:// or gs://.",
     ),
 ]
-Weights = Annotated[Path | None, typer.Option(help="Local weights in place of the hub's.")]
 WeightsKey = Annotated[str | None, typer.Option(help=WEIGHTS_KEY)]
+WeightsOfEach = Annotated[
+    list[str] | None,
+    typer.Option("--weights", help="Local weights in place of the hub's. One a teacher; 'hub' for one without."),
+]
+KeyOfEach = Annotated[
+    list[str] | None,
+    typer.Option("--weights-key", help=f"{WEIGHTS_KEY} One a teacher; 'auto' for one without."),
+]
 Sizes = Annotated[list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")]
 Views = Annotated[str, typer.Option(help="center, squash, or rrc:K for K random resized crops per picture.")]
 PhotometricKind = Annotated[
@@ -325,13 +333,8 @@ def extract(
         list[str] | None,
         typer.Option("--out", help="The store, also s3:// or gs://; store/TEACHER.zarr where not given. One each."),
     ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(help="Local weights in place of the hub's. One a teacher; 'hub' for one without."),
-    ] = None,
-    weights_key: Annotated[
-        list[str] | None, typer.Option(help=f"{WEIGHTS_KEY} One a teacher; 'auto' for one without.")
-    ] = None,
+    weights: WeightsOfEach = None,
+    weights_key: KeyOfEach = None,
     size: Sizes = None,
     views: Views = "center",
     scale: Scale = None,
@@ -396,13 +399,7 @@ def extract(
         shuffle=shuffle,
         retry_failed=retry_failed,
     )
-    outs = _one_each("--out", out_path, teacher)
-    files = [None if file in (None, "hub") else Path(file) for file in _one_each("--weights", weights, teacher)]
-    keys = [None if key in (None, "auto") else key for key in _one_each("--weights-key", weights_key, teacher)]
-    configs = [
-        dataclasses.replace(shared, teacher=name, out=place, weights=file, weights_key=key)
-        for name, place, file, key in zip(teacher, outs, files, keys, strict=True)
-    ]
+    configs = _of_each(shared, teacher, out_path, weights, weights_key)
     with report_progress(err, "views", quiet=as_json) as progress:
         reports = extract_together(configs, on_status=lambda s: _show_status(progress, s))
     for report in reports:
@@ -465,6 +462,26 @@ def _warn_of_rounding(report: ExtractReport) -> None:
         )
 
 
+def _of_each(
+    shared: ExtractConfig,
+    teachers: list[str],
+    out_path: list[str] | None,
+    weights: list[str] | None,
+    weights_key: list[str] | None,
+) -> list[ExtractConfig]:
+    """Return one configuration a teacher.
+
+    Raises: ConfigError unless an option was given for each teacher, or for none.
+    """
+    outs = _one_each("--out", out_path, teachers)
+    files = [None if file in (None, "hub") else Path(file) for file in _one_each("--weights", weights, teachers)]
+    keys = [None if key in (None, "auto") else key for key in _one_each("--weights-key", weights_key, teachers)]
+    return [
+        dataclasses.replace(shared, teacher=name, out=place, weights=file, weights_key=key)
+        for name, place, file, key in zip(teachers, outs, files, keys, strict=True)
+    ]
+
+
 def _one_each(option: str, given: list[str] | None, teachers: list[str]) -> list[str | None]:
     """Raises: ConfigError unless an option was given for each teacher, or for none."""
     if not given:
@@ -485,18 +502,17 @@ def _show_status(progress: Reporter, status: Status) -> None:
 
 @app.command()
 def plan(
-    teacher: Annotated[
-        list[str], typer.Option(help="As extract takes it; may be given again together with --num-images.")
-    ],
+    teacher: Annotated[list[str], typer.Option(help="As extract takes it. Given again: several in one pass.")],
     corpus: Annotated[str | None, typer.Option(help="Measure on some of these pictures: as extract takes it.")] = None,
     num_images: Annotated[
         int | None, typer.Option(help="In place of --corpus: so many pictures, on paper, without weights.")
     ] = None,
     out_path: Annotated[
-        str | None, typer.Option("--out", help="Where the store is to lie; its disk must have the space.")
+        list[str] | None,
+        typer.Option("--out", help="Where the store is to lie; its disk must have the space. One each; on paper, one."),
     ] = None,
-    weights: Weights = None,
-    weights_key: WeightsKey = None,
+    weights: WeightsOfEach = None,
+    weights_key: KeyOfEach = None,
     size: Sizes = None,
     views: Views = "center",
     scale: Scale = None,
@@ -526,7 +542,7 @@ def plan(
     from eupe.corpus.choice import Choice
     from eupe.corpus.views import parse_views
     from eupe.extract.config import ExtractConfig
-    from eupe.extract.estimate import PaperConfig, estimate, estimate_on_paper
+    from eupe.extract.estimate import JointEstimate, PaperConfig, estimate, estimate_on_paper
     from eupe.progress import report_progress
 
     if (corpus is None) == (num_images is None):
@@ -559,22 +575,20 @@ def plan(
         "tokens": tuple(tokens.split(",")),
         "precision": precision,
         "grid": grid,
-        "out": out_path,
     }
     if num_images is not None:
-        on_paper = estimate_on_paper(PaperConfig(teachers=tuple(teacher), num_images=num_images, **wanted))
+        if len(out_path or ()) > 1:
+            raise ConfigError("--out says on paper where all the stores are to lie; give it once")
+        place = out_path[0] if out_path else None
+        on_paper = estimate_on_paper(PaperConfig(teachers=tuple(teacher), num_images=num_images, out=place, **wanted))
         if as_json:
             finish(dataclasses.asdict(on_paper), as_json)
         else:
             _print_paper(on_paper)
         return
-    if len(teacher) > 1:
-        raise ConfigError(f"--corpus measures one --teacher at a time, got {', '.join(teacher)}")
-    config = ExtractConfig(
-        teacher=teacher[0],
+    shared = ExtractConfig(
+        teacher="",
         corpus=corpus or "",
-        weights=weights,
-        weights_key=weights_key,
         fidelity=fidelity,
         pixels=pixels,
         limit=limit,
@@ -587,12 +601,16 @@ def plan(
         batch_size=batch_size,
         **wanted,
     )
+    configs = _of_each(shared, teacher, out_path, weights, weights_key)
     with report_progress(err, "views", quiet=as_json) as progress:
-        measured = estimate(config, on_stage=lambda stage: progress.update(stage, 0, 0))
+        together = estimate(configs, on_stage=lambda stage: progress.update(stage, 0, 0))
+    measured = together if len(teacher) > 1 else together.teachers[0]
     if as_json:
         finish(dataclasses.asdict(measured), as_json)
+    elif isinstance(measured, JointEstimate):
+        _print_plans(measured, given=bool(out_path))
     else:
-        _print_plan(measured, given=out_path is not None)
+        _print_plan(measured, given=bool(out_path))
 
 
 def _print_plan(plan: Estimate, *, given: bool) -> None:
@@ -600,21 +618,74 @@ def _print_plan(plan: Estimate, *, given: bool) -> None:
     Args:
         given: the store's place was named.
     """
-    from eupe.extract.estimate import STUDENT_IMAGES_PER_S
-    from eupe.progress import amount, duration
+    from eupe.progress import amount
 
-    r = plan.rates
     precision = ", ".join(f"{kind} {word}" for kind, word in plan.precision.items())
-    even = "never: reading is no faster" if plan.break_even_epochs is None else f"{plan.break_even_epochs:.2f} epochs"
-    free = "not asked (no local disk)" if plan.free_bytes is None else amount(plan.free_bytes)
     facts = {
         "measured": f"{plan.teacher} on {plan.sampled_views} views, {plan.dtype} on {plan.device}, this machine alone",
         "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views",
         "mean and std are those of": plan.normalised_by,
         "bytes per view": f"{amount(plan.bytes_per_view)} ({precision}; raw fp16 {amount(plan.raw_bytes_per_view)})",
         "bytes in all": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} on the way there",
-        f"free at {plan.out}{'' if given else ', where the store lies without --out'}": free,
+        **_room_of(plan, given=given),
         **({"held there already": amount(plan.held_bytes)} if plan.held_bytes else {}),
+        **_times_of(plan),
+    }
+    table = Table("array", "precision", "share of fp16", "in all", "cosine p5", "mean", box=None)
+    for c in plan.choices:
+        table.add_row(*_choice_words(c))
+    finish(facts, False)
+    show(table)
+    out.print(PRECISIONS)
+
+
+def _print_plans(plan: JointEstimate, *, given: bool) -> None:
+    """
+    Args:
+        given: the stores' places were named.
+    """
+    from eupe.progress import amount, duration
+
+    first = plan.teachers[0]
+    facts = {
+        "measured": f"{len(plan.teachers)} teachers, {first.dtype} on {first.device}, this machine alone; in one pass, "
+        "each picture decoded once",
+        "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views of each teacher",
+        "bytes per view": f"{amount(plan.bytes_per_view)} of all teachers",
+        "bytes in all": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} on the way there",
+    }
+    for t in plan.teachers:
+        facts |= _room_of(t, given=given)
+    facts |= {"held there already": amount(plan.held_bytes)} if plan.held_bytes else {}
+    finish(facts | _times_of(plan), False)
+    each = Table("teacher", "views measured", "bytes per view", "in all", "forward/s", "time alone", box=None)
+    choices = Table("teacher", "array", "precision", "share of fp16", "in all", "cosine p5", "mean", box=None)
+    for t in plan.teachers:
+        sizes = (amount(t.bytes_per_view), amount(t.need.stored))
+        each.add_row(t.teacher, str(t.sampled_views), *sizes, f"{t.rates.forward:.4g}", duration(3600 * t.hours))
+        for c in t.choices:
+            choices.add_row(t.teacher, *_choice_words(c))
+    show(each)
+    for t in plan.teachers:
+        out.print(f"mean and std of {t.teacher} are those of {t.normalised_by}", markup=False, soft_wrap=True)
+    show(choices)
+    out.print(PRECISIONS)
+
+
+def _room_of(plan: Estimate, *, given: bool) -> dict[str, str]:
+    from eupe.progress import amount
+
+    free = "not asked (no local disk)" if plan.free_bytes is None else amount(plan.free_bytes)
+    return {f"free at {plan.out}{'' if given else ', where the store lies without --out'}": free}
+
+
+def _times_of(plan: Estimate | JointEstimate) -> dict[str, str]:
+    from eupe.extract.estimate import STUDENT_IMAGES_PER_S
+    from eupe.progress import amount, duration
+
+    r = plan.rates
+    even = "never: reading is no faster" if plan.break_even_epochs is None else f"{plan.break_even_epochs:.2f} epochs"
+    return {
         "views/s, each alone": f"decode {r.decode:.4g}, forward {r.forward:.4g}, encode {r.encode:.4g}, "
         f"read {r.read:.4g}",
         "views/s of a worker": f"{plan.views_per_s:.4g}",
@@ -624,13 +695,13 @@ def _print_plan(plan: Estimate, *, given: bool) -> None:
         f"{duration(3600 * plan.epoch_hours_online)} from the teacher",
         "the cache pays off after": even,
     }
-    table = Table("array", "precision", "share of fp16", "in all", "cosine p5", "mean", box=None)
-    for c in plan.choices:
-        cosines = (f"{c.cosine_p5:.6f}", f"{c.cosine_mean:.6f}")
-        table.add_row(c.path, c.precision, f"{c.share:.3f}", amount(c.total_bytes), *cosines)
-    finish(facts, False)
-    show(table)
-    out.print(PRECISIONS)
+
+
+def _choice_words(choice: Choice) -> tuple[str, ...]:
+    from eupe.progress import amount
+
+    cosines = (f"{choice.cosine_p5:.6f}", f"{choice.cosine_mean:.6f}")
+    return (choice.path, choice.precision, f"{choice.share:.3f}", amount(choice.total_bytes), *cosines)
 
 
 def _print_paper(plan: PaperEstimate) -> None:

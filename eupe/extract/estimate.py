@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eupe.cores import num_cores
 from eupe.corpus.index import Corpus, open_corpus
 from eupe.corpus.left_out import Patterns
 from eupe.corpus.views import ViewSpec
@@ -27,14 +28,14 @@ from eupe.extract.config import ExtractConfig
 from eupe.extract.count import counter
 from eupe.extract.forward import fastest_batch
 from eupe.extract.job import (
-    checked_teacher,
+    checked_teachers,
     picked,
     place_of_store,
     stored_index,
     wanted_spec,
     with_absolute_paths,
 )
-from eupe.extract.load import LoadedSample
+from eupe.extract.load import LoadedSample, Loader
 from eupe.extract.plan import PartTask, require_common_sizes, shape_of
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import Computer, PartInMaking
@@ -145,6 +146,29 @@ class Estimate:
     """The file or table that says how pixels are normalised."""
     held_bytes: int
     """Of the need, what a store that this extraction would go on with holds already; 0 for an object store."""
+
+
+@dataclass(frozen=True)
+class JointEstimate:
+    """A measured plan of teachers in one pass over the pictures, each of which is decoded once."""
+
+    num_images: int
+    num_views: int
+    """Of each teacher."""
+    bytes_per_view: float
+    """Of all teachers, as is all that follows."""
+    need: Need
+    held_bytes: int
+    rates: Rates
+    views_per_s: float
+    workers: int
+    hours: float
+    read_bytes_per_s: float
+    epoch_hours_cached: float
+    epoch_hours_online: float
+    break_even_epochs: float | None
+    teachers: tuple[Estimate, ...]
+    """Each as if it were extracted alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,8 +298,12 @@ def free_bytes(place: Place) -> int | None:
     """On the disk that would hold it; None for an object store."""
     if not place.is_local:
         return None
-    there = next(path for path in (place.local, *place.local.parents) if path.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_nearest(place)).free
+
+
+def _nearest(place: Place) -> Path:
+    """Return what is there of a local place: itself, or the nearest folder above it."""
+    return next(path for path in (place.local, *place.local.parents) if path.exists())
 
 
 def held_bytes(place: Place, spec: StoreSpec, corpus: Corpus, *, fidelity: float | None) -> int:
@@ -311,27 +339,49 @@ def require_room(need: Need, free: int | None, where: str, *, held: int = 0) -> 
         )
 
 
-def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda stage: None) -> Estimate:
+def estimate(
+    configs: Sequence[ExtractConfig], *, on_stage: Callable[[str], None] = lambda stage: None
+) -> JointEstimate:
     """Run a sample of the corpus through each stage of an extraction, in this process.
 
+    All teachers are in memory at once, as in each worker of the extraction.
+
     Args:
+        configs: one for each teacher, as `extract_together` takes them.
         on_stage: told what begins.
-    Raises: an EupeError as `extract` does; ConfigError if the store cannot fit on the disk it is meant for;
+    Raises: an EupeError as `extract` does; ConfigError if the stores cannot fit on the disks they are meant for;
         StorageError if the temporary folder takes no sample.
     """
-    config = with_absolute_paths(config)
-    card = checked_teacher(config)
+    configs = [with_absolute_paths(config) for config in configs]
+    cards = checked_teachers(configs)
+    first = configs[0]
     on_stage("indexing")
-    patterns = Patterns(config.include, config.exclude)
-    corpus = picked(config, open_corpus(config.corpus, patterns=patterns, choice=config.choice))
+    patterns = Patterns(first.include, first.exclude)
+    corpus = picked(first, open_corpus(first.corpus, patterns=patterns, choice=first.choice))
     device = pick_device()
-    dtype = compute_dtype(config.dtype, device)
-    spec = wanted_spec(config, card, corpus, weights_sha256="", dtype=dtype_name(dtype))
+    dtype = compute_dtype(first.dtype, device)
+    specs = [
+        wanted_spec(config, card, corpus, weights_sha256="", dtype=dtype_name(dtype))
+        for config, card in zip(configs, cards, strict=True)
+    ]
     on_stage("loading teacher")
-    teacher = load_teacher(
-        card, weights=config.weights, key=config.weights_key, device=device, dtype=dtype, sizes=spec.sizes
-    )
+    teachers = [
+        load_teacher(card, weights=config.weights, key=config.weights_key, device=device, dtype=dtype, sizes=spec.sizes)
+        for config, card, spec in zip(configs, cards, specs, strict=True)
+    ]
     prepare_process()
+    alone = tuple(
+        _estimate_one(config, spec, teacher, corpus, on_stage)
+        for config, spec, teacher in zip(configs, specs, teachers, strict=True)
+    )
+    _require_room_for_all(alone)
+    decode = alone[0].rates.decode if len(alone) == 1 else _decoded_per_s(first, specs, corpus)
+    return _together(alone, decode)
+
+
+def _estimate_one(
+    config: ExtractConfig, spec: StoreSpec, teacher: Teacher, corpus: Corpus, on_stage: Callable[[str], None]
+) -> Estimate:
     task = sample_task(spec, corpus)
     num_views = len(task.samples) * spec.num_views
     on_stage("decoding and computing")
@@ -346,7 +396,65 @@ def estimate(config: ExtractConfig, *, on_stage: Callable[[str], None] = lambda 
         chunk_bytes, encode_s, read_s = _timed_store(spec, teacher, part)
     rates = Rates(*(num_views / s for s in (decode_s, forward_s, encode_s, read_s)))
     held = held_bytes(place_of_store(config), spec, corpus, fidelity=config.fidelity)
-    return _estimate(config, spec, rates, measured, chunk_bytes / num_views, device.type, held)
+    return _estimate(config, spec, rates, measured, chunk_bytes / num_views, teacher.device.type, held)
+
+
+def _decoded_per_s(config: ExtractConfig, specs: Sequence[StoreSpec], corpus: Corpus) -> float:
+    """Time reading, decoding and rendering a sample once, at the sizes of all stores, as a worker does."""
+    samples = sample_task(specs[0], corpus).samples
+    loader = Loader(corpus.root, config.views, specs, ahead=len(samples), cores=num_cores())
+    began = time.perf_counter()
+    num_loaded = sum(1 for _ in loader.load(samples))
+    return num_loaded * specs[0].num_views / (time.perf_counter() - began)
+
+
+def _together(alone: tuple[Estimate, ...], decode: float) -> JointEstimate:
+    """Add up what each teacher takes; pictures are decoded once, and all else is done for each teacher.
+
+    Args:
+        decode: views per second at the sizes of all teachers.
+    """
+    first = alone[0]
+    each = [plan.rates for plan in alone]
+    forward, encode, read = (
+        1 / sum(1 / rate for rate in stage)
+        for stage in ([r.forward for r in each], [r.encode for r in each], [r.read for r in each])
+    )
+    rates = Rates(decode, forward, encode, read)
+    on_gpu = first.device == "cuda"
+    views_per_s = rates.pipeline(on_gpu=on_gpu)
+    return JointEstimate(
+        num_images=first.num_images,
+        num_views=first.num_views,
+        bytes_per_view=sum(plan.bytes_per_view for plan in alone),
+        need=_sum_of(alone),
+        held_bytes=sum(plan.held_bytes for plan in alone),
+        rates=rates,
+        views_per_s=views_per_s,
+        workers=first.workers,
+        hours=first.num_views / views_per_s / first.workers / 3600,
+        read_bytes_per_s=sum(plan.read_bytes_per_s for plan in alone),
+        epoch_hours_cached=first.num_views / rates.read / 3600,
+        epoch_hours_online=first.num_views / rates.forward / 3600,
+        break_even_epochs=rates.break_even_epochs(on_gpu=on_gpu),
+        teachers=alone,
+    )
+
+
+def _sum_of(plans: Sequence[Estimate]) -> Need:
+    return Need(sum(plan.need.stored for plan in plans), sum(plan.need.peak for plan in plans))
+
+
+def _require_room_for_all(plans: Sequence[Estimate]) -> None:
+    """Raises: ConfigError if a disk cannot hold all the stores that are meant for it."""
+    disks: dict[int, list[Estimate]] = {}
+    for plan in plans:
+        if (place := Place.of(plan.out)).is_local:
+            disks.setdefault(_nearest(place).stat().st_dev, []).append(plan)
+    for there in disks.values():
+        free = min(plan.free_bytes for plan in there if plan.free_bytes is not None)
+        where = " and ".join(plan.out for plan in there) + (" (one disk)" if len(there) > 1 else "")
+        require_room(_sum_of(there), free, where, held=sum(plan.held_bytes for plan in there))
 
 
 @contextmanager
@@ -391,8 +499,6 @@ def _estimate(
         dims=[dims[path.rpartition("/")[2]] for path in spec.feature_paths],
     )
     place = place_of_store(config)
-    free = free_bytes(place)
-    require_room(need, free, str(place), held=held)
     views_per_s = rates.pipeline(on_gpu=on_gpu)
     workers = config.workers or 1
     return Estimate(
@@ -416,7 +522,7 @@ def _estimate(
         break_even_epochs=rates.break_even_epochs(on_gpu=on_gpu),
         choices=choices,
         out=str(place),
-        free_bytes=free,
+        free_bytes=free_bytes(place),
         normalised_by=where_from(TeacherSpec.from_json(spec.teacher), config.weights),
         held_bytes=held,
     )

@@ -100,11 +100,7 @@ def extract_together(
     """
     began = time.monotonic()
     configs = [with_absolute_paths(config) for config in configs]
-    _require_one_pass(configs)
-    teachers = [resolve_teacher(config.teacher, config.weights) for config in configs]
-    if len({config.sizes for config in configs}) == 1:
-        require_common_sizes(teachers, configs[0].sizes)
-    teachers = [checked(config, teacher) for config, teacher in zip(configs, teachers, strict=True)]
+    teachers = checked_teachers(configs)
     places = [place_of_store(config) for config in configs]
     existing = [open_store(place) if place.exists(ROOT_DOCUMENT) else None for place in places]
     for place, store in zip(places, existing, strict=True):
@@ -263,9 +259,16 @@ def teacher_name(words: str) -> str:
     return Path(words).name.replace(":", "-")
 
 
-def checked_teacher(config: ExtractConfig) -> TeacherSpec:
-    """See `checked`."""
-    return checked(config, resolve_teacher(config.teacher, config.weights))
+def checked_teachers(configs: Sequence[ExtractConfig]) -> list[TeacherSpec]:
+    """Return the cards of teachers that are to share a pass; see `checked`.
+
+    Raises: ConfigError, TeacherError.
+    """
+    _require_one_pass(configs)
+    teachers = [resolve_teacher(config.teacher, config.weights) for config in configs]
+    if len({config.sizes for config in configs}) == 1:
+        require_common_sizes(teachers, configs[0].sizes)
+    return [checked(config, teacher) for config, teacher in zip(configs, teachers, strict=True)]
 
 
 def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from making import TWO_CROPS, make_store, random_weights
 
 from eupe import place
 from eupe.errors import ConfigError
+from eupe.extract import load
 from eupe.extract.estimate import (
     NOMINAL_SHARES,
     Need,
@@ -30,6 +32,7 @@ from eupe.store import open_store
 from eupe.teachers.teacher import Teacher
 
 Run = Callable[..., Any]
+OTHER = "timm:test_efficientnet"
 
 
 class Usage(NamedTuple):
@@ -196,6 +199,74 @@ def test_what_a_store_holds_need_not_be_free(
     assert planned(run_eupe, *asked, "--limit", 20)["held_bytes"] == 0
 
 
+@pytest.fixture(scope="module")
+def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_weights(OTHER.removeprefix("timm:"), tmp_path_factory.mktemp("other") / "w.safetensors")
+
+
+def test_several_teachers_share_a_pass(
+    tmp_path: Path,
+    tiny_corpus: Path,
+    tiny_weights: Path,
+    other_weights: Path,
+    run_eupe: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each figure of theirs is that of a plan of one; in all they add up, but for the pictures, decoded once."""
+    real = load.load_sample
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(0.1)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(load, "load_sample", slow)
+    shared = ["--views", "rrc:2", "--dtype", "fp32", "--batch-size", 8, "--limit", 6, "--workers", 2, "--json"]
+    first = ["--teacher", "timm:test_vit", "--weights", tiny_weights, "--out", tmp_path / "a.zarr"]
+    second = ["--teacher", OTHER, "--weights", other_weights, "--out", tmp_path / "b.zarr"]
+    alone = [planned(run_eupe, "plan", "--corpus", tiny_corpus, *shared, *words) for words in (first, second)]
+    both = planned(run_eupe, "plan", "--corpus", tiny_corpus, *shared, *first, *second)
+    exact = ("teacher", "out", "num_images", "num_views", "sampled_views", "raw_bytes_per_view", "need", "precision")
+    for ours, theirs in zip(both["teachers"], alone, strict=True):
+        assert ours.keys() == theirs.keys() and "teachers" not in theirs
+        assert [ours[name] for name in exact] == [theirs[name] for name in exact]
+    each = both["teachers"]
+    assert both["need"] == {kind: sum(plan["need"][kind] for plan in each) for kind in ("stored", "peak")}
+    assert (both["num_images"], both["num_views"], both["workers"]) == (6, 12, 2)
+    for total in ("bytes_per_view", "read_bytes_per_s", "epoch_hours_cached", "epoch_hours_online", "held_bytes"):
+        assert both[total] == pytest.approx(sum(plan[total] for plan in each))
+    for stage in ("forward", "encode", "read"):
+        assert 1 / both["rates"][stage] == pytest.approx(sum(1 / plan["rates"][stage] for plan in each))
+    assert both["rates"]["decode"] > 0.7 * min(plan["rates"]["decode"] for plan in each), "of one decoding"
+    rates = Rates(**both["rates"])
+    on_gpu = each[0]["device"] == "cuda"
+    assert both["hours"] == pytest.approx(12 / rates.pipeline(on_gpu=on_gpu) / 2 / 3600)
+    assert both["break_even_epochs"] == rates.break_even_epochs(on_gpu=on_gpu)
+
+    told = run_eupe("plan", "--corpus", tiny_corpus, *shared[:-1], *first, *second)
+    assert told.code == 0, told.err
+    assert "in one pass, each picture decoded once" in told.out and "6 pictures, 12 views of each teacher" in told.out
+    assert all(f"free at {tmp_path}/{name}.zarr" in told.out for name in "ab")
+    assert all(told.out.count(f"mean and std of {name} are those of") == 1 for name in ("timm:test_vit", OTHER))
+
+
+def test_stores_that_fit_one_by_one_but_not_together_are_refused(
+    tmp_path: Path,
+    tiny_corpus: Path,
+    tiny_weights: Path,
+    other_weights: Path,
+    run_eupe: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = words(tiny_corpus, tiny_weights, "--teacher", OTHER, "--weights", other_weights, "--limit", 4)
+    asked += ["--out", tmp_path / "a.zarr", "--out", tmp_path / "b.zarr"]
+    plan = planned(run_eupe, *asked)
+    most = max(each["need"]["peak"] for each in plan["teachers"])
+    assert most < plan["need"]["peak"] - 5000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 0, most + 2000))
+    said = refused(run_eupe, *asked)
+    assert f"--out {tmp_path}/a.zarr and {tmp_path}/b.zarr (one disk) has" in said and "give another --out" in said
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -296,7 +367,11 @@ def test_a_measured_plan_is_readable(tiny_corpus: Path, tiny_weights: Path, run_
     [
         ([], "give --corpus"),
         (["--corpus", ".", "--num-images", 5], "give --corpus"),
-        (["--corpus", ".", "--teacher", "dinov3"], "one --teacher at a time"),
+        (["--corpus", ".", "--teacher", "dinov3", "--weights", "w"], "--weights was given 1 times for 2 teachers"),
+        (["--corpus", ".", "--teacher", "dinov3", "--out", "o"], "--out was given 1 times for 2 teachers"),
+        (["--corpus", ".", "--teacher", "dinov2"], "cannot hold the features of two teachers"),
+        (["--corpus", ".", "--teacher", "dinov3", "--size", 256], "give --size 224 or --size 336"),
+        (["--num-images", 5, "--out", "a", "--out", "b"], "give it once"),
         (["--num-images", 0], "--num-images must be at least 1"),
         (["--num-images", 5, "--weights", "w"], "--weights has no meaning on paper"),
         (["--num-images", 5, "--photometric", "eupe"], "--photometric has no meaning on paper"),

@@ -18,7 +18,7 @@ from eupe.errors import ConfigError, TeacherError
 from eupe.evaluate.subject import EncoderSubject, open_subjects
 from eupe.extract.actors import JobActors
 from eupe.extract.config import ExtractConfig
-from eupe.extract.job import checked_teacher
+from eupe.extract.job import checked_teachers
 from eupe.teachers.own_forward import fill_at_random, narrow
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
@@ -73,7 +73,7 @@ def test_a_key_is_part_of_a_store_s_identity(tmp_path: Path) -> None:
 
 def test_a_key_without_its_file(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="--weights-key ema is of no file"):
-        checked_teacher(ExtractConfig(teacher=NAME, corpus=tmp_path, weights_key="ema"))
+        checked_teachers([ExtractConfig(teacher=NAME, corpus=tmp_path, weights_key="ema")])
     for words in (["teachers", "verify", NAME, "--weights-key", "ema"], ["eval", "knn", NAME, "--weights-key", "ema"],
                   ["eval", "knn", NAME, "--weights-key", f"{NAME}=ema"]):  # fmt: skip
         outcome = run_eupe(*words)
@@ -139,4 +139,4 @@ def test_a_directory_s_own_files_are_named_for_what_they_are(tmp_path: Path) -> 
     with pytest.raises(TeacherError, match=r"model.safetensors is a git-LFS pointer"):
         load_teacher(spec, weights=None, device=CPU, dtype=torch.float32, sizes=(56,))
     with pytest.raises(TeacherError, match=r"model.safetensors is a git-LFS pointer"):
-        checked_teacher(ExtractConfig(teacher=spec.name, corpus=tmp_path))
+        checked_teachers([ExtractConfig(teacher=spec.name, corpus=tmp_path)])
