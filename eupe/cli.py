@@ -402,11 +402,10 @@ def extract(
     configs = _of_each(shared, teacher, out_path, weights, weights_key)
     with report_progress(err, "views", quiet=as_json) as progress:
         reports = extract_together(configs, on_status=lambda s: _show_status(progress, s))
-    for report in reports:
-        _warn_of_rounding(report)
-        warn_of_clipping(report.store, report.clipped_values, report.clipped_arrays)
     if as_json and len(reports) > 1:
         print(json.dumps({"stores": [dataclasses.asdict(report) for report in reports]}))
+        for report in reports:
+            _warn_of_values(report)
     for report in reports if not as_json or len(reports) == 1 else ():
         facts = dataclasses.asdict(report)
         notes = facts["notes"] if as_json else facts.pop("notes")
@@ -415,15 +414,22 @@ def extract(
             _print_notes(notes)
         if report.failures and not as_json:
             kinds = "; ".join(f"{count} x {reason}" for reason, count in report.failures.items())
+            mend = "; once they can be read, the same command with --retry-failed makes them"
             err.print(
                 f"{report.num_failed} pictures have no features: {escaped(kinds)}. `eupe store info {report.store} "
-                "--json` names them; once they can be read, the same command with --retry-failed makes them",
+                f"--json` names them{mend if report.num_failed > report.num_not_finite else ''}",
                 soft_wrap=True,
             )
+        _warn_of_values(report)
         if not as_json:
             what = "nothing to do: the store holds all of this already" if report.cached else "done"
             out.print(f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME")
     require_finite_features(reports)
+
+
+def _warn_of_values(report: ExtractReport) -> None:
+    _warn_of_rounding(report)
+    warn_of_clipping(report.store, report.clipped_values, report.clipped_arrays)
 
 
 def warn_of_clipping(store: str, count: int, arrays: Sequence[str]) -> None:

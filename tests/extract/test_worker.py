@@ -1,6 +1,7 @@
 """What a store holds against each library's own forward pass, written out here on pixels prepared here."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -313,6 +314,34 @@ def test_what_fp16_cannot_hold_is_told(
     valid = store.valid["row"].to_pylist()
     read = store.read(valid, [0] * len(valid))
     assert np.isfinite(read.summary).all() and np.isfinite(read.dense).all()  # type: ignore[arg-type]
+
+
+def test_a_run_without_features_for_some_pictures_ends_with_1_and_what_to_know_stands_last(
+    tmp_path: Path, tiny_weights: Path, run_eupe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line takes up a finished store, without Ray."""
+    bad: Any = SomeBad([0, NAN, 0], [1, 1, 1e5])
+    words = ["extract", "--teacher", TINY_TEACHER, "--weights", tiny_weights, "--size", 64, "--dtype", "fp32"]
+    words += ["--corpus", make_corpus(tmp_path / "c", count=3, classes=1), "--out", tmp_path / "s.zarr"]
+    with monkeypatch.context() as patch:
+        patch.setattr("making.load_teacher", lambda *_, **__: bad)
+        store = make_store(tmp_path / "s.zarr", tmp_path / "c", tiny_weights, views=CENTER)
+    assert [row["status"] for row in store.samples.to_pylist()] == ["ok", "failed", "ok"]
+
+    outcome = run_eupe(*words, "--json")
+    report = json.loads(outcome.out)
+    assert outcome.code == 1 and report["cached"]
+    assert (report["num_failed"], report["num_not_finite"], report["clipped_values"]) == (1, 1, 1)
+    assert report["failures"] == {"the teacher's features are not finite (N/summary)": 1}
+    said = flat(outcome.err).partition("error: ")[2]
+    assert said.startswith("the teacher's features are not finite") and f": 1 in {store.path}; these have no" in said
+
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    outcome = run_eupe(*words)
+    order = ["store: ", "normalised by: ", "1 pictures have no features", "warning: ", "nothing to do", "error: "]
+    places = [outcome.out.index(word) for word in order]
+    assert outcome.code == 1 and places == sorted(places), outcome.out
+    assert "can be read" not in outcome.out, "they can"
 
 
 @pytest.mark.parametrize(
