@@ -19,6 +19,12 @@ from eupe.errors import ConfigError
 QUIET: Mapping[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 ANSWER_SECONDS = 5.0
 """How long a cluster that does not answer is asked again."""
+HELLO_SECONDS = 15.0
+"""How long what listens at an address may take for the first words of Ray's protocol."""
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a client of HTTP/2, and so of gRPC, begins with: its preface, and a frame of no settings."""
+FRAME_HEAD, SETTINGS = 9, 4
+"""Bytes before a frame's content, of which the fourth is its kind; a server's first frame has its settings."""
 LONGEST_SOCKET = 107
 """Bytes of the path of a socket on Linux."""
 OF_A_SESSION = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
@@ -77,15 +83,17 @@ def _home_can_be_used() -> bool:
     return False
 
 
-def join_ray(address: str) -> None:
+def join_ray(address: str, *, hello_seconds: float = HELLO_SECONDS) -> None:
     """Join the cluster at an address as `--ray-address` takes it.
 
+    Args:
+        hello_seconds: how long something that listens there may keep silent.
     Raises: ConfigError if no cluster answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         for host, port in _endpoints(_found_by_ray() if address == "auto" else address):
-            _require_answer(host, port)
+            _require_answer(host, port, hello_seconds)
         ray.init(address=address, **QUIET)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -115,19 +123,42 @@ def _endpoints(address: str) -> Iterator[tuple[str, int]]:
         yield port, 10001
 
 
-def _require_answer(host: str, port: int) -> None:
-    """Raises: OSError if nothing listens there, though it is asked for `ANSWER_SECONDS`."""
+def _require_answer(host: str, port: int, hello_seconds: float) -> None:
+    """Raises: OSError if nothing listens there, though it is asked for `ANSWER_SECONDS`; see `_require_hello`, too."""
     until = time.monotonic() + ANSWER_SECONDS
     while True:
         try:
-            with socket.create_connection((host, port), timeout=max(1.0, until - time.monotonic())):
-                return
+            with socket.create_connection((host, port), timeout=max(1.0, until - time.monotonic())) as connection:
+                return _require_hello(connection, hello_seconds)
         except socket.gaierror:
             raise
         except OSError:
             if time.monotonic() >= until:
                 raise
         time.sleep(0.5)
+
+
+def _require_hello(connection: socket.socket, seconds: float) -> None:
+    """Ask for what every gRPC server, and so every Ray, says first; Ray itself would wait for minutes.
+
+    Raises: OSError if nothing is said in time; ValueError if something else is.
+    """
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # only Ray has the keys
+        return
+    said = b""
+    until = time.monotonic() + seconds
+    connection.settimeout(seconds)
+    try:
+        connection.sendall(HELLO)
+        while len(said) < FRAME_HEAD:
+            connection.settimeout(max(0.01, until - time.monotonic()))
+            if not (more := connection.recv(FRAME_HEAD - len(said))):
+                raise ConnectionError("what listens there ends the connection, so it is no Ray, or not yet")
+            said += more
+    except TimeoutError:
+        raise TimeoutError(f"what listens there has said nothing for {seconds:g} s, so it is no Ray") from None
+    if said[3] != SETTINGS:
+        raise ValueError(f"what listens there is no Ray: it says {said!r}")
 
 
 def _first_line(error: Exception) -> str:

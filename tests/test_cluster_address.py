@@ -3,9 +3,11 @@
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from eupe import cluster
@@ -70,17 +72,64 @@ def test_a_cluster_that_is_gone_is_a_sentence(form: str, monkeypatch: pytest.Mon
         join_ray(form.format(port))
 
 
-def test_a_cluster_that_answers_is_joined_and_other_words_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_cluster_that_answers_is_joined_and_other_words_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever speaks Ray's protocol is: here an empty server of gRPC's own."""
     asked = []
     monkeypatch.setattr("ray.init", lambda **options: asked.append(options["address"]))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        join_ray(f"127.0.0.1:{server.getsockname()[1]}")
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    for form in ("127.0.0.1:{}", "ray://127.0.0.1:{}"):
+        join_ray(form.format(port))
+    server.stop(None)
     join_ray("local")
-    assert len(asked) == 2
+    assert len(asked) == 3
     with pytest.raises(ConfigError, match="no Ray cluster answers"):
         join_ray("localhost:abc")
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "auto"])
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (None, "has said nothing for 0.2 s, so it is no Ray"),
+        (b"", "ends the connection, so it is no Ray, or not yet"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no Ray: it says b'HTTP/1.1 '"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "is no Ray: it says b'SSH-2.0-O'"),
+        (b"SSH", "ends the connection"),
+    ],
+)
+def test_what_listens_but_is_no_ray_is_a_sentence(
+    form: str, answer: bytes | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was asked"))
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(cluster, "_found_by_ray", lambda: f"127.0.0.1:{port}")
+        if answer is not None:
+            pool.submit(say, server, answer)
+        with pytest.raises(
+            ConfigError, match=f"no Ray cluster answers at --ray-address .*{said}.*leave the option out"
+        ):
+            join_ray(form.format(port), hello_seconds=0.2 if answer is None else 15)
+
+
+def say(server: socket.socket, answer: bytes) -> None:
+    """Serve one client."""
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(1024)
+        connection.sendall(answer)
+
+
+def test_ray_behind_tls_is_asked_by_ray_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("ray.init", lambda **options: asked.append(options["address"]))
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        join_ray(f"127.0.0.1:{server.getsockname()[1]}")
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("home", ["/proc", "/nowhere/at/all", None])
