@@ -91,7 +91,10 @@ TRAIN = ("train", "--targets", "store/a.zarr", "--out", "r")
         ((*EXTRACT, "--precision", "int4"), "precision 'int4' is unknown"),
         ((*EXTRACT, "--dtype", "fp12"), "--dtype fp12 is unknown"),
         ((*EXTRACT, "--weights", "pics"), "pics holds no weights"),
-        ((*EXTRACT, "--weights", "text.safetensors"), "text.safetensors is not a weights file that can be read"),
+        (
+            (*EXTRACT, "--weights", "text.safetensors"),
+            "text.safetensors is not a weights file: neither",
+        ),
         ((*EXTRACT, "--weights", "proxy.yaml"), "proxy.yaml is not a weights file"),
         ((*EXTRACT, "--weights", "timm:test_vit=w.safetensors"), "the path alone, without TEACHER=: --weights w.safet"),
         ((*EXTRACT, "--weights", "w.safetensors", "--out", "runs"), "runs exists and is not a feature store"),

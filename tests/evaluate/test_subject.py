@@ -197,8 +197,10 @@ def test_a_table_has_a_row_for_each_subject_and_json_tells_all(
     words = ["eval", "knn", "pixels", "timm:test_vit", "--data", corpus, "--k", 3, "--size", 32]
     words += ["--weights", f"timm:test_vit={tiny_weights}", "--untrained", "--results", tmp_path / "r.jsonl"]
     outcome = run_eupe(*words)
-    rows = [line.split("  ")[0].strip() for line in outcome.out.splitlines()]
+    *table, judged = outcome.out.splitlines()
+    rows = [line.split("  ")[0].strip() for line in table]
     assert rows == ["subject", "pixels", "timm:test_vit", "timm:test_vit, untrained"]
+    assert judged.startswith("judged: 12 pictures, each by all the others (leave one out); 3 classes")
     told = json.loads(run_eupe(*words, "--json").out)["results"]
     assert [Result.from_json(plain) for plain in told] == read_results(tmp_path / "r.jsonl")[3:]
     assert (run_eupe(*words, "--weights", "dinov2").err).startswith("error: --weights takes TEACHER=PATH")
