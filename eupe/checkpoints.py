@@ -35,8 +35,8 @@ DIRECTORY_PATTERNS = (
 
 TORCH_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 """What torch's own wrappers put into names; no model of a library has such names."""
-WRAPPERS = {"module", "model", "net", "network", "backbone", "encoder", "student", "teacher", "ema", "visual"}
-"""First words that trainers put ahead of all of a model's names."""
+WRAPPERS = {"module", "model", "net", "network", "backbone", "encoder", "student", "teacher", "ema"}
+"""First words that trainers put ahead of all of a model's names; `visual` is one by which libraries know their own."""
 NOT_A_MODEL = re.compile(
     r"(optim\w*|(lr_)?sched\w*|(\w+_)?scaler|amp|\w*loss\w*|criterion|\w*rng\w*|hyper_param\w*|config|cfg|args|callbacks)",
     re.I,
@@ -72,6 +72,7 @@ def read_checkpoint(
     key: str | None = None,
     fitting: Mapping[str, Any] | None = None,
     whole: bool = False,
+    partly: bool = False,
     remedy: str = "say which by --weights-key",
 ) -> dict[str, Tensor]:
     """The tensors of one model out of a weights file, or all the weights files of one format in a directory.
@@ -80,7 +81,9 @@ def read_checkpoint(
         key: where in the file they are: a key of it, or what stands ahead of their names; found by itself if only one
             place comes into question.
         fitting: tensors or shapes by name of the model that they are for, by which the place is found.
-        whole: only a place with all of them counts; else one with most of them does where none has all.
+        whole: only a place with all of them counts; else one with all of their names and most of their shapes does
+            where none has all.
+        partly: some of the names may be missing.
         remedy: what to do about several places.
     Raises: TeacherError if there is nothing there, it is no checkpoint, or several places come into question.
     """
@@ -89,7 +92,7 @@ def read_checkpoint(
         tables = _under(tables, key, path)
     if fitting:
         flat = _flat(tables)
-        places = _fitting_places(flat, fitting, whole=whole)
+        places = _fitting_places(flat, fitting, whole=whole, partly=partly)
         if "" in places:
             return tables.get("", flat)
         if len(places) > 1:
@@ -286,7 +289,7 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {TORCH_WRAPPERS.sub("", name).lstrip("."): tensor for name, tensor in state.items()}
 
 
-def _fitting_places(flat: Mapping[str, Tensor], fitting: Mapping[str, Any], *, whole: bool) -> list[str]:
+def _fitting_places(flat: Mapping[str, Tensor], fitting: Mapping[str, Any], *, whole: bool, partly: bool) -> list[str]:
     """What stands ahead of a model's names in the checkpoint: those where all of it is, or else most of it."""
     shapes = {name: tuple(getattr(value, "shape", value)) for name, value in fitting.items()}
     found: Counter[str] = Counter()
@@ -299,7 +302,9 @@ def _fitting_places(flat: Mapping[str, Tensor], fitting: Mapping[str, Any], *, w
         return [place for place, count in found.items() if count == most]
     if whole or most < LEAST_COVER * len(shapes):
         return []
-    return [place for place, count in found.items() if count > NEARLY * most]
+    places = [place for place, count in found.items() if count > NEARLY * most]
+    # Where names are missing, the others may be an author's, which a library converts if it gets all as they are.
+    return [place for place in places if partly or all(f"{place}{name}" in flat for name in shapes)]
 
 
 def _flat(tables: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
         changed.
     """
     model = encoder.model
-    state = fitted(read_checkpoint(path, fitting=model.state_dict(), remedy=ALONE), model)
+    state = fitted(read_checkpoint(path, fitting=model.state_dict(), partly=True, remedy=ALONE), model)
     places = model.state_dict()
     fitting = {name: value for name, value in state.items() if name in places and value.shape == places[name].shape}
     filled = sum(parameter.numel() for name, parameter in model.named_parameters() if name in fitting)
