@@ -48,7 +48,7 @@ class Observed:
                 self.torch_threads.add(torch.get_num_threads())
                 self._now += 1
                 self.at_once = max(self.at_once, self._now)
-            time.sleep(0.02)  # so that batches that may overlap do
+            time.sleep(0.1)  # so that batches that may overlap do
             tokens = forward(teacher, pixels)
             with self._lock:
                 self._now -= 1
