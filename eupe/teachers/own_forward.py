@@ -157,7 +157,7 @@ def _narrow_options(spec: TeacherSpec) -> dict[str, Any]:
 
 def _timm_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnModel:
     if spec.name.startswith("hf:") and weights is None:
-        return _with_timm_forward(spec, _wrapped_model(spec.place), None)
+        return _with_timm_forward(spec, _wrapped_model(spec.place), spec.place)
     loading: dict[str, Any] = {"pretrained": True} if spec.is_local_dir else {}
     classifier = {} if spec.summary == "projected" else {"num_classes": 0}
     if weights is not None:

@@ -178,7 +178,8 @@ def assert_teaches(name: str, run: Path) -> None:
         got, want = teacher(views), student(normalise(views, student.card.mean, student.card.std))
     assert least_cosine(got.summary, want.summary) > 0.99999
     assert least_cosine(got.dense, want.dense) > 0.99999
-    assert compare(spec).agrees
+    found = compare(spec)
+    assert found.agrees, found
 
 
 def said_in_a_loop(out: Path, pictures: Sequence[Path]) -> list[dict[str, Any]]:
