@@ -291,6 +291,8 @@ def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tens
             return dense, None
         case "mean":
             return dense, dense.mean(1)
+        case "pooled" if spec.dense != "last_stage":  # by a head that pools without a module for it (MambaOut)
+            return _under_head_norm(model, dense), model(x)
         case "attention_pool" | "projected" | "pooled":
             return dense, model(x)
     assert prefix is not None
@@ -315,10 +317,15 @@ def _pooled_map(model: Any, pool: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]
         hook.remove()
     channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     tokens = (caught[0] if channels_last else caught[0].permute(0, 2, 3, 1)).flatten(1, 2)
+    return _under_head_norm(model, tokens), summary
+
+
+def _under_head_norm(model: Any, tokens_BND: Tensor) -> Tensor:
+    """What the head's norm, which follows the pooling, makes of the tokens that are pooled."""
     norm = getattr(getattr(model, "head", None), "norm", None)
-    if isinstance(norm, nn.LayerNorm):
-        tokens = nn.functional.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return tokens, summary
+    if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != tokens_BND.shape[-1:]:
+        return tokens_BND
+    return nn.functional.layer_norm(tokens_BND, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _open_clip_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnModel:
