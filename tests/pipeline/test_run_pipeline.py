@@ -23,9 +23,9 @@ from planning import plan
 from eupe.place import Place
 from eupe.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-PATIENCE_S = 120
+PATIENCE_S = 480
 
 
 @dataclass(frozen=True)
