@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MANY_VIEWS = ViewSpec(policy="rrc", num_views=16)
 """32 pictures to a part."""
-PATIENCE = 8.0
+PATIENCE = 20.0
 """Seconds for one picture, and for a process that decodes to begin with the first."""
 DEADLY = {"class0/0003.png": "segfault", "class1/0007.png": "endless", "class2/0020.png": "greedy"}
 
