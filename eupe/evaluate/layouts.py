@@ -342,8 +342,7 @@ def read_depth(path: Path, unit: DepthUnit | None = None) -> NDArray[np.float32]
         unit: where not given, whole numbers of a picture are millimetres, and all else metres.
     Raises: CorpusError unless it is an array of two axes, or a picture of one channel; without a unit, of 16 bits.
     """
-    is_array = path.suffix.lower() == ".npy"
-    values = _read_array(path) if is_array else _read_image(path)
+    is_array, values = _is_array(path), _read_values(path)
     unit_m = METRES[_usual_unit(values, is_array=is_array)]
     if values.ndim != 2:
         raise CorpusError(f"depth map {path} has shape {values.shape}, not height x width")
@@ -371,11 +370,10 @@ def stated_unit(data: Path, given: DepthUnit | None, maps: Sequence[Path]) -> De
     if given is not None:
         return given
     if (data / UNIT_FILE).exists():
-        stated = depth_unit((data / UNIT_FILE).read_text().strip())
-        return None if stated == depth_unit("mm") else stated
+        stated = depth_unit((data / UNIT_FILE).read_text(errors="replace").strip())
+        return None if stated.word == told_unit(maps[0], None) else stated
     path = maps[0]
-    is_array = path.suffix.lower() == ".npy"
-    values = _read_array(path) if is_array else _read_image(path)
+    values = _read_values(path)
     # Scenes that were rendered before they had the file are known by their card.
     usual = (data / NYU_LISTS["train"]).exists() or (data.parent / SCENES_CARD).exists()
     if values.dtype.kind in "iu" and values.dtype.itemsize > 1 and not usual:
@@ -391,12 +389,19 @@ def told_unit(path: Path, unit: DepthUnit | None) -> str:
     """Return the unit in which a depth map is read."""
     if unit is not None:
         return unit.word
-    is_array = path.suffix.lower() == ".npy"
-    return _usual_unit(_read_array(path) if is_array else _read_image(path), is_array=is_array)
+    return _usual_unit(_read_values(path), is_array=_is_array(path))
 
 
 def _usual_unit(values: NDArray[Any], *, is_array: bool) -> str:
     return "m" if is_array or values.dtype.kind == "f" else "mm"
+
+
+def _is_array(path: Path) -> bool:
+    return path.suffix.lower() == ".npy"
+
+
+def _read_values(path: Path) -> NDArray[Any]:
+    return _read_array(path) if _is_array(path) else _read_image(path)
 
 
 def _read_image(path: Path) -> NDArray[Any]:

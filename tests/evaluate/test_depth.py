@@ -15,7 +15,7 @@ from planted import SIDE, depth_pairs, nyu, save
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.dense_probe import Training
 from eupe.evaluate.depth import BINS, MAX_M, MIN_M, TRAINING, LinearDepth, depth, depth_errors, scale_invariant_loss
-from eupe.evaluate.layouts import EIGEN_CROP, depth_split, depth_unit, read_depth
+from eupe.evaluate.layouts import EIGEN_CROP, depth_split, depth_unit, read_depth, stated_unit
 from eupe.evaluate.subject import PixelSubject, open_subjects
 
 FAST = Training(steps=150, lr=0.02, warmup=0.1, batch_size=4)
@@ -115,6 +115,7 @@ def test_arrays_of_metres_are_read_as_pngs_of_millimetres_are(tmp_path: Path) ->
     for path in (data / "depth").rglob("*.png"):
         np.save(path.with_suffix(".npy"), read_depth(path))
         path.unlink()
+    (data / "depth-unit.txt").write_text("m")
     assert judged(data).scores == pytest.approx(expected, rel=1e-6)
 
 
@@ -219,6 +220,10 @@ def test_whole_numbers_are_read_in_a_unit_that_is_stated_or_not_at_all(
     (data / "depth-unit.txt").write_text("0.0001")
     (tenth,) = json.loads(run_eupe(*words, "--json").out)["results"]
     assert tenth["protocol"]["depth_unit"] == "0.0001" and "0.1 to 0.6 m" in tenth["notes"][1]
+    (data / "depth-unit.txt").write_text("mm")
+    arrays = [data / "metres.npy"]
+    np.save(arrays[0], np.full((4, 4), 1000.0))
+    assert stated_unit(data, None, arrays) == depth_unit("mm"), "arrays are metres where nothing says otherwise"
     (data / "depth-unit.txt").write_text("fathoms")
     refused(run_eupe(*words), "--depth-unit takes")
     (data / "depth-unit.txt").unlink()
