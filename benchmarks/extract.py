@@ -1,10 +1,13 @@
 """Claims of extraction, side by side: the pipeline and its stages, a user's own loop, two teachers in one pass.
 
-python -m benchmarks.extract {ideal,peers,together} --folder SCRATCH [--dtype fp32] [--seconds S] [--repeats N]
+python -m benchmarks.extract {ideal,typed,peers,together} --folder SCRATCH [--dtype fp32] [--seconds S] [--repeats N]
 
 Teachers with real weights over four crops each of real photographs at 224 px, repeated under other keys until a run
 is long enough. All rates are of views. `ideal` holds the pipeline, as a `Worker` in this process and as a whole job on
 Ray, against the sum of what decoding, the teacher, and coding with writing take of the machine when each has it alone.
+
+`typed` runs `eupe extract` as a user types it, in a process of its own that chooses batch size and workers, and holds
+its rate, once its teacher works, against the teacher's forward pass alone in this process.
 
 `peers` compares with what a user would write: a DataLoader before transformers' `Dinov2Model`, the tokens of a picture
 as one .npy file, or, as Theia keeps them, as safetensors in tars. Theirs are not checked, compressed or counted. Of
@@ -16,9 +19,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -62,7 +68,7 @@ DINOV2, CNN = SOURCES["dinov2-s"], SOURCES["efficientnet_lite0"]
 BICUBIC = v2.InterpolationMode.BICUBIC
 STAGE_SHARE = 0.06
 """How many of a run's pictures each stage is measured on."""
-PIPELINE, PEER, BY_DEFAULT, TOGETHER = 0.95, 1.5, 1.5, 1.0
+PIPELINE, TYPED, PEER, BY_DEFAULT, TOGETHER = 0.95, 0.8, 1.5, 1.5, 1.0
 """Targets."""
 PICTURES_PER_TAR = 256
 
@@ -260,6 +266,43 @@ def measure_ideal(given: Given) -> None:
     )
 
 
+def typed(given: Given, source: Source, index: Path, wall_s: list[float]) -> Took:
+    """The command, in a process of its own, since its teacher was loaded.
+
+    Args:
+        wall_s: gets the seconds from its start to its end.
+    """
+    words = ["extract", "--teacher", source.teacher, "--weights", ASSETS / source.weights, "--corpus", index]
+    words += ["--views", f"rrc:{VIEWS.num_views}", "--size", source.size, "--dtype", given.dtype]
+    words += ["--out", fresh(given.folder / "typed.zarr"), "--json"]
+    began = time.perf_counter()
+    ended = subprocess.run(
+        [sys.executable, "-m", "eupe", *map(str, words)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    wall_s.append(time.perf_counter() - began)
+    report = json.loads(ended.stdout)
+    assert report["num_failed"] == 0
+    return Took(report["num_views"], report["num_views"] / report["views_per_s"], 0.0)
+
+
+def measure_typed(given: Given) -> None:
+    """The command as it is typed against the teacher alone."""
+    teacher = loaded(DINOV2, given.arithmetic)
+    batch = fastest_batch(teacher, (DINOV2.size,))
+    corpus = corpus_for(given, rate_of(teacher, DINOV2.size, batch), given.seconds)
+    write_index(corpus, index := given.folder / "pictures.parquet")
+    stages = Stages(computer_of(DINOV2, teacher, corpus, batch), corpus, given.folder)
+    print(f"{dtype_name(teacher.dtype)}; {len(corpus)} pictures of {VIEWS.num_views} views\n", flush=True)
+    wall_s: list[float] = []
+    command = partial(typed, given, DINOV2, index, wall_s)
+    found = interleaved({"forward": stages.forward, "command": command}, given.repeats)
+    print_times(found)
+    working = (took.wall_s for took in found["command"])
+    started = statistics.median(whole - took for whole, took in zip(wall_s, working, strict=True))
+    print(f"\nthe command took {statistics.median(wall_s):.0f} s, {started:.0f} of them before and after its views")
+    print_ratios(("command / forward alone", ratio(found["forward"], found["command"]), f"≥ {TYPED}"))
+
+
 class Pictures(Dataset[tuple[int, torch.Tensor]]):
     """As torchvision's documentation has it: crops that are drawn and resized like the teacher's views."""
 
@@ -405,7 +448,12 @@ def print_ratios(*rows: tuple[str, list[float], str]) -> None:
         print(f"| {name} | {middle:.3f} ({min(values):.3f}–{max(values):.3f}) | {target} |", flush=True)
 
 
-MEASURES = {"ideal": (measure_ideal, 60.0), "peers": (measure_peers, 12.0), "together": (measure_together, 30.0)}
+MEASURES = {
+    "ideal": (measure_ideal, 60.0),
+    "typed": (measure_typed, 60.0),
+    "peers": (measure_peers, 12.0),
+    "together": (measure_together, 30.0),
+}
 """And the seconds of a run."""
 
 

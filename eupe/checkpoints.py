@@ -1,4 +1,4 @@
-"""Weights files as trainers leave them: found inside what wraps them, without running the code that a pickle may hold.
+"""Weights files as trainers leave them, into models: found inside what wraps them, without running a pickle's code.
 
 A checkpoint is taken as one flat table of tensors: those of a dict under a key have that key ahead of their own names,
 so that `{"teacher": {"backbone.norm.weight": ...}}` and `{"teacher.backbone.norm.weight": ...}` are the same.
@@ -16,7 +16,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eupe.errors import TeacherError
 
@@ -348,3 +348,38 @@ def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _several(path: Path, places: list[str], remedy: str) -> str:
     names = [place.strip(".") or "(names without a key)" for place in places]
     return f"{path} holds the weights of several models, under {', '.join(names[:-1])} and {names[-1]}; {remedy}"
+
+
+def load_state_dict_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy every tensor of `state` into `model`, or none.
+
+    Raises: TeacherError with counts and up to three examples of missing, unexpected and wrongly shaped tensors.
+    """
+    misfits = find_misfits(model, state)
+    if any(misfits.values()):
+        raise TeacherError(f"the weights in {source} do not fit the model: {describe_misfits(misfits)}")
+    model.load_state_dict(state, strict=True)
+
+
+def find_misfits(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What keeps `state` from being the model's, sorted: "missing", "unexpected", "wrong shape" (with both shapes)."""
+    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    have = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return {
+        "missing": sorted(want.keys() - have.keys()),
+        "unexpected": sorted(have.keys() - want.keys()),
+        "wrong shape": [
+            f"{name} {have[name]} for {want[name]}"
+            for name in sorted(want.keys() & have.keys())
+            if have[name] != want[name]
+        ],
+    }
+
+
+def describe_misfits(misfits: Mapping[str, list[str]]) -> str:
+    """Counts and up to three examples of each kind that occurs: "2 missing (a, b), 1 unexpected (c)"."""
+    return ", ".join(
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in misfits.items()
+        if names
+    )

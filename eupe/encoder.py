@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,23 +24,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import eupe.proxy  # noqa: F401 - its architectures are timm's from here on
+from eupe.checkpoints import load_state_dict_strictly
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
-from eupe.kinds import DenseKind, SummaryKind
+from eupe.kinds import CARD_FILE, WEIGHTS_FILE, DenseKind, SummaryKind
 from eupe.reading import read_json
 from eupe.share import share
-
-CARD_FILE = "student.json"
-WEIGHTS_FILE = "student.safetensors"
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What an encoder says of a batch of pictures."""
-
-    summary: Tensor | None
-    """[B, Ds]; None where the encoder has no summary."""
-    dense: Tensor
-    """[B, h, w, D], row by row from the top left."""
+from eupe.tokens import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +120,10 @@ def timm_card(arch: str, size: int | None) -> EncoderCard:
     Raises: ConfigError for an unknown architecture (names near ones), a size that it does not take (names sizes that it
         does), or a model whose features are neither tokens nor a map.
     """
+    return _card(arch, size) if arch.startswith("local-dir:") else _known_card(arch, size)
+
+
+def _card(arch: str, size: int | None) -> EncoderCard:
     with torch.device("meta"):
         native = create_timm(arch)
     config = native.pretrained_cfg
@@ -156,6 +150,10 @@ def timm_card(arch: str, size: int | None) -> EncoderCard:
     )
 
 
+_known_card = cache(_card)
+"""A command asks for the same card several times; that of a directory may have changed meanwhile."""
+
+
 def check_student(arch: str, sizes: Sequence[int], *, views: int) -> None:
     """Try, on the meta device, what training does: a forward and a backward pass at every size.
 
@@ -164,6 +162,11 @@ def check_student(arch: str, sizes: Sequence[int], *, views: int) -> None:
         views: that a worker takes at once.
     Raises: ConfigError unless one model takes all of it.
     """
+    _try_student(arch, tuple(sizes), min(views, 2))
+
+
+@cache
+def _try_student(arch: str, sizes: tuple[int, ...], views: int) -> None:
     for size in sizes:
         timm_card(arch, size)
     with torch.device("meta"):
@@ -171,7 +174,7 @@ def check_student(arch: str, sizes: Sequence[int], *, views: int) -> None:
         kinds: dict[str, Any] = {"summary": summary_kind(model), "dense": dense_kind(model)}
         for size in sizes:
             try:
-                tokens = timm_tokens(model, torch.zeros(min(views, 2), 3, size, size), **kinds)
+                tokens = timm_tokens(model, torch.zeros(views, 3, size, size), **kinds)
                 assert tokens.summary is not None
                 torch.autograd.backward([tokens.summary.sum(), tokens.dense.sum()])
             except Exception as error:  # libraries refuse in many ways
@@ -405,51 +408,6 @@ def load_encoder(directory: Path) -> Encoder:
     except (ConfigError, TeacherError) as error:
         raise RunError(f"the student in {directory} cannot be rebuilt: {error}") from error
     return encoder
-
-
-def normalise(views_u8_BHWC: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [B, H, W, C] pictures as normalised float32 [B, C, H, W], on the device that they are on."""
-    assert views_u8_BHWC.dtype == torch.uint8
-    device = views_u8_BHWC.device
-    pixels = views_u8_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
-    mean_C11 = torch.tensor(mean, device=device).view(-1, 1, 1)
-    std_C11 = torch.tensor(std, device=device).view(-1, 1, 1)
-    return (pixels - mean_C11) / std_C11
-
-
-def load_state_dict_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy every tensor of `state` into `model`, or none.
-
-    Raises: TeacherError with counts and up to three examples of missing, unexpected and wrongly shaped tensors.
-    """
-    misfits = find_misfits(model, state)
-    if any(misfits.values()):
-        raise TeacherError(f"the weights in {source} do not fit the model: {describe_misfits(misfits)}")
-    model.load_state_dict(state, strict=True)
-
-
-def find_misfits(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What keeps `state` from being the model's, sorted: "missing", "unexpected", "wrong shape" (with both shapes)."""
-    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    have = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return {
-        "missing": sorted(want.keys() - have.keys()),
-        "unexpected": sorted(have.keys() - want.keys()),
-        "wrong shape": [
-            f"{name} {have[name]} for {want[name]}"
-            for name in sorted(want.keys() & have.keys())
-            if have[name] != want[name]
-        ],
-    }
-
-
-def describe_misfits(misfits: Mapping[str, list[str]]) -> str:
-    """Counts and up to three examples of each kind that occurs: "2 missing (a, b), 1 unexpected (c)"."""
-    return ", ".join(
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in misfits.items()
-        if names
-    )
 
 
 def near(word: str, known: list[str]) -> str:

@@ -13,5 +13,7 @@ DenseKind = Literal["normed", "raw", "last_stage"]
 """Dense tokens after the model's final norm; as the library's feature forward gives them, where it has no final norm;
 a CNN's last stage before its head convolution."""
 
-RUN_FILES = ("student.json", "options.yaml")
+CARD_FILE = "student.json"
+WEIGHTS_FILE = "student.safetensors"
+RUN_FILES = (CARD_FILE, "options.yaml")
 """Of a training run: its student, which a finished one has, and its options, which it has from the beginning."""

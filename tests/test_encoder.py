@@ -14,21 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from eupe import encoder as encoder_module
+from eupe.checkpoints import load_state_dict_strictly
 from eupe.encoder import (
-    CARD_FILE,
-    WEIGHTS_FILE,
     Encoder,
     EncoderCard,
     build_encoder,
     check_student,
     load_encoder,
-    load_state_dict_strictly,
-    normalise,
     save_encoder,
     timm_card,
     timm_tokens,
 )
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
+from eupe.kinds import CARD_FILE, WEIGHTS_FILE
+from eupe.tokens import normalise
 
 STUDENTS = {
     # arch: (size, patch, dense width, summary width, prefix, summary kind, dense kind)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eupe.device import dtype_name
-from eupe.encoder import Encoder, Tokens
+from eupe.encoder import Encoder
 from eupe.errors import ConfigError
 from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
 from eupe.evaluate.neighbours import fitting_k, mutual_neighbours
@@ -25,6 +25,7 @@ from eupe.evaluate.result import Result
 from eupe.evaluate.run import Run, open_run, read_card
 from eupe.place import Where
 from eupe.store.layout import SUMMARY
+from eupe.tokens import Tokens
 from eupe.train.batch import Batch
 from eupe.train.card import target_names
 from eupe.train.distiller import Distiller

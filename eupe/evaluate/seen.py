@@ -23,10 +23,10 @@ from eupe.ahead import map_ahead
 from eupe.cores import control_groups
 from eupe.corpus.views import ViewParams, render_view
 from eupe.device import is_out_of_memory
-from eupe.encoder import Tokens
 from eupe.errors import ConfigError, StorageError
 from eupe.evaluate.pictures import Cut, Pictures, centre, whole
 from eupe.store.layout import DENSE, SUMMARY
+from eupe.tokens import Tokens
 
 Encode = Callable[[NDArray[np.uint8]], Tokens]
 """From views, uint8 [B, S, S, 3]."""

@@ -21,18 +21,19 @@ from torch import Tensor
 from eupe.corpus.index import Corpus
 from eupe.corpus.views import ViewParams
 from eupe.device import compute_dtype, dtype_name, pick_device
-from eupe.encoder import CARD_FILE, Tokens
 from eupe.errors import ConfigError, RunError, StoreError, TeacherError
 from eupe.evaluate.pictures import Cut, Pictures
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import is_run, read_card
 from eupe.evaluate.seen import Seen, look_at, require_finite, room_for
+from eupe.kinds import CARD_FILE
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, build_teacher, load_teacher
+from eupe.tokens import Tokens
 
 PIXELS = "pixels"
 PIXEL_PATCH = 16

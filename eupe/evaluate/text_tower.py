@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eupe.checkpoints import ALONE, read_checkpoint
+from eupe.checkpoints import ALONE, load_state_dict_strictly, read_checkpoint
 from eupe.device import pick_device
-from eupe.encoder import load_state_dict_strictly
 from eupe.errors import TeacherError
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.spec import TeacherSpec

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eupe.encoder import normalise
 from eupe.errors import ConfigError, CorpusError
 from eupe.export.config import INT8
 from eupe.export.pictures import some_pictures, varied_pictures
 from eupe.export.source import Says, Source
 from eupe.export.verify import MOST_ASTRAY, Likeness, compare, worst
 from eupe.place import Where
+from eupe.tokens import normalise
 
 SEEDS = (1, 2)
 """Of the pictures that ranges are taken from, and others that the ways are compared on; neither set proves anything."""

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eupe.encoder import EncoderCard, normalise
+from eupe.encoder import EncoderCard
 from eupe.errors import ConformanceError
 from eupe.evaluate.latency import time_passes
 from eupe.export.config import FP16, FP32, INT8
 from eupe.export.pictures import varied_pictures
 from eupe.export.source import Says
+from eupe.tokens import normalise
 
 LEAST: Mapping[str, float] = {FP32: 0.9999, FP16: 0.999, INT8: -1.0}
 """What the cosine of every token must reach, by precision; int8's is told, and up to whoever uses it."""

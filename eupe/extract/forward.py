@@ -23,7 +23,10 @@ from eupe.teachers.teacher import Teacher
 FIRST_BATCH, LARGEST_BATCH = 8, 512
 WORTHWHILE = 1.05
 """A larger batch is taken if it makes so many times as many views per second."""
-TRIALS = 2
+TRIALS = 3
+"""Of each batch; the first of them is slower."""
+TRIAL_SECONDS = 0.5
+"""A batch that takes longer is not tried: what is paid once for each batch is little beside it."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,10 @@ def _to_host(values: Tensor) -> Tensor:
 
 
 def fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
-    """The power of two beyond which this device makes hardly more views per second, or has no memory."""
+    """The power of two beyond which this device makes hardly more views per second, has no memory, or takes long.
+
+    A trial takes a few seconds at most, unless three times a single view takes longer.
+    """
     if teacher.device.type == "cuda":
         return _fastest_batch(teacher, sizes)
     with single_threads(1) as core:
@@ -194,16 +200,16 @@ def fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
 
 def _fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
     best, best_rate, batch = FIRST_BATCH, 0.0, FIRST_BATCH
-    while batch <= LARGEST_BATCH:
-        try:
-            rate = batch / min(_seconds(teacher, sizes, batch) for _ in range(TRIALS + 1))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            break
-        if rate < best_rate * WORTHWHILE:
-            break
-        best, best_rate, batch = batch, rate, 2 * batch
+    try:
+        view_s = min(_seconds(teacher, sizes, 1) for _ in range(TRIALS))
+        while batch <= LARGEST_BATCH and batch * view_s <= TRIAL_SECONDS:
+            view_s = min(_seconds(teacher, sizes, batch) for _ in range(TRIALS)) / batch
+            if 1 / view_s < best_rate * WORTHWHILE:
+                break
+            best, best_rate, batch = batch, 1 / view_s, 2 * batch
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
     return best
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 
 import pyarrow as pa
@@ -74,7 +75,11 @@ class Stretch:
 
 def installed_versions() -> dict[str, str]:
     """Of the libraries that a feature may depend on, on this machine."""
-    return {name: version(name) for name in RECORDED_LIBRARIES}
+    return {name: _version(name) for name in RECORDED_LIBRARIES}
+
+
+_version = cache(version)
+"""Which is looked up on disk, and asked for with every part."""
 
 
 def store_spec(

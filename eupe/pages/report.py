@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from eupe.encoder import CARD_FILE
 from eupe.evaluate import agreement, conflict, latency
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import PIXELS
+from eupe.kinds import CARD_FILE
 from eupe.pages.report_features import FEATURES, difference, letter, usual_features
 
 ORDER = ("knn", "linear", "zeroshot", "retrieval", "vqa", "segment", "depth", "correspond")

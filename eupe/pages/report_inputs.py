@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eupe.encoder import CARD_FILE
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate.result import EVALUATIONS_FILE, Result, newest, read_results
 from eupe.evaluate.run import is_run
+from eupe.kinds import CARD_FILE
 
 
 def gather(places: Sequence[Path]) -> list[Result]:

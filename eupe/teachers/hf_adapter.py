@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eupe.checkpoints import ADAPTER_FILE, read_checkpoint, require_no_adapter, require_readable
-from eupe.encoder import Tokens, describe_misfits
+from eupe.checkpoints import ADAPTER_FILE, describe_misfits, read_checkpoint, require_no_adapter, require_readable
 from eupe.errors import TeacherError
 from eupe.kinds import DenseKind, SummaryKind
-from eupe.teachers import timm_adapter
-from eupe.teachers.own_forward import own_model
 from eupe.teachers.preprocess import NESTED_FILE, UNIT, of_processor, processor_settings, timm_folder
 from eupe.teachers.spec import LOCAL_DIR, TeacherSpec
 from eupe.teachers.weights import brief, hub_errors, hub_or_offline, quiet_transformers
+from eupe.tokens import Tokens
 
 Triple = tuple[float, float, float]
 
@@ -131,6 +129,8 @@ def describe(name: str) -> TeacherSpec:
     """
     model = name.removeprefix("hf:")
     if timm_folder(Path(model)):  # a TimmWrapperModel
+        from eupe.teachers import timm_adapter  # only now: timm takes seconds to import
+
         return dataclasses.replace(timm_adapter.describe(f"timm:{LOCAL_DIR}{model}"), name=name)
     _require_no_adapter(model)
     config = _vision_config(model)
@@ -206,6 +206,8 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
     Raises: TeacherError if the configuration that an `hf:` name stands for cannot be had.
     """
     if not spec.name.startswith("hf:"):
+        from eupe.teachers.own_forward import own_model
+
         return own_model(spec).module
     config = _vision_config(spec.model)
     family = FAMILIES[config.model_type]

@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eupe.checkpoints import read_checkpoint
-from eupe.encoder import WEIGHTS_FILE, load_card
+from eupe.encoder import load_card
 from eupe.errors import TeacherError
+from eupe.kinds import WEIGHTS_FILE
 from eupe.reading import read_json
 from eupe.teachers.preprocess import (
     OPEN_CLIP_FILE,

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from eupe.checkpoints import read_checkpoint
-from eupe.encoder import Encoder, EncoderCard, Tokens, build_encoder, load_card, load_encoder, load_state_dict_strictly
+from eupe.checkpoints import load_state_dict_strictly, read_checkpoint
+from eupe.encoder import Encoder, EncoderCard, build_encoder, load_card, load_encoder
 from eupe.teachers.spec import TeacherSpec
+from eupe.tokens import Tokens
 
 OWN_LICENCE = "own"
 """Said of a student of one's own, whose teachers have licences none the less."""

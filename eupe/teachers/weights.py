@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from eupe.checkpoints import is_usual, weights_files
-from eupe.encoder import WEIGHTS_FILE
 from eupe.errors import EupeError, TeacherError
+from eupe.kinds import WEIGHTS_FILE
 from eupe.teachers.spec import TeacherSpec
 
 HUB_SECONDS = 5.0

@@ -16,8 +16,9 @@ from typing import Any
 
 from timm.models import is_model, split_model_name_tag
 
-from eupe.encoder import WEIGHTS_FILE, check_student, load_card, near, why_no_run
+from eupe.encoder import check_student, load_card, near, why_no_run
 from eupe.errors import ConfigError, RunError
+from eupe.kinds import WEIGHTS_FILE
 from eupe.reading import read_json
 from eupe.store import Store
 from eupe.store.layout import KINDS

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from eupe.device import autocast, compute_dtype
-from eupe.encoder import Encoder, build_encoder, normalise
+from eupe.encoder import Encoder, build_encoder
 from eupe.store.layout import DENSE, SUMMARY
+from eupe.tokens import normalise
 from eupe.train.batch import Batch, Request, TargetBatch
 from eupe.train.card import RunCard, loss_weights
 from eupe.train.dropping import draws, keep_teachers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from eupe.encoder import Tokens
+from eupe.tokens import Tokens
 
 
 class AdapterHead(nn.Sequential):

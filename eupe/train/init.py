@@ -13,16 +13,10 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-from eupe.checkpoints import ALONE, read_checkpoint
-from eupe.encoder import (
-    WEIGHTS_FILE,
-    Encoder,
-    describe_misfits,
-    find_misfits,
-    load_card,
-    load_state_dict_strictly,
-)
+from eupe.checkpoints import ALONE, describe_misfits, find_misfits, load_state_dict_strictly, read_checkpoint
+from eupe.encoder import Encoder, load_card
 from eupe.errors import RunError, TeacherError
+from eupe.kinds import WEIGHTS_FILE
 from eupe.train.card import HEADS_FILE, finished_card
 
 PATCHES = "patch_embed.proj.weight"

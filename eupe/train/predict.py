@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from eupe.encoder import Tokens, load_card, load_state_dict_strictly
+from eupe.checkpoints import load_state_dict_strictly
+from eupe.encoder import load_card
 from eupe.errors import RunError, TeacherError
 from eupe.store.layout import KINDS
+from eupe.tokens import Tokens
 from eupe.train.card import HEADS_FILE, NORMS_FILE, REPORT_FILE, finished_card, target_names
 from eupe.train.heads import AdapterHead
 from eupe.train.normalise import Normaliser

@@ -14,7 +14,6 @@ from making import make_corpus, make_store, picture, random_weights
 from planted import ade20k, depth_pairs, spair
 
 from eupe.corpus.views import render_view
-from eupe.encoder import Tokens
 from eupe.errors import ConfigError, CorpusError, RunError, StorageError, StoreError
 from eupe.evaluate import seen as seen_module
 from eupe.evaluate.pictures import Pictures, centre, windows
@@ -24,6 +23,7 @@ from eupe.place import Place
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
+from eupe.tokens import Tokens
 
 
 def some_pictures(folder: Path, count: int = 5, *, width: int = 80) -> Pictures:

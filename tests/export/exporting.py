@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eupe.corpus.awkward import picture
-from eupe.encoder import Encoder, build_encoder, load_encoder, normalise, save_encoder
+from eupe.encoder import Encoder, build_encoder, load_encoder, save_encoder
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
 from eupe.export.pictures import varied_pictures
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
 from eupe.teachers.verify import compare
+from eupe.tokens import normalise
 from eupe.train.card import RunCard, target_names
 from eupe.train.heads import TargetHeads
 from eupe.train.normalise import Normaliser

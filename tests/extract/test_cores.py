@@ -16,7 +16,6 @@ from torch import Tensor
 
 from eupe.cores import num_cores
 from eupe.corpus.index import Corpus, index_folder
-from eupe.encoder import Tokens
 from eupe.extract import actors, audit, calibrate, load, worker
 from eupe.extract.actors import ExtractActor, Node, place_workers
 from eupe.extract.calibrate import sample_task
@@ -28,6 +27,7 @@ from eupe.store.layout import StoreSpec
 from eupe.store.writer import create_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, file_digest
+from eupe.tokens import Tokens
 
 Run = Callable[..., Any]
 

@@ -22,7 +22,7 @@ from transformers import Dinov2Model
 
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
-from eupe.encoder import Tokens, build_encoder, save_encoder
+from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, IncompleteError, TeacherError
 from eupe.extract.calibrate import require_features
 from eupe.extract.plan import plan_stretches, store_spec
@@ -31,6 +31,7 @@ from eupe.store import Store, open_store
 from eupe.store.writer import Part, Row, create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
+from eupe.tokens import Tokens
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

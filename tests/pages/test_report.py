@@ -21,7 +21,7 @@ from making import make_corpus
 from eupe.cli_shared import out as console
 from eupe.corpus.decode import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
-from eupe.encoder import build_encoder, normalise, save_encoder
+from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate.result import Result, keep_results
 from eupe.pages.report import Cell, Column, Merged, merge
@@ -32,6 +32,7 @@ from eupe.pages.report_words import heads, marked, number
 from eupe.pages.report_write import write_report
 from eupe.pages.scatter import Spot, front, svg_scatter
 from eupe.pca import fit_pca
+from eupe.tokens import normalise
 from eupe.train.targets import is_held_out
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'${name}"

@@ -28,7 +28,7 @@ from typed import parsed
 from eupe.corpus.decode import decode_image
 from eupe.corpus.photometric import NEUTRAL
 from eupe.corpus.views import ViewParams, ViewSpec, render_view
-from eupe.encoder import load_encoder, normalise
+from eupe.encoder import load_encoder
 from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageError
 from eupe.pages.viz import SHOWN_PX, VizReport, choose_pictures, write_maps
 from eupe.pages.viz_chart import MAX_POINTS, Series, linear_axis, log_axis, svg_chart, thin, value_axis
@@ -38,6 +38,7 @@ from eupe.pages.viz_items import Picture
 from eupe.pages.viz_maps import MIN_TOKENS
 from eupe.pca import find_foreground, fit_pca
 from eupe.store import Features, open_store
+from eupe.tokens import normalise
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 from eupe.train.targets import is_held_out

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from eupe.encoder import Tokens
+from eupe.tokens import Tokens
 from eupe.train.heads import AdapterHead, TargetHeads
 from eupe.train.schedule import learning_rate
 

@@ -14,10 +14,11 @@ from making import TINY_SIZE, TINY_STUDENT, make_store
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eupe.encoder import load_encoder, normalise
+from eupe.encoder import load_encoder
 from eupe.errors import RunError
 from eupe.evaluate.run import Run, open_run
 from eupe.store import Store
+from eupe.tokens import normalise
 from eupe.train.batch import Batch
 from eupe.train.config import TrainConfig
 from eupe.train.loop import judged, train, training_sample
