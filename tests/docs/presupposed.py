@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import hub
@@ -48,10 +48,10 @@ def reader_environment(folder: Path) -> dict[str, str]:
     return {**planted_environment(narrow=NARROW), "HF_HOME": str(folder / "hub")}
 
 
-def make_presupposed(folder: Path, assets: Path, programs: Path) -> None:
-    """Make all of it in a folder, with the `eupe` of another."""
+def make_presupposed(folder: Path, assets: Path, programs: Path, ray: Mapping[str, str]) -> None:
+    """Make all of it in a folder, with the `eupe` of another and a Ray that runs."""
     folder.mkdir()
-    walk = Walk(folder, reader_environment(folder), programs=programs)
+    walk = Walk(folder, {**reader_environment(folder), **ray}, programs=programs)
     words = ["python", hub.__file__, walk.environment["HF_HOME"], assets / "weights" / "dinov2-small"]
     walk.run(f"PYTHONPATH=$PYTHONPATH:{ROOT}/tests {shlex.join(map(str, words))}")
     for command in COMMANDS:

@@ -147,7 +147,12 @@ TRIPS = {
     "docs/quickstart.md": Trip(
         takes=("scenes",),
         assets=True,
-        smaller={"--pictures 48 --size 128": "--pictures 24 --size 64"},
+        smaller={
+            "--pictures 48 --size 128": "--pictures 24 --size 64",
+            "rrc:4": "rrc:2",
+            "--size 112 --batch-size 32 --head-width 512 --steps 40": f"--size 64 {STEPS}",
+            "--steps 200": "--steps 2",
+        },
         says={
             "eupe eval knn": "accuracy",
             "eupe eval segment": "miou",
@@ -205,7 +210,7 @@ def test_blocks_of_commands_are_marked(page: str) -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("page", TRIPS)
 def test_every_command_of_a_page_is_run_and_does_what_it_says(
-    page: str, presupposed: Path, readers_programs: Path, assets: Path, tmp_path: Path
+    page: str, presupposed: Path, readers_programs: Path, running_ray: dict[str, str], assets: Path, tmp_path: Path
 ) -> None:
     trip = TRIPS[page]
     take(presupposed, tmp_path, trip.takes)
@@ -215,7 +220,8 @@ def test_every_command_of_a_page_is_run_and_does_what_it_says(
         for name in (".stamps", *(product.path for product in PRODUCTS)):
             (link := tmp_path / "assets" / name).parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(assets / name)
-    walk = Walk(tmp_path, reader_environment(presupposed), programs=readers_programs)
+    environment = {**reader_environment(presupposed), **running_ray}
+    walk = Walk(tmp_path, environment, programs=readers_programs)
     walk.page(page, file=trip.file, smaller=trip.smaller, ahead=trip.ahead)
     assert len(walk.said) == len(set(commands(page))) - sum(entry[0] == page for entry in NOT_RUN)
     for beginning, words in trip.says.items():

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from eupe.corpus.awkward import picture
@@ -31,7 +33,15 @@ from eupe.train.predict import norm_tensors
 
 SIZE = 64
 VIT, CONVNEXT = "vit_tiny_patch16_dinov3_qkvb", "test_convnext"
+SHALLOW_VIT = "shallow_dinov3"
 HEAD_WIDTH = 24
+default_cfgs = generate_default_cfgs({SHALLOW_VIT: timm.get_pretrained_cfg(VIT).to_dict()})
+
+
+@register_model
+def shallow_dinov3(pretrained: bool = False, **options: Any) -> Any:
+    """`VIT` with two blocks of its twelve: a graph is traced six times as fast."""
+    return timm.create_model(VIT, pretrained, **{**options, "depth": 2})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exporting import CONVNEXT, SIZE, VIT, Exports, least_cosine, photograph, said_in_a_loop, some_slow, tokens_of
+from exporting import (
+    CONVNEXT,
+    SHALLOW_VIT,
+    SIZE,
+    Exports,
+    least_cosine,
+    photograph,
+    said_in_a_loop,
+    some_slow,
+    tokens_of,
+)
 from making import make_corpus
 from PIL import Image
 from timm.layers import RotaryEmbeddingDinoV3
@@ -31,7 +41,7 @@ from eupe.export.source import open_source
 from eupe.tokens import normalise
 from eupe.train.predict import load_predictors
 
-ARCHS = some_slow(CONVNEXT, slow=["test_vit", VIT])
+ARCHS = some_slow(CONVNEXT, slow=["test_vit", SHALLOW_VIT])
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +103,7 @@ def test_a_graph_is_valid_and_the_card_s_code_runs_it(arch: str, graphs: Exports
 
 @pytest.mark.parametrize(
     ("arch", "size"),
-    some_slow(("test_vit", 96), slow=[("test_vit3", None), (CONVNEXT, None), (VIT, None)]),
+    some_slow(("test_vit", 96), slow=[("test_vit3", None), (CONVNEXT, None), (SHALLOW_VIT, None)]),
 )
 def test_a_dynamic_graph_takes_any_size_that_the_patch_divides(
     arch: str, size: int | None, graphs: Exports, tmp_path: Path
@@ -114,7 +124,7 @@ def size_of(out: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["test_vit", CONVNEXT, VIT])
+@pytest.mark.parametrize("arch", ["test_vit", CONVNEXT, SHALLOW_VIT])
 def test_half_precision_halves_the_file_and_keeps_the_tokens(arch: str, graphs: Exports, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(ExportConfig(run=graphs.run(arch), out=out, format="onnx", heads=("all",), precision="fp16"))
@@ -125,7 +135,7 @@ def test_half_precision_halves_the_file_and_keeps_the_tokens(arch: str, graphs: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["test_vit", CONVNEXT, VIT])
+@pytest.mark.parametrize("arch", ["test_vit", CONVNEXT, SHALLOW_VIT])
 def test_eight_bits_say_how_near_they_come(arch: str, graphs: Exports, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = export(ExportConfig(run=graphs.run(arch), out=out, format="onnx", precision="int8"))
