@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from eupe.checkpoints import weights_files
+from eupe.checkpoints import DIRECTORY_PATTERNS, weights_files
 from eupe.corpus.folder import file_names
 from eupe.corpus.index import Corpus, read_index
 from eupe.corpus.sources import find_source
 from eupe.names import name_of
 from eupe.place import Place
+from eupe.teachers.preprocess import OWN_FILES
 
+WEIGHTS = {Path(pattern).suffix for pattern in DIRECTORY_PATTERNS}
 DIGESTS = ".digests.json"
 """Of files that have been read before, in a pipeline's directory: path to size, modification time and sha256."""
 
@@ -85,6 +87,8 @@ class Inputs:
     def content(self, words: str) -> str | None:
         """sha256 of a local file, or of a folder's weights and documents, as models, runs and stores have them.
 
+        What lies beside a weights file, and says how its model's pixels are normalised, counts with it.
+
         Args:
             words: a path, NAME=PATH, or a teacher's timm:local-dir:PATH; of anything else there is None.
         """
@@ -93,8 +97,12 @@ class Inputs:
         if path is None:
             return None
         if path.is_file():
-            return self._digest(path)
-        files = sorted({*path.glob("*.json"), *weights_files(path)})
+            beside = [path.with_name(name) for name in OWN_FILES] if path.suffix in WEIGHTS else []
+            files = [path, *(file for file in beside if file.is_file())]
+            if len(files) == 1:
+                return self._digest(path)
+        else:
+            files = sorted({*path.glob("*.json"), *weights_files(path)})
         parts = [f"{file.name} {self._digest(file)}" for file in files]
         return _sha256("\n".join(parts)) if parts else None
 

@@ -32,6 +32,8 @@ TOLERANCE = 1e-4
 TIMM_FILE, OPEN_CLIP_FILE, RUN_FILE = "config.json", "open_clip_config.json", "student.json"
 NESTED_FILE, PROCESSOR_FILE = "processor_config.json", "preprocessor_config.json"
 """Of transformers: the first, if it has an image processor inside, is read in place of the second."""
+OWN_FILES = (TIMM_FILE, OPEN_CLIP_FILE, RUN_FILE, NESTED_FILE, PROCESSOR_FILE)
+"""All that a model may bring with its weights, and that is heeded."""
 HARMLESS_ARGS = {"img_size", "global_pool", "dynamic_img_size", "strict_img_size", "num_classes", "in_chans"}
 """timm's model_args that leave the weights' names and shapes to tell that something is wrong."""
 

@@ -128,6 +128,11 @@ def test_weights_count_by_their_bytes_wherever_they_lie(here: Path) -> None:
         (here / "model/model.safetensors").write_bytes(content)
         after |= {content.decode(): plan(RECIPE, {"weights": "model"})["expert"]}
     assert after["1"].key != after["2"].key
+    normalised = {after["expert"].key}
+    for text in ("{}", '{"image_mean": [0, 0, 0]}'):
+        (here / "preprocessor_config.json").write_text(text)
+        normalised.add(plan(RECIPE)["expert"].key)
+    assert len(normalised) == 3, "what lies beside the weights says how pixels are normalised"
 
 
 def test_more_pictures_extend_the_stores_and_redo_what_comes_after(here: Path) -> None:
