@@ -36,7 +36,7 @@ with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # a socke
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def running_ray(
     readers_programs: Path, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
@@ -53,7 +53,7 @@ def running_ray(
         process.stdin.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def presupposed(shared_folder: Path, assets: Path, readers_programs: Path, running_ray: dict[str, str]) -> Path:
     """What pages presuppose, all of it, made by one of the processes. Not to be changed."""
     folder = shared_folder / "presupposed"

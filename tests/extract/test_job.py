@@ -11,6 +11,7 @@ import ray
 import torch
 from awkward import save_broken
 from making import make_corpus, make_store, random_weights
+from ports import free_ports
 from ray.cluster_utils import Cluster
 
 from eupe.corpus.index import index_folder
@@ -139,7 +140,7 @@ def test_gpus_that_are_not_there_are_refused_not_waited_for(
     outcome = run_eupe(*words)
     assert outcome.code == 2
     assert "2 workers with 99 GPUs each do not fit" in flat(outcome.err)
-    outcome = run_eupe(*words[:-2], "--ray-address", "auto")
+    outcome = run_eupe(*words[:-2], "--ray-address", f"127.0.0.1:{free_ports(1)[0]}")
     assert outcome.code == 2
     assert "no Ray cluster answers" in flat(outcome.err)
 

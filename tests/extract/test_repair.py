@@ -11,6 +11,7 @@ import pytest
 import torch
 from making import make_corpus, picture, random_weights
 from mending import BATCH, Crew, Crews, announce, crew, extend, files, flip, make_parts
+from ports import free_ports
 
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import CorpusError, EupeError, IncompleteError, SpecMismatchError, TeacherError
@@ -294,7 +295,7 @@ def test_the_verb_repairs_on_ray(store: Path, whole: Path, tmp_path: Path, tiny_
     words = ["store", "repair", store, "--weights", tiny_weights, "--batch-size", BATCH]
     mended = {name: data for name, data in damaged.items() if name != "boxes/zarr.json"}
     for more, said in (
-        (["--ray-address", "auto"], "no Ray cluster answers"),
+        (["--ray-address", f"127.0.0.1:{free_ports(1)[0]}"], "no Ray cluster answers"),
         (["--workers", 2, "--gpus-per-worker", 99], "2 workers with 99 GPUs each do not fit"),
     ):
         outcome = run_eupe(*words, *more)

@@ -16,17 +16,19 @@ NARROW = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 
 
 class Planting(MetaPathFinder):
-    """Changes a module as soon as it has been imported."""
+    """Changes a module as soon as it has been imported; a library may well have asked before whether it is there."""
 
     def __init__(self, name, change):
         self._name = name
         self._change = change
+        self._asks_others = False
 
     def find_spec(self, name, path, target=None):
-        if name != self._name:
+        if name != self._name or self._asks_others:
             return None
-        sys.meta_path.remove(self)
+        self._asks_others = True
         spec = importlib.util.find_spec(name)
+        self._asks_others = False
         real = spec.loader.exec_module
 
         def run(module):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from making import TINY_STUDENT, make_corpus, make_store
+from ports import free_ports
 from processes import descendants_called
 from safetensors.torch import load_file
 
@@ -133,4 +134,4 @@ def test_a_mistake_that_workers_find_is_the_users(config: TrainConfig, tmp_path:
 
 def test_a_cluster_that_is_not_there_is_refused(config: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="no Ray cluster answers at --ray-address"):
-        train(replace(config, ray_address="auto"))
+        train(replace(config, ray_address=f"127.0.0.1:{free_ports(1)[0]}"))
