@@ -19,7 +19,7 @@ from eupe.train.config import TrainConfig
 from eupe.train.log import TrainStatus
 from eupe.train.loop import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("forked")]
 WORKERS = 2
 
 
