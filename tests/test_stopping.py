@@ -13,7 +13,8 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in NUMBERS}
+    """As a shell in front has them; one in the background, or `nohup`, ignores some."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in NUMBERS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
