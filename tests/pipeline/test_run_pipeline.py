@@ -77,6 +77,7 @@ def write(folder: Path, steps: str, *, let: str = "{}") -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_whole_way_runs_once_and_again_only_what_a_change_touches(tmp_path: Path, tiny_weights: Path) -> None:
     make_corpus(tmp_path / "photos")
     shutil.copy(tiny_weights, tmp_path / "weights.safetensors")
@@ -195,6 +196,7 @@ def test_while_a_step_outlives_a_killed_pipeline_no_other_begins(tmp_path: Path,
         time.sleep(0.1)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("wrong", "code", "said"),
     [
@@ -219,6 +221,7 @@ def test_a_step_that_fails_stops_the_pipeline_with_its_own_words_and_code(
     assert (again.code, len(again.commands)) == (code, 1)
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_summary_names_each_step_and_what_came_of_it(
     tmp_path: Path, tiny_store: Store, monkeypatch: pytest.MonkeyPatch, run_eupe: Callable[..., Any]
 ) -> None:
