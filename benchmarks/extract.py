@@ -108,7 +108,7 @@ class Given:
     repeats: int
 
     @property
-    def arithmetic(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         return compute_dtype(self.dtype, pick_device())
 
 
@@ -237,7 +237,7 @@ class Stages:
 
 def measure_ideal(given: Given) -> None:
     """The pipeline against the sum of its stages."""
-    teacher = loaded(DINOV2, given.arithmetic)
+    teacher = loaded(DINOV2, given.torch_dtype)
     batch = fastest_batch(teacher, (DINOV2.size,))
     corpus = corpus_for(given, rate_of(teacher, DINOV2.size, batch), given.seconds)
     computer = computer_of(DINOV2, teacher, corpus, batch)
@@ -287,7 +287,7 @@ def typed(given: Given, source: Source, index: Path, wall_s: list[float]) -> Too
 
 def measure_typed(given: Given) -> None:
     """The command as it is typed against the teacher alone."""
-    teacher = loaded(DINOV2, given.arithmetic)
+    teacher = loaded(DINOV2, given.torch_dtype)
     batch = fastest_batch(teacher, (DINOV2.size,))
     corpus = corpus_for(given, rate_of(teacher, DINOV2.size, batch), given.seconds)
     write_index(corpus, index := given.folder / "pictures.parquet")
@@ -373,7 +373,7 @@ def loop(
 
 def measure_peers(given: Given) -> None:
     """A worker against what a user would write, in the same arithmetic, and in float32, which is their default."""
-    teacher, model = loaded(DINOV2, given.arithmetic), Dinov2Model.from_pretrained(ASSETS / DINOV2.weights).eval()
+    teacher, model = loaded(DINOV2, given.torch_dtype), Dinov2Model.from_pretrained(ASSETS / DINOV2.weights).eval()
     model = model.to(pick_device())
     batch = fastest_batch(teacher, (DINOV2.size,))
     corpus = corpus_for(given, rate_of(teacher, DINOV2.size, batch), given.seconds)
@@ -410,7 +410,7 @@ def best(found: Mapping[str, list[Took]], dtype: torch.dtype) -> str:
 def measure_together(given: Given) -> None:
     """Two teachers in one pass against one after the other."""
     sources = (DINOV2, CNN)
-    teachers = [loaded(source, given.arithmetic) for source in sources]
+    teachers = [loaded(source, given.torch_dtype) for source in sources]
     batches = [fastest_batch(teacher, (source.size,)) for source, teacher in zip(sources, teachers, strict=True)]
     corpus = corpus_for(given, rate_of(teachers[0], DINOV2.size, batches[0]), given.seconds)
     computers = [computer_of(*one, corpus, batch) for *one, batch in zip(sources, teachers, batches, strict=True)]

@@ -362,7 +362,7 @@ def load_state_dict_strictly(model: nn.Module, state: Mapping[str, Tensor], *, s
 
 
 def find_misfits(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What keeps `state` from being the model's, sorted: "missing", "unexpected", "wrong shape" (with both shapes)."""
+    """List what of `state` does not fit a model, sorted: "missing", "unexpected", "wrong shape" (with both shapes)."""
     want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     have = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return {
@@ -377,7 +377,7 @@ def find_misfits(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, lis
 
 
 def describe_misfits(misfits: Mapping[str, list[str]]) -> str:
-    """Counts and up to three examples of each kind that occurs: "2 missing (a, b), 1 unexpected (c)"."""
+    """Tell counts and up to three examples of each kind that occurs: "2 missing (a, b), 1 unexpected (c)"."""
     return ", ".join(
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in misfits.items()

@@ -10,12 +10,12 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import safetensors.torch
 import timm
@@ -26,10 +26,23 @@ from torch import Tensor, nn
 import eupe.proxy  # noqa: F401 - its architectures are timm's from here on
 from eupe.checkpoints import load_state_dict_strictly
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
-from eupe.kinds import CARD_FILE, WEIGHTS_FILE, DenseKind, SummaryKind
+from eupe.kinds import CARD_FILE, LOCAL_DIR, WEIGHTS_FILE, DenseKind, SummaryKind
 from eupe.reading import read_json
 from eupe.share import share
 from eupe.tokens import Tokens
+
+Question = TypeVar("Question", bound=Callable[..., Any])
+
+
+def remembered(answer: Question) -> Question:
+    """Ask only once in a process about each architecture, the first argument; a directory may change meanwhile."""
+    known = cache(answer)
+
+    @wraps(answer)
+    def asked(arch: str, *others: Hashable) -> Any:
+        return answer(arch, *others) if arch.startswith(LOCAL_DIR) else known(arch, *others)
+
+    return cast(Question, asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +124,7 @@ def timm_tokens(
     return Tokens(summary=_summary(model, features, dense_BhwD, summary, class_tokens), dense=dense_BhwD)
 
 
+@remembered
 def timm_card(arch: str, size: int | None) -> EncoderCard:
     """The card of a timm architecture as an encoder, from a build on the meta device: no weights, no memory.
 
@@ -120,10 +134,6 @@ def timm_card(arch: str, size: int | None) -> EncoderCard:
     Raises: ConfigError for an unknown architecture (names near ones), a size that it does not take (names sizes that it
         does), or a model whose features are neither tokens nor a map.
     """
-    return _card(arch, size) if arch.startswith("local-dir:") else _known_card(arch, size)
-
-
-def _card(arch: str, size: int | None) -> EncoderCard:
     with torch.device("meta"):
         native = create_timm(arch)
     config = native.pretrained_cfg
@@ -150,10 +160,6 @@ def _card(arch: str, size: int | None) -> EncoderCard:
     )
 
 
-_known_card = cache(_card)
-"""A command asks for the same card several times; that of a directory may have changed meanwhile."""
-
-
 def check_student(arch: str, sizes: Sequence[int], *, views: int) -> None:
     """Try, on the meta device, what training does: a forward and a backward pass at every size.
 
@@ -165,7 +171,7 @@ def check_student(arch: str, sizes: Sequence[int], *, views: int) -> None:
     _try_student(arch, tuple(sizes), min(views, 2))
 
 
-@cache
+@remembered
 def _try_student(arch: str, sizes: tuple[int, ...], views: int) -> None:
     for size in sizes:
         timm_card(arch, size)
@@ -270,8 +276,8 @@ def timm_config(arch: str) -> Any:
 
     Raises: ConfigError for an unknown architecture or tag, and a directory that timm cannot read.
     """
-    if arch.startswith("local-dir:"):
-        return _config_of_directory(Path(arch.removeprefix("local-dir:")))
+    if arch.startswith(LOCAL_DIR):
+        return _config_of_directory(Path(arch.removeprefix(LOCAL_DIR)))
     if not timm.is_model(arch):
         raise ConfigError(f"timm has no architecture {arch!r}{near(arch.split('.')[0], timm.list_models())}")
     try:

@@ -13,6 +13,9 @@ DenseKind = Literal["normed", "raw", "last_stage"]
 """Dense tokens after the model's final norm; as the library's feature forward gives them, where it has no final norm;
 a CNN's last stage before its head convolution."""
 
+LOCAL_DIR = "local-dir:"
+"""What timm has ahead of the path of a directory, in place of an architecture."""
+
 CARD_FILE = "student.json"
 WEIGHTS_FILE = "student.safetensors"
 RUN_FILES = (CARD_FILE, "options.yaml")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """What an encoder says of a batch of pictures."""
+    """Outputs of an encoder for a batch of pictures."""
 
     summary: Tensor | None
     """[B, Ds]; None where the encoder has no summary."""
@@ -22,7 +22,7 @@ class Tokens:
 
 
 def normalise(views_u8_BHWC: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [B, H, W, C] pictures as normalised float32 [B, C, H, W], on the device that they are on."""
+    """Return uint8 [B, H, W, C] pictures as normalised float32 [B, C, H, W], on the device that they are on."""
     assert views_u8_BHWC.dtype == torch.uint8
     device = views_u8_BHWC.device
     pixels = views_u8_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255

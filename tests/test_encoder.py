@@ -21,6 +21,7 @@ from eupe.encoder import (
     build_encoder,
     check_student,
     load_encoder,
+    remembered,
     save_encoder,
     timm_card,
     timm_tokens,
@@ -144,6 +145,19 @@ def test_what_a_model_lacks_is_refused(arch: str, summary: str, dense: str) -> N
         model = timm.create_model(arch, num_classes=0)
         with pytest.raises(ConfigError):
             timm_tokens(model, torch.zeros(1, 3, 224, 224), summary=summary, dense=dense)
+
+
+def test_an_architecture_is_asked_about_once_and_a_directory_each_time() -> None:
+    asked = []
+
+    @remembered
+    def ask(arch: str, size: int) -> int:
+        asked.append((arch, size))
+        return size
+
+    questions = [("test_vit", 64), ("test_vit", 96), ("local-dir:x", 64)]
+    assert [ask(*question) for question in 2 * questions] == [64, 96, 64, 64, 96, 64]
+    assert asked == [*questions, questions[-1]]
 
 
 def test_unknown_architecture_names_near_ones() -> None:

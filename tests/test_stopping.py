@@ -13,7 +13,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """As a shell in front has them; one in the background, or `nohup`, ignores some."""
+    """Set them as a shell in the foreground does; one in the background, and `nohup`, ignore some."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in NUMBERS}
     yield
     for number, handler in before.items():

@@ -41,7 +41,7 @@ def entries(root: Place) -> Iterator[Entry]:
         yield from _walk(root.local, "", ())
         return
     for name in root.list():
-        yield Entry(name, hidden(name) if "/." in f"/{name}" else None)
+        yield Entry(name, hidden(name))
 
 
 def file_names(root: Place) -> Iterator[str]:
@@ -83,8 +83,8 @@ def _named(entry: os.DirEntry[str], above: tuple[Identity, ...]) -> tuple[str, s
         folder = entry.is_dir()
     except OSError:  # of links in a circle
         folder = False
-    if name.startswith("."):
-        return (f"{name}/" if folder and not link else name), hidden(f"{name}/" if folder else name)
+    if reason := hidden(f"{name}/" if folder else name):
+        return (f"{name}/" if folder and not link else name), reason
     if not folder:
         return name, BROKEN_LINKS if link and not Path(entry).exists() else ""
     if link and _identity(entry.stat()) in above:

@@ -75,8 +75,10 @@ def not_read(name: str) -> str:
     return f"{NOT_READ}: {suffix if KIND.fullmatch(suffix) else 'other suffixes' if suffix else 'no suffix'}"
 
 
-def hidden(name: str) -> str:
-    """Return the reason for a file whose name, or that of a folder on the way to it, begins with a dot."""
+def hidden(name: str) -> str | None:
+    """Return the reason for a file whose name, or that of a folder on the way to it, begins with a dot; else None."""
+    if "/." not in f"/{name}":
+        return None
     *folders, file = name.split("/")
     folder = next((f"{word}/" for word in folders if word.startswith(".")), None)
     kind = folder or PurePosixPath(file).suffix.lower() or file

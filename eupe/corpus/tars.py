@@ -232,8 +232,8 @@ def _note(file: BinaryIO, member: tarfile.TarInfo, tar: _Tar, hash_of: HashOf) -
     Raises: CorpusError; EOFError if the tar ends inside it.
     """
     path = _plain(member.name)
-    if "/." in f"/{path}":
-        tar.left_out[hidden(path)] += 1
+    if reason := hidden(path):
+        tar.left_out[reason] += 1
     elif member.islnk() or member.issym():
         folder = "" if member.islnk() else posixpath.dirname(path)
         tar.links[path] = posixpath.normpath(posixpath.join(folder, _plain(member.linkname)))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from eupe.checkpoints import ADAPTER_FILE, describe_misfits, read_checkpoint, require_no_adapter, require_readable
 from eupe.errors import TeacherError
-from eupe.kinds import DenseKind, SummaryKind
+from eupe.kinds import LOCAL_DIR, DenseKind, SummaryKind
 from eupe.teachers.preprocess import NESTED_FILE, UNIT, of_processor, processor_settings, timm_folder
-from eupe.teachers.spec import LOCAL_DIR, TeacherSpec
+from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import brief, hub_errors, hub_or_offline, quiet_transformers
 from eupe.tokens import Tokens
 

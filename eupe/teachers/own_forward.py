@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from eupe.checkpoints import read_checkpoint
 from eupe.encoder import load_card
 from eupe.errors import TeacherError
-from eupe.kinds import WEIGHTS_FILE
+from eupe.kinds import CARD_FILE, WEIGHTS_FILE
 from eupe.reading import read_json
 from eupe.teachers.preprocess import (
     OPEN_CLIP_FILE,
-    RUN_FILE,
     is_model,
     open_processor,
     processed,
@@ -261,7 +260,7 @@ def _prepared_as_open_clip_folder(folder: Path) -> Prepare | None:
 
 
 def _prepared_as_run(folder: Path) -> Prepare | None:
-    if not (folder / RUN_FILE).is_file():
+    if not (folder / CARD_FILE).is_file():
         return None
     card = load_card(folder)
     return timm_preparation({"mean": card.mean, "std": card.std})
@@ -322,7 +321,7 @@ def _pooled_map(model: Any, pool: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _under_head_norm(model: Any, tokens_BND: Tensor) -> Tensor:
-    """What the head's norm, which follows the pooling, makes of the tokens that are pooled."""
+    """Apply the head's norm, which follows the pooling, to the tokens that are pooled."""
     norm = getattr(getattr(model, "head", None), "norm", None)
     if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != tokens_BND.shape[-1:]:
         return tokens_BND

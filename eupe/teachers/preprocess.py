@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from eupe.errors import RunError, TeacherError
+from eupe.kinds import CARD_FILE
 from eupe.reading import read_json
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import brief, hub_or_offline, quiet_transformers
@@ -29,10 +30,10 @@ PROBE_SIZE = 32
 TOLERANCE = 1e-4
 """By how much what the library makes of a probe may differ from mean and std, relative to its own spread."""
 
-TIMM_FILE, OPEN_CLIP_FILE, RUN_FILE = "config.json", "open_clip_config.json", "student.json"
+TIMM_FILE, OPEN_CLIP_FILE = "config.json", "open_clip_config.json"
 NESTED_FILE, PROCESSOR_FILE = "processor_config.json", "preprocessor_config.json"
 """Of transformers: the first, if it has an image processor inside, is read in place of the second."""
-OWN_FILES = (TIMM_FILE, OPEN_CLIP_FILE, RUN_FILE, NESTED_FILE, PROCESSOR_FILE)
+OWN_FILES = (TIMM_FILE, OPEN_CLIP_FILE, CARD_FILE, NESTED_FILE, PROCESSOR_FILE)
 """All that a model may bring with its weights, and that is heeded."""
 HARMLESS_ARGS = {"img_size", "global_pool", "dynamic_img_size", "strict_img_size", "num_classes", "in_chans"}
 """timm's model_args that leave the weights' names and shapes to tell that something is wrong."""
@@ -71,7 +72,7 @@ def where_from(spec: TeacherSpec, weights: Path | None) -> str:
     if weights is not None and weights.exists() and (found := normalisation_beside(spec, weights)) is not None:
         return str((weights if weights.is_dir() else weights.parent) / found.file)
     if spec.is_local_dir or spec.backend == "run":
-        return str(spec.place / (TIMM_FILE if spec.is_local_dir else RUN_FILE))
+        return str(spec.place / (TIMM_FILE if spec.is_local_dir else CARD_FILE))
     if not spec.name.startswith(f"{spec.backend}:"):
         return "the table of teachers"
     if spec.backend != "hf":
@@ -241,7 +242,7 @@ def _of_transformers(spec: TeacherSpec, folder: Path) -> Normalisation | None:
 
 
 def _of_run(spec: TeacherSpec, folder: Path) -> Normalisation | None:
-    if not (folder / RUN_FILE).is_file():
+    if not (folder / CARD_FILE).is_file():
         return None
     from eupe.encoder import load_card
 
@@ -249,7 +250,7 @@ def _of_run(spec: TeacherSpec, folder: Path) -> Normalisation | None:
         card = load_card(folder)
     except RunError as error:
         raise TeacherError(str(error)) from error
-    return Normalisation(card.mean, card.std, RUN_FILE)
+    return Normalisation(card.mean, card.std, CARD_FILE)
 
 
 _READERS: dict[str, Callable[[TeacherSpec, Path], Normalisation | None]] = {

@@ -9,11 +9,9 @@ from importlib import import_module
 from pathlib import Path
 
 from eupe.errors import TeacherError
-from eupe.kinds import RUN_FILES
+from eupe.kinds import CARD_FILE, RUN_FILES
 from eupe.teachers.registry import ALIASES, REGISTRY
 from eupe.teachers.spec import TeacherSpec
-
-RUN_CARD = RUN_FILES[0]
 
 _DESCRIBERS = {
     "timm": "eupe.teachers.timm_adapter",
@@ -43,7 +41,7 @@ def _known(name: str) -> TeacherSpec:
     backend, colon, rest = name.partition(":")
     if colon and backend in _DESCRIBERS and rest:
         return _described(_DESCRIBERS[backend], name)
-    if (Path(name) / RUN_CARD).is_file():
+    if (Path(name) / CARD_FILE).is_file():
         return _described("eupe.teachers.run_adapter", name.rstrip("/"))
     raise TeacherError(_unknown(name))
 
@@ -59,9 +57,9 @@ def _unknown(name: str) -> str:
         return f"{no_directory(path)}; for a model of the hub write hf:{name}"
     if path.is_dir():
         if any((path / file).is_file() for file in RUN_FILES):
-            return f"run {name} is not finished: it has no {RUN_CARD}; finish it with `eupe train ... --resume`"
+            return f"run {name} is not finished: it has no {CARD_FILE}; finish it with `eupe train ... --resume`"
         return (
-            f"{name} is a directory without {RUN_CARD}, so not a training run; "
+            f"{name} is a directory without {CARD_FILE}, so not a training run; "
             f"for a Hugging Face model directory write hf:{name}"
         )
     near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], n=3)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eupe.errors import TeacherError
-from eupe.kinds import DenseKind, SummaryKind
+from eupe.kinds import LOCAL_DIR, DenseKind, SummaryKind
 
 __all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec"]
 
-LOCAL_DIR = "local-dir:"
 """Ahead of a directory that timm lays out, as in timm's own names of models."""
 Backend = Literal["timm", "hf", "open_clip", "run"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eupe.checkpoints import load_state_dict_strictly, read_checkpoint
-from eupe.encoder import create_timm, timm_card, timm_config, timm_tokens
+from eupe.encoder import create_timm, remembered, timm_card, timm_config, timm_tokens
 from eupe.errors import ConfigError, TeacherError
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import hub_errors, own_weights
@@ -100,20 +99,17 @@ def _takes(spec: TeacherSpec, build_size: int | None, size: int) -> bool:
     """Whether a build takes inputs of `size`, tried on the meta device; libraries refuse in many ways."""
     if build_size is None and size == spec.native_size:
         return True
-    return _tried(spec, build_size, size) if spec.is_local_dir else _known(spec, build_size, size)
+    return _tried(spec.model, spec, build_size, size)
 
 
-def _tried(spec: TeacherSpec, build_size: int | None, size: int) -> bool:
+@remembered
+def _tried(arch: str, spec: TeacherSpec, build_size: int | None, size: int) -> bool:
     with torch.device("meta"), torch.no_grad():
         try:
             tokens(_built(spec, build_size).eval(), spec, torch.zeros(1, 3, size, size))
         except Exception:
             return False
     return True
-
-
-_known = cache(_tried)
-"""Of timm's own architectures, which do not change."""
 
 
 def _built(spec: TeacherSpec, size: int | None) -> Any:
