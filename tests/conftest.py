@@ -125,10 +125,12 @@ def warm_python() -> Iterator[str]:
         yield str(programs / "python")
 
 
-@pytest.fixture
-def forked(warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests in which processes are started that have to import PyTorch, and it does not matter how."""
-    monkeypatch.setattr(sys, "executable", warm_python)
+@pytest.fixture(scope="module")
+def forked(warm_python: str) -> Iterator[None]:
+    """For modules whose tests start processes that have to import PyTorch, and for which it does not matter how."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "executable", warm_python)
+        yield
 
 
 @pytest.fixture(scope="session")

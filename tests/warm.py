@@ -174,6 +174,7 @@ def _become(asked: dict[str, object], files: list[int]) -> None:
     words: list[str] = asked["words"]  # type: ignore[assignment]
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [path for path in named if path and path not in sys.path]
+    _customise(named)
     sys.executable = str(Path(words[0]).with_name("python"))
     if _name(words) == "python" and words[1] != "-m":
         sys.argv = [word for word in words[1:] if word != "-u"]
@@ -184,6 +185,14 @@ def _become(asked: dict[str, object], files: list[int]) -> None:
         from eupe.__main__ import run
 
         run()
+
+
+def _customise(named: Sequence[str]) -> None:
+    """Run the `sitecustomize.py` of a folder on PYTHONPATH, as Python does when it begins, if this one began without."""
+    ran = getattr(sys.modules.get("sitecustomize"), "__file__", None)
+    for file in (Path(path) / "sitecustomize.py" for path in named if path):
+        if file.exists() and str(file) != ran:
+            runpy.run_path(str(file))
 
 
 if __name__ == "__main__":

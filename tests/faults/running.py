@@ -23,19 +23,23 @@ from processes import descendants, descendants_called
 PATIENCE_S = 240
 FAREWELL_S = 10
 
-Start = Callable[[Path], "subprocess.Popen[str]"]
+RAY = Path(sys.executable).parent / "ray"
 
 
 def begin(
-    *words: object, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    *words: object,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    program: str | None = None,
 ) -> subprocess.Popen[str]:
     """`eupe WORDS` in a process of its own, which leads a group.
 
     Args:
         environment: added to this process's.
+        program: another Python than this process's.
     """
     return subprocess.Popen(
-        [sys.executable, "-m", "eupe", *map(str, words)],
+        [program or sys.executable, "-m", "eupe", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -122,7 +126,7 @@ def ray_head(num_cpus: int) -> Iterator[RayHead]:
     """On ports and in a folder of its own; `ray stop` would end every other Ray on this machine, too."""
     port, dashboard, agent, client = free_ports(4)
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 bytes at most
-    words: list[object] = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--port", port]
+    words: list[object] = [RAY, "start", "--head", "--block", "--port", port]
     words += ["--dashboard-port", dashboard, "--dashboard-agent-listen-port", agent, "--ray-client-server-port", client]
     words += ["--num-cpus", num_cpus, "--num-gpus", 0, "--object-store-memory", 150 * 2**20, "--temp-dir", folder]
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "no_proxy": "127.0.0.1"}

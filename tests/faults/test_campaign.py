@@ -187,7 +187,7 @@ def finished(out: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iterator[Ground]:
+def ground(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, forked: None) -> Iterator[Ground]:
     folder = tmp_path_factory.mktemp("campaign")
     corpus = make_corpus(folder / "corpus", count=NUM_PICTURES)
     save_broken(corpus)

@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 from ray.util.state import list_tasks
 from running import (
     PATIENCE_S,
+    RAY,
     RayHead,
     assert_same_store,
     begin,
@@ -36,15 +37,14 @@ from threadpoolctl import threadpool_limits
 from eupe.corpus.views import ViewSpec
 from eupe.store import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("forked")]
 
 MANY_VIEWS = ViewSpec(policy="rrc", num_views=16)
 """Four parts of 128 pictures."""
-RAY = Path(sys.executable).parent / "ray"
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
+def head(forked: None) -> Iterator[RayHead]:
     with ray_head(num_cpus=os.cpu_count() or 1) as running:
         yield running
 

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from processes import descendants
 from running import (
-    Start,
     assert_same_store,
     begin,
     committed,
@@ -20,28 +21,41 @@ from running import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-
-@pytest.fixture(scope="module")
-def start(many_pictures: Path, tiny_weights: Path) -> Start:
-    """Begin an extraction of four parts in a process of its own."""
-    words = ["--teacher", "timm:test_vit", "--weights", tiny_weights, "--corpus", many_pictures]
-    words += ["--views", "rrc:16", "--size", "64", "--dtype", "fp32", "--batch-size", "4"]
-
-    return lambda out: begin("extract", *words, "--out", out)
+Start = Callable[[Path], "subprocess.Popen[str]"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def words(many_pictures: Path, tiny_weights: Path) -> list[object]:
+    """An extraction of four parts."""
+    words: list[object] = ["extract", "--teacher", "timm:test_vit", "--weights", tiny_weights]
+    words += ["--corpus", many_pictures, "--views", "rrc:16", "--size", 64, "--dtype", "fp32", "--batch-size", 4]
+    return words
+
+
+@pytest.fixture(scope="module")
+def start(words: list[object]) -> Start:
+    """Begin the extraction in a process of its own, which is the leader of all of its processes, as a user's is."""
+    return lambda out: begin(*words, "--out", out)
+
+
+@pytest.fixture(scope="module")
+def again(words: list[object], warm_python: str) -> Start:
+    """Begin the same extraction where nothing is to be killed."""
+    return lambda out: begin(*words, "--out", out, program=warm_python)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(again: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("undisturbed") / "s.zarr"
-    code, output = finish(start(out))
+    code, output = finish(again(out))
     assert code == 0, output
     assert committed(out) == 4
     return store_files(out)
 
 
-def assert_goes_on_to(start: Start, out: Path, expected: dict[str, bytes]) -> None:
+def assert_goes_on_to(again: Start, out: Path, expected: dict[str, bytes]) -> None:
     """The same command again ends in the same bytes."""
-    code, output = finish(start(out))
+    code, output = finish(again(out))
     assert code == 0, output
     assert_same_store(out, expected)
 
@@ -60,7 +74,7 @@ def test_a_killed_worker_is_replaced_and_its_part_done_again(
 
 
 def test_after_a_killed_driver_only_the_missing_parts_are_done(
-    start: Start, tmp_path: Path, undisturbed: dict[str, bytes]
+    start: Start, again: Start, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     out = tmp_path / "s.zarr"
     process = start(out)
@@ -71,12 +85,12 @@ def test_after_a_killed_driver_only_the_missing_parts_are_done(
     wait_until_gone(tree)
     whole = {file: file.stat().st_mtime_ns for file in out.glob("parts/[0-9]*.parquet")}
     assert 1 <= len(whole) < len([name for name in undisturbed if name.startswith("parts/")])
-    assert_goes_on_to(start, out, undisturbed)
+    assert_goes_on_to(again, out, undisturbed)
     assert {file: file.stat().st_mtime_ns for file in whole} == whole
 
 
 def test_ctrl_c_keeps_what_is_whole_and_says_how_to_go_on(
-    start: Start, tmp_path: Path, undisturbed: dict[str, bytes]
+    start: Start, again: Start, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     out = tmp_path / "s.zarr"
     process = start(out)
@@ -87,11 +101,11 @@ def test_ctrl_c_keeps_what_is_whole_and_says_how_to_go_on(
     assert "run the same command again" in " ".join(output.split())
     assert "Traceback" not in output
     assert committed(out) >= 1
-    assert_goes_on_to(start, out, undisturbed)
+    assert_goes_on_to(again, out, undisturbed)
 
 
 def test_sigterm_commits_what_is_under_way_and_leaves(
-    start: Start, tmp_path: Path, undisturbed: dict[str, bytes]
+    start: Start, again: Start, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     """One worker has two parts under way: with the first committed and a third begun, the fourth is left."""
     out = tmp_path / "s.zarr"
@@ -104,4 +118,4 @@ def test_sigterm_commits_what_is_under_way_and_leaves(
     assert 2 <= done <= 3
     assert f"stopped: {done} of 4 parts" in " ".join(output.split()) and "Traceback" not in output
     assert not list(out.rglob("*.__lock")), "nothing is left half-written"
-    assert_goes_on_to(start, out, undisturbed)
+    assert_goes_on_to(again, out, undisturbed)

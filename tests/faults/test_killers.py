@@ -13,7 +13,7 @@ from running import assert_same_store, begin, finish, store_files
 from eupe.corpus.views import ViewSpec
 from eupe.store import open_store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("forked")]
 
 MANY_VIEWS = ViewSpec(policy="rrc", num_views=16)
 """32 pictures to a part."""

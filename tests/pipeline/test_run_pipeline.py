@@ -23,8 +23,10 @@ from planning import plan
 from eupe.place import Place
 from eupe.store import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("forked")]
 
+PYTHON = sys.executable
+"""Before it is forked: its processes are one another's children, as a user's are."""
 PATIENCE_S = 480
 
 
@@ -39,9 +41,9 @@ class Ended:
         return re.findall(r"^\$ eupe (.*)$", self.err, re.MULTILINE)
 
 
-def begin(folder: Path, *words: str) -> subprocess.Popen[str]:
+def begin(folder: Path, *words: str, program: str | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "eupe", "run", "r.yaml", "--json", *words],
+        [program or sys.executable, "-m", "eupe", "run", "r.yaml", "--json", *words],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -77,7 +79,6 @@ def write(folder: Path, steps: str, *, let: str = "{}") -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("forked")
 def test_the_whole_way_runs_once_and_again_only_what_a_change_touches(tmp_path: Path, tiny_weights: Path) -> None:
     make_corpus(tmp_path / "photos")
     shutil.copy(tiny_weights, tmp_path / "weights.safetensors")
@@ -178,7 +179,7 @@ def is_free(lock: Path) -> bool:
 
 def test_while_a_step_outlives_a_killed_pipeline_no_other_begins(tmp_path: Path, tiny_store: Store) -> None:
     write(tmp_path, training_of(tiny_store.path, 20_000), let="{every: 20}")
-    process = begin(tmp_path)
+    process = begin(tmp_path, program=PYTHON)
     wait_for(lambda: list((tmp_path / "out").glob("student-*/checkpoints/*.safetensors")), process)
     (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     try:
@@ -196,7 +197,6 @@ def test_while_a_step_outlives_a_killed_pipeline_no_other_begins(tmp_path: Path,
         time.sleep(0.1)
 
 
-@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("wrong", "code", "said"),
     [
@@ -221,7 +221,6 @@ def test_a_step_that_fails_stops_the_pipeline_with_its_own_words_and_code(
     assert (again.code, len(again.commands)) == (code, 1)
 
 
-@pytest.mark.usefixtures("forked")
 def test_the_summary_names_each_step_and_what_came_of_it(
     tmp_path: Path, tiny_store: Store, monkeypatch: pytest.MonkeyPatch, run_eupe: Callable[..., Any]
 ) -> None:
