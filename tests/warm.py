@@ -47,6 +47,15 @@ ask({place!r}, sys.argv)
 """
 
 
+AGENT = """
+import os, runpy, sys
+sys.executable, sys.argv = sys.argv[1], [word for word in sys.argv[2:] if word != "-u"]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Ray's agents, which need pipes and are not forked, have Python started by the name that they take for their own."""
+
+
 @contextmanager
 def warm_programs(environment: Mapping[str, str]) -> Iterator[Path]:
     """A folder for PATH with the programs, which are asked of a process that has imported the libraries.
@@ -76,7 +85,8 @@ def warm_programs(environment: Mapping[str, str]) -> Iterator[Path]:
 def ask(place: str, words: list[str]) -> None:
     """Have a command run by the process at a place, and end as it ends; what else Python is given, it runs itself."""
     if _name(words) == "python" and not _is_forked(words):
-        os.execv(sys.executable, [sys.executable, *words[1:]])
+        called_so = ["-c", AGENT, words[0]] if any("agent" in word for word in words[1:3]) else []
+        os.execv(sys.executable, [sys.executable, *called_so, *words[1:]])
     with socket.socket(socket.AF_UNIX) as asking:
         asking.connect(place)
         told = json.dumps({"words": words, "folder": str(Path.cwd()), "environment": dict(os.environ)}).encode()
@@ -100,7 +110,11 @@ def _name(words: Sequence[str]) -> str:
 def _is_forked(words: Sequence[str]) -> bool:
     """Whether words for Python are a command of eupe, or a script, as Ray's workers are; its agents need pipes."""
     script = next(word for word in [*words[1:], "-"] if word != "-u")
-    return list(words[1:3]) == ["-m", "eupe"] or (script.endswith(".py") and "agent" not in script)
+    return _is_command(words) or (script.endswith(".py") and "agent" not in script)
+
+
+def _is_command(words: Sequence[str]) -> bool:
+    return [word for word in words[1:4] if word != "-P"][:2] == ["-m", "eupe"]
 
 
 def _receive(connection: socket.socket, length: int) -> bytes:
@@ -176,19 +190,19 @@ def _become(asked: dict[str, object], files: list[int]) -> None:
     sys.path[1:1] = [path for path in named if path and path not in sys.path]
     _customise(named)
     sys.executable = str(Path(words[0]).with_name("python"))
-    if _name(words) == "python" and words[1] != "-m":
+    if _name(words) == "python" and not _is_command(words):
         sys.argv = [word for word in words[1:] if word != "-u"]
         sys.path[0] = str(Path(sys.argv[0]).parent)
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
-        sys.argv = words[2:] if words[1:3] == ["-m", "eupe"] else words
+        sys.argv = words[words.index("eupe") :] if _is_command(words) else words
         from eupe.__main__ import run
 
         run()
 
 
 def _customise(named: Sequence[str]) -> None:
-    """Run the `sitecustomize.py` of a folder on PYTHONPATH, as Python does when it begins, if this one began without."""
+    """Run a `sitecustomize.py` on PYTHONPATH, as Python does when it begins, if this process began without."""
     ran = getattr(sys.modules.get("sitecustomize"), "__file__", None)
     for file in (Path(path) / "sitecustomize.py" for path in named if path):
         if file.exists() and str(file) != ran:
