@@ -10,8 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 import eupe.proxy  # noqa: F401 - its architectures are timm's from here on
 from eupe.checkpoints import load_state_dict_strictly
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
+from eupe.files import replacing, write_file
 from eupe.kinds import CARD_FILE, LOCAL_DIR, WEIGHTS_FILE, DenseKind, SummaryKind
 from eupe.reading import read_json
 from eupe.share import share
@@ -364,11 +364,10 @@ def save_encoder(encoder: Encoder, directory: Path, *, weights: Mapping[str, Ten
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _replacing(directory / WEIGHTS_FILE) as temporary:
-            safetensors.torch.save_file(weights, temporary)
-            share(temporary)
-        with _replacing(directory / CARD_FILE) as temporary:
-            temporary.write_text(json.dumps(encoder.card.to_json(), indent=2) + "\n")
+        with replacing(directory / WEIGHTS_FILE) as unfinished:
+            safetensors.torch.save_file(weights, unfinished)
+            share(unfinished)
+        write_file(directory / CARD_FILE, json.dumps(encoder.card.to_json(), indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise StorageError(f"the student cannot be written to {directory}: {error}") from error
 
@@ -516,16 +515,3 @@ def _patch(model: Any, arch: str) -> int:
     if not getattr(model, "feature_info", None):
         raise ConfigError(f"{arch} has no table of stages, so neither patch tokens nor a feature map to learn from")
     return int(model.feature_info[-1]["reduction"])
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to write to; on success it is flushed to disk and takes the name `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

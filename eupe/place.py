@@ -8,14 +8,11 @@ fails for a moment is asked again; one that stays silent is given up within some
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import os
 import re
-import uuid
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +21,13 @@ from typing import Any, BinaryIO
 import tensorstore as ts
 
 from eupe.errors import ConfigError, OutageError, StorageError
+from eupe.files import write_file
 from eupe.names import bytes_of, key_of, name_of
 
 BLOCK_BYTES = 2**20
+DOCUMENT_BYTES = 16 * 2**20
 RANGE_BYTES = 8 * 2**20
 """Of one request, where an object is read from front to back."""
-UNFINISHED = ".__lock"
-"""How the names of local files end while they are written; tensorstore's word, which lists leave out."""
 SCHEMES = {"s3": "s3", "gs": "gcs"}
 """Of a URL, to tensorstore's name of the driver."""
 
@@ -120,6 +117,11 @@ class Place:
             raise ConfigError(f"{self} is a bucket; name something in it")
         return Place(parent or "/")
 
+    @property
+    def bucket(self) -> str:
+        """Scheme and bucket of an object store's place; empty for a disk."""
+        return "" if self.is_local else "/".join(self.url.split("/")[:3])
+
     def threads(self, local: int) -> int:
         """How many objects to read at once: `local` on a disk, more where each read waits for the network."""
         return local if self.is_local else max(local, READS_AT_ONCE)
@@ -151,6 +153,16 @@ class Place:
         if result.state != "value":
             raise FileNotFoundError(f"{self / name} does not exist")
         return bytes(result.value)
+
+    def read_document(self, name: str) -> bytes:
+        """A whole object that is some kilobytes long, as metadata is, whoever made it.
+
+        Raises: FileNotFoundError; StorageError if it cannot be read, or has more than `DOCUMENT_BYTES`.
+        """
+        data = self.read_range(name, 0, DOCUMENT_BYTES + 1)
+        if len(data) > DOCUMENT_BYTES:
+            raise StorageError(f"{self / name} has more than {DOCUMENT_BYTES} bytes, so it is no metadata of a store")
+        return data
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """`length` bytes of an object from `start` on; fewer where it ends before.
@@ -248,7 +260,7 @@ class Place:
         """
         if self.is_local:
             try:
-                _write_file(self.local / name, blocks)
+                write_file(self.local / name, blocks)
             except OSError as error:
                 raise storage_error(error, self) from error
             return
@@ -275,6 +287,35 @@ class Place:
         except (ValueError, OSError, NotImplementedError) as error:
             raise storage_error(error, self) from error
         return bool(stamp.generation)
+
+    def generation(self, name: str) -> bytes | None:
+        """Return what an object store calls the present content of an object; None where there is no object.
+
+        Raises: StorageError.
+        """
+        try:
+            found = self._objects.read(bytes_of(name)).result()
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise storage_error(error, self) from error
+        return bytes(found.stamp.generation) if found.state == "value" else None
+
+    def replace(self, name: str, data: bytes | None, generation: bytes | None) -> bytes | None:
+        """Put an object in place of one of a generation, or of none, or remove it; return the generation that it has.
+
+        Args:
+            data: None to remove it.
+        Returns: None if the object is another by now, which stays.
+        Raises: StorageError.
+        """
+        try:
+            absent = self._objects.read(bytes_of(name)).result() if generation is None else None
+            if absent is not None and absent.state == "value":
+                return None
+            condition = absent.stamp.generation if absent is not None else generation
+            stamp = self._objects.write(bytes_of(name), data, if_equal=condition).result()
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise storage_error(error, self) from error
+        return bytes(stamp.generation) or None
 
     def list(self, prefix: str = "") -> list[str]:
         """Names of all objects, at any depth, that begin with a prefix; sorted.
@@ -355,36 +396,6 @@ class _RangedFile(io.RawIOBase):
         return len(data)
 
 
-def _write_file(path: Path, blocks: Iterable[bytes]) -> None:
-    """Atomically: into a file beside it, locked while its writer lives, which is renamed when it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
-    try:
-        with unfinished.open("xb") as file:
-            with suppress(OSError):  # of a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.writelines(blocks)
-            file.flush()
-            os.fsync(file.fileno())
-            unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what writers that were killed left behind, at any depth; what a living one has locked stays."""
-    for path in folder.rglob(f"*{UNFINISHED}"):
-        with suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-
-
 Where = str | Path | Place
 """As a user gives it."""
 
@@ -437,8 +448,14 @@ def storage_error(error: Exception, where: Place | Path, verb: str = "written") 
     return (OutageError if lost else StorageError)(f"{where} cannot be {verb}: {text}")
 
 
+def without_password(url: str) -> str:
+    """Return a URL as it may be shown: without a name and a password ahead of its host."""
+    return re.sub(r"(://)[^/@]*@", r"\1", url)
+
+
 def _server_words(text: str) -> str:
     """Of tensorstore's message, without the details of the request."""
+    text = without_password(text)
     said = re.sub(r"^([A-Z_]+: )+", "", re.sub(r"\s*\[[\w-]+='.*", "", text, flags=re.DOTALL))
     if "NoSuchBucket" in text:
         return "the bucket does not exist"
@@ -446,7 +463,7 @@ def _server_words(text: str) -> str:
         return f"the server refuses access ({said}); check the credentials and what they allow"
     if UNANSWERED.search(text):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        server = f"the server {endpoint}" if endpoint else "the server"
+        server = f"the server {without_password(endpoint)}" if endpoint else "the server"
         fault = "does not answer" if "CURL error" in text else "keeps failing"
         return f"{server} {fault} ({said}); once it serves, run the same command again"
     return said

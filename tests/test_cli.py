@@ -74,7 +74,7 @@ def test_mistakes_get_one_sentence(
     outcome = run_eupe(*words)
     assert outcome.code == code
     assert said in sentence(outcome)
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.__lock"))
     assert not (tmp_path / "r").exists()
 
 

@@ -21,6 +21,7 @@ from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, TIMM, ExportConfig
 from eupe.export.model_card import write_card
 from eupe.export.source import Says, Source, Written, open_source
 from eupe.export.verify import Proof, prove, require_sameness
+from eupe.files import publish
 from eupe.reading import read_json
 from eupe.share import share
 from eupe.teachers.weights import brief
@@ -108,9 +109,7 @@ def export(config: ExportConfig) -> ExportReport:
         _keep(folder / RECORD_FILE, asked, report, proof, files)
         for file in folder.iterdir():
             share(file)
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        folder.rename(config.out.absolute())
+        publish(folder, config.out.absolute())
     return report
 
 

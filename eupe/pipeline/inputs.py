@@ -14,6 +14,7 @@ from eupe.checkpoints import DIRECTORY_PATTERNS, weights_files
 from eupe.corpus.folder import file_names
 from eupe.corpus.index import Corpus, read_index
 from eupe.corpus.sources import find_source
+from eupe.files import write_file
 from eupe.names import name_of
 from eupe.place import Place
 from eupe.teachers.preprocess import OWN_FILES
@@ -57,9 +58,7 @@ class Inputs:
 
     def keep(self) -> None:
         """Remember digests for the next time."""
-        temporary = self._memory.with_name(f"{DIGESTS}.tmp")
-        temporary.write_text(json.dumps(self._digests))
-        temporary.replace(self._memory)
+        write_file(self._memory, json.dumps(self._digests))
 
     def pictures(self, words: str) -> Pictures:
         """Raises: CorpusError if there is no corpus of that name."""

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from eupe.errors import ConfigError
+from eupe.reading import parse_yaml
 
 SHIPPED = resources.files("eupe") / "recipes"
 TOP = ("about", "out", "let", "steps")
@@ -98,9 +99,9 @@ def parse_settings(words: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise ConfigError(f"--set takes NAME=VALUE, got {word}")
         try:
-            settings[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {word}: the value is not YAML ({' '.join(str(error).split())})") from error
+            settings[name] = parse_yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"--set {word}: the value is not YAML ({error})") from error
     return settings
 
 
@@ -134,9 +135,9 @@ def parse_recipe(path: str, text: str, settings: Mapping[str, Any], problems: Pr
 def _load(path: str, text: str) -> dict[str, Any]:
     held = _WRITTEN.sub(lambda match: f"{_OPEN}{match[1]}{_CLOSE}", text)
     try:
-        plain = yaml.load(held, Loader=_Strict)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {_as_written(' '.join(str(error).split()))}") from error
+        plain = parse_yaml(held, _Strict)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not YAML: {_as_written(str(error))}") from error
     if not isinstance(plain, dict):
         raise ConfigError(f"{path} is not a recipe: it must be a mapping with {', '.join(TOP)}")
     return plain

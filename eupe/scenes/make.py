@@ -18,6 +18,7 @@ from typing import Any
 
 from eupe.ahead import map_ahead
 from eupe.errors import ConfigError, IncompleteError, StorageError
+from eupe.files import publish
 from eupe.reading import read_json
 from eupe.scenes.catalogue import CATEGORIES, CLASSES
 from eupe.scenes.layouts import LAYOUTS, Request
@@ -76,7 +77,7 @@ def make_scenes(
                 return ScenesReport(str(config.out), counts, cached=True)
             cores = len(os.sched_getaffinity(0))
             counts = _fill(folder, request, processes or cores, progress or (lambda *_: None))
-            folder.rename(config.out)
+            publish(folder, config.out)
     except OSError as error:
         if isinstance(error, StorageError):
             raise

@@ -6,7 +6,6 @@ a checksum are in the metadata. Random numbers, the schedule and the place in th
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eupe.errors import RunError, StorageError
+from eupe.files import remove_unfinished, replacing
 from eupe.share import share
 from eupe.train.distiller import Distiller
 from eupe.train.ema import Ema
@@ -108,7 +108,8 @@ def save_checkpoint(
     """
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):
+    remove_unfinished(folder)
+    for leftover in folder.glob(".*.tmp"):  # as earlier versions called theirs
         leftover.unlink()
     save_tensors(tensors, folder / _name(step), step=step, dtype=dtype)
     for old in steps_kept(run)[:-keep]:
@@ -117,23 +118,18 @@ def save_checkpoint(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int, dtype: str | None = None) -> None:
-    """A safetensors file under a temporary name, synced, then renamed.
+    """Write a safetensors file whole or not at all.
 
     Raises: StorageError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    facts = {"step": str(step), CHECKSUM: checksum(contiguous, step)} | ({DTYPE: dtype} if dtype else {})
     try:
-        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        facts = {"step": str(step), CHECKSUM: checksum(contiguous, step)} | ({DTYPE: dtype} if dtype else {})
-        save_file(contiguous, temporary, metadata=facts)
-        share(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path) as unfinished:
+            save_file(contiguous, unfinished, metadata=facts)
+            share(unfinished)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path} cannot be written: {error}; free some space and go on with --resume") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def steps_kept(run: Path) -> list[int]:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from eupe.errors import ConfigError
+from eupe.files import replacing, write_file
 from eupe.train.batch import Batch
 from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
@@ -102,9 +103,7 @@ class RunLog:
         self._path = run / METRICS_FILE
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(self._path)
+            write_file(self._path, "".join(f"{line}\n" for line in kept))
         self._wandb = None if config.wandb is None else _WandbRun(run, config.wandb, card)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
@@ -139,9 +138,8 @@ class RunLog:
         """Keep what the student makes of some views after so many steps."""
         path = self._run / PICTURES / f"{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        picture.save(temporary, format="png")
-        temporary.replace(path)
+        with replacing(path) as unfinished:
+            picture.save(unfinished, format="png")
         self._board.add_image(PICTURES, np.asarray(picture), step, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.picture(step, picture)
@@ -165,9 +163,7 @@ class _WandbRun:
         self._wandb = require_wandb()
         path = run / WANDB_FILE
         if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(secrets.token_hex(4))
-            temporary.replace(path)
+            write_file(path, secrets.token_hex(4))
         try:
             self._run = self._wandb.init(
                 project=project,

@@ -19,6 +19,8 @@ import yaml
 
 from eupe.encoder import near
 from eupe.errors import ConfigError
+from eupe.files import write_file
+from eupe.reading import parse_yaml
 from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
 
@@ -119,13 +121,13 @@ def read_options(path: Path) -> Options:
     Raises: ConfigError.
     """
     try:
-        plain = yaml.safe_load(path.read_text())
+        plain = parse_yaml(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(
             f"there is no file {path}, as --config names it; a run keeps its own in {OPTIONS_FILE}"
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
     if not isinstance(plain, dict):
         raise ConfigError(f"--config {path} must hold options, like `batch-size: 128`")
     kinds = typing.get_type_hints(TrainConfig)
@@ -150,7 +152,7 @@ def write_options(config: TrainConfig, card: RunCard, path: Path) -> None:
     resolved |= {name: card.config[name] for name in ("student", "size")}
     resolved |= {"steps": card.total_steps, "epochs": None}
     plain = {name.replace("_", "-"): _plain(value) for name, value in resolved.items() if value is not None}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False))
+    write_file(path, yaml.safe_dump(plain, sort_keys=False))
 
 
 def _override(options: Options, stronger: Options) -> None:

@@ -305,7 +305,7 @@ def test_a_full_temporary_disk_is_one_sentence(
 
     asked = words(tiny_corpus, tiny_weights)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for owner, name in ((place, "_write_file"), (os, "mkdir")):
+    for owner, name in ((place, "write_file"), (os, "mkdir")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             outcome = run_eupe(*asked)

@@ -62,7 +62,7 @@ def little_patience(module):
 
 def failing_writes(module):
     """Of objects of parts, in the middle of each."""
-    write = module._write_file
+    write = module.write_file
 
     def failing(path, blocks):
         folders = path.parts[:-1]
@@ -71,7 +71,7 @@ def failing_writes(module):
         time.sleep(float(os.environ["PLANTED_WRITE_SECONDS"]))
         return write(path, broken(blocks, getattr(errno, next_outcome("PLANTED_WRITES"), 0)))
 
-    module._write_file = failing
+    module.write_file = failing
 
 
 def broken(blocks, number):

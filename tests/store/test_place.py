@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eupe.errors import ConfigError, StorageError
-from eupe.place import UNFINISHED, Place, remove_unfinished, storage_error
+from eupe.files import UNFINISHED, remove_unfinished
+from eupe.place import Place, storage_error
 
 
 @pytest.fixture
