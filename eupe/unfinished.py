@@ -19,6 +19,8 @@ def unfinished(out: Path, *, verb: str) -> Iterator[Path]:
     Raises: ConfigError if another process is at work on the same; OSError.
     """
     folder = out.with_name(f".{out.name}.unfinished")
+    if folder.is_symlink():
+        raise ConfigError(f"{folder}, where {out} is to be made, is a link; remove it, and run the same again")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:

@@ -440,5 +440,5 @@ def _interruptible(stores: Iterable[Store]) -> Iterator[None]:
 
 
 def _stopped(stores: Iterable[Store]) -> IncompleteError:
-    done = [f"{len(committed_parts(store.path))} of {store.spec.num_parts} parts of {store.path}" for store in stores]
+    done = [f"{len(store.committed_parts())} of {store.spec.num_parts} parts of {store.path}" for store in stores]
     return IncompleteError(f"stopped: {', '.join(done)} are committed; run the same command again to go on")

@@ -77,7 +77,9 @@ def _run_child(
         "sizes": list(sizes),
     }
     with subprocess.Popen(
-        [sys.executable, "-m", "eupe.extract.isolate"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-P", "-m", "eupe.extract.isolate"],  # -P: nothing comes from the working directory
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as child:
         assert child.stdin is not None and child.stdout is not None
         try:

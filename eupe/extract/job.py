@@ -21,6 +21,7 @@ from eupe.extract.calibrate import settle
 from eupe.extract.config import STORES, ExtractConfig, require_counts
 from eupe.extract.dispatch import Status, run_parts
 from eupe.extract.plan import require_common_sizes, shape_of, store_spec
+from eupe.holding import Holder
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.catalogue import find_store
@@ -101,11 +102,40 @@ def extract_together(
     began = time.monotonic()
     configs = [with_absolute_paths(config) for config in configs]
     teachers = checked_teachers(configs)
+    with Holder("extract") as holder:
+        stores, corpus, unfinished, views_per_s = _filled(configs, teachers, holder, on_status)
+    seconds = time.monotonic() - began
+    return [
+        _report(
+            store,
+            corpus,
+            seconds=seconds,
+            views_per_s=views_per_s if i in unfinished else None,
+            normalised_by=where_from(teachers[i], configs[i].weights),
+        )
+        for i, store in enumerate(stores)
+    ]
+
+
+def _filled(
+    configs: Sequence[ExtractConfig],
+    teachers: Sequence[TeacherSpec],
+    holder: Holder,
+    on_status: Callable[[Status], None],
+) -> tuple[list[Store], Corpus, Collection[int], float | None]:
+    """Return the finished stores, the pictures, which of the stores were not finished before, and how fast it went."""
+
+    def told(status: Status) -> None:
+        holder.require_held()
+        on_status(status)
+
     places = [place_of_store(config) for config in configs]
-    existing = [open_store(place) if place.exists(ROOT_DOCUMENT) else None for place in places]
-    for place, store in zip(places, existing, strict=True):
-        if store is None:
+    for place in places:
+        if not place.exists(ROOT_DOCUMENT):
             require_empty(place)
+        if not (place.exists(ROOT_DOCUMENT) and open_store(place).finished):
+            holder.hold(place)
+    existing = [open_store(place) if place.exists(ROOT_DOCUMENT) else None for place in places]
     require_cluster(configs[0].ray_address)
     indexes = [stored_index(store) if store is not None and has_index(store) else None for store in existing]
     previous = next((index for index in indexes if index is not None), None)
@@ -119,27 +149,22 @@ def extract_together(
     corpus = picked(configs[0], corpus)
     with JobActors(configs, teachers, corpus) as actors:
         stores = [
-            _store_to_fill(actors, i, teachers[i], _as_stored(corpus, indexes[i]), places[i], existing[i], on_status)
+            _store_to_fill(
+                actors, i, teachers[i], _as_stored(corpus, indexes[i]), places[i], existing[i], holder, on_status
+            )
             for i in range(len(configs))
         ]
         if configs[0].retry_failed:
+            for store in stores:
+                holder.hold(store.path)
             stores = [forget_parts(store, store.failed_parts()) for store in stores]
         unfinished = {i: store for i, store in enumerate(stores) if not store.finished}
         views_per_s = None
         if unfinished:
-            views_per_s = run_parts(actors, unfinished, _common_index(list(unfinished.values())), on_status)
+            views_per_s = run_parts(actors, unfinished, _common_index(list(unfinished.values())), told)
+        holder.require_held()
         stores = _finish(stores, unfinished)
-    seconds = time.monotonic() - began
-    return [
-        _report(
-            store,
-            corpus,
-            seconds=seconds,
-            views_per_s=views_per_s if i in unfinished else None,
-            normalised_by=where_from(teachers[i], configs[i].weights),
-        )
-        for i, store in enumerate(stores)
-    ]
+    return stores, corpus, unfinished, views_per_s
 
 
 def _finish(stores: Sequence[Store], unfinished: Collection[int]) -> list[Store]:
@@ -180,6 +205,7 @@ def _store_to_fill(
     corpus: Corpus,
     place: Place,
     existing: Store | None,
+    holder: Holder,
     on_status: Callable[[Status], None],
 ) -> Store:
     """The store of one of the teachers."""
@@ -187,6 +213,8 @@ def _store_to_fill(
     spec = wanted_spec(config, teacher, corpus, weights_sha256=actors.weights_sha256[i], dtype=actors.dtype_name)
     if config.out is None and (twin := find_store(STORES, spec, fidelity=config.fidelity)) is not None:
         place, existing = twin.path, twin
+    if existing is None or not existing.finished or existing.spec.corpus["fingerprint"] != corpus.fingerprint:
+        holder.hold(place)
     return _open_or_create(actors, i, place, spec, corpus, existing, on_status)
 
 

@@ -87,7 +87,7 @@ def stored_pictures(store: Store, given: Where | None) -> Place:
         given: what the corpus is called now; None for the place noted in the store.
     Raises: CorpusError if there is no such folder.
     """
-    root = Place.of(store.spec.corpus["root"]) if given is None else corpus_root(given)
+    root = store.corpus_root() if given is None else corpus_root(given)
     if root.is_local and not root.local.is_dir():
         raise CorpusError(f"the pictures of {store.path} are not in {root}; name their folder by --corpus")
     return root

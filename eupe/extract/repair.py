@@ -33,6 +33,7 @@ from eupe.extract.recipe import (
     stored_teacher,
     weights_file,
 )
+from eupe.holding import Holder
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.layout import moments_name, part_name, segment_name
@@ -127,8 +128,16 @@ def repair(
 
     Raises: an EupeError for whatever the user can mend; IncompleteError if there is still damage at the end.
     """
-    began = time.monotonic()
     place = Place.of(config.store)
+    open_store(place)
+    with Holder("store repair") as holder:
+        holder.hold(place)
+        return _repaired(config, place, open_crew, on_status)
+
+
+def _repaired(config: RepairConfig, place: Place, open_crew: OpenCrew, on_status: OnStatus) -> RepairReport:
+    """See `repair`; the store is held."""
+    began = time.monotonic()
     found = _verified(place, "verifying", on_status)
     documents = _restore_metadata(open_store(place), found)
     if segments := _restore_index(open_store(place), found, config.corpus, on_status):

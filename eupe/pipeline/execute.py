@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -16,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eupe.errors import ConfigError, IncompleteError, StepError, StorageError
+from eupe.errors import IncompleteError, StepError, StorageError
+from eupe.files import write_file
+from eupe.holding import lock_file
 from eupe.pipeline.plan import REPORTS, PlannedStep, read_report
 from eupe.stopping import stop_signals
 
@@ -76,7 +77,7 @@ def _run(
     began = time.monotonic()
     with printed.open("wb") as stdout:
         child = subprocess.Popen(
-            [sys.executable, "-m", "eupe", *words],
+            [sys.executable, "-P", "-m", "eupe", *words],  # -P: nothing is imported from the working directory
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             start_new_session=True,  # a terminal's Ctrl-C is for this process, which passes it on once
@@ -92,8 +93,8 @@ def _run(
         error.exit_code = max(code, 1)
         raise error
     kept = {"command": command, "content": one.content, "seconds": seconds, "report": _read(printed, one.step.name)}
-    printed.write_text(json.dumps(kept, indent=2) + "\n")
-    printed.replace(one.report)
+    write_file(one.report, json.dumps(kept, indent=2) + "\n")
+    printed.unlink()
     return kept
 
 
@@ -126,14 +127,10 @@ def _alone(out: Path) -> Iterator[int]:
     """
     try:
         (out / REPORTS).mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT)
+        lock = lock_file(out / LOCK, verb="run", of=out)
     except OSError as error:
         raise StorageError(f"the pipeline's directory {out} cannot be made: {error}") from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another `eupe run`, or a step of one, is at work in {out}; wait for its end") from error
         yield lock
     finally:
         os.close(lock)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eupe.corpus.index import index_root
+from eupe.corpus.sources import corpus_root
 from eupe.errors import EupeError
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.validate import MAKES, RUN, STORE, Ref, Step
@@ -17,6 +19,8 @@ from eupe.train.card import CONFIG_FILE
 
 REPORTS = "reports"
 KEY_LENGTH = 8
+READ_PICTURES = ("train", "eval agreement")
+"""Verbs that read the pictures of a store whose place they are not told."""
 PICTURES = ("corpus", "images", "data", "calibrate")
 """Options that name pictures; `data` names what is known about them, too."""
 
@@ -126,11 +130,27 @@ def _plan(step: Step, out: Path, inputs: Inputs, before: Mapping[str, PlannedSte
     stem = f"{step.name}-{key[:KEY_LENGTH]}"
     output = _output(step, out, stem)
     words = [*step.verb.name.split(), *step.words({name: str(before[name].output) for name in step.needs})]
+    if step.verb.name in READ_PICTURES and "corpus" not in step.options and (bucket := _bucket(step, before)):
+        words += ["--corpus", bucket]
     if output is not None:
         words = [*_without_out(words, step), "--out", str(output)]
     report = out / REPORTS / f"{stem}.json"
     state = _state(step, output, report, content)
     return PlannedStep(step, key, content, output, report, tuple(words), state, tuple(missing))
+
+
+def _bucket(step: Step, before: Mapping[str, PlannedStep]) -> str | None:
+    """Return where the pictures of a step's stores are, if that is a bucket, for which a store's word is not enough.
+
+    The recipe has named it, or the index that leads there, for the extraction.
+    """
+    for needed in (before[name].step for name in step.needs):
+        corpus = next((word for word in needed.options.get("corpus", ()) if isinstance(word, str)), None)
+        if corpus is None and (found := _bucket(needed, before)):
+            return found
+        if corpus is not None and not (root := index_root(corpus) or corpus_root(corpus)).is_local:
+            return str(root)
+    return None
 
 
 def _evaluations(before: Mapping[str, PlannedStep]) -> list[str]:

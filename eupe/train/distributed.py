@@ -25,7 +25,8 @@ from eupe.train.world import World
 RESTARTS = 10
 """Of the workers, before a run that loses them gives up; each goes on from the newest checkpoint."""
 POLL_S = 0.5
-RAY_FOLDER = "ray"
+RAY_FOLDER = ".ray-train"
+"""Of Ray Train's own files in a run's directory; made for each training, and removed."""
 AGREED = (IncompleteError, TrainingError)
 """Errors that all workers come to at the same step."""
 

@@ -16,6 +16,9 @@ import torch
 
 from eupe.device import pick_device
 from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, StorageError
+from eupe.files import write_file
+from eupe.holding import LOCK, Holder
+from eupe.place import Place
 from eupe.reading import read_json
 from eupe.stopping import stop_signals
 from eupe.train.batch import Batch, Request
@@ -105,6 +108,14 @@ def train_together(
     Raises: as `train`; ConfigError if the students ask for different streams.
     """
     _require_one_stream(configs)
+    with Holder("train") as holder:
+        return _trained(configs, holder, on_status)
+
+
+def _trained(
+    configs: Sequence[TrainConfig], holder: Holder, on_status: Callable[[int, TrainStatus], None]
+) -> list[TrainReport]:
+    """See `train_together`."""
     if any(config.wandb is not None for config in configs):
         require_wandb()
     corpora = open_corpora(configs[0])
@@ -117,6 +128,9 @@ def train_together(
         for corpus in corpora:
             corpus.check_views()
         for i in unfinished:
+            holder.hold(Place.of(configs[i].out))
+            if _recognise(configs[i], cards[i]) is not None:
+                raise RunError(f"{configs[i].out} was finished by another `eupe train` just now; run the same again")
             _begin(configs[i], cards[i])
         made = _train_unfinished(
             [configs[i] for i in unfinished],
@@ -335,7 +349,7 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
     if not (run / CONFIG_FILE).exists():
         if config.resume:
             raise RunError(f"--resume: there is no run in {run}; leave --resume out to start it")
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
             raise RunError(f"{run} holds something that is no training run; give another --out")
         return None
     try:
@@ -347,7 +361,7 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
         raise RunError(
             f"{run} holds a {CONFIG_FILE} or {REPORT_FILE} that is no training run's; give another --out"
         ) from error
-    if not (run / METRICS_FILE).exists():
+    if report is None and not (run / METRICS_FILE).exists() and not steps_kept(run):
         return None  # something was wrong before its first step
     if different := kept.differences(card):
         raise RunError(
@@ -375,6 +389,4 @@ def _begin(config: TrainConfig, card: RunCard) -> None:
 
 
 def _write_json(path: Path, plain: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(plain, indent=2) + "\n")
-    temporary.replace(path)
+    write_file(path, json.dumps(plain, indent=2) + "\n")

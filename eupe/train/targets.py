@@ -204,7 +204,7 @@ def open_targets(paths: Sequence[Where], *, corpus: Where | None, holdout: float
     Raises: StoreError, ConfigError, CorpusError.
     """
     stores = open_stores(paths)
-    root = Place.of(stores[0].spec.corpus["root"]) if corpus is None else corpus_root(corpus)
+    root = stores[0].corpus_root() if corpus is None else corpus_root(corpus)
     targets = TargetSet(stores, root, holdout=holdout, corpus_given=corpus is not None)
     for store in stores:
         targets.require_pictures(store.spec.sizes[0])

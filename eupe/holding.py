@@ -1,0 +1,204 @@
+"""One writer to a place: a lock on disks, a lease in object stores; a second writer is told who holds it since when.
+
+On a disk the lock is the operating system's (`flock`), so it ends with its process however that dies. Two machines see
+each other's only where their file system passes locks on: NFS since version 4 and Lustre mounted with `flock` do. In an
+object store it is an object that its holder writes again every few seconds, each time on the condition that it is still
+its own; whoever finds one waits to see whether it changes. It takes a server that honours conditional writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from eupe.errors import ConfigError, IncompleteError, StorageError
+from eupe.place import Place
+from eupe.reading import parse_json
+
+LOCK = ".eupe.__lock"
+"""In the folder that is held; lists leave names that end so out."""
+LEASE = ".eupe-lease.json"
+RENEW_SECONDS = 5.0
+PATIENCE_SECONDS = 4 * RENEW_SECONDS
+"""After which a lease that has not changed was left by a process that was killed."""
+
+
+class Holder:
+    """Holds places for a command until its end; the same place as often as it likes."""
+
+    def __init__(self, verb: str) -> None:
+        self._verb = verb
+        self._held: set[Place] = set()
+        self._stack = ExitStack()
+        self._leases: list[_Lease] = []
+
+    def __enter__(self) -> Holder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def hold(self, place: Place) -> None:
+        """Hold a folder, which is made where it is not there, and gone again if it stays empty.
+
+        A folder that may not be written is not held: nothing will be written there.
+
+        Raises: ConfigError if another process holds it; StorageError.
+        """
+        place = place.resolved()
+        if place in self._held:
+            return
+        if place.is_local:
+            self._stack.enter_context(_locked_folder(place.local, self._verb))
+        else:
+            self._leases.append(self._stack.enter_context(_Lease(place, self._verb)))
+        self._held.add(place)
+
+    def require_held(self) -> None:
+        """Raises: IncompleteError if another process has taken a lease over, as after a long outage."""
+        for lease in self._leases:
+            if lease.lost:
+                raise IncompleteError(
+                    f"another process writes to {lease.place} by now, since this one could not renew its hold on it; "
+                    "the parts that were committed are whole"
+                )
+
+
+@contextmanager
+def _locked_folder(folder: Path, verb: str) -> Iterator[None]:
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = lock_file(folder / LOCK, verb=verb, of=folder)
+    except PermissionError:
+        yield
+        return
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink()
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def lock_file(path: Path, *, verb: str, of: Path) -> int:
+    """Open a file and lock it, with a note in it of who has done so; return its descriptor.
+
+    Args:
+        of: what is held by that, for the sentence that says so.
+    Raises: ConfigError if another process has it; OSError.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note = os.pread(descriptor, 4096, 0)
+            os.close(descriptor)
+            raise ConfigError(_is_held(of, note)) from None
+        except OSError:  # of a file system without locks
+            pass
+        if _is_still(path, descriptor):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_note(verb)).encode(), 0)
+            return descriptor
+        os.close(descriptor)  # its holder has removed it just now
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _note(verb: str) -> dict[str, str | int]:
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    return {"verb": verb, "process": os.getpid(), "host": socket.gethostname(), "since": since}
+
+
+def _is_held(of: object, note: bytes) -> str:
+    try:
+        held = parse_json(note)
+        who = f"`eupe {held['verb']}`, process {held['process']} on {held['host']}, since {held['since']}"
+    except (ValueError, KeyError, TypeError):
+        who = "a process that has not said who it is"
+    return f"{of} is being written by {who}; wait for its end, or stop it, and run the same command again"
+
+
+class _Lease:
+    """An object that says who writes below a place, written again while its holder lives."""
+
+    def __init__(self, place: Place, verb: str) -> None:
+        self.place = place
+        self.lost = False
+        self._note = _note(verb) | {"holder": secrets.token_hex(8)}
+        self._generation: bytes | None = None
+        self._ended = threading.Event()
+        self._renewing = threading.Thread(target=self._renew, daemon=True, name="eupe-lease")
+
+    def __enter__(self) -> _Lease:
+        """Raises: ConfigError if another process holds it; StorageError."""
+        self._generation = self.place.generation(LEASE)
+        if self._generation is not None and not self._is_abandoned():
+            raise ConfigError(_is_held(self.place, self._found()))
+        if not self._write():
+            raise ConfigError(_is_held(self.place, self._found()))
+        self._renewing.start()
+        return self
+
+    def _is_abandoned(self) -> bool:
+        """Wait to see whether its holder writes it again."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < until:
+            time.sleep(RENEW_SECONDS / 5)
+            if (now := self.place.generation(LEASE)) != self._generation:
+                self._generation = now
+                return now is None
+        return True
+
+    def _found(self) -> bytes:
+        try:
+            return self.place.read(LEASE)
+        except FileNotFoundError:
+            return b""
+
+    def _write(self) -> bool:
+        """Write the note, with something new in it; False if another has the lease."""
+        note = json.dumps({**self._note, "renewed": secrets.token_hex(8)}).encode()
+        taken = self.place.replace(LEASE, note, self._generation)
+        if taken is None and self._found() == note:  # it was written, and the server's word of that got lost
+            taken = self.place.generation(LEASE)
+        if taken is not None:
+            self._generation = taken
+        return taken is not None
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEW_SECONDS):
+            with suppress(StorageError):  # an outage; whoever takes the lease over meanwhile is noticed afterwards
+                if not self._write():
+                    self.lost = True
+                    return
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._renewing.join()
+        if not self.lost:
+            with suppress(StorageError):
+                self.place.replace(LEASE, None, self._generation)
