@@ -25,6 +25,7 @@ from eupe.cli_shared import (
     LabelColumn,
     LocalKeys,
     LocalWeights,
+    Overwrite,
     PicturesPath,
     err,
     escaped,
@@ -259,6 +260,7 @@ def index(
     image_key: ImageKey = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """List and hash pictures; cut off, the same command goes on."""
@@ -277,6 +279,7 @@ def index(
             patterns=Patterns(tuple(include or ()), tuple(exclude or ())),
             progress=lambda done, of: progress.update("indexing", done, of),
             choice=Choice(image_key, image_column, label_column),
+            overwrite=overwrite,
         )
     unreadable = found.samples["sha256"].null_count
     duplicates = found.duplicates
@@ -788,6 +791,7 @@ def store_info(path: str, as_json: Json = False) -> None:
 def store_stats(
     path: str,
     out_path: Annotated[Path | None, typer.Option("--out", help="Also draw them on this page (.html).")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """What a finished store's features are like: norms, channels, directions, outliers."""
@@ -799,7 +803,7 @@ def store_stats(
         require_page_name(out_path)
     summary = summarise(open_store(path))
     if out_path is not None:
-        write_stats_page(summary, out_path)
+        write_stats_page(summary, out_path, overwrite=overwrite)
     page = None if out_path is None else str(out_path)
     if as_json:
         finish({**summary.to_json(), "page": page}, as_json)
@@ -1183,6 +1187,7 @@ def viz(
         bool, typer.Option("--foreground", help="Colour the foreground alone, found by a model's first component.")
     ] = False,
     cell: Annotated[int | None, typer.Option(help="Side of a figure's cells in pixels; 224 by itself.")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Dense features as PCA maps side by side: a self-contained page, with the runs' loss curves, or a PNG figure."""
@@ -1197,5 +1202,6 @@ def viz(
         weights_keys=local_keys(weights_key),
         foreground=foreground,
         cell_px=cell,
+        overwrite=overwrite,
     )
     finish(dataclasses.asdict(report), as_json)

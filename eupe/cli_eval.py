@@ -19,6 +19,7 @@ from eupe.cli_shared import (
     LabelColumn,
     LocalKeys,
     LocalWeights,
+    Overwrite,
     PicturesPath,
     err,
     escaped,
@@ -416,6 +417,7 @@ def eval_text(
     captions: Annotated[Path | None, typer.Option(help="COCO's folder, whose captions are embedded instead.")] = None,
     templates: Templates = None,
     text_weights: TextWeights = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Embed class names or captions once, so that judging needs no text tower."""
@@ -430,6 +432,7 @@ def eval_text(
             captions=captions,
             templates=templates,
             weights=text_weights,
+            overwrite=overwrite,
             on_step=partial(progress.update, tower),
         )
     count, width = texts.embeddings.shape
@@ -544,12 +547,13 @@ def eval_report(
     ] = None,
     limit: Annotated[int, typer.Option(help="How many of these pictures.")] = 6,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Models, side by side",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Models by tasks, from all that was judged: one page, Markdown, or a table; unlike protocols are kept apart."""
     from eupe.pages.report_write import write_report
 
-    report = write_report(judged, out=out_path, images=images, limit=limit, title=title)
+    report = write_report(judged, out=out_path, images=images, limit=limit, title=title, overwrite=overwrite)
     if as_json:
         print(json.dumps(report.to_json()))
     elif report.out is not None:

@@ -29,6 +29,9 @@ out = _Console(highlight=False, soft_wrap=True)
 err = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the file at --out, though nothing in it says that eupe made it.")
+]
 PicturesPath = Annotated[
     str | None,
     typer.Option("--corpus", help="Where the pictures are now; else the place noted in the store."),

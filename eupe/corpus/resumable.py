@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -25,11 +26,16 @@ from eupe.corpus.index import (
 )
 from eupe.corpus.left_out import EVERYTHING, Patterns, added
 from eupe.corpus.sources import find_source
+from eupe.corpus.tables import is_index
 from eupe.errors import CorpusError, StorageError
-from eupe.place import Place, Where, remove_unfinished
+from eupe.files import remove_unfinished
+from eupe.outputs import require_out
+from eupe.place import Place, Where
 
 UNFINISHED = ".unfinished"
 """How the folder of pieces is called after the index, beside it."""
+PIECE = re.compile(r"\d{6}\.parquet")
+"""Names of pieces; nothing else in their folder is read or removed."""
 ROWS_PER_GROUP = 65536
 
 
@@ -40,17 +46,22 @@ def make_index(
     patterns: Patterns = EVERYTHING,
     progress: Progress = lambda done, of: None,
     choice: Choice = AS_FOUND,
+    overwrite: bool = False,
 ) -> Corpus:
     """Index pictures into a file, on from an earlier index there and from a run that was cut off.
 
     Args:
         source, patterns, choice: as `open_corpus` takes them.
-    Raises: CorpusError if there is no picture, or the place cannot be written; StorageError.
+        overwrite: what is there goes, whoever made it.
+    Raises: CorpusError if there is no picture, or the place cannot be written; ConfigError if something lies there that
+        is no index, or is what is to be read; StorageError.
     """
-    found, place = replace(find_source(source, patterns), choice=choice), Place.of(out)
+    found = replace(find_source(source, patterns), choice=choice)
+    sources = [source, *(found.root / name for name in found.files)]
+    place = require_out(out, lambda there: is_index(there.parent, there.name), sources=sources, overwrite=overwrite)
     if found.kind == "index":
         corpus = chosen_index(found)
-        write_index(corpus, out)
+        write_index(corpus, place)
         return corpus
     previous = None
     with contextlib.suppress(CorpusError):
@@ -72,7 +83,7 @@ def make_index(
         if place.is_local and found.root.is_local:
             raise CorpusError(f"the index {out} cannot be written: {error}") from error
         raise
-    for name in unfinished.list():
+    for name in filter(PIECE.fullmatch, unfinished.list()):
         unfinished.delete(name)
     if unfinished.is_local:
         remove_unfinished(unfinished.local)
@@ -93,7 +104,7 @@ def _piece(unfinished: Place, number: int) -> pa.Table:
 def _left_over(unfinished: Place) -> Iterator[Corpus]:
     if unfinished.is_local and not unfinished.local.is_dir():
         return
-    for name in unfinished.list():
+    for name in filter(PIECE.fullmatch, unfinished.list()):
         with contextlib.suppress(CorpusError):
             yield index_from_bytes(unfinished.read(name), name)
 

@@ -16,6 +16,7 @@ from eupe.errors import ConfigError, RunError, StorageError
 from eupe.reading import parse_json
 
 EVALUATIONS_FILE = "evaluations.jsonl"
+MOST_LINE_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,20 @@ def require_place(results: Path | None, runs: Iterable[str] = ()) -> None:
     if results is not None and (results.is_dir() or not results.absolute().parent.is_dir()):
         what = "is a folder" if results.is_dir() else "lies in no folder that is there"
         raise ConfigError(f"--results {results} {what}; give a file of results (.jsonl)")
+    if results is not None and results.is_file() and not _holds_results(results):
+        raise ConfigError(
+            f"--results {results} is there and holds no results, to which one could be added; name another"
+        )
+
+
+def _holds_results(file: Path) -> bool:
+    """Tell whether the first line of a file is a result, or there is none."""
+    with file.open("rb") as opened:
+        line = opened.readline(MOST_LINE_BYTES)
+    try:
+        return not line.strip() or bool(Result.from_json(parse_json(line)))
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        return False
 
 
 def _append(place: Path, line: bytes) -> None:

@@ -24,6 +24,7 @@ from eupe.errors import ConfigError
 from eupe.evaluate.layouts import caption_split
 from eupe.evaluate.prompts import AS_IT_IS, SLOT, TEMPLATES, Classes, read_classes, read_templates
 from eupe.evaluate.text_tower import TextTower, load_tower
+from eupe.outputs import require_out
 from eupe.place import Place
 from eupe.reading import parse_json
 from eupe.teachers.registry import ALIASES
@@ -148,18 +149,22 @@ def cache_texts(
     captions: Path | None = None,
     templates: Path | None = None,
     weights: Path | None = None,
+    overwrite: bool = False,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Texts:
     """Embed class names, or COCO's captions as they are, and keep them in a file.
 
     Args:
         tower: the teacher whose text space it is.
+        overwrite: what is there goes, whoever made it.
     Raises: ConfigError unless it is one of both; CorpusError, TeacherError, StorageError.
     """
     if (classes is None) == (captions is None):
         raise ConfigError("give either --classes or --captions: what is to be embedded")
     if captions is not None and templates is not None:
         raise ConfigError("captions are embedded as they are; leave --templates out")
+    sources = [each for each in (classes, captions, templates, weights) if each is not None]
+    place = require_out(out, lambda found: bool(_read_metadata(found.local)), sources=sources, overwrite=overwrite)
     if captions is not None:
         said, usual = Classes(tuple(dict.fromkeys(caption_split(captions).captions))), AS_IT_IS
     else:
@@ -167,7 +172,7 @@ def cache_texts(
         said, usual = read_classes(classes), TEMPLATES
     chosen = usual if templates is None else read_templates(templates)
     texts = embed_texts(load_tower(resolve_teacher(tower), weights=weights), said, chosen, on_step)
-    save_texts(texts, out)
+    save_texts(texts, place.local)
     return texts
 
 
@@ -201,6 +206,12 @@ def save_texts(texts: Texts, path: Path) -> None:
         BIAS: torch.tensor(texts.logit_bias, dtype=torch.float64),
     }
     Place.of(path.parent).write(path.name, safetensors.torch.save(tensors, metadata={METADATA: json.dumps(plain)}))
+
+
+def _read_metadata(path: Path) -> str:
+    """Raises: KeyError if it holds no embedded texts; OSError, SafetensorError."""
+    with safe_open(path, framework="pt") as file:
+        return str((file.metadata() or {})[METADATA])
 
 
 def load_texts(path: Path) -> Texts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +10,9 @@ from string import Template
 
 import eupe
 from eupe.errors import StorageError
+from eupe.files import write_file
+from eupe.outputs import MARK, begins_with_mark, require_out
+from eupe.place import Where
 
 STYLE = "page_style.html"
 
@@ -18,27 +21,28 @@ def fill_template(template: str, **values: object) -> str:
     """A page from one of this package's templates.
 
     Args:
-        values: what `$name` stands for, as HTML; `$style` and `$version` are filled in.
+        values: what `$name` stands for, as HTML; `$style`, with our mark ahead of it, and `$version` are
+            filled in.
     """
     folder = files("eupe.pages")
-    style = (folder / STYLE).read_text(encoding="utf-8").rstrip("\n")
+    style = f"{MARK}\n{(folder / STYLE).read_text(encoding='utf-8')}".rstrip("\n")
     text = Template((folder / template).read_text(encoding="utf-8"))
     return text.substitute(values, style=style, version=escape(eupe.__version__))
 
 
-def make_place(out: Path) -> None:
-    """Make the folder that a page or figure goes to.
+def make_place(out: Path, *, sources: Iterable[Where] = (), overwrite: bool = False) -> Path:
+    """Make the folder that a page or figure goes to, and return where it goes.
 
-    Raises: StorageError if it cannot stand at `out`.
+    Args:
+        sources, overwrite: as `eupe.outputs.require_out` takes them.
+    Raises: ConfigError if something is there that may not be replaced; StorageError.
     """
+    place = require_out(out, begins_with_mark, sources=sources, overwrite=overwrite).local
     try:
-        if out.is_dir():
-            raise StorageError(f"{out} cannot be written: it is a folder; name a file in it")
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except StorageError:
-        raise
+        place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error}") from error
+    return place
 
 
 def write_whole(out: Path, data: bytes) -> int:
@@ -46,16 +50,8 @@ def write_whole(out: Path, data: bytes) -> int:
 
     Raises: StorageError.
     """
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(out, data)
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error}") from error
     return len(data)

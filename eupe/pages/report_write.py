@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eupe.errors import ConfigError
+from eupe.outputs import MARKDOWN_MARK
 from eupe.pages.page import make_place, write_whole
 from eupe.pages.report import Merged, merge
 from eupe.pages.report_inputs import gather
@@ -42,6 +43,7 @@ def write_report(
     images: Where | None = None,
     limit: int = 6,
     title: str = TITLE,
+    overwrite: bool = False,
 ) -> Report:
     """Merge results, and write them if there is a place to write to.
 
@@ -49,6 +51,7 @@ def write_report(
         places: runs, and files of results.
         out: ends in .html or .md.
         images: pictures of which a page shows the runs' maps; at most `limit` of them.
+        overwrite: what is there goes, whoever made it.
     Raises: ConfigError, RunError, CorpusError, TeacherError; StorageError if `out` cannot be written.
     """
     if out is not None and out.suffix not in (PAGE, MARKDOWN):
@@ -56,15 +59,18 @@ def write_report(
     if images is not None and (out is None or out.suffix != PAGE):
         raise ConfigError(f"--images is for pages: give --out with a name that ends in {PAGE}, or leave it out")
     merged = merge(gather(places))
+    place = None
     if out is not None:
-        make_place(out)
+        sources = [*places, *([] if images is None else [images])]
+        place = make_place(out, sources=sources, overwrite=overwrite)
     found = tuple(licences(merged.models))
-    if out is not None and out.suffix == MARKDOWN:
-        write_whole(out, markdown(merged, title=title).encode(errors="replace"))
-    elif out is not None:
+    if place is not None and place.suffix == MARKDOWN:
+        heading, rest = markdown(merged, title=title).split("\n", 1)
+        write_whole(place, f"{heading}\n\n{MARKDOWN_MARK}\n{rest}".encode(errors="replace"))
+    elif place is not None:
         runs = {m.name: m.run for m in merged.models if m.run is not None and not m.untrained}
         maps = None if images is None else draw_maps(runs, images, limit=limit)
-        sources = [str(place) for place in places]
-        page = render_report(merged, title=title, sources=sources, licences=found, maps=maps)
-        write_whole(out, page.encode(errors="replace"))
+        read = [str(place) for place in places]
+        page = render_report(merged, title=title, sources=read, licences=found, maps=maps)
+        write_whole(place, page.encode(errors="replace"))
     return Report(merged, found, out)

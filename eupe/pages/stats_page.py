@@ -27,14 +27,13 @@ def require_page_name(out: Path) -> None:
         raise ConfigError(f"--out {out} must end in .html")
 
 
-def write_stats_page(summary: StoreSummary, out: Path) -> int:
+def write_stats_page(summary: StoreSummary, out: Path, *, overwrite: bool = False) -> int:
     """Write the page; returns its bytes.
 
-    Raises: ConfigError if `out` does not end in .html; StorageError if it cannot be written.
+    Raises: ConfigError if `out` does not end in .html, or is no page of ours; StorageError if it cannot be written.
     """
     require_page_name(out)
-    make_place(out)
-    return write_whole(out, render_stats_page(summary).encode(errors="replace"))
+    return write_whole(make_place(out, overwrite=overwrite), render_stats_page(summary).encode(errors="replace"))
 
 
 def render_stats_page(summary: StoreSummary) -> str:

@@ -65,6 +65,7 @@ def write_maps(
     weights_keys: Mapping[str, str] | None = None,
     foreground: bool = False,
     cell_px: int | None = None,
+    overwrite: bool = False,
 ) -> VizReport:
     """Write one HTML page, or one PNG figure, that shows what each model makes of the same pictures.
 
@@ -77,6 +78,7 @@ def write_maps(
         weights_keys: where among others in these files their tensors are.
         foreground: colour the foreground alone, found by each model's own first component.
         cell_px: side of a figure's cells.
+        overwrite: what is there goes, whoever made it.
     Raises: ConfigError, CorpusError, StoreError, RunError or TeacherError for what the user can mend;
         StorageError if `out` cannot be written.
     """
@@ -85,7 +87,7 @@ def write_maps(
     stores = [each for each in opened if isinstance(each, StoreSubject)]
     for each in stores:
         each.require(DENSE)
-    make_place(out)
+    place = make_place(out, sources=[images], overwrite=overwrite)
     corpus = open_corpus(images)
     runs = {each.name: run for each in opened if (run := run_of(each))}
     pictures = choose_pictures(_pictures_in_common(corpus, stores, list(runs.values())), limit)
@@ -106,7 +108,7 @@ def write_maps(
         pictures=tuple(picture.key for picture in pictures),
         num_held_out=sum(picture.held_out for picture in pictures),
         notes=tuple(f"{column.name}: {column.colours.note}" for column in columns if column.colours.note),
-        num_bytes=write_whole(out, data),
+        num_bytes=write_whole(place, data),
     )
 
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from eupe.errors import ConfigError
+from eupe.outputs import FIGURE_MARK
 from eupe.pages.viz_maps import ModelColumn, PictureCell
 
 CELL_PX = 224
@@ -102,7 +104,9 @@ def draw_figure(layout: Layout, pictures: Sequence[PictureCell], models: Sequenc
         for column, pixels in enumerate(cells):
             figure.paste(enlarged(pixels, layout.cell), layout.corner(row, column))
     buffer = io.BytesIO()
-    figure.save(buffer, "png")
+    mark = PngInfo()
+    mark.add_text(*FIGURE_MARK)
+    figure.save(buffer, "png", pnginfo=mark)
     return buffer.getvalue()
 
 

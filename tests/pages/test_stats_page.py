@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from eupe.errors import ConfigError, StorageError
+from eupe.errors import ConfigError
 from eupe.pages.stats_page import render_stats_page, thin_out, write_stats_page
 from eupe.pages.viz_chart import MAX_POINTS, svg_heat_map, svg_histogram
 from eupe.store import Store, open_store
@@ -189,7 +189,7 @@ class TestPage:
 
     def test_a_place_that_cannot_be_written(self, summary: StoreSummary, tmp_path: Path) -> None:
         (tmp_path / "folder.html").mkdir()
-        with pytest.raises(StorageError, match="it is a folder"):
+        with pytest.raises(ConfigError, match="is a folder; name a file in it"):
             write_stats_page(summary, tmp_path / "folder.html")
         with pytest.raises(ConfigError, match=r"must end in \.html"):
             write_stats_page(summary, tmp_path / "page")

@@ -536,7 +536,9 @@ class TestErrors:
     def test_a_place_that_cannot_be_written(self, world: World, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("kept")
         (tmp_path / "folder.html").mkdir()
-        for place in (tmp_path / "folder.html", tmp_path / "file" / "page.html", Path("/proc/page.html")):
+        with pytest.raises(ConfigError, match="is a folder; name a file in it"):
+            write_maps([str(world.store)], images=world.corpus, out=tmp_path / "folder.html", limit=1)
+        for place in (tmp_path / "file" / "page.html", Path("/proc/page.html")):
             with pytest.raises(StorageError, match="cannot be written"):
                 write_maps([str(world.store)], images=world.corpus, out=place, limit=1)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.html"]

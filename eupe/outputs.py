@@ -1,0 +1,84 @@
+"""Which files a command may write over: those that bear our mark, or that its user means by `--overwrite`; no source.
+
+The marks: of an index, `eupe.root` in its Parquet metadata; of embedded texts, `eupe.text` in their safetensors
+metadata; of a page, a figure or Markdown, a word near its beginning, which earlier versions did not write. Folders
+have marks of their own: `zarr.json` of a store, `config.json` of a run, `export.json`, `scenes.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from eupe.errors import ConfigError, StorageError
+from eupe.place import Place, Where
+
+MARK = '<meta name="generator" content="eupe">'
+"""Of pages."""
+MARKDOWN_MARK = "<!-- made by eupe -->"
+FIGURE_MARK = ("Software", "eupe")
+"""Of PNG, a chunk of text."""
+HEAD_BYTES = 4096
+"""Where a mark must be."""
+
+
+def require_out(
+    out: Where, is_ours: Callable[[Place], bool], *, sources: Iterable[Where] = (), overwrite: bool = False
+) -> Place:
+    """Return the file to write, behind a link its target, once it is known that nothing of somebody else's is lost.
+
+    Args:
+        is_ours: whether a file that is there bears our mark; may raise OSError, ValueError or an EupeError if not.
+        sources: what is read to make it.
+        overwrite: the user has said that what is there may go.
+    Raises: ConfigError if it is a source, a folder, a device, or a file that we did not make; StorageError.
+    """
+    try:
+        return _required(Place.of(out), out, is_ours, [*map(Place.of, sources)], overwrite)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise StorageError(f"{out} cannot be written: {error}") from error
+
+
+def _required(place: Place, out: Where, is_ours: Callable[[Place], bool], read: list[Place], overwrite: bool) -> Place:
+    """See `require_out`.
+
+    Raises: OSError, too.
+    """
+    if place.is_local and place.local.is_symlink():
+        if not place.local.exists():
+            raise ConfigError(f"--out {out} is a link to nothing; name another, or remove it")
+        place = place.resolved()
+    if any(place == source or _is_same(place, source) for source in read):
+        raise ConfigError(f"--out {out} is what is to be read; name another file")
+    if place.is_local and place.local.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name a file in it")
+    if place.is_local and place.local.exists() and not place.local.is_file():
+        raise ConfigError(f"--out {out} is a pipe or a device; name a file")
+    if place.parent.exists(place.name) and not _bears_mark(place, is_ours):
+        if any(place.url.startswith(f"{source.resolved().url.rstrip('/')}/") for source in read):
+            raise ConfigError(f"--out {out} lies in what is to be read, and is not of eupe's making; name another file")
+        if not overwrite:
+            raise ConfigError(
+                f"--out {out} is there, and nothing in it says that eupe made it; name another, or replace it with "
+                "--overwrite"
+            )
+    return place
+
+
+def _is_same(place: Place, source: Place) -> bool:
+    both = place.is_local and source.is_local and place.local.exists() and source.local.exists()
+    return both and place.local.samefile(source.local)
+
+
+def _bears_mark(place: Place, is_ours: Callable[[Place], bool]) -> bool:
+    try:
+        return is_ours(place)
+    except StorageError:
+        raise
+    except Exception:  # of libraries, about a file of any kind
+        return False
+
+
+def begins_with_mark(place: Place) -> bool:
+    """Tell whether a page, a figure or Markdown is ours."""
+    head = place.parent.read_range(place.name, 0, HEAD_BYTES)
+    return any(mark.encode() in head for mark in (MARK, MARKDOWN_MARK, "\0".join(FIGURE_MARK)))
