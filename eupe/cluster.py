@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,21 @@ def start_ray(num_cpus: int) -> None:
     if not _home_can_be_used():  # where Ray keeps the token that its processes know each other by
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
-        ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder), **QUIET)
+        with _nothing_of_the_working_directory():
+            ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder), **QUIET)
     except Exception as error:  # of many kinds; all say that Ray did not come up
         raise ConfigError(
             f"Ray cannot start on this machine, with its files in {folder}: {_first_line(error)}; name another short, "
             "writable folder in RAY_TMPDIR"
         ) from error
+
+
+def _nothing_of_the_working_directory() -> AbstractContextManager[None]:
+    """Keep Ray from putting this process's directory first where its workers look for modules.
+
+    That directory may hold a `numpy.py` of somebody else's; only whoever may change `/` can put one there.
+    """
+    return chdir("/")
 
 
 def scratch_folder() -> Path:
@@ -94,7 +103,8 @@ def join_ray(address: str, *, hello_seconds: float = HELLO_SECONDS) -> None:
     try:
         for host, port in _endpoints(_found_by_ray() if address == "auto" else address):
             _require_answer(host, port, hello_seconds)
-        ray.init(address=address, **QUIET)
+        with _nothing_of_the_working_directory():
+            ray.init(address=address, **QUIET)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray cluster answers at --ray-address {address} (or RAY_ADDRESS): {_first_line(error)}; start one, or "

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from eupe.corpus.folder import Row
+from eupe.reading import parse_json
 
 LABELS = (
     *("label", "class", "labels", "class_name", "class_label", "label_name", "category", "category_name"),
@@ -46,8 +47,14 @@ class Choice:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Choice:
-        """The reverse of `to_bytes`."""
-        return cls(**json.loads(data)) if data else cls()
+        """The reverse of `to_bytes`.
+
+        Raises: ValueError, TypeError if it is something else.
+        """
+        choice = cls(**parse_json(data)) if data else cls()
+        if not all(isinstance(value, str) for value in choice.given().values()):
+            raise TypeError("what was chosen is not in words")
+        return choice
 
 
 AS_FOUND = Choice()

@@ -15,6 +15,9 @@ from eupe.errors import CorpusError
 from eupe.names import key_of, name_of
 from eupe.place import Place
 
+MAX_PICTURE_BYTES = 2**30
+"""Of a file; decoders refuse far less, but only once it is in memory."""
+
 Row = dict[str, Any]
 """Of the index, by column; a column that is not named is null."""
 
@@ -119,10 +122,17 @@ def picture_row(root: Place, known: Known, key: str) -> Row:
         row |= {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         if before is not None and all(before[name] == row[name] for name in ("num_bytes", "mtime_ns")):
             row["sha256"] = before["sha256"]
-        row["sha256"] = row.get("sha256") or hashlib.sha256(root.path(key).read_bytes()).hexdigest()
+        if stat.st_size <= MAX_PICTURE_BYTES:  # else it is refused, once its turn comes
+            row["sha256"] = row.get("sha256") or _hash_of(root.path(key))
     except OSError:
         pass
     return row
+
+
+def _hash_of(file: Path) -> str:
+    """Raises: OSError."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, hashlib.sha256).hexdigest()
 
 
 def modified_ns(root: Place, name: str) -> int | None:

@@ -44,12 +44,14 @@ from eupe.corpus.left_out import (
     left_none,
 )
 from eupe.corpus.metadata import Metadata
+from eupe.corpus.own_table import read_own_table
 from eupe.corpus.pictures import OUTSIDE
 from eupe.corpus.sources import Source, find_folder, find_source, require_meaning
 from eupe.corpus.tables import table_rows
 from eupe.corpus.tars import tar_rows
-from eupe.errors import CorpusError, StorageError
+from eupe.errors import ConfigError, CorpusError, StorageError
 from eupe.place import Place, Where
+from eupe.reading import parse_json
 
 ROOT_KEY = b"eupe.root"
 GAPS_KEY = b"eupe.without_picture"
@@ -79,6 +81,8 @@ CONTAINED = pa.schema(
 )
 """Of pictures in tars and tables; a folder's index goes without what these columns add."""
 
+MAX_PLACE = 2**60
+"""Bytes of a file, or rows."""
 ROWS_AT_ONCE = 8192
 """Of a folder, made and written together."""
 
@@ -389,19 +393,43 @@ def index_from_bytes(data: bytes, where: str) -> Corpus:
     Raises: CorpusError, naming `where`, if it is something else.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table = read_own_table(data)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CorpusError(f"index {where} cannot be read as Parquet: {error}") from error
     metadata = table.schema.metadata or {}
-    if ROOT_KEY not in metadata or table.schema.names not in (SCHEMA.names, CONTAINED.names):
+    if ROOT_KEY not in metadata or not any(table.schema.equals(schema) for schema in (SCHEMA, CONTAINED)):
         raise CorpusError(
-            f"{where} is not an index of pictures; make one with `eupe index --corpus FOLDER --out {where}`"
+            f"{where} is not an index of pictures; make one with `eupe index --corpus FOLDER --out INDEX.parquet`"
         )
-    root = Place.of(metadata[ROOT_KEY].decode())
+    try:
+        root = Place.of(metadata[ROOT_KEY].decode())
+        others = parse_json(metadata.get(LEFT_OUT_KEY, b"{}"))
+        left_out = added({NO_PICTURE: int(metadata.get(GAPS_KEY, b"0"))}, others)
+        notes = parse_json(metadata.get(NOTES_KEY, b"[]"))
+        choice = Choice.from_bytes(metadata.get(CHOICE_KEY, b""))
+        if not all(type(count) is int for count in left_out.values()) or not all(isinstance(n, str) for n in notes):
+            raise ValueError("what it says of its pictures is not in words and counts")
+        _require_places(table)
+    except (ValueError, TypeError, AttributeError, ConfigError) as error:
+        raise CorpusError(f"index {where} is damaged ({error}); index the pictures again") from error
     _require_below(root, table, where)
-    left_out = added({NO_PICTURE: int(metadata.get(GAPS_KEY, b"0"))}, json.loads(metadata.get(LEFT_OUT_KEY, b"{}")))
-    choice, notes = Choice.from_bytes(metadata.get(CHOICE_KEY, b"")), json.loads(metadata.get(NOTES_KEY, b"[]"))
     return Corpus(root, table.replace_schema_metadata(), left_out, choice, notes)
+
+
+def _require_places(samples: pa.Table) -> None:
+    """Raises: ValueError for a row without a key, or a place in a file that none can have."""
+    if samples["key"].null_count:
+        raise ValueError("a picture has no key")
+    for name in ("num_bytes", "start", "length"):
+        column = samples[name] if name in samples.schema.names else pa.nulls(0, pa.int64())
+        ends = pc.min_max(column).as_py()
+        if (ends["min"] or 0) < 0 or (ends["max"] or 0) > MAX_PLACE:
+            raise ValueError(f"{name} is {ends['min']} to {ends['max']}")
+    if (
+        "file" in samples.schema.names
+        and pc.any(pc.xor(samples["file"].is_valid(), samples["start"].is_valid())).as_py()
+    ):
+        raise ValueError("a picture has a file and no place in it, or a place in no file")
 
 
 def _require_below(root: Place, samples: pa.Table, where: str) -> None:
@@ -415,6 +443,18 @@ def _require_below(root: Place, samples: pa.Table, where: str) -> None:
             f"index {where} names {some_keys([*map(str, outside)])}, which does not lie below its root {root}; index "
             "the pictures again"
         )
+
+
+def index_root(path: Where) -> Place | None:
+    """Return the root that a local index names, reading no row of it; None of what is no such file."""
+    place = Place.of(path)
+    if not place.is_local or not place.local.is_file():
+        return None
+    try:
+        metadata = pq.read_schema(place.local).metadata or {}
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    return Place.of(metadata[ROOT_KEY].decode()) if ROOT_KEY in metadata else None
 
 
 def read_index(path: Where) -> Corpus:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from eupe.corpus.folder import MAX_PICTURE_BYTES
 from eupe.corpus.tables import read_row
 from eupe.errors import CorpusError, OutageError, StorageError
 from eupe.place import Place, storage_error
@@ -48,11 +49,14 @@ def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
     """
     require_below(root, key if inside is None else inside.file)
     try:
+        _require_file(root, key if inside is None else inside.file)
         if inside is None:
-            _require_file(root, key)
+            require_length(root, key)
             return root.read(key)
         if inside.length is None:
             return read_row(root, inside.file, inside.start, key)
+        if inside.length > MAX_PICTURE_BYTES:
+            raise CorpusError(too_long(inside.length))
         data = root.read_range(inside.file, inside.start, inside.length)
     except FileNotFoundError as error:
         _require_root(root)
@@ -77,6 +81,20 @@ def require_below(root: Place, name: str) -> None:
     """
     if root.is_local and re.search(OUTSIDE, name):
         raise CorpusError(f"{name} does not lie below {root}; pictures and the files that hold them must lie there")
+
+
+def require_length(root: Place, key: str) -> None:
+    """Ask a local file for its length ahead of reading it.
+
+    Raises: CorpusError if it is longer than any picture; FileNotFoundError; StorageError.
+    """
+    if root.is_local and (length := root.size(key)) > MAX_PICTURE_BYTES:
+        raise CorpusError(too_long(length))
+
+
+def too_long(length: int) -> str:
+    """Say why a picture of so many bytes is not read."""
+    return f"{length} bytes are more than a picture has (at most {MAX_PICTURE_BYTES})"
 
 
 def _require_file(root: Place, key: str) -> None:

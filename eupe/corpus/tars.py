@@ -9,7 +9,6 @@ holds folders: each picture stands for itself, whatever dots are in its name, an
 from __future__ import annotations
 
 import hashlib
-import json
 import posixpath
 import re
 import tarfile
@@ -27,6 +26,7 @@ from eupe.corpus.left_out import added, hidden, not_read
 from eupe.errors import CorpusError
 from eupe.names import key_of
 from eupe.place import BLOCK_BYTES, Place
+from eupe.reading import parse_json
 
 MEMBER = re.compile(r"(?P<sample>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
 SIDECARS = ("cls", "json", "txt")
@@ -301,7 +301,7 @@ def _read_words(text: str, kind: str, words: _Words, tar: _Tar) -> None:
         tar.entries.setdefault("cls")
         words.cls = text.strip() if column in (None, "cls") else None
         return
-    notes: Any = json.loads(text)
+    notes: Any = parse_json(text)
     if not isinstance(notes, dict):
         return
     for name in notes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from eupe.errors import StoreError
 from eupe.place import Place
 from eupe.store.layout import StoreSpec, differences
-from eupe.store.reader import ROOT_DOCUMENT, Store, committed_parts, open_store
+from eupe.store.reader import ROOT_DOCUMENT, Store, open_store
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def describe(store: Store) -> StoreEntry:
     views = spec.views
     colours = f" photometric {views['photometric']}" if spec.photometric else ""
     seed = f" seed {views['seed']}" if "seed" in views else ""
-    share = len(committed_parts(store.path)) / spec.num_parts
+    share = len(store.committed_parts()) / spec.num_parts
     return StoreEntry(
         name=store.path.name,
         teacher=str(spec.teacher["name"]),

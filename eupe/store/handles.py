@@ -18,9 +18,11 @@ CACHE_BYTES = 64 * 2**20
 _context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
-def open_array(store: Place, path: str) -> Any:
+def open_array(store: Place, path: str, shape: Sequence[int]) -> Any:
     """A tensorstore handle for reading; what was never written raises instead of giving the fill value.
 
+    Args:
+        shape: that the store's specification says it has.
     Raises: PartCorruptError if the array's metadata is missing or damaged; StorageError.
     """
     spec = {
@@ -30,7 +32,11 @@ def open_array(store: Place, path: str) -> Any:
         "recheck_cached_metadata": "open",
         "recheck_cached_data": "open",
     }
-    return read_result(ts.open(spec, open=True, read=True, context=_context), store)
+    handle = read_result(ts.open(spec, open=True, read=True, context=_context), store)
+    rows = len(shape) > 1 and handle.shape[0] >= shape[0]  # more while the store is being extended
+    if tuple(handle.shape) != tuple(shape) and not (rows and tuple(handle.shape[1:]) == tuple(shape[1:])):
+        raise _damaged(store, f"{path} has shape {list(handle.shape)}, the specification says {list(shape)}")
+    return handle
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,9 @@ class Array:
     @classmethod
     def open(cls, store: Place, layout: ArrayLayout) -> Array:
         """Raises: PartCorruptError if the array's metadata is missing or damaged; StorageError."""
-        handle = open_array(store, layout.path)
+        handle = open_array(store, layout.path, layout.shape)
+        if handle.dtype.name != layout.dtype or handle.chunk_layout.read_chunk.shape != layout.chunk:
+            raise _damaged(store, f"{layout.path} is not made of {layout.dtype} in chunks of {list(layout.chunk)}")
         return cls(handle if layout.order is None else handle.transpose(layout.order))
 
     def begin(self, rows: Sequence[int], views: Sequence[int]) -> Reading:
@@ -75,7 +83,11 @@ def read_result(future: Any, store: Place) -> Any:
     except (ValueError, OSError, NotImplementedError) as error:  # one per kind of damage tensorstore meets
         if not store.is_local and is_outage(error):
             raise storage_error(error, store, "read") from error
-        raise PartCorruptError(
-            f"{store} has damaged or missing features: {error}; `eupe store verify {store}` names the parts, "
-            f"`eupe store repair {store}` makes them anew"
-        ) from error
+        raise _damaged(store, error) from error
+
+
+def _damaged(store: Place, reason: object) -> PartCorruptError:
+    return PartCorruptError(
+        f"{store} has damaged or missing features: {reason}; `eupe store verify {store}` names the parts, "
+        f"`eupe store repair {store}` makes them anew"
+    )

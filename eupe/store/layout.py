@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from eupe.corpus.photometric import Photometric
 from eupe.errors import ConfigError, FormatVersionError, StoreError
-from eupe.store.precision import INT8, INT8_FILL, Calibration, require_known, stored_channels
+from eupe.store.precision import INT8, INT8_FILL, Calibration, is_calibration, require_known, stored_channels
+from eupe.store.stats import NORM_BINS
 
 FORMAT = 1
 ATTRIBUTE = "eupe"
@@ -23,6 +27,13 @@ SMALL_PART_BYTES = 2 * 2**20
 MIN_PARTS = 16
 SUMMARY_CHUNK_BYTES = 64 * 2**10
 """One summary row is too small a read; rows are chunked up to this many bytes."""
+
+MAX_SAMPLES = 2**40
+MAX_PARTS = 10**7
+MAX_CHANNELS = 8192
+"""Of a teacher; a store keeps their covariance."""
+MAX_CHUNK_BYTES = 2**29
+"""Far above what a store of ours has; a specification that asks for more is damaged, or is to exhaust memory."""
 
 SUMMARY, DENSE = "summary", "dense"
 PIXELS = "pixels"
@@ -151,12 +162,73 @@ class StoreSpec:
             spec = cls(**fields)
         except TypeError as error:
             raise StoreError(f"{where} has a damaged specification: {error}") from error
+        if wrong := next(_impossible(spec), None):
+            raise StoreError(f"{where} has a damaged specification: {wrong}; fetch the store again, or make it again")
         try:
             for precision in spec.precision.values():
                 require_known(precision)
         except ConfigError as error:
             raise FormatVersionError(f"{where}: {error}; this version of eupe cannot read it") from error
+        if wrong := next(_too_large(spec), None):
+            raise StoreError(f"{where} has a damaged specification: {wrong}; fetch the store again, or make it again")
         return spec
+
+
+def _impossible(spec: StoreSpec) -> Iterator[str]:
+    """Yield what no store's specification says: a stranger's file is asked before anything is made from its numbers."""
+    for name in ("teacher", "corpus", "views", "precision", "calibration", "fidelity", "forward", "versions"):
+        if not isinstance(getattr(spec, name), Mapping):
+            yield f"{name} is {getattr(spec, name)!r:.80}, not an object"
+            return
+    for name, value in (("samples_per_part", spec.samples_per_part), ("views.num_views", spec.views.get("num_views"))):
+        if not _is_count(value):
+            yield f"{name} is {value!r:.80}, not a count"
+    for name, values in (
+        ("sizes", spec.sizes),
+        ("grids", spec.grids),
+        ("corpus.segments", spec.corpus.get("segments")),
+    ):
+        if not isinstance(values, list | tuple) or not values or not all(map(_is_count, values)):
+            yield f"{name} is {values!r:.80}, not a list of counts"
+            return
+    if len(spec.sizes) != len(spec.grids) or len(set(spec.sizes)) < len(spec.sizes):
+        yield f"sizes {spec.sizes} and grids {spec.grids} are not of each other"
+    if not isinstance(spec.tokens, tuple) or spec.tokens not in (KINDS, KINDS[:1], KINDS[1:], KINDS[::-1]):
+        yield f"tokens is {spec.tokens!r:.80}, not summary, dense or both"
+        return
+    for kind in spec.tokens:
+        dim = spec.teacher.get(f"{kind}_dim")
+        if not _is_count(dim) or int(dim or 0) > MAX_CHANNELS:
+            yield f"teacher.{kind}_dim is {dim!r:.80}, not a count of channels"
+        if not isinstance(spec.precision.get(kind), str):
+            yield f"precision.{kind} is {spec.precision.get(kind)!r:.80}, not a word"
+    words = {f"corpus.{name}": spec.corpus.get(name) for name in ("root", "fingerprint")}
+    words["teacher.name"] = spec.teacher.get("name")
+    for name, value in words.items():
+        if not isinstance(value, str):
+            yield f"{name} is {value!r:.80}, not a word"
+    if not isinstance(spec.pixels, bool):
+        yield f"pixels is {spec.pixels!r:.80}, not true or false"
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _too_large(spec: StoreSpec) -> Iterator[str]:
+    """Yield what would not fit into memory, and calibrations that are not of their arrays."""
+    if sum(spec.corpus["segments"]) > MAX_SAMPLES or spec.num_parts > MAX_PARTS:
+        yield f"{spec.num_samples} samples in {spec.num_parts} parts are more than a store can have"
+        return
+    for layout in arrays(spec):
+        if math.prod(layout.chunk) * np.dtype(layout.dtype).itemsize > MAX_CHUNK_BYTES:
+            yield f"a chunk of {layout.path} has shape {list(layout.chunk)}, more than {MAX_CHUNK_BYTES} bytes"
+    for path in spec.feature_paths:
+        kind = path.rpartition("/")[2]
+        if (spec.precision[kind] == INT8) != (path in spec.calibration):
+            yield f"calibration and precision of {path} contradict each other"
+        elif path in spec.calibration and not is_calibration(spec.calibration[path], spec.teacher[f"{kind}_dim"]):
+            yield f"calibration of {path} is not one of its channels"
 
 
 def differences(stored: StoreSpec, asked: StoreSpec) -> list[str]:
@@ -257,6 +329,19 @@ def arrays(spec: StoreSpec) -> list[ArrayLayout]:
         if spec.pixels:
             layouts.append(_pixels(spec, size))
     return layouts
+
+
+def statistics_shapes(spec: StoreSpec) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each array of the statistics, by its path below `stats/`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for size, grid in zip(spec.sizes, spec.grids, strict=True):
+        for kind in spec.tokens:
+            path, dim = feature_path(size, kind), int(spec.teacher[f"{kind}_dim"])
+            shapes |= {f"{path}/count": (), f"{path}/mean": (dim,), f"{path}/std": (dim,)}
+            shapes |= {f"{path}/cov": (dim, dim), f"{path}/norms": (NORM_BINS,)}
+            if kind == DENSE:
+                shapes[f"{path}/outliers"] = (grid, grid)
+    return shapes
 
 
 def _pixels(spec: StoreSpec, size: int) -> ArrayLayout:

@@ -19,7 +19,7 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from eupe.store.layout import ArrayLayout
-from eupe.store.shard import ABSENT, CRC_BYTES, bytes_of_index, crc_holds, object_key
+from eupe.store.shard import ABSENT, CRC_BYTES, bytes_of_index, crc_holds, is_frame_of, most_bytes, object_key
 
 OPEN_SHARDS = 64
 """Files that one array keeps open, with their indexes."""
@@ -52,9 +52,13 @@ class LocalViews:
         for row, view, values in zip(rows, views, out, strict=True):
             part, sample = divmod(row, samples_per_shard)
             data = self._shard(part).read(sample * views_per_sample + view)
-            if not crc_holds(data) or int.from_bytes(data[4:8], "little") != values.size:
+            frame = memoryview(data)[:-CRC_BYTES]
+            if not (crc_holds(data) and is_frame_of(frame, values.size)):
                 raise ValueError(f"view {view} of row {row} of {self._layout.path} fails its checksum")
-            blosc.decompress(memoryview(data)[:-CRC_BYTES], values)
+            try:
+                blosc.decompress(frame, values)
+            except RuntimeError as error:
+                raise ValueError(f"view {view} of row {row} of {self._layout.path} is damaged: {error}") from error
 
     def _open(self, part: int) -> _Shard:
         return _Shard(self._folder / object_key(self._layout, part), self._layout)
@@ -82,7 +86,9 @@ class _Shard:
         self._path = path
         self._file = os.open(path, os.O_RDONLY)
         size = bytes_of_index(layout)
-        data = os.pread(self._file, size, max(0, os.fstat(self._file).st_size - size))
+        self._end = os.fstat(self._file).st_size - size
+        self._longest = most_bytes(layout)
+        data = b"" if self._end < 0 else os.pread(self._file, size, self._end)
         if len(data) < size or not crc_holds(data):
             raise ValueError(f"the index of {path} fails its checksum")
         self._index = np.frombuffer(data, "<u8", (size - CRC_BYTES) // 8).reshape(-1, 2)
@@ -92,6 +98,8 @@ class _Shard:
         offset, length = self._index[place].tolist()
         if offset == ABSENT:
             raise ValueError(f"chunk {place} of {self._path} was never written")
+        if length > self._longest or offset + length > self._end:
+            raise ValueError(f"chunk {place} of {self._path} does not lie in it, by its index")
         return os.pread(self._file, length, offset)
 
     def __del__(self) -> None:

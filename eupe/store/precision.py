@@ -56,6 +56,16 @@ class Calibration:
         return cls(_decode(plain["mean"]), _decode(plain["std"]))
 
 
+def is_calibration(plain: object, dim: int) -> bool:
+    """Tell whether a JSON value is the calibration of so many channels: finite numbers, deviations above zero."""
+    try:
+        calibration = Calibration.from_json(plain)  # type: ignore[arg-type]
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return False
+    mean, std = calibration.mean, calibration.std
+    return bool(mean.shape == std.shape == (dim,) and np.isfinite([mean, std]).all() and (std > 0).all())
+
+
 def parse_precision(text: str, kinds: tuple[str, ...]) -> dict[str, str]:
     """`int8` for all kinds of token, or `dense=int8,summary=fp16`; a kind that is not named is fp16.
 

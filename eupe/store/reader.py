@@ -20,13 +20,26 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from eupe.corpus.own_table import read_own_table
 from eupe.corpus.photometric import NEUTRAL, Photometric
 from eupe.corpus.views import ViewParams
-from eupe.errors import PartCorruptError, StoreError
+from eupe.errors import ConfigError, PartCorruptError, StoreError
 from eupe.kinds import RUN_FILES
 from eupe.place import Place
+from eupe.reading import parse_json
 from eupe.store.handles import Array, open_array, read_result
-from eupe.store.layout import ATTRIBUTE, DENSE, PHOTOMETRIC, PIXELS, SUMMARY, StoreSpec, arrays, feature_path, part_name
+from eupe.store.layout import (
+    ATTRIBUTE,
+    DENSE,
+    PHOTOMETRIC,
+    PIXELS,
+    SUMMARY,
+    StoreSpec,
+    arrays,
+    feature_path,
+    part_name,
+    statistics_shapes,
+)
 from eupe.store.local import LocalViews
 from eupe.store.precision import FP16_MAX, Calibration, decode
 from eupe.store.stats import Moments, norm_bin_edges, norm_histogram
@@ -226,18 +239,40 @@ class Store:
     def totals(self) -> dict[str, int]:
         """`num_parts` that the statistics are of, their `num_clipped` and `num_nonfinite` values; empty at first."""
         try:
-            document = json.loads(self.path.read(f"{STATS}/{ROOT_DOCUMENT}"))
+            document = parse_json(self.path.read_document(f"{STATS}/{ROOT_DOCUMENT}"))
             totals: dict[str, int] = document["attributes"][ATTRIBUTE]
+            if any(type(value) is not int for value in totals.values()):
+                raise ValueError("its totals are not numbers")
         except FileNotFoundError:
             return {}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PartCorruptError(
                 f"{self.path / STATS / ROOT_DOCUMENT} is damaged ({error}); `eupe store repair {self.path}` mends it"
             ) from error
         return totals
 
+    def corpus_root(self) -> Place:
+        """Return where its pictures are, as was noted when it was made.
+
+        Raises: ConfigError if that is a bucket that only the store names: whoever made it may not be its reader, whose
+            credentials every request would be signed with.
+        """
+        root = Place.of(self.spec.corpus["root"])
+        if root.bucket not in ("", self.path.bucket):
+            raise ConfigError(
+                f"{self.path} notes that its pictures are in {root}; if you mean to read that bucket, say so by "
+                f"--corpus {root}"
+            )
+        return root
+
     def missing_parts(self) -> list[int]:
-        return sorted(set(range(self.spec.num_parts)) - set(committed_parts(self.path)))
+        missing = np.ones(self.spec.num_parts, bool)
+        missing[self.committed_parts()] = False
+        return np.flatnonzero(missing).tolist()
+
+    def committed_parts(self) -> list[int]:
+        """Return the parts whose commit file exists, in order."""
+        return [part for part in committed_parts(self.path) if part < self.spec.num_parts]
 
     @cached_property
     def stored_bytes(self) -> int:
@@ -253,7 +288,7 @@ class Store:
     def _commits(self) -> list[pa.Table]:
         """Rows of every committed part, each file read once."""
         with ThreadPoolExecutor() as pool:
-            return list(pool.map(self._part_rows, committed_parts(self.path)))
+            return list(pool.map(self._part_rows, self.committed_parts()))
 
     @cached_property
     def samples(self) -> pa.Table:
@@ -389,7 +424,15 @@ class Store:
             )
 
     def _statistic(self, name: str, statistic: str) -> Any:
-        return read_result(open_array(self.path, f"{STATS}/{name}/{statistic}").read(), self.path)
+        return self.statistic(f"{name}/{statistic}")
+
+    def statistic(self, path: str) -> Any:
+        """One array below `stats/`: `224/dense/mean`.
+
+        Raises: PartCorruptError.
+        """
+        shape = statistics_shapes(self.spec)[path]
+        return read_result(open_array(self.path, f"{STATS}/{path}", shape).read(), self.path)
 
     def read(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> Features:
         """Features of B views, in the order given.
@@ -488,7 +531,7 @@ def open_store(path: str | Path | Place) -> Store:
     """
     place = Place.of(path)
     try:
-        document = place.read(ROOT_DOCUMENT)
+        document = place.read_document(ROOT_DOCUMENT)
     except FileNotFoundError as error:
         if place.is_local and any(place.exists(name) for name in RUN_FILES):
             raise StoreError(
@@ -499,7 +542,7 @@ def open_store(path: str | Path | Place) -> Store:
         what = f"is not a feature store (no {ROOT_DOCUMENT})" if there else "does not exist"
         raise StoreError(f"store {place} {what}; make one with `eupe extract --out {place}`") from error
     try:
-        attributes = json.loads(document).get("attributes", {}).get(ATTRIBUTE, {})
+        attributes = parse_json(document).get("attributes", {}).get(ATTRIBUTE, {})
         spec = StoreSpec.from_json(attributes, where=str(place))
     except (ValueError, AttributeError, TypeError) as error:
         if isinstance(error, StoreError):
@@ -527,16 +570,37 @@ def read_part(place: Place, part: int) -> pa.Table:
     """
     name = f"parts/{part_name(part)}"
     try:
-        table = pq.read_table(pa.BufferReader(place.read(name)), page_checksum_verification=True)
+        table = read_own_table(place.read(name))
         if not table.schema.equals(ROW_SCHEMA):
             raise ValueError("its columns are not those of a part")
         if table.schema.metadata[PART_CHECKSUM] != checksum(table.schema.metadata[PART_STATS]):
             raise ValueError("its statistics fail their checksum")
+        _require_samples(table)
+        _require_facts(parse_json(table.schema.metadata[PART_STATS]))
         return table
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise PartCorruptError(
             f"{place / name} is damaged ({error}); `eupe store repair {place}` makes the part anew"
         ) from error
+
+
+def _require_samples(table: pa.Table) -> None:
+    """Raises: ValueError for a sample that is neither well nor has a reason."""
+    status = table["status"]
+    odd = pc.not_equal(pc.is_valid(table["error"]), pc.equal(status, "failed"))
+    if not pc.all(pc.is_in(status, pa.array(["ok", "failed"])), min_count=0).as_py() or pc.any(odd).as_py():
+        raise ValueError("its samples are not each ok, or failed with a reason")
+
+
+def _require_facts(facts: Any) -> None:
+    """Raises: ValueError, KeyError, TypeError, AttributeError for what no part records of itself."""
+    whole = [recorded["bytes"] for recorded in facts["objects"].values()]
+    whole += [count for bins in facts["norms"].values() for count in bins]
+    whole += [facts["num_clipped"], facts["num_nonfinite"]]
+    words = [recorded["crc32"] for recorded in facts["objects"].values()]
+    words += facts["versions"].values()
+    if not all(type(value) is int and value >= 0 for value in whole) or not all(isinstance(w, str) for w in words):
+        raise ValueError("what it records of itself is not counts and checksums")
 
 
 def encode_part(table: pa.Table) -> bytes:

@@ -21,6 +21,8 @@ from zarr.codecs import BloscCodec
 from eupe.store.layout import ArrayLayout
 
 CRC_BYTES = 4
+FRAME_HEAD_BYTES = 16
+"""Of a Blosc frame: two versions, flags, the element's size, then uncompressed, block and compressed bytes."""
 CRC_OF_CHECKED = 0x48674BC7
 """CRC-32C of any bytes that end in their own CRC-32C."""
 ABSENT = 2**64 - 1
@@ -81,7 +83,12 @@ def encode_chunk(values: NDArray, layout: ArrayLayout) -> bytes:  # type: ignore
 
 
 def decode_chunk(data: bytes, layout: ArrayLayout) -> NDArray:  # type: ignore[type-arg]
-    """The reverse of `encode_chunk` for a chunk of an array that is not sharded, whose checksum holds."""
+    """The reverse of `encode_chunk` for a chunk of an array that is not sharded, whose checksum holds.
+
+    Raises: ValueError if it is no frame of this array's.
+    """
+    if not is_frame_of(data[:-CRC_BYTES], math.prod(layout.chunk) * np.dtype(layout.dtype).itemsize):
+        raise ValueError(f"a chunk of {layout.path} is no frame of its shape")
     values = np.frombuffer(blosc.decompress(data[:-CRC_BYTES]), np.dtype(layout.dtype).newbyteorder("<"))
     return values.reshape(layout.chunk)
 
@@ -89,6 +96,20 @@ def decode_chunk(data: bytes, layout: ArrayLayout) -> NDArray:  # type: ignore[t
 def crc_holds(data: bytes | memoryview) -> bool:
     """Whether the last four bytes are the CRC-32C of those before them."""
     return len(data) > CRC_BYTES and crc32c(data) == CRC_OF_CHECKED
+
+
+def is_frame_of(data: bytes | memoryview, num_bytes: int) -> bool:
+    """Tell whether bytes are a Blosc frame that says of itself the length that it has, and `num_bytes` uncompressed.
+
+    The library reads as far as the frame says, so a frame of a stranger's must be asked before.
+    """
+    says = len(data) >= FRAME_HEAD_BYTES and [int.from_bytes(data[i : i + 4], "little") for i in (4, 12)]
+    return says == [num_bytes, len(data)]
+
+
+def most_bytes(layout: ArrayLayout) -> int:
+    """Return how long a chunk can be: Blosc stores what it cannot compress, and a checksum follows."""
+    return math.prod(layout.chunk) * np.dtype(layout.dtype).itemsize + FRAME_HEAD_BYTES + CRC_BYTES
 
 
 def chunks_of(values: NDArray, layout: ArrayLayout) -> list[NDArray]:  # type: ignore[type-arg]

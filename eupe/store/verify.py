@@ -22,11 +22,11 @@ from eupe.cores import num_cores
 from eupe.corpus.index import fingerprint, index_bytes, index_from_bytes
 from eupe.corpus.photometric import are_possible
 from eupe.errors import PartCorruptError, StorageError
+from eupe.holding import LEASE
 from eupe.place import Place, Where
-from eupe.store.handles import open_array, read_result
+from eupe.reading import parse_json
 from eupe.store.layout import (
     ATTRIBUTE,
-    DENSE,
     PHOTOMETRIC,
     ArrayLayout,
     StoreSpec,
@@ -34,19 +34,18 @@ from eupe.store.layout import (
     moments_name,
     part_name,
     segment_name,
+    statistics_shapes,
 )
 from eupe.store.reader import (
     PART_STATS,
     ROOT_DOCUMENT,
     STATS,
     Store,
-    committed_parts,
     encode_part,
     open_store,
     read_part,
 )
 from eupe.store.shard import crc32, crc_holds, decode_chunk, inspect_object, object_key
-from eupe.store.stats import NORM_BINS
 from eupe.store.writer import metadata_documents, statistics_documents, totals_of
 
 INDEX = "corpus"
@@ -130,7 +129,7 @@ def verify(path: Where, *, progress: Progress = lambda done, of: None) -> Verify
     damages = list(_metadata_damages(store, documents))
     index, found = _read_index(store)
     damages += found
-    parts = [part for part in committed_parts(store.path) if part < store.spec.num_parts]
+    parts = store.committed_parts()
     with ThreadPoolExecutor(_num_threads()) as pool:
         read = list(pool.map(lambda part: _read_commit(store, part, index), parts))
         commits = {commit.part: commit for commit in read if isinstance(commit, Commit)}
@@ -154,7 +153,7 @@ def verify(path: Where, *, progress: Progress = lambda done, of: None) -> Verify
         num_bytes=num_bytes,
         missing=missing,
         damages=tuple(damages),
-        strays=tuple(sorted(names - known)),
+        strays=tuple(sorted(names - known - {LEASE})),
     )
 
 
@@ -177,7 +176,7 @@ def _metadata_damages(store: Store, documents: Mapping[str, bytes]) -> Iterator[
 
 def _same_json(found: bytes, expected: bytes) -> bool:
     try:
-        return found == expected or json.loads(found) == json.loads(expected)
+        return found == expected or parse_json(found) == parse_json(expected)
     except ValueError:
         return False
 
@@ -403,27 +402,16 @@ def _statistics_objects(place: Place, expected: Mapping[str, bytes]) -> Iterator
 
 def _without_attributes(mark: bytes) -> bytes:
     """The mark as it would be of no parts; its attributes have been looked at."""
-    return json.dumps({**json.loads(mark), "attributes": {ATTRIBUTE: {}}}).encode()
+    return json.dumps({**parse_json(mark), "attributes": {ATTRIBUTE: {}}}).encode()
 
 
 def _blank_statistics(spec: StoreSpec) -> dict[str, np.ndarray[Any, Any]]:
     """Of the right names, shapes and types."""
-    blank: dict[str, np.ndarray[Any, Any]] = {}
-    for layout in arrays(spec):
-        if layout.path not in spec.feature_paths:
-            continue
-        kind = layout.path.rpartition("/")[2]
-        dim = int(spec.teacher[f"{kind}_dim"])
-        blank |= {
-            f"{layout.path}/count": np.zeros((), np.int64),
-            f"{layout.path}/mean": np.zeros(dim),
-            f"{layout.path}/std": np.zeros(dim),
-            f"{layout.path}/cov": np.zeros((dim, dim)),
-            f"{layout.path}/norms": np.zeros(NORM_BINS, np.int64),
-        }
-        if kind == DENSE:
-            blank[f"{layout.path}/outliers"] = np.zeros(layout.shape[2:4], np.int64)
-    return blank
+    whole = {"count", "norms", "outliers"}
+    return {
+        path: np.zeros(shape, np.int64 if path.rpartition("/")[2] in whole else np.float64)
+        for path, shape in statistics_shapes(spec).items()
+    }
 
 
 def _statistics_values(store: Store, facts: Sequence[Mapping[str, Any]] | None) -> Iterator[PartDamage]:
@@ -432,7 +420,7 @@ def _statistics_values(store: Store, facts: Sequence[Mapping[str, Any]] | None) 
         key = f"{STATS}/{path}"
         names = ("count", "std", "cov", "norms")
         try:
-            count, std, cov, norms = (_read_whole(store, f"{key}/{name}") for name in names)
+            count, std, cov, norms = (store.statistic(f"{path}/{name}") for name in names)
         except PartCorruptError as error:
             yield PartDamage(None, key, f"is damaged ({error.__cause__})")
             continue
@@ -441,10 +429,6 @@ def _statistics_values(store: Store, facts: Sequence[Mapping[str, Any]] | None) 
             yield PartDamage(None, key, CONTRADICTION)
         elif not np.allclose(std**2, np.diagonal(cov), rtol=1e-9, atol=0):
             yield PartDamage(None, key, "has a standard deviation that is not that of its covariance")
-
-
-def _read_whole(store: Store, path: str) -> Any:
-    return read_result(open_array(store.path, path).read(), store.path)
 
 
 def _names_of_parts(spec: StoreSpec) -> Iterator[str]:

@@ -22,7 +22,9 @@ from zarr.storage import MemoryStore
 from eupe.ahead import map_ahead
 from eupe.cores import num_cores
 from eupe.errors import IncompleteError, SpecMismatchError, StoreError
-from eupe.place import Place, remove_unfinished
+from eupe.files import remove_unfinished
+from eupe.holding import LEASE
+from eupe.place import Place
 from eupe.store.layout import (
     ATTRIBUTE,
     DENSE,
@@ -141,7 +143,7 @@ def extend_store(store: Store, *, fingerprint: str, num_new: int) -> Store:
 
 def require_empty(place: Place) -> None:
     """Raises: StoreError if there is anything at all."""
-    if (place.is_local and place.local.is_file()) or place.list():
+    if (place.is_local and place.local.is_file()) or set(place.list()) - {LEASE}:
         raise StoreError(f"{place} exists and is not a feature store (no zarr.json); give another --out")
 
 

@@ -382,12 +382,12 @@ def _hf_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnMo
     if weights is not None and not (Path(source) / "config.json").exists():
         source = spec.model
     with hub_errors(spec), quiet_transformers():
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if weights is None:
-            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
+            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         else:
             with torch.device("meta"):
-                shapeless = transformers.AutoModel.from_config(config)
+                shapeless = transformers.AutoModel.from_config(config, trust_remote_code=False)
             state = read_checkpoint(weights, key=key, fitting=shapeless.state_dict(), whole=True)
             model = type(shapeless).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     prepare = _hf_prepare(spec, weights, getattr(config, "vision_config", config).model_type)

@@ -158,9 +158,12 @@ json_scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.flo
 cards = st.dictionaries(st.text(), json_scalars | st.lists(json_scalars, max_size=3), max_size=5)
 
 
-@given(teacher=cards, views=cards, sizes=st.lists(st.integers(1, 999), min_size=1, max_size=3))
+@given(teacher=cards, views=cards, sizes=st.lists(st.integers(1, 999), min_size=1, max_size=3, unique=True))
 def test_a_spec_survives_json(teacher: dict[str, Any], views: dict[str, Any], sizes: list[int]) -> None:
-    spec = replace(make_spec(), teacher=teacher, views=views, sizes=tuple(sizes), grids=tuple(sizes))
+    base = make_spec()
+    spec = replace(
+        base, teacher=teacher | base.teacher, views=views | {"num_views": 3}, sizes=tuple(sizes), grids=tuple(sizes)
+    )
     again = StoreSpec.from_json(json.loads(json.dumps(spec.to_json())), where="here")
     assert again == spec
     assert differences(spec, again) == []
