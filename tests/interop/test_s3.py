@@ -13,6 +13,8 @@ from making import TINY_STUDENT, make_corpus, make_store
 from object_store import S3Server, download, objects, upload
 
 from eupe.corpus.views import ViewSpec
+from eupe.errors import ConfigError
+from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
@@ -86,10 +88,11 @@ def test_a_server_that_is_away_for_longer_is_waited_for(
     assert content(open_store(s3.bucket / "x.zarr")) == content(tiny_store)
 
 
-def trained(targets: Store | Path, out: Path) -> list[tuple[object, object]]:
+def trained(targets: Store | Path, out: Path, corpus: Place | None = None) -> list[tuple[object, object]]:
     """Every loss and validation of a short run."""
     config = TrainConfig(
         targets=(targets.path if isinstance(targets, Store) else targets,),
+        corpus=corpus,
         student=TINY_STUDENT,
         out=out,
         steps=6,
@@ -116,7 +119,10 @@ def test_training_from_a_bucket_is_training_from_a_disk(
     shards = s3.served("GET", "/dense/c/")
     assert shards and all(asked.status == 206 for asked in shards)
     assert s3.served("GET", r"photos/.*\.png$")
-    assert trained(download(store.path, tmp_path / "copy.zarr"), tmp_path / "disk") == from_bucket
+    copy = download(store.path, tmp_path / "copy.zarr")
+    with pytest.raises(ConfigError, match=f"if you mean to read that bucket, say so by --corpus {photos}"):
+        trained(copy, tmp_path / "disk")
+    assert trained(copy, tmp_path / "disk", photos) == from_bucket
     assert trained(tiny_store, tmp_path / "local") == from_bucket
 
 

@@ -187,7 +187,7 @@ def test_while_a_step_outlives_a_killed_pipeline_no_other_begins(tmp_path: Path,
         process.wait()
         second = run(tmp_path)
         assert second.code == 2, second.err
-        assert "is at work in out; wait for its end" in " ".join(second.err.split())
+        assert "out is being written by `eupe run`" in " ".join(second.err.split())
         assert not is_free(tmp_path / "out/.lock")
     finally:
         os.kill(int(child), signal.SIGTERM)
