@@ -20,7 +20,7 @@ from eupe.device import dtype_name
 from eupe.encoder import Encoder
 from eupe.errors import ConfigError
 from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
-from eupe.evaluate.neighbours import fitting_k, mutual_neighbours
+from eupe.evaluate.neighbours import fitting_k, most_together, mutual_neighbours
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import Run, open_run, read_card
 from eupe.place import Where
@@ -69,7 +69,7 @@ class TargetAgreement:
     target: str
     kinds: dict[str, KindAgreement]
     mutual_neighbours: float | None
-    """Share of the nearest held-out views that both spaces have in common; None without summaries."""
+    """Share of the nearest held-out views of other pictures that both spaces have in common; None without summaries."""
     mutual_neighbours_untrained: float | None
     mutual_neighbours_chance: float | None
 
@@ -96,7 +96,8 @@ def agreement(path: Path, *, corpus: Where | None = None, neighbours: int | None
     if neighbours is not None and neighbours < 1:
         raise ConfigError(f"--k must be at least 1, got {neighbours}")
     run = open_run(path, corpus=corpus)
-    neighbours = fitting_k(neighbours, torch.arange(len(run.targets.views_of(run.targets.held_out))))
+    pictures = _pictures(run)
+    neighbours = fitting_k(neighbours, pictures)
     trained, untrained = _measure(run, run.distiller, neighbours), _measure(run, run.untrained(), neighbours)
     targets = []
     for i, name in enumerate(target_names(run.card.targets)):
@@ -115,7 +116,8 @@ def agreement(path: Path, *, corpus: Where | None = None, neighbours: int | None
             for kind, values in trained.cosines[i].items()
         }
         has_summary = trained.mutual.get(i) is not None
-        chance = min(1.0, neighbours / max(1, trained.num_views - 1)) if has_summary else None
+        others = len(pictures) - most_together(pictures)
+        chance = min(1.0, neighbours / max(1, others)) if has_summary else None
         targets.append(TargetAgreement(name, kinds, trained.mutual.get(i), untrained.mutual.get(i), chance))
     return Agreement(str(path), trained.num_views, neighbours, dtype_name(run.distiller.dtype), targets)
 
@@ -137,6 +139,7 @@ def agreement_results(report: Agreement) -> list[Result]:
                 "holdout": card.config["holdout"],
                 "normalise": card.config["normalise"],
                 "k": report.neighbours,
+                "neighbours": "views of other pictures",
                 "dtype": report.dtype,
                 "cka_tokens": MOST_TOKENS,
             },
@@ -200,6 +203,11 @@ class _Measured:
     num_views: int
 
 
+def _pictures(run: Run) -> Tensor:
+    """Of each held-out view its picture, int64 [V]: views of one are found together whatever the features are."""
+    return torch.from_numpy(run.targets.views_of(run.targets.held_out)[:, 0])
+
+
 def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
     def batches(views: Views) -> Iterator[Batch]:
         return stream([run.targets], judged(run.card, views), run.device)
@@ -216,7 +224,9 @@ def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
             on_tokens=lambda i, kind, said, truth: seen.add(i, kind, said, truth, own[0]),
         )
     mutual = {
-        i: mutual_neighbours(*(torch.cat(side) for side in zip(*pairs, strict=True)), k=neighbours)
+        i: mutual_neighbours(
+            *(torch.cat(side) for side in zip(*pairs, strict=True)), k=neighbours, groups_N=_pictures(run)
+        )
         for i, pairs in seen.summaries.items()
     }
     return _Measured(

@@ -251,14 +251,16 @@ class Store:
             ) from error
         return totals
 
-    def corpus_root(self) -> Place:
+    def corpus_root(self, named: Iterable[Place] = ()) -> Place:
         """Return where its pictures are, as was noted when it was made.
 
+        Args:
+            named: places beside its own that its reader has named.
         Raises: ConfigError if that is a bucket that only the store names: whoever made it may not be its reader, whose
             credentials every request would be signed with.
         """
         root = Place.of(self.spec.corpus["root"])
-        if root.bucket not in ("", self.path.bucket):
+        if root.bucket not in ("", self.path.bucket, *(place.bucket for place in named)):
             raise ConfigError(
                 f"{self.path} notes that its pictures are in {root}; if you mean to read that bucket, say so by "
                 f"--corpus {root}"

@@ -28,9 +28,10 @@ def open_corpora(config: TrainConfig) -> list[TargetSet]:
     Raises: StoreError, ConfigError, CorpusError.
     """
     mixes = parse_mix(config.mix, num_targets=len(config.targets))
+    named = [*config.targets, *(() if config.corpus is None else (config.corpus,))]
     return [
         open_targets(config.targets, corpus=config.corpus, holdout=config.holdout),
-        *(open_targets(mixed.stores, corpus=None, holdout=config.holdout) for mixed in mixes),
+        *(open_targets(mixed.stores, corpus=None, holdout=config.holdout, named=named) for mixed in mixes),
     ]
 
 

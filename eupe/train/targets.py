@@ -195,16 +195,19 @@ def _target(tokens: Tokens | None) -> TargetTokens | None:
     return None if tokens is None else TargetTokens.of(tokens)
 
 
-def open_targets(paths: Sequence[Where], *, corpus: Where | None, holdout: float) -> TargetSet:
+def open_targets(
+    paths: Sequence[Where], *, corpus: Where | None, holdout: float, named: Sequence[Where] = ()
+) -> TargetSet:
     """Open stores for training.
 
     Args:
         corpus: where the pictures are now; the place noted in the first store where not given.
         holdout: share of the pictures kept out of training, by a hash of their keys.
+        named: other places that the user has named, in whose buckets these pictures may be, too.
     Raises: StoreError, ConfigError, CorpusError.
     """
     stores = open_stores(paths)
-    root = stores[0].corpus_root() if corpus is None else corpus_root(corpus)
+    root = stores[0].corpus_root(map(Place.of, named)) if corpus is None else corpus_root(corpus)
     targets = TargetSet(stores, root, holdout=holdout, corpus_given=corpus is not None)
     for store in stores:
         targets.require_pictures(store.spec.sizes[0])

@@ -190,7 +190,8 @@ def test_a_bucket_that_only_the_store_names_is_asked_for(tmp_path: Path, tiny_st
     document["attributes"]["eupe"]["corpus"]["root"] = "s3://strangers/photos"
     (out / "zarr.json").write_text(json.dumps(document))
     with pytest.raises(ConfigError, match="say so by --corpus s3://strangers/photos"):
-        open_store(out).corpus_root()
+        open_store(out).corpus_root([Place.of("s3://mine/photos")])
+    assert str(open_store(out).corpus_root([Place.of("s3://strangers/x")])) == "s3://strangers/photos"
     words = ["--targets", out, "--student", TINY_STUDENT, "--steps", 2, "--batch-size", 8, "--out", tmp_path / "r"]
     outcome = run_eupe("train", *words)
     assert outcome.code == 2 and "--corpus s3://strangers/photos" in " ".join(outcome.err.split())
