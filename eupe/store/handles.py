@@ -33,8 +33,10 @@ def open_array(store: Place, path: str, shape: Sequence[int]) -> Any:
         "recheck_cached_data": "open",
     }
     handle = read_result(ts.open(spec, open=True, read=True, context=_context), store)
-    rows = len(shape) > 1 and handle.shape[0] >= shape[0]  # more while the store is being extended
-    if tuple(handle.shape) != tuple(shape) and not (rows and tuple(handle.shape[1:]) == tuple(shape[1:])):
+    found = tuple(handle.shape)
+    if len(found) == len(shape) > 1 and found[0] > shape[0]:  # there are more rows while the store is being extended
+        found = (shape[0], *found[1:])
+    if found != tuple(shape):
         raise _damaged(store, f"{path} has shape {list(handle.shape)}, the specification says {list(shape)}")
     return handle
 
@@ -89,5 +91,5 @@ def read_result(future: Any, store: Place) -> Any:
 def _damaged(store: Place, reason: object) -> PartCorruptError:
     return PartCorruptError(
         f"{store} has damaged or missing features: {reason}; `eupe store verify {store}` names the parts, "
-        f"`eupe store repair {store}` makes them anew"
+        f"`eupe store repair {store}` makes them again"
     )

@@ -126,6 +126,12 @@ def test_embeddings_are_kept_in_a_file_with_their_words(tmp_path: Path, run_eupe
     assert load_texts(out).templates == ("a photo of a {}.",)
     assert load_texts(out).words_digest != made.words_digest
 
+    out.write_bytes(b"somebody's")
+    refused = run_eupe(*words)
+    assert refused.code == 2 and "nothing in it says that eupe made it" in refused.err
+    assert out.read_bytes() == b"somebody's"
+    assert run_eupe(*words, "--overwrite").code == 0 and load_texts(out).classes == classes
+
 
 def test_the_tower_runs_once_for_all_subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = TextSource(weights=whole_model(CLIP, tmp_path)[1])

@@ -19,7 +19,7 @@ from making import TINY_STUDENT, make_corpus
 from eupe.corpus.index import CONTAINED, ROOT_KEY, SCHEMA, open_corpus, read_index
 from eupe.corpus.own_table import read_own_table
 from eupe.corpus.pictures import insides, read_picture
-from eupe.errors import ConfigError, CorpusError
+from eupe.errors import ConfigError, CorpusError, PartCorruptError
 from eupe.place import Place, storage_error
 from eupe.reading import MOST_VALUES, parse_yaml
 from eupe.store import Store, open_store
@@ -139,6 +139,15 @@ def test_a_specification_that_no_store_has(
     for verb in ("info", "verify", "stats"):
         outcome = run_eupe("store", verb, out)
         assert outcome.code == 2 and "damaged specification" in outcome.err
+
+
+@pytest.mark.parametrize("path", ["boxes", "64/summary", "stats/64/dense/mean"])
+def test_an_array_of_another_rank_is_damage(path: str, tmp_path: Path, tiny_store: Store) -> None:
+    shutil.copytree(tiny_store.path.local, out := tmp_path / "s.zarr")
+    shutil.copy(out / "stats/64/dense/count/zarr.json", out / path / "zarr.json")
+    store = open_store(out)
+    with pytest.raises(PartCorruptError, match=r"has shape \[\], the specification says"):
+        store.stats(64, "dense") if path.startswith("stats") else store.read([0], [0])
 
 
 ESCAPES = "\x1b]52;c;ZXZpbA==\x07\x1b[2J"
