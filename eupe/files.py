@@ -75,6 +75,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_open_as(path: Path, descriptor: int) -> bool:
+    """Tell whether what is open under a descriptor is still what has the name `path`, and not gone or another."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 def remove_unfinished(folder: Path) -> None:
     """Delete what writers that were killed left behind, at any depth; what a living one has locked stays."""
     for path in folder.rglob(f"*{UNFINISHED}"):

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from eupe.errors import ConfigError, IncompleteError, StorageError
+from eupe.files import is_open_as
 from eupe.place import Place
 from eupe.reading import parse_json
 
@@ -114,18 +115,11 @@ def lock_file(path: Path, *, verb: str, of: Path) -> int:
             raise ConfigError(_is_held(of, note)) from None
         except OSError:  # of a file system without locks
             pass
-        if _is_still(path, descriptor):
+        if is_open_as(path, descriptor):
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(_note(verb)).encode(), 0)
             return descriptor
         os.close(descriptor)  # its holder has removed it just now
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _note(verb: str) -> dict[str, str | int]:

@@ -279,14 +279,7 @@ class Place:
 
         Raises: StorageError.
         """
-        try:
-            found = self._objects.read(bytes_of(name)).result()
-            if found.state == "value":
-                return False
-            stamp = self._objects.write(bytes_of(name), data, if_equal=found.stamp.generation).result()
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise storage_error(error, self) from error
-        return bool(stamp.generation)
+        return self.replace(name, data, None) is not None
 
     def generation(self, name: str) -> bytes | None:
         """Return what an object store calls the present content of an object; None where there is no object.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from eupe.errors import ConfigError
+from eupe.files import is_open_as
 
 
 @contextmanager
@@ -24,14 +25,14 @@ def unfinished(out: Path, *, verb: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        if not (_locked(lock) and _is_open_as(folder, lock)):
+        if not (_locked(lock) and is_open_as(folder, lock)):
             raise ConfigError(f"another `eupe {verb}` is making {out}; wait for its end, and run the same again")
         for left in folder.iterdir():  # by one that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
             yield folder
         finally:
-            if _is_open_as(folder, lock):
+            if is_open_as(folder, lock):
                 shutil.rmtree(folder)
     finally:
         os.close(lock)
@@ -43,8 +44,3 @@ def _locked(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _is_open_as(folder: Path, descriptor: int) -> bool:
-    """Whether a folder is still there, and not another of the same name."""
-    return folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor))

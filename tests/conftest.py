@@ -127,7 +127,7 @@ def warm_python() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def forked(warm_python: str) -> Iterator[None]:
-    """For modules whose tests start processes that have to import PyTorch, and for which it does not matter how."""
+    """Fork the processes that a module's tests start, so that they need not import PyTorch themselves."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "executable", warm_python)
         yield

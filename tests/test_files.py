@@ -16,7 +16,7 @@ Steps = list[tuple[str, str]]
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """What is flushed and renamed, in order."""
+    """Record what is flushed and renamed, in order."""
     done: Steps = []
     fsync, replace, rename = os.fsync, Path.replace, Path.rename
 

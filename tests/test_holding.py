@@ -43,7 +43,7 @@ with Holder(verb) as holder:
 
 @contextmanager
 def held(place: Path | Place, verb: str = "train") -> Iterator[subprocess.Popen[str]]:
-    """By another process."""
+    """Have another process hold a place."""
     words = [sys.executable, "-c", HOLD, verb, str(place)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"

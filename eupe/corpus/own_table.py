@@ -38,7 +38,7 @@ def read_own_table(data: bytes) -> pa.Table:
 
 
 def _num_bytes(column: pa.ChunkedArray) -> int:
-    """Of words, if they were written out for each row."""
+    """Count the bytes of a column's words as if each row had its own."""
     if not pa.types.is_dictionary(column.type):
         return int(column.nbytes)
     lengths = (pc.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks)

@@ -93,7 +93,7 @@ def require_length(root: Place, key: str) -> None:
 
 
 def too_long(length: int) -> str:
-    """Say why a picture of so many bytes is not read."""
+    """Say why a picture of this many bytes is not read."""
     return f"{length} bytes are more than a picture has (at most {MAX_PICTURE_BYTES})"
 
 

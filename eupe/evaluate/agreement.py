@@ -204,7 +204,7 @@ class _Measured:
 
 
 def _pictures(run: Run) -> Tensor:
-    """Of each held-out view its picture, int64 [V]: views of one are found together whatever the features are."""
+    """Return the picture of each held-out view, int64 [V]; views of one picture do not count as neighbours."""
     return torch.from_numpy(run.targets.views_of(run.targets.held_out)[:, 0])
 
 

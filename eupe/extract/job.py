@@ -130,12 +130,13 @@ def _filled(
         on_status(status)
 
     places = [place_of_store(config) for config in configs]
-    for place in places:
-        if not place.exists(ROOT_DOCUMENT):
+    existing = [_opened(place) for place in places]
+    for i, (place, store) in enumerate(zip(places, existing, strict=True)):
+        if store is None:
             require_empty(place)
-        if not (place.exists(ROOT_DOCUMENT) and open_store(place).finished):
+        if store is None or not store.finished:
             holder.hold(place)
-    existing = [open_store(place) if place.exists(ROOT_DOCUMENT) else None for place in places]
+            existing[i] = _opened(place)  # another may have been at work there just before
     require_cluster(configs[0].ray_address)
     indexes = [stored_index(store) if store is not None and has_index(store) else None for store in existing]
     previous = next((index for index in indexes if index is not None), None)
@@ -165,6 +166,10 @@ def _filled(
         holder.require_held()
         stores = _finish(stores, unfinished)
     return stores, corpus, unfinished, views_per_s
+
+
+def _opened(place: Place) -> Store | None:
+    return open_store(place) if place.exists(ROOT_DOCUMENT) else None
 
 
 def _finish(stores: Sequence[Store], unfinished: Collection[int]) -> list[Store]:

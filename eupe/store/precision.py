@@ -57,7 +57,7 @@ class Calibration:
 
 
 def is_calibration(plain: object, dim: int) -> bool:
-    """Tell whether a JSON value is the calibration of so many channels: finite numbers, deviations above zero."""
+    """Tell whether a JSON value calibrates `dim` channels: finite numbers, deviations above zero."""
     try:
         calibration = Calibration.from_json(plain)  # type: ignore[arg-type]
     except (TypeError, KeyError, ValueError, AttributeError):

@@ -400,7 +400,9 @@ class Store:
         """
         self.require_finished()
         name = feature_path(size, kind)
-        return ChannelStats(int(self._statistic(name, "count")), *(self._statistic(name, s) for s in ("mean", "std")))
+        return ChannelStats(
+            int(self.statistic(f"{name}/count")), *(self.statistic(f"{name}/{s}") for s in ("mean", "std"))
+        )
 
     def full_stats(self, size: int, kind: str) -> FullStats:
         """Everything known of `summary` or `dense` at a size.
@@ -408,13 +410,13 @@ class Store:
         Raises: StoreError if the store is not finished; PartCorruptError.
         """
         name, simple = feature_path(size, kind), self.stats(size, kind)
-        cov, norms = (self._statistic(name, s) for s in ("cov", "norms"))
-        outliers = self._statistic(name, "outliers") if kind == DENSE else None
+        cov, norms = (self.statistic(f"{name}/{s}") for s in ("cov", "norms"))
+        outliers = self.statistic(f"{name}/outliers") if kind == DENSE else None
         return FullStats(simple.count, simple.mean, simple.std, cov, norms, outliers)
 
     def merged_moments(self, name: str) -> Moments:
         """Moments behind the statistics of a feature array, over the parts that these cover."""
-        count, mean, cov = (self._statistic(name, s) for s in ("count", "mean", "cov"))
+        count, mean, cov = (self.statistic(f"{name}/{s}") for s in ("count", "mean", "cov"))
         return Moments(int(count), mean, cov * int(count))
 
     def require_finished(self) -> None:
@@ -424,9 +426,6 @@ class Store:
                 f"{self.path} is not finished: {len(self.missing_parts())} of {self.spec.num_parts} parts are missing; "
                 "run its `eupe extract` again to go on"
             )
-
-    def _statistic(self, name: str, statistic: str) -> Any:
-        return self.statistic(f"{name}/{statistic}")
 
     def statistic(self, path: str) -> Any:
         """One array below `stats/`: `224/dense/mean`.

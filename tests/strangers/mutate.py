@@ -77,7 +77,7 @@ def _memory_in_use() -> int:
 
 
 def refused(read: Callable[[], object]) -> bool:
-    """Whether reading ends in a sentence of ours; any other error comes through."""
+    """Return whether reading ends in a sentence of ours; any other error is raised."""
     try:
         read()
     except EupeError as error:
@@ -87,7 +87,7 @@ def refused(read: Callable[[], object]) -> bool:
 
 
 class _StoreTries:
-    """Of a golden store."""
+    """Mutations of a golden store's files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -22,7 +22,7 @@ Words = Callable[[Path], list[object]]
 
 @dataclass(frozen=True)
 class World:
-    """What commands read. Not to be changed."""
+    """Files that the commands read. Not to be changed."""
 
     photos: Path
     store: Path
@@ -42,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_stor
 
 
 def file_verbs(world: World) -> dict[str, tuple[str, Words]]:
-    """By name, the suffix of the file and the command."""
+    """Return the suffix of the file and the command, by name."""
     return {
         "index": (".parquet", lambda out: ["index", "--corpus", world.photos, "--out", out]),
         "report": (".html", lambda out: ["eval", "report", world.results, "--out", out]),
@@ -158,7 +158,7 @@ def test_a_link_in_place_of_an_unfinished_folder(
 
 
 def test_a_table_of_pictures_is_no_place_for_its_index(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
-    """Which once left an index of pictures that were gone."""
+    """The index once replaced the table, and the pictures were lost."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
