@@ -27,6 +27,7 @@ from eupe.checkpoints import load_state_dict_strictly
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.files import replacing, write_file
 from eupe.kinds import CARD_FILE, LOCAL_DIR, WEIGHTS_FILE, DenseKind, SummaryKind
+from eupe.meta import built_on_meta
 from eupe.reading import read_json
 from eupe.share import share
 from eupe.tokens import Tokens
@@ -134,7 +135,7 @@ def timm_card(arch: str, size: int | None) -> EncoderCard:
     Raises: ConfigError for an unknown architecture (names near ones), a size that it does not take (names sizes that it
         does), or a model whose features are neither tokens nor a map.
     """
-    with torch.device("meta"):
+    with built_on_meta():
         native = create_timm(arch)
     config = native.pretrained_cfg
     own, patch = config["input_size"][-1], _patch(native, arch)
@@ -175,9 +176,10 @@ def check_student(arch: str, sizes: Sequence[int], *, views: int) -> None:
 def _try_student(arch: str, sizes: tuple[int, ...], views: int) -> None:
     for size in sizes:
         timm_card(arch, size)
-    with torch.device("meta"):
+    with built_on_meta():
         model = create_timm(arch, size=sizes[0]).train()
-        kinds: dict[str, Any] = {"summary": summary_kind(model), "dense": dense_kind(model)}
+    kinds: dict[str, Any] = {"summary": summary_kind(model), "dense": dense_kind(model)}
+    with torch.device("meta"):
         for size in sizes:
             try:
                 tokens = timm_tokens(model, torch.zeros(views, 3, size, size), **kinds)
@@ -210,8 +212,9 @@ def _tried(arch: str, size: int, patch: int) -> tuple[Any, Tokens]:
     if size < patch or size % patch:
         raise _SizeError(f"its patch is {patch} pixels and must divide the size")
     try:
-        with torch.device("meta"), torch.no_grad():
+        with built_on_meta():
             model = create_timm(arch, size=size).eval()
+        with torch.device("meta"), torch.no_grad():
             pixels = torch.zeros(1, 3, size, size)
             tokens = timm_tokens(model, pixels, summary=summary_kind(model), dense=dense_kind(model))
     except ConfigError:

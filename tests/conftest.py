@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+import typer.main
 from filelock import FileLock
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
@@ -37,6 +39,9 @@ ROOT = Path(__file__).parents[1]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A background shell has it ignored, and children inherit that: tests send it to themselves and to their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Typer builds the whole command line anew for each command, which a process of a user does once.
+typer.main.get_command = cache(typer.main.get_command)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")

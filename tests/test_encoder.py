@@ -28,6 +28,7 @@ from eupe.encoder import (
 )
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.kinds import CARD_FILE, WEIGHTS_FILE
+from eupe.meta import built_on_meta
 from eupe.tokens import normalise
 
 STUDENTS = {
@@ -145,6 +146,16 @@ def test_what_a_model_lacks_is_refused(arch: str, summary: str, dense: str) -> N
         model = timm.create_model(arch, num_classes=0)
         with pytest.raises(ConfigError):
             timm_tokens(model, torch.zeros(1, 3, 224, 224), summary=summary, dense=dense)
+
+
+@pytest.mark.parametrize("arch", ["vit_small_patch16_224", "convnext_atto", "vit_tiny_patch16_dinov3_qkvb", "resnet18"])
+def test_what_is_built_on_meta_is_what_is_built_with_draws_and_memory(arch: str) -> None:
+    with built_on_meta():
+        ours = timm.create_model(arch)
+        assert torch.ones(2, device="cpu").add_(1).tolist() == [2, 2], "values that are there are worked on"
+    theirs = timm.create_model(arch)
+    ours, theirs = ({n: (v.shape, v.dtype) for n, v in m.state_dict(keep_vars=True).items()} for m in (ours, theirs))
+    assert ours == theirs
 
 
 def test_an_architecture_is_asked_about_once_and_a_directory_each_time() -> None:

@@ -10,6 +10,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from eupe.encoder import Encoder, build_encoder, load_encoder, save_encoder, timm_card, timm_tokens
+from eupe.meta import built_on_meta
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
@@ -32,7 +33,7 @@ def views(size: int) -> torch.Tensor:
 @pytest.mark.parametrize("arch", PE_CORE)
 def test_each_has_its_size_and_the_blocks_of_a_perception_encoder(arch: str) -> None:
     pe_core, width, parameters = PE_CORE[arch]
-    with torch.device("meta"):
+    with built_on_meta():
         model, trunk = timm.create_model(arch, num_classes=0), timm.create_model(pe_core)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.03)
     ours, theirs = ({k: v.shape for k, v in m.state_dict().items()} for m in (model, trunk))

@@ -15,6 +15,7 @@ from torch import Tensor
 from eupe.checkpoints import ADAPTER_FILE, describe_misfits, read_checkpoint, require_no_adapter, require_readable
 from eupe.errors import TeacherError
 from eupe.kinds import LOCAL_DIR, DenseKind, SummaryKind
+from eupe.meta import built_on_meta
 from eupe.teachers.preprocess import NESTED_FILE, UNIT, of_processor, processor_settings, timm_folder
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import brief, hub_errors, hub_or_offline, quiet_transformers
@@ -184,7 +185,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
             with hub_errors(spec):
                 model, report = model_class.from_pretrained(spec.model, **options)
         else:
-            with torch.device("meta"):
+            with built_on_meta():
                 shapes = model_class(config, **family.build).state_dict()
             state = read_checkpoint(weights, key=key, fitting=shapes, whole=True)
             model, report = _from_state_dict(model_class, state, weights, options)

@@ -27,6 +27,7 @@ from eupe.checkpoints import read_checkpoint
 from eupe.encoder import load_card
 from eupe.errors import TeacherError
 from eupe.kinds import CARD_FILE, WEIGHTS_FILE
+from eupe.meta import built_on_meta
 from eupe.reading import read_json
 from eupe.teachers.preprocess import (
     OPEN_CLIP_FILE,
@@ -161,7 +162,7 @@ def _timm_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> Own
     loading: dict[str, Any] = {"pretrained": True} if spec.is_local_dir else {}
     classifier = {} if spec.summary == "projected" else {"num_classes": 0}
     if weights is not None:
-        with torch.device("meta"):
+        with built_on_meta():
             shapes = timm.create_model(spec.model, **classifier).state_dict()
         state = read_checkpoint(weights, key=key, fitting=shapes)
         loading = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
@@ -249,7 +250,7 @@ def _prepared_as_files_say(spec: TeacherSpec, weights: Path | None) -> Prepare |
 def _prepared_as_timm_folder(folder: Path) -> Prepare | None:
     if not timm_folder(folder):
         return None
-    with torch.device("meta"):
+    with built_on_meta():
         return timm_preparation(timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}")))
 
 
@@ -386,7 +387,7 @@ def _hf_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnMo
         if weights is None:
             model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         else:
-            with torch.device("meta"):
+            with built_on_meta():
                 shapeless = transformers.AutoModel.from_config(config, trust_remote_code=False)
             state = read_checkpoint(weights, key=key, fitting=shapeless.state_dict(), whole=True)
             model = type(shapeless).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
@@ -406,7 +407,7 @@ def _random_dinov2(spec: TeacherSpec) -> OwnModel:
     size = re.split("-", spec.model)[-1]
     registers = "_reg4" if "registers" in spec.model else ""
     twin_name = f"vit_{size}_patch14{registers}_dinov2.lvd142m"
-    with torch.device("meta"):
+    with built_on_meta():
         twin = timm.create_model(twin_name)
     dimensions = {
         "hidden_size": twin.num_features,

@@ -13,6 +13,7 @@ from torch import Tensor
 from eupe.checkpoints import load_state_dict_strictly, read_checkpoint
 from eupe.encoder import create_timm, remembered, timm_card, timm_config, timm_tokens
 from eupe.errors import ConfigError, TeacherError
+from eupe.meta import built_on_meta
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import hub_errors, own_weights
 from eupe.tokens import Tokens
@@ -104,9 +105,11 @@ def _takes(spec: TeacherSpec, build_size: int | None, size: int) -> bool:
 
 @remembered
 def _tried(arch: str, spec: TeacherSpec, build_size: int | None, size: int) -> bool:
-    with torch.device("meta"), torch.no_grad():
+    with torch.no_grad():
         try:
-            tokens(_built(spec, build_size).eval(), spec, torch.zeros(1, 3, size, size))
+            with built_on_meta():
+                model = _built(spec, build_size).eval()
+            tokens(model, spec, torch.zeros(1, 3, size, size, device="meta"))
         except Exception:
             return False
     return True

@@ -20,6 +20,7 @@ from eupe.corpus.awkward import awkward_pictures
 from eupe.corpus.decode import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.errors import ConformanceError, EupeError, StorageError
+from eupe.meta import built_on_meta
 from eupe.teachers.own_forward import OwnModel, built_narrow, fill_at_random, narrow, own_model, save_own
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
@@ -207,7 +208,7 @@ def _loaded(spec: TeacherSpec, weights: Path | None, key: str | None = None, *, 
 
 def _num_parameters(spec: TeacherSpec) -> int:
     """Counted on a build without memory."""
-    with torch.device("meta"):
+    with built_on_meta():
         return sum(parameter.numel() for parameter in own_model(spec).module.parameters())
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eupe.device import dtype_name
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, TrainingError
+from eupe.meta import built_on_meta
 from eupe.store.layout import KINDS
 from eupe.train.batch import Batch
 from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, target_names
@@ -211,8 +212,9 @@ def freeze_unused(distiller: Distiller) -> None:
     card = distiller.encoder.card
     if kinds == set(KINDS):
         return
-    with torch.device("meta"):
+    with built_on_meta():
         model = build_encoder(card.arch, size=card.size).train()
+    with torch.device("meta"):
         tokens = vars(model(torch.zeros(2, 3, card.size, card.size)))
         torch.autograd.backward([tokens[kind].sum() for kind in sorted(kinds)])
     unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}

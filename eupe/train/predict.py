@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from eupe.checkpoints import load_state_dict_strictly
 from eupe.encoder import load_card
 from eupe.errors import RunError, TeacherError
+from eupe.meta import built_on_meta
 from eupe.store.layout import KINDS
 from eupe.tokens import Tokens
 from eupe.train.card import HEADS_FILE, NORMS_FILE, REPORT_FILE, finished_card, target_names
@@ -108,7 +109,7 @@ def load_predictors(run: Path) -> list[TargetPredictor]:
     predictors = []
     for i, (name, target) in enumerate(zip(target_names(card.targets), card.targets, strict=True)):
         rotated = [kind for kind in KINDS if f"{i}.{kind}.rotation" in norms]
-        with torch.device("meta"):
+        with built_on_meta():
             predictor = TargetPredictor(name, target, widths, card.config["head_width"], rotated)
         state = {f"{kind}.head.{tensor}": value for (kind, tensor), value in _of(heads, i).items()}
         state |= {f"{kind}.{tensor}": value for (kind, tensor), value in _of(norms, i).items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import floor
 from numbers import Integral
 
@@ -176,7 +176,7 @@ class Mix:
         block, place = divmod(step, MIX_BLOCK)
         before, after = self._turns_before(block * MIX_BLOCK), self._turns_before((block + 1) * MIX_BLOCK)
         in_turn = np.repeat(np.arange(len(before)), np.subtract(after, before))
-        turns = in_turn[permute(np.arange(place + 1), MIX_BLOCK, key_of(self.seed, _TURNS, block))]
+        turns = in_turn[_block_order(self.seed, block)[: place + 1]]
         corpus = int(turns[place])
         return corpus, before[corpus] + int((turns[:place] == corpus).sum())
 
@@ -195,6 +195,12 @@ class Mix:
     def _fractions(self) -> tuple[Fraction, ...]:
         """The shares as they are written: 0.1 is a tenth."""
         return tuple(Fraction(repr(float(share))) for share in self.shares)
+
+
+@lru_cache(maxsize=4)  # step by step it is the same block, a hundred times over
+def _block_order(seed: int, block: int) -> NDArray[np.int64]:
+    """Return the order in which a block's steps are handed out, int64 [MIX_BLOCK]."""
+    return permute(np.arange(MIX_BLOCK), MIX_BLOCK, key_of(seed, _TURNS, block))
 
 
 def _require(what: str, value: int, *, at_least: int) -> None:

@@ -29,6 +29,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTConfig, 
 
 from eupe.corpus.decode import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
+from eupe.meta import built_on_meta
 from eupe.teachers.own_forward import NARROW_CONV_WIDTH, NARROW_CONVNEXT, NARROW_WIDTH, fill_at_random, narrow
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
@@ -291,7 +292,7 @@ SIGLIPS = [name for name in REGISTRY if name.startswith("siglip")]
 
 @pytest.mark.parametrize("name", SIGLIPS)
 def test_notes_name_the_gelu_that_timm_gives_siglip(name: str) -> None:
-    with torch.device("meta"):
+    with built_on_meta():
         gelu = type(timm.create_model(REGISTRY[name].model).blocks[0].mlp.act).__name__
     assert f"with the {'tanh' if gelu == 'GELUTanh' else 'exact'} GELU" in REGISTRY[name].note
 
@@ -301,7 +302,7 @@ RADIOS = [name for name in REGISTRY if name.startswith("radio")]
 
 @pytest.mark.parametrize("name", RADIOS)
 def test_notes_name_how_timm_resamples_the_table_of_radio(name: str) -> None:
-    with torch.device("meta"):
+    with built_on_meta():
         aligns = timm.create_model(REGISTRY[name].model).embeds.pos_embed_align_corners
     assert ("corners aligned" in REGISTRY[name].note) == aligns
 
