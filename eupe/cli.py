@@ -977,7 +977,9 @@ def train(
     ] = None,
     target_size: Annotated[
         list[int] | None,
-        typer.Option(help="Size of the targets, several: one drawn per step; each store's first by default."),
+        typer.Option(
+            help="Size of the targets, several: one drawn per step; by default each store's nearest to --size."
+        ),
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over all training views (one where neither is given).")
@@ -1020,6 +1022,14 @@ def train(
     ] = None,
     shard: Annotated[
         bool | None, typer.Option("--shard/--no-shard", help="Spread weights and optimiser over the workers (FSDP2).")
+    ] = None,
+    sync_batch_norm: Annotated[
+        bool | None,
+        typer.Option("--sync-batch-norm/--no-sync-batch-norm", help="Batch norms see all workers' views (GPUs only)."),
+    ] = None,
+    rope_rescale: Annotated[
+        float | None,
+        typer.Option(help="R: scale rotary coordinates at random from 1/R to R in training; the lineage's is 2."),
     ] = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile the student.")] = None,
     recompute: Annotated[
@@ -1067,6 +1077,8 @@ def train(
         "num_workers": num_workers,
         "ray_address": ray_address,
         "shard": shard,
+        "sync_batch_norm": sync_batch_norm,
+        "rope_rescale": rope_rescale,
         "compile": compile,
         "recompute": recompute,
         "checkpoint_every": checkpoint_every,
@@ -1095,8 +1107,12 @@ def train(
             notes[place] = f"{configs[place].out.name}: {notes[place]}"
         progress.update("training", status.step, status.total_steps, note="  ".join(notes[i] for i in sorted(notes)))
 
+    def note(words: str) -> None:
+        if not as_json:
+            err.print(f"note: {escaped(words)}", soft_wrap=True)
+
     with origins(), report_progress(err, "steps", quiet=as_json) as progress:
-        reports = train_together(configs, on_status=tell)
+        reports = train_together(configs, on_status=tell, on_note=note)
     for report in reports:
         finish(dataclasses.asdict(report), as_json)
         if not as_json and report.cached:

@@ -20,6 +20,7 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 
 import eupe.proxy  # noqa: F401 - its architectures are timm's from here on
@@ -198,6 +199,32 @@ def _why_not_trained(arch: str, first: int, size: int, error: Exception) -> str:
     if size != first:
         return f"{arch} laid out for {first} px does not take {size} px, too ({_brief(error)}); give one --size"
     return f"{arch} cannot be trained at {size} px ({_brief(error)}); give another --student"
+
+
+def has_batch_norm(arch: str) -> bool:
+    """Tell whether a timm architecture learns from other views of its batch, too."""
+    with built_on_meta():
+        return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in create_timm(arch).modules())
+
+
+def has_rope(arch: str) -> bool:
+    """Tell whether a timm architecture has a rotary position embedding that `rescale_rope` knows."""
+    with built_on_meta():
+        return isinstance(getattr(create_timm(arch), "rope", None), RotaryEmbeddingDinoV3)
+
+
+def rescale_rope(model: nn.Module, factor: float) -> None:
+    """Scale the coordinates of a model's rotary position embedding by a random factor while it is trained.
+
+    Nothing changes in a model without such an embedding, or in evaluation.
+
+    Args:
+        factor: R at least 1; each forward pass draws one factor for both axes, log-uniform from 1/R to R.
+    Source: `rope_rescale_coords` of DINOv3's and EUPE's released backbones, as timm's `RotaryEmbeddingDinoV3` has it.
+    """
+    rope = getattr(model, "rope", None)
+    if isinstance(rope, RotaryEmbeddingDinoV3):
+        rope.rescale_coords, rope.aug_active = factor, True
 
 
 class _SizeError(Exception):

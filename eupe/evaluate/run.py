@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,10 +16,11 @@ from eupe.device import pick_device
 from eupe.encoder import load_encoder
 from eupe.errors import RunError
 from eupe.place import Where
-from eupe.train.card import CONFIG_FILE, HEADS_FILE, RunCard, finished_card, store_fingerprint
+from eupe.train.card import CONFIG_FILE, HEADS_FILE, RunCard, finished_card, holdout_by, method_of, store_fingerprint
+from eupe.train.card import is_run as is_run
 from eupe.train.card import read_card as read_card
 from eupe.train.distiller import Distiller, build_distiller
-from eupe.train.targets import TargetSet, open_targets
+from eupe.train.targets import TargetSet, holdout_words, is_held_out, open_targets
 
 DECISIVE = ("student", "size", "head_width", "seed", "dtype", "normalise", "target_size", "holdout")
 """Options without which student, heads and targets cannot be opened."""
@@ -41,13 +45,16 @@ class Run:
         return build_distiller(self.card, self.targets, self.device)
 
 
-def is_run(path: Path) -> bool:
-    """Whether a training run was begun there; another library's folder may have a `config.json` too."""
-    try:
-        read_card(path)
-    except RunError:
-        return False
-    return True
+def not_learned(samples: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> list[bool]:
+    """Tell of samples, which have `key` and `sha256`, whether each was kept out of the training of all of the runs.
+
+    Raises: RunError if one is no run, or does not say.
+    """
+    held = np.full(len(samples), bool(runs))
+    for run in runs:
+        share, by = holdout(run), holdout_by(method_of(read_card(run)))
+        held &= [is_held_out(word, share) for word in holdout_words(samples, by)]
+    return held.tolist()
 
 
 def holdout(path: Path) -> float:
@@ -73,7 +80,7 @@ def open_run(path: Path, *, corpus: Where | None = None) -> Run:
     if lacking:
         raise RunError(f"run {path} has a {CONFIG_FILE} without {', '.join(lacking)}; restore it, or train anew")
     stores = [target["path"] for target in card.targets]
-    targets = open_targets(stores, corpus=corpus, holdout=holdout(path))
+    targets = open_targets(stores, corpus=corpus, holdout=holdout(path), holdout_by=holdout_by(method_of(card)))
     for store, target in zip(targets.stores, card.targets, strict=True):
         if store_fingerprint(store) != target["fingerprint"]:
             raise RunError(f"{store.path} is not the store that {path} learned from: it was made anew, otherwise")

@@ -17,14 +17,13 @@ from eupe.corpus.pictures import insides
 from eupe.corpus.views import render_view
 from eupe.errors import ConfigError
 from eupe.evaluate.pictures import Pictures, centre
-from eupe.evaluate.run import holdout
+from eupe.evaluate.run import not_learned
 from eupe.evaluate.subject import open_subjects
 from eupe.pages.viz import SHOWN_PX, choose_pictures
 from eupe.pages.viz_items import Picture
 from eupe.pca import fit_pca
 from eupe.place import Where
 from eupe.store.layout import DENSE
-from eupe.train.targets import is_held_out
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,12 @@ def draw_maps(runs: Mapping[str, Path], images: Where, *, limit: int) -> Maps:
     if not runs:
         raise ConfigError("--images shows maps of training runs, and none of those that were judged is here")
     corpus = open_corpus(images)
-    share = min(map(holdout, runs.values()))
     samples = corpus.samples.select(["key", "label", "sha256"]).to_pylist()
     known = [
-        Picture(**sample, held_out=is_held_out(sample["key"], share), inside=inside)
-        for sample, inside in zip(samples, insides(corpus.samples), strict=True)
+        Picture(**sample, held_out=held, inside=inside)
+        for sample, held, inside in zip(
+            samples, not_learned(samples, list(runs.values())), insides(corpus.samples), strict=True
+        )
     ]
     chosen = choose_pictures(known, limit)
     pictures = Pictures(corpus.root, tuple(p.key for p in chosen), tuple(p.inside for p in chosen))

@@ -19,7 +19,7 @@ from eupe.corpus.pictures import insides, read_picture
 from eupe.corpus.views import ViewSpec, draw_view
 from eupe.encoder import load_card
 from eupe.errors import ConfigError, CorpusError
-from eupe.evaluate.run import holdout
+from eupe.evaluate.run import not_learned
 from eupe.evaluate.subject import StoreSubject, Subject, open_subjects
 from eupe.pages.page import make_place, write_whole
 from eupe.pages.viz_figure import draw_figure, plan_figure
@@ -30,7 +30,6 @@ from eupe.pages.viz_page import render_page
 from eupe.place import Place, Where
 from eupe.store import Features
 from eupe.store.layout import DENSE
-from eupe.train.targets import is_held_out
 
 PAGE, FIGURE = ".html", ".png"
 SHOWN_PX = 320
@@ -127,7 +126,6 @@ def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreSubject], runs: Se
 
     Raises: ConfigError if there is none.
     """
-    held_out_share = min(map(holdout, runs), default=0.0)
     rows = corpus.samples.select(["key", "label", "sha256"]).to_pylist()
     for row, inside in zip(rows, insides(corpus.samples), strict=True):
         row["inside"] = inside
@@ -140,7 +138,7 @@ def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreSubject], runs: Se
                 "give --images the pictures that every store was extracted from"
             )
         rows = found
-    return [Picture(**row, held_out=is_held_out(row["key"], held_out_share)) for row in rows]
+    return [Picture(**row, held_out=held) for row, held in zip(rows, not_learned(rows, runs), strict=True)]
 
 
 def choose_pictures(pictures: Sequence[Picture], limit: int) -> list[Picture]:

@@ -26,7 +26,7 @@ from eupe.store.precision import FP16, parse_precision
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.run_adapter import as_teacher
 from eupe.teachers.spec import TeacherSpec
-from eupe.train.card import require_bare_student
+from eupe.train.card import passes, require_bare_student
 from eupe.train.config import TrainConfig
 from eupe.train.options import train_configs
 
@@ -63,6 +63,14 @@ class TrainCost:
     batch_size: int | None
     bytes_per_view: float
     """Read of all targets, each at one of its sizes."""
+    num_stored: int | None
+    """Views that the first target has, those held out counted in."""
+
+    @property
+    def passes(self) -> float | None:
+        """How often each of them is seen."""
+        known = self.num_views is not None and self.num_stored is not None
+        return passes(self.num_views, self.num_stored) if known else None  # type: ignore[arg-type]
 
     @property
     def num_views(self) -> int | None:
@@ -148,7 +156,8 @@ class Costs:
         config, targets = self._config(planned, params)
         steps = config.steps or self._steps(targets[0], config.epochs or 1.0, config.holdout, config.batch_size)
         bytes_per_view = sum(self._bytes_read(word) for word in targets)
-        return TrainCost(steps=steps, batch_size=config.batch_size, bytes_per_view=bytes_per_view)
+        stored = self._stored_views(targets[0])
+        return TrainCost(steps=steps, batch_size=config.batch_size, bytes_per_view=bytes_per_view, num_stored=stored)
 
     def _config(self, planned: PlannedStep, params: Mapping[str, Any]) -> tuple[TrainConfig, Sequence[Word]]:
         """What a run is asked for, and its targets.
@@ -191,9 +200,11 @@ class Costs:
 
     def _steps(self, target: Word, epochs: float, holdout: float, batch_size: int) -> int | None:
         """Of so many passes over what is not held out, as nearly as that is known beforehand."""
-        if isinstance(target, Ref):
-            num_views = self._stores[target.step].num_views
-        else:
-            spec = open_store(target).spec
-            num_views = spec.num_samples * spec.num_views
+        num_views = self._stored_views(target)
         return None if num_views is None else max(1, round(epochs * (num_views * (1 - holdout) // batch_size)))
+
+    def _stored_views(self, target: Word) -> int | None:
+        if isinstance(target, Ref):
+            return self._stores[target.step].num_views
+        spec = open_store(target).spec
+        return spec.num_samples * spec.num_views

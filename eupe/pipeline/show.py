@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from eupe.pipeline.costs import Cost, StoreCost
+from eupe.pipeline.costs import Cost, StoreCost, TrainCost
 from eupe.pipeline.execute import Result
 from eupe.pipeline.prepare import Prepared
 from eupe.printing import print_table
 from eupe.progress import amount
+from eupe.train.card import MOST_PASSES
 
 HEADLINES: Mapping[str, Sequence[str]] = {
     "extract": ("num_views", "stored_bytes", "num_failed"),
@@ -45,6 +46,14 @@ def show_plan(prepared: Prepared, console: Console) -> None:
         known = sum(number for number in stored if number is not None)
         unknown = f" and {stored.count(None)} of unknown size" if None in stored else ""
         console.print(f"stores in all: {amount(known)}{unknown}, on paper: nothing was measured", soft_wrap=True)
+    for one, cost in zip(prepared.steps, prepared.costs, strict=True):
+        if isinstance(cost, TrainCost) and cost.passes is not None and cost.passes > MOST_PASSES:
+            console.print(
+                f"{one.step.name} sees each stored view more than {MOST_PASSES} times, which teaches little that is "
+                "new: extract with more views (rrc:K), or train less",
+                soft_wrap=True,
+                markup=False,
+            )
     missing: dict[str, list[str]] = {}
     for one in prepared.steps:
         for words in one.missing:
@@ -66,7 +75,8 @@ def cost_words(cost: Cost | None) -> str:
         return f"{cost.num_images:,} pictures x {views}, {per_view}, {amount(cost.num_bytes)}"
     if cost.num_bytes is None:
         return f"{amount(cost.bytes_per_view)} a view; steps or batch not known here"
-    return f"{cost.steps:,} steps x {cost.batch_size:,} = {cost.num_views:,} views, {amount(cost.num_bytes)} read"
+    words = f"{cost.steps:,} steps x {cost.batch_size:,} = {cost.num_views:,} views, {amount(cost.num_bytes)} read"
+    return words if cost.passes is None else f"{words}, each stored view about {cost.passes:,.0f} times"
 
 
 def show_results(results: Sequence[Result], console: Console, *, reports: Path) -> None:

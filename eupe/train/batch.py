@@ -116,6 +116,8 @@ class Request:
     """Place of the first of these views in the batch of the step, over all workers."""
     colours_seed: int | None = None
     """The student's views are recoloured, by this seed and the step."""
+    colours_by_view: bool = True
+    """Two views of one picture get colours of their own; the same in runs of the first method."""
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,30 @@ from typing import Any
 
 from timm.models import is_model, split_model_name_tag
 
-from eupe.encoder import check_student, load_card, near, why_no_run
+from eupe.encoder import check_student, has_batch_norm, has_rope, load_card, near, why_no_run
 from eupe.errors import ConfigError, RunError
 from eupe.kinds import WEIGHTS_FILE
 from eupe.reading import read_json
 from eupe.store import Store
 from eupe.store.layout import KINDS
 from eupe.train.config import MixedIn, TrainConfig, parse_mix
-from eupe.train.targets import TargetSet
+from eupe.train.targets import HoldoutBy, TargetSet
 
 CONFIG_FILE = "config.json"
 HEADS_FILE = "heads.safetensors"
 NORMS_FILE = "norms.safetensors"
 REPORT_FILE = "report.json"
+MOST_PASSES = 100
+"""Over each stored view; the paper draws its crops afresh each time, and a cache does not."""
+METHOD = "method"
+"""In a card's `config`: the version of what training does beyond the options; 1 where the card does not say.
+
+1: the hold-out goes by keys, the decay of `--ema` is fixed, `--photometric` gives all views of a picture in a step the
+same colours, a channel that hardly changes is normalised like all others.
+2: the hold-out goes by content, the decay rises, colours are drawn for each view, `normalise.LEAST_STD` holds, and how
+many views a batch norm sees is part of what the run is.
+"""
+NEWEST_METHOD = 2
 VERSIONED = ("eupe", "torch", "timm", "pillow")
 HOW = frozenset(
     [
@@ -51,6 +62,7 @@ HOW = frozenset(
         "accumulate",
         "compile",
         "recompute",
+        "sync_batch_norm",
         "shard",
     ]
 )
@@ -131,6 +143,15 @@ def read_card(run: Path) -> RunCard:
         raise RunError(why_no_run(run, CONFIG_FILE, error)) from error
 
 
+def is_run(path: Path) -> bool:
+    """Whether a training run was begun there; another library's folder may have a `config.json` too."""
+    try:
+        read_card(path)
+    except RunError:
+        return False
+    return True
+
+
 def finished_card(run: Path) -> RunCard:
     """The card of a run that has come to its end.
 
@@ -167,7 +188,7 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
     student = config.student or load_card(_run(config.init)).arch
     sizes = config.size or targets.stores[0].spec.sizes[:1]
     check_student(student, sizes, views=config.batch_size // (config.num_workers * config.accumulate))
-    target_sizes = [config.target_size or store.spec.sizes[:1] for store in targets.stores]
+    target_sizes = [config.target_size or (nearest_size(store, sizes[0]),) for store in targets.stores]
     for corpus in corpora:
         for store, first, wanted in zip(corpus.stores, targets.stores, target_sizes, strict=True):
             _require_same_teacher(store, first)
@@ -182,6 +203,12 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
         "weight": parse_weights(config.weight, cards),
         "init": None if config.init is None else _digest(config.init),
     }
+    if config.photometric == "eupe" and begun_method(config.out) > 1:
+        _require_plain_colours(corpora)
+    if (method := begun_method(config.out)) > 1:
+        decisive[METHOD] = method
+        if has_batch_norm(student):
+            decisive["batch_norm_views"] = _batch_norm_views(config)
     return RunCard(
         config=decisive,
         targets=cards,
@@ -193,6 +220,95 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
         total_steps=_total_steps(config, corpora, mixes),
         versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
     )
+
+
+def begun_method(run: Path) -> int:
+    """Return the version of the method that the run in a folder was begun with; the newest where there is none.
+
+    Raises: as `method_of`.
+    """
+    try:
+        card = read_card(run)
+    except RunError:
+        return NEWEST_METHOD
+    return method_of(card)
+
+
+def method_of(card: RunCard) -> int:
+    """Return the version of the method that a run trains by.
+
+    Raises: RunError if its card names none that is known here.
+    """
+    version = card.config.get(METHOD, 1)
+    if version not in range(1, NEWEST_METHOD + 1):
+        raise RunError(
+            f"{CONFIG_FILE} says {METHOD} {version!r}, and this eupe knows 1 to {NEWEST_METHOD}; update eupe"
+        )
+    return int(version)
+
+
+def holdout_by(method: int) -> HoldoutBy:
+    """Return what decides which pictures are held out, by a version of the method."""
+    return "content" if method > 1 else "key"
+
+
+def _require_plain_colours(corpora: Sequence[TargetSet]) -> None:
+    """Raises: ConfigError if views were recoloured when they were extracted, which the student would see on top."""
+    for store in (store for corpus in corpora for store in corpus.stores):
+        if store.spec.photometric:
+            raise ConfigError(
+                f"the views of {store.path} were recoloured when they were extracted, and the student sees "
+                "them so; leave --photometric out of training"
+            )
+
+
+def _batch_norm_views(config: TrainConfig) -> int:
+    """Return over how many views a batch norm of the student takes its mean.
+
+    Raises: ConfigError if the workers' running statistics would differ.
+    """
+    if config.shard:
+        raise ConfigError("--shard would leave each worker running statistics of its own in batch norms; leave it out")
+    workers = 1 if config.sync_batch_norm else config.num_workers
+    return config.batch_size // (workers * config.accumulate)
+
+
+def nearest_size(store: Store, size: int) -> int:
+    """Return the size, of those that a store has, that is nearest to `size` px: the larger of two as near."""
+    return min(store.spec.sizes, key=lambda each: (abs(each - size), -each))
+
+
+def advice(config: TrainConfig, card: RunCard, corpora: Sequence[TargetSet]) -> list[str]:
+    """Return what a user may not have meant, a sentence each: targets of another size, views seen over and over."""
+    notes = []
+    for target, sizes in zip(card.targets, card.target_sizes, strict=True):
+        if not config.target_size and list(sizes) != [card.size]:
+            notes.append(
+                f"{target['path']} has no features at the student's {card.size} px; it learns from those at "
+                f"{sizes[0]} px"
+            )
+    if config.rope_rescale is not None and not has_rope(card.config["student"]):
+        notes.append(f"{card.config['student']} has no rotary position embedding, so --rope-rescale changes nothing")
+    if config.init is not None and is_run(config.init):
+        before = read_card(config.init).config
+        fewer = before.get("holdout", 0) < card.config["holdout"]
+        if fewer or holdout_by(method_of(read_card(config.init))) != holdout_by(method_of(card)):
+            notes.append(
+                f"{config.init} kept other pictures out of training, so it may have learned from some that are held "
+                "out here, and what is measured on these would be too good"
+            )
+    shares = [1 - sum(mixed["share"] for mixed in card.mix), *(mixed["share"] for mixed in card.mix)]
+    for corpus, share in zip(corpora, shares, strict=True):
+        times = passes(card.total_steps * config.batch_size * share, len(corpus.training) * corpus.num_views)
+        words = f"each stored view of {corpus.stores[0].path} will be seen about {times:,.0f} times"
+        more = f"; more than {MOST_PASSES} teach little that is new: extract with more views (rrc:K), or train less"
+        notes.append(words + (more if times > MOST_PASSES else ""))
+    return notes
+
+
+def passes(num_seen: float, num_stored: int) -> float:
+    """Return how often training sees each stored view, at least once."""
+    return max(1.0, num_seen / max(1, num_stored))
 
 
 def require_bare_student(config: TrainConfig) -> None:

@@ -31,7 +31,7 @@ class TrainConfig:
     size: tuple[int, ...] = ()
     """Sides of the student's input in pixels, one drawn for each step; the first store's first where not given."""
     target_size: tuple[int, ...] = ()
-    """Sizes of the stores, one drawn for each step and store; each store's first where not given."""
+    """Sizes of the stores, one drawn for each step and store; where not given, each store's nearest to `size`."""
     epochs: float | None = None
     steps: int | None = None
     """Give one of the two; one epoch where neither is given."""
@@ -68,6 +68,10 @@ class TrainConfig:
     shard: bool = False
     """Weights, gradients and optimiser are spread over the workers (FSDP2)."""
     compile: bool = False
+    sync_batch_norm: bool = False
+    """Batch norms take their means over the views of all workers; only on GPUs."""
+    rope_rescale: float | None = None
+    """R: in training, coordinates of a rotary position embedding are scaled by a random factor from 1/R to R."""
     recompute: bool = False
     """Activations are computed again for the gradient in place of being kept."""
     checkpoint_every: int = 500
@@ -149,6 +153,8 @@ class TrainConfig:
             wrong.append(f"--lr must be above 0, got {self.lr:g}")
         if self.clip is not None and self.clip <= 0:
             wrong.append(f"--clip must be above 0, got {self.clip:g}")
+        if self.rope_rescale is not None and self.rope_rescale < 1:
+            wrong.append(f"--rope-rescale must be at least 1, got {self.rope_rescale:g}")
         if self.ema is not None and not 0 < self.ema < 1:
             wrong.append(f"--ema must be between 0 and 1, got {self.ema:g}")
         return wrong

@@ -12,7 +12,7 @@ from eupe.encoder import Encoder, build_encoder
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.tokens import normalise
 from eupe.train.batch import Batch, Request, TargetBatch
-from eupe.train.card import RunCard, loss_weights
+from eupe.train.card import RunCard, loss_weights, method_of
 from eupe.train.dropping import draws, keep_teachers
 from eupe.train.heads import TargetHeads
 from eupe.train.losses import dense_loss, match_grids, summary_loss
@@ -96,7 +96,10 @@ def build_distiller(card: RunCard, targets: TargetSet, device: torch.device) -> 
     torch.manual_seed(card.config["seed"])
     encoder = build_encoder(card.config["student"], size=card.size)
     norms = [
-        {size: normalisers(store, size, device, card.config["normalise"]) for size in sizes}
+        {
+            size: normalisers(store, size, device, card.config["normalise"], floored=method_of(card) > 1)
+            for size in sizes
+        }
         for store, sizes in zip(targets.stores, card.target_sizes, strict=True)
     ]
     dtype = compute_dtype(card.config["dtype"], device)

@@ -22,11 +22,18 @@ class Ema:
         spread = {name for name, value in self._values.items() if isinstance(value, DTensor)}
         self._alike = [sorted(names) for names in (spread, self._values.keys() - spread) if names]
 
-    def update(self) -> None:
-        """average = decay * average + (1 - decay) * value."""
+    def update(self, step: int | None = None) -> None:
+        """average = decay * average + (1 - decay) * value.
+
+        Args:
+            step: of the update, from 0 on, by which the decay rises: (1 + step) / (10 + step), at most `decay`. So the
+                random values of the beginning are forgotten at once, where a fixed 0.9999 would keep a third of them
+                for 10,000 steps. Source: TensorFlow's ExponentialMovingAverage, `num_updates`. None for a fixed decay.
+        """
+        decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
         for names in self._alike:
             averages = [self._averages[name] for name in names]
-            torch._foreach_lerp_(averages, [self._values[name].float() for name in names], 1 - self.decay)
+            torch._foreach_lerp_(averages, [self._values[name].float() for name in names], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

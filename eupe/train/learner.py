@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from eupe.device import dtype_name
-from eupe.encoder import build_encoder, save_encoder
+from eupe.encoder import build_encoder, rescale_rope, save_encoder
 from eupe.errors import ConfigError, TrainingError
 from eupe.meta import built_on_meta
 from eupe.store.layout import KINDS
 from eupe.train.batch import Batch
-from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, target_names
+from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, method_of, target_names
 from eupe.train.checkpoint import Trainables, forget_after, load_checkpoint, on_cpu, save_checkpoint, save_tensors
 from eupe.train.config import TrainConfig
 from eupe.train.distiller import Distiller, build_distiller
@@ -56,6 +57,10 @@ class Learner:
         if config.init is not None:
             self.initialised = self._initialise(config.init)
         freeze_unused(self.distiller)
+        if config.rope_rescale is not None:
+            rescale_rope(self.distiller.encoder.model, config.rope_rescale)
+        if config.sync_batch_norm and world.size > 1:
+            self.distiller.encoder.model = synchronised(self.distiller.encoder.model, device)
         if config.recompute:
             recompute_activations(self.distiller)
         if config.compile:
@@ -117,7 +122,7 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(step if method_of(self.card) > 1 else None)
         return Progress(loss, done.each, rate, norm)
 
     def rate(self, step: int) -> float:
@@ -223,13 +228,27 @@ def freeze_unused(distiller: Distiller) -> None:
 
 
 def adamw(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices alone."""
+    """AdamW; weight decay on matrices and on class, register and position tokens, not on vectors (bias, norm, scale).
+
+    Source: the parameter groups of DINOv2 and DINOv3, which decay all but biases, norms and LayerScale.
+    """
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": card.config["weight_decay"]},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=card.config["lr"])
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return a model whose batch norms take their means over the views of all workers (timm's conversion).
+
+    Raises: ConfigError where PyTorch has no such layer.
+    """
+    if device.type != "cuda":
+        raise ConfigError(f"--sync-batch-norm is for GPUs, as PyTorch has it for no {device.type}; leave it out")
+    converted: nn.Module = convert_sync_batchnorm(model)
+    return converted
 
 
 def recompute_activations(distiller: Distiller) -> None:

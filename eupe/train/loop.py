@@ -22,7 +22,7 @@ from eupe.place import Place
 from eupe.reading import read_json
 from eupe.stopping import stop_signals
 from eupe.train.batch import Batch, Request
-from eupe.train.card import CONFIG_FILE, REPORT_FILE, RunCard, resolve, target_names
+from eupe.train.card import CONFIG_FILE, REPORT_FILE, RunCard, advice, method_of, resolve, target_names
 from eupe.train.checkpoint import steps_kept
 from eupe.train.config import TrainConfig
 from eupe.train.learner import Learner
@@ -99,27 +99,38 @@ def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lam
 
 
 def train_together(
-    configs: Sequence[TrainConfig], *, on_status: Callable[[int, TrainStatus], None] = lambda i, status: None
+    configs: Sequence[TrainConfig],
+    *,
+    on_status: Callable[[int, TrainStatus], None] = lambda i, status: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> list[TrainReport]:
     """Distil stores into several students that read one stream: each becomes what it would have become alone.
 
     Args:
         on_status: told the student's place among the configs, and where it stands.
+        on_note: told, before the first step, what the user may not have meant; see `eupe.train.card.advice`.
     Raises: as `train`; ConfigError if the students ask for different streams.
     """
     _require_one_stream(configs)
     with Holder("train") as holder:
-        return _trained(configs, holder, on_status)
+        return _trained(configs, holder, on_status, on_note)
 
 
 def _trained(
-    configs: Sequence[TrainConfig], holder: Holder, on_status: Callable[[int, TrainStatus], None]
+    configs: Sequence[TrainConfig],
+    holder: Holder,
+    on_status: Callable[[int, TrainStatus], None],
+    on_note: Callable[[str], None],
 ) -> list[TrainReport]:
     """See `train_together`."""
     if any(config.wandb is not None for config in configs):
         require_wandb()
     corpora = open_corpora(configs[0])
     cards = [resolve(config, corpora) for config in configs]
+    if len(set(map(method_of, cards))) > 1:
+        raise RunError(
+            "these runs were begun by different versions of eupe, which hold out other pictures; resume them one by one"
+        )
     for corpus in corpora:
         corpus.require_pictures(*cards[0].config["size"])
     reports = [_recognise(config, card) for config, card in zip(configs, cards, strict=True)]
@@ -132,6 +143,8 @@ def _trained(
             if _recognise(configs[i], cards[i]) is not None:
                 raise RunError(f"{configs[i].out} was finished by another `eupe train` just now; run the same again")
             _begin(configs[i], cards[i])
+        for note in dict.fromkeys(note for i in unfinished for note in advice(configs[i], cards[i], corpora)):
+            on_note(note)
         made = _train_unfinished(
             [configs[i] for i in unfinished],
             [cards[i] for i in unfinished],

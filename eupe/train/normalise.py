@@ -17,6 +17,9 @@ from eupe.train.batch import TargetTokens
 
 STANDARD, PHI_S, NONE = "standard", "phi-s", "none"
 NORMALISATIONS = (STANDARD, PHI_S, NONE)
+LEAST_STD = 1e-3
+"""Of the median channel's standard deviation. A channel that varies less is divided by this in place of its own: what
+varies so little is mostly the rounding of fp16 or int8, which unit variance would make a target like any other."""
 SAME_LENGTH = 1e-6
 """Components of an eigenvector whose lengths differ by a smaller share are equal."""
 
@@ -59,18 +62,23 @@ def _linear_fp32(tokens: Tensor, matrix_DD: Tensor) -> Tensor:
         return F.linear(tokens, matrix_DD)
 
 
-def normalisers(store: Store, size: int, device: torch.device, how: str) -> dict[str, Normaliser]:
+def normalisers(
+    store: Store, size: int, device: torch.device, how: str, *, floored: bool = True
+) -> dict[str, Normaliser]:
     """By kind of token, from a store's statistics at a size.
 
     Args:
         how: `standard`, each channel minus its mean, over its standard deviation (1 for a channel that never changes);
             `phi-s`, see `phi_s`; `none`, as the teacher gives them.
+        floored: `LEAST_STD` holds for `standard`; it did not in runs of the first method.
     Raises: ConfigError if `how` is another word, or `phi-s` cannot take a width; StoreError, PartCorruptError.
     """
     made = {}
     for kind in store.spec.tokens:
         stats, rotation = store.stats(size, kind), None
         centre, scale = stats.mean, np.where(stats.std > 0, stats.std, 1.0)
+        if floored and stats.std.any():
+            scale = np.maximum(scale, LEAST_STD * np.median(stats.std[stats.std > 0]))
         if how == PHI_S:
             alpha, rotation = phi_s(store.full_stats(size, kind).cov)
             scale = np.full_like(centre, 1 / alpha)

@@ -11,7 +11,7 @@ import torch
 
 from eupe.ahead import map_ahead
 from eupe.train.batch import Batch, Request
-from eupe.train.card import RunCard
+from eupe.train.card import RunCard, begun_method, holdout_by, method_of
 from eupe.train.config import TrainConfig, parse_mix
 from eupe.train.sampling import Mix, Sampler
 from eupe.train.targets import TargetSet, open_targets
@@ -28,10 +28,14 @@ def open_corpora(config: TrainConfig) -> list[TargetSet]:
     Raises: StoreError, ConfigError, CorpusError.
     """
     mixes = parse_mix(config.mix, num_targets=len(config.targets))
+    by = holdout_by(begun_method(config.out))
     named = [*config.targets, *(() if config.corpus is None else (config.corpus,))]
     return [
-        open_targets(config.targets, corpus=config.corpus, holdout=config.holdout),
-        *(open_targets(mixed.stores, corpus=None, holdout=config.holdout, named=named) for mixed in mixes),
+        open_targets(config.targets, corpus=config.corpus, holdout=config.holdout, holdout_by=by),
+        *(
+            open_targets(mixed.stores, corpus=None, holdout=config.holdout, holdout_by=by, named=named)
+            for mixed in mixes
+        ),
     ]
 
 
@@ -71,6 +75,7 @@ def training_requests(
                 step=step,
                 first=world.rank * len(views) + start,
                 colours_seed=config["seed"] if config["photometric"] == "eupe" else None,
+                colours_by_view=method_of(card) > 1,
             )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 import PIL
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eupe.corpus.decode import decode_image
-from eupe.corpus.photometric import apply_photometric
+from eupe.corpus.photometric import Photometric, apply_photometric
 from eupe.corpus.pictures import Inside, insides, read_picture
 from eupe.corpus.sources import corpus_root
 from eupe.corpus.views import draw_colours, render_view, view_digest
@@ -31,12 +32,21 @@ from eupe.train.sampling import Views
 
 CHECKED_VIEWS = 16
 
+HoldoutBy = Literal["content", "key"]
+"""What decides whether a picture is held out: its bytes, whatever their name, or the name, as in the first runs."""
+
 
 class TargetSet:
     """The samples that every store has features of."""
 
     def __init__(
-        self, stores: Sequence[Store], corpus_root: Place, *, holdout: float, corpus_given: bool = False
+        self,
+        stores: Sequence[Store],
+        corpus_root: Place,
+        *,
+        holdout: float,
+        holdout_by: HoldoutBy = "content",
+        corpus_given: bool = False,
     ) -> None:
         self.stores = tuple(stores)
         self.corpus_root = corpus_root
@@ -44,7 +54,8 @@ class TargetSet:
         """The pictures are decoded even where a store keeps the views."""
         self.num_views = stores[0].spec.num_views
         self._joined = _join(stores)
-        self.held_out = np.array([is_held_out(key, holdout) for key in self._joined["key"].to_pylist()])
+        words = holdout_words(self._joined.select(["key", "sha256"]).to_pylist(), holdout_by)
+        self.held_out = np.array([is_held_out(word, holdout) for word in words])
         """bool [samples]: never trained on."""
         self.left_out = {str(store.path): store.samples.num_rows - self.num_joined for store in stores}
         """Per store, its samples that are not trained on: they failed in it, or another store lacks them."""
@@ -128,8 +139,7 @@ class TargetSet:
             views = pool.map(lambda image, how: render_view(image, how, request.size), images, features[0].params)
         keys = tuple(self.keys[i] for i in samples)
         if request.colours_seed is not None:
-            drawn = (draw_colours(request.colours_seed, key, request.step, whose="student ") for key in keys)
-            views = pool.map(apply_photometric, views, drawn)
+            views = pool.map(apply_photometric, views, map(partial(_student_colours, request), keys, numbers.tolist()))
         pixels = torch.from_numpy(views if isinstance(views, np.ndarray) else np.stack(list(views)))
         targets = tuple(
             TargetBatch(size, _target(f.summary), _target(f.dense)) for size, f in zip(sizes, features, strict=True)
@@ -191,24 +201,36 @@ class TargetSet:
                     )
 
 
+def _student_colours(request: Request, key: str, view: int) -> Photometric:
+    """Draw the colours in which the student sees a view at one step."""
+    assert request.colours_seed is not None
+    whose = f"student {view} " if request.colours_by_view else "student "
+    return draw_colours(request.colours_seed, key, request.step, whose=whose)
+
+
 def _target(tokens: Tokens | None) -> TargetTokens | None:
     return None if tokens is None else TargetTokens.of(tokens)
 
 
 def open_targets(
-    paths: Sequence[Where], *, corpus: Where | None, holdout: float, named: Sequence[Where] = ()
+    paths: Sequence[Where],
+    *,
+    corpus: Where | None,
+    holdout: float,
+    holdout_by: HoldoutBy = "content",
+    named: Sequence[Where] = (),
 ) -> TargetSet:
     """Open stores for training.
 
     Args:
         corpus: where the pictures are now; the place noted in the first store where not given.
-        holdout: share of the pictures kept out of training, by a hash of their keys.
         named: other places that the user has named, in whose buckets these pictures may be, too.
+        holdout: share of the pictures kept out of training, by a hash of their content, or of their keys.
     Raises: StoreError, ConfigError, CorpusError.
     """
     stores = open_stores(paths)
     root = stores[0].corpus_root(map(Place.of, named)) if corpus is None else corpus_root(corpus)
-    targets = TargetSet(stores, root, holdout=holdout, corpus_given=corpus is not None)
+    targets = TargetSet(stores, root, holdout=holdout, holdout_by=holdout_by, corpus_given=corpus is not None)
     for store in stores:
         targets.require_pictures(store.spec.sizes[0])
     return targets
@@ -309,7 +331,12 @@ def _leading_folders(key: str, other: str) -> tuple[str, str] | None:
     return "/".join([*ours, ""]), "/".join([*theirs, ""])
 
 
-def is_held_out(key: str, share: float) -> bool:
-    """Whether a picture is kept out of training: decided by its key alone, so every run keeps out the same."""
-    digest = hashlib.blake2b(b"held out\0" + key.encode(), digest_size=8).digest()
+def holdout_words(samples: Iterable[Mapping[str, Any]], by: HoldoutBy) -> list[str]:
+    """Return what `is_held_out` is asked about samples, which have `key` and `sha256`; without a hash it is the key."""
+    return [str((by == "content" and sample["sha256"]) or sample["key"]) for sample in samples]
+
+
+def is_held_out(word: str, share: float) -> bool:
+    """Tell whether a picture is kept out of training: by one word of it alone, so every run keeps out the same."""
+    digest = hashlib.blake2b(b"held out\0" + word.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < share * 2**64

@@ -75,6 +75,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Chain:
             holdout=0.3,
             dtype="fp32",
             lr=3e-3,
+            seed=1,
             **options,
         )
         train(config)

@@ -55,7 +55,7 @@ def test_the_recipe_in_the_documentation_is_valid() -> None:
 
 def test_the_papers_stores_cost_what_the_plan_on_paper_says(run_eupe: Run) -> None:
     steps = dry(run_eupe, "eupe", *MUST_BE_SET["eupe"], "--set", "num-images=1000")
-    words = ["--teacher", "pe-core-g", "--teacher", "pe-lang-g", "--teacher", "dinov3-h+", "--views", "rrc:1"]
+    words = ["--teacher", "pe-core-g-proj", "--teacher", "pe-lang-g", "--teacher", "dinov3-h+", "--views", "rrc:4"]
     on_paper = json.loads(run_eupe("plan", *words, "--num-images", 1000, "--precision", "int8", "--json").out)
     for name, teacher in zip(
         ("pe-core-features", "pe-lang-features", "dinov3-features"), on_paper["teachers"], strict=True

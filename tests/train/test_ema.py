@@ -25,15 +25,15 @@ def module() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
-def wander(module: nn.Module, steps: int, ema: Ema) -> list[dict[str, torch.Tensor]]:
+def wander(module: nn.Module, steps: int, ema: Ema, *, rises: bool = False) -> list[dict[str, torch.Tensor]]:
     """The module's values at the start and after each of some steps, after which the average is updated."""
     states = [copy.deepcopy(module.state_dict())]
     optimizer = torch.optim.SGD(module.parameters(), lr=0.3)
-    for _ in range(steps):
+    for step in range(steps):
         module(torch.randn(8, 3) * 2 + 1).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        ema.update()
+        ema.update(step if rises else None)
         states.append(copy.deepcopy(module.state_dict()))
     return states
 
@@ -43,19 +43,21 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("rises", [False, True])
 @pytest.mark.parametrize("decay", [0.5, 0.99])
 def test_averages_are_those_of_a_naive_loop_in_float64_also_of_batch_norms_statistics(
-    module: nn.Module, decay: float
+    module: nn.Module, decay: float, rises: bool
 ) -> None:
     ema = Ema(module, decay)
-    states = wander(module, 30, ema)
+    states = wander(module, 30, ema, rises=rises)
     floating = [name for name, value in states[0].items() if value.is_floating_point()]
     assert "1.running_mean" in floating and "1.running_var" in floating
     assert list(ema.state_dict()) == floating
     for name in floating:
         expected = states[0][name].double()
-        for state in states[1:]:
-            expected = decay * expected + (1 - decay) * state[name].double()
+        for step, state in enumerate(states[1:]):
+            now = min(decay, (1 + step) / (10 + step)) if rises else decay
+            expected = now * expected + (1 - now) * state[name].double()
         torch.testing.assert_close(ema.state_dict()[name].double(), expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(ema.state_dict()["2.weight"], states[-1]["2.weight"])
 

@@ -16,7 +16,7 @@ from eupe.errors import ConfigError
 from eupe.store import Store
 from eupe.teachers.registry import REGISTRY
 from eupe.train.batch import Request, TargetTokens
-from eupe.train.normalise import NORMALISATIONS, hadamard, normalisers, phi_s
+from eupe.train.normalise import LEAST_STD, NORMALISATIONS, hadamard, normalisers, phi_s
 from eupe.train.targets import open_targets
 
 CPU = torch.device("cpu")
@@ -184,6 +184,18 @@ def test_a_channel_that_never_changes_is_only_centred(store: Store, monkeypatch:
     norm = normalisers(store, 64, CPU, "standard")["summary"]
     tokens, values = everything(store, 64, "summary")
     np.testing.assert_allclose(norm(tokens)[:, 5], values[:, 5] - stats.mean[5], atol=1e-5)
+
+
+def test_a_channel_that_hardly_changes_is_no_target_like_any_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = store.stats(64, "summary")
+    stats.std[5] = 1e-6 * np.median(stats.std)
+    monkeypatch.setattr(Store, "stats", lambda *_: stats)
+    plain, floored = (normalisers(store, 64, CPU, "standard", floored=how)["summary"].scale for how in (False, True))
+    least = LEAST_STD * np.median(stats.std)
+    assert plain[5] < floored[5] == pytest.approx(least, rel=1e-6)
+    assert torch.equal(np.delete(plain, 5), np.delete(floored, 5))
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -1,6 +1,7 @@
 """What a run is asked for: recipes, files, flags."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ PAPER: dict[str, dict[str, Any]] = {
         "size": (256,),
         "batch_size": 8192,
         "steps": 390_000,
-        "lr": 2e-5,
+        "target_size": (256,),
+        "lr": pytest.approx(2e-5 * 4 * math.sqrt(8192 / 1024), rel=1e-3),
         "weight_decay": 1e-4,
     },
     "stage3": {
@@ -31,11 +33,11 @@ PAPER: dict[str, dict[str, Any]] = {
         "target_size": (256, 384, 512),
         "batch_size": 4096,
         "steps": 100_000,
-        "lr": 1e-5,
+        "lr": pytest.approx(1e-5 * 4 * math.sqrt(4096 / 1024)),
         "weight_decay": 1e-4,
     },
 }
-"""EUPE, arXiv 2603.22387: what it says of its stages."""
+"""EUPE, arXiv 2603.22387: what it says of its stages; its base rates as the released configuration scales them."""
 
 
 def asked(**given: Any) -> list[TrainConfig]:
@@ -51,6 +53,7 @@ def test_a_recipe_has_the_papers_numbers_and_flags_override_them(recipe: str) ->
     for name, value in PAPER[recipe].items():
         assert getattr(config, name) == value
     assert config.normalise == "standard" and config.dtype == "bf16"
+    assert (config.clip, config.rope_rescale) == (3.0, 2.0), "of the released configurations"
     flags = {"targets": ["s.zarr"], "batch_size": 64, "lr": 0.5, "size": [128], "epochs": 2.0}
     (config,) = asked(recipe=recipe, flags=flags, **{**students, **init})
     assert (config.batch_size, config.lr, config.size, config.epochs, config.steps) == (64, 0.5, (128,), 2.0, None)

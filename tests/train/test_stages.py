@@ -143,7 +143,7 @@ def test_the_student_alone_is_recoloured_and_anew_at_each_step(config: TrainConf
     for i, (sample, k) in enumerate(batch.request.views.tolist()):
         params = pyramid.read(pyramid.rows([batch.keys[i]]), [k]).params[0]
         view = render_view(corpora[0].read_image(sample), params, 32)
-        expected = apply_photometric(view, draw_colours(0, batch.keys[i], 2, whose="student "))
+        expected = apply_photometric(view, draw_colours(0, batch.keys[i], 2, whose=f"student {k} "))
         assert np.array_equal(batch.pixels[i].numpy(), expected)
 
 
@@ -245,7 +245,8 @@ def test_a_batch_in_pieces_gives_the_same_student_within_rounding(config: TrainC
     train(config)
     train(replace(config, out=tmp_path / "pieces", accumulate=4))
     ours, theirs = (load_file(run / "student.safetensors") for run in (config.out, tmp_path / "pieces"))
-    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-4
+    # Adam's first steps follow the gradient's sign, which is rounding's where the gradient is nearly zero.
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 3e-4
 
 
 def test_clipping_bounds_the_first_update(config: TrainConfig, tmp_path: Path) -> None:
