@@ -33,8 +33,9 @@ LIBRARIES = (
     "transformers.models.dinov2.modeling_dinov2",
     *("pyarrow.dataset", "pyarrow.parquet", "zarr", "tensorstore", "numcodecs", "safetensors.torch", "yaml"),
     *("rich.console", "rich.table", "rich.progress", "typer", "PIL.Image", "PIL.ImageDraw", "onnx"),
+    *("aiohttp", "click", "google.protobuf.json_format", "jsonschema", "prometheus_client", "requests"),
 )
-"""Not Ray, which reads how it is to be authenticated while it is imported."""
+"""The last line is what Ray's processes import. Not Ray, which reads how it is to be authenticated while it is imported."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROGRAMS = ("eupe", "python")
 PROGRAM = """#!{python} -IS
