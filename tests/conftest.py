@@ -43,6 +43,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Typer builds the whole command line anew for each command, which a process of a user does once.
 typer.main.get_command = cache(typer.main.get_command)
 
+FIRST = ("test_at_scale_is_run.py", "test_rendered.py")
+"""The longest; while the first makes what all pages presuppose, no other page waits for it."""
+
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
@@ -51,7 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, then those with many tests: few small ones are left for the end of a run."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in slow, 0 if item.path in slow else -tests[item.path]))
+
+    def place(item: pytest.Item) -> tuple[bool, bool, int]:
+        return item.path not in slow, item.path.name not in FIRST, 0 if item.path in slow else -tests[item.path]
+
+    items.sort(key=place)
 
 
 class _ByFile(LoadFileScheduling):

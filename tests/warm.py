@@ -35,7 +35,7 @@ LIBRARIES = (
     *("rich.console", "rich.table", "rich.progress", "typer", "PIL.Image", "PIL.ImageDraw", "onnx"),
     *("aiohttp", "click", "google.protobuf.json_format", "jsonschema", "prometheus_client", "requests"),
 )
-"""The last line is what Ray's processes import. Not Ray, which reads how it is to be authenticated while it is imported."""
+"""The last line is what Ray's processes import; not Ray, which reads how to authenticate while it is imported."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROGRAMS = ("eupe", "python")
 PROGRAM = """#!{python} -IS

@@ -25,10 +25,12 @@ JOB = "ray job status --address http://{} dinov2-b"
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_command_of_the_page_on_clusters_is_run(presupposed: Path, tmp_path: Path) -> None:
+def test_every_command_of_the_page_on_clusters_is_run(
+    presupposed: Path, readers_programs: Path, tmp_path: Path
+) -> None:
     """`/data` and `/shared` are folders here; each node has ports of its own."""
     take(presupposed, tmp_path, ["photos=data/photos", "photos=shared/photos"])
-    walk = Walk(tmp_path, {**reader_environment(presupposed), "no_proxy": HOST})
+    walk = Walk(tmp_path, {**reader_environment(presupposed), "no_proxy": HOST}, programs=readers_programs)
     port, dashboard, client, *agents = free_ports(5)
     head = f"--port {port} --dashboard-port {dashboard} --ray-client-server-port {client} --num-cpus 1 --num-gpus 0"
     with ray_folder() as folder:

@@ -68,7 +68,7 @@ def pictures(run: Path, height: int = SIZE, width: int = SIZE) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 5])
 def test_a_graph_takes_batches_of_any_size(arch: str, batch: int, graphs: Exports) -> None:
     got, want = asked(graphs.run(arch), graphs.out(arch), pictures(graphs.run(arch))[:batch])
     assert list(got) == ["summary", "dense", "dinov2-s.summary", "dinov2-s.dense", "efficientnet-lite0.dense"]

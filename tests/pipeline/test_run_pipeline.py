@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixture
 PYTHON = sys.executable
 """Before it is forked: its processes are one another's children, as a user's are."""
 PATIENCE_S = 480
+STEPS = 150
+"""Of a training that is stopped on its way: ten of them are done when it writes its first line."""
 
 
 @dataclass(frozen=True)
@@ -143,27 +145,31 @@ def training_of(store: Place, steps: int) -> str:
 """
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, tiny_store: Store, forked: None) -> Ended:
+    """A pipeline that nobody disturbed."""
+    return run(write(tmp_path_factory.mktemp("straight"), training_of(tiny_store.path, STEPS), let="{every: 1000}"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_step_commit_and_the_same_command_goes_on_there(
-    tmp_path: Path, tiny_store: Store, number: signal.Signals
+    tmp_path: Path, tiny_store: Store, straight: Ended, number: signal.Signals
 ) -> None:
-    write(tmp_path, training_of(tiny_store.path, 300), let="{every: 1000}")
+    write(tmp_path, training_of(tiny_store.path, STEPS), let="{every: 1000}")
     process = begin(tmp_path)
     wait_for(lambda: list((tmp_path / "out").glob("student-*/metrics.jsonl")), process)
-    time.sleep(1)
     os.kill(process.pid, number)
     stopped = end(process)
     assert stopped.code == 1, stopped.err
     assert "stopped in step student; the same command goes on" in " ".join(stopped.err.split())
     (checkpoint,) = (tmp_path / "out").glob("student-*/checkpoints/*.safetensors")
-    assert 0 < int(checkpoint.stem) < 300
+    assert 0 < int(checkpoint.stem) < STEPS
     assert not list((tmp_path / "out/reports").glob("student-*"))
 
     resumed = run(tmp_path)
     assert resumed.code == 0, resumed.err
     assert "--resume" in resumed.commands[0]
     assert verbs(resumed.commands) == ["train", "store"]
-    straight = run(tmp_path, "--set", "out=straight")
     validations = [ended.steps["student"]["report"]["validation"] for ended in (resumed, straight)]
     assert validations[0] == validations[1]
 

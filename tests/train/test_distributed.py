@@ -99,9 +99,9 @@ def test_a_worker_that_is_killed_costs_the_steps_since_the_checkpoint(config: Tr
             killed.append(worker_processes()[1])
             os.kill(killed[0], signal.SIGKILL)
 
-    report = train(replace(config, steps=200), on_status=kill)
-    assert killed and report.steps == 200
-    whole = replace(config, steps=200, out=config.out.with_name("whole"), num_workers=1)
+    report = train(replace(config, steps=80), on_status=kill)
+    assert killed and report.steps == 80
+    whole = replace(config, steps=80, out=config.out.with_name("whole"), num_workers=1)
     train(whole)
     assert losses_of(config.out) == pytest.approx(losses_of(whole.out), rel=1e-3)
 
