@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 # processes themselves, are at most two at a time.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: demo test test-slow test-executorch lint types check clean
+.PHONY: demo test test-slow test-floors test-executorch lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
@@ -24,6 +24,17 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow --maxprocesses 2
+
+# The oldest releases that pyproject.toml allows, beside those that are installed and ahead of them on the path.
+FLOORS := $(VENV)/floors
+test-floors: $(STAMP)
+	$(BIN)/python -m pip install -qqq --no-compile --upgrade --target $(FLOORS) $$($(BIN)/python tests/floors.py)
+	$(BIN)/python -m pip install -qqq --no-compile --upgrade --no-deps --target $(FLOORS) \
+		$$($(BIN)/python tests/floors.py torch)
+	PYTHONPATH=$(FLOORS):. $(BIN)/python -m pytest --no-header tests/test_floors.py tests/golden/test_golden.py \
+		tests/corpus/test_tables.py::test_tables_in_a_bucket tests/train/test_method.py \
+		tests/extract/test_job.py::test_a_job_on_ray_makes_the_store_that_one_process_makes \
+		"tests/teachers/test_verify_cards.py::test_real_weights"
 
 # ExecuTorch brings a package that makes every import of Transformers print warnings, so it is installed last of all.
 test-executorch: $(STAMP)
@@ -38,7 +49,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test test-slow test-executorch
+check: lint types test test-slow test-floors test-executorch
 
 # Python compiles a module when it is first imported; pip would compile all of them, which takes as long as unpacking them.
 $(STAMP): pyproject.toml
