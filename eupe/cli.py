@@ -990,6 +990,9 @@ def train(
         int | None, typer.Option(help="Pieces in which a worker takes its share of a batch. Default 1.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW. Default 1e-3.")] = None,
+    lr_scaling: Annotated[
+        str | None, typer.Option(help="sqrt: --lr is a base rate; the peak is 4 sqrt(batch size / 1024) times it.")
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default 1e-4.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps. Default 0.05.")] = None,
     clip: Annotated[float | None, typer.Option(help="Greatest norm of the gradient; not clipped by default.")] = None,
@@ -1061,6 +1064,7 @@ def train(
         "batch_size": batch_size,
         "accumulate": accumulate,
         "lr": lr,
+        "lr_scaling": lr_scaling,
         "weight_decay": weight_decay,
         "warmup": warmup,
         "clip": clip,

@@ -21,7 +21,10 @@ from eupe.export.verify import LEAST, Proof
 from eupe.reading import read_json
 from eupe.train.card import REPORT_FILE, target_names
 
-RECIPE = ("size", "batch_size", "lr", "weight_decay", "ema", "normalise", "drop", "views", "photometric", "seed")
+RECIPE = (
+    *("size", "batch_size", "lr", "lr_scaling", "weight_decay", "clip", "rope_rescale", "ema", "normalise", "drop"),
+    *("views", "photometric", "seed"),
+)
 """Options that a reader asks for first; the run's options.yaml has all of them."""
 LONGEST_VALUE = 60
 """Characters."""

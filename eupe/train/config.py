@@ -11,6 +11,7 @@ from eupe.errors import ConfigError
 from eupe.place import Place, Where
 from eupe.train.normalise import NORMALISATIONS
 from eupe.train.sampling import VIEW_ORDERS
+from eupe.train.schedule import LR_SCALINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class TrainConfig:
     accumulate: int = 1
     """Pieces in which a worker takes its share of a batch."""
     lr: float = 1e-3
+    lr_scaling: str | None = None
+    """`sqrt`: the peak is `lr` times 4 sqrt(batch_size / 1024); `lr` itself where not given."""
     weight_decay: float = 1e-4
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises."""
@@ -97,6 +100,8 @@ class TrainConfig:
             wrong.append("give at least one store with --targets")
         if not self.student and self.init is None:
             wrong.append("give --student, or a run to go on from with --init")
+        if self.lr_scaling not in (None, *LR_SCALINGS):
+            wrong.append(f"--lr-scaling {self.lr_scaling!r} is unknown; give {', '.join(LR_SCALINGS)}, or leave it out")
         if self.dtype == "fp16":
             wrong.append("--dtype fp16 would lose gradients that are not scaled; use bf16, fp32 or auto")
         for option, value, known in (

@@ -27,7 +27,7 @@ from eupe.train.ema import Ema
 from eupe.train.init import InitReport, init_from_run, init_from_weights
 from eupe.train.log import Rates, TrainStatus
 from eupe.train.predict import norm_tensors
-from eupe.train.schedule import learning_rate
+from eupe.train.schedule import learning_rate, peak_rate
 from eupe.train.targets import TargetSet
 from eupe.train.validate import Gains
 from eupe.train.world import World, forget_gathered, gradients_kept_local, whole
@@ -128,7 +128,8 @@ class Learner:
     def rate(self, step: int) -> float:
         """The learning rate of an update."""
         config, total = self.card.config, self.card.total_steps
-        return learning_rate(step, peak=config["lr"], warmup_steps=round(config["warmup"] * total), total_steps=total)
+        peak = peak_rate(config["lr"], scaling=config.get("lr_scaling"), batch_size=config["batch_size"])
+        return learning_rate(step, peak=peak, warmup_steps=round(config["warmup"] * total), total_steps=total)
 
     def save(self, step: int) -> None:
         """Leave a checkpoint; every worker must, and the first writes.

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import math
 
+LR_SCALINGS = ("sqrt",)
+
+
+def peak_rate(lr: float, *, scaling: str | None, batch_size: int) -> float:
+    """Return the peak of the learning rate.
+
+    Args:
+        scaling: `sqrt` for a base rate that is given for a batch of 64; None for `lr` as it is.
+    Source: `scaling_rule: sqrt_wrt_1024` of DINOv3's and EUPE's released configurations.
+    """
+    return lr if scaling is None else lr * 4 * math.sqrt(batch_size / 1024)
+
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
     """Linear warm-up to `peak`, then half a cosine to 0 at `total_steps`.

@@ -6,7 +6,7 @@ import torch
 
 from eupe.tokens import Tokens
 from eupe.train.heads import AdapterHead, TargetHeads
-from eupe.train.schedule import learning_rate
+from eupe.train.schedule import learning_rate, peak_rate
 
 
 def test_a_head_is_linear_norm_gelu_linear() -> None:
@@ -26,6 +26,13 @@ def test_heads_go_from_the_students_widths_to_the_targets() -> None:
     assert dense is not None and dense.shape == (2, 3, 3, 7)
     only_dense = TargetHeads((4, 5), (0, 7), 8)
     assert only_dense(Tokens(summary=torch.randn(2, 4), dense=torch.randn(2, 3, 3, 5)))[0] is None
+
+
+def test_a_base_rate_is_that_of_a_batch_of_64_and_grows_with_its_root() -> None:
+    assert peak_rate(2e-5, scaling=None, batch_size=8192) == 2e-5
+    assert peak_rate(2e-5, scaling="sqrt", batch_size=64) == pytest.approx(2e-5)
+    assert peak_rate(2e-5, scaling="sqrt", batch_size=8192) == pytest.approx(2.263e-4, rel=1e-3)
+    assert peak_rate(1e-5, scaling="sqrt", batch_size=4096) == pytest.approx(8e-5)
 
 
 def test_warm_up_rises_to_the_peak_and_cosine_falls_to_nothing() -> None:

@@ -241,3 +241,18 @@ def test_batch_norms_are_synchronised_by_timm_and_on_gpus_alone() -> None:
     assert norms and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     assert converted.state_dict().keys() == before.keys()
     assert all(torch.equal(converted.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_scaled_rate_is_what_is_trained_with_and_noted(config: TrainConfig) -> None:
+    rates = {}
+    for scaling in (None, "sqrt"):
+        config = replace(
+            config, lr_scaling=scaling, out=config.out.with_name(f"scaled {scaling}"), log_every=1, warmup=0
+        )
+        train(config)
+        line = json.loads((config.out / "metrics.jsonl").read_text().splitlines()[0])
+        rates[scaling] = line["learning_rate"]
+    assert rates["sqrt"] == pytest.approx(rates[None] * 4 * (8 / 1024) ** 0.5)
+    assert read_card(config.out).config["lr_scaling"] == "sqrt"
+    with pytest.raises(ConfigError, match="--lr-scaling 'linear' is unknown; give sqrt, or leave it out"):
+        replace(config, lr_scaling="linear")
