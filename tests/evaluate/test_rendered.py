@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SIZE = 112
 FAST = Training(steps=100, lr=3e-3, warmup=0.1)
-SCENES = Request(pictures=60, size=112, seed=0)
+SCENES = Request(pictures=72, size=112, seed=0)
 QUESTIONS = Request(pictures=120, size=168, seed=0)
 """More pictures, and larger ones, than all else needs."""
 Scores = dict[str, float]
