@@ -136,8 +136,7 @@ def timm_card(arch: str, size: int | None) -> EncoderCard:
     Raises: ConfigError for an unknown architecture (names near ones), a size that it does not take (names sizes that it
         does), or a model whose features are neither tokens nor a map.
     """
-    with built_on_meta():
-        native = create_timm(arch)
+    native = on_paper(arch)
     config = native.pretrained_cfg
     own, patch = config["input_size"][-1], _patch(native, arch)
     size = size or own
@@ -201,19 +200,23 @@ def _why_not_trained(arch: str, first: int, size: int, error: Exception) -> str:
     return f"{arch} cannot be trained at {size} px ({_brief(error)}); give another --student"
 
 
-def has_batch_norm(arch: str) -> bool:
-    """Tell whether a timm architecture learns from other views of its batch, too."""
+def on_paper(arch: str) -> Any:
+    """Build a timm architecture at its own size, without weights or memory."""
     with built_on_meta():
-        return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in create_timm(arch).modules())
+        return create_timm(arch)
 
 
-def has_rope(arch: str) -> bool:
-    """Tell whether a timm architecture has a rotary position embedding that `rescale_rope` knows."""
-    with built_on_meta():
-        return isinstance(getattr(create_timm(arch), "rope", None), RotaryEmbeddingDinoV3)
+def has_batch_norm(model: nn.Module) -> bool:
+    """Tell whether what a model says of a view depends, in training, on the other views of the batch."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
 
 
-def rescale_rope(model: nn.Module, factor: float) -> None:
+def has_rope(model: nn.Module) -> bool:
+    """Tell whether a model has a rotary position embedding that `rescale_rope` knows."""
+    return isinstance(getattr(model, "rope", None), RotaryEmbeddingDinoV3)
+
+
+def rescale_rope(model: Any, factor: float) -> None:
     """Scale the coordinates of a model's rotary position embedding by a random factor while it is trained.
 
     Nothing changes in a model without such an embedding, or in evaluation.
@@ -222,9 +225,8 @@ def rescale_rope(model: nn.Module, factor: float) -> None:
         factor: R at least 1; each forward pass draws one factor for both axes, log-uniform from 1/R to R.
     Source: `rope_rescale_coords` of DINOv3's and EUPE's released backbones, as timm's `RotaryEmbeddingDinoV3` has it.
     """
-    rope = getattr(model, "rope", None)
-    if isinstance(rope, RotaryEmbeddingDinoV3):
-        rope.rescale_coords, rope.aug_active = factor, True
+    if has_rope(model):
+        model.rope.rescale_coords, model.rope.aug_active = factor, True
 
 
 class _SizeError(Exception):

@@ -40,7 +40,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A background shell has it ignored, and children inherit that: tests send it to themselves and to their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Typer builds the whole command line anew for each command, which a process of a user does once.
+# Typer builds the whole command line again for each command; a user's process does it once.
 typer.main.get_command = cache(typer.main.get_command)
 
 FIRST = ("test_at_scale_is_run.py", "test_rendered.py")

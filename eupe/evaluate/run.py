@@ -48,7 +48,7 @@ class Run:
 def not_learned(samples: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> list[bool]:
     """Tell of samples, which have `key` and `sha256`, whether each was kept out of the training of all of the runs.
 
-    Raises: RunError if one is no run, or does not say.
+    Raises: RunError if one is not a run, or does not say.
     """
     held = np.full(len(samples), bool(runs))
     for run in runs:

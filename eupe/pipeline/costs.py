@@ -68,9 +68,10 @@ class TrainCost:
 
     @property
     def passes(self) -> float | None:
-        """How often each of them is seen."""
-        known = self.num_views is not None and self.num_stored is not None
-        return passes(self.num_views, self.num_stored) if known else None  # type: ignore[arg-type]
+        """Mean number of times that training sees a stored view."""
+        if self.num_views is None or self.num_stored is None:
+            return None
+        return passes(self.num_views, self.num_stored)
 
     @property
     def num_views(self) -> int | None:

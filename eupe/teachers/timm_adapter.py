@@ -105,11 +105,11 @@ def _takes(spec: TeacherSpec, build_size: int | None, size: int) -> bool:
 
 @remembered
 def _tried(arch: str, spec: TeacherSpec, build_size: int | None, size: int) -> bool:
-    with torch.no_grad():
+    with torch.device("meta"), torch.no_grad():
         try:
             with built_on_meta():
                 model = _built(spec, build_size).eval()
-            tokens(model, spec, torch.zeros(1, 3, size, size, device="meta"))
+            tokens(model, spec, torch.zeros(1, 3, size, size))
         except Exception:
             return False
     return True

@@ -16,7 +16,7 @@ from typing import Any
 
 from timm.models import is_model, split_model_name_tag
 
-from eupe.encoder import check_student, has_batch_norm, has_rope, load_card, near, why_no_run
+from eupe.encoder import check_student, has_batch_norm, has_rope, load_card, near, on_paper, why_no_run
 from eupe.errors import ConfigError, RunError
 from eupe.kinds import WEIGHTS_FILE
 from eupe.reading import read_json
@@ -144,7 +144,7 @@ def read_card(run: Path) -> RunCard:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a training run was begun there; another library's folder may have a `config.json` too."""
+    """Tell whether a training run was begun in a folder; another library's may have a `config.json` too."""
     try:
         read_card(path)
     except RunError:
@@ -203,11 +203,11 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
         "weight": parse_weights(config.weight, cards),
         "init": None if config.init is None else _digest(config.init),
     }
-    if config.photometric == "eupe" and begun_method(config.out) > 1:
-        _require_plain_colours(corpora)
     if (method := begun_method(config.out)) > 1:
         decisive[METHOD] = method
-        if has_batch_norm(student):
+        if config.photometric == "eupe":
+            _require_plain_colours(corpora)
+        if has_batch_norm(on_paper(student)):
             decisive["batch_norm_views"] = _batch_norm_views(config)
     return RunCard(
         config=decisive,
@@ -287,12 +287,12 @@ def advice(config: TrainConfig, card: RunCard, corpora: Sequence[TargetSet]) -> 
                 f"{target['path']} has no features at the student's {card.size} px; it learns from those at "
                 f"{sizes[0]} px"
             )
-    if config.rope_rescale is not None and not has_rope(card.config["student"]):
+    if config.rope_rescale is not None and not has_rope(on_paper(card.config["student"])):
         notes.append(f"{card.config['student']} has no rotary position embedding, so --rope-rescale changes nothing")
     if config.init is not None and is_run(config.init):
-        before = read_card(config.init).config
-        fewer = before.get("holdout", 0) < card.config["holdout"]
-        if fewer or holdout_by(method_of(read_card(config.init))) != holdout_by(method_of(card)):
+        before = read_card(config.init)
+        fewer = before.config.get("holdout", 0) < card.config["holdout"]
+        if fewer or holdout_by(method_of(before)) != holdout_by(method_of(card)):
             notes.append(
                 f"{config.init} kept other pictures out of training, so it may have learned from some that are held "
                 "out here, and what is measured on these would be too good"

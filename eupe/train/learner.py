@@ -14,7 +14,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from eupe.device import dtype_name
-from eupe.encoder import build_encoder, rescale_rope, save_encoder
+from eupe.encoder import build_encoder, has_batch_norm, rescale_rope, save_encoder
 from eupe.errors import ConfigError, TrainingError
 from eupe.meta import built_on_meta
 from eupe.store.layout import KINDS
@@ -255,7 +255,7 @@ def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
 def recompute_activations(distiller: Distiller) -> None:
     """Raises: ConfigError if the student's class does not know how."""
     model = distiller.encoder.model
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+    if has_batch_norm(model):
         raise ConfigError(
             f"--recompute would count every batch twice in the running statistics of {distiller.encoder.card.arch}; "
             "leave it out"

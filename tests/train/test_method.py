@@ -77,7 +77,7 @@ def test_another_size_and_views_that_are_seen_over_and_over_are_said(config: Tra
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Store:
-    """Of each picture the same bytes under two keys."""
+    """A store of pictures, each under two keys."""
     folder = tmp_path_factory.mktemp("twins")
     corpus = make_corpus(folder / "c", count=12)
     for file in sorted(corpus.rglob("*.png")):
@@ -193,7 +193,7 @@ def test_each_view_of_a_picture_is_recoloured_apart_and_never_twice(
 
 def test_rotary_coordinates_are_scaled_in_training_alone(config: TrainConfig) -> None:
     config = replace(config, student="vit_tiny_patch16_dinov3_qkvb", size=(64,))
-    (corpora,) = [open_corpora(config)]
+    corpora = open_corpora(config)
     pixels = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
 
     def said(factor: float | None, *, training: bool) -> Any:
@@ -223,7 +223,7 @@ def test_how_many_views_a_batch_norm_sees_makes_another_run(config: TrainConfig)
     tokens = replace(config, student=TINY_STUDENT, out=config.out.with_name("vit"))
     train(tokens)
     assert train(replace(tokens, accumulate=2)).cached
-    (corpora,) = [open_corpora(config)]
+    corpora = open_corpora(config)
     wide = replace(config, out=config.out.with_name("wide"), num_workers=2)
     assert resolve(wide, corpora).config["batch_norm_views"] == 4
     assert resolve(replace(wide, sync_batch_norm=True), corpora).config["batch_norm_views"] == 8
