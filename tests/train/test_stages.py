@@ -242,11 +242,11 @@ class TestFamily:
 
 
 def test_a_batch_in_pieces_gives_the_same_student_within_rounding(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, seed=1)  # with 0, rounding decides the sign of a gradient, and Adam's step
     train(config)
     train(replace(config, out=tmp_path / "pieces", accumulate=4))
     ours, theirs = (load_file(run / "student.safetensors") for run in (config.out, tmp_path / "pieces"))
-    # Adam's first steps follow the gradient's sign, which is rounding's where the gradient is nearly zero.
-    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 3e-4
+    assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) < 1e-4
 
 
 def test_clipping_bounds_the_first_update(config: TrainConfig, tmp_path: Path) -> None:
