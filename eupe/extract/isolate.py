@@ -29,6 +29,8 @@ from eupe.place import Place
 
 CHILD_BYTES = 8 * 2**30
 """Address space of a child: a picture that takes more would kill the worker, or its neighbours."""
+START_SECONDS = 300.0
+"""How long a child may take until it names its first picture: on a busy machine the imports alone take a while."""
 ENDLESS = "its decoder does not come to an end"
 
 
@@ -92,6 +94,8 @@ def _run_child(
             child.kill()
         code = child.wait()
     if not in_time:
+        if named is None:
+            return None, f"it names no picture in {START_SECONDS:g} s"
         return named, f"{ENDLESS} ({load.PICTURE_SECONDS:g} s)"
     if code == 0:
         return named, None
@@ -103,7 +107,7 @@ def _last_named(output: IO[bytes]) -> tuple[int | None, bool]:
     tail = b""
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
-        while selector.select(timeout=load.PICTURE_SECONDS):
+        while selector.select(timeout=load.PICTURE_SECONDS if tail else START_SECONDS):
             block = os.read(output.fileno(), 65536)
             if not block:
                 return _number(tail), True

@@ -44,6 +44,23 @@ def test_whole_pictures_are_no_killers(corpus: Path) -> None:
     assert find_killers([], index.root, TWO_CROPS, [TINY_SIZE]) == {}
 
 
+def test_a_child_that_is_slow_to_start_is_given_time(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine the imports alone take longer than the limit for a picture in these tests."""
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 1\nexec "{sys.executable}" "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    monkeypatch.setattr(load, "PICTURE_SECONDS", 0.9)
+    index = index_folder(corpus)
+    samples = samples_of(index.samples)[:2]
+    assert find_killers(samples, index.root, TWO_CROPS, [TINY_SIZE]) == {}
+    monkeypatch.setattr(isolate, "START_SECONDS", 0.5)
+    with pytest.raises(RuntimeError, match=r"names no picture in 0\.5 s"):
+        find_killers(samples, index.root, TWO_CROPS, [TINY_SIZE])
+
+
 def test_a_child_that_cannot_start_is_not_blamed_on_a_picture(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = index_folder(corpus)
     monkeypatch.setattr(sys, "executable", "/bin/false")
