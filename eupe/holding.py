@@ -1,18 +1,15 @@
 """One writer to a place: a lock on disks, a lease in object stores; a second writer is told who holds it since when.
 
-On a disk the lock is the operating system's (`flock`), so it ends with its process however that dies. Two machines see
-each other's only where their file system passes locks on: NFS since version 4 and Lustre mounted with `flock` do. In an
-object store it is an object that its holder writes again every few seconds, each time on the condition that it is still
-its own; whoever finds one waits to see whether it changes. It takes a server that honours conditional writes.
+On a disk it is a lock (`eupe.locks`). In an object store it is an object that its holder writes again every few
+seconds, each time on the condition that it is still its own; whoever finds one waits to see whether it changes. It
+takes a server that honours conditional writes.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -21,12 +18,9 @@ from pathlib import Path
 from types import TracebackType
 
 from eupe.errors import ConfigError, IncompleteError, StorageError
-from eupe.files import is_open_as
+from eupe.locks import LOCK, holder_note, is_held, lock_file
 from eupe.place import Place
-from eupe.reading import parse_json
 
-LOCK = ".eupe.__lock"
-"""In the folder that is held; lists leave names that end so out."""
 LEASE = ".eupe-lease.json"
 RENEW_SECONDS = 5.0
 PATIENCE_SECONDS = 4 * RENEW_SECONDS
@@ -98,51 +92,13 @@ def _locked_folder(folder: Path, verb: str) -> Iterator[None]:
                 folder.rmdir()
 
 
-def lock_file(path: Path, *, verb: str, of: Path) -> int:
-    """Open a file and lock it, with a note in it of who has done so; return its descriptor.
-
-    Args:
-        of: what is held by that, for the sentence that says so.
-    Raises: ConfigError if another process has it; OSError.
-    """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            note = os.pread(descriptor, 4096, 0)
-            os.close(descriptor)
-            raise ConfigError(_is_held(of, note)) from None
-        except OSError:  # of a file system without locks
-            pass
-        if is_open_as(path, descriptor):
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(_note(verb)).encode(), 0)
-            return descriptor
-        os.close(descriptor)  # its holder has removed it just now
-
-
-def _note(verb: str) -> dict[str, str | int]:
-    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    return {"verb": verb, "process": os.getpid(), "host": socket.gethostname(), "since": since}
-
-
-def _is_held(of: object, note: bytes) -> str:
-    try:
-        held = parse_json(note)
-        who = f"`eupe {held['verb']}`, process {held['process']} on {held['host']}, since {held['since']}"
-    except (ValueError, KeyError, TypeError):
-        who = "a process that has not said who it is"
-    return f"{of} is being written by {who}; wait for its end, or stop it, and run the same command again"
-
-
 class _Lease:
     """An object that says who writes below a place, written again while its holder lives."""
 
     def __init__(self, place: Place, verb: str) -> None:
         self.place = place
         self.lost = False
-        self._note = _note(verb) | {"holder": secrets.token_hex(8)}
+        self._note = holder_note(verb) | {"holder": secrets.token_hex(8)}
         self._generation: bytes | None = None
         self._ended = threading.Event()
         self._renewing = threading.Thread(target=self._renew, daemon=True, name="eupe-lease")
@@ -151,9 +107,9 @@ class _Lease:
         """Raises: ConfigError if another process holds it; StorageError."""
         self._generation = self.place.generation(LEASE)
         if self._generation is not None and not self._is_abandoned():
-            raise ConfigError(_is_held(self.place, self._found()))
+            raise ConfigError(is_held(self.place, self._found()))
         if not self._write():
-            raise ConfigError(_is_held(self.place, self._found()))
+            raise ConfigError(is_held(self.place, self._found()))
         self._renewing.start()
         return self
 

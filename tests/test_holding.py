@@ -20,14 +20,16 @@ from object_store import S3Server
 
 from eupe import holding
 from eupe.errors import ConfigError, IncompleteError
-from eupe.holding import LEASE, LOCK, Holder
+from eupe.holding import LEASE, Holder
+from eupe.locks import LOCK
 from eupe.place import Place
 from eupe.store import Store
 
 HOLD = """
 import sys
 from pathlib import Path
-from eupe.holding import Holder, lock_file
+from eupe.holding import Holder
+from eupe.locks import lock_file
 from eupe.place import Place
 
 verb, place = sys.argv[1:]
@@ -112,6 +114,18 @@ def test_one_that_comes_while_the_lock_is_being_given_up_gets_it(
         assert opened and (tmp_path / LOCK).exists()
         with held_is_refused(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("foreign", ["link", "file"])
+def test_a_lock_never_empties_what_somebody_else_made(tmp_path: Path, foreign: str) -> None:
+    """As in a store that was downloaded; opening a lock empties it."""
+    theirs = tmp_path / LOCK if foreign == "file" else tmp_path / "victim"
+    theirs.write_text("theirs")
+    if foreign == "link":
+        (tmp_path / LOCK).symlink_to(theirs)
+    with Holder("store repair") as holder, pytest.raises(ConfigError, match=r"is a link|was not written by eupe"):
+        holder.hold(Place.of(tmp_path))
+    assert theirs.read_text() == "theirs"
 
 
 @contextmanager

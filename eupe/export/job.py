@@ -22,10 +22,10 @@ from eupe.export.model_card import write_card
 from eupe.export.source import Says, Source, Written, open_source
 from eupe.export.verify import Proof, prove, require_sameness
 from eupe.files import publish
+from eupe.locks import unfinished
 from eupe.reading import read_json
 from eupe.share import share
 from eupe.teachers.weights import brief
-from eupe.unfinished import unfinished
 
 RECORD_FILE = "export.json"
 CARD_FILE = "README.md"

@@ -17,7 +17,7 @@ from typing import Any
 
 from eupe.errors import IncompleteError, StepError, StorageError
 from eupe.files import write_file
-from eupe.holding import lock_file
+from eupe.locks import lock_file
 from eupe.pipeline.plan import REPORTS, PlannedStep, read_report
 from eupe.stopping import stop_signals
 

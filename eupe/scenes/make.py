@@ -19,11 +19,11 @@ from typing import Any
 from eupe.ahead import map_ahead
 from eupe.errors import ConfigError, IncompleteError, StorageError
 from eupe.files import publish
+from eupe.locks import unfinished
 from eupe.reading import read_json
 from eupe.scenes.catalogue import CATEGORIES, CLASSES
 from eupe.scenes.layouts import LAYOUTS, Request
 from eupe.stopping import stop_signals
-from eupe.unfinished import unfinished
 
 VERSION = 1
 """Raise it when the same request gives other bytes: older folders then count as another request."""

@@ -17,7 +17,8 @@ import torch
 from eupe.device import pick_device
 from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, StorageError
 from eupe.files import write_file
-from eupe.holding import LOCK, Holder
+from eupe.holding import Holder
+from eupe.locks import LOCK
 from eupe.place import Place
 from eupe.reading import read_json
 from eupe.stopping import stop_signals

@@ -1,7 +1,6 @@
 """Mistakes in an export get one sentence, exit code 2, and leave nothing."""
 
 import builtins
-import fcntl
 import json
 import os
 import resource
@@ -14,6 +13,7 @@ import pytest
 from exporting import finished_run
 
 from eupe.export import job
+from eupe.locks import LOCK, lock_file
 
 Run = Callable[..., Any]
 ARCH = "test_vit"
@@ -171,10 +171,9 @@ def test_two_exports_to_one_place_do_not_mix(run: Path, tmp_path: Path, run_eupe
     busy = tmp_path / ".out.unfinished"
     busy.mkdir()
     (busy / "model.safetensors").write_bytes(b"half")
-    other = os.open(busy, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
+    other = lock_file(tmp_path / f".out{LOCK}", verb="export", of=tmp_path / "out")
     said = refused(run_eupe, tmp_path / "out", run, "--format", "timm")
-    assert "another `eupe export` is making" in said and "wait for its end, and run the same again" in said
+    assert f"out is being written by `eupe export`, process {os.getpid()}" in said and "wait for its end" in said
     assert (busy / "model.safetensors").read_bytes() == b"half"
     os.close(other)
     assert run_eupe("export", run, "--format", "timm", "--out", tmp_path / "out").code == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ import pytest
 from PIL import Image
 
 from eupe.errors import ConfigError, IncompleteError, StorageError
+from eupe.locks import LOCK, lock_file
 from eupe.scenes import make
 from eupe.scenes.layouts import LAYOUTS, Layout, Request
 from eupe.scenes.make import ScenesConfig, make_scenes
@@ -128,9 +128,8 @@ def test_a_failure_leaves_nothing_and_what_was_left_by_a_kill_is_cleared(
 def test_two_at_once_do_not_mix(tmp_path: Path, quick: list[int]) -> None:
     unfinished = tmp_path / ".scenes.unfinished"
     unfinished.mkdir()
-    other = os.open(unfinished, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(ConfigError, match="another `eupe scenes` is making"):
+    other = lock_file(tmp_path / f".scenes{LOCK}", verb="scenes", of=tmp_path / "scenes")
+    with pytest.raises(ConfigError, match=r"scenes is being written by `eupe scenes`, process \d+"):
         make_scenes(config(tmp_path / "scenes"), processes=1)
     assert unfinished.exists()
     os.close(other)
