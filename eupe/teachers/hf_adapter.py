@@ -18,7 +18,7 @@ from eupe.kinds import LOCAL_DIR, DenseKind, SummaryKind
 from eupe.meta import built_on_meta
 from eupe.teachers.preprocess import NESTED_FILE, UNIT, of_processor, processor_settings, timm_folder
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import brief, hub_errors, hub_or_offline, quiet_transformers
+from eupe.teachers.weights import at_revision, brief, hub_errors, hub_or_offline, quiet_transformers
 from eupe.tokens import Tokens
 
 Triple = tuple[float, float, float]
@@ -124,7 +124,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def describe(name: str) -> TeacherSpec:
-    """The spec of `hf:REPO_OR_DIR`, from its config.json and what its image processor is configured by.
+    """The spec of `hf:REPO[@REVISION]` or `hf:DIR`, from its config.json and what its image processor is configured by.
 
     Raises: TeacherError if the configuration cannot be had, or its model type is not supported.
     """
@@ -183,7 +183,8 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
     with quiet_transformers():
         if weights is None:
             with hub_errors(spec):
-                model, report = model_class.from_pretrained(spec.model, **options)
+                name, revision = at_revision(spec.model)
+                model, report = model_class.from_pretrained(name, revision=revision, **options)
         else:
             with built_on_meta():
                 shapes = model_class(config, **family.build).state_dict()
@@ -244,7 +245,8 @@ def _vision_config(source: str, weights: Path | None = None) -> Any:
 
     try:
         with quiet_transformers(), hub_or_offline(source):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            name, revision = at_revision(source)
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:
         lone = f"{weights} has no config.json beside it, and " if weights is not None else ""
         raise TeacherError(
@@ -270,10 +272,12 @@ def _require_no_adapter(source: str) -> None:
     """Raises: TeacherError as `require_no_adapter` does, also for a repository of the hub."""
     from transformers.utils import cached_file
 
+    name, revision = at_revision(source)
     with hub_or_offline(source):
         file = cached_file(
-            source,
+            name,
             ADAPTER_FILE,
+            revision=revision,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,

@@ -38,7 +38,7 @@ from eupe.teachers.preprocess import (
     timm_folder,
 )
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import hub_errors, quiet_open_clip, quiet_transformers
+from eupe.teachers.weights import at_revision, hub_errors, quiet_open_clip, quiet_transformers
 
 Prepare = Callable[[NDArray[np.uint8]], Tensor]
 """Square pictures [B, S, S, 3] to the pixels [B, 3, S, S] that a library's model takes."""
@@ -383,9 +383,11 @@ def _hf_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnMo
     if weights is not None and not (Path(source) / "config.json").exists():
         source = spec.model
     with hub_errors(spec), quiet_transformers():
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        name, revision = at_revision(source)
+        options = {"revision": revision, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(name, **options)
         if weights is None:
-            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+            model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, **options)
         else:
             with built_on_meta():
                 shapeless = transformers.AutoModel.from_config(config, trust_remote_code=False)

@@ -19,7 +19,7 @@ from eupe.errors import RunError, TeacherError
 from eupe.kinds import CARD_FILE
 from eupe.reading import read_json
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import brief, hub_or_offline, quiet_transformers
+from eupe.teachers.weights import at_revision, brief, hub_or_offline, quiet_transformers
 
 Triple = tuple[float, float, float]
 
@@ -142,7 +142,8 @@ def open_processor(source: str) -> Any:
     from transformers import AutoImageProcessor
 
     with quiet_transformers(), hub_or_offline(source):
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        name, revision = at_revision(source)
+        return AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
 def processed(processor: Any, views_u8_BHWC: Any) -> Any:
@@ -345,10 +346,12 @@ def _cached_json(source: str, name: str) -> dict[str, Any] | None:
     """
     from transformers.utils import cached_file
 
+    repository, revision = at_revision(source)
     with hub_or_offline(source):
         file = cached_file(
-            source,
+            repository,
             name,
+            revision=revision,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )

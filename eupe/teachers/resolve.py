@@ -21,7 +21,7 @@ _DESCRIBERS = {
 
 
 def resolve_teacher(name: str, weights: Path | None = None) -> TeacherSpec:
-    """The spec of a registry name or alias, `timm:ARCH[.tag]`, `hf:REPO_OR_DIR`, `open_clip:ARCH[@TAG]`, or a run.
+    """Return the spec of a registry name, `timm:ARCH[.tag]`, `hf:REPO[@REVISION]`, `hf:DIR`, `open_clip:...` or a run.
 
     Args:
         weights: local ones; what their own files say of mean and std is in the spec.

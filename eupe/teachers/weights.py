@@ -51,6 +51,16 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def at_revision(source: str) -> tuple[str, str]:
+    """Split `OWNER/NAME@REVISION` into the repository and the branch, tag or commit; `main` where none is named.
+
+    Args:
+        source: also a directory, whatever its name.
+    """
+    name, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
+    return name, revision or "main"
+
+
 @contextmanager
 def hub_errors(spec: TeacherSpec) -> Iterator[None]:
     """Turns whatever a library raises while it fetches from its hub into one sentence.

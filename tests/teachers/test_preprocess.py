@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from teacher_checks import CPU, views
 from timm.models import save_for_hf
 from transformers import AutoImageProcessor, CLIPImageProcessor, Dinov2Config, Dinov2Model
@@ -23,6 +24,7 @@ from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher, require_weights
 from eupe.teachers.verify import compare
+from eupe.teachers.weights import weights_digest
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
 SIZE = 56
@@ -227,6 +229,32 @@ def test_timms_folder_in_all_its_forms(shape: Callable[[Any], Any], tmp_path: Pa
     want = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}"))
     spec = resolve_teacher("timm:test_vit", tmp_path / "model.safetensors")
     assert (spec.mean, spec.std) == (tuple(want["mean"]), tuple(want["std"])) == (MEAN, STD)
+
+
+def test_a_commit_of_a_repository_is_what_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, configuration and processor, where the hub's cache holds two commits."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--me--dinov2"
+    for commit, mean in (("a" * 40, 0.1), ("b" * 40, 0.4)):
+        folder = dinov2(repository / "snapshots" / commit, image_mean=[mean] * 3)
+        if mean == 0.1:
+            model = Dinov2Model.from_pretrained(folder)
+            model.layernorm.weight.data.mul_(2)
+            model.save_pretrained(folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("b" * 40)
+    loaded = {}
+    for name, mean in (("", 0.4), (f"@{'a' * 40}", 0.1), (f"@{'b' * 40}", 0.4)):
+        spec = resolve_teacher(f"hf:me/dinov2{name}")
+        assert spec.mean == (mean,) * 3
+        teacher = load_teacher(spec, weights=None, device=CPU, dtype=torch.float32, sizes=(SIZE,))
+        loaded[name] = weights_digest(teacher.module)
+        assert compare(spec).agrees
+    assert loaded[""] == loaded[f"@{'b' * 40}"] != loaded[f"@{'a' * 40}"]
+    with pytest.raises(TeacherError, match=f"configuration of me/dinov2@{'c' * 40} cannot be fetched"):
+        resolve_teacher(f"hf:me/dinov2@{'c' * 40}")
+    odd = dinov2(tmp_path / "dir@x", image_mean=[0.2] * 3)
+    assert resolve_teacher(f"hf:{odd}").mean == (0.2,) * 3
 
 
 def test_timms_defaults_where_its_folder_is_silent(tmp_path: Path) -> None:
