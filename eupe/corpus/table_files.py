@@ -20,6 +20,8 @@ STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 SLICE_BYTES = 8 * 2**20
 """Decoded at once, about."""
 SLICE_ROWS = 1024
+REPEATED_BYTES = 256 * 2**20
+"""Decoded at once at most, where one value may stand in every row: Parquet writes such a value once."""
 
 
 class ParquetTable:
@@ -29,7 +31,15 @@ class ParquetTable:
         """Raises: FileNotFoundError; CorpusError; StorageError."""
         file = root.open(name)
         try:
-            self._file = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
+            about = pq.read_metadata(file)
+            self._file = pq.ParquetFile(
+                file,
+                metadata=about,
+                read_dictionary=_in_lists(about),
+                pre_buffer=False,
+                buffer_size=2**20,
+                page_checksum_verification=True,
+            )
         except (StorageError, FileNotFoundError):
             raise
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -45,8 +55,8 @@ class ParquetTable:
     def batches(self, group: int, columns: Sequence[Path]) -> Iterator[pa.RecordBatch]:
         """Some columns of a group, in slices of some megabytes."""
         about = self._file.metadata.row_group(group)
-        rows = _slice_rows(about.num_rows, about.total_byte_size)
         names = [".".join(path) for path in columns]
+        rows = min(_slice_rows(about.num_rows, about.total_byte_size), _rows_of_repeated(about, names))
         yield from self._file.iter_batches(rows, row_groups=[group], columns=names)
 
 
@@ -120,3 +130,20 @@ def column_at(batch: pa.RecordBatch, path: Path) -> pa.Array:
 
 def _slice_rows(num_rows: int, num_bytes: int) -> int:
     return max(1, min(SLICE_ROWS, SLICE_BYTES * num_rows // max(1, num_bytes)))
+
+
+def _in_lists(about: pq.FileMetaData) -> list[str]:
+    """Name the columns of bytes in lists: left as dictionaries, for one row may name the same value a million times."""
+    columns = [about.schema.column(i) for i in range(about.num_columns)]
+    return [c.path for c in columns if c.max_repetition_level and c.physical_type == "BYTE_ARRAY"]
+
+
+def _rows_of_repeated(about: pq.RowGroupMetaData, names: Sequence[str]) -> int:
+    """Return how many rows may be decoded at once if each held the longest value that the group's dictionaries can."""
+    chunks = (about.column(i) for i in range(about.num_columns))
+    longest: int = sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if chunk.has_dictionary_page and f"{chunk.path_in_schema}.".startswith(tuple(f"{name}." for name in names))
+    )
+    return max(1, REPEATED_BYTES // max(1, longest))

@@ -14,8 +14,9 @@ import re
 import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PureWindowsPath
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -55,6 +56,8 @@ BASE64 = re.compile(r"data:image/|/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AK|Qk0")
 BASE64_LENGTH = 100
 """A path as long as that, which begins so, is none."""
 
+MAX_WORDS = 2**16
+"""Characters of a label or caption: a table says in a few bytes that a million rows have the same."""
 CACHE_BYTES = 256 * 2**20
 """Of decoded pictures kept, in each process."""
 OPEN_TABLES = 16
@@ -107,6 +110,7 @@ def table_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) 
         leaves = pictures.leaves if before is None else []
         for number, (items, batch, i) in enumerate(_read(table, pictures, leaves, words.paths)):
             said = words.of(batch, i)
+            item = -1
             for item, (data, path) in enumerate(items):
                 key = keys.of(number, item)
                 place = {"key": key, "file": name, "start": number, "mtime_ns": modified}
@@ -128,7 +132,7 @@ def table_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) 
                     labels[own] = said["label"]
                     row = picture_row(root, known, own)
                 rows.append(row | said)
-            left_out[NO_PICTURE] += not items
+            left_out[NO_PICTURE] += item < 0
     except FileNotFoundError as error:
         raise CorpusError(str(error)) from error
     except (CorpusError, StorageError):
@@ -187,7 +191,7 @@ def _files_or_stored(root: Place, name: str, table: TableFile, columns: Columns)
 
 def _read(
     table: TableFile, pictures: PictureColumn, leaves: Sequence[Path], words: Sequence[Path]
-) -> Iterator[tuple[list[Item], pa.RecordBatch | None, int]]:
+) -> Iterator[tuple[Iterable[Item], pa.RecordBatch | None, int]]:
     """The pictures of each row, and where its words are; one unknown picture each where no leaves are to be read."""
     columns = [*leaves, *words]
     if not columns:
@@ -201,15 +205,17 @@ def _read(
                 yield (_items(pictures, found, i) if leaves else [(None, None)]), batch, i
 
 
-def _items(pictures: PictureColumn, columns: Sequence[pa.Array], row: int) -> list[Item]:
-    """The pictures of one row."""
-    values = [column[row].as_py() for column in columns]
+def _items(pictures: PictureColumn, columns: Sequence[pa.Array], row: int) -> Iterator[Item]:
+    """Yield the pictures of one row; those of a list one by one, for it may name the same bytes many times."""
     if pictures.many:
-        return [_item(value) for value in values[0] or ()]
+        listed = columns[0][row].values
+        yield from (_item(value.as_py()) for value in (() if listed is None else listed))
+        return
+    values = [column[row].as_py() for column in columns]
     if pictures.kind == "text":
-        return [(None, values[0])]
-    data = values[0] if pictures.has_bytes else None
-    return [(data, values[-1] if pictures.has_path else None)]
+        yield None, values[0]
+    else:
+        yield (values[0] if pictures.has_bytes else None), (values[-1] if pictures.has_path else None)
 
 
 def _item(value: Any) -> Item:
@@ -229,7 +235,7 @@ class Words:
         self._batch: pa.RecordBatch | None = None
         self._labels: list[Any] = []
         self._captions: list[Any] = []
-        self._unreadable = 0
+        self._faults: Counter[str] = Counter()
 
     @property
     def paths(self) -> list[Path]:
@@ -248,21 +254,21 @@ class Words:
         return {"label": _label_word(self._labels[i], names), "caption": writable(self._captions[i])}
 
     def _values(self, batch: pa.RecordBatch, path: Path | None) -> list[Any]:
-        """Python's values; None for text that is not UTF-8, which is counted."""
+        """Python's values; None for text that cannot be taken, which is counted."""
         if path is None:
             return [None] * len(batch)
         column = column_at(batch, path)
-        try:
-            return list(column.to_pylist())
-        except UnicodeDecodeError:
-            return [self._value(scalar) for scalar in column]
-
-    def _value(self, scalar: pa.Scalar) -> Any:
-        try:
-            return scalar.as_py()
-        except UnicodeDecodeError:
-            self._unreadable += 1
-            return None
+        if not pa.types.is_dictionary(column.type):
+            found = [_word(scalar) for scalar in column]
+        else:
+            indices = column.indices.to_pylist()
+            words: dict[int | None, tuple[Any, str | None]] = {}
+            for index, scalar in zip(indices, column, strict=True):
+                if index not in words:  # a long one that many rows share is in memory once
+                    words[index] = _word(scalar)
+            found = [words[index] for index in indices]
+        self._faults.update(fault for _, fault in found if fault is not None)
+        return [value for value, _ in found]
 
     def notes(self, where: Place) -> Iterator[str]:
         """What is to be said of them once all rows have been read."""
@@ -271,8 +277,19 @@ class Words:
                 f"column {self._column.name} of table {where} holds numbers such as {self._fraction:g}, which are no "
                 "classes, so no label was taken; --label-column chooses"
             )
-        if self._unreadable:
-            yield f"{self._unreadable} labels and captions of table {where} are not UTF-8 text, and are left out"
+        for fault, count in self._faults.items():
+            yield f"{count} labels and captions of table {where} {fault}, and are left out"
+
+
+def _word(scalar: pa.Scalar) -> tuple[Any, str | None]:
+    """Return Python's value of a label or a caption, or None and what is wrong with it."""
+    try:
+        value = scalar.as_py()
+    except UnicodeDecodeError:
+        return None, "are not UTF-8 text"
+    if isinstance(value, str) and len(value) > MAX_WORDS:
+        return None, f"are longer than {MAX_WORDS} characters"
+    return value, None
 
 
 def _first_fraction(table: TableFile, label: LabelColumn) -> float | None:
@@ -449,7 +466,7 @@ class RowReader:
         if isinstance(reading.table, ArrowTable):
             self.num_decoded += 1
             found = _items(pictures, [column_at(reading.table.row(row), leaf)], 0)
-            return found[item][0] if item < len(found) else None
+            return next(islice(found, item, None), (None, None))[0]
         if group != reading.group or row < reading.next_row:
             reading.group, reading.next_row = group, ends[group - 1] if group else 0
             reading.batches = reading.table.batches(group, [leaf])

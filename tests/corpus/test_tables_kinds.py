@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from containers import png
 from making import make_corpus
 
+from eupe.corpus import table_files, tables
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.index import index_folder, open_corpus
 from eupe.corpus.left_out import NO_PICTURE
@@ -222,6 +225,57 @@ def save_to_disk(folder: Path, tables: list[pa.Table], *, batch: int = 2) -> Pat
     (folder / "state.json").write_text(json.dumps(state))
     (folder / "dataset_info.json").write_text("{}")
     return folder
+
+
+def repeated(value: Any, count: int) -> pa.Array:
+    """A column in which every row has the same value, which is in memory once."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array([value]))
+
+
+def write_repeated(path: Path, layout: str, count: int) -> Path:
+    """Write pictures of a megabyte, all the same one, and captions of as much; a file of two megabytes."""
+    image = repeated(bytes(2**20), count)
+    struct = pa.StructArray.from_arrays([image, pa.array([f"{i}.png" for i in range(count)])], ["bytes", "path"])
+    caption = repeated("x" * 2**20, 1 if layout == "list" else count)
+    listed = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), struct)
+    columns = pa.table({"image": {"binary": image, "list": listed}.get(layout, struct), "text": caption})
+    if layout == "arrow":
+        with pa.ipc.new_file(path.with_suffix(".arrow"), columns.schema) as file:
+            file.write_table(columns)
+        return path.with_suffix(".arrow")
+    pq.write_table(columns, path, dictionary_pagesize_limit=2**30, store_schema=False, compression="none")
+    return path
+
+
+@pytest.mark.parametrize("layout", ["binary", "struct", "list", "arrow"])
+def test_a_long_value_under_many_rows_is_decoded_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """A file of two megabytes that stands for 600."""
+    monkeypatch.setattr(table_files, "REPEATED_BYTES", 16 * 2**20)
+    monkeypatch.setattr(tables, "_rows", tables.RowReader(cache_bytes=16 * 2**20))
+    path = write_repeated(tmp_path / "x.parquet", layout, 300)
+    allocated = [0]
+    for kind in (table_files.ParquetTable, table_files.ArrowTable):
+
+        def batches(*args: Any, real: Any = kind.batches) -> Iterator[pa.RecordBatch]:
+            for batch in real(*args):
+                allocated.append(pa.total_allocated_bytes() - before)
+                yield batch
+
+        monkeypatch.setattr(kind, "batches", batches)
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        corpus = open_corpus(path)
+        inside = insides(corpus.samples)[7]
+        assert read_picture(corpus.root, corpus.samples["key"][7].as_py(), inside) == bytes(2**20)
+        python_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(corpus) == 300 and corpus.samples["caption"].null_count == 300
+    assert any("longer than 65536 characters, and are left out" in note for note in corpus.notes)
+    assert max(allocated) < 80 * 2**20 and python_bytes < 80 * 2**20
 
 
 def arrow_table(rows: list[dict[str, Any]]) -> pa.Table:
