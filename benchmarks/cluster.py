@@ -1,4 +1,4 @@
-"""Two workers on two nodes against one worker on one: the same job on Ray clusters whose nodes have one core each.
+"""Two workers on two nodes compared with one worker on one: the same job on Ray clusters of one-core nodes.
 
 python -m benchmarks.cluster --folder SCRATCH [--views K] [--repeats N]
 """
@@ -31,9 +31,9 @@ RATIO = 1.8
 
 @contextmanager
 def cluster_of(nodes: int) -> Iterator[str]:
-    """Nodes of one core on this machine, each on a core of its own; its address.
+    """Start a cluster of one-core nodes on this machine, each pinned to its own core, and yield its address.
 
-    Ray only counts cores. What a node starts later, its worker among it, inherits the affinity of its raylet.
+    Ray only counts cores, so each node's raylet is pinned; its workers, which start later, inherit the affinity.
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < nodes:
@@ -51,7 +51,7 @@ def cluster_of(nodes: int) -> Iterator[str]:
 
 
 def pin(pid: int, core: int) -> None:
-    """A process with all its threads, and those that it has started, onto one core."""
+    """Pin a process, with all its threads and child processes, to one core."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setaffinity(int(task.name), {core})
         for child in (task / "children").read_text().split():
@@ -59,7 +59,7 @@ def pin(pid: int, core: int) -> None:
 
 
 def views_per_s(folder: Path, nodes: int, *, views: int) -> float:
-    """Of one whole job since the teachers were loaded, a worker on each node."""
+    """Return the rate of one whole job with a worker on each node, counted from when the teachers were loaded."""
     out = folder / f"{nodes}.zarr"
     shutil.rmtree(out, ignore_errors=True)
     with cluster_of(nodes) as address:

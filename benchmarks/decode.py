@@ -1,10 +1,10 @@
-"""JPEGs decoded at a reduced scale: what it saves, and what it does to a teacher's features.
+"""JPEGs decoded at a reduced scale: the time saved, and the effect on a teacher's features.
 
 python -m benchmarks.decode [--repeats 3]
 
-libjpeg gives a picture at 1/2, 1/4 or 1/8 of its size for less than the whole takes (`Image.draft`). Every photograph
-is encoded as a large JPEG in two ways: *enlarged*, which has no detail at the pixel, and *repeated*, mirrored side by
-side until it is large, which has all of a photograph's detail at the pixel. Camera pictures lie between them.
+libjpeg can decode a picture at 1/2, 1/4 or 1/8 of its size in less time than at full size (`Image.draft`). Every
+photograph is encoded as a large JPEG in two ways: *enlarged* has no detail at the scale of single pixels; *repeated*,
+mirrored side by side until it is large, keeps all of the photograph's detail there. Camera pictures lie in between.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, load_teacher
 
 SHORT_SIDE = 2048
-"""Of the large JPEGs, in pixels; the long side follows the photograph, or is as long when repeated."""
+"""Short side of the large JPEGs in pixels; enlarged ones keep the photograph's shape, repeated ones are square."""
 QUALITY = 90
 OVERSAMPLING = (2, 4)
-"""How many times the view's side the decoded crop must have at least."""
+"""Minimum side of the decoded crop, in multiples of the view's side."""
 View = NDArray[np.uint8]
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """Resampled to the short side."""
+    """Return the picture resampled so that its short side is SHORT_SIDE."""
     factor = SHORT_SIDE / min(image.size)
     return image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
 
 
 def repeated(image: Image.Image) -> Image.Image:
-    """Mirrored side by side, no pixel resampled, and cut to a square of the short side."""
+    """Return the picture mirrored side by side, without resampling, and cut to a square of SHORT_SIDE."""
     pixels = np.asarray(image)
     pair = np.concatenate([pixels, pixels[:, ::-1]], axis=1)
     four = np.concatenate([pair, pair[::-1]], axis=0)
@@ -54,7 +54,7 @@ def repeated(image: Image.Image) -> Image.Image:
 
 
 def jpegs(make: Callable[[Image.Image], Image.Image]) -> list[bytes]:
-    """Every photograph of the demo, whole."""
+    """Return every photograph of the demo, uncut, as a large JPEG."""
     encoded = []
     for photograph in PHOTOGRAPHS:
         buffer = io.BytesIO()
@@ -68,13 +68,13 @@ def centre(width: int, height: int) -> Box:
 
 
 def full_view(data: bytes, size: int) -> View:
-    """As an extraction makes it."""
+    """Return the centre view as an extraction makes it."""
     image = decode_image(data)
     return render_view(image, centre(*image.size), False, size)
 
 
 def reduced_view(data: bytes, size: int, least: int) -> View:
-    """The same box, from the smallest scale at which it is at least `least` times as large as the view."""
+    """Return the same view from the smallest scale at which the crop is at least `least` times as large as the view."""
     with Image.open(io.BytesIO(data)) as image:
         box = centre(*image.size)
         scale = draft(image, size, least)
@@ -84,7 +84,7 @@ def reduced_view(data: bytes, size: int, least: int) -> View:
 
 
 def draft(image: Image.Image, size: int, least: int) -> int:
-    """Have libjpeg reduce the picture, and by how much it will."""
+    """Make libjpeg decode the picture at a reduced scale, and return the factor of the reduction."""
     width, height = image.size
     most = min(width, height) // (least * size)
     image.draft("RGB", (width // most, height // most))
@@ -97,26 +97,26 @@ def scale_of(data: bytes, size: int, least: int) -> int:
 
 
 def processor_s(work: Callable[[], object]) -> float:
-    """Of this thread, in one call; on a shared machine steadier than the clock."""
+    """Return this thread's processor time for one call; on a shared machine it is steadier than wall time."""
     began = time.thread_time()
     work()
     return time.thread_time() - began
 
 
 def psnr(a: View, b: View) -> float:
-    """In dB, over all samples of a view."""
+    """Return the PSNR in dB, over all pixels and channels of a view."""
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2)))
 
 
 def tokens(teacher: Teacher, views: list[View]) -> dict[str, torch.Tensor]:
-    """Summary [V, D] and dense [V * cells, D] tokens."""
+    """Return summary [V, D] and dense [V * cells, D] tokens."""
     made = [teacher(torch.from_numpy(np.stack(views[i : i + 8]))) for i in range(0, len(views), 8)]
     summary = torch.cat([t.summary for t in made if t.summary is not None])
     return {"summary": summary, "dense": torch.cat([t.dense.flatten(0, 2) for t in made])}
 
 
 def compare(kind: str, data: list[bytes], teacher: Teacher, size: int, repeats: int) -> list[str]:
-    """One line of the table for each oversampling."""
+    """Return one line of the table for each oversampling."""
     full = [full_view(picture, size) for picture in data]
     expected = tokens(teacher, full)
     lines = []

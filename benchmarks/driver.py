@@ -1,9 +1,10 @@
-"""The cost of a big job's driver: over made-up pictures, with a worker that commits parts of one small token at once.
+"""The cost of a big job's driver: made-up pictures, and a worker that immediately commits a small token per sample.
 
 python -m benchmarks.driver --folder SCRATCH [--samples N] [--profile]
 
-The job is stopped by SIGTERM when 99% of its views are done, and begun again: that start is one of a resumed run. All
-that the driver does is real. With fewer than some 100,000 samples no part is left for the second run.
+The job is stopped by SIGTERM when 99% of its views are done, and then started again, so the second start is that of a
+resumed run. Everything that the driver does is real. With fewer than about 100,000 samples, no part is left for the
+second run.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from eupe.place import Place
 from eupe.store.layout import StoreSpec
 
 SAMPLES_PER_PART = 256
-"""As a part of DINOv2-B's tokens at 224 has them."""
+"""Samples in a part, as in a store of DINOv2-B's tokens at 224 px."""
 MS_PER_VIEW = 1.0
 RESUMED_AT = 0.99
 OVERHEAD, START_S = 0.05, 10.0
@@ -48,7 +49,7 @@ TEACHER = "test_vit"
 
 
 def made_up_index(folder: Path, samples: int) -> Path:
-    """Keys and hashes of pictures that there are not."""
+    """Write an index with keys and hashes of pictures that do not exist, and return its path."""
     (root := folder / "photos").mkdir()
     names = [f"class{i % 1000:03d}/{i:08d}.jpg" for i in range(samples)]
     columns: dict[str, Any] = {
@@ -65,10 +66,10 @@ def made_up_index(folder: Path, samples: int) -> Path:
 
 @dataclass
 class Watch:
-    """When a run reached what."""
+    """The times at which a run reached its stages."""
 
     stop_at: float | None
-    """The share of the views at which this process asks itself to end."""
+    """Share of the views at which this process sends itself SIGTERM."""
     began: float = field(default_factory=time.perf_counter)
     stages: dict[str, float] = field(default_factory=dict)
     asked: bool = False
@@ -82,14 +83,14 @@ class Watch:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run took of this process."""
+    """The time that one run took in this process."""
 
     wall_s: float
     cpu_s: float
     start_s: float
-    """Until the first parts were under way."""
+    """Time until the first parts were being computed."""
     done: int
-    """Parts that are committed when it ends."""
+    """Number of parts that are committed at the end of the run."""
 
 
 def run(config: job.ExtractConfig, *, stop_at: float | None) -> Run:
@@ -105,7 +106,7 @@ def run(config: job.ExtractConfig, *, stop_at: float | None) -> Run:
 
 
 def use_null_worker() -> None:
-    """In the place of the job's own, and as many parts as a big teacher's features would need."""
+    """Replace the job's worker by the null worker, and make as many parts as a big teacher's features would need."""
     wanted = job.wanted_spec
 
     def in_many_parts(*args: Any, **options: Any) -> StoreSpec:

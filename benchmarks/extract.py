@@ -1,18 +1,23 @@
-"""Claims of extraction, side by side: the pipeline and its stages, a user's own loop, two teachers in one pass.
+"""Claims about extraction, side by side: the pipeline and its stages, a user's own loop, two teachers in one pass.
 
 python -m benchmarks.extract {ideal,typed,peers,together} --folder SCRATCH [--dtype fp32] [--seconds S] [--repeats N]
 
-Teachers with real weights over four crops each of real photographs at 224 px, repeated under other keys until a run
-is long enough. All rates are of views. `ideal` holds the pipeline, as a `Worker` in this process and as a whole job on
-Ray, against the sum of what decoding, the teacher, and coding with writing take of the machine when each has it alone.
+Teachers with real weights run over four crops each of real photographs at 224 px, which are repeated under other keys
+until a run is long enough. All rates count views.
 
-`typed` runs `eupe extract` as a user types it, in a process of its own that chooses batch size and workers, and holds
-its rate, once its teacher works, against the teacher's forward pass alone in this process.
+`ideal` compares the pipeline, as a `Worker` in this process and as a whole job on Ray, with the sum of its stages:
+decoding, the teacher, and encoding with writing, each measured alone on the machine.
 
-`peers` compares with what a user would write: a DataLoader before transformers' `Dinov2Model`, the tokens of a picture
-as one .npy file, or, as Theia keeps them, as safetensors in tars. Theirs are not checked, compressed or counted. Of
-the packaged extractors, clip-retrieval 2.45 cannot be compared: it needs numpy below 2 and pyarrow below 16, where
-torch and this project are past both, and its models are CLIP's, of which it keeps the summary alone.
+`typed` runs `eupe extract` as a user types it, in its own process that chooses batch size and workers. It compares the
+rate after the teacher is loaded with the teacher's forward pass alone in this process.
+
+`peers` compares with what a user would write: a DataLoader and transformers' `Dinov2Model`, with the tokens of a
+picture in one .npy file or, as in Theia, in safetensors inside tars. These loops do not check or compress features, or
+compute statistics. Of the packaged extractors, clip-retrieval 2.45 cannot be compared: it needs numpy below 2 and
+pyarrow below 16, but torch and this project need newer ones; it also supports only CLIP models and keeps only the
+summary.
+
+`together` compares two teachers in one pass with one after the other.
 """
 
 from __future__ import annotations
@@ -67,20 +72,20 @@ VIEWS = ViewSpec(policy="rrc", num_views=4)
 DINOV2, CNN = SOURCES["dinov2-s"], SOURCES["efficientnet_lite0"]
 BICUBIC = v2.InterpolationMode.BICUBIC
 STAGE_SHARE = 0.06
-"""How many of a run's pictures each stage is measured on."""
+"""Share of a run's parts that each stage is measured on."""
 PIPELINE, TYPED, PEER, BY_DEFAULT, TOGETHER = 0.95, 0.8, 1.5, 1.5, 1.0
-"""Targets."""
+"""Target ratios."""
 PICTURES_PER_TAR = 256
 
 
 @dataclass(frozen=True)
 class Took:
-    """What a number of views took."""
+    """The time that a number of views took."""
 
     views: int
     wall_s: float
     cpu_s: float
-    """Of this process alone."""
+    """Processor time of this process alone."""
 
     @classmethod
     def by(cls, views: int, work: Callable[[], object]) -> Took:
@@ -90,7 +95,7 @@ class Took:
 
 
 def ms_per_view(found: list[Took]) -> float:
-    """Median, by the clock."""
+    """Return the median wall time per view."""
     return statistics.median(1000 * took.wall_s / took.views for took in found)
 
 
@@ -100,7 +105,7 @@ def cpu_ms_per_view(found: list[Took]) -> float:
 
 @dataclass(frozen=True)
 class Given:
-    """The command line."""
+    """The options of the command line."""
 
     folder: Path
     dtype: str
@@ -128,13 +133,13 @@ def loaded(source: Source, dtype: torch.dtype) -> Teacher:
 
 
 def rate_of(teacher: Teacher, size: int, batch: int) -> float:
-    """Views per second of the teacher alone, roughly, in this minute."""
+    """Return roughly how many views per second the teacher alone computes now."""
     pixels = torch.zeros((batch, size, size, 3), dtype=torch.uint8)
     return 3 * batch / Took.by(3 * batch, lambda: [teacher(pixels) for _ in range(3)]).wall_s
 
 
 def corpus_for(given: Given, views_per_s: float, seconds: float) -> Corpus:
-    """So many pictures that a run takes so long."""
+    """Return a corpus with enough pictures for a run of this many seconds."""
     count = max(16, round(seconds * views_per_s / VIEWS.num_views))
     return repeated_corpus(ASSETS / "photos", given.folder / "pictures", count)
 
@@ -153,7 +158,7 @@ def computer_of(source: Source, teacher: Teacher, corpus: Corpus, batch: int) ->
 
 
 def work(computers: list[Computer], corpus: Corpus, folder: Path) -> Took:
-    """By a worker in this process, which two stretches are in at once."""
+    """Run a worker in this process, with STRETCHES_IN_FLIGHT stretches at once."""
     stores = [fresh(folder / f"{i}.zarr") for i in range(len(computers))]
     specs = [computer.spec for computer in computers]
     for store, spec in zip(stores, specs, strict=True):
@@ -170,7 +175,7 @@ def work(computers: list[Computer], corpus: Corpus, folder: Path) -> Took:
 
 
 def job(given: Given, source: Source, corpus: Corpus, batch: int) -> Took:
-    """By a whole job on a Ray of its own, since its teacher was loaded."""
+    """Run a whole job on its own Ray; the time counts from when its teacher was loaded."""
     index, out = given.folder / "pictures.parquet", fresh(given.folder / "job.zarr")
     write_index(corpus, index)
     report = extract(
@@ -191,7 +196,7 @@ def job(given: Given, source: Source, corpus: Corpus, batch: int) -> Took:
 
 
 class Stages:
-    """What each stage takes when it has the machine alone, over the first pictures of a corpus."""
+    """The stages of an extraction, each run alone on the machine over the first pictures of a corpus."""
 
     def __init__(self, computer: Computer, corpus: Corpus, folder: Path) -> None:
         self._computer, self._folder = computer, folder
@@ -203,11 +208,14 @@ class Stages:
         self._views = len(self._samples) * spec.num_views
 
     def decode(self) -> Took:
-        """Reading, checking, decoding and rendering, by as many threads as there are cores."""
+        """Read, check, decode and render, with a thread per core."""
         return Took.by(self._views, lambda: [None for _ in self._load()])
 
     def forward(self) -> Took:
-        """The teacher, and its tokens as float16, by all cores: a batch on each, or each batch on all of them."""
+        """Run the teacher and convert its tokens to float16, on all cores: a batch per core, or one batch on all cores.
+
+        The faster of the two counts.
+        """
         views = [{s: v[k] for s, v in sample.views.items()} for sample in self._load() for k in range(VIEWS.num_views)]
         forward, size = self._computer.forward, self._computer.forward.batch_size
         (side,) = self._computer.spec.sizes
@@ -224,7 +232,7 @@ class Stages:
         return min((Took.by(self._views, run) for run in (side_by_side, one_by_one)), key=lambda took: took.wall_s)
 
     def encode(self) -> Took:
-        """Coding, statistics, compression and writing, part by part, by as many threads as there are cores."""
+        """Encode, compute statistics, compress and write, part by part, with a thread per core."""
         create_store(path := fresh(self._folder / "stages.zarr"), self._computer.spec)
         writer = StoreWriter(path, count=counter(self._computer.device))
         return Took.by(self._views, lambda: [writer.commit(part) for part in self._parts])
@@ -236,7 +244,7 @@ class Stages:
 
 
 def measure_ideal(given: Given) -> None:
-    """The pipeline against the sum of its stages."""
+    """Compare the pipeline with the sum of its stages."""
     teacher = loaded(DINOV2, given.torch_dtype)
     batch = fastest_batch(teacher, (DINOV2.size,))
     corpus = corpus_for(given, rate_of(teacher, DINOV2.size, batch), given.seconds)
@@ -267,10 +275,10 @@ def measure_ideal(given: Given) -> None:
 
 
 def typed(given: Given, source: Source, index: Path, wall_s: list[float]) -> Took:
-    """The command, in a process of its own, since its teacher was loaded.
+    """Run the command in its own process; the time counts from when its teacher was loaded.
 
     Args:
-        wall_s: gets the seconds from its start to its end.
+        wall_s: list to which the seconds from the start of the command to its end are appended.
     """
     words = ["extract", "--teacher", source.teacher, "--weights", ASSETS / source.weights, "--corpus", index]
     words += ["--views", f"rrc:{VIEWS.num_views}", "--size", source.size, "--dtype", given.dtype]
@@ -286,7 +294,7 @@ def typed(given: Given, source: Source, index: Path, wall_s: list[float]) -> Too
 
 
 def measure_typed(given: Given) -> None:
-    """The command as it is typed against the teacher alone."""
+    """Compare the command, as a user types it, with the teacher alone."""
     teacher = loaded(DINOV2, given.torch_dtype)
     batch = fastest_batch(teacher, (DINOV2.size,))
     corpus = corpus_for(given, rate_of(teacher, DINOV2.size, batch), given.seconds)
@@ -304,7 +312,7 @@ def measure_typed(given: Given) -> None:
 
 
 class Pictures(Dataset[tuple[int, torch.Tensor]]):
-    """As torchvision's documentation has it: crops that are drawn and resized like the teacher's views."""
+    """A dataset written as in torchvision's documentation, with crops drawn and resized like the teacher's views."""
 
     def __init__(self, corpus: Corpus, count: int) -> None:
         self.paths = [corpus.root.local / key for key in corpus.samples["key"].slice(0, count).to_pylist()]
@@ -327,13 +335,13 @@ class Pictures(Dataset[tuple[int, torch.Tensor]]):
 
 
 Tokens = NDArray[np.float16]
-"""Of one picture, class token first, [K, 1 + 256, 384]."""
+"""Tokens of one picture's K views, class token first, [K, 1 + 256, 384]."""
 Keep = Callable[[Iterator[tuple[int, Tokens]], Path], None]
 
 
 @torch.inference_mode()
 def tokens_of(pictures: Pictures, model: Dinov2Model, dtype: torch.dtype, batch: int, workers: int) -> Any:
-    """A picture's number and tokens, one after the other."""
+    """Yield the number and the tokens of each picture."""
     for numbers, views in DataLoader(pictures, batch_size=max(1, batch // VIEWS.num_views), num_workers=workers):
         with autocast(dtype, pick_device()):
             hidden = model(pixel_values=views.flatten(0, 1).to(pick_device())).last_hidden_state
@@ -347,7 +355,7 @@ def as_npy(tokens: Iterator[tuple[int, Tokens]], folder: Path) -> None:
 
 
 def as_tars(tokens: Iterator[tuple[int, Tokens]], folder: Path) -> None:
-    """Safetensors in tars as WebDataset reads them."""
+    """Write safetensors in tars that WebDataset can read."""
     with ExitStack() as opened:
         for number, values in tokens:
             if number % PICTURES_PER_TAR == 0:
@@ -365,14 +373,14 @@ KEPT: Mapping[str, Keep] = {".npy files": as_npy, "safetensors in tars": as_tars
 def loop(
     keep: Keep, workers: int, model: Dinov2Model, pictures: Pictures, dtype: torch.dtype, batch: int, folder: Path
 ) -> Took:
-    """What a user would write."""
+    """Run the loop that a user would write."""
     fresh(folder).mkdir(parents=True)
     tokens = tokens_of(pictures, model, dtype, batch, workers)
     return Took.by(len(pictures) * VIEWS.num_views, lambda: keep(tokens, folder))
 
 
 def measure_peers(given: Given) -> None:
-    """A worker against what a user would write, in the same arithmetic, and in float32, which is their default."""
+    """Compare a worker with the loops that a user would write, in the same dtype and in float32, their default."""
     teacher, model = loaded(DINOV2, given.torch_dtype), Dinov2Model.from_pretrained(ASSETS / DINOV2.weights).eval()
     model = model.to(pick_device())
     batch = fastest_batch(teacher, (DINOV2.size,))
@@ -402,13 +410,13 @@ def measure_peers(given: Given) -> None:
 
 
 def best(found: Mapping[str, list[Took]], dtype: torch.dtype) -> str:
-    """The fastest loop in an arithmetic."""
+    """Return the name of the fastest loop in a dtype."""
     loops = [name for name in found if name.startswith("loop") and name.endswith(dtype_name(dtype))]
     return min(loops, key=lambda name: ms_per_view(found[name]))
 
 
 def measure_together(given: Given) -> None:
-    """Two teachers in one pass against one after the other."""
+    """Compare two teachers in one pass with one after the other."""
     sources = (DINOV2, CNN)
     teachers = [loaded(source, given.torch_dtype) for source in sources]
     batches = [fastest_batch(teacher, (source.size,)) for source, teacher in zip(sources, teachers, strict=True)]
@@ -428,7 +436,7 @@ def measure_together(given: Given) -> None:
 
 
 def ratio(slow: list[Took], fast: list[Took]) -> list[float]:
-    """Of the times of one view, round by round."""
+    """Return the ratio of the times per view, round by round."""
     return [(a.wall_s / a.views) / (b.wall_s / b.views) for a, b in zip(slow, fast, strict=True)]
 
 
@@ -454,7 +462,7 @@ MEASURES = {
     "peers": (measure_peers, 12.0),
     "together": (measure_together, 30.0),
 }
-"""And the seconds of a run."""
+"""Functions of the measurements, with the seconds of a run."""
 
 
 def main() -> None:

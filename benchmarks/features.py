@@ -1,4 +1,4 @@
-"""Real features to measure on: two teachers with real weights over crops of real photographs, kept as .npy.
+"""Real features for measurements: two teachers with real weights over crops of real photographs, saved as .npy.
 
 python -m benchmarks.features --out FOLDER
 """
@@ -27,7 +27,7 @@ VIEWS = ViewSpec(policy="rrc", num_views=16)
 
 @dataclass(frozen=True)
 class Source:
-    """A teacher with real weights, at the size that it is used at."""
+    """A teacher with real weights, and its input size in pixels."""
 
     teacher: str
     weights: str
@@ -41,7 +41,10 @@ SOURCES = {
 
 
 def make_features(name: str, folder: Path) -> tuple[Path, Path]:
-    """Dense [V, h, w, D] and summary [V, Ds] features of all views, float16, as NAME.dense.npy and NAME.summary.npy."""
+    """Write dense [V, h, w, D] and summary [V, Ds] features of all views, float16, and return their paths.
+
+    The files are NAME.dense.npy and NAME.summary.npy; existing ones are kept.
+    """
     dense_file, summary_file = folder / f"{name}.dense.npy", folder / f"{name}.summary.npy"
     if dense_file.exists() and summary_file.exists():
         return dense_file, summary_file

@@ -1,4 +1,4 @@
-"""Corpora of any size, stores of given features written without a teacher, and how their codec does alone."""
+"""Corpora of any size, stores of given features written without a teacher, and the rate of their codec alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Measured = TypeVar("Measured")
 
 
 def repeated_corpus(pictures: Path, folder: Path, count: int) -> Corpus:
-    """So many pictures: those of a folder again and again under other keys, by links in a folder to be made."""
+    """Make a corpus of `count` pictures: those of a folder, repeated under other keys through links in a new folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     once = index_folder(pictures).samples
@@ -44,7 +44,7 @@ def repeated_corpus(pictures: Path, folder: Path, count: int) -> Corpus:
 
 
 def dense_spec(features: NDArray[np.float16], precision: str) -> StoreSpec:
-    """Of a store that holds [V, h, w, D] dense maps, one view a sample."""
+    """Return the spec of a store for dense maps [V, h, w, D], with one view per sample."""
     count, grid, _, dim = features.shape
     spec = StoreSpec(
         teacher={"name": "benchmark", "licence": "", "dense_dim": dim, "summary_dim": 0, "patch": 224 // grid},
@@ -60,12 +60,12 @@ def dense_spec(features: NDArray[np.float16], precision: str) -> StoreSpec:
 
 
 def calibrated(features: NDArray[np.float16]) -> Calibration:
-    """By 128 views, as `eupe extract` does it."""
+    """Return a calibration from about 128 views, as `eupe extract` makes it."""
     return Calibration.of(features[:: max(1, len(features) // 128)])
 
 
 def part_of(features: NDArray[np.float16], index: int) -> Part:
-    """One part's content, with made-up keys and boxes."""
+    """Return the content of one part, with made-up keys and boxes."""
     values = features[index * PART_VIEWS : (index + 1) * PART_VIEWS][:, None]
     n = len(values)
     rows = [Row(f"{index * PART_VIEWS + i:08d}.jpg", "0" * 64, None, 640, 480) for i in range(n)]
@@ -74,7 +74,7 @@ def part_of(features: NDArray[np.float16], index: int) -> Part:
 
 
 def write_store(path: Path, features: NDArray[np.float16], precision: str = "fp16") -> Store:
-    """A finished store of the features."""
+    """Write a finished store of the features."""
     shutil.rmtree(path, ignore_errors=True)
     spec = dense_spec(features, precision)
     create_store(path, spec)
@@ -85,7 +85,7 @@ def write_store(path: Path, features: NDArray[np.float16], precision: str = "fp1
 
 
 def encoded_chunks(features: NDArray[np.float16], precision: str) -> list[bytes]:
-    """The chunks as they lie in a store, with their checksums."""
+    """Return the chunks as a store holds them, with their checksums."""
     spec = dense_spec(features, precision)
     layout = next(layout for layout in arrays(spec) if layout.path == PATH)
     stored = encode(features, precision, spec.array_calibration(PATH))
@@ -93,7 +93,7 @@ def encoded_chunks(features: NDArray[np.float16], precision: str) -> list[bytes]
 
 
 def decode_rate(chunks: list[bytes], pool: ThreadPoolExecutor, threads: int) -> float:
-    """Chunks per second decompressed from memory into batches of 64 by all threads: the codec's limit."""
+    """Return the codec's limit: chunks per second that all threads decompress from memory into batches of 64."""
     bare = [memoryview(chunk)[:-CRC_BYTES] for chunk in chunks]
     size = len(blosc.decompress(bare[0]))
 
@@ -107,19 +107,19 @@ def decode_rate(chunks: list[bytes], pool: ThreadPoolExecutor, threads: int) -> 
 
 
 def peak_mb(process: int | str = "self") -> float:
-    """Most memory that a process has held, in MB; `getrusage` would count its parent's in."""
+    """Return the peak memory of a process in MB; `getrusage` would include that of its parent."""
     return int(Path(f"/proc/{process}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Wall clock of one call."""
+    """Return the wall time of one call."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def interleaved(measures: Mapping[str, Callable[[], Measured]], repeats: int) -> dict[str, list[Measured]]:
-    """Each measure once in turn, over and over, so that the machine's noise hits all alike."""
+    """Run each measure once per round, so that the machine's noise affects all of them equally."""
     results: dict[str, list[Measured]] = {name: [] for name in measures}
     for _ in range(repeats):
         for name, measure in measures.items():
@@ -128,5 +128,5 @@ def interleaved(measures: Mapping[str, Callable[[], Measured]], repeats: int) ->
 
 
 def spread(values: list[float]) -> str:
-    """Median, and the range of what was measured."""
+    """Return the median and the range of the values as text."""
     return f"{statistics.median(values):,.0f} ({min(values):,.0f}–{max(values):,.0f})"

@@ -1,10 +1,10 @@
-"""Memory that does not grow with the corpus: the most that an extraction's processes have held.
+"""Memory that does not grow with the corpus: the peak memory of an extraction's processes.
 
 python -m benchmarks.memory --folder SCRATCH [--views 1000 10000 100000]
 
-Whole jobs on Ray over few pictures under many keys, with a tiny teacher of random weights at 64 px: the driver, and its
-worker. Then DINOv2-S at 224 px in parts of full size, against what may be held: what the same process held once it had
-made small parts, and three full parts, and the queues. Each is a process of its own.
+First, whole jobs on Ray over few pictures under many keys, with a tiny teacher of random weights at 64 px: the peaks of
+the driver and its worker. Then DINOv2-S at 224 px in parts of full size, compared with a bound: the memory that the
+same process held after small parts, plus three full parts and the queues. Each measurement has its own process.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from eupe.store.writer import VECTORS_PER_JOB, create_store
 
 TINY, SIZE = "test_vit", 64
 CORPUS_OF_FULL_PARTS = 4096
-"""Pictures; a smaller corpus is cut finer."""
+"""Number of pictures; a smaller corpus is cut into smaller parts."""
 SMALL_PART = 16
 PARTS_IN_MEMORY = 3
 GROWTH = 1.1
-"""What the worker may hold over the largest corpus, as a multiple of what it holds over the smallest."""
+"""Maximum ratio of the peak memory over the largest corpus to that over the smallest."""
 
 
 def whole_job(folder: Path, views: int) -> list[float]:
-    """Peaks of the driver and of the worker of a job over so many views."""
+    """Return the peak memory of the driver and of the worker of a job over this many views."""
     corpus = repeated_corpus(ASSETS / "photos", folder / "pictures", -(-views // VIEWS.num_views))
     index, weights = folder / "pictures.parquet", folder / "tiny.safetensors"
     write_index(corpus, index)
@@ -70,26 +70,26 @@ def whole_job(folder: Path, views: int) -> list[float]:
 
 
 def worker_peaks_mb() -> list[float]:
-    """Of the Ray actors that this process has started, by way of its raylet."""
+    """Return the peak memory of each Ray actor that this process started through its raylet."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if process.joinpath("cmdline").read_bytes().startswith(b"ray::ExtractActor") and is_ours(process.name):
                 found.append(peak_mb(int(process.name)))
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended in the meantime
             continue
     return found
 
 
 def is_ours(process: str) -> bool:
-    """Whether this process is one of its ancestors."""
+    """Return whether this process is an ancestor of the given one."""
     while process not in ("0", str(os.getpid())):
         process = Path(f"/proc/{process}/status").read_text().split("PPid:")[1].split()[0]
     return process != "0"
 
 
 def full_parts(folder: Path, num_parts: int) -> list[float]:
-    """Peaks of a worker before and after parts of full size, and what the parts and queues between may take."""
+    """Return a worker's peak memory before and after full parts, and the bytes of one part and of the queues, in MB."""
     teacher = loaded(DINOV2, compute_dtype("auto", pick_device()))
     corpus = repeated_corpus(ASSETS / "photos", folder / "pictures", CORPUS_OF_FULL_PARTS)
     computer = computer_of(DINOV2, teacher, corpus, DEFAULT_BATCH)
@@ -107,7 +107,7 @@ def full_parts(folder: Path, num_parts: int) -> list[float]:
 
 
 def make_parts(computer: Computer, corpus: Corpus, folder: Path, num_parts: int) -> None:
-    """The first parts of a store, two at once, as an actor makes them."""
+    """Make the first parts of a store, STRETCHES_IN_FLIGHT at once, as an actor does."""
     create_store(store := fresh(folder / "worker.zarr"), computer.spec)
     worker = Worker([computer], [store])
     stretches = [Stretch(((0, part_task(computer.spec, corpus.samples, part)),)) for part in range(num_parts)]

@@ -1,4 +1,4 @@
-"""A worker of a job that has neither teacher nor pictures; a module of its own, since Ray imports it by name."""
+"""A job's worker without a teacher or pictures; it has its own module because Ray imports it by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Online distillation, the baseline of `benchmarks.train`: the teacher runs in every step, and no store is read."""
+"""Online distillation, the baseline of `benchmarks.train`: the teacher runs in every step, and no features are read."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ class PicturesAlone(TargetSet):
 
 
 class OnlineTeacher:
-    """A teacher that gives a batch's targets, as float32, by all cores: a piece on each, as extraction does it."""
+    """A teacher that computes a batch's targets in float32 on all cores, one piece per core, as extraction does."""
 
     def __init__(self, teacher: Teacher, size: int, *, batch_size: int) -> None:
-        """
+        """Set up one thread per core, each with single-threaded torch, unless the teacher is on a GPU.
+
         Args:
-            batch_size: most views that one core is given at once.
+            batch_size: maximum number of views that one core computes at once.
         """
         self._teacher, self._size = teacher, size
         self._threads = num_cores()
@@ -56,7 +57,7 @@ class OnlineTeacher:
         self._cores = None if teacher.device.type == "cuda" else single_threads(self._threads)
 
     def targets(self, pixels: Tensor) -> TargetBatch:
-        """Of views, uint8 [B, S, S, 3]."""
+        """Return the targets of views, uint8 [B, S, S, 3]."""
         if self._cores is None:
             tokens = [self._teacher(piece) for piece in pixels.split(self._piece)]
         else:
@@ -70,7 +71,7 @@ class OnlineTeacher:
 def online_stream(
     pictures: PicturesAlone, teacher: OnlineTeacher, requests: Iterable[Request], device: torch.device
 ) -> Iterator[Batch]:
-    """Views decoded ahead as the trainer does it, each batch's targets from the teacher when it is asked for."""
+    """Yield batches of views decoded ahead, as in the trainer; the teacher computes a batch's targets on demand."""
     with closing(stream([pictures], requests, device)) as batches:  # type: ignore[type-var]
         for batch in batches:
             yield replace(batch, targets=(teacher.targets(batch.pixels),))

@@ -1,4 +1,4 @@
-"""Random batches of dense features out of the formats that a user would otherwise reach for, from a warm page cache.
+"""Random batches of dense features from the formats that a user would otherwise choose, with a warm page cache.
 
 python -m benchmarks.peers --features dense.npy --folder SCRATCH
 """
@@ -47,16 +47,17 @@ CONTENDER = 0.75
 
 @dataclass(frozen=True)
 class Peer:
-    """A format, written and read as its documentation has it. `needs`: the distributions, that of the version first."""
+    """A format, written and read as in its documentation."""
 
     needs: tuple[str, ...]
+    """Distributions that it needs; the version of the first is reported."""
     note: str = ""
     modes: tuple[str, ...] = ("in process", "2 threads", "2 workers")
     variant: str = ""
     checked: bool = False
-    """A flipped byte raises; elsewhere it comes back as a wrong value."""
+    """A flipped byte raises an error; otherwise it is read as a wrong value."""
     inherited: ClassVar[bool] = False
-    """Workers get what was opened before they were forked; otherwise each opens for itself."""
+    """Workers are forked with the opened format; otherwise each worker opens it itself."""
 
     def write(self, folder: Path, features: Array) -> None:
         raise NotImplementedError
@@ -65,11 +66,11 @@ class Peer:
         raise NotImplementedError
 
     def stream(self, folder: Path, workers: int) -> Batches:
-        """Its own shuffling loader."""
+        """Yield batches from the format's own shuffling loader."""
         raise NotImplementedError
 
     def batches(self, mode: str, folder: Path, num_views: int) -> Batches:
-        """Without end: which views, and their values."""
+        """Yield batches without end: the indices of the views, and their values."""
         if mode.startswith("own"):
             return self.stream(folder, JOBS if "workers" in mode else 0)
         access = {"in process": _in_process, "2 threads": _in_threads, "2 workers": _in_workers}
@@ -78,12 +79,14 @@ class Peer:
 
 @dataclass(frozen=True)
 class Result:
-    """`stored`: bytes as a share of the raw features; `read`: the same once read, for some expand what they store."""
+    """The measurements of one format."""
 
     views_per_second: float
     mode: str
     stored: float
+    """Stored bytes as a share of the raw features."""
     read: float
+    """The same after reading, because some formats expand their files on disk."""
     rates: dict[str, list[float]]
 
 
@@ -129,7 +132,7 @@ class _Reads:
 
 
 def _loader(dataset: Any, workers: int, kind: Any = None, **options: Any) -> Batches:
-    """The batches of a DataLoader, epoch after epoch."""
+    """Yield the batches of a DataLoader, epoch after epoch."""
     options |= {"prefetch_factor": PREFETCH} if workers else {}
     loader = (kind or use("torch.utils.data").DataLoader)(dataset, num_workers=workers, **options)
     while True:
@@ -291,7 +294,7 @@ def _dense(read: Any) -> Array:
 
 RANDOM, OWN = Peer.modes, ("own loader", "own loader, 2 workers")
 UNSAFE = ("in process", "2 workers", *OWN)
-"""Two threads on one LitData dataset get each other's values."""
+"""Modes of LitData, without threads: two threads on one dataset get each other's values."""
 _MDS, _LIT, _WEB = ("mosaicml-streaming", "torch"), ("litdata", "torch"), ("webdataset", "torch")
 _TARS = f"no random access: tars in random order, buffer of {SHUFFLE_BUFFER} views"
 PEERS: dict[str, Peer] = {
@@ -323,7 +326,7 @@ def measure(peer: Peer, features: Array, folder: Path, *, batches: int, repeats:
 def measure_all(
     peers: Mapping[str, Peer], features: Array, folder: Path, *, batches: int, repeats: int
 ) -> dict[str, Result]:
-    """Write everything, then a round of every mode, then `repeats` rounds of the best modes, peer after peer."""
+    """Write all formats, run every mode once, then run the best modes in `repeats` rounds, peer after peer."""
     homes = {name: folder / f"peer{number}" for number, name in enumerate(peers)}
     for name, peer in peers.items():
         shutil.rmtree(homes[name], ignore_errors=True)
@@ -346,7 +349,10 @@ def measure_all(
 
 
 def _views_per_second(stream: Batches, features: Array, batches: int) -> float:
-    """Of `batches` batches once all queues are empty; those before are compared with the source afterwards."""
+    """Return the rate over `batches` batches.
+
+    The batches before them empty the queues that were filled ahead, and are compared with the source afterwards.
+    """
     first = list(islice(stream, JOBS * PREFETCH + 1))
     start = time.perf_counter()
     for _ in islice(stream, batches):
@@ -358,7 +364,7 @@ def _views_per_second(stream: Batches, features: Array, batches: int) -> float:
 
 
 def _warm(folder: Path) -> None:
-    """Into the page cache, from which some machines drop what was not used for seconds."""
+    """Read all files into the page cache; some machines drop pages that were not used for seconds."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""Claims of the store, side by side: random reads, writing, verifying, opening, bytes by precision.
+"""Claims about the store, side by side: random reads, writing, verifying, opening, bytes by precision.
 
 python -m benchmarks.store {read,write,verify,open,precision,codec} --features dense.npy --folder SCRATCH
 
@@ -54,13 +54,13 @@ from eupe.train.batch import TargetTokens
 BATCH, IN_FLIGHT, SECONDS, REPEATS = 64, 6, 0.8, 9
 THREADS = os.cpu_count() or 1
 PARTS_AT_ONCE = 2
-"""Committed by one writer, as extraction's workers do it."""
+"""Number of parts that one writer commits at once, as in extraction's workers."""
 Features = NDArray[np.float16]
 Read = Callable[[list[int]], object]
 
 
 def rate(read: Read, num_views: int, seed: int) -> float:
-    """Views per second of random batches, read one after the other for `SECONDS`."""
+    """Return the views per second of random batches that are read one after the other for `SECONDS`."""
     rng = np.random.default_rng(seed)
     read(rng.integers(0, num_views, BATCH).tolist())
     began, views = time.perf_counter(), 0
@@ -71,7 +71,7 @@ def rate(read: Read, num_views: int, seed: int) -> float:
 
 
 def queued(store: Store, finish: Callable[[object], object]) -> Read:
-    """Reads as the trainer issues them: a few under way while one is used."""
+    """Return a function that reads as the trainer does: a few reads are in flight while one is used."""
     pending: deque[object] = deque()
 
     def read(rows: list[int]) -> None:
@@ -83,7 +83,7 @@ def queued(store: Store, finish: Callable[[object], object]) -> Read:
 
 
 def measure_read(features: Features, folder: Path) -> None:
-    """Random batches of 64 views: our store at fp16 and int8, zarr-python on the same store, the codec alone."""
+    """Read random batches of 64 views: our store at fp16 and int8, zarr-python on the same store, the codec alone."""
     pool = ThreadPoolExecutor(THREADS)
     stores = {p: write_store(folder / f"{p}.zarr", features, p) for p in ("fp16", "int8")}
     chunks = {p: encoded_chunks(features[:1024], p) for p in stores}
@@ -126,7 +126,7 @@ def measure_read(features: Features, folder: Path) -> None:
 
 
 def measure_write(features: Features, folder: Path) -> None:
-    """Parts compressed, checksummed and committed, against zarr-python with the same codecs and shards."""
+    """Compress, checksum and commit parts, and compare with zarr-python with the same codecs and shards."""
     spec = dense_spec(features, "fp16")
     layout = next(layout for layout in arrays(spec) if layout.path == PATH)
     whole = len(features) // PART_VIEWS
@@ -182,7 +182,7 @@ def measure_write(features: Features, folder: Path) -> None:
 
 
 def _parts_in_memory(features: Features, folder: Path) -> float:
-    """Growth of the peak resident set while parts are written, the raw part included, in a fresh process."""
+    """Return the peak memory of writing, in parts and with the raw part included, measured in a fresh process."""
     np.save(folder / "part.npy", features[:PART_VIEWS])
     code = f"""
 import numpy as np
@@ -208,7 +208,7 @@ print(1 + (peak_mb() - before) / one)
 
 
 def measure_verify(features: Features, folder: Path) -> None:
-    """`eupe store verify` against decompressing the same chunks from memory."""
+    """Compare `eupe store verify` with decompressing the same chunks from memory."""
     store = write_store(folder / "verify.zarr", features)
     chunks, pool = encoded_chunks(features, "fp16"), ThreadPoolExecutor(THREADS)
     results = interleaved(
@@ -225,7 +225,7 @@ def measure_verify(features: Features, folder: Path) -> None:
 
 
 def measure_open(features: Features, folder: Path) -> None:
-    """Opening a store of ten million rows and reading a batch, in a fresh process; most of its parts are absent."""
+    """Open stores of up to ten million rows and read a batch, in a fresh process; most of their parts are absent."""
     for count in (100_000, 10_000_000):
         path = folder / f"rows-{count}.zarr"
         shutil.rmtree(path, ignore_errors=True)
@@ -262,7 +262,7 @@ def _as_part(features: Features, index: int, count: int):  # type: ignore[no-unt
 
 
 def measure_precision(features: Features, folder: Path) -> None:
-    """Every precision: bytes of raw fp16 and the cosines of standardised tokens."""
+    """Print, for every precision, its share of raw fp16's bytes and the cosines of standardised tokens."""
     sample = features[:: max(1, len(features) // 512)]
     calibration = calibrated(features)
     print("| precision | share of raw fp16 | mean cosine | 5th percentile | least |\n|---|---|---|---|---|")
@@ -276,7 +276,7 @@ CODECS = (("zstd", 1), ("zstd", 3), ("zstd", 5), ("lz4", 1), ("lz4", 5), ("lz4",
 
 
 def measure_codec(features: Features, folder: Path) -> None:
-    """Bytes and rates of codecs and orders in the chunk, all cores, from and to memory."""
+    """Print the bytes and rates of codecs and of orders within the chunk, on all cores, from and to memory."""
     sample, pool = np.array(features[:1024]), ThreadPoolExecutor(THREADS)
     quantised = encode(sample, "int8", calibrated(features))
     print("| chunk | codec | share of raw fp16 | compressed, views/s | decompressed, views/s |\n|---|---|---|---|---|")

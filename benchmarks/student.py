@@ -1,4 +1,4 @@
-"""A student of int8 targets against the same student of fp16 targets: same seed, same steps, real DINOv2-S features.
+"""A student of int8 targets compared with one of fp16 targets: same seed, same steps, real DINOv2-S features.
 
 python -m benchmarks.student --folder SCRATCH [--steps N]
 """
@@ -31,14 +31,15 @@ from eupe.train.loop import train
 
 VIEWS, SIZE = ViewSpec(policy="rrc", num_views=16), 112
 STUDENT = "test_vit"
-"""So small that thousands of steps fit on a CPU."""
+"""Architecture small enough for thousands of steps on a CPU."""
 LR = 3e-4
-"""Low: at 1e-3, and 32 views a step, a change of the first weights by 1e-6 ends 0.01 away, int8 targets 0.007."""
+"""A low rate: at 1e-3 and 32 views per step, changing the initial weights by 1e-6 moves the result by 0.01, and int8
+targets move it by 0.007."""
 BATCH_SIZE, HOLDOUT, SEEDS = 16, 0.3, (0, 1)
 
 
 def make_stores(folder: Path) -> dict[str, Path]:
-    """One forward pass of the teacher, committed at both precisions, with the views beside it."""
+    """Run the teacher once and write its features to a store of each precision, with the views."""
     prepare_assets(ASSETS)
     source, corpus = SOURCES["dinov2-s"], index_folder(ASSETS / "photos")
     teacher, weights = resolve_teacher(source.teacher), ASSETS / source.weights
@@ -73,7 +74,7 @@ def make_stores(folder: Path) -> dict[str, Path]:
 
 
 def agree(store: Path, out: Path, *, steps: int, seed: int) -> list[float]:
-    """Train on a store, float32, the learning rate down to 0, and judge on all views of the held-out pictures."""
+    """Train on a store in float32 until the learning rate is 0; return the agreement on all held-out views."""
     shutil.rmtree(out, ignore_errors=True)
     config = TrainConfig(
         targets=(store,),
@@ -94,7 +95,7 @@ def agree(store: Path, out: Path, *, steps: int, seed: int) -> list[float]:
 
 
 def apart(a: list[float], b: list[float]) -> str:
-    """The largest difference, and each."""
+    """Return the largest difference, and all differences, as text."""
     each = [abs(x - y) for x, y in zip(a, b, strict=True)]
     return f"at most {max(each):.5f} apart ({', '.join(f'{x:.5f}' for x in each)})"
 

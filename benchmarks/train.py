@@ -1,16 +1,21 @@
-"""Claims of training from a store, side by side: waiting for data, the loader alone, online distillation, memory.
+"""Claims about training from a store, side by side: waiting for data, the loader alone, online distillation, memory.
 
 python -m benchmarks.train {wait,loader,online,quality,memory} --folder SCRATCH [--size PX ...] [--repeats N]
 
-Real photographs, four crops each, repeated under other keys where more are wanted; DINOv2-S at the student's size, or
-what its patch of 14 leaves of that; a compressed store in SCRATCH, pictures decoded as they are needed. Steps are the
-trainer's own: its requests, stream, learner and meter, without logs and checkpoints.
+The pictures are real photographs with four crops each, repeated under other keys where more are needed. The teacher is
+DINOv2-S at the student's size, rounded down to a multiple of its patch of 14. The store in SCRATCH is compressed;
+pictures are decoded when they are needed. Steps use the trainer's own requests, stream, learner and meter, without logs
+and checkpoints.
 
-`wait` holds steps on cached targets against the same steps on batches that lie in memory. `loader` holds the stream
-against reading and decoding alone, one after the other with all cores, and a student as small as they come against
-both and its own step. `online` holds training from a store, extraction counted in, against a teacher that runs in
-every step, by rates of a few steps; its second teacher is of ViT-L's size with random weights. `quality` compares the
-students of both. `memory` is what a run's process holds over an epoch.
+`wait` compares steps on cached targets with the same steps on batches in memory.
+
+`loader` compares the stream with reading and decoding, each measured alone on all cores; then a very small student on
+the stream with reading, decoding and its own step.
+
+`online` compares training from a store, including extraction, with a teacher that runs in every step, by the rates of
+a few steps. Its second teacher has ViT-L's size and random weights.
+
+`quality` compares the students of both. `memory` measures the memory of a run's process over an epoch.
 """
 
 from __future__ import annotations
@@ -64,23 +69,23 @@ VIEWS = ViewSpec(policy="rrc", num_views=4)
 SMALL, LARGE = "dinov2-s", "dinov2-l"
 TINY, TINY_HEADS = "test_vit", 32
 ENDLESS = 10**6
-"""Steps of a run that is measured on some of them."""
+"""Number of steps in the configuration of a run of which only some are taken."""
 WARM_UP = PREFETCH_BATCHES + 1
-"""Steps before those that are timed: what was loaded before the first of them is used up."""
+"""Steps before those that are timed; they use up the batches that were loaded ahead."""
 IN_MEMORY = 4
-"""Batches that are used again and again where nothing is read."""
+"""Number of batches that are reused when nothing is read."""
 READS_IN_FLIGHT = 6
 HOLDOUT = 0.1
 ABLATIONS, EPOCHS, EPOCH_VIEWS = 5, (1, 10), 10**6
 CACHED, DATA_WAIT, LOADER, ONLINE, AGREE, FLAT = 0.97, 0.02, 0.85, 3.0, 0.002, 1.05
-"""Targets."""
+"""Target values."""
 WARM_SHARE, WINDOW = 0.2, 0.1
-"""Of a run's steps: those before the first that count for its memory, and those of which its median is taken."""
+"""Shares of a run's steps: those that do not count for its memory, and those in each window for a median."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """The command line."""
+    """The options of the command line."""
 
     folder: Path
     sizes: tuple[int, ...]
@@ -95,19 +100,19 @@ class Given:
 
 @dataclass(frozen=True)
 class Steps(Took):
-    """What some steps took, after others to warm up."""
+    """The time that steps took after the warm-up."""
 
     data_wait: float
     """Share of the time, as the trainer reports it."""
 
 
 def teacher_side(size: int) -> int:
-    """What DINOv2's patch of 14 leaves of a student's side."""
+    """Return the student's side rounded down to a multiple of DINOv2's patch of 14."""
     return size // 14 * 14
 
 
 def loaded(name: str, size: int) -> Teacher:
-    """DINOv2-S with its weights, or DINOv2-L with random ones, in the arithmetic that `auto` is here."""
+    """Load DINOv2-S with its weights, or DINOv2-L with random ones, in the dtype that `auto` chooses here."""
     spec, device = resolve_teacher(name), pick_device()
     dtype = compute_dtype("auto", device)
     if name == SMALL:
@@ -139,19 +144,19 @@ def computer_of(teacher: Teacher, corpus: Corpus, size: int, views: ViewSpec) ->
 
 
 def store_of(computer: Computer, corpus: Corpus, folder: Path) -> Path:
-    """A finished store."""
+    """Make a finished store and return its path."""
     work([computer], corpus, folder)
     return finish_store(folder / "0.zarr").path.local
 
 
 def store_for(given: Given, teacher: Teacher, size: int) -> Path:
-    """A finished store of the photographs, repeated."""
+    """Make a finished store of the repeated photographs and return its path."""
     corpus = repeated(given)
     return store_of(computer_of(teacher, corpus, size, VIEWS), corpus, given.folder / f"{size}")
 
 
 class Run:
-    """A training run whose steps are taken as they are asked for."""
+    """A training run whose steps are taken one by one on request."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -168,7 +173,7 @@ class Run:
         return stream(self.corpora, self.requests(first_step), self.device)
 
     def in_memory(self) -> Iterator[Batch]:
-        """A few batches over and over."""
+        """Return an endless repetition of a few batches."""
         batches = self.cached()
         kept = list(islice(batches, IN_MEMORY))
         closed(batches)
@@ -179,23 +184,23 @@ class Run:
         return online_stream(pictures, teacher, self.requests(first_step), self.device)
 
     def learn(self, batch: Batch) -> None:
-        """One step."""
+        """Take one step."""
         self.learner.learn(batch, piece=0)
         self.learner.update(batch.request.step)
 
     def timed(self, batches: Callable[[int], Iterator[Batch]], steps: int) -> Steps:
-        """Steps on batches from a step on, none of them again in the next call."""
+        """Take and time steps on batches that no earlier call has used."""
         first, self._first = self._first, self._first + steps + WARM_UP
         return timed(batches(first), self.learn, steps)
 
 
 def timed(batches: Iterator[Batch], use: Callable[[Batch], object], steps: int) -> Steps:
-    """Use batches, the last `steps` of them by the clock."""
+    """Use batches for the warm-up, then time the next `steps` batches."""
     meter = Meter(1)
     waiting = meter.waiting(batches)
     for batch in islice(waiting, WARM_UP):
         use(batch)
-    meter.rates()
+    meter.rates()  # starts a new interval, so that the warm-up does not count
     views = 0
 
     def go() -> None:
@@ -211,7 +216,7 @@ def timed(batches: Iterator[Batch], use: Callable[[Batch], object], steps: int) 
 
 
 def closed(batches: Iterator[Batch]) -> None:
-    """Wait until nothing is loaded any more."""
+    """Stop a stream and wait until it loads nothing any more."""
     if isinstance(batches, Generator):
         batches.close()
 
@@ -236,7 +241,7 @@ def describe(given: Given, size: int, teacher: Teacher) -> str:
 
 
 def measure_wait(given: Given) -> None:
-    """Cached targets against batches in memory."""
+    """Compare steps on cached targets with steps on batches in memory."""
     for size in given.sizes:
         teacher = loaded(SMALL, teacher_side(size))
         run = Run(config_of(given, store_for(given, teacher, teacher_side(size)), size))
@@ -259,7 +264,7 @@ def measure_wait(given: Given) -> None:
 
 
 class Bare:
-    """What the loader cannot do without, each with all cores for itself."""
+    """The work that a loader cannot avoid, in two stages that each use all cores."""
 
     def __init__(self, run: Run, views: int) -> None:
         (self._targets,) = run.corpora
@@ -272,7 +277,7 @@ class Bare:
         self._params = [params for batch in self._batches for params in self._read(batch).stored().params]
 
     def read(self) -> Took:
-        """Features and crops of every batch, some batches in flight."""
+        """Read the features and crops of every batch, with some batches in flight."""
 
         def go() -> None:
             pending: deque[Any] = deque()
@@ -286,7 +291,7 @@ class Bare:
         return Took.by(len(self._views), go)
 
     def decode(self) -> Took:
-        """Pictures read, decoded and rendered."""
+        """Read, decode and render the pictures."""
 
         def one(view: list[int], params: Any) -> None:
             render_view(self._targets.read_image(view[0]), params, self._size)
@@ -299,7 +304,7 @@ class Bare:
 
 
 def measure_loader(given: Given) -> None:
-    """The stream, and the smallest student on it, against reading and decoding alone."""
+    """Compare the stream, and the smallest student on it, with reading and decoding alone."""
     for size in given.sizes:
         teacher = loaded(SMALL, teacher_side(size))
         run = Run(config_of(given, store_for(given, teacher, teacher_side(size)), size))
@@ -329,13 +334,13 @@ def measure_loader(given: Given) -> None:
 
 
 def summed(found: dict[str, list[Any]], *names: str) -> list[Took]:
-    """One view through each in turn, round by round."""
+    """Return the time of one view through all of the named stages in turn, round by round."""
     rounds = zip(*(found[name] for name in names), strict=True)
     return [Took(1, sum(took.wall_s / took.views for took in each), 0.0) for each in rounds]
 
 
 def measure_online(given: Given) -> None:
-    """Extraction and cached training against a teacher in every step."""
+    """Compare extraction and cached training with a teacher in every step."""
     for size in given.sizes:
         if size != teacher_side(size):
             raise SystemExit(f"teacher and student are given the same pixels: --size {size} is no multiple of 14")
@@ -381,17 +386,19 @@ def compare_online(given: Given, teacher: Teacher, size: int) -> None:
 def ablations(
     extraction: list[float], cached: list[float], online: list[float], epochs: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of all ablations from one store, its extraction counted in, and online, round by round.
+    """Return the seconds of all ablations from one store, including its extraction, and online, round by round.
 
     Args:
-        extraction, cached, online: seconds of the extraction, and of an epoch.
+        extraction: seconds of the extraction.
+        cached: seconds of an epoch from the store.
+        online: seconds of an epoch with the teacher in every step.
     """
     from_store = [x + ABLATIONS * epochs * c for x, c in zip(extraction, cached, strict=True)]
     return from_store, [ABLATIONS * epochs * o for o in online]
 
 
 def measure_quality(given: Given) -> None:
-    """The same student, views, steps and seed from fp16 targets in a store, and from float32 targets of the moment."""
+    """Compare students with the same views, steps and seed: fp16 targets from a store, or float32 targets online."""
     whole, (size,) = index_folder(ASSETS / "photos"), given.sizes
     corpus = Corpus(whole.root, whole.samples.slice(0, given.pictures))
     teacher = loaded(SMALL, teacher_side(size))
@@ -420,7 +427,7 @@ def measure_quality(given: Given) -> None:
 
 
 def agreement_of(given: Given, store: Path, size: int, seed: int, teacher: OnlineTeacher | None) -> list[float]:
-    """Train to the end, and judge on all views of the held-out pictures, as they are in the store."""
+    """Train to the end, and return the agreement with the store on all views of the held-out pictures."""
     recipe: dict[str, Any] = {"steps": given.steps, "lr": of_student.LR, "warmup": 0.1, "dtype": "fp32", "seed": seed}
     run = Run(config_of(given, store, size, holdout=of_student.HOLDOUT, **recipe))
     for batch in run.cached() if teacher is None else run.online(teacher):
@@ -438,7 +445,7 @@ def agreement_of(given: Given, store: Path, size: int, seed: int, teacher: Onlin
 
 
 def measure_memory(given: Given) -> None:
-    """What a whole run's process holds, step by step, over one epoch of a student."""
+    """Measure the memory of a whole run's process, step by step, over one epoch of a student."""
     for size in given.sizes:
         teacher = loaded(SMALL, teacher_side(size))
         store = store_for(given, teacher, teacher_side(size))
@@ -458,7 +465,7 @@ def measure_memory(given: Given) -> None:
 
 
 def held_mb(config: TrainConfig) -> list[float]:
-    """Train; what this process held after each step, in MB."""
+    """Train, and return the resident memory of this process after each step, in MB."""
     held: list[float] = []
 
     def note(status: TrainStatus) -> None:
@@ -469,7 +476,7 @@ def held_mb(config: TrainConfig) -> list[float]:
 
 
 def flatness(held: list[float]) -> float:
-    """The median of the last steps over that of the first after the warm-up."""
+    """Return the median memory of the last steps, divided by that of the first steps after the warm-up."""
     first, window = int(WARM_SHARE * len(held)), max(1, round(WINDOW * len(held)))
     return statistics.median(held[-window:]) / statistics.median(held[first : first + window])
 
@@ -494,7 +501,7 @@ DEFAULTS: dict[str, tuple[Callable[[Given], None], dict[str, Any]]] = {
         | {"steps": 0, "repeats": 1},
     ),
 }
-"""And what each is given where the command line says nothing."""
+"""Functions of the measurements, with the default options of each."""
 
 
 def main() -> None:

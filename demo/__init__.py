@@ -1,1 +1,1 @@
-"""Runnable demonstration of eupe, and the assets it uses."""
+"""A runnable demonstration of eupe, and the assets that it uses."""

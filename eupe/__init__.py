@@ -12,7 +12,7 @@ __all__ = ["Store", "StoreDataset", "__version__", "open_store"]
 
 
 def __getattr__(name: str) -> Any:
-    """The store's names are loaded when they are first asked for."""
+    """Load the store's names when they are first used."""
     if name not in __all__:
         raise AttributeError(f"module 'eupe' has no attribute {name!r}")
     import eupe.store

@@ -1,4 +1,4 @@
-"""`eupe` as a process of its own."""
+"""Entry point of the `eupe` command as a process."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from eupe.cli import main
 
 
 def run() -> None:
-    """The command line, and then an end at once.
+    """Run the command line, then end the process at once.
 
-    While Python takes itself apart, thread pools of native libraries (Arrow's, tensorstore's) now and then abort the
-    process: a command that has done its work would end with code 134.
+    While Python shuts down, thread pools of native libraries (Arrow's, tensorstore's) sometimes abort the process: a
+    command that has done its work would end with code 134.
     """
     code: object = 0
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files may have characters that a terminal's words lack
+        if isinstance(stream, io.TextIOWrapper):  # file names may have characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except SystemExit as end:
         code = end.code
+    # `os._exit` neither runs exit functions nor flushes
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Work done ahead of its use, in a bounded queue."""
+"""Work that a pool does ahead of its use, in a bounded queue."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def map_ahead(
     ahead: int,
     patience: float | None = None,
 ) -> Iterator[Result]:
-    """Results in order, made by a pool; the first `ahead` are begun at once, and never more before they are used.
+    """Return an iterator over a pool's results, in order; at most `ahead` items are started before they are used.
 
     Args:
-        patience: seconds to wait for one result.
-    Raises (while iterating): what `work` raises; TimeoutError.
+        ahead: number of items to start at once; each result that is used starts one more.
+        patience: seconds to wait for one result; None to wait without limit.
+    Raises (while iterating): whatever `work` raises; TimeoutError.
     """
     waiting = iter(items)
+    # here, not in the generator: that would start nothing before the first `next`
     begun = deque(pool.submit(work, item) for item in islice(waiting, max(ahead, 1)))
     return _in_order(begun, (pool.submit(work, item) for item in waiting), patience)
 

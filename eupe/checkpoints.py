@@ -1,7 +1,7 @@
-"""Weights files as trainers leave them, into models: found inside what wraps them, without running a pickle's code.
+"""Reading of trainers' weights files: a model's tensors are found inside wrappers, without running a pickle's code.
 
-A checkpoint is taken as one flat table of tensors: those of a dict under a key have that key ahead of their own names,
-so that `{"teacher": {"backbone.norm.weight": ...}}` and `{"teacher.backbone.norm.weight": ...}` are the same.
+A checkpoint is read as one flat table of tensors. Tensors in a nested dict get the dict's key as a prefix, so that
+`{"teacher": {"backbone.norm.weight": ...}}` and `{"teacher.backbone.norm.weight": ...}` are the same.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ DIRECTORY_PATTERNS = (
     "*.bin",
     "*.ckpt",
 )
-"""Where a directory's weights are: the first pattern that any file fits, and then every file that fits it."""
+"""Name patterns of a directory's weights: the first that any file matches, and then every file that matches it."""
 
 TORCH_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
-"""What torch's own wrappers put into names; no model of a library has such names."""
+"""Parts that torch's own wrappers put into names; no library's model has such names."""
 WRAPPERS = {"module", "model", "net", "network", "backbone", "encoder", "student", "teacher", "ema"}
-"""First words that trainers put ahead of all of a model's names; `visual` is one by which libraries know their own."""
+"""Prefixes that trainers put before all of a model's names; not `visual`, by which libraries recognise their own."""
 NOT_A_MODEL = re.compile(
     r"(optim\w*|(lr_)?sched\w*|(\w+_)?scaler|amp|\w*loss\w*|criterion|\w*rng\w*|hyper_param\w*|config|cfg|args|callbacks)",
     re.I,
 )
-"""Keys of a checkpoint that hold tensors, too, but never those of a model."""
+"""Keys of a checkpoint that also hold tensors, but never those of a model."""
 LEAST_COVER = 0.5
-"""Of a model's tensors must be found, by name and shape, for a part of a checkpoint to be taken for its weights."""
+"""Share of a model's tensors, by name and shape, that a part of a checkpoint must hold to count as its weights."""
 NEARLY = 0.9
-"""Of the best place's tensors make another place as likely."""
+"""Share of the best place's tensors above which another place counts as equally likely."""
 LEAST_SHARE = 0.1
-"""Of the largest table's number of tensors make another one that could be a model's."""
+"""Share of the largest table's number of tensors above which another table could also be a model's."""
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_NAME = re.compile(r"(^|\.)(lora_\w+|ia3_\w+|oft_\w+|hada_\w+)(\.|$)")
-"""In the names of tensors that a library of adapters makes."""
+"""Parts of the names of tensors that adapter libraries create."""
 MERGE = (
     "merge it first: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(NEW), then give NEW, "
     "or move it out of the folder to have the model without it"
@@ -75,17 +75,17 @@ def read_checkpoint(
     partly: bool = False,
     remedy: str = "say which by --weights-key",
 ) -> dict[str, Tensor]:
-    """The tensors of one model out of a weights file, or all the weights files of one format in a directory.
+    """Read the tensors of one model from a weights file, or from all weights files of one format in a directory.
 
     Args:
-        key: where in the file they are: a key of it, or what stands ahead of their names; found by itself if only one
-            place comes into question.
-        fitting: tensors or shapes by name of the model that they are for, by which the place is found.
-        whole: only a place with all of them counts; else one with all of their names and most of their shapes does
-            where none has all.
+        key: place of the tensors in the file: a key, or a prefix of their names; found automatically if only one place
+            is possible.
+        fitting: tensors or shapes, by name, of the model to be loaded, by which the place is found.
+        whole: accept only a place with all of them; otherwise, if none has all, a place with all of the names and most
+            of the shapes will do.
         partly: some of the names may be missing.
-        remedy: what to do about several places.
-    Raises: TeacherError if there is nothing there, it is no checkpoint, or several places come into question.
+        remedy: advice in the error message about several places.
+    Raises: TeacherError if there is nothing, it is not a checkpoint, or several places are possible.
     """
     tables = read_tables(path)
     if key is not None:
@@ -107,9 +107,9 @@ def read_checkpoint(
 
 
 def read_tables(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Every table of named tensors in a weights file or directory, by its key ("" for the file itself).
+    """Read every table of named tensors in a weights file or directory, by its key ("" for the file itself).
 
-    Raises: TeacherError if there is none.
+    Raises: TeacherError if there is none, an adapter is among them, or two files have the same tensors.
     """
     merged: dict[str, dict[str, Tensor]] = {}
     origin: dict[tuple[str, str], Path] = {}
@@ -128,10 +128,10 @@ def read_tables(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def is_usual(path: Path, key: str) -> bool:
-    """Whether a key names what is taken from a file without one, so that it says nothing more.
+    """Return whether a key names the tensors that are read without a key, so that it adds nothing.
 
-    That is the only table of the file, or what versions of eupe that knew of no keys took: "state_dict", then "model",
-    one inside the other.
+    These are the only table of the file, or what versions of eupe without keys read: "state_dict", then "model", one
+    inside the other.
 
     Raises: TeacherError if the file cannot be read.
     """
@@ -148,7 +148,7 @@ def is_usual(path: Path, key: str) -> bool:
 
 
 def require_no_adapter(folder: Path) -> None:
-    """Raises: TeacherError if a directory holds an adapter (LoRA and the like), alone or beside the model it changes.
+    """Raise TeacherError if a directory holds an adapter (LoRA and the like), alone or beside the model it changes.
 
     transformers would apply it or not, depending on whether peft is installed.
     """
@@ -159,7 +159,10 @@ def require_no_adapter(folder: Path) -> None:
 
 
 def found_files(path: Path) -> list[Path]:
-    """Raises: TeacherError if there are no weights, or an adapter that would not be heeded beside them."""
+    """Return the weights files at a path.
+
+    Raises: TeacherError if there are none, or if an adapter, which would be ignored, is beside them.
+    """
     if not path.exists():
         _, equals, after = str(path).partition("=")
         hint = f"; this verb takes the path alone, without TEACHER=: --weights {after}" if equals else ""
@@ -171,7 +174,7 @@ def found_files(path: Path) -> list[Path]:
 
 
 def weights_files(path: Path) -> list[Path]:
-    """A file itself; in a directory the files that hold its model, by the hub's habits of naming, sorted by name."""
+    """Return a file itself, or a directory's files that hold its model by the hub's naming habits, sorted by name."""
     if path.is_file():
         return [path]
     found = (sorted(path.glob(pattern)) for pattern in DIRECTORY_PATTERNS)
@@ -179,20 +182,21 @@ def weights_files(path: Path) -> list[Path]:
 
 
 def require_readable(path: Path) -> None:
-    """Without reading the tensors: raises TeacherError if there are no weights, or files of another kind."""
+    """Raise TeacherError, without reading any tensors, if there are no weights, or files of another kind."""
     for file in found_files(path):
         _require_weights_file(file)
 
 
 def is_safetensors(file: Path) -> bool:
-    """Whether a file begins as safetensors does, whatever its name."""
+    """Return whether a file begins as safetensors does, whatever its name."""
     with file.open("rb") as stream:
         start = stream.read(9)
+    # 8 bytes with the header's length, then the header, which is JSON.
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 28
 
 
 def _require_weights_file(file: Path) -> None:
-    """Raises: TeacherError naming what the file is instead, as far as its first and last bytes tell."""
+    """Raise TeacherError if a file is not weights; say what it is instead, as far as its first and last bytes show."""
     try:
         with file.open("rb") as stream:
             start = stream.read(512)
@@ -206,7 +210,7 @@ def _require_weights_file(file: Path) -> None:
     for head, said in _HEADS.items():
         if start.lstrip().lower().startswith(head):
             raise TeacherError(f"{file} {said}")
-    if start[:2] != b"PK" and start[:1] != b"\x80":
+    if start[:2] != b"PK" and start[:1] != b"\x80":  # torch.save's zip archive, or the pickle that it was before 1.6
         raise TeacherError(f"{file} is not a weights file: neither safetensors nor what torch.save writes")
 
 
@@ -224,22 +228,22 @@ def _read_file(file: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _require_merged(file: Path, tables: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raises: TeacherError if there are tensors of an adapter among them."""
+    """Raise TeacherError if an adapter's tensors are in a file's tables."""
     if name := next((name for table in tables.values() for name in table if ADAPTER_NAME.search(name)), None):
         raise TeacherError(f"{file} holds an adapter's tensors ({name}), not a model's own; {MERGE}")
 
 
 def _load(file: Path, *, mapped: bool = False) -> Any:
-    """What torch's weights-only unpickler makes of a file.
+    """Load a file with torch's weights-only unpickler.
 
     Args:
-        mapped: leave the tensors on the disk, for who asks for names only.
+        mapped: leave the tensors on disk, for callers that need only names.
     """
     try:
         if mapped:
-            with suppress(RuntimeError, ValueError):  # files of torch before 1.6 cannot be mapped
+            with suppress(RuntimeError, ValueError):  # files of torch before 1.6 cannot be memory-mapped
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        with file.open("rb") as stream:  # by its content; by name it would take one for safetensors
+        with file.open("rb") as stream:  # a stream: given a path, torch goes by its ending
             return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:
         raise TeacherError(_unreadable(file, error)) from error
@@ -264,7 +268,7 @@ def _unreadable(file: Path, error: Exception) -> str:
 
 
 def _objects(file: Path, words: str) -> list[str]:
-    """Names of the classes for which a pickle was refused."""
+    """Return the names of the classes for which torch refused a pickle."""
     if "weights_only" not in words and "Weights only" not in words:
         return []
     with suppress(Exception):
@@ -273,7 +277,7 @@ def _objects(file: Path, words: str) -> list[str]:
 
 
 def _tables(loaded: Any, place: tuple[str, ...]) -> list[tuple[str, dict[str, Tensor]]]:
-    """Depth first, every dict that holds tensors under words, those that never are a model's left out."""
+    """Collect, depth first, every dict that holds tensors by name; skip top-level keys that never hold a model."""
     if not isinstance(loaded, Mapping):
         return []
     own = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
@@ -285,12 +289,12 @@ def _tables(loaded: Any, place: tuple[str, ...]) -> list[tuple[str, dict[str, Te
 
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names without what torch's own wrappers put into them."""
+    """Return the state with the parts that torch's own wrappers put into names removed."""
     return {TORCH_WRAPPERS.sub("", name).lstrip("."): tensor for name, tensor in state.items()}
 
 
 def _fitting_places(flat: Mapping[str, Tensor], fitting: Mapping[str, Any], *, whole: bool, partly: bool) -> list[str]:
-    """What stands ahead of a model's names in the checkpoint: those where all of it is, or else most of it."""
+    """Return the prefixes in the checkpoint under which all of a model's tensors are, or else most of them."""
     shapes = {name: tuple(getattr(value, "shape", value)) for name, value in fitting.items()}
     found: Counter[str] = Counter()
     for name, tensor in flat.items():
@@ -303,7 +307,7 @@ def _fitting_places(flat: Mapping[str, Tensor], fitting: Mapping[str, Any], *, w
     if whole or most < LEAST_COVER * len(shapes):
         return []
     places = [place for place, count in found.items() if count > NEARLY * most]
-    # Where names are missing, the others may be an author's, which a library converts if it gets all as they are.
+    # If names are missing, the rest may be an author's own, which a library can only convert if all are unchanged.
     return [place for place in places if partly or all(f"{place}{name}" in flat for name in shapes)]
 
 
@@ -320,9 +324,9 @@ def _stripped(flat: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
 
 
 def _under(tables: Mapping[str, Mapping[str, Tensor]], key: str, path: Path) -> dict[str, dict[str, Tensor]]:
-    """What is below a key: a table's own name, or the first words of names.
+    """Return the tensors below a key, which is a table's name or a prefix of tensor names.
 
-    Raises: TeacherError naming what there is if there is none of that name.
+    Raises: TeacherError that lists the available keys if there are no tensors below this one.
     """
     wanted = TORCH_WRAPPERS.sub("", key).strip(".") + "."
     flat = _flat(tables)
@@ -336,7 +340,7 @@ def _under(tables: Mapping[str, Mapping[str, Tensor]], key: str, path: Path) -> 
 
 
 def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without first words of trainers' that all names have in common."""
+    """Return the state without trainers' prefixes that all names share."""
     while state:
         first = {name.partition(".")[0] for name in state}
         if len(first) > 1 or not first & WRAPPERS or any("." not in name for name in state):
@@ -362,7 +366,7 @@ def load_state_dict_strictly(model: nn.Module, state: Mapping[str, Tensor], *, s
 
 
 def find_misfits(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """List what of `state` does not fit a model, sorted: "missing", "unexpected", "wrong shape" (with both shapes)."""
+    """Return the tensors that do not fit a model, sorted: "missing", "unexpected", "wrong shape" (with both shapes)."""
     want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     have = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return {
@@ -377,7 +381,7 @@ def find_misfits(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, lis
 
 
 def describe_misfits(misfits: Mapping[str, list[str]]) -> str:
-    """Tell counts and up to three examples of each kind that occurs: "2 missing (a, b), 1 unexpected (c)"."""
+    """Return counts and up to three examples of each kind that occurs: "2 missing (a, b), 1 unexpected (c)"."""
     return ", ".join(
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in misfits.items()

@@ -1,4 +1,7 @@
-"""The command line: a verb becomes a config and one call. Heavy imports stay inside the verbs."""
+"""The command line: each verb builds a config and makes one call.
+
+Heavy imports stay inside the verbs, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 
 
 class _NameOrVerb(TyperGroup):
-    """A word that is no verb is the name of a teacher: `eupe teachers NAME` beside `eupe teachers verify`."""
+    """A group where a word that is not a verb names a teacher: `eupe teachers NAME` beside `eupe teachers verify`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         known = self.get_command(ctx, args[0]) is not None
@@ -66,7 +69,7 @@ app.add_typer(store_app, name="store")
 NAMED_DUPLICATES = 5
 PRECISIONS = "bitround:B is fp16 rounded to B bits of mantissa, which compresses better; int8 is one byte a channel"
 NEAR_FP32 = 0.999
-"""Least cosine of tokens in another arithmetic that is not worth a warning."""
+"""Least cosine between tokens in another dtype and in fp32 that needs no warning."""
 
 CorpusPath = Annotated[
     str,
@@ -117,11 +120,11 @@ StoredTeacher = Annotated[
 
 
 INTERRUPTED = 130
-"""The exit code that typer makes of Ctrl-C."""
+"""Exit code of typer after Ctrl-C."""
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's is one sentence, never a traceback."""
+    """Run the command line; print one sentence for a user's mistake, never a traceback."""
     try:
         app(standalone_mode=True)
     except EupeError as error:
@@ -150,7 +153,7 @@ def _root(
 
 @teachers_app.callback(invoke_without_command=True)
 def teachers(context: typer.Context) -> None:
-    """List the known teachers; NAME shows one card."""
+    """List the known teachers; with NAME, show its card."""
     from eupe.teachers.registry import REGISTRY
 
     if context.invoked_subcommand is not None:
@@ -179,7 +182,7 @@ def teachers_show(
         Path | None, typer.Option(help="Local weights, whose own files may say of mean and std.")
     ] = None,
 ) -> None:
-    """Show one card."""
+    """Show the card of one teacher."""
     from eupe.teachers.preprocess import where_from
     from eupe.teachers.resolve import resolve_teacher
 
@@ -199,7 +202,7 @@ def teachers_verify(
     ] = "fp32",
     as_json: Json = False,
 ) -> None:
-    """Compare adapters with their library's own forward pass on awkward pictures; exit code 1 if one differs."""
+    """Compare adapters with their library's own forward pass on awkward pictures; exit with code 1 if one differs."""
     import torch
 
     from eupe.device import compute_dtype, dtype_name
@@ -263,7 +266,7 @@ def index(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """List and hash pictures; cut off, the same command goes on."""
+    """List and hash the pictures of a corpus; after an interruption, the same command resumes."""
     from eupe.corpus.choice import Choice
     from eupe.corpus.index import some_keys
     from eupe.corpus.left_out import Patterns, told
@@ -436,7 +439,7 @@ def _warn_of_values(report: ExtractReport) -> None:
 
 
 def warn_of_clipping(store: str, count: int, arrays: Sequence[str]) -> None:
-    """Say on standard error that values were too large for a store, and what that means."""
+    """Warn on standard error that values were too large for a store, and explain what that means."""
     if count:
         err.print(
             f"[yellow]warning:[/] {escaped(store)}: {count:,} values of {' and '.join(arrays)} are beyond 65,504, the "
@@ -448,7 +451,7 @@ def warn_of_clipping(store: str, count: int, arrays: Sequence[str]) -> None:
 
 
 def require_finite_features(reports: Sequence[ExtractReport]) -> None:
-    """Raises: IncompleteError if pictures have no features because the teacher's are not finite."""
+    """Raise IncompleteError if pictures have no features because the teacher's output is not finite."""
     from eupe.store import open_store
     from eupe.store.writer import what_to_do
 
@@ -478,9 +481,9 @@ def _of_each(
     weights: list[str] | None,
     weights_key: list[str] | None,
 ) -> list[ExtractConfig]:
-    """Return one configuration a teacher.
+    """Return one configuration per teacher.
 
-    Raises: ConfigError unless an option was given for each teacher, or for none.
+    Raises: ConfigError unless an option was given once per teacher, or not at all.
     """
     outs = _one_each("--out", out_path, teachers)
     files = [None if file in (None, "hub") else Path(file) for file in _one_each("--weights", weights, teachers)]
@@ -492,7 +495,10 @@ def _of_each(
 
 
 def _one_each(option: str, given: list[str] | None, teachers: list[str]) -> list[str | None]:
-    """Raises: ConfigError unless an option was given for each teacher, or for none."""
+    """Return an option's values, one per teacher; None for each if it was not given.
+
+    Raises: ConfigError unless it was given once per teacher, or not at all.
+    """
     if not given:
         return [None] * len(teachers)
     if len(given) != len(teachers):
@@ -547,7 +553,7 @@ def plan(
     seed: Annotated[int | None, typer.Option(help="Decides the random crops and the order. Default 0.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What an extraction will take, measured on a few pictures, or on paper: bytes, hours, bandwidth, precisions."""
+    """Estimate an extraction's bytes, hours, bandwidth and precisions, measured on a few pictures or on paper."""
     from eupe.corpus.choice import Choice
     from eupe.corpus.views import parse_views
     from eupe.extract.config import ExtractConfig
@@ -623,9 +629,10 @@ def plan(
 
 
 def _print_plan(plan: Estimate, *, given: bool) -> None:
-    """
+    """Print what was measured of one teacher.
+
     Args:
-        given: the store's place was named.
+        given: whether --out named the store's path.
     """
     from eupe.progress import amount
 
@@ -649,9 +656,10 @@ def _print_plan(plan: Estimate, *, given: bool) -> None:
 
 
 def _print_plans(plan: JointEstimate, *, given: bool) -> None:
-    """
+    """Print what was measured of several teachers in one pass.
+
     Args:
-        given: the stores' places were named.
+        given: whether --out named the stores' paths.
     """
     from eupe.progress import amount, duration
 
@@ -738,7 +746,7 @@ def _print_paper(plan: PaperEstimate) -> None:
 
 @store_app.command("ls")
 def store_ls(directory: Annotated[str, typer.Argument(help="A directory of stores.")], as_json: Json = False) -> None:
-    """The stores of a directory: teacher, views, precision, size, completeness, licence."""
+    """List the stores of a directory: teacher, views, precision, size, completeness, licence."""
     from eupe.store.catalogue import describe, stores_in
 
     entries = [describe(store) for store in stores_in(directory)]
@@ -757,7 +765,7 @@ def store_ls(directory: Annotated[str, typer.Argument(help="A directory of store
 
 @store_app.command("info")
 def store_info(path: str, as_json: Json = False) -> None:
-    """What a store holds, how complete it is, and which pictures failed."""
+    """Show what a store holds, how complete it is, and which pictures failed."""
     from eupe.corpus.index import some_keys
     from eupe.corpus.left_out import told
     from eupe.store import open_store
@@ -794,7 +802,7 @@ def store_stats(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """What a finished store's features are like: norms, channels, directions, outliers."""
+    """Describe the features of a finished store: norms, channels, directions, outliers."""
     from eupe.pages.stats_page import require_page_name, write_stats_page
     from eupe.store import open_store
     from eupe.store.summary import summarise
@@ -827,7 +835,7 @@ def _print_statistics(summary: StoreSummary) -> None:
 
 @store_app.command("verify")
 def store_verify(path: str, as_json: Json = False) -> None:
-    """Read every byte of a store and compare it with what was written; exit code 1 if it is not whole."""
+    """Read every byte of a store and compare it with what was written; exit with code 1 if it is not whole."""
     from eupe.errors import IncompleteError
     from eupe.progress import report_progress
     from eupe.store.verify import verify
@@ -870,7 +878,7 @@ def store_repair(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make anew what is damaged or missing in a store, and nothing else."""
+    """Compute again what is damaged or missing in a store, and nothing else."""
     from eupe.extract.repair import RepairConfig, repair
     from eupe.progress import report_progress
 
@@ -908,7 +916,7 @@ def store_audit(
     least: Annotated[float, typer.Option(help="What the 5th percentile of the cosines must reach.")] = 0.999,
     as_json: Json = False,
 ) -> None:
-    """Compute some pictures again with the store's teacher and compare; exit code 1 if the features have drifted."""
+    """Compute some pictures again with the store's teacher and compare; exit with code 1 if features have drifted."""
     from eupe.extract.audit import AuditConfig, audit, require_agreement
     from eupe.progress import report_progress
 
@@ -1141,7 +1149,7 @@ def export_run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Leave a run's student where other programs load it, with proof that it is the same model."""
+    """Export a run's student so that other programs can load it, with proof that it is the same model."""
     from eupe.export.config import ExportConfig
     from eupe.export.job import export
 
@@ -1172,7 +1180,7 @@ def run_recipe(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a whole pipeline from one file; what is done already is not done again."""
+    """Run a whole pipeline from one file; skip the steps that are already done."""
     from eupe.pipeline.plan import REPORTS
     from eupe.pipeline.prepare import prepare, run
     from eupe.pipeline.recipe import parse_settings
@@ -1187,7 +1195,7 @@ def run_recipe(
         else:
             show_plan(prepared, out)
         return
-    told = err if as_json else out
+    told = err if as_json else out  # with --json, standard output holds nothing but JSON
     results = list(run(prepared, on_command=lambda command: told.print(f"$ {escaped(command)}", soft_wrap=True)))
     if as_json:
         print(json.dumps({"out": str(prepared.recipe.out), "steps": [dataclasses.asdict(r) for r in results]}))
@@ -1210,7 +1218,7 @@ def viz(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Dense features as PCA maps side by side: a self-contained page, with the runs' loss curves, or a PNG figure."""
+    """Draw dense features as PCA maps side by side: a self-contained page with runs' loss curves, or a PNG figure."""
     from eupe.pages.viz import write_maps
 
     report = write_maps(

@@ -1,4 +1,4 @@
-"""`eupe eval`: one skeleton for all tasks; the encoder stays frozen."""
+"""`eupe eval`: commands of one shape for all tasks; the encoder stays frozen."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def eval_agreement(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Cosine, CKA and neighbours in common with every target, on held-out pictures."""
+    """Measure cosine, CKA and common neighbours of a run with every target, on held-out pictures."""
     from eupe.evaluate.agreement import agreement, agreement_results
     from eupe.evaluate.result import keep_results, require_place
 
@@ -145,7 +145,7 @@ def eval_conflict(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Teachers against each other before training, from caches alone: CKA, neighbours, what can be read off what."""
+    """Compare teachers before training, from caches alone: CKA, common neighbours, how well each predicts the other."""
     from eupe.evaluate.conflict import conflict, conflict_results
     from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.verdict import JUDGED, MEASURED
@@ -185,7 +185,7 @@ def eval_latency(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Parameters, FLOPs, and milliseconds a picture on this machine's CPU."""
+    """Measure parameters, FLOPs, and milliseconds per picture on this machine's CPU."""
     from eupe.evaluate.latency import SIZES, Timing, latency
     from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.subject import open_subjects
@@ -242,7 +242,7 @@ def eval_knn(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """k-NN accuracy of summaries."""
+    """Measure the k-NN accuracy of summaries."""
     from eupe.corpus.choice import Choice
     from eupe.evaluate.knn import knn
 
@@ -277,7 +277,7 @@ def eval_linear(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Accuracy of logistic regression on summaries."""
+    """Measure the accuracy of logistic regression on summaries."""
     from eupe.corpus.choice import Choice
     from eupe.evaluate.linear import PENALTIES, linear
 
@@ -322,7 +322,7 @@ def eval_segment(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Mean IoU of a linear layer on dense tokens."""
+    """Measure the mean IoU of a linear layer on dense tokens."""
     from eupe.evaluate.masks import read_code
     from eupe.evaluate.segment import TRAINING, segment
 
@@ -363,7 +363,7 @@ def eval_depth(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """RMSE of depth by a linear layer on dense tokens."""
+    """Measure the RMSE of depth from a linear layer on dense tokens."""
     from eupe.evaluate.depth import TRAINING, depth
     from eupe.evaluate.layouts import depth_unit as read_unit
 
@@ -400,7 +400,7 @@ def eval_correspond(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """PCK of the nearest dense token, nothing trained."""
+    """Measure the PCK of the nearest dense token; nothing is trained."""
     from eupe.evaluate.correspond import correspond
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
@@ -420,7 +420,7 @@ def eval_text(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Embed class names or captions once, so that judging needs no text tower."""
+    """Embed class names or captions once, so that evaluation needs no text tower."""
     from eupe.evaluate.text import cache_texts
     from eupe.progress import report_progress
 
@@ -465,7 +465,7 @@ def eval_zeroshot(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Zero-shot accuracy in a teacher's text space, through a run's heads."""
+    """Measure zero-shot accuracy in a teacher's text space, through a run's heads."""
     from eupe.corpus.choice import Choice
     from eupe.evaluate.text import open_source
     from eupe.evaluate.zeroshot import zeroshot
@@ -495,7 +495,7 @@ def eval_retrieval(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Recall of captions by pictures and of pictures by captions, in a teacher's text space."""
+    """Measure recall of captions by pictures and of pictures by captions, in a teacher's text space."""
     from eupe.evaluate.prompts import AS_IT_IS
     from eupe.evaluate.retrieval import retrieval
     from eupe.evaluate.text import open_source
@@ -523,7 +523,7 @@ def eval_vqa(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """A probe, no language model: a small readout of frozen features that looks where a question's words point."""
+    """Measure how well a small attention readout of frozen features answers questions. A probe, no language model."""
     from eupe.evaluate.vqa import DROPOUTS, FITTING, vqa
 
     fitting = FITTING if steps is None else dataclasses.replace(FITTING, steps=steps)
@@ -550,7 +550,7 @@ def eval_report(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Models by tasks, from all that was judged: one page, Markdown, or a table; unlike protocols are kept apart."""
+    """Report models by tasks on a page, in Markdown or as a table; results of different protocols are kept apart."""
     from eupe.pages.report_write import write_report
 
     report = write_report(judged, out=out_path, images=images, limit=limit, title=title, overwrite=overwrite)
@@ -566,7 +566,7 @@ def eval_report(
 
 
 def _show_merged(merged: Merged) -> None:
-    """Models by columns, baselines last, and what the marks say; then what has tables of its own."""
+    """Print models by columns, baselines last, with the marks explained, and then tasks that have their own tables."""
     from eupe.pages import report_words as words
 
     models, baselines = words.rows(merged)
@@ -607,7 +607,7 @@ def _judge(
     as_json: bool,
     judge: Callable[[Subject, OnStep], Result],
 ) -> None:
-    """One row for each subject; a subject's result is kept as soon as it is known."""
+    """Judge every subject and print a row for each; a result is kept as soon as it is known."""
     from eupe.device import is_out_of_memory
     from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.subject import open_subjects
@@ -620,7 +620,7 @@ def _judge(
     found = []
     with report_progress(err, "steps", quiet=as_json) as progress:
         while subjects:
-            subject = subjects.pop(0)  # what was loaded for the last one goes with it
+            subject = subjects.pop(0)  # popped, so that the previous subject's model is freed
             try:
                 found.append(judge(subject, partial(progress.update, subject.name)))
             except Exception as error:
@@ -643,7 +643,7 @@ def _number(value: float | None) -> str:
 
 
 def show_table(found: list[Result]) -> None:
-    """Subjects by measures."""
+    """Print a table of subjects by measures, and the notes."""
     measures = list(dict.fromkeys(name for result in found for name in result.scores))
     table = Table("subject", *(Column(name.replace("_", " "), justify="right") for name in measures), box=None)
     for result in found:
@@ -654,7 +654,7 @@ def show_table(found: list[Result]) -> None:
 
 
 def _notes(found: list[Result]) -> list[str]:
-    """What was judged by what: once where that is the same for all subjects, else with the subject's name."""
+    """Return the notes on what was judged by what: once if all subjects share them, else with each subject's name."""
     if all(result.notes == found[0].notes for result in found):
         return found[0].notes
     return [f"{result.name}: {note}" for result in found for note in result.notes]

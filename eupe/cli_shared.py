@@ -1,4 +1,4 @@
-"""What all verbs of the command line have in common."""
+"""Consoles, options and output that all verbs of the command line share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eupe.printing import print_table, report_lines
 
 
 class _Console(Console):
-    """A console to which words from outside cannot say anything but themselves."""
+    """A console that spells out control characters, so that text from outside cannot steer the terminal."""
 
     def render_str(self, text: str, **how: Any) -> Text:
         return super().render_str(shown(text), **how)
@@ -60,9 +60,12 @@ WEIGHTS_KEY = "Where in a file of several models its weights are: teacher, ema; 
 
 
 def local_weights(words: list[str] | None, subjects: Sequence[str]) -> dict[str, Path]:
-    """By the teacher's word, one of the subjects.
+    """Parse `--weights TEACHER=PATH` options into paths by teacher.
 
-    Raises: ConfigError.
+    Args:
+        words: values of the option.
+        subjects: words of the command that may name teachers, for the advice in the error message.
+    Raises: ConfigError if one has no path.
     """
     pairs = [word.partition("=") for word in words or []]
     if malformed := [name for name, _, path in pairs if not path]:
@@ -73,9 +76,9 @@ def local_weights(words: list[str] | None, subjects: Sequence[str]) -> dict[str,
 
 
 def local_keys(words: list[str] | None) -> dict[str, str]:
-    """By the teacher's word.
+    """Parse `--weights-key TEACHER=KEY` options into keys by teacher.
 
-    Raises: ConfigError.
+    Raises: ConfigError if one has no key.
     """
     pairs = [word.partition("=") for word in words or []]
     if malformed := [name for name, _, key in pairs if not key]:
@@ -84,18 +87,18 @@ def local_keys(words: list[str] | None) -> dict[str, str]:
 
 
 def require_weights_of_key(weights: Path | None, key: str | None) -> None:
-    """Raises: ConfigError for a key of no file."""
+    """Raise ConfigError if there is a key but no weights file."""
     if key is not None and weights is None:
         raise ConfigError(f"--weights-key {key} is of no file; give --weights, too")
 
 
 def escaped(text: str) -> str:
-    """Words from outside, which are no markup."""
+    """Return text from outside with its markup escaped."""
     return escape(text)
 
 
 def finish(report: dict[str, Any], as_json: bool) -> None:
-    """The verb's result: one JSON line, or readable lines."""
+    """Print the verb's result: one JSON line, or readable lines."""
     if as_json:
         print(json.dumps(report))
         return
@@ -104,5 +107,5 @@ def finish(report: dict[str, Any], as_json: bool) -> None:
 
 
 def show(table: Table) -> None:
-    """See `print_table`."""
+    """Print a table; see `print_table`."""
     print_table(out, table)

@@ -1,4 +1,4 @@
-"""Ray: one of this machine's own, in whatever environment, or a cluster that is joined if it answers."""
+"""Ray: start a local instance, whatever the environment, or join a cluster if it answers."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from eupe.errors import ConfigError
 
 QUIET: Mapping[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 ANSWER_SECONDS = 5.0
-"""How long a cluster that does not answer is asked again."""
+"""Time for which a connection that is refused is retried."""
 HELLO_SECONDS = 15.0
-"""How long what listens at an address may take for the first words of Ray's protocol."""
+"""Time that a listener may take to send the first bytes of Ray's protocol."""
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""What a client of HTTP/2, and so of gRPC, begins with: its preface, and a frame of no settings."""
+"""First bytes of an HTTP/2 client, and so of a gRPC client: the preface, and an empty settings frame."""
 FRAME_HEAD, SETTINGS = 9, 4
-"""Bytes before a frame's content, of which the fourth is its kind; a server's first frame has its settings."""
+"""Size of a frame's header, whose fourth byte is the frame's type; type of a server's first frame."""
 LONGEST_SOCKET = 107
-"""Bytes of the path of a socket on Linux."""
+"""Upper bound on the bytes of a socket's path on Linux."""
 OF_A_SESSION = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
-"""What Ray appends to its folder."""
+"""Length of what Ray appends to its folder."""
 
 
 def start_ray(num_cpus: int) -> None:
-    """Start a Ray of this machine's own, with its files in a folder that it can use.
+    """Start a local Ray, with its files in a folder that it can use.
 
     Raises: ConfigError if it does not start.
     """
     folder = scratch_folder()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not _home_can_be_used():  # where Ray keeps the token that its processes know each other by
+    if not _home_can_be_used():  # Ray keeps the token there that its processes authenticate with
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         with _nothing_of_the_working_directory():
             ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder), **QUIET)
-    except Exception as error:  # of many kinds; all say that Ray did not come up
+    except Exception as error:  # of many types; all mean that Ray did not start
         raise ConfigError(
             f"Ray cannot start on this machine, with its files in {folder}: {_first_line(error)}; name another short, "
             "writable folder in RAY_TMPDIR"
@@ -51,19 +51,19 @@ def start_ray(num_cpus: int) -> None:
 
 
 def _nothing_of_the_working_directory() -> AbstractContextManager[None]:
-    """Keep Ray from putting this process's directory first where its workers look for modules.
+    """Return a context in which Ray does not put this process's working directory first on its workers' module path.
 
-    That directory may hold a `numpy.py` of somebody else's; only whoever may change `/` can put one there.
+    The working directory may hold a foreign `numpy.py`; only a user who may write to `/` can put one there.
     """
     return chdir("/")
 
 
 def scratch_folder() -> Path:
-    """Return the folder for Ray's files: in that of RAY_TMPDIR or TMPDIR where these can be used.
+    """Return a folder for Ray's files: below RAY_TMPDIR or TMPDIR if these can be used, else below a system folder.
 
     Ray puts sockets there, whose paths must be short.
 
-    Raises: ConfigError if there is none.
+    Raises: ConfigError if there is no such folder.
     """
     bases = [Path(given).absolute() for name in ("RAY_TMPDIR", "TMPDIR") if (given := os.environ.get(name))]
     bases += [Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")]
@@ -78,7 +78,7 @@ def scratch_folder() -> Path:
 
 
 def _can_be_used(folder: Path) -> bool:
-    """Tell whether a file can be made in a folder that is there, or that can be."""
+    """Return whether a file can be made in a folder; the folder is made if it is missing."""
     with suppress(OSError):
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -87,20 +87,21 @@ def _can_be_used(folder: Path) -> bool:
 
 
 def _home_can_be_used() -> bool:
-    with suppress(RuntimeError):  # of a user without a home
+    with suppress(RuntimeError):  # the user has no home
         return _can_be_used(Path.home() / ".ray")
     return False
 
 
 def join_ray(address: str, *, hello_seconds: float = HELLO_SECONDS) -> None:
-    """Join the cluster at an address as `--ray-address` takes it.
+    """Join the cluster at an address, in the form that `--ray-address` takes.
 
     Args:
-        hello_seconds: how long something that listens there may keep silent.
+        hello_seconds: time that a listener there may stay silent.
     Raises: ConfigError if no cluster answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        # checked first: `ray.init` would wait for minutes for a cluster that is gone
         for host, port in _endpoints(_found_by_ray() if address == "auto" else address):
             _require_answer(host, port, hello_seconds)
         with _nothing_of_the_working_directory():
@@ -113,7 +114,7 @@ def join_ray(address: str, *, hello_seconds: float = HELLO_SECONDS) -> None:
 
 
 def _found_by_ray() -> str:
-    """Return what `auto` stands for, which may be the address of a cluster that has ended; `auto` if there is none."""
+    """Return the address that `auto` stands for, perhaps of a cluster that has ended; `auto` if there is none."""
     from ray._private.services import canonicalize_bootstrap_address
 
     return canonicalize_bootstrap_address("auto") or "auto"
@@ -122,7 +123,7 @@ def _found_by_ray() -> str:
 def _endpoints(address: str) -> Iterator[tuple[str, int]]:
     """Yield host and port of an address that names them.
 
-    Raises: ValueError for a port that is none.
+    Raises: ValueError if the port is not a number.
     """
     if address in ("auto", "local"):
         return
@@ -134,7 +135,10 @@ def _endpoints(address: str) -> Iterator[tuple[str, int]]:
 
 
 def _require_answer(host: str, port: int, hello_seconds: float) -> None:
-    """Raises: OSError if nothing listens there, though it is asked for `ANSWER_SECONDS`; see `_require_hello`, too."""
+    """Check that a gRPC server listens at an address; retry for `ANSWER_SECONDS`.
+
+    Raises: OSError if nothing listens there, or it does not answer; ValueError if it is not a gRPC server.
+    """
     until = time.monotonic() + ANSWER_SECONDS
     while True:
         try:
@@ -149,11 +153,11 @@ def _require_answer(host: str, port: int, hello_seconds: float) -> None:
 
 
 def _require_hello(connection: socket.socket, seconds: float) -> None:
-    """Ask for what every gRPC server, and so every Ray, says first; Ray itself would wait for minutes.
+    """Check for the frame that every gRPC server, and so every Ray, sends first.
 
-    Raises: OSError if nothing is said in time; ValueError if something else is.
+    Raises: OSError if nothing arrives in time; ValueError if something else arrives.
     """
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # only Ray has the keys
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # only Ray has the keys, so only Ray can check
         return
     said = b""
     until = time.monotonic() + seconds

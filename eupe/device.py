@@ -1,4 +1,4 @@
-"""Which device does the work, and in which arithmetic."""
+"""Choice of the device and of the dtype to compute in."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device() -> torch.device:
-    """The first GPU that this process may use, else the CPU."""
+    """Return the first GPU that this process may use, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def compute_dtype(word: str, device: torch.device) -> torch.dtype:
-    """The dtype that a word asks for; "auto" is bfloat16 where the hardware multiplies it, float32 elsewhere.
+    """Return the dtype that a word names; "auto" is bfloat16 if the hardware multiplies it, else float32.
 
     Raises: ConfigError for fp16 on a CPU, and for an unknown word.
     """
@@ -29,19 +29,20 @@ def compute_dtype(word: str, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The word for a dtype: the inverse of `compute_dtype`."""
+    """Return the word for a dtype, the inverse of `compute_dtype`."""
     return next(word for word, known in DTYPES.items() if known == dtype)
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Matrix products in `dtype`, weights in float32; float32 turns it off."""
+    """Return a context with matrix products in `dtype` and weights in float32; it does nothing for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or the machine, had no room for what was asked."""
+    """Return whether an error means that a device or the machine is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    # not every library raises torch.OutOfMemoryError: these are plain RuntimeErrors
     words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in words)
 

@@ -1,6 +1,6 @@
 """Any timm model as an encoder: a picture in, a summary vector and a grid of dense tokens out.
 
-The student is one of these, and so is every teacher that timm carries. Shapes: B batch, C channels, H W pixels,
+The student is one of these, and so is every teacher that timm provides. Shapes: B batch, C channels, H W pixels,
 N tokens, h w cells of the dense grid, D width of a dense token, Ds width of the summary.
 """
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 
-import eupe.proxy  # noqa: F401 - its architectures are timm's from here on
+import eupe.proxy  # noqa: F401 - registers its architectures with timm
 from eupe.checkpoints import load_state_dict_strictly
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.files import replacing, write_file
@@ -37,7 +37,7 @@ Question = TypeVar("Question", bound=Callable[..., Any])
 
 
 def remembered(answer: Question) -> Question:
-    """Ask only once in a process about each architecture, the first argument; a directory may change meanwhile."""
+    """Cache the answer for each architecture, the first argument; directories are not cached, as they may change."""
     known = cache(answer)
 
     @wraps(answer)
@@ -49,7 +49,7 @@ def remembered(answer: Question) -> Question:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderCard:
-    """All that is needed to build an encoder again, and to know its outputs without building it."""
+    """The data that is needed to build an encoder again, and to know its outputs without building it."""
 
     arch: str
     """timm architecture, with or without a pretrained tag."""
@@ -60,7 +60,7 @@ class EncoderCard:
     dense_dim: int
     summary_dim: int
     prefix_tokens: int
-    """Class and register tokens ahead of the patch tokens."""
+    """Number of class and register tokens ahead of the patch tokens."""
     summary: SummaryKind
     dense: DenseKind
     mean: tuple[float, float, float]
@@ -68,15 +68,15 @@ class EncoderCard:
     """Per-channel normalisation of RGB in [0, 1]."""
 
     def to_json(self) -> dict[str, Any]:
-        """The card as plain JSON, tuples as lists."""
+        """Return the card as plain JSON, with tuples as lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, card: Any) -> EncoderCard:
-        """The inverse of `to_json`.
+        """Build a card from the JSON of `to_json`.
 
-        Raises: ConfigError naming the fields that are missing, unknown, or hold an unknown word or something else than
-            they should.
+        Raises: ConfigError that names the fields that are missing, unknown, or hold an unknown word or a value of the
+            wrong kind.
         """
         if not isinstance(card, Mapping):
             raise ConfigError(f"an encoder card is an object, not {type(card).__name__}")
@@ -92,7 +92,7 @@ class EncoderCard:
 
 
 def _is_of_its_kind(name: str, value: Any) -> bool:
-    """Whether a field of a card may have a value, words of a kind aside."""
+    """Return whether a card's field may have this value; any string passes for a word."""
     if name in ("size", "patch", "dense_dim", "summary_dim", "prefix_tokens"):
         return type(value) is int and value >= (0 if name in ("summary_dim", "prefix_tokens") else 1)
     if name in ("mean", "std"):
@@ -103,24 +103,24 @@ def _is_of_its_kind(name: str, value: Any) -> bool:
 def timm_tokens(
     model: Any, pixels_BCHW: Tensor, *, summary: SummaryKind, dense: DenseKind, class_tokens: int = 1
 ) -> Tokens:
-    """Summary and dense tokens of any timm model, through `forward_features`, never `forward`.
+    """Return summary and dense tokens of any timm model, through `forward_features`, never `forward`.
 
     Args:
-        model: a timm model: a ViT (its features are [B, prefix + N, D]) or a CNN (a map, channels first or last).
-        pixels_BCHW: normalised float, on the model's device.
-        summary: "attention_pool" and "pooled" are the library's `forward_head(..., pre_logits=True)`; "projected" is
-            `forward_head(...)`, of a model that was built with its projection as the classifier.
+        model: a timm model: a ViT (features [B, prefix + N, D]) or a CNN (a map, channels first or last).
+        pixels_BCHW: normalised float pixels, on the model's device.
+        summary: "attention_pool" and "pooled" use the library's `forward_head(..., pre_logits=True)`; "projected" uses
+            `forward_head(...)` of a model that was built with its projection as the classifier.
         dense: "normed" includes ConvNeXt's norm, which timm keeps in the head, behind the pooling.
-        class_tokens: leading prefix tokens that "cls_concat" puts side by side.
+        class_tokens: number of leading prefix tokens that "cls_concat" concatenates.
     Returns: Tokens in the dtype that the model computes in.
-    Raises: ConfigError where the model has nothing of the kind asked for, or its features are neither tokens nor a map.
+    Raises: ConfigError if the model lacks the requested kind, or its features are neither tokens nor a map.
     """
     features, last_stage = _features(model, pixels_BCHW, dense)
     _check_summary(model, features, summary)
     if features.ndim == 3:
         prefix = model.num_prefix_tokens
         grid = _token_grid(model, pixels_BCHW, features.shape[1] - prefix)
-        dense_BhwD = features[:, prefix:].reshape(features.shape[0], *grid, -1)  # len() is a constant to tracers
+        dense_BhwD = features[:, prefix:].reshape(features.shape[0], *grid, -1)  # tracers make len() a constant
     else:
         dense_BhwD = _map_to_BhwD(model, features if last_stage is None else last_stage, dense)
     return Tokens(summary=_summary(model, features, dense_BhwD, summary, class_tokens), dense=dense_BhwD)
@@ -128,13 +128,13 @@ def timm_tokens(
 
 @remembered
 def timm_card(arch: str, size: int | None) -> EncoderCard:
-    """The card of a timm architecture as an encoder, from a build on the meta device: no weights, no memory.
+    """Return the card of a timm architecture as an encoder, from a build on the meta device: no weights, no memory.
 
     Args:
-        arch: with or without a pretrained tag; the tag (or its default) decides mean and std.
+        arch: architecture with or without a pretrained tag; the tag (or the default one) decides mean and std.
         size: side of the square input; None for the architecture's own.
-    Raises: ConfigError for an unknown architecture (names near ones), a size that it does not take (names sizes that it
-        does), or a model whose features are neither tokens nor a map.
+    Raises: ConfigError for an unknown architecture (suggests similar names), a size that it does not take (suggests
+        sizes that it does), or a model whose features are neither tokens nor a map.
     """
     native = on_paper(arch)
     config = native.pretrained_cfg
@@ -162,14 +162,14 @@ def timm_card(arch: str, size: int | None) -> EncoderCard:
 
 
 def check_student(arch: str, sizes: Sequence[int], *, views: int) -> None:
-    """Try, on the meta device, what training does: a forward and a backward pass at every size.
+    """Try a forward and a backward pass, as in training, at every size on the meta device.
 
     Args:
-        sizes: of its inputs; it is laid out for the first.
-        views: that a worker takes at once.
-    Raises: ConfigError unless one model takes all of it.
+        sizes: sides of its inputs; the model is laid out for the first.
+        views: number of views that a worker takes at once.
+    Raises: ConfigError unless one model can be trained at all sizes with that number of views.
     """
-    _try_student(arch, tuple(sizes), min(views, 2))
+    _try_student(arch, tuple(sizes), min(views, 2))  # only batch norms care, and only whether it is one view or more
 
 
 @remembered
@@ -207,36 +207,36 @@ def on_paper(arch: str) -> Any:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Tell whether what a model says of a view depends, in training, on the other views of the batch."""
+    """Return whether a model's output for a view depends, in training, on the other views of the batch."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
 
 
 def has_rope(model: nn.Module) -> bool:
-    """Tell whether a model has a rotary position embedding that `rescale_rope` knows."""
+    """Return whether a model has a rotary position embedding that `rescale_rope` supports."""
     return isinstance(getattr(model, "rope", None), RotaryEmbeddingDinoV3)
 
 
 def rescale_rope(model: Any, factor: float) -> None:
-    """Scale the coordinates of a model's rotary position embedding by a random factor while it is trained.
+    """Scale the coordinates of a model's rotary position embedding by a random factor during training.
 
-    Nothing changes in a model without such an embedding, or in evaluation.
+    Models without such an embedding do not change, and evaluation does not either.
 
     Args:
         factor: R at least 1; each forward pass draws one factor for both axes, log-uniform from 1/R to R.
-    Source: `rope_rescale_coords` of DINOv3's and EUPE's released backbones, as timm's `RotaryEmbeddingDinoV3` has it.
+    Source: `rope_rescale_coords` of DINOv3's and EUPE's released backbones, as in timm's `RotaryEmbeddingDinoV3`.
     """
     if has_rope(model):
         model.rope.rescale_coords, model.rope.aug_active = factor, True
 
 
 class _SizeError(Exception):
-    """Why an architecture does not take a size."""
+    """The reason why an architecture does not take a size."""
 
 
 def _tried(arch: str, size: int, patch: int) -> tuple[Any, Tokens]:
-    """A model for a size, and what it says of one picture, on the meta device.
+    """Return a model built for a size, and its tokens for one picture, both on the meta device.
 
-    Raises: _SizeError; ConfigError for a model of which no size would do.
+    Raises: _SizeError if the model does not take the size; ConfigError if no size would make it usable.
     """
     if size < patch or size % patch:
         raise _SizeError(f"its patch is {patch} pixels and must divide the size")
@@ -257,9 +257,9 @@ def _tried(arch: str, size: int, patch: int) -> tuple[Any, Tokens]:
 
 
 def _other_sizes(arch: str, size: int, own: int, patch: int) -> str:
-    """The sizes next to one that does not work, or else the architecture's own, where they were tried and do.
+    """Suggest the sizes next to one that does not work, or else the architecture's own; each is tried first.
 
-    Raises: ConfigError for a model of which no size would do.
+    Raises: ConfigError for a model that no size would make usable.
     """
     takes_own = _takes(arch, own, patch)
     below = max(size // patch, 1) * patch
@@ -278,17 +278,17 @@ def _takes(arch: str, size: int, patch: int) -> bool:
 
 
 def _brief(error: Exception) -> str:
-    """An error of a library on part of a line."""
+    """Return a library's error, shortened to a part of a line."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words[:100]}{'...' if len(words) > 100 else ''}"
 
 
 def create_timm(arch: str, *, size: int | None = None, num_classes: int = 0, pretrained: bool = False) -> Any:
-    """A timm model, without classifier unless asked for, that takes other sizes than its own where its class can.
+    """Create a timm model, by default without classifier, that takes other sizes than its own if its class can.
 
     Args:
         size: side for which position tables are laid out; None for the architecture's own.
-        num_classes: -1 for as many as the pretrained weights have.
+        num_classes: -1 for the number of classes that the pretrained weights have.
     Raises: ConfigError for an unknown architecture or tag, and a directory that timm cannot read.
     """
     config = timm_config(arch)
@@ -298,13 +298,13 @@ def create_timm(arch: str, *, size: int | None = None, num_classes: int = 0, pre
     try:
         return timm.create_model(arch, pretrained=pretrained, dynamic_img_size=True, **options)
     except TypeError as error:
-        if "dynamic_img_size" not in str(error):
+        if "dynamic_img_size" not in str(error):  # only some of timm's classes have this argument
             raise
     return timm.create_model(arch, pretrained=pretrained, **options)
 
 
 def timm_config(arch: str) -> Any:
-    """What timm knows of an architecture's weights, or says in a directory of its own: None where it is nothing.
+    """Return timm's configuration of an architecture's weights, or of a directory in its layout; None if it has none.
 
     Raises: ConfigError for an unknown architecture or tag, and a directory that timm cannot read.
     """
@@ -340,7 +340,7 @@ def _config_of_directory(folder: Path) -> Any:
 
 
 def summary_kind(model: Any) -> SummaryKind:
-    """The summary that a timm model was made to give."""
+    """Return the kind of summary that a timm model was built to give."""
     if getattr(model, "attn_pool", None) is not None:
         return "attention_pool"
     if not hasattr(model, "num_prefix_tokens") or _is_norm(getattr(model, "fc_norm", None)):
@@ -349,10 +349,10 @@ def summary_kind(model: Any) -> SummaryKind:
 
 
 def dense_kind(model: Any) -> DenseKind:
-    """The dense tokens that a timm model has to offer.
+    """Return the kind of dense tokens that a timm model can give.
 
     Features wider than the last stage come from a convolution that serves the classifier (EfficientNet);
-    narrower ones come from a neck (SAM), which is the output proper.
+    narrower ones come from a neck (SAM), which is the model's actual output.
     """
     if hasattr(model, "num_prefix_tokens"):
         return "normed" if _is_norm(getattr(model, "norm", None)) else "raw"
@@ -370,14 +370,14 @@ class Encoder(nn.Module):
         self.model = model
 
     def forward(self, pixels_BCHW: Tensor) -> Tokens:
-        """Tokens of normalised float pixels, in the dtype that the model computes in."""
+        """Return the tokens of normalised float pixels, in the dtype that the model computes in."""
         return timm_tokens(self.model, pixels_BCHW, summary=self.card.summary, dense=self.card.dense)
 
 
 def build_encoder(arch: str, *, size: int) -> Encoder:
-    """A timm architecture with the library's random initialisation, which draws from torch's global generator.
+    """Build a timm architecture with the library's random initialisation, which draws from torch's global generator.
 
-    Inputs of other sizes than `size` work where the architecture can take them and the patch divides them.
+    Inputs of other sizes than `size` work if the architecture can take them and the patch divides them.
 
     Raises: ConfigError as `timm_card` does.
     """
@@ -386,11 +386,11 @@ def build_encoder(arch: str, *, size: int) -> Encoder:
 
 
 def save_encoder(encoder: Encoder, directory: Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write the weights, then the card, each whole or not at all.
+    """Write the weights, then the card, each as a whole or not at all.
 
     Args:
-        weights: in place of the encoder's own, by the names of its model.
-    Raises: StorageError if the disk refuses.
+        weights: tensors to write instead of the encoder's own, by their names in its model.
+    Raises: StorageError if they cannot be written.
     """
     weights = encoder.model.state_dict() if weights is None else weights
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -399,15 +399,16 @@ def save_encoder(encoder: Encoder, directory: Path, *, weights: Mapping[str, Ten
         with replacing(directory / WEIGHTS_FILE) as unfinished:
             safetensors.torch.save_file(weights, unfinished)
             share(unfinished)
+        # The card comes last: a run that has one counts as finished.
         write_file(directory / CARD_FILE, json.dumps(encoder.card.to_json(), indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise StorageError(f"the student cannot be written to {directory}: {error}") from error
 
 
 def load_card(directory: Path) -> EncoderCard:
-    """The card of the student in a run's directory.
+    """Read the card of the student in a run's directory.
 
-    Raises: RunError naming the directory if there is no readable card.
+    Raises: RunError that names the directory if there is no readable card.
     """
     try:
         return EncoderCard.from_json(read_json(directory / CARD_FILE))
@@ -416,7 +417,7 @@ def load_card(directory: Path) -> EncoderCard:
 
 
 def why_no_run(directory: Path, file: str, error: Exception) -> str:
-    """What to say of a directory whose `file` could not be read, as a training run's can."""
+    """Return the error message for a directory that is not a training run, because its `file` could not be read."""
     if not os.path.isdir(directory):  # noqa: PTH112 - a Path raises where a name is too long
         what = "there is no such directory"
     elif (directory / "zarr.json").exists():
@@ -427,9 +428,9 @@ def why_no_run(directory: Path, file: str, error: Exception) -> str:
 
 
 def load_encoder(directory: Path) -> Encoder:
-    """The student of a training run, on the CPU, every weight from the file; the global generator stays as it was.
+    """Load the student of a training run on the CPU, every weight from the file; leave torch's generator as it is.
 
-    Raises: RunError naming the directory if card or weights are missing, unreadable or do not fit each other.
+    Raises: RunError that names the directory if card or weights are missing, unreadable or do not fit each other.
     """
     card = load_card(directory)
     try:
@@ -448,13 +449,13 @@ def load_encoder(directory: Path) -> Encoder:
 
 
 def near(word: str, known: list[str]) -> str:
-    """The tail of a message about an unknown name: "; did you mean a, b?", or nothing."""
+    """Return the end of a message about an unknown name: "; did you mean a, b?", or nothing."""
     matches = difflib.get_close_matches(word, known, n=3)
     return f"; did you mean {', '.join(matches)}?" if matches else ""
 
 
 def _features(model: Any, pixels_BCHW: Tensor, dense: DenseKind) -> tuple[Tensor, Tensor | None]:
-    """The library's feature forward, and the last stage's map where that is the dense kind asked for."""
+    """Return the library's features, and the last stage's map if that is the requested dense kind."""
     last_stage = None
     if dense == "last_stage":
         features, (last_stage,) = model.forward_intermediates(pixels_BCHW, indices=1)
@@ -470,7 +471,7 @@ def _features(model: Any, pixels_BCHW: Tensor, dense: DenseKind) -> tuple[Tensor
 
 
 def _map_to_BhwD(model: Any, feature_map: Tensor, dense: DenseKind) -> Tensor:
-    """A CNN's map with its head's norm applied where asked for, channels last."""
+    """Return a CNN's map, channels last, with its head's norm applied if the dense kind is "normed"."""
     head_norm = _head_norm(model)
     if dense == "normed":
         if head_norm is None and not _has_final_norm(model):
@@ -481,7 +482,7 @@ def _map_to_BhwD(model: Any, feature_map: Tensor, dense: DenseKind) -> Tensor:
 
 
 def _check_summary(model: Any, features: Tensor, summary: SummaryKind) -> None:
-    """Raises: ConfigError if the model has no such summary."""
+    """Raise ConfigError if the model has no such summary."""
     if summary == "attention_pool" and getattr(model, "attn_pool", None) is None:
         raise ConfigError(f"{type(model).__name__} has no attention pool for its summary")
     if summary == "projected" and isinstance(getattr(model, "head", None), nn.Identity | None):
@@ -519,14 +520,14 @@ def _token_grid(model: Any, pixels_BCHW: Tensor, num_tokens: int) -> tuple[int, 
 
 
 def _has_class_token(model: Any) -> bool:
-    """Whether the first prefix token is a class token; timm says so in one of two ways."""
+    """Return whether the first prefix token is a class token, which timm's models tell in one of two ways."""
     if hasattr(model, "has_class_token"):
         return bool(model.has_class_token)
     return getattr(model, "cls_token", None) is not None
 
 
 def _head_norm(model: Any) -> nn.Module | None:
-    """The norm that a ConvNeXt-like head applies behind its pooling; others lie deeper in it, behind a wider layer."""
+    """Return the norm that a ConvNeXt-like head applies right after pooling; None if it lies behind a wider layer."""
     norm = getattr(getattr(model, "head", None), "norm", None)
     if not isinstance(norm, nn.Module) or not _is_norm(norm):
         return None
@@ -534,7 +535,7 @@ def _head_norm(model: Any) -> nn.Module | None:
 
 
 def _has_final_norm(model: Any) -> bool:
-    """Whether a CNN's feature forward ends in a norm (Swin, ConvNeXt with its norm ahead of the pooling)."""
+    """Return whether a CNN's features end in a norm (Swin, ConvNeXt with its norm before the pooling)."""
     return _is_norm(getattr(model, "norm", None)) or _is_norm(getattr(model, "norm_pre", None))
 
 
@@ -543,7 +544,7 @@ def _is_norm(module: object) -> bool:
 
 
 def _patch(model: Any, arch: str) -> int:
-    """Pixels per dense cell, from the model's own table of stages."""
+    """Return the pixels per dense cell, from the model's own table of stages."""
     if not getattr(model, "feature_info", None):
         raise ConfigError(f"{arch} has no table of stages, so neither patch tokens nor a feature map to learn from")
     return int(model.feature_info[-1]["reduction"])

@@ -1,7 +1,7 @@
-"""The error vocabulary: one class per thing a caller does differently.
+"""Exceptions of eupe: one class for each case that callers handle differently.
 
 Every message is one sentence for the person who must act: what, where, got against expected, what to do.
-The command line prints it without a traceback and leaves with `exit_code`. Errors cross Ray by pickle, so each
+The command line prints it without a traceback and exits with `exit_code`. Errors cross Ray by pickle, so each
 takes the message and nothing else.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class EupeError(Exception):
-    """Root of everything that eupe raises on purpose."""
+    """Base class of every error that eupe raises on purpose."""
 
     exit_code = 2
 
@@ -19,41 +19,41 @@ class ConfigError(EupeError, ValueError):
 
 
 class CorpusError(EupeError, ValueError):
-    """The pictures are missing, empty, or not the ones that were indexed."""
+    """Pictures that are missing, empty, or not those that were indexed."""
 
 
 class TeacherError(EupeError, ValueError):
-    """An unknown teacher, weights that do not fit it, or a size it cannot take."""
+    """An unknown teacher, weights that do not fit it, or a size that it cannot take."""
 
 
 class WorkerDiedError(TeacherError):
-    """A process died while it loaded a teacher; another may have more luck."""
+    """A process that died while it loaded a teacher; another process may succeed."""
 
 
 class StoreError(EupeError, ValueError):
-    """A store that cannot be used as asked."""
+    """A store that cannot be used as requested."""
 
 
 class SpecMismatchError(StoreError):
-    """The store holds features made to another specification."""
+    """A store whose features were made to another specification."""
 
 
 class FormatVersionError(StoreError):
-    """The store was written in a format that this version does not know."""
+    """A store in a format that this version does not know."""
 
 
 class PartCorruptError(StoreError):
-    """Stored bytes are missing or fail their checksum."""
+    """Stored bytes that are missing or fail their checksum."""
 
 
 class StorageError(EupeError, OSError):
-    """The disk refused: full, read-only, gone. What was committed before stands."""
+    """A request that the storage refused: it is full, read-only or gone. What was committed before is intact."""
 
     exit_code = 1
 
 
 class OutageError(StorageError):
-    """The storage does not answer now; the same request may succeed later."""
+    """Storage that does not answer now; the same request may succeed later."""
 
 
 class RunError(EupeError, ValueError):
@@ -61,30 +61,30 @@ class RunError(EupeError, ValueError):
 
 
 class TrainingError(EupeError, RuntimeError):
-    """Training stopped itself before doing harm (a non-finite loss, say)."""
+    """Training that stopped itself before doing harm, for example at a non-finite loss."""
 
     exit_code = 1
 
 
 class DriftError(EupeError, RuntimeError):
-    """A teacher computed anew gives other features than the store holds."""
+    """A teacher that now computes other features than the store holds."""
 
     exit_code = 1
 
 
 class ConformanceError(EupeError, RuntimeError):
-    """An adapter gives other tokens than its library's own forward pass, or an export than the run it was made from."""
+    """An adapter whose tokens differ from its library's own forward pass, or an export that differs from its run."""
 
     exit_code = 1
 
 
 class IncompleteError(EupeError, RuntimeError):
-    """The work ended with gaps; what is whole is committed, and the same command goes on."""
+    """Work that ended with gaps; what is whole is committed, and the same command resumes the rest."""
 
     exit_code = 1
 
 
 class StepError(EupeError, RuntimeError):
-    """A step of a pipeline failed; its `exit_code` is that command's own."""
+    """A failed step of a pipeline; its `exit_code` is that of the step's command."""
 
     exit_code = 1

@@ -1,6 +1,6 @@
-"""Files and folders on disks, written so that a reader finds the old bytes, the new ones or nothing, whatever fails.
+"""Atomic writes of files and folders: a reader finds the old bytes, the new ones or nothing, whatever fails.
 
-A file is written beside its place under another name, flushed to the disk, renamed, and the rename flushed as well.
+A file is written beside its final path under another name, flushed to the disk and renamed; then the rename is flushed.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UNFINISHED = ".__lock"
-"""How the names of files end while they are written; tensorstore's word, which lists leave out."""
+"""Suffix of files while they are written; tensorstore uses it, too, and its lists leave such files out."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a neighbour of `path` to write to; when the block ends well, it is flushed and takes the name `path`.
+    """Yield a temporary path beside `path` to write to; if the block succeeds, flush the file and rename it to `path`.
 
-    The neighbour is locked while its writer lives, so that `remove_unfinished` knows what a killed one left. Where the
-    block fails nothing is left.
+    The file is locked while its writer lives, so that `remove_unfinished` recognises what a killed writer left. If the
+    block fails, nothing is left.
 
     Raises: OSError.
     """
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}{UNFINISHED}")
     try:
         with unfinished.open("xb") as file:
-            with suppress(OSError):  # of a file system without locks
+            with suppress(OSError):  # the file system has no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield unfinished
+            # by name: a library may have put another file there
+            # before the rename: a crash could otherwise leave `path` without its bytes
             sync(unfinished)
             unfinished.replace(path)
     except BaseException:
@@ -40,9 +42,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, blocks: Iterable[bytes] | bytes | str) -> None:
-    """Write a whole file, given as bytes, as text for UTF-8, or in pieces; folders on the way to it are made.
+    """Write a whole file, given as bytes, text (written as UTF-8) or pieces; make missing folders.
 
-    Raises: OSError, and what making the pieces raises; then what was there before is still there.
+    Raises: OSError, and whatever making the pieces raises; what was there before is then still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     pieces = (blocks.encode(),) if isinstance(blocks, str) else (blocks,) if isinstance(blocks, bytes) else blocks
@@ -51,7 +53,7 @@ def write_file(path: Path, blocks: Iterable[bytes] | bytes | str) -> None:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Flush everything in a folder to the disk, then give it the name `out`, where nothing or an empty folder is.
+    """Flush everything in a folder to the disk, then rename it to `out`, which must be missing or an empty folder.
 
     Raises: OSError.
     """
@@ -76,7 +78,7 @@ def sync(path: Path) -> None:
 
 
 def is_open_as(path: Path, descriptor: int) -> bool:
-    """Tell whether what is open under a descriptor is still what has the name `path`, and not gone or another."""
+    """Return whether the file open under a descriptor is still the one at `path`, neither removed nor replaced."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -84,7 +86,7 @@ def is_open_as(path: Path, descriptor: int) -> bool:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what writers that were killed left behind, at any depth; what a living one has locked stays."""
+    """Delete what killed writers left, at any depth; what a living writer has locked stays."""
     for path in folder.rglob(f"*{UNFINISHED}"):
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
-"""One writer to a place: a lock on disks, a lease in object stores; a second writer is told who holds it since when.
+"""One writer per place: a lock on disks, a lease in object stores.
 
-On a disk it is a lock (`eupe.locks`). In an object store it is an object that its holder writes again every few
-seconds, each time on the condition that it is still its own; whoever finds one waits to see whether it changes. It
-takes a server that honours conditional writes.
+A second writer is told who holds the place, and since when. On a disk the hold is a lock (`eupe.locks`). In an object
+store it is an object that its holder rewrites every few seconds, each time on the condition that it is still its own;
+a process that finds one waits to see whether it changes. This needs a server that honours conditional writes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from eupe.place import Place
 LEASE = ".eupe-lease.json"
 RENEW_SECONDS = 5.0
 PATIENCE_SECONDS = 4 * RENEW_SECONDS
-"""After which a lease that has not changed was left by a process that was killed."""
+"""Time that a lease may stay unchanged before its holder counts as dead."""
 
 
 class Holder:
-    """Holds places for a command until its end; the same place as often as it likes."""
+    """Holder of places for one command, until its end; the same place may be held repeatedly."""
 
     def __init__(self, verb: str) -> None:
         self._verb = verb
@@ -45,13 +45,13 @@ class Holder:
         self._stack.close()
 
     def hold(self, place: Place) -> None:
-        """Hold a folder, which is made where it is not there, and gone again if it stays empty.
+        """Hold a place; a folder that is missing is made, and removed again if it stays empty.
 
-        A folder that may not be written is not held: nothing will be written there.
+        A folder without write permission is not held: nothing will be written there.
 
         Raises: ConfigError if another process holds it; StorageError.
         """
-        place = place.resolved()
+        place = place.resolved()  # links give one folder several names
         if place in self._held:
             return
         if place.is_local:
@@ -61,7 +61,7 @@ class Holder:
         self._held.add(place)
 
     def require_held(self) -> None:
-        """Raises: IncompleteError if another process has taken a lease over, as after a long outage."""
+        """Raise IncompleteError if another process has taken a lease over, as after a long outage."""
         for lease in self._leases:
             if lease.lost:
                 raise IncompleteError(
@@ -84,16 +84,16 @@ def _locked_folder(folder: Path, verb: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # still locked: after closing it could be another process's
             (folder / LOCK).unlink()
         os.close(descriptor)
         if made:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
 class _Lease:
-    """An object that says who writes below a place, written again while its holder lives."""
+    """Object that says who writes below a place, rewritten while its holder lives."""
 
     def __init__(self, place: Place, verb: str) -> None:
         self.place = place
@@ -104,17 +104,20 @@ class _Lease:
         self._renewing = threading.Thread(target=self._renew, daemon=True, name="eupe-lease")
 
     def __enter__(self) -> _Lease:
-        """Raises: ConfigError if another process holds it; StorageError."""
+        """Take the lease, and renew it in a thread.
+
+        Raises: ConfigError if another process holds it; StorageError.
+        """
         self._generation = self.place.generation(LEASE)
         if self._generation is not None and not self._is_abandoned():
             raise ConfigError(is_held(self.place, self._found()))
-        if not self._write():
+        if not self._write():  # of several that waited, only one replaces this generation
             raise ConfigError(is_held(self.place, self._found()))
         self._renewing.start()
         return self
 
     def _is_abandoned(self) -> bool:
-        """Wait to see whether its holder writes it again."""
+        """Return whether the lease is free, after waiting to see whether its holder renews it."""
         until = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < until:
             time.sleep(RENEW_SECONDS / 5)
@@ -130,10 +133,11 @@ class _Lease:
             return b""
 
     def _write(self) -> bool:
-        """Write the note, with something new in it; False if another has the lease."""
+        """Write the note with something new in it; return False if another process has the lease."""
+        # new content each time: an object store's generation may be a hash of it
         note = json.dumps({**self._note, "renewed": secrets.token_hex(8)}).encode()
         taken = self.place.replace(LEASE, note, self._generation)
-        if taken is None and self._found() == note:  # it was written, and the server's word of that got lost
+        if taken is None and self._found() == note:  # it was written, but the answer was lost
             taken = self.place.generation(LEASE)
         if taken is not None:
             self._generation = taken
@@ -141,7 +145,7 @@ class _Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
-            with suppress(StorageError):  # an outage; whoever takes the lease over meanwhile is noticed afterwards
+            with suppress(StorageError):  # an outage; if another takes the lease meanwhile, the next attempt fails
                 if not self._write():
                     self.lost = True
                     return

@@ -1,4 +1,4 @@
-"""Modules without memory: their shapes and names alone."""
+"""Modules without memory: only their shapes and names."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def built_on_meta() -> Iterator[None]:
-    """Build modules on the meta device, without the draws of their weights, which would take most of the time there.
+    """Build modules on the meta device without drawing their weights, which would take most of the time there.
 
-    Only for building: a forward pass within would leave out what its own in-place functions do.
+    It is only for building: in a forward pass, the model's own in-place functions would be skipped, too.
     """
     with torch.device("meta"), _NothingDrawn():
         yield
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Leaves out what initialisation does in place; on the meta device there are no values that it could change."""
+    """A mode that skips in-place initialisation; on the meta device there are no values that it could change."""
 
     _DRAWS = frozenset(
         {Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.fill_, Tensor.zero_}

@@ -1,7 +1,7 @@
-"""Which files a command may write over: those that bear our mark, or that its user means by `--overwrite`; no source.
+"""Files that a command may overwrite: those with our mark, or any that the user allows by `--overwrite`; no source.
 
-The marks: of an index, `eupe.root` in its Parquet metadata; of embedded texts, `eupe.text` in their safetensors
-metadata; of a page, a figure or Markdown, a word near its beginning, which earlier versions did not write. Folders
+The marks: an index has `eupe.root` in its Parquet metadata; embedded texts have `eupe.text` in their safetensors
+metadata; a page, a figure or Markdown has a word near its beginning, which earlier versions did not write. Folders
 have marks of their own: `zarr.json` of a store, `config.json` of a run, `export.json`, `scenes.json`.
 """
 
@@ -13,33 +13,34 @@ from eupe.errors import ConfigError, StorageError
 from eupe.place import Place, Where
 
 MARK = '<meta name="generator" content="eupe">'
-"""Of pages."""
+"""Mark of pages."""
 MARKDOWN_MARK = "<!-- made by eupe -->"
 FIGURE_MARK = ("Software", "eupe")
-"""Of PNG, a chunk of text."""
+"""Mark of PNG figures, a text chunk."""
 HEAD_BYTES = 4096
-"""Where a mark must be."""
+"""Length of the beginning of a file, in which the mark must be."""
 
 
 def require_out(
     out: Where, is_ours: Callable[[Place], bool], *, sources: Iterable[Where] = (), overwrite: bool = False
 ) -> Place:
-    """Return the file to write, behind a link its target, once it is known that nothing of somebody else's is lost.
+    """Return the file to write, the target if it is a link, after checking that no one else's file would be lost.
 
     Args:
-        is_ours: whether a file that is there bears our mark; may raise OSError, ValueError or an EupeError if not.
-        sources: what is read to make it.
-        overwrite: the user has said that what is there may go.
+        is_ours: function that returns whether an existing file has our mark; may raise OSError, ValueError or an
+            EupeError if not.
+        sources: files and folders that are read to make it.
+        overwrite: True if the user allows an existing file to be replaced.
     Raises: ConfigError if it is a source, a folder, a device, or a file that we did not make; StorageError.
     """
     try:
         return _required(Place.of(out), out, is_ours, [*map(Place.of, sources)], overwrite)
-    except OSError as error:  # a name that is too long, a folder that may not be looked into
+    except OSError as error:  # a name that is too long, a folder without permission
         raise StorageError(f"{out} cannot be written: {error}") from error
 
 
 def _required(place: Place, out: Where, is_ours: Callable[[Place], bool], read: list[Place], overwrite: bool) -> Place:
-    """See `require_out`.
+    """Return the file as `require_out` does.
 
     Raises: OSError, too.
     """
@@ -74,11 +75,11 @@ def _bears_mark(place: Place, is_ours: Callable[[Place], bool]) -> bool:
         return is_ours(place)
     except StorageError:
         raise
-    except Exception:  # of libraries, about a file of any kind
+    except Exception:  # libraries raise anything for a file of another kind
         return False
 
 
 def begins_with_mark(place: Place) -> bool:
-    """Tell whether a page, a figure or Markdown is ours."""
+    """Return whether a page, a figure or Markdown has our mark."""
     head = place.parent.read_range(place.name, 0, HEAD_BYTES)
     return any(mark.encode() in head for mark in (MARK, MARKDOWN_MARK, "\0".join(FIGURE_MARK)))

@@ -12,31 +12,31 @@ from numpy.typing import NDArray
 
 NUM_COMPONENTS = 3
 PERCENTILES = (1.0, 99.0)
-"""Of each component's scores; drawn as 0 and 255, so that a few outlier tokens do not grey out the rest."""
+"""Percentiles of each component's scores that are drawn as 0 and 255; a few outliers then do not grey out the rest."""
 NEGLIGIBLE = 1e-10
-"""A component with less than this share of the variance is rounding noise, and drawn as mid grey."""
+"""Share of the variance below which a component is rounding noise and is drawn as mid grey."""
 
 Maps = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class Pca:
-    """A projection to three components and the shades that their scores are drawn in."""
+    """A projection to three components, and the range of scores that is drawn as shades."""
 
     mean_D: NDArray[np.float64]
     components_DC: NDArray[np.float64]
     low_C: NDArray[np.float64]
     high_C: NDArray[np.float64]
-    """Scores drawn as 0 and as 255."""
+    """Scores that are drawn as 0 (`low_C`) and as 255 (`high_C`)."""
     explained_C: NDArray[np.float64]
     """Share of the tokens' variance that each component explains (0 to 1)."""
 
     def scores(self, dense_PhwD: Maps) -> NDArray[np.float64]:
-        """Of every token on the three components: [P, h, w, 3]."""
+        """Return every token's scores on the three components: [P, h, w, 3]."""
         return (dense_PhwD - self.mean_D) @ self.components_DC
 
     def rgb(self, dense_PhwD: Maps) -> NDArray[np.uint8]:
-        """The scores as red, green and blue: [P, h, w, 3]."""
+        """Return the scores as red, green and blue: [P, h, w, 3]."""
         span_C = self.high_C - self.low_C
         flat_C = span_C == 0
         shades = np.where(flat_C, 0.5, (self.scores(dense_PhwD) - self.low_C) / np.where(flat_C, 1.0, span_C))
@@ -44,7 +44,7 @@ class Pca:
 
 
 def fit_pca(dense_PhwD: Maps) -> Pca:
-    """The three leading principal components of all tokens, and the percentiles of their scores.
+    """Fit the three leading principal components of all tokens, and the percentiles of their scores.
 
     A component's sign is such that its score of largest magnitude is positive. Components that the tokens do
     not have (fewer than three channels, fewer than four different tokens) score 0.
@@ -62,10 +62,10 @@ def fit_pca(dense_PhwD: Maps) -> Pca:
 
 
 def leading_directions(tokens_ND: NDArray[np.float64], count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The orthonormal directions along which the tokens are largest, from the smaller square product.
+    """Find the orthonormal directions along which the tokens are largest, from the smaller of the two Gram matrices.
 
     Returns: the sums of squares along them [K], largest first, and the directions [D, K]; K is `count`. Both are 0
-        where the tokens have no such direction, or a negligible share of their squares along it.
+        for a direction that the tokens do not have, or that holds a negligible share of their squares.
     """
     wide = tokens_ND.shape[1] > tokens_ND.shape[0]
     eigenvalues, vectors = np.linalg.eigh(tokens_ND @ tokens_ND.T if wide else tokens_ND.T @ tokens_ND)
@@ -80,10 +80,10 @@ def leading_directions(tokens_ND: NDArray[np.float64], count: int) -> tuple[NDAr
 
 
 def find_foreground(dense_PhwD: Maps) -> NDArray[np.bool_]:
-    """Which tokens are foreground: [P, h, w]; none where all tokens are alike.
+    """Return which tokens are foreground: [P, h, w]; none if all tokens are alike.
 
-    The first component of all tokens is cut in two at its mean. Background is the side that is commoner along the
-    pictures' borders than in the pictures; if neither is, the larger one.
+    The tokens are split at the mean of their first component. Background is the side that is more frequent along the
+    pictures' borders than in the pictures as a whole; if neither is, the larger side.
 
     Source: DINOv2 (arXiv:2304.07193), figure 1; there, the side is chosen by eye.
     """

@@ -1,8 +1,8 @@
-"""Where objects are kept: a local folder, `s3://BUCKET/PATH` or `gs://BUCKET/PATH`, through one small vocabulary.
+"""Storage paths: a local folder, `s3://BUCKET/PATH` or `gs://BUCKET/PATH`, behind one small interface.
 
 Objects are written whole and atomically: a reader sees the old bytes, the new ones, or nothing. `AWS_ENDPOINT_URL` and
-`AWS_REGION` name another S3 server; credentials are found as every AWS or Google client finds them. A server that
-fails for a moment is asked again; one that stays silent is given up within some minutes.
+`AWS_REGION` name another S3 server; credentials are found as every AWS or Google client finds them. Requests to a
+server that fails briefly are retried; a server that stays silent is given up within some minutes.
 """
 
 from __future__ import annotations
@@ -26,40 +26,41 @@ from eupe.names import bytes_of, key_of, name_of
 
 BLOCK_BYTES = 2**20
 DOCUMENT_BYTES = 16 * 2**20
+"""Upper bound on a metadata document."""
 RANGE_BYTES = 8 * 2**20
-"""Of one request, where an object is read from front to back."""
+"""Size of one request when an object is read sequentially."""
 SCHEMES = {"s3": "s3", "gs": "gcs"}
-"""Of a URL, to tensorstore's name of the driver."""
+"""Scheme of a URL to tensorstore's name of the driver."""
 
 READS_AT_ONCE = 32
-"""From an object store, where each read waits for the network."""
+"""Number of reads at once from an object store, where each waits for the network."""
 RETRIES = {"max_retries": 6, "initial_delay": "250ms", "max_delay": "4s"}
-"""Of one request: about twelve seconds, where tensorstore by itself goes on for a quarter of an hour."""
+"""Retries of one request, about twelve seconds in all; tensorstore's default is a quarter of an hour."""
 SILENCE = {
     "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "10",
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
-"""When an attempt is given up on which no byte moves; tensorstore takes it from the environment, and has no limit."""
+"""Limits for an attempt on which no byte moves; tensorstore reads them from the environment and has none by default."""
 
 _context = ts.Context()
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of objects. `str(place)` is its absolute path, or its URL; names in it are as `key_of` writes them."""
+    """A folder of objects. `str(place)` is its absolute path or its URL; names in it are written as by `key_of`."""
 
     url: str
 
     @classmethod
     def of(cls, where: str | Path | Place) -> Place:
-        """From what a user typed.
+        """Build a place from what a user typed.
 
-        Raises: ConfigError for a scheme that is not known, or a URL without a bucket.
+        Raises: ConfigError for an unknown scheme, or a URL without a bucket.
         """
         if isinstance(where, Place):
             return where
-        text = re.sub(r"^(s3|gs):/(?=[^/])", r"\1://", str(where))  # a Path has lost one of the slashes
+        text = re.sub(r"^(s3|gs):/(?=[^/])", r"\1://", str(where))  # pathlib keeps only one slash
         scheme, separator, rest = text.partition("://")
         if not separator:
             return cls(_absolute(text))
@@ -88,21 +89,21 @@ class Place:
 
     @property
     def is_utf8(self) -> bool:
-        """Whether the path can be written down; that of no object store cannot."""
+        """Return whether the path is UTF-8; that of an object store always is."""
         return not any("\udc80" <= each <= "\udcff" for each in self.url)
 
     @property
     def local(self) -> Path:
-        """The folder; only of a local place."""
+        """Return the folder; only for a local place."""
         assert self.is_local, self.url
         return Path(self.url)
 
     def path(self, name: str) -> Path:
-        """The file of that name; only of a local place."""
+        """Return the path of an object; only for a local place."""
         return self.local / name_of(name)
 
     def resolved(self) -> Place:
-        """The folder without links on the way to it; of an object store the same place."""
+        """Return the place without links on its path; a place in an object store stays as it is."""
         return Place(str(self.local.resolve())) if self.is_local else self
 
     @property
@@ -111,7 +112,10 @@ class Place:
 
     @property
     def parent(self) -> Place:
-        """Raises: ConfigError for a bucket."""
+        """Return the folder around this place.
+
+        Raises: ConfigError for a bucket.
+        """
         parent = self.url.rpartition("/")[0]
         if not self.is_local and "://" not in parent:
             raise ConfigError(f"{self} is a bucket; name something in it")
@@ -119,15 +123,18 @@ class Place:
 
     @property
     def bucket(self) -> str:
-        """Scheme and bucket of an object store's place; empty for a disk."""
+        """Return scheme and bucket of a place in an object store; empty for a local one."""
         return "" if self.is_local else "/".join(self.url.split("/")[:3])
 
     def threads(self, local: int) -> int:
-        """How many objects to read at once: `local` on a disk, more where each read waits for the network."""
+        """Return how many objects to read at once: `local` on a disk, more if each read waits for the network."""
         return local if self.is_local else max(local, READS_AT_ONCE)
 
     def spec(self) -> dict[str, Any]:
-        """Tensorstore's specification of this place as a key-value store; waiting for a server is bounded in it."""
+        """Return tensorstore's specification of this place as a key-value store, with bounded waiting for a server.
+
+        Raises: StorageError for a local path that is not UTF-8.
+        """
         if self.is_local:
             if not self.is_utf8:
                 raise StorageError(f"{self} cannot be read: its name is not UTF-8; rename it")
@@ -142,7 +149,7 @@ class Place:
         return spec | (_s3_server() if scheme == "s3" else {})
 
     def read(self, name: str) -> bytes:
-        """A whole object.
+        """Read a whole object.
 
         Raises: FileNotFoundError; StorageError if it cannot be read.
         """
@@ -155,7 +162,7 @@ class Place:
         return bytes(result.value)
 
     def read_document(self, name: str) -> bytes:
-        """A whole object that is some kilobytes long, as metadata is, whoever made it.
+        """Read a whole small object, such as metadata, from an untrusted source.
 
         Raises: FileNotFoundError; StorageError if it cannot be read, or has more than `DOCUMENT_BYTES`.
         """
@@ -165,7 +172,7 @@ class Place:
         return data
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
-        """`length` bytes of an object from `start` on; fewer where it ends before.
+        """Read `length` bytes of an object from `start` on; fewer if it ends before.
 
         Raises: FileNotFoundError; StorageError if it cannot be read.
         """
@@ -177,7 +184,7 @@ class Place:
                 raise FileNotFoundError(f"{self / name} does not exist") from error
             except OSError as error:
                 raise storage_error(error, self / name, "read") from error
-        for end in (start + length, None):  # tensorstore takes no range that goes beyond the end, but an open one
+        for end in (start + length, None):  # tensorstore refuses a range beyond the end, not an open one
             try:
                 result = self._objects.read(bytes_of(name), byte_range=slice(start, end)).result()
             except (ValueError, OSError, NotImplementedError) as error:
@@ -190,7 +197,7 @@ class Place:
         return b""
 
     def size(self, name: str) -> int:
-        """Bytes of an object; of one in an object store found by asking for single bytes, some 60 of them for a GB.
+        """Return the size of an object in bytes; in an object store by reading single bytes, about 60 for a GB.
 
         Raises: FileNotFoundError; StorageError if it cannot be read.
         """
@@ -207,7 +214,7 @@ class Place:
         return bisect_left(range(beyond), True, key=lambda place: not self.read_range(name, place, 1))
 
     def open(self, name: str) -> BinaryIO:
-        """An object as a file to read and seek in; one in an object store is read in blocks of 8 MB.
+        """Open an object as a file to read and seek in; one in an object store is read in blocks of 8 MB.
 
         Raises: FileNotFoundError; StorageError if it cannot be read, then or later.
         """
@@ -221,7 +228,7 @@ class Place:
         return io.BufferedReader(_RangedFile(self, name), RANGE_BYTES)
 
     def blocks(self, name: str) -> Iterator[bytes]:
-        """A whole object piece by piece: a local file is never in memory as a whole.
+        """Yield a whole object piece by piece; a local file is never in memory as a whole.
 
         Raises: FileNotFoundError; StorageError if it cannot be read.
         """
@@ -238,25 +245,26 @@ class Place:
             raise StorageError(f"{self / name} cannot be read: {error}") from error
 
     def exists(self, name: str) -> bool:
-        """Whether there is an object of this name; one request.
+        """Return whether there is an object of this name, by one request.
 
         Raises: StorageError.
         """
         if self.is_local:
             return self.path(name).is_file()
+        # a range of keys that holds only this one, however many names begin with it
         return bytes_of(name) in self._list(bytes_of(name), bytes_of(name) + b"\0")
 
     def write(self, name: str, data: bytes) -> None:
-        """Put an object, replacing what is there, durably.
+        """Write an object durably, replacing what is there.
 
         Raises: StorageError.
         """
         self.write_blocks(name, (data,))
 
     def write_blocks(self, name: str, blocks: Iterable[bytes]) -> None:
-        """`write`, of an object that comes in pieces; a local one is never in memory as a whole.
+        """Write an object that comes in pieces, as `write` does; a local one is never in memory as a whole.
 
-        Raises: StorageError; and what making the pieces raises. Nothing is put then.
+        Raises: StorageError, and whatever making the pieces raises; then nothing is written.
         """
         if self.is_local:
             try:
@@ -271,18 +279,18 @@ class Place:
             raise storage_error(error, self) from error
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put an object only where there is none; False if there was one.
+        """Write an object only if there is none; return False if there is one.
 
-        Of several that try at once one succeeds: on a local disk, on Google's storage, and on S3 servers that honour
-        `If-None-Match: *` (Amazon's does since 2024). On one that ignores it the last of them wins, and all are told
-        that they made the object.
+        If several writers try at once, one succeeds: on a local disk, on Google's storage, and on S3 servers that
+        honour `If-None-Match: *` (Amazon's does since 2024). On a server that ignores it the last writer wins, and each
+        gets True.
 
         Raises: StorageError.
         """
         return self.replace(name, data, None) is not None
 
     def generation(self, name: str) -> bytes | None:
-        """Return what an object store calls the present content of an object; None where there is no object.
+        """Return the storage's identifier of an object's present content; None if there is no object.
 
         Raises: StorageError.
         """
@@ -293,11 +301,12 @@ class Place:
         return bytes(found.stamp.generation) if found.state == "value" else None
 
     def replace(self, name: str, data: bytes | None, generation: bytes | None) -> bytes | None:
-        """Put an object in place of one of a generation, or of none, or remove it; return the generation that it has.
+        """Replace, create or remove an object on the condition of its generation; return its new generation.
 
         Args:
-            data: None to remove it.
-        Returns: None if the object is another by now, which stays.
+            data: new content; None to remove the object.
+            generation: generation that the object must have; None if there must be no object.
+        Returns: None if the object has another generation by now; it then stays as it is.
         Raises: StorageError.
         """
         try:
@@ -311,10 +320,11 @@ class Place:
         return bytes(stamp.generation) or None
 
     def list(self, prefix: str = "") -> list[str]:
-        """Names of all objects, at any depth, that begin with a prefix; sorted.
+        """List the names of all objects, at any depth, that begin with a prefix; sorted.
 
         Raises: StorageError.
         """
+        # the first key after all that begin with the prefix
         end = prefix.encode()[:-1] + bytes([prefix.encode()[-1] + 1]) if prefix else b""
         return sorted(key_of(os.fsdecode(key)) for key in self._list(prefix.encode(), end))
 
@@ -326,7 +336,7 @@ class Place:
         return keys
 
     def delete(self, name: str) -> None:
-        """Remove an object, if it is there.
+        """Remove an object if it exists.
 
         Raises: StorageError.
         """
@@ -347,13 +357,16 @@ class Place:
 
 
 def _absolute(path: str) -> str:
-    """Storage libraries take no `..`; what it stands for depends on links, and without it these stay as they are."""
+    """Return an absolute path without `..`, which storage libraries refuse.
+
+    A path with `..` is resolved, since what that means depends on links; any other path keeps its links.
+    """
     whole = Path(path).absolute()
     return str(whole.resolve() if ".." in whole.parts else whole)
 
 
 def _pread(descriptor: int, start: int, length: int) -> bytes:
-    """As much of a range as there is, whatever a single call gives."""
+    """Read as much of a range as there is, although a single call may return less."""
     pieces, got = [], 0
     while got < length and (piece := os.pread(descriptor, length - got, start + got)):
         pieces.append(piece)
@@ -362,7 +375,7 @@ def _pread(descriptor: int, start: int, length: int) -> bytes:
 
 
 class _RangedFile(io.RawIOBase):
-    """An object, read by ranges."""
+    """An object as a file, read by ranges."""
 
     def __init__(self, place: Place, name: str) -> None:
         self._place, self._name, self._at = place, name, 0
@@ -390,11 +403,11 @@ class _RangedFile(io.RawIOBase):
 
 
 Where = str | Path | Place
-"""As a user gives it."""
+"""Storage path as a user gives it."""
 
 
 def _s3_server() -> dict[str, Any]:
-    """Which server, and which credentials where the environment holds them."""
+    """Return the S3 server, and the source of credentials if the environment holds them, for tensorstore."""
     spec: dict[str, Any] = {}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
@@ -412,19 +425,19 @@ REFUSED = re.compile(
 )
 UNANSWERED = re.compile(r"CURL error|retry attempts failed|UNAVAILABLE|DEADLINE_EXCEEDED")
 OUTAGES = {errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENETDOWN}
-"""What the system says of a disk of another machine that is away for a while; and EIO, of writing: of reading it may be
-the one file that is bad for ever."""
+"""Error codes of a network disk that is away for a while. EIO is another when writing; when reading, it may be one file
+that is damaged for good."""
 OS_ERROR = re.compile(r"os_error_code='(\d+)'")
-"""In tensorstore's messages."""
+"""Error code in tensorstore's messages."""
 
 
 def is_outage(error: Exception) -> bool:
-    """Whether an object store did not serve a request, which says nothing of the object."""
+    """Return whether an object store did not serve a request, which says nothing about the object."""
     return any(pattern.search(str(error)) for pattern in (REFUSED, UNANSWERED, re.compile("NoSuchBucket")))
 
 
 def storage_error(error: Exception, where: Place | Path, verb: str = "written") -> StorageError:
-    """One sentence for what the storage refused to do."""
+    """Build the error, one sentence, for a request that the storage refused."""
     text = str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or "No space left" in text or "RESOURCE_EXHAUSTED" in text or "quota" in text:
@@ -442,12 +455,12 @@ def storage_error(error: Exception, where: Place | Path, verb: str = "written") 
 
 
 def without_password(url: str) -> str:
-    """Return a URL as it may be shown: without a name and a password ahead of its host."""
+    """Return a URL as it may be shown: without the name and password before its host."""
     return re.sub(r"(://)[^/@]*@", r"\1", url)
 
 
 def _server_words(text: str) -> str:
-    """Of tensorstore's message, without the details of the request."""
+    """Return the reason in tensorstore's message, without the details of the request."""
     text = without_password(text)
     said = re.sub(r"^([A-Z_]+: )+", "", re.sub(r"\s*\[[\w-]+='.*", "", text, flags=re.DOTALL))
     if "NoSuchBucket" in text:

@@ -1,4 +1,4 @@
-"""Results for people: tables of which nothing is cut off, and reports as lines of words."""
+"""Results for people: tables without anything cut off, and reports as lines of words."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from rich.text import Text
 from eupe.progress import amount
 
 NARROW, TURNED = 8, 16
-"""Characters to which words of a table may be folded, and those of one on its side; numbers never are."""
+"""Characters to which words may be folded in a table, and in a transposed table; numbers are never folded."""
 LINE = 100
-"""A dict that takes more characters has a line for each of its members."""
+"""Number of characters above which a dict gets a line for each of its members."""
 _PADDING = 2
 _NUMBER = re.compile(r"[-+−–~]?\d[\d.,:+–×-]*[%*a-zA-Z]{0,3}")
 
 
 def print_table(console: Console, table: Table) -> None:
-    """A table without a box: names are folded, numbers are not; one with too many columns is turned on its side.
+    """Print a table without a box: names are folded, numbers are not; a table with too many columns is transposed.
 
-    Without a terminal, and where a terminal is too narrow for all that, it is as wide as it needs to be.
+    It takes the width that it needs if there is no terminal, or if the terminal is too narrow even then.
     """
     for piece in _pieces(table, console.width if console.is_terminal else None):
         console.print(piece, crop=False, soft_wrap=False)
 
 
 def _pieces(table: Table, width: int | None) -> list[Table]:
-    """Tables whose columns have their widths; `width` is None for no bound."""
+    """Return tables whose columns have their widths set; `width` is None for no limit."""
     columns, rows = _texts(table), table.row_count
     if _fit(table, width, NARROW) or not rows or len(columns) <= 2:
         return [table]
@@ -45,7 +45,7 @@ def _pieces(table: Table, width: int | None) -> list[Table]:
 
 
 def _turned(table: Table, columns: Sequence[Sequence[Text]], rows: range) -> Table:
-    """A row for each of the columns but the first, a column for some of the rows."""
+    """Transpose some rows of a table: they become columns, and every column but the first becomes a row."""
     names, *measures = columns
     turned = Table(title=table.title, box=None)
     turned.add_column(names[0])
@@ -57,7 +57,7 @@ def _turned(table: Table, columns: Sequence[Sequence[Text]], rows: range) -> Tab
 
 
 def _fit(table: Table, width: int | None, narrow: int) -> bool:
-    """Give each column its width, the widest folded until all fit; whether they do."""
+    """Set each column's width, folding the widest until all fit; return whether they do."""
     columns = _texts(table)
     wide = [max(cell_len(line) for text in texts for line in text.plain.split("\n")) for texts in columns]
     least = [max(_least(text.plain, narrow) for text in texts) for texts in columns]
@@ -71,7 +71,7 @@ def _fit(table: Table, width: int | None, narrow: int) -> bool:
 
 
 def _texts(table: Table) -> list[list[Text]]:
-    """Header and cells of each column."""
+    """Return header and cells of each column."""
     return [[_text(column.header), *map(_text, column.cells)] for column in table.columns]
 
 
@@ -80,13 +80,13 @@ def _text(cell: Any) -> Text:
 
 
 def _least(text: str, narrow: int) -> int:
-    """Characters that must stay on one line."""
+    """Return the number of characters that must stay on one line."""
     words = text.split()
     return max((len(word) if _NUMBER.fullmatch(word) else min(cell_len(word), narrow) for word in words), default=0)
 
 
 def report_lines(report: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """A line for each field that holds anything, with those of nested fields indented below."""
+    """Yield a line for each field that holds anything, with those of nested fields indented below it."""
     for field, value in report.items():
         name = _name(field)
         if value is None or (isinstance(value, str | Mapping | list | tuple) and not value):
@@ -112,7 +112,7 @@ def _nested(name: str, value: Mapping[str, Any], indent: str) -> Iterator[str]:
 
 
 def _words(value: Any, field: str = "") -> str:
-    """On one line."""
+    """Return a value as words on one line."""
     if isinstance(value, Mapping):
         said = ((_name(key), _words(item, key)) for key, item in value.items())
         return ", ".join(f"{name} {words}" for name, words in said if words)
@@ -134,5 +134,5 @@ def _each(items: Iterable[Any]) -> Iterator[str]:
 
 
 def _name(field: str) -> str:
-    """Of a field in words; keys that are data, paths say, stay as they are."""
+    """Return a field's name in words; keys that are data, such as paths, stay as they are."""
     return field.removeprefix("num_").replace("_", " ") if field.isidentifier() else field

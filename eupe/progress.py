@@ -1,4 +1,4 @@
-"""The progress bar of every long verb: rate, time left, failures; and bytes and seconds in words."""
+"""The progress bar of every long verb (rate, time left, failures), and bytes and seconds in words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rich.text import Text
 
 LOG_SECONDS = 30.0
 UNITS = {"indexing": "pictures"}
-"""Of stages that count something else than their verb does."""
+"""Units of stages that count something else than their verb does."""
 
 
 class _Rate(ProgressColumn):
@@ -38,16 +38,21 @@ class _Rate(ProgressColumn):
 
 
 class Reporter(Protocol):
-    """Told where a long verb stands."""
+    """A receiver of a long verb's progress."""
 
     def update(
         self, stage: str, done: int, total: int, *, failed: int = 0, note: str = "", lines: Sequence[str] = ()
     ) -> None:
-        """`lines` tell of its parts, such as the machines that share the work; `total` is 0 for what is not counted."""
+        """Report the progress of a stage.
+
+        Args:
+            total: 0 if the stage is not counted.
+            lines: text about its parts, such as the machines that share the work.
+        """
 
 
 class Bar:
-    """On a terminal: one bar per stage."""
+    """Progress on a terminal: one bar per stage."""
 
     def __init__(self, progress: Progress, below: Text) -> None:
         self._progress = progress
@@ -69,7 +74,7 @@ class Bar:
 
 
 class Lines:
-    """In a log: a line when a stage begins or another machine joins, and one now and then."""
+    """Progress in a log: a line when a stage begins or a machine joins or leaves, else at most one per LOG_SECONDS."""
 
     def __init__(self, console: Console, unit: str) -> None:
         self._console = console
@@ -93,7 +98,7 @@ class Lines:
 
 @contextmanager
 def report_progress(console: Console, unit: str, *, quiet: bool) -> Iterator[Reporter]:
-    """A bar on a terminal, a line now and then in a log; `quiet` leaves the log alone, not the terminal."""
+    """Yield a bar on a terminal, or a reporter of occasional lines in a log; `quiet` silences only the log."""
     if not console.is_terminal:
         yield Lines(Console(quiet=True) if quiet else console, unit)
         return
@@ -113,7 +118,7 @@ def report_progress(console: Console, unit: str, *, quiet: bool) -> Iterator[Rep
 
 
 def amount(num_bytes: float) -> str:
-    """Bytes in decimal units."""
+    """Return a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if num_bytes < 1000:
             return f"{num_bytes:.4g} {unit}"
@@ -122,7 +127,7 @@ def amount(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
+    """Return a number of seconds in a suitable unit."""
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:,.3g} {unit}" if seconds < 1000 * length else f"{seconds / length:,.0f} {unit}"

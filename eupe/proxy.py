@@ -1,14 +1,15 @@
 """The proxy of the paper and smaller ViTs of its kind, as timm architectures: `vit_giant_patch16_eupe` and so on.
 
-The paper (EUPE, arXiv 2603.22387) says: a ViT-G of 1.9B parameters, patches of 16 pixels, one class token, 4 register
-tokens, rotary positions. The rest is this project's choice:
+The paper (EUPE, arXiv 2603.22387) specifies a ViT-G of 1.9B parameters, patches of 16 pixels, one class token,
+4 register tokens and rotary positions. The rest is this project's choice:
 
-- Width, depth, heads and MLP are the Perception Encoder's, the paper's largest teacher: pre-norm blocks with biases and
-  without LayerScale, a norm ahead of the blocks and one behind. A proxy may start from that trunk, block by block.
-- There is no table of positions and no attention pool; the class token behind the last norm is the summary.
-- Rotary angles are DINOv3's: coordinates from -1 to 1 over the picture whatever its size, periods from 1 to 100. They
-  turn the channel pairs that the Perception Encoder turns, along the same axes, though by other angles.
-- 256 pixels, ImageNet's mean and standard deviation, as DINOv3 and the paper's students have them.
+- Width, depth, heads and MLP are those of the Perception Encoder, the paper's largest teacher: pre-norm blocks with
+  biases and without LayerScale, a norm before the blocks and one after. A proxy may start from that trunk, block by
+  block.
+- There is no position table and no attention pool; the class token after the last norm is the summary.
+- Rotary angles are DINOv3's: coordinates from -1 to 1 over a picture of any size, periods from 1 to 100. They rotate
+  the same channel pairs as the Perception Encoder, along the same axes, but by other angles.
+- Inputs are 256 pixels, with ImageNet's mean and standard deviation, as for DINOv3 and the paper's students.
 """
 
 from __future__ import annotations
@@ -60,22 +61,22 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 
 def vit_giant_patch16_eupe(pretrained: bool = False, **options: Any) -> Any:
-    """The proxy, 1.85B parameters; blocks as in `vit_pe_core_gigantic_patch14_448`."""
+    """Create the proxy, of 1.85B parameters; blocks as in `vit_pe_core_gigantic_patch14_448`."""
     return _create("vit_giant_patch16_eupe", pretrained, options)
 
 
 def vit_large_patch16_eupe(pretrained: bool = False, **options: Any) -> Any:
-    """303M parameters; blocks as in `vit_pe_core_large_patch14_336`."""
+    """Create a ViT of 303M parameters; blocks as in `vit_pe_core_large_patch14_336`."""
     return _create("vit_large_patch16_eupe", pretrained, options)
 
 
 def vit_base_patch16_eupe(pretrained: bool = False, **options: Any) -> Any:
-    """86M parameters; blocks as in `vit_pe_core_base_patch16_224`."""
+    """Create a ViT of 86M parameters; blocks as in `vit_pe_core_base_patch16_224`."""
     return _create("vit_base_patch16_eupe", pretrained, options)
 
 
 def vit_small_patch16_eupe(pretrained: bool = False, **options: Any) -> Any:
-    """22M parameters; blocks as in `vit_pe_core_small_patch16_384`."""
+    """Create a ViT of 22M parameters; blocks as in `vit_pe_core_small_patch16_384`."""
     return _create("vit_small_patch16_eupe", pretrained, options)
 
 
@@ -85,9 +86,10 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
 
 
 def in_stock_timm(arch: str) -> tuple[str, dict[str, Any]]:
-    """An architecture as timm knows it without this package: its own name, and what it must be told beside.
+    """Return the name and the arguments with which timm, without this package, builds the same architecture.
 
-    The stock architecture is the Perception Encoder whose blocks these have; what is not JSON (its LayerNorm) is equal.
+    The stock architecture is the Perception Encoder with the same blocks. Arguments that are not JSON (its LayerNorm)
+    are left out, because they are equal there.
     """
     if arch not in FAMILY:
         return arch, {}

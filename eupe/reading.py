@@ -1,4 +1,4 @@
-"""JSON and YAML from outside, whose every fault is an OSError or a ValueError."""
+"""Parsing of JSON and YAML from outside; every fault in it raises an OSError or a ValueError."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import yaml
 
 MOST_VALUES = 100_000
-"""Of a YAML file, each counted as often as its aliases repeat it."""
+"""Upper bound on the values of a YAML file; each counts as often as aliases repeat it."""
 
 
 def read_json(path: Path) -> Any:
-    """What a file of UTF-8 holds.
+    """Read a JSON file in UTF-8.
 
-    Raises: OSError; ValueError if it is no JSON, no UTF-8, or nested too deeply to be read.
+    Raises: OSError; ValueError if it is not JSON, not UTF-8, or nested too deeply.
     """
     return parse_json(path.read_text(encoding="utf-8"))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what JSON says, in text or in UTF-8.
+    """Parse JSON, given as text or as UTF-8.
 
-    Raises: ValueError if it is no JSON, or nested too deeply to be read.
+    Raises: ValueError if it is not JSON, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -33,9 +33,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Return what YAML says.
+    """Parse YAML.
 
-    Raises: ValueError if it is no YAML, nested too deeply, or multiplied by its aliases beyond `MOST_VALUES` values.
+    Raises: ValueError if it is not YAML, nested too deeply, or has more than `MOST_VALUES` values with its aliases.
     """
     try:
         value = yaml.load(text, Loader=loader)
@@ -49,14 +49,15 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
 
 
 def _num_values(value: Any, known: dict[int, int]) -> int:
-    """Raises: RecursionError for what holds itself.
+    """Count the values in a value, aliases included.
 
     Args:
-        known: by identity, what has been counted.
+        known: counts so far, by identity of the object.
+    Raises: RecursionError for an object that holds itself.
     """
     if not isinstance(value, dict | list):
         return 1
-    if id(value) not in known:
+    if id(value) not in known:  # counted once each: nested aliases make the number of visits exponential
         inner: Iterable[Any] = [*value.keys(), *value.values()] if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_num_values(each, known) for each in inner)
     return known[id(value)]

@@ -1,4 +1,4 @@
-"""Files that colleagues can read, where a library leaves its own to their owner alone."""
+"""Permissions that let colleagues read files that a library writes for their owner alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def _umask() -> int:
 
 
 _UMASK = _umask()
-"""Asked for once, while there is one thread: there is no way to ask without changing it."""
+"""Umask, read once while there is one thread: it cannot be read without changing it."""
 
 
 def share(file: Path) -> None:
-    """Give a file the mode that this process gives new ones; safetensors writes with 0600."""
+    """Give a file the mode of this process's new files; safetensors writes with 0600."""
     file.chmod(0o666 & ~_UMASK)

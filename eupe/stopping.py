@@ -1,4 +1,4 @@
-"""Ending in good order when the system asks for it."""
+"""Orderly end of a command on a signal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_signals(*numbers: signal.Signals) -> Iterator[Callable[[], bool]]:
-    """Whether one of these signals has asked for an end, to be obeyed at the next good place; a second does not wait.
+    """Yield a function that returns whether a signal has requested a stop; a second signal raises KeyboardInterrupt.
 
-    A signal that is ignored stays so: `nohup` ignores SIGHUP, and a shell SIGINT for what it starts in the background.
-    Outside the main thread signals stay what they were, and nothing ever asks.
+    The caller stops at its next safe point. A signal that is ignored stays ignored: `nohup` ignores SIGHUP, and a shell
+    ignores SIGINT for background jobs. Outside the main thread the handlers stay as they are, and the function always
+    returns False.
     """
     asked: list[int] = []
 
@@ -22,6 +23,7 @@ def stop_signals(*numbers: signal.Signals) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
+    # Python lets only the main thread set handlers
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

@@ -1,4 +1,4 @@
-"""What goes into every encoder and what comes out of it, in torch alone: libraries of models take seconds to import.
+"""Inputs and outputs of every encoder, in torch alone: model libraries take seconds to import.
 
 Shapes: B batch, C channels, H W pixels, h w cells of the dense grid, D width of a dense token, Ds width of the summary.
 """
@@ -16,13 +16,13 @@ class Tokens:
     """Outputs of an encoder for a batch of pictures."""
 
     summary: Tensor | None
-    """[B, Ds]; None where the encoder has no summary."""
+    """[B, Ds]; None if the encoder has no summary."""
     dense: Tensor
     """[B, h, w, D], row by row from the top left."""
 
 
 def normalise(views_u8_BHWC: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return uint8 [B, H, W, C] pictures as normalised float32 [B, C, H, W], on the device that they are on."""
+    """Return uint8 [B, H, W, C] pictures as normalised float32 [B, C, H, W], on the same device."""
     assert views_u8_BHWC.dtype == torch.uint8
     device = views_u8_BHWC.device
     pixels = views_u8_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255

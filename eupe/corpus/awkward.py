@@ -1,4 +1,4 @@
-"""Pictures that decoders and pipelines get wrong, made from seeds."""
+"""Pictures of the kinds that decoders and pipelines get wrong, generated from seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eupe.corpus.decode import ORIENTATION
 
 
 def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:
-    """A smooth RGB picture with edges in it, different for every seed."""
+    """Return a smooth RGB picture with one sharp-edged rectangle, different for each seed."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     image = coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -21,7 +21,7 @@ def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:
 
 
 def awkward_pictures() -> dict[str, bytes]:
-    """Readable files of every awkward kind, by name."""
+    """Return one readable file of each awkward kind, by file name."""
     base = picture(3, width=120, height=80)
     exif = Image.Exif()
     exif[ORIENTATION] = 6
@@ -40,7 +40,7 @@ def awkward_pictures() -> dict[str, bytes]:
 
 
 def transparent_palette(image: Image.Image) -> Image.Image:
-    """A palette picture in which colour 0 is used."""
+    """Return the picture with a palette of 16 colours, with colour 0 in its top left 20 x 20 pixels."""
     palette = image.quantize(16)
     colours = palette.getpalette()
     assert colours is not None

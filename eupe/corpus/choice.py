@@ -1,4 +1,4 @@
-"""What a user says where tars or tables hold more than one thing that could be taken, and what was taken."""
+"""The user's choice of pictures and labels where tars or tables hold several candidates, and what was taken."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ LABELS = (
     *("label", "class", "labels", "class_name", "class_label", "label_name", "category", "category_name"),
     *("class_id", "label_id", "category_id", "fine_label", "coarse_label", "target"),
 )
-"""Columns of tables, and entries of a `.json`, that hold labels; the first one that is there is taken."""
+"""Names of table columns and `.json` entries that hold labels; the first one that exists is used."""
 CAPTIONS = ("caption", "text")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which pictures and labels to take; None for what is found by itself."""
+    """The pictures and labels that the user chose; None means the automatic choice."""
 
     image_key: str | None = None
-    """Of WebDataset samples: the picture's name after the first dot, `input.jpg`; `*` for each by itself."""
+    """WebDataset samples: the part of a picture's file name after the first dot, such as `input.jpg`.
+
+    It may be a shell pattern; `*` takes every picture as a sample of its own."""
     image_column: str | None = None
-    """Of tables; of a struct's child the names with a dot between them."""
+    """Column of a table; for a child of a struct, the names joined by dots."""
     label_column: str | None = None
-    """Of tables and of a folder's metadata; of tars an entry of `.json`."""
+    """Column of a table or of a folder's metadata; in tars, an entry of the `.json` files, or `cls` for the `.cls`."""
 
     def given(self) -> dict[str, str]:
-        """What was chosen, by name."""
+        """Return the options that were set, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def words(self) -> str:
-        """As on the command line; empty where nothing was chosen."""
+        """Return the choice as command-line options; empty if nothing was chosen."""
         return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in self.given().items())
 
     def told(self) -> str:
-        """After `was made`."""
+        """Return the choice as the end of the message `... was made`."""
         return f"with {self.words()}" if self.words() else "without such an option"
 
     def to_bytes(self) -> bytes:
-        """For the metadata of an index; empty where nothing was chosen."""
+        """Return the choice as JSON for the metadata of an index; empty if nothing was chosen."""
         return json.dumps(given).encode() if (given := self.given()) else b""
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Choice:
-        """The reverse of `to_bytes`.
+        """Parse the result of `to_bytes`.
 
-        Raises: ValueError, TypeError if it is something else.
+        Raises: ValueError or TypeError if the data is something else.
         """
         choice = cls(**parse_json(data)) if data else cls()
         if not all(isinstance(value, str) for value in choice.given().values()):
@@ -62,23 +64,23 @@ AS_FOUND = Choice()
 
 @dataclass(frozen=True)
 class Contents:
-    """What one tar or table holds."""
+    """The contents of one tar or table."""
 
     rows: list[Row]
-    """Of the index, one for each picture, in the order of the tar or table."""
+    """Rows of the index, one per picture, in the order of the tar or table."""
     left_out: Mapping[str, int]
-    """Members and rows that are no picture of the index, by reason."""
+    """Number of members or rows that are not in the index, by reason."""
     notes: tuple[str, ...] = field(default=())
-    """Sentences on what was taken where there was a choice."""
+    """Sentences for the user about automatic choices, and about labels or captions that were left out."""
 
 
 def label_word(value: Any) -> str | None:
-    """Return a value of JSON as a label; None for what is neither a word nor a number."""
-    if not isinstance(value, str | int | float) or value != value:  # NaN is no label
+    """Return a JSON value as a label; None if it is neither text nor a number."""
+    if not isinstance(value, str | int | float) or value != value:  # NaN is not a label
         return None
     return writable(str(value))
 
 
 def writable(text: str | None) -> str | None:
-    """Return the text with `?` for halves of surrogate pairs, which no file can hold."""
+    """Return the text with `?` in place of unpaired surrogates, which UTF-8 cannot encode."""
     return None if text is None else text.encode(errors="replace").decode()

@@ -1,4 +1,4 @@
-"""Which columns of a table hold pictures, labels and captions: found by type and name, or chosen by the user."""
+"""Columns of a table that hold pictures, labels and captions: found by type and name, or chosen by the user."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ OTHER_BINARY_COLUMNS = (
     *("image_bytes", "img_bytes", "image_data", "img_data", "picture_bytes", "jpeg_bytes", "jpg_bytes", "png_bytes"),
     *("bytes", "content", "data"),
 )
-"""Taken where there is none of the others: Spark's `content`, and what people call their own."""
+"""Names used if no struct and none of `BINARY_COLUMNS` holds pictures: Spark's `content`, and other common names."""
 PATH_COLUMNS = ("path", "file_name", "image_path")
 OTHER_PATH_COLUMNS = (
     *("image", "img", "picture", "filename", "file_path", "filepath", "file", "image_file", "image_name"),
     *("img_path", "image_filename", "image_uri", "uri"),
 )
 SPARK = {"path", "modificationTime", "length", "content"}
-"""What Spark's `binaryFile` writes: there `path` tells where a picture came from, not where it is."""
+"""Columns that Spark's `binaryFile` writes; its `path` is where a picture came from, not where it is now."""
 NAMED_COLUMNS = 12
 
 Path = tuple[str, ...]
-"""Of a column: its name, and in a struct those of the children down to it."""
+"""Path of a column: its name, or in a struct the names from the top-level column down to the child."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class PictureColumn:
 
     path: Path
     kind: Literal["struct", "binary", "text"]
-    """A struct of `bytes` and perhaps `path`, as Hugging Face has it; bytes; or paths of files."""
+    """`struct`: `bytes`, `path` or both, as Hugging Face writes them. `binary`: bytes. `text`: paths of files."""
     has_bytes: bool = True
     has_path: bool = False
     many: bool = False
-    """A list of them in each row."""
+    """True if each row holds a list of pictures."""
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class PictureColumn:
 
     @property
     def leaves(self) -> list[Path]:
-        """What has to be read: bytes before paths."""
+        """Return the columns to read, bytes before paths."""
         if self.kind != "struct" or self.many:
             return [self.path]
         return [
@@ -66,7 +66,7 @@ class LabelColumn:
     path: Path
     kind: pa.DataType
     names: tuple[str, ...] | None
-    """Of the classes that integers stand for."""
+    """Class names that integer labels index; None if the table has none."""
 
     @property
     def name(self) -> str:
@@ -75,25 +75,28 @@ class LabelColumn:
 
 @dataclass(frozen=True)
 class Columns:
-    """What is taken from a table."""
+    """The columns taken from a table."""
 
     stored: PictureColumn | None
-    """Holds the pictures themselves."""
+    """Column of the pictures' bytes."""
     files: PictureColumn | None
-    """Names their files; where both are there, the files go first if they exist."""
+    """Column of the paths of picture files; if `stored` is set as well, files that exist take precedence."""
     chosen: bool
-    """`stored` is not what is found without a choice."""
+    """True if the user chose `stored` and it is not the column that would be found automatically."""
     label: LabelColumn | None
     caption: Path | None
     notes: tuple[str, ...]
 
 
 class NoPicturesError(CorpusError):
-    """A table without any column that could hold pictures."""
+    """The error for a table without any column that could hold pictures."""
 
 
 def columns_of(schema: pa.Schema, where: Place, choice: Choice = AS_FOUND) -> Columns:
-    """Raises: CorpusError if no column holds pictures, it is not clear which, or there is none that was chosen."""
+    """Return the columns to take from a table.
+
+    Raises: CorpusError if no column holds pictures, several could, or a chosen column is missing or of the wrong type.
+    """
     candidates = list(_candidates(schema))
     if choice.image_column is None:
         stored, files = _found(candidates, schema, where)
@@ -112,9 +115,9 @@ def columns_of(schema: pa.Schema, where: Place, choice: Choice = AS_FOUND) -> Co
 
 
 def words_of(schema: pa.Schema, where: Place, choice: Choice) -> Columns:
-    """Columns of labels and captions alone.
+    """Return the columns of labels and captions, without pictures.
 
-    Raises: CorpusError if there is no such column of labels as was chosen.
+    Raises: CorpusError if the chosen column of labels is missing, or cannot hold labels.
     """
     label, notes = _label(schema, (), where, choice)
     return Columns(None, None, False, label, _caption(schema, ()), notes)
@@ -125,18 +128,18 @@ def _caption(schema: pa.Schema, above: Path) -> Path | None:
 
 
 def picture_kind(schema: pa.Schema) -> Literal["bytes", "paths"] | None:
-    """Return how a table holds pictures, if it does, whichever of its columns they are in."""
+    """Return whether a table holds pictures as bytes or as paths, in whichever column; None if it holds none."""
     try:
         stored, _ = _found(list(_candidates(schema)), schema, Place("/"))
     except NoPicturesError:
         return None
     except CorpusError:
-        return "bytes"  # in several columns
+        return "bytes"  # several columns qualify: `columns_of` will ask the user to choose
     return "paths" if stored is None else "bytes"
 
 
 def found_stored(schema: pa.Schema, where: Place) -> PictureColumn | None:
-    """The column of pictures themselves that is taken without a choice; None if there is none, or it is not clear."""
+    """Return the column of bytes that is taken automatically; None if there is none, or several qualify."""
     try:
         return _found(list(_candidates(schema)), schema, where)[0]
     except CorpusError:
@@ -144,12 +147,12 @@ def found_stored(schema: pa.Schema, where: Place) -> PictureColumn | None:
 
 
 def named_stored(schema: pa.Schema, where: Place, name: str) -> PictureColumn | None:
-    """The column of pictures themselves of this name, if there is one."""
+    """Return the column of bytes with this name; None if there is none."""
     return next((c for c in _candidates(schema) if c.name == name and c.has_bytes), None)
 
 
 def _candidates(fields: pa.Schema | pa.StructType, above: Path = ()) -> Iterator[PictureColumn]:
-    """All columns that may hold pictures, those of structs after the struct."""
+    """Yield all columns that may hold pictures, including the children of structs that do not qualify themselves."""
     for field in fields:
         path = (*above, field.name)
         kind, many = field.type, False
@@ -169,7 +172,7 @@ def _candidates(fields: pa.Schema | pa.StructType, above: Path = ()) -> Iterator
 
 
 def _is_telling(column: PictureColumn) -> bool:
-    """Whether it holds pictures by more than its type."""
+    """Return whether a column's name or layout shows that it holds pictures; a binary type is not enough."""
     names = (*BINARY_COLUMNS, *OTHER_BINARY_COLUMNS)
     return column.has_bytes and (column.kind == "struct" or column.path[-1] in names)
 
@@ -177,9 +180,9 @@ def _is_telling(column: PictureColumn) -> bool:
 def _found(
     candidates: Sequence[PictureColumn], schema: pa.Schema, where: Place
 ) -> tuple[PictureColumn | None, PictureColumn | None]:
-    """What holds the pictures, and what names their files.
+    """Return the column of the pictures' bytes and the column of their paths; one of them may be None.
 
-    Raises: CorpusError if there is neither, or it is not clear which.
+    Raises: CorpusError if there is neither, or several columns qualify equally.
     """
     top = [c for c in candidates if len(c.path) == 1]
     whole = {c.name: c for c in top if c.has_bytes and not c.many}
@@ -196,6 +199,7 @@ def _found(
     nested = [c for c in candidates if len(c.path) > 1 and not c.many and _is_telling(c)]
     many = [c for c in candidates if c.many and _is_telling(c)]
     lists = [c for c in candidates if c.many]
+    # `others` is in order of preference, so several of them are not ambiguous.
     for stored in (others[:1], list(whole.values()), many, nested, lists):
         if stored:
             return _only(stored, where), None
@@ -210,7 +214,10 @@ def _found(
 
 
 def _only(found: Sequence[PictureColumn], where: Place) -> PictureColumn:
-    """Raises: CorpusError unless there is one, or one that is called `image`."""
+    """Return the only column, or of several the one called `image`.
+
+    Raises: CorpusError if there are several and none is called `image`.
+    """
     images = [column for column in found if column.name == "image"]
     if len(found) > 1 and not images:
         names = ", ".join(column.name for column in found)
@@ -221,7 +228,10 @@ def _only(found: Sequence[PictureColumn], where: Place) -> PictureColumn:
 
 
 def _named(candidates: Sequence[PictureColumn], name: str, schema: pa.Schema, where: Place) -> PictureColumn:
-    """Raises: CorpusError if there is no such column, or it can hold no pictures."""
+    """Return the column with this name.
+
+    Raises: CorpusError if it does not exist, or cannot hold pictures.
+    """
     for column in candidates:
         if column.name == name:
             return column
@@ -234,11 +244,11 @@ def _named(candidates: Sequence[PictureColumn], name: str, schema: pa.Schema, wh
 
 
 def _label(schema: pa.Schema, above: Path, where: Place, choice: Choice) -> tuple[LabelColumn | None, tuple[str, ...]]:
-    """The column of labels, and what is to be said of it.
+    """Return the column of labels, and notes for the user about it.
 
     Args:
-        above: the struct that the pictures are in; its labels go before the table's own.
-    Raises: CorpusError if there is no such column as was chosen, or it can hold no labels.
+        above: path of the struct that holds the pictures; its labels take precedence over the table's.
+    Raises: CorpusError if the chosen column does not exist, or cannot hold labels.
     """
     if (name := choice.label_column) is not None:
         path = _split(name, schema)
@@ -275,7 +285,7 @@ def _paths(names: Sequence[str], above: Path) -> list[Path]:
 
 
 def _split(name: str, schema: pa.Schema) -> Path:
-    """A column by the name that a user gives it."""
+    """Return the path of the column that a user named; a top-level column whose name has dots takes precedence."""
     return (name,) if name in schema.names else tuple(name.split("."))
 
 
@@ -323,7 +333,7 @@ def _is_label(kind: pa.DataType) -> bool:
 
 
 def _class_names(schema: pa.Schema, path: Path) -> tuple[str, ...] | None:
-    """Of a Hugging Face ClassLabel."""
+    """Return the class names of a Hugging Face ClassLabel; None if the column is not one."""
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         for name in path:

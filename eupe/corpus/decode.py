@@ -1,4 +1,4 @@
-"""From the bytes of a picture to upright 8-bit RGB. Extraction and training both call this function, nothing else."""
+"""Decoding of a picture's bytes to upright 8-bit RGB, with one function for extraction and training."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ SUFFIXES = {
     "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx"),
     "HEIF": (".heic", ".heif", ".hif"),
 }
-"""Of files, by the decoder that a picture may reach; no interpreter (EPS, PDF) among them."""
+"""File suffixes, by decoder; no other decoder is used, and none of these runs an interpreter (EPS, PDF)."""
 
 
 FEATURES = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
-"""What Pillow must be built with; PNG's zlib for all others."""
+"""Pillow feature that a decoder needs; the others are checked for `zlib`, which PNG needs."""
 
 
 def readable_formats() -> tuple[str, ...]:
-    """Return which of these decoders there are: Pillow may be built without some, and HEIF is a plugin's."""
+    """Return the available decoders: Pillow may be built without some, and HEIF comes from a plugin."""
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     Image.init()
@@ -46,13 +46,13 @@ FORMATS = readable_formats()
 EXTENSIONS = frozenset(suffix for name in FORMATS for suffix in SUFFIXES[name])
 
 MAX_PIXELS = 178_956_970
-"""Larger pictures are refused before their pixels are decoded (0.5 GB of RGB)."""
+"""Limit of a picture's pixels (0.5 GB of RGB); larger pictures are refused before they are decoded."""
 
 BACKGROUND = (255, 255, 255)
-"""Transparent pixels are composited on white."""
+"""White, on which transparent pixels are composited."""
 
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture is to be turned."""
+"""EXIF tag that says how to turn a picture upright."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,28 +63,29 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns a stored picture upright, by its orientation."""
+"""Transposition that turns a stored picture upright, by its EXIF orientation."""
 
+# Pillow warns from half of `MAX_PIXELS` on, but pictures up to that limit are accepted.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode one picture: first frame, turned upright by its EXIF orientation, as 8-bit RGB.
+    """Decode the first frame of a picture, turned upright by its EXIF orientation, as 8-bit RGB.
 
-    The kind is told by content, not by name. HEIC is read where the package `pillow-heif` is installed. Grey is
-    repeated over the channels. 16-bit samples keep their high byte, but those of PPM files, which name their maximum,
-    are scaled by it and rounded. Alpha, a transparent colour or level, and a GIF's screen where its first frame leaves
-    it bare are composited on `BACKGROUND`. Colour profiles are ignored; CMYK is converted without one, and in a JPEG
-    taken as inverted, as Adobe writes it. Where EXIF is nonsense, or its orientation is none of 1 to 8, the picture is
-    taken as it is stored.
+    The format is detected from the content, not from the name. HEIC needs the package `pillow-heif`. Grey is repeated
+    over the channels. 16-bit samples keep their high byte, except in PPM files, which state their maximum: it scales
+    colours to 8 bits, and grey to 16 bits, of which the high byte is kept; both are rounded. Alpha, a transparent
+    colour or level, and the part of a GIF's screen that its first frame does not cover are composited on `BACKGROUND`.
+    Colour profiles are ignored; CMYK is converted without one, and in a JPEG it is taken as inverted, as Adobe writes
+    it. If EXIF is invalid, or its orientation is not 1 to 8, the picture is taken as it is stored.
 
-    Of PNGs every checksum is compared and every row must be there. The other kinds have no checksums: what ends too
-    early is refused, but damage that their decoders patch over or cannot see (in a JPEG, scan data that is wrong, or
-    missing before an end marker) goes unnoticed.
+    In a PNG every checksum is verified and every row must be present. The other formats have no checksums: a file that
+    ends too early is refused, but damage that a decoder patches over or cannot see goes unnoticed (in a JPEG, scan data
+    that is wrong, or missing before an end marker).
 
-    Raises: CorpusError with the reason, one line that is the same for the same bytes, for anything that is not a whole
-    picture of at most `MAX_PIXELS`, and where 8 bits are not defined: floating-point, signed and 32-bit samples, and
-    16-bit colours of which one is transparent.
+    Raises: CorpusError if the data is not a complete picture of at most `MAX_PIXELS`, or its 8-bit values are not
+    defined: floating-point, signed and 32-bit samples, and 16-bit colours of which one is transparent. The message is
+    one line, and the same for the same bytes.
     """
     if not data:
         raise CorpusError("the file is empty")
@@ -102,14 +103,16 @@ def decode_image(data: bytes) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise CorpusError(f"not a picture of a kind that is read ({', '.join(FORMATS)})") from error
-    except Exception as error:  # a hostile file can raise anything from a decoder
+    except Exception as error:  # decoders can raise anything on a malformed file
         raise CorpusError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _check_rows(image: Image.Image, png: Png) -> None:
-    """Pillow leaves rows that are not there at zero; only what ends in zeros is worth a second look.
+    """Check that no row of a PNG is missing.
 
-    Raises: CorpusError.
+    Pillow leaves missing rows at zero, so a picture is checked only if it is interlaced or its last row is zero.
+
+    Raises: CorpusError if rows are missing.
     """
     last_row = image.crop((0, image.height - 1, image.width, image.height))
     if png.interlaced or last_row.getbbox() is None:
@@ -117,9 +120,11 @@ def _check_rows(image: Image.Image, png: Png) -> None:
 
 
 def _mend_transparency(image: Image.Image, png: Png) -> None:
-    """Pillow spreads samples of 2 and 4 bits over 8, but not the transparent level, and narrows 16-bit colours.
+    """Scale the transparent level of a PNG as Pillow scaled its samples.
 
-    Raises: CorpusError.
+    Pillow scales samples of 2 and 4 bits to 8, but not the transparent level; 16-bit colours it reduces to 8 bits.
+
+    Raises: CorpusError for 16-bit colours of which one is transparent.
     """
     transparent = image.info.get("transparency")
     if transparent is None:
@@ -133,7 +138,7 @@ def _mend_transparency(image: Image.Image, png: Png) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # nonsense in place of EXIF says nothing of which way is up
+    except Exception:  # invalid EXIF does not say which way is up
         return image
     return image if turn is None else image.transpose(turn)
 

@@ -1,4 +1,4 @@
-"""Pictures that are files of their own: a folder walked in the order of the keys, each file hashed."""
+"""Pictures that are files of their own: the walk through a folder in key order, and the hash of each file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from eupe.names import key_of, name_of
 from eupe.place import Place
 
 MAX_PICTURE_BYTES = 2**30
-"""Of a file; decoders refuse far less, but only once it is in memory."""
+"""Size limit of a file; decoders refuse much smaller ones, but only once they are in memory."""
 
 Row = dict[str, Any]
-"""Of the index, by column; a column that is not named is null."""
+"""One row of the index, by column; absent columns are null."""
 
 Known = Mapping[str, Row]
 """Rows of an earlier index, by key."""
@@ -30,15 +30,17 @@ class Entry:
     """A file below a folder."""
 
     name: str
-    """Its path, as text that `key_of` writes."""
+    """Path below the folder, as text that `key_of` writes."""
     left_out: str | None = None
-    """Why it is none of the files to look at, if it is none."""
+    """Reason why the file is left out; None if it is not."""
 
 
 def entries(root: Place) -> Iterator[Entry]:
-    """Yield all files below a folder, sorted; links to folders are followed, but none back to a folder above it.
+    """Yield all files below a folder, sorted by path.
 
-    Raises: CorpusError if a folder cannot be read; StorageError if an object store does not serve it.
+    Links to folders are followed, except links back to a folder above them.
+
+    Raises: CorpusError if a folder cannot be read; StorageError if an object store cannot be read.
     """
     if root.is_local:
         yield from _walk(root.local, "", ())
@@ -48,7 +50,7 @@ def entries(root: Place) -> Iterator[Entry]:
 
 
 def file_names(root: Place) -> Iterator[str]:
-    """Yield the paths of the files that are to be looked at; see `entries`."""
+    """Yield the paths of the files that are not left out; see `entries`."""
     return (entry.name for entry in entries(root) if entry.left_out is None)
 
 
@@ -57,10 +59,12 @@ Identity = tuple[int, int]
 
 
 def _walk(folder: Path, prefix: str, above: tuple[Identity, ...]) -> Iterator[Entry]:
-    """One folder at a time in memory: with folders compared as `name/`, the order is that of the whole paths.
+    """Yield the files below a folder, with only the folders on the current path in memory.
+
+    Folders are sorted as `name/`, so the order is that of the whole paths.
 
     Args:
-        above: the folders on the way here, by which a link back to one of them is known.
+        above: identities of the folders on the path to this one, to detect links back to them.
     """
     try:
         above = (*above, _identity(folder.stat()))
@@ -79,12 +83,15 @@ def _walk(folder: Path, prefix: str, above: tuple[Identity, ...]) -> Iterator[En
 
 
 def _named(entry: os.DirEntry[str], above: tuple[Identity, ...]) -> tuple[str, str]:
-    """Return the name, with a slash behind it if it is a folder to look into, and why it is left out, or nothing."""
+    """Return an entry's name and the reason why it is left out, empty if it is not.
+
+    A folder whose files are listed or counted has a slash at the end of its name.
+    """
     name = key_of(entry.name)
     link = entry.is_symlink()
     try:
         folder = entry.is_dir()
-    except OSError:  # of links in a circle
+    except OSError:  # links that form a circle
         folder = False
     if reason := hidden(f"{name}/" if folder else name):
         return (f"{name}/" if folder and not link else name), reason
@@ -100,15 +107,17 @@ def _identity(about: os.stat_result) -> Identity:
 
 
 def picture_row(root: Place, known: Known, key: str) -> Row:
-    """Of a picture that is a file; without a hash if it cannot be read, for the extraction to record the reason.
+    """Return the index row of a picture that is a file.
 
-    Raises: StorageError if an object store does not serve it.
+    It has no hash if the file cannot be read or is too large; extraction records the reason.
+
+    Raises: StorageError if an object store cannot be read.
     """
     label = key.split("/", 1)[0] if "/" in key else None
     row: Row = {"key": key, "label": label}
     before = known.get(key)
     if not root.is_local:
-        if before is not None:
+        if before is not None:  # an object has no time to compare; its row is from this index's interrupted run
             return row | {name: before[name] for name in ("sha256", "num_bytes")}
         try:
             data = root.read(key)
@@ -118,11 +127,11 @@ def picture_row(root: Place, known: Known, key: str) -> Row:
     try:
         stat = root.path(key).stat()
         if not S_ISREG(stat.st_mode):
-            return row  # a pipe would be waited for, a device has no end
+            return row  # reading a pipe may block, and a device may have no end
         row |= {"num_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         if before is not None and all(before[name] == row[name] for name in ("num_bytes", "mtime_ns")):
             row["sha256"] = before["sha256"]
-        if stat.st_size <= MAX_PICTURE_BYTES:  # else it is refused, once its turn comes
+        if stat.st_size <= MAX_PICTURE_BYTES:  # a larger file is refused when it is read
             row["sha256"] = row.get("sha256") or _hash_of(root.path(key))
     except OSError:
         pass
@@ -130,15 +139,18 @@ def picture_row(root: Place, known: Known, key: str) -> Row:
 
 
 def _hash_of(file: Path) -> str:
-    """Raises: OSError."""
+    """Return a file's SHA-256, hexadecimal.
+
+    Raises: OSError if it cannot be read.
+    """
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, hashlib.sha256).hexdigest()
 
 
 def modified_ns(root: Place, name: str) -> int | None:
-    """When a file was changed; None in an object store, where no time vouches for the content.
+    """Return when a file was last changed; None in an object store, where no time guarantees the content.
 
-    Raises: CorpusError if it is gone.
+    Raises: CorpusError if the file cannot be read.
     """
     if not root.is_local:
         return None

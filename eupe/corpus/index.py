@@ -1,13 +1,13 @@
-"""Which pictures there are: a folder, tars or tables walked into an index, kept as Parquet.
+"""The index of a corpus: one row per picture of a folder, tars or tables, kept as Parquet.
 
-One row per picture: `key` (path below the root, with forward slashes), `sha256` of its bytes (null where it could not
-be read), `num_bytes`, `mtime_ns` of the file that holds it, `label` (or null; of a file, the first folder below the
-root). Of tars and tables also `file`, `start` and `length` (see `Inside`; null for a picture that is a file of its own)
-and `caption`. Rows are sorted by key, those of one tar or table lie as they do in it. The root, a path or an object
-store's URL, stands in the schema's metadata, so an index can stand in for its folder.
+Each row has `key` (path below the root, with forward slashes), `sha256` of the picture's bytes (null if they could not
+be read), `num_bytes`, `mtime_ns` of the file that holds it, and `label` (or null; for a file without metadata, the
+first folder below the root). Pictures in tars and tables also have `file`, `start` and `length` (see `Inside`; null for
+a picture that is a file of its own) and `caption`. Rows are sorted by key, but rows of one tar or table keep its order.
+The root, a path or an object store's URL, is in the schema's metadata, so an index can stand in for its folder.
 
-Objects have no time that would vouch for their content: in an object store `mtime_ns` is null, and whoever indexes it
-reads and hashes all pictures anew.
+The time of an object does not guarantee its content: in an object store `mtime_ns` is null, and indexing it again reads
+and hashes all pictures again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from eupe.reading import parse_json
 
 ROOT_KEY = b"eupe.root"
 GAPS_KEY = b"eupe.without_picture"
-"""How many `NO_PICTURE`, as indexes said before they knew of other reasons."""
+"""Count of `NO_PICTURE`, stored as in older indexes, which had no other reasons."""
 LEFT_OUT_KEY = b"eupe.left_out"
 CHOICE_KEY = b"eupe.choice"
 NOTES_KEY = b"eupe.notes"
@@ -79,44 +79,44 @@ CONTAINED = pa.schema(
         pa.field("caption", pa.string()),
     ]
 )
-"""Of pictures in tars and tables; a folder's index goes without what these columns add."""
+"""Schema for tars, tables and folders with metadata; the index of any other folder lacks the added columns."""
 
 MAX_PLACE = 2**60
-"""Bytes of a file, or rows."""
+"""Limit of lengths and positions in an index, in bytes or rows; larger values mean damage."""
 ROWS_AT_ONCE = 8192
-"""Of a folder, made and written together."""
+"""Number of rows that are made, written or hashed together."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Pictures with keys, and where their bytes are."""
+    """Pictures with their keys and the location of their bytes."""
 
     root: Place
     samples: pa.Table
     """Columns of `SCHEMA` or of `CONTAINED`, one row per picture."""
     left_out: LeftOut = field(default_factory=dict)
-    """What is none of the samples, when they were indexed."""
+    """Counts of the files, tar members and table rows that are not among the samples, by reason."""
     choice: Choice = AS_FOUND
-    """What the user chose where tars and tables hold more."""
+    """The user's choice among several pictures or labels."""
     notes: Sequence[str] = ()
-    """What was taken where there was a choice that the user did not make."""
+    """Sentences for the user about automatic choices, and about labels or captions that were left out."""
 
     def __len__(self) -> int:
         return int(self.samples.num_rows)
 
     @property
     def num_found(self) -> int:
-        """Files of a folder, members of tars and rows of tables, pictures or not."""
+        """Return the number of files, tar members or table rows found, whether or not they are pictures."""
         return len(self) + sum(self.left_out.values())
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the sorted (key, sha256) pairs: equal exactly where the pictures are equal."""
+        """Return the SHA-256 over the sorted (key, sha256) pairs; equal exactly if keys and pictures are equal."""
         return fingerprint(self.samples)
 
     @property
     def duplicates(self) -> list[list[str]]:
-        """Keys of pictures that are the same, byte for byte, group by group."""
+        """Return groups of keys whose pictures are the same, byte for byte."""
         counts = pc.value_counts(self.samples["sha256"].drop_null())
         several = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
         rows = self.samples.select(["key", "sha256"]).filter(pc.is_in(self.samples["sha256"], several))
@@ -133,13 +133,13 @@ class Corpus:
         shuffle: int | None = None,
         limit: int | None = None,
     ) -> Corpus:
-        """Some of the pictures.
+        """Return a corpus with some of the pictures.
 
         Args:
-            include, exclude: patterns as in a shell, matched against whole keys, where `*` also stands for slashes; all
-                pictures are included where no pattern says which.
-            shuffle: a seed, for an order of its own in place of the keys'.
-            limit: only the first so many, in that order.
+            include, exclude: shell patterns, matched against whole keys; `*` also matches slashes. All pictures are
+                included if `include` is empty.
+            shuffle: seed of a random order that replaces the order of the keys.
+            limit: number of pictures to keep, from the start of that order.
         Raises: CorpusError if no picture is left.
         """
         if not include and not exclude and shuffle is None:
@@ -150,6 +150,7 @@ class Corpus:
         if not picked:
             raise CorpusError(left_none(len(keys), self.root, keys[0]))
         if shuffle is not None:
+            # A hash per key: whether one picture precedes another does not depend on the rest of the corpus.
             picked.sort(key=lambda i: hashlib.blake2b(f"{shuffle}\0{keys[i]}".encode(), digest_size=16).digest())
         return self._only(self.samples.take(picked[:limit]), Counter(filter(None, reasons)))
 
@@ -159,26 +160,30 @@ class Corpus:
 
 
 def some_keys(keys: Sequence[str]) -> str:
-    """The first few of them in words, and how many more there are."""
+    """Return the first few keys as text, and how many more there are."""
     more = len(keys) - NAMED_KEYS
     return ", ".join(keys[:NAMED_KEYS]) + (f", and {more} more" if more > 0 else "")
 
 
 def fingerprint(samples: pa.Table) -> str:
-    """SHA-256 over the lines `key NUL sha256 LF` of an index, sorted by key; `unreadable` stands in for no hash."""
+    """Return the SHA-256 over the lines `key NUL sha256 LF` of an index, sorted by key.
+
+    A missing hash is replaced by `unreadable`.
+    """
     digest = hashlib.sha256()
     pairs = in_order(samples.select(["key", "sha256"]), "key")
     for start in range(0, len(pairs), ROWS_AT_ONCE):
         rows = pairs.slice(start, ROWS_AT_ONCE)
         ends = pc.binary_join_element_wise(pc.fill_null(rows["sha256"], "unreadable"), "", "\n")
         for lines in pc.binary_join_element_wise(rows["key"], ends, "\0").chunks:
+            # Hash Arrow's text buffer itself; the chunk may be a slice of it, so the text starts at its first offset.
             offsets = np.frombuffer(lines.buffers()[1], np.int32)[lines.offset : lines.offset + len(lines) + 1]
             digest.update(memoryview(lines.buffers()[2])[offsets[0] : offsets[-1]])
     return digest.hexdigest()
 
 
 Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
+"""Callback that takes the number done and the total number."""
 
 
 def open_corpus(
@@ -189,17 +194,17 @@ def open_corpus(
     progress: Progress = lambda done, of: None,
     choice: Choice = AS_FOUND,
 ) -> Corpus:
-    """A folder, tars or tables (indexed now), or an index made before.
+    """Open a corpus: index a folder, tars or tables now, or read an index made before.
 
     Args:
-        source: a path, `s3://...` or `gs://...`, perhaps with a range of files in braces.
+        source: a path, `s3://...` or `gs://...`, optionally with a range of files in braces.
         previous: an earlier index of the same pictures; local files of unchanged size and time are not read again.
-        progress: called with (pictures hashed, pictures in all); of tars and tables that is what it will be if all
-            hold as many as those that are done.
-        patterns: which pictures; a file that they leave out is not read.
-        choice: which pictures and labels to take where there are several.
-    Raises: CorpusError if there is nothing there, nothing that is a picture, or nothing that was chosen; StorageError
-        if an object store does not serve it.
+        progress: called with the numbers of pictures hashed and of all pictures; for tars and tables the latter is
+            extrapolated from those that are done.
+        patterns: the pictures to take; picture files that do not match are not read.
+        choice: the pictures and labels to take if there are several.
+    Raises: CorpusError if nothing is there, nothing is a picture, or nothing matches the choice; StorageError if an
+        object store cannot be read.
     """
     found = replace(find_source(source, patterns), choice=choice)
     if found.kind == "index":
@@ -208,9 +213,9 @@ def open_corpus(
 
 
 def chosen_index(found: Source) -> Corpus:
-    """Read an index that stands for its pictures.
+    """Read the index that a source names, and apply its patterns.
 
-    Raises: CorpusError if it was made with another choice than is asked for now.
+    Raises: CorpusError if the index cannot be read, or was made with a choice other than the one requested.
     """
     corpus = read_index(found.root / found.files[0])
     if found.choice not in (AS_FOUND, corpus.choice):
@@ -224,9 +229,9 @@ def chosen_index(found: Source) -> Corpus:
 def index_folder(
     folder: Where, *, previous: Corpus | None = None, progress: Progress = lambda done, of: None
 ) -> Corpus:
-    """`open_corpus` of what lies in a folder.
+    """Index the pictures in a folder, as `open_corpus` does.
 
-    Raises: CorpusError if there is no picture; StorageError if an object store does not serve them.
+    Raises: CorpusError if there is no picture; StorageError if an object store cannot be read.
     """
     return _gathered(find_folder(Place.of(folder).resolved()), previous, progress)
 
@@ -241,12 +246,12 @@ def _gathered(found: Source, previous: Corpus | None, progress: Progress) -> Cor
 
 
 def require_pictures(found: Source, corpus: Corpus) -> None:
-    """Raises: CorpusError if there is none, or two of one key."""
+    """Raise CorpusError if there is no picture, or a key occurs twice."""
     if not len(corpus):
         if by_patterns := sum(corpus.left_out.get(reason, 0) for reason in (BY_INCLUDE, BY_EXCLUDE)):
             raise CorpusError(left_none(by_patterns, found.root, f"{(*found.files, '')[0]}/..."))
         raise CorpusError(f"corpus {found.root} holds no picture in its {len(found.files)} {found.kind}")
-    if found.kind == "tables":
+    if found.kind == "tables":  # two of them may name the same file; all other keys are unique
         counts = pc.value_counts(corpus.samples["key"])
         twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
         if len(twice):
@@ -258,23 +263,24 @@ def require_pictures(found: Source, corpus: Corpus) -> None:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of an index's rows: those of one tar or table, or of some thousand files of a folder."""
+    """A part of an index's rows: those of one tar or table, or of some thousand files of a folder."""
 
     rows: pa.Table
     left_out: LeftOut = field(default_factory=dict)
-    """Of the tar or table; of a folder's pieces nothing, for its source says what it leaves out."""
+    """Counts of one tar or table; empty for a folder, whose `Source` has the counts."""
     notes: Sequence[str] = ()
 
 
 def index_pieces(
     found: Source, previous: Corpus | None, progress: Progress, *, interrupted: Sequence[pa.Table] = ()
 ) -> Iterator[Piece]:
-    """The index of pictures, piece by piece and in order; several files are read at once.
+    """Yield the index of pictures piece by piece, in order; several files are read at once.
 
     Args:
-        previous: an earlier index, which vouches for local files of unchanged size and time.
-        interrupted: pieces of this very index from a run that was cut off; they vouch for objects, too.
-    Raises: CorpusError; StorageError if an object store does not serve the pictures.
+        previous: an earlier index, whose hashes are reused for local files of unchanged size and time.
+        interrupted: pieces of this index from an interrupted run, whose hashes are reused for objects, too.
+    Raises: CorpusError if a folder, tar or table cannot be read, or the choice does not fit; StorageError if an object
+        store cannot be read.
     """
     require_meaning(found)
     usable = previous is not None and previous.root == found.root and found.root.is_local
@@ -291,6 +297,7 @@ def index_pieces(
                 for row in pool.map(row_of, some):
                     rows.append(row)
                     progress(done := done + 1, found.num_pictures)
+                # Taken ahead, because the notes are complete only with the last piece.
                 following = list(itertools.islice(keys, ROWS_AT_ONCE))
                 schema = CONTAINED if found.metadata else SCHEMA
                 rows = metadata.told(rows)
@@ -314,27 +321,29 @@ def _file_piece(found: Source, known: Sequence[_Known], name: str) -> Piece:
 
 
 def joined_notes(notes: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """Return each sentence once, and no more than people read."""
+    """Return each note once, and at most `NAMED_NOTES` of them."""
     return tuple(itertools.islice(dict.fromkeys(itertools.chain.from_iterable(notes)), NAMED_NOTES))
 
 
 class _Known:
-    """An earlier index, of which a few rows are asked for at a time: those between the least and the largest value."""
+    """An earlier index, sorted by one column, in which rows are looked up by some of its values."""
 
     def __init__(self, samples: pa.Table, column: str) -> None:
-        """
+        """Sort the rows by a column.
+
         Args:
-            column: by which rows are asked for.
+            column: the column whose values rows are looked up by.
         """
         self._column = column
         has = column in samples.schema.names
-        # Rows whose pictures are files of their own are in no tar or table.
+        # A picture that is a file of its own has no `file`, so it cannot be found by that column.
         self._samples = in_order(samples.filter(samples[column].is_valid()), column) if has else samples.slice(0, 0)
         self._values = self._samples[column] if has else pa.chunked_array([], pa.string())
 
     def rows(self, values: Sequence[str]) -> list[Row]:
-        """Return those that hold one of these values."""
+        """Return the rows that hold one of these values."""
         places, value_at = range(len(self._values)), lambda i: self._values[i].as_py()
+        # Only rows between the smallest and the largest value are compared, not the whole index for each piece.
         start = bisect_left(places, min(values), key=value_at)
         near = self._samples.slice(start, bisect_right(places, max(values), key=value_at) - start)
         if not len(near):
@@ -344,7 +353,7 @@ class _Known:
 
 
 def in_order(samples: pa.Table, column: str) -> pa.Table:
-    """Return rows sorted by a column; as they are where they are that already."""
+    """Return rows sorted by a column; the same table if it is sorted already."""
     values = samples[column]
     return samples if pc.all(pc.less_equal(values[:-1], values[1:])).as_py() else samples.sort_by(column)
 
@@ -366,7 +375,7 @@ def write_index(corpus: Corpus, path: Where) -> None:
 
 
 def index_metadata(corpus: Corpus) -> dict[bytes, bytes]:
-    """What an index says beside its rows."""
+    """Return the metadata that an index has besides its rows."""
     metadata = {ROOT_KEY: str(corpus.root).encode()}
     if gaps := corpus.left_out.get(NO_PICTURE):
         metadata[GAPS_KEY] = str(gaps).encode()
@@ -380,7 +389,7 @@ def index_metadata(corpus: Corpus) -> dict[bytes, bytes]:
 
 
 def index_bytes(corpus: Corpus) -> bytes:
-    """The index as Parquet."""
+    """Return the index as Parquet."""
     file = io.BytesIO()
     table = corpus.samples.replace_schema_metadata(index_metadata(corpus))
     pq.write_table(table, file, write_page_checksum=True)
@@ -388,9 +397,9 @@ def index_bytes(corpus: Corpus) -> bytes:
 
 
 def index_from_bytes(data: bytes, where: str) -> Corpus:
-    """The reverse of `index_bytes`; the pictures themselves need not be there.
+    """Read an index from the result of `index_bytes`; the pictures themselves need not exist.
 
-    Raises: CorpusError, naming `where`, if it is something else.
+    Raises: CorpusError, naming `where`, if the data is not an index or is damaged.
     """
     try:
         table = read_own_table(data)
@@ -417,7 +426,7 @@ def index_from_bytes(data: bytes, where: str) -> Corpus:
 
 
 def _require_places(samples: pa.Table) -> None:
-    """Raises: ValueError for a row without a key, or a place in a file that none can have."""
+    """Raise ValueError if a row has no key, or an impossible position in a file."""
     if samples["key"].null_count:
         raise ValueError("a picture has no key")
     for name in ("num_bytes", "start", "length"):
@@ -433,7 +442,7 @@ def _require_places(samples: pa.Table) -> None:
 
 
 def _require_below(root: Place, samples: pa.Table, where: str) -> None:
-    """Raises: CorpusError for a row that names a file outside of the root."""
+    """Raise CorpusError if a row names a file outside the root."""
     names = samples["key"]
     if "file" in samples.schema.names:
         names = pc.coalesce(samples["file"], names)
@@ -446,7 +455,7 @@ def _require_below(root: Place, samples: pa.Table, where: str) -> None:
 
 
 def index_root(path: Where) -> Place | None:
-    """Return the root that a local index names, reading no row of it; None of what is no such file."""
+    """Return the root that a local index names, without reading its rows; None if the file is not a local index."""
     place = Place.of(path)
     if not place.is_local or not place.local.is_file():
         return None
@@ -458,9 +467,9 @@ def index_root(path: Where) -> Place | None:
 
 
 def read_index(path: Where) -> Corpus:
-    """Read an index made by `write_index`.
+    """Read an index written by `write_index`.
 
-    Raises: CorpusError if the file is something else, or its folder is gone; StorageError.
+    Raises: CorpusError if the file is not an index, or its folder is gone; StorageError if it cannot be read.
     """
     place = Place.of(path)
     try:

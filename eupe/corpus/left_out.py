@@ -1,7 +1,7 @@
-"""What a corpus leaves out, and why: each file, member of a tar or row of a table is a picture, or is counted here.
+"""Counts of what a corpus leaves out: each file, tar member or table row is a picture, or is counted by reason.
 
-A reason is a phrase that a number can stand before: `broken links`. What follows `: ` in it is a kind that is counted
-on its own and told together with the others of its reason: `files of kinds that are not read: .heic`.
+A reason is a phrase that fits after a number: `broken links`. Text after `: ` is a kind, such as `.heic` in
+`files of kinds that are not read: .heic`; kinds are counted separately and reported together under their reason.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import PurePosixPath
 from eupe.names import key_of
 
 LeftOut = Mapping[str, int]
-"""How many, by reason."""
+"""Counts by reason."""
 
 NO_PICTURE = "samples without a picture"
-"""Rows of tables that hold none; what indexes of before there were reasons count, of tars as well."""
+"""Rows of tables without a picture; older indexes, which had no other reasons, count samples of tars here, too."""
 NOT_READ = "files of kinds that are not read"
 HIDDEN = "hidden files"
 METADATA = "files of metadata"
@@ -32,18 +32,18 @@ BY_INCLUDE = "left out by --include"
 BY_EXCLUDE = "left out by --exclude"
 BY_LIMIT = "left out by --limit"
 KIND = re.compile(r"\.(?=.*[a-z])[a-z0-9_~+-]{1,20}/?")
-"""A suffix, or a hidden name, that is counted on its own."""
+"""A suffix, or a hidden name, that is counted as a kind of its own."""
 HEIC = {".heic", ".heif", ".hif"}
 TOLD_KINDS = 12
-"""Of one reason; more are told together."""
+"""Number of kinds that are named for a reason; the others are added up."""
 
 
 @dataclass(frozen=True)
 class Patterns:
-    """What `--include` and `--exclude` say, as in a shell, of whole keys; `*` also stands for slashes."""
+    """The shell patterns of `--include` and `--exclude`, matched against whole keys; `*` also matches slashes."""
 
     include: Sequence[str] = ()
-    """None of them: every key."""
+    """Empty for every key."""
     exclude: Sequence[str] = ()
 
     def reason(self, key: str) -> str | None:
@@ -54,7 +54,7 @@ class Patterns:
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:
-    """Return whether one of them is for the key, written as in a key or as in the file's name."""
+    """Return whether a pattern matches the key; patterns may be written like the key or like the file's name."""
     return any(fnmatchcase(key, pattern) or fnmatchcase(key, key_of(pattern)) for pattern in patterns)
 
 
@@ -62,7 +62,7 @@ EVERYTHING = Patterns()
 
 
 def left_none(count: int, root: object, example: str) -> str:
-    """Return the sentence for patterns that leave no picture."""
+    """Return the error message for patterns that leave no picture."""
     return (
         f"--include and --exclude leave none of the {count} pictures of {root}; they are matched against paths below "
         f"it, like {example}"
@@ -70,13 +70,13 @@ def left_none(count: int, root: object, example: str) -> str:
 
 
 def not_read(name: str) -> str:
-    """Return the reason for a file that is no picture by its suffix."""
+    """Return the reason for a file whose suffix is not that of a picture."""
     suffix = PurePosixPath(name.rpartition("/")[2]).suffix.lower()
     return f"{NOT_READ}: {suffix if KIND.fullmatch(suffix) else 'other suffixes' if suffix else 'no suffix'}"
 
 
 def hidden(name: str) -> str | None:
-    """Return the reason for a file whose name, or that of a folder on the way to it, begins with a dot; else None."""
+    """Return the reason for a file if its name, or that of a folder on its path, begins with a dot; else None."""
     if "/." not in f"/{name}":
         return None
     *folders, file = name.split("/")
@@ -86,7 +86,7 @@ def hidden(name: str) -> str | None:
 
 
 def added(*counts: LeftOut) -> dict[str, int]:
-    """Return the sums by reason, in the order of the reasons."""
+    """Return the sums by reason, sorted by reason; zeros are omitted."""
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)
@@ -94,7 +94,7 @@ def added(*counts: LeftOut) -> dict[str, int]:
 
 
 def told(left_out: LeftOut) -> str:
-    """Return one line of words: how many in all, and for each reason how many, the most common kinds first."""
+    """Return one line of text: the total, then the count of each reason, with its most common kinds first."""
     groups: dict[str, Counter[str]] = {}
     for reason, count in left_out.items():
         group, _, kind = reason.partition(": ")

@@ -1,7 +1,7 @@
-"""Labels and captions of a folder's pictures from `metadata.{csv,jsonl,parquet}` beside them, as Hugging Face has it.
+"""Labels and captions of a folder's pictures from `metadata.{csv,jsonl,parquet}`, Hugging Face's image folder layout.
 
-Such a file tells of the pictures of its own folder and of those below it, by their paths in the column `file_name`. Of
-several that tell of a picture, the nearest counts, and in one file the first row of it.
+A metadata file describes the pictures in its own folder and in the folders below it, by their paths in the column
+`file_name`. If several files name a picture, the nearest one counts; within a file, the first row that names it.
 """
 
 from __future__ import annotations
@@ -36,32 +36,33 @@ NUMBER = re.compile(r"-?\d+(\.\d*)?([eE][-+]?\d+)?")
 NAMED_COLUMNS = 12
 
 Told = tuple[str | None, str | None, str | None]
-"""Of a row: the picture's path, its label and its caption."""
+"""Picture path, label and caption of one row."""
 
 
 @dataclass(frozen=True)
 class _File:
-    """What one file tells, as compactly as Arrow can."""
+    """The contents of one metadata file, kept compact in Arrow."""
 
     name: str
     folder: str
-    """Ends with a slash, unless it is the root."""
+    """The file's folder with a slash at its end; empty for the root."""
     words: pa.Table
-    """Columns key, label and caption."""
+    """Columns `key`, `label` and `caption`."""
     labelled: bool
     seen: NDArray[np.bool_]
-    """Which of its rows have been asked for."""
+    """True for each row whose picture was found so far."""
 
 
 class Metadata:
-    """All such files of a folder."""
+    """All metadata files of a folder."""
 
     def __init__(self, root: Place, names: Sequence[str], choice: Choice) -> None:
-        """Read them.
+        """Read the metadata files.
 
         Args:
-            names: of the files, below the root.
-        Raises: CorpusError if one cannot be read, or lacks the labels that were chosen; StorageError.
+            names: paths of the files, below the root.
+        Raises: CorpusError if a folder has several, one cannot be read, or the chosen column of labels is missing;
+            StorageError if the storage fails.
         """
         self._root = root
         self._choice = choice
@@ -71,6 +72,7 @@ class Metadata:
         if twice := [folder for folder, count in folders.items() if count > 1]:
             raise CorpusError(f"{root / twice[0]} holds more than one of {', '.join(FILES)}; leave one of them there")
         read = (self._read(name) for name in names)
+        # Deepest folders first, so that the nearest file comes first.
         self._files = sorted((file for file in read if file is not None), key=lambda file: -len(file.folder))
         if choice.label_column is not None and not self._files:
             raise CorpusError(
@@ -79,7 +81,7 @@ class Metadata:
             )
 
     def told(self, rows: Sequence[Row]) -> list[Row]:
-        """Return rows of pictures with what the files tell of them."""
+        """Return rows of pictures with the labels and captions from the files."""
         found = [dict(row) for row in rows]
         left = list(range(len(found)))
         for file in self._files:
@@ -87,7 +89,7 @@ class Metadata:
             keys = pa.array([found[i]["key"] for i in below], pa.string())
             places = pc.index_in(keys, value_set=file.words["key"]).to_pylist()
             for i, place in zip(below, places, strict=True):
-                if file.labelled:
+                if file.labelled:  # drop the label that came from the folder, even if the file omits the picture
                     found[i]["label"] = None
                 if place is not None:
                     file.seen[place] = True
@@ -100,7 +102,7 @@ class Metadata:
         return found
 
     def notes(self) -> tuple[str, ...]:
-        """What is to be said once all pictures have been asked for."""
+        """Return the notes for the user; they are complete once all pictures went through `told`."""
         notes = list(self._notes)
         for file in self._files:
             missing = np.flatnonzero(~file.seen)
@@ -112,7 +114,10 @@ class Metadata:
         return tuple(notes)
 
     def _read(self, name: str) -> _File | None:
-        """None of a file without a column of paths, which is said."""
+        """Read one file; return None and note it if it has no column of paths.
+
+        Raises: CorpusError if the file cannot be read; StorageError if the storage fails.
+        """
         try:
             rows = self._parquet(name) if name.endswith(".parquet") else self._text(name)
         except FileNotFoundError as error:
@@ -160,7 +165,7 @@ class Metadata:
         return columns.label is not None, told()
 
     def _text(self, name: str) -> tuple[bool, Iterator[Told]] | None:
-        """Of CSV or JSON lines, which are read twice: for the columns, and for what is in them."""
+        """Read CSV or JSON lines: in one pass the columns, in another the label values, in a last one the rows."""
         rows_of = _csv_rows if name.endswith(".csv") else self._json_rows
         columns: dict[str, None] = {}
         for row in rows_of(self._root, name):
@@ -185,7 +190,10 @@ class Metadata:
         return label is not None, told()
 
     def _label_column(self, name: str, columns: Sequence[str]) -> str | None:
-        """Raises: CorpusError if there is none of the name that was chosen."""
+        """Return the column of labels, if there is one; note it if there are several.
+
+        Raises: CorpusError if the chosen column does not exist.
+        """
         wanted = self._choice.label_column
         if wanted is not None and wanted not in columns:
             raise CorpusError(
@@ -203,7 +211,11 @@ class Metadata:
     def _label_of(
         self, name: str, label: str | None, values: Callable[[], Iterator[Any]]
     ) -> Callable[[Any], str | None]:
-        """How a value becomes a label: `1.0` is class 1 where all are whole; numbers with fractions are no classes."""
+        """Return the function that turns a value into a label.
+
+        If all values are whole numbers, `1.0` is class 1. If all are numbers and some have fractions, they are not
+        classes, and no value becomes a label.
+        """
         if label is None:
             return lambda value: None
         words = {word for value in values() if (word := _word(value))}
@@ -218,7 +230,7 @@ class Metadata:
         return _word
 
     def _json_rows(self, root: Place, name: str) -> Iterator[dict[str, Any]]:
-        """Lines that are objects; the others are counted and said once."""
+        """Yield the lines that are JSON objects; count the others and note them once."""
         broken = 0
         for line in _lines(root, name):
             try:
@@ -229,12 +241,12 @@ class Metadata:
             if isinstance(row, dict) and row:
                 yield row
         note = f"{broken} lines of {name} are no JSON objects, and are left out"
-        if broken and note not in self._notes:
+        if broken and note not in self._notes:  # each file is read more than once
             self._notes.append(note)
 
 
 def _name_column(columns: Sequence[str]) -> str | None:
-    """The column of paths: `file_name`, or the one that ends so."""
+    """Return the column of paths: `file_name`, or the only one that ends in `_file_name`."""
     if NAME_COLUMN in columns:
         return NAME_COLUMN
     ending = [column for column in columns if column.endswith(f"_{NAME_COLUMN}")]
@@ -242,28 +254,30 @@ def _name_column(columns: Sequence[str]) -> str | None:
 
 
 def _text(value: Any) -> str | None:
-    """A word; None for an empty one, or one that was not UTF-8."""
+    """Return text or a number as text; None for anything else, empty text, and text that was not UTF-8."""
     if not isinstance(value, str | int | float) or value == "":
         return None
     return None if _is_odd(value) else writable(str(value))
 
 
 def _word(value: Any) -> str | None:
-    """Of a label."""
+    """Return a value as a label; None if it cannot be one."""
     return None if label_word(value) is None else _text(value)
 
 
 def _is_odd(value: Any) -> bool:
-    """Whether text was not UTF-8."""
+    """Return whether a value is text that was not UTF-8 in the file."""
     return isinstance(value, str) and any("\udc80" <= letter <= "\udcff" for letter in value)
 
 
 def _lines(root: Place, name: str) -> Iterator[str]:
-    """Lines of text; bytes that are not UTF-8 are half surrogates in them."""
+    """Yield lines of text, with unpaired surrogates in place of bytes that are not UTF-8."""
     with root.open(name) as file:
+        # newline="": csv needs the line ends as they are in the file.
         yield from io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _csv_rows(root: Place, name: str) -> Iterator[dict[str, Any]]:
     for row in csv.DictReader(_lines(root, name)):
+        # Fields beyond the header are under the key None.
         yield {column: value for column, value in row.items() if isinstance(column, str)}

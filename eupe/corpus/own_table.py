@@ -1,7 +1,7 @@
-"""Parquet files that we wrote ourselves, and that a stranger may have changed: read within bounds of their own length.
+"""Reading of Parquet files that eupe wrote and somebody may have changed, with memory bounded by the file's length.
 
-Parquet can say in a few bytes what fills all memory: a row that is repeated, a long word under many rows. No file of
-ours does, for each of its rows has a key of its own.
+A few bytes of Parquet can expand until memory is full: a repeated row, or one long text in many rows. Our files never
+do, because each row has a key of its own.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 TIMES_LONGER = 64
-"""Than the file: all words of a column, where each row has its own."""
+"""Limit, in lengths of the file, of each column's text (repeated values count each time) and of all other columns."""
 FREE_BYTES = 256 * 2**20
-"""Of words, in the smallest file."""
+"""Bytes allowed on top of that, so that small files pass."""
 
 
 def read_own_table(data: bytes) -> pa.Table:
-    """Read a whole table, with every checksum and all text looked at.
+    """Read a whole table, verifying every checksum and all text.
 
-    Raises: ValueError (an ArrowException is one, or an OSError) if it is damaged, or says more than it is long.
+    Raises: ValueError, OSError or ArrowException if it is damaged, or expands to more than our files of its length do.
     """
     about = pq.read_metadata(pa.BufferReader(data))
-    if about.num_rows > len(data):
+    if about.num_rows > len(data):  # each row has its own key, of a byte at least
         raise ValueError(f"it says that it has {about.num_rows} rows in {len(data)} bytes")
     schema = about.schema.to_arrow_schema()
     words = [field.name for field in schema if pa.types.is_string(field.type)]
+    # As dictionaries, a repeated text is in memory once until its total length is known.
     table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True, read_dictionary=words)
     plain = table.select([name for name in table.schema.names if name not in words])
     lengths = [_num_bytes(table[name]) for name in words]
@@ -38,7 +39,7 @@ def read_own_table(data: bytes) -> pa.Table:
 
 
 def _num_bytes(column: pa.ChunkedArray) -> int:
-    """Count the bytes of a column's words as if each row had its own."""
+    """Return the bytes of a column's text, with repeated values counted each time."""
     if not pa.types.is_dictionary(column.type):
         return int(column.nbytes)
     lengths = (pc.binary_length(chunk.dictionary).take(chunk.indices) for chunk in column.chunks)

@@ -1,8 +1,9 @@
-"""Changes to a view's colours and sharpness: drawn once, stored as their parameters, the same pixels on every machine.
+"""Changes of a view's colours and sharpness: drawn once, stored as parameters, with the same pixels on every machine.
 
-Applied to the uint8 view in this order: the colour jitter's four factors in an order of their own, greyscale, blur,
-solarisation. All is arithmetic on integers, or single operations of IEEE float32 that NumPy leaves no choice in.
-Whatever needs more than a table of levels goes strip by strip, so that it stays in the processor's cache.
+They are applied to the uint8 view in this order: the four factors of the colour jitter in a random order, greyscale,
+blur, solarisation. All computation is on integers, or in single IEEE float32 operations whose results are exactly
+defined. Operations that need more than a lookup table of levels process the view in strips, which fit the processor's
+cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from PIL import Image
 PHOTOMETRIC_KERNEL = "numpy-photometric-pillow-luma"
 
 ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
-"""In lexicographic order of the factors' places; `Photometric.order` is a place in here."""
+"""Permutations of the four factors, in lexicographic order; `Photometric.order` is an index into them."""
 
 JITTER_PROBABILITY, BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.8, 0.4, 0.4, 0.2, 0.1
 GREY_PROBABILITY = 0.2
@@ -28,42 +29,42 @@ SOLARISE_PROBABILITY, SOLARISE_THRESHOLD = 0.2, 128
 NUM_DRAWN = 10
 
 ONE = 1 << 16
-"""1 in fixed point."""
+"""The value 1 in fixed point."""
 STRIP_PIXELS = 1 << 14
 BLUR_REACH = 3
-"""Standard deviations after which the Gaussian ends."""
+"""Distance at which the Gaussian is cut off, in standard deviations."""
 EXTRA_BITS = 6
-"""Of a fraction of a level, kept between the two passes of the blur."""
+"""Bits of a level's fraction that are kept between the two passes of the blur."""
 
 
 class Photometric(NamedTuple):
-    """The parameters as they are stored, float32 [8]; as they stand here, nothing is changed."""
+    """The parameters as they are stored, float32 [8]; the defaults change nothing."""
 
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
     hue: float = 0.0
-    """In turns of the colour circle, from -0.5 to 0.5."""
+    """Rotation of the hue in turns of the colour circle, from -0.5 to 0.5."""
     order: float = 0.0
-    """In which the four above are applied, 0 to 23, a place in `ORDERS`."""
+    """Index into `ORDERS`, 0 to 23: the order in which the four above are applied."""
     grey: float = 0.0
-    """1 for greyscale."""
+    """1 for greyscale, otherwise 0."""
     blur: float = 0.0
-    """Standard deviation of the Gaussian as a share of the view's side, so that every size loses the same detail."""
+    """Standard deviation of the Gaussian as a fraction of the view's side, so that every size loses the same detail."""
     solarise: float = 256.0
-    """Levels from this one on are inverted."""
+    """Levels from this one on are inverted; 256 inverts none."""
 
 
 NEUTRAL = Photometric()
 
 
 def draw_photometric(uniforms: Sequence[float]) -> Photometric:
-    """Parameters, exact in float32, from `NUM_DRAWN` numbers in [0, 1).
+    """Draw parameters, exact in float32, from `NUM_DRAWN` numbers in [0, 1).
 
-    Source: the constants published for BYOL (Grill et al. 2020, appendix B) and DINO (Caron et al. 2021, main_dino.py);
-    deviations: all K views are drawn alike, so blur has one probability, 0.5 (there 1 and 0.1 for the two global
-    crops), and each view may be solarised (there the second alone); the blur's width, 0.1 to 2 px at 224 px, scales
-    with the view; numbers come from a hash.
+    Source: the constants published for BYOL (Grill et al. 2020, appendix B) and DINO (Caron et al. 2021, main_dino.py).
+    Deviations: all K views follow one distribution, so blur has a single probability, 0.5 (in the sources 1 and 0.1 for
+    the two global crops), and any view may be solarised (in the sources only the second); the blur's width, 0.1 to 2 px
+    at 224 px, scales with the view; the numbers come from a hash.
     """
     jitter, brightness, contrast, saturation, hue, order, grey, blur, sigma, solarise = uniforms
     drawn = NEUTRAL
@@ -86,7 +87,7 @@ def draw_photometric(uniforms: Sequence[float]) -> Photometric:
 
 
 def are_possible(params: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Whether each of [..., 8] can be applied: NaN cannot."""
+    """Return which parameter sets of [..., 8] can be applied; one with NaN cannot."""
     brightness, contrast, saturation, hue, order, grey, blur, solarise = np.moveaxis(params, -1, 0)
     factors = np.stack([brightness, contrast, saturation, blur])
     possible: NDArray[np.bool_] = (
@@ -100,7 +101,7 @@ def are_possible(params: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def apply_photometric(view: NDArray[np.uint8], params: Photometric) -> NDArray[np.uint8]:
-    """The changed view, uint8 [S, S, 3]; the view itself where all parameters are neutral."""
+    """Return the changed view, uint8 [S, S, 3]; the view itself if all parameters are neutral."""
     for name in ORDERS[int(params.order)]:
         factor = getattr(params, name)
         if factor != getattr(NEUTRAL, name):
@@ -116,13 +117,13 @@ def apply_photometric(view: NDArray[np.uint8], params: Photometric) -> NDArray[n
 
 
 def _replaced(view: NDArray[np.uint8], levels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Each of 256 levels by another."""
+    """Return the view with each level replaced by its entry in a table of 256."""
     replaced: NDArray[np.uint8] = np.take(levels.astype(np.uint8), view)
     return replaced
 
 
 def _luma(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Grey levels of ITU-R 601-2, uint8 [S, S]: integers in Pillow, too."""
+    """Return ITU-R 601-2 grey levels, uint8 [S, S]; Pillow computes them in integers."""
     return np.asarray(Image.fromarray(view).convert("L"))
 
 
@@ -136,7 +137,7 @@ def _brightened(view: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
 
 
 def _contrasted(view: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
-    """About the mean grey level, a whole number as in Pillow."""
+    """Scale the contrast about the mean grey level, rounded to a whole number as in Pillow."""
     grey = _luma(view)
     mean = (2 * int(grey.sum(dtype=np.int64)) + grey.size) // (2 * grey.size)
     return _replaced(view, _blend(mean, np.arange(256), factor))
@@ -152,20 +153,20 @@ def _saturated(view: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
 
 
 def _blend(origin: Any, levels: NDArray[Any], factor: float) -> NDArray[Any]:
-    """origin + factor * (levels - origin), rounded half up and clipped to 0 to 255."""
+    """Return origin + factor * (levels - origin), rounded half up and clipped to 0 to 255."""
     fixed = round(factor * ONE)
     blended: NDArray[Any] = np.clip((levels * fixed + origin * (ONE - fixed) + ONE // 2) >> 16, 0, 255)
     return blended
 
 
 def _hue_turned(view: NDArray[np.uint8], turn: float) -> NDArray[np.uint8]:
-    """Turned about the colour circle of HSV; a pixel's largest and smallest channel keep their levels."""
+    """Rotate the hue in HSV; the largest and the smallest of a pixel's three levels stay the same."""
     turned = np.empty_like(view)
     for strip in _strips(len(view)):
         red, green, blue = (view[strip, :, channel].astype(np.float32) for channel in range(3))
         largest = np.maximum(np.maximum(red, green), blue)
         chroma = largest - np.minimum(np.minimum(red, green), blue)
-        divisor = np.maximum(chroma, 1)
+        divisor = np.maximum(chroma, 1)  # grey has chroma 0, any other colour at least 1
         sextant = np.where(largest == green, (blue - red) / divisor + 2, (red - green) / divisor + 4)
         sextant = np.where(largest == red, (green - blue) / divisor, sextant) + np.float32(6 * (turn % 1))
         sextant = np.where(sextant > 5, sextant - 6, sextant)
@@ -179,7 +180,7 @@ JITTER = {"brightness": _brightened, "contrast": _contrasted, "saturation": _sat
 
 
 def _blurred(view: NDArray[np.uint8], sigma_px: float) -> NDArray[np.uint8]:
-    """Gaussian blur; beyond an edge lies its last pixel again."""
+    """Return the view after a Gaussian blur; pixels beyond an edge repeat the pixel at the edge."""
     weights = _gaussian(sigma_px)
     if (reach := len(weights) - 1) == 0:
         return view
@@ -187,6 +188,7 @@ def _blurred(view: NDArray[np.uint8], sigma_px: float) -> NDArray[np.uint8]:
     blurred = np.empty_like(view)
     for strip in _strips(len(view)):
         down = _convolved(padded[strip.start : strip.stop + 2 * reach].astype(np.int32), weights)
+        # Levels in 1/64 times 16-bit weights stay below 2**30, so the second pass fits int32.
         down = (down + (1 << (15 - EXTRA_BITS))) >> (16 - EXTRA_BITS)
         across = _convolved(down.swapaxes(0, 1), weights).swapaxes(0, 1)
         blurred[strip] = (across + (1 << (15 + EXTRA_BITS))) >> (16 + EXTRA_BITS)
@@ -194,15 +196,15 @@ def _blurred(view: NDArray[np.uint8], sigma_px: float) -> NDArray[np.uint8]:
 
 
 def _gaussian(sigma_px: float) -> list[int]:
-    """Weights in fixed point from the centre outwards; those of both sides sum to `ONE`."""
+    """Return the weights in fixed point from the centre outwards; the whole kernel, both sides, sums to `ONE`."""
     bells = [math.exp(-0.5 * (d / sigma_px) ** 2) for d in range(math.ceil(BLUR_REACH * sigma_px) + 1)]
     total = 2 * sum(bells) - bells[0]
     outer = [weight for bell in bells[1:] if (weight := round(bell / total * ONE))]
-    return [ONE - 2 * sum(outer), *outer]
+    return [ONE - 2 * sum(outer), *outer]  # the centre absorbs the rounding, so flat areas keep their level
 
 
 def _convolved(values: NDArray[np.int32], weights: Sequence[int]) -> NDArray[np.int32]:
-    """Along the first axis, which gets shorter by the reach on both sides; times `ONE`."""
+    """Convolve along the first axis, which gets shorter by the reach at both ends; the result is scaled by `ONE`."""
     reach = len(weights) - 1
     size = len(values) - 2 * reach
     total = values[reach : reach + size] * np.int32(weights[0])

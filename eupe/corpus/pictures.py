@@ -1,4 +1,4 @@
-"""Where a picture's bytes are, and the one function that reads them."""
+"""The location of a picture's bytes, and the one function that reads them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from eupe.errors import CorpusError, OutageError, StorageError
 from eupe.place import Place, storage_error
 
 OUTSIDE = r"^/|(^|/)\.\.(/|$)"
-"""Of the name of a file: that it may lie elsewhere than below its folder."""
+"""Pattern of file names that may lead outside their folder."""
 PLACE_COLUMNS = ("file", "start", "length")
-"""Of an index: the fields of `Inside`, null for a picture that is a file of its own."""
+"""Columns of an index for the fields of `Inside`; null for a picture that is a file of its own."""
 
 
 @dataclass(frozen=True)
 class Inside:
-    """A picture's bytes inside a file that holds many."""
+    """The location of a picture's bytes in a file that holds many."""
 
     file: str
-    """A tar or a Parquet table, below the corpus's root."""
+    """Path of a tar or table, below the corpus's root."""
     start: int
-    """The first byte in a tar, the row in a table, from 0 on."""
+    """First byte in a tar, or row in a table, counted from 0."""
     length: int | None
-    """Bytes in a tar; None for a table, whose rows are found otherwise."""
+    """Number of bytes in a tar; None in a table, where the row is enough."""
 
 
 def insides(samples: pa.Table) -> list[Inside | None]:
-    """Of rows of an index; of one without these columns, all None."""
+    """Return the location for each row of an index; all None if it lacks these columns."""
     if not set(PLACE_COLUMNS) <= set(samples.schema.names):
         return [None] * len(samples)
     columns = (samples[name].to_pylist() for name in PLACE_COLUMNS)
@@ -40,12 +40,12 @@ def insides(samples: pa.Table) -> list[Inside | None]:
 
 
 def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
-    """A picture's bytes.
+    """Read a picture's bytes.
 
     Args:
-        inside: None for a picture that is a file of its own, called as its key says.
-    Raises: CorpusError if the picture cannot be read; StorageError if an object store serves nothing at all, and
-        OutageError if the disk that it should be on is away.
+        inside: None for a picture that is a file of its own, whose path is the key.
+    Raises: CorpusError if the picture cannot be read; StorageError if an object store fails; OutageError if the disk
+        with the pictures is not available.
     """
     require_below(root, key if inside is None else inside.file)
     try:
@@ -59,12 +59,12 @@ def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
             raise CorpusError(too_long(inside.length))
         data = root.read_range(inside.file, inside.start, inside.length)
     except FileNotFoundError as error:
-        _require_root(root)
+        _require_root(root)  # an unmounted disk is not the picture's fault
         raise CorpusError(str(error)) from error
     except OutageError:
         raise
     except StorageError as error:
-        if root.is_local:
+        if root.is_local:  # any other failure of a disk concerns only this file
             raise CorpusError(str(error)) from error
         raise
     if len(data) != inside.length:
@@ -75,30 +75,33 @@ def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
 
 
 def require_below(root: Place, name: str) -> None:
-    """Raises: CorpusError for a name, from an index or a list, that leads out of its folder.
+    """Raise CorpusError if a name, from an index or a list, leads out of its folder.
 
-    Links are another matter: those that lie in a folder of pictures are of whoever made it.
+    Links may lead out of it: they were put there by whoever made the folder of pictures.
     """
     if root.is_local and re.search(OUTSIDE, name):
         raise CorpusError(f"{name} does not lie below {root}; pictures and the files that hold them must lie there")
 
 
 def require_length(root: Place, key: str) -> None:
-    """Ask a local file for its length ahead of reading it.
+    """Check the length of a local file before it is read.
 
-    Raises: CorpusError if it is longer than any picture; FileNotFoundError; StorageError.
+    Raises: CorpusError if it is longer than `MAX_PICTURE_BYTES`; FileNotFoundError; StorageError.
     """
     if root.is_local and (length := root.size(key)) > MAX_PICTURE_BYTES:
         raise CorpusError(too_long(length))
 
 
 def too_long(length: int) -> str:
-    """Say why a picture of this many bytes is not read."""
+    """Return the reason why a picture of this many bytes is not read."""
     return f"{length} bytes are more than a picture has (at most {MAX_PICTURE_BYTES})"
 
 
 def _require_file(root: Place, key: str) -> None:
-    """Raises: CorpusError; OutageError."""
+    """Check that a local path, if it exists, is a file.
+
+    Raises: CorpusError if it is not; StorageError if it cannot be examined, OutageError if its disk is not available.
+    """
     if not root.is_local:
         return
     path = root.path(key)
@@ -110,9 +113,9 @@ def _require_file(root: Place, key: str) -> None:
 
 
 def _require_root(root: Place) -> None:
-    """A picture may be gone; where all are, their disk is.
+    """Raise OutageError if a local root is missing or empty.
 
-    Raises: OutageError.
+    A single picture may have been removed, but if all are missing, their disk probably is.
     """
     if root.is_local and not (root.local.is_dir() and any(root.local.iterdir())):
         raise OutageError(f"{root} is gone from {socket.gethostname()}, or empty; mount it again")

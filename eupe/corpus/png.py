@@ -1,4 +1,4 @@
-"""What Pillow lets pass in a PNG: wrong checksums, a missing end or palette, pixels of which some are not there."""
+"""Checks of PNG files that Pillow omits: wrong checksums, a missing end or palette, missing pixels."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE = 0, 2, 3
 """Colour types."""
 SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, 4: 2, 6: 4}
-"""Of a pixel, by colour type."""
+"""Samples per pixel, by colour type."""
 PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""First column and row, and the steps to the next ones, of each of Adam7's passes."""
+"""First column, first row, column step and row step of each Adam7 pass."""
 INFLATED_AT_ONCE = 2**20
 UNSEEN = (b"iCCP", b"tEXt", b"zTXt", b"iTXt")
-"""Chunks of which Pillow refuses a whole picture if they are large, or inflate to much."""
+"""Chunks for which Pillow refuses the whole picture if they are large or inflate to much data."""
 ORIENTED = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
-"""Words in which EXIF's orientation may stand."""
+"""Beginnings of text chunks that may hold the EXIF orientation."""
 MAX_WORDS = 2**20
 
 
 @dataclass(frozen=True)
 class Png:
-    """A file whose chunks are whole."""
+    """A PNG file whose chunks are complete."""
 
     width: int
     height: int
     depth: int
-    """Bits of one sample."""
+    """Bits per sample."""
     colour: int
     interlaced: bool
     pixels: Sequence[memoryview]
-    """The compressed stream, as it lies in the file."""
+    """The compressed stream, in the pieces in which the file holds it."""
     picture: bytes
-    """The file without profiles and words, which say nothing of pixels; but with what may say which way is up."""
+    """The file without profiles and texts, which do not affect pixels, except texts that may hold the orientation."""
 
     def require_all_rows(self) -> None:
-        """Raises: CorpusError if the stream ends before the last row."""
+        """Raise CorpusError if the stream ends before the last row."""
         missing = self._filtered_bytes()
         inflate = zlib.decompressobj()
         for piece in self.pixels:
             data: bytes | memoryview = piece
+            # Bounded steps: only the length is needed, and all rows together may be large.
             while missing > 0 and (rows := inflate.decompress(data, min(missing, INFLATED_AT_ONCE))):
                 missing -= len(rows)
                 data = inflate.unconsumed_tail
@@ -51,7 +52,7 @@ class Png:
             raise CorpusError("the PNG is truncated: its pixels end before the last row")
 
     def _filtered_bytes(self) -> int:
-        """Of all rows, each with its filter's byte before it."""
+        """Return the number of bytes of all rows, each with its filter byte."""
         bits = self.depth * SAMPLES[self.colour]
         total = 0
         for x0, y0, dx, dy in PASSES if self.interlaced else ((0, 0, 1, 1),):
@@ -62,9 +63,9 @@ class Png:
 
 
 def read_png(data: bytes) -> Png:
-    """Walk through the chunks, decoding nothing.
+    """Read the chunks of a PNG without decoding them.
 
-    Raises: CorpusError if a checksum is wrong, or a chunk that must be there is not.
+    Raises: CorpusError if a checksum is wrong, or a required chunk is missing.
     """
     view, at, chunks = memoryview(data), len(SIGNATURE), []
     kept: list[bytes | memoryview] = [SIGNATURE]
@@ -86,7 +87,7 @@ def read_png(data: bytes) -> Png:
 
 
 def _may_turn(name: bytes, body: bytes) -> bool:
-    """Return whether a chunk may hold an orientation as Pillow finds it, and is not larger than Pillow takes it."""
+    """Return whether a chunk may hold an orientation that Pillow reads, and is not too large for Pillow."""
     if not body.startswith(ORIENTED):
         return False
     words = body.partition(b"\0")[2]

@@ -1,4 +1,4 @@
-"""An index made piece by piece: what a killed run has hashed is there for the next, and memory holds a few pieces."""
+"""An index made piece by piece: the next run reuses the hashes of a killed one, and memory holds only a few pieces."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from eupe.outputs import require_out
 from eupe.place import Place, Where
 
 UNFINISHED = ".unfinished"
-"""How the folder of pieces is called after the index, beside it."""
+"""Suffix of the folder of pieces, which is beside the index and named after it."""
 PIECE = re.compile(r"\d{6}\.parquet")
 """Names of pieces; nothing else in their folder is read or removed."""
 ROWS_PER_GROUP = 65536
@@ -48,13 +48,13 @@ def make_index(
     choice: Choice = AS_FOUND,
     overwrite: bool = False,
 ) -> Corpus:
-    """Index pictures into a file, on from an earlier index there and from a run that was cut off.
+    """Index pictures into a file, reusing an earlier index there and the pieces of an interrupted run.
 
     Args:
-        source, patterns, choice: as `open_corpus` takes them.
-        overwrite: what is there goes, whoever made it.
-    Raises: CorpusError if there is no picture, or the place cannot be written; ConfigError if something lies there that
-        is no index, or is what is to be read; StorageError.
+        source, patterns, choice: as in `open_corpus`.
+        overwrite: whether to replace a file there that is not an index.
+    Raises: CorpusError if there is no picture, or the place cannot be written; ConfigError if the file there is not an
+        index, or is one of the sources; StorageError if an object store cannot be read or written.
     """
     found = replace(find_source(source, patterns), choice=choice)
     sources = [source, *(found.root / name for name in found.files)]
@@ -67,6 +67,7 @@ def make_index(
     with contextlib.suppress(CorpusError):
         previous = read_index(place)
     unfinished = place.parent / f"{place.name}{UNFINISHED}"
+    # All of them are read now, because new pieces take the same names.
     interrupted = [piece.samples for piece in _left_over(unfinished) if piece.root == found.root]
     made = Corpus(found.root, pa.table({}), found.left_out, choice)
     num_pieces = 0
@@ -83,11 +84,12 @@ def make_index(
         if place.is_local and found.root.is_local:
             raise CorpusError(f"the index {out} cannot be written: {error}") from error
         raise
+    # Only now: until the index is written, a killed run resumes from its pieces.
     for name in filter(PIECE.fullmatch, unfinished.list()):
         unfinished.delete(name)
     if unfinished.is_local:
         remove_unfinished(unfinished.local)
-        with contextlib.suppress(OSError):  # something else lies there
+        with contextlib.suppress(OSError):  # other files are in the folder
             unfinished.local.rmdir()
     return index_from_bytes(place.parent.read(place.name), str(out))
 
@@ -110,7 +112,7 @@ def _left_over(unfinished: Place) -> Iterator[Corpus]:
 
 
 def _joined(unfinished: Place, count: int, made: Corpus) -> Iterator[bytes]:
-    """The index of all pieces, as it is written."""
+    """Yield the index of all pieces as blocks of Parquet."""
     sink = _Sink()
     writer: pq.ParquetWriter | None = None
     rows: list[pa.Table] = []
@@ -131,7 +133,7 @@ def _joined(unfinished: Place, count: int, made: Corpus) -> Iterator[bytes]:
 
 
 class _Sink:
-    """A file to write to, of which what was written is taken away."""
+    """A writable file whose written bytes are taken out between writes."""
 
     closed = False
 

@@ -1,4 +1,4 @@
-"""What `--corpus` may name: a folder of pictures, WebDataset tars, Parquet tables, or an index made before."""
+"""Sources that `--corpus` may name: a folder of pictures, tars, Parquet or Arrow tables, or an existing index."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ GZIPPED = (".tar.gz", ".tgz")
 TABLE = ".parquet"
 TABLES = (TABLE, ARROW)
 SAVED_STATE = "state.json"
-"""In each folder that Hugging Face's `save_to_disk` makes; tells which Arrow files are the data set."""
+"""File in each folder that Hugging Face's `save_to_disk` writes; it lists the Arrow files of the data set."""
 MADE_OF_IT = re.compile(r"(.*/)?(cache|tmp)-?[^/]*\.arrow", re.IGNORECASE)
-"""Arrow files that `datasets` keeps of what was computed from a data set."""
+"""Arrow files in which `datasets` caches results computed from a data set."""
 METADATA_NAME = re.compile(r"(.*/)?metadata\.(csv|jsonl|parquet)")
-"""Beside pictures, as Hugging Face's image folders have it."""
+"""Metadata files beside pictures, as in Hugging Face's image folders."""
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -55,35 +55,35 @@ NAMED: Mapping[Kind, str] = {"pictures": "pictures as files", "tars": "tars", "t
 
 @dataclass(frozen=True)
 class Source:
-    """Where pictures are, before any is read."""
+    """The location of pictures, before any is read."""
 
     kind: Kind
     root: Place
-    """The folder that keys begin at; of an index, where it lies."""
+    """Folder that keys are relative to; the folder of the file for an index."""
     files: Sequence[str] = ()
-    """Tars, tables or the index, below the root; in the order of their pictures' keys."""
+    """Paths of the tars, tables or index below the root, in the order of their pictures' keys."""
     num_pictures: int = 0
-    """Files that are pictures; of a folder of them."""
+    """Number of pictures to take from a folder of picture files."""
     left_out: LeftOut = field(default_factory=dict)
-    """Files below the root that are neither pictures nor among `files`."""
+    """Counts of the files below the root that are neither pictures nor in `files`, by reason."""
     patterns: Patterns = EVERYTHING
-    """Which of the pictures are taken."""
+    """Patterns of the pictures to take."""
     metadata: Sequence[str] = ()
-    """Of a folder of pictures: its files `METADATA_NAME`, below the root."""
+    """Paths of a picture folder's metadata files (`METADATA_NAME`), below the root."""
     choice: Choice = AS_FOUND
-    """What to take where there are several pictures or labels."""
+    """The user's choice among several pictures or labels."""
 
     def picture_keys(self) -> Iterator[str]:
-        """Of a folder of pictures: their paths, sorted.
+        """Return the sorted paths of the pictures in a folder of pictures.
 
-        Raises: CorpusError; StorageError.
+        Raises (while iterating): CorpusError or StorageError if the folder cannot be read.
         """
         names = (entry.name for entry in entries(self.root) if _is_picture(entry))
         return (name for name in names if self.patterns.reason(name) is None)
 
 
 def _is_picture(entry: Entry) -> bool:
-    """Return whether a file is one by its name; a link to nothing is a picture that cannot be read."""
+    """Return whether a file is a picture by its name; a broken link counts as a picture that cannot be read."""
     return entry.left_out in (None, BROKEN_LINKS) and _kind_of(entry.name) == "pictures"
 
 
@@ -97,12 +97,11 @@ def _kind_of(name: str) -> Literal["pictures", "tars", "tables"] | None:
 
 
 def find_source(words: Where, patterns: Patterns = EVERYTHING) -> Source:
-    """What there is under a path or URL, by its name; nothing is read but the list of files.
+    """Return the source that a path or URL names; files are listed and tables' schemas read, but no pictures.
 
     Args:
-        patterns: which of the pictures to take; an index is as it is.
-    Raises: CorpusError if there is nothing there, or nothing that is a picture; StorageError if an object store does
-        not serve it.
+        patterns: the pictures to take; they are not applied to the rows of an index here.
+    Raises: CorpusError if nothing is there, or nothing is a picture; StorageError if an object store cannot be read.
     """
     place = Place.of(words)
     if BRACES.search(place.url) and not (place.is_local and place.local.exists()):
@@ -125,7 +124,7 @@ def find_source(words: Where, patterns: Patterns = EVERYTHING) -> Source:
 
 
 def require_meaning(found: Source) -> None:
-    """Raises: CorpusError for a choice that such a corpus does not have."""
+    """Raise CorpusError for a choice that has no meaning for this kind of corpus."""
     idle = {
         "--image-key": (found.choice.image_key, "tars", "tars whose samples hold several pictures"),
         "--image-column": (found.choice.image_column, "tables", "tables"),
@@ -138,9 +137,9 @@ def require_meaning(found: Source) -> None:
 
 
 def corpus_root(words: Where) -> Place:
-    """The folder that the keys of a corpus begin at, whether or not it is there.
+    """Return the folder that the keys of a corpus are relative to, whether or not it exists.
 
-    Raises: ConfigError for a URL of another kind.
+    Raises: ConfigError for a URL of an unsupported kind.
     """
     place = Place.of(words)
     if BRACES.search(place.url) and not (place.is_local and place.local.exists()):
@@ -153,12 +152,13 @@ def _is_folder(place: Place) -> bool:
 
 
 def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
-    """Return what a folder holds, with all that is not taken counted.
+    """Return the source in a folder, with counts of everything that is left out.
 
-    Of pictures, tars and tables it takes one kind. Tables beside pictures are not looked into; tables beside tars may
-    be there if they hold no pictures, as img2dataset writes them.
+    One kind is taken: pictures, tars or tables. Tables beside pictures are not opened. Tables beside tars are allowed
+    if they hold no pictures, as img2dataset writes them.
 
-    Raises: CorpusError if it holds no picture, or pictures in more than one way; StorageError.
+    Raises: CorpusError if the folder holds no picture, or pictures of more than one kind; StorageError if it cannot be
+        read.
     """
     _require_utf8(root)
     files: dict[str, list[str]] = {"pictures": [], "tars": [], "tables": []}
@@ -208,15 +208,17 @@ def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
         raise CorpusError(
             f"corpus {root} holds no picture{missed}; looked for {', '.join(sorted(EXTENSIONS))} below it"
         )
+    # Tables without a known column come last: `--image-column` may name one of theirs.
     names = files["tars"] or taken or unclear
     left_out.update(reason for name, reason in tables.items() if reason is not None and name not in names)
     return replace(_of_files(root, names), left_out=left_out, patterns=patterns)
 
 
 def _saved(root: Place, states: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the tables that are data sets: in a folder that `save_to_disk` made, those that it lists.
+    """Return the tables that are data sets: in a folder that `save_to_disk` wrote, those that it lists.
 
-    Raises: CorpusError for a list that cannot be read, or of what is not there; StorageError.
+    Raises: CorpusError if such a list cannot be read or names missing files, or if there is Arrow beside Parquet;
+        StorageError if the storage fails.
     """
     arrows = [name for name in names if _is_arrow(name)]
     if arrows and len(arrows) < len(names):
@@ -256,11 +258,11 @@ def _is_arrow(name: str) -> bool:
 
 
 def _table_reason(root: Place, name: str, *, beside_tars: bool) -> str | None:
-    """Return why a table is not taken; None where it is one of pictures.
+    """Return why a table is not taken; None if it holds pictures.
 
     Args:
-        beside_tars: the pictures are in tars, so that paths in a table, or one that is damaged, are no matter.
-    Raises: CorpusError; StorageError.
+        beside_tars: whether the pictures are in tars, so that damaged tables and tables of paths are only counted.
+    Raises: CorpusError if the table cannot be read and is not beside tars; StorageError if the storage fails.
     """
     try:
         kind = table_kind(root, name)
@@ -283,7 +285,10 @@ def _require_utf8(root: Place) -> None:
 
 
 def _of_files(root: Place, names: Sequence[str]) -> Source:
-    """Raises: CorpusError for a gzipped tar, or files of more than one kind."""
+    """Return the source made of these files.
+
+    Raises: CorpusError for a gzipped tar, or files of more than one kind; StorageError if the storage fails.
+    """
     for name in names:
         if _is_gzipped(name):
             raise CorpusError(
@@ -296,11 +301,12 @@ def _of_files(root: Place, names: Sequence[str]) -> Source:
         raise CorpusError(f"corpus {root} / {', '.join(names[:3])}: give either tars (.tar) or tables (.parquet)")
     root = root.resolved()
     _require_utf8(root)
+    # Sorted as `NAME/`, because that is how the pictures' keys begin.
     return Source("tars" if kinds == {"tars"} else "tables", root, sorted(names, key=lambda name: f"{name}/"))
 
 
 def _index_or_missing(root: Place, name: str) -> bool:
-    """What is not there is reported as an index would be."""
+    """Return whether a table is an index; a missing file counts as one, so that reading it reports it as missing."""
     try:
         return is_index(root, name)
     except FileNotFoundError:
@@ -308,7 +314,7 @@ def _index_or_missing(root: Place, name: str) -> bool:
 
 
 def _split(place: Place) -> tuple[Place, str]:
-    """The folder before the first brace, and the pattern below it."""
+    """Return the folder before the first brace, and the pattern below it."""
     before = place.url[: place.url.index("{")].rpartition("/")[0]
     return Place.of(before or "/"), place.url[len(before) + 1 :]
 
@@ -318,6 +324,7 @@ def _of_pattern(place: Place) -> Source:
     names = [key_of(name) for name in expand(pattern)]
     if len(set(names)) < len(names):
         raise CorpusError(f"corpus {place} names the same file twice")
+    # In a bucket, one listing is cheaper than a request for each file.
     there = None if root.is_local else set(root.list())
     missing = [name for name in names if not (root.exists(name) if there is None else name in there)]
     if missing:
@@ -328,7 +335,7 @@ def _of_pattern(place: Place) -> Source:
 
 
 def expand(pattern: str) -> Iterator[str]:
-    """`{000..099}` and `{a,b}` as in a shell, each brace multiplied with the others."""
+    """Return all names that `{000..099}` and `{a,b}` stand for, as in a shell, in all combinations of the braces."""
     words = BRACES.split(pattern)
     choices = [_choices(word) if i % 2 else [word] for i, word in enumerate(words)]
     return ("".join(chosen) for chosen in itertools.product(*choices))

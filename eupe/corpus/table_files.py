@@ -1,4 +1,4 @@
-"""Tables as they lie in files: Parquet, and Arrow as Hugging Face's `save_to_disk` leaves it, read alike."""
+"""Table files with one interface: Parquet, and Arrow as Hugging Face's `save_to_disk` writes it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ FILE_MAGIC = b"ARROW1"
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 SLICE_BYTES = 8 * 2**20
-"""Decoded at once, about."""
+"""Approximate number of bytes decoded at once."""
 SLICE_ROWS = 1024
 REPEATED_BYTES = 256 * 2**20
-"""Decoded at once at most, where one value may stand in every row: Parquet writes such a value once."""
+"""Limit of bytes decoded at once if one value may be in every row: Parquet stores such a value only once."""
 
 
 class ParquetTable:
-    """A Parquet file; its groups are Parquet's row groups."""
+    """A Parquet file, whose groups are Parquet's row groups."""
 
     def __init__(self, root: Place, name: str) -> None:
-        """Raises: FileNotFoundError; CorpusError; StorageError."""
+        """Open the file.
+
+        Raises: FileNotFoundError; CorpusError if it cannot be read as Parquet; StorageError if the storage fails.
+        """
         file = root.open(name)
         try:
             about = pq.read_metadata(file)
@@ -36,6 +39,7 @@ class ParquetTable:
                 file,
                 metadata=about,
                 read_dictionary=_in_lists(about),
+                # Without these two, whole column chunks of a row group would be in memory.
                 pre_buffer=False,
                 buffer_size=2**20,
                 page_checksum_verification=True,
@@ -46,14 +50,14 @@ class ParquetTable:
             raise CorpusError(f"{root / name} cannot be read as Parquet: {error}") from error
         groups = range(self._file.metadata.num_row_groups)
         self.ends = list(accumulate(self._file.metadata.row_group(group).num_rows for group in groups))
-        """Of the groups, counted in rows."""
+        """Row after the last one of each group, counted over the whole file."""
 
     @property
     def schema(self) -> pa.Schema:
         return self._file.schema_arrow
 
     def batches(self, group: int, columns: Sequence[Path]) -> Iterator[pa.RecordBatch]:
-        """Some columns of a group, in slices of some megabytes."""
+        """Yield some columns of a group, in slices of some megabytes."""
         about = self._file.metadata.row_group(group)
         names = [".".join(path) for path in columns]
         rows = min(_slice_rows(about.num_rows, about.total_byte_size), _rows_of_repeated(about, names))
@@ -61,10 +65,14 @@ class ParquetTable:
 
 
 class ArrowTable:
-    """An Arrow file or stream on a disk, mapped into memory; its groups are Arrow's record batches."""
+    """A local Arrow file or stream, mapped into memory, whose groups are Arrow's record batches."""
 
     def __init__(self, root: Place, name: str) -> None:
-        """Raises: FileNotFoundError; CorpusError; StorageError."""
+        """Open the file.
+
+        Raises: FileNotFoundError; CorpusError if it is not local, truncated or not Arrow; StorageError if the storage
+            fails.
+        """
         where = root / name
         if not root.is_local:
             raise CorpusError(
@@ -86,6 +94,7 @@ class ArrowTable:
                 self._batches = list(reader)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise CorpusError(f"{where} cannot be read as Arrow: {error}; make or fetch it again") from error
+        # pyarrow takes a stream that is cut between two batches for a whole one.
         if magic != FILE_MAGIC and end != STREAM_END:
             rows = sum(map(len, self._batches))
             raise CorpusError(
@@ -95,14 +104,14 @@ class ArrowTable:
         self.ends = list(accumulate(map(len, self._batches)))
 
     def batches(self, group: int, columns: Sequence[Path]) -> Iterator[pa.RecordBatch]:
-        """Some columns of a group, in slices of some megabytes."""
+        """Yield some columns of a group, in slices of some megabytes."""
         batch = self._batches[group].select(list(dict.fromkeys(path[0] for path in columns)))
         rows = _slice_rows(len(batch), batch.nbytes)
         for start in range(0, len(batch), rows):
             yield batch.slice(start, rows)
 
     def row(self, row: int) -> pa.RecordBatch:
-        """One row by itself, for the others cost nothing."""
+        """Return one row as a batch; the other rows are not read."""
         group = bisect_right(self.ends, row)
         return self._batches[group].slice(row - (self.ends[group - 1] if group else 0), 1)
 
@@ -111,19 +120,23 @@ TableFile = ParquetTable | ArrowTable
 
 
 def open_table(root: Place, name: str) -> TableFile:
-    """Raises: FileNotFoundError; CorpusError; StorageError."""
+    """Open a table, as Arrow or Parquet by its name.
+
+    Raises: FileNotFoundError; CorpusError if it cannot be read as a table; StorageError if the storage fails.
+    """
     return ArrowTable(root, name) if name.lower().endswith(ARROW) else ParquetTable(root, name)
 
 
 def num_rows(table: TableFile) -> int:
-    """Of all groups together."""
+    """Return the number of rows of all groups."""
     return table.ends[-1] if table.ends else 0
 
 
 def column_at(batch: pa.RecordBatch, path: Path) -> pa.Array:
-    """A column, or of a struct column a child that is null where the struct is."""
+    """Return a column, or a child of a struct column, which is null where the struct is."""
     column = batch.column(path[0])
     for name in path[1:]:
+        # Unlike field(), flatten() makes a child null where its struct is.
         column = column.flatten()[column.type.get_field_index(name)]
     return column
 
@@ -133,13 +146,13 @@ def _slice_rows(num_rows: int, num_bytes: int) -> int:
 
 
 def _in_lists(about: pq.FileMetaData) -> list[str]:
-    """Name the columns of bytes in lists: left as dictionaries, for one row may name the same value a million times."""
+    """Return the columns of bytes in lists, kept as dictionaries: one row may hold the same value a million times."""
     columns = [about.schema.column(i) for i in range(about.num_columns)]
     return [c.path for c in columns if c.max_repetition_level and c.physical_type == "BYTE_ARRAY"]
 
 
 def _rows_of_repeated(about: pq.RowGroupMetaData, names: Sequence[str]) -> int:
-    """Return how many rows may be decoded at once if each held the longest value that the group's dictionaries can."""
+    """Return how many rows may be decoded at once if each held the longest value that the dictionaries can hold."""
     chunks = (about.column(i) for i in range(about.num_columns))
     longest: int = sum(
         chunk.total_uncompressed_size

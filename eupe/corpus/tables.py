@@ -1,8 +1,8 @@
-"""Pictures in tables, Parquet or Arrow: as bytes, or as paths of files beside the table.
+"""Pictures in Parquet or Arrow tables: as bytes, or as paths of files beside the table.
 
-Bytes are in a struct column of `bytes` and perhaps `path`, as Hugging Face writes them, in a binary column, or in lists
-of either. Rows of Parquet are decoded in slices of some megabytes, and what has been decoded is kept within bounds, so
-that rows in order are decoded once. A row at random costs the decoding of its row group up to it.
+Bytes are in a struct column of `bytes` and optionally `path`, as Hugging Face writes them, in a binary column, or in
+lists of either. Parquet is decoded in slices of some megabytes, and decoded pictures are kept in a bounded cache, so
+that reading rows in order decodes each once. Reading a random row decodes its row group up to that row.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from eupe.names import key_of
 from eupe.place import Place
 
 INDEX_MARK = b"eupe.root"
-"""In the metadata of our own indexes, which are tables, too."""
+"""Metadata key of our own indexes, which are tables, too."""
 KEY = re.compile(r"(?P<row>\d+)(\.(?P<item>\d+))?(@(?P<column>.+))?")
-"""Of a picture in a table, after the table's name."""
+"""Key of a picture in a table, after the table's name and a slash."""
 
 ELSEWHERE = "rows that name a file outside the corpus's folder"
 WEB = "rows that name an address on the web"
@@ -52,32 +52,32 @@ AGAIN = "rows that name a picture again"
 WEB_ADDRESS = ("http://", "https://")
 FILE_URL = re.compile(r"file:(//(localhost)?(?=/))?")
 BASE64 = re.compile(r"data:image/|/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AK|Qk0")
-"""How pictures begin that were written as text."""
+"""Beginnings of pictures that were written as base64 text."""
 BASE64_LENGTH = 100
-"""A path as long as that, which begins so, is none."""
+"""Length from which text that begins like base64 is not taken for a path."""
 
 MAX_WORDS = 2**16
-"""Characters of a label or caption: a table says in a few bytes that a million rows have the same."""
+"""Limit of a label or caption, in characters: a few bytes of a table can give a million rows the same text."""
 CACHE_BYTES = 256 * 2**20
-"""Of decoded pictures kept, in each process."""
+"""Size of the cache of decoded pictures, for each process."""
 OPEN_TABLES = 16
 
 Item = tuple[bytes | None, str | None]
-"""A picture's bytes and path, as far as the table tells."""
+"""Bytes and path of a picture; None if the table does not have them."""
 
 
 def is_index(root: Place, name: str) -> bool:
-    """Whether a Parquet file is an index of ours rather than a table of pictures.
+    """Return whether a table is our own index rather than a table of pictures.
 
-    Raises: FileNotFoundError; CorpusError if it is no Parquet; StorageError.
+    Raises: FileNotFoundError; CorpusError if it cannot be read as a table; StorageError if the storage fails.
     """
     return INDEX_MARK in (open_table(root, name).schema.metadata or {})
 
 
 def table_kind(root: Place, name: str) -> Literal["index", "bytes", "paths"] | None:
-    """Return what a table holds: our own index, pictures as bytes or as paths; None for none of these.
+    """Return whether a table is our own index, or holds pictures as bytes or as paths; None for none of these.
 
-    Raises: FileNotFoundError; CorpusError if it is no table, or not clear; StorageError.
+    Raises: FileNotFoundError; CorpusError if it cannot be read as a table; StorageError if the storage fails.
     """
     schema = open_table(root, name).schema
     if INDEX_MARK in (schema.metadata or {}):
@@ -86,14 +86,14 @@ def table_kind(root: Place, name: str) -> Literal["index", "bytes", "paths"] | N
 
 
 def table_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) -> Contents:
-    """Read what a table holds.
+    """Read a table's contents for the index.
 
     Args:
-        name: of the table, below the root.
-        known: rows of this table in an earlier index; where they are all of them, and of the same time, nothing is
-            hashed again.
-    Raises: CorpusError if the table cannot be read as one of pictures; StorageError if an object store does not serve
-        it.
+        name: path of the table, below the root.
+        known: rows of this table in an earlier index; if they cover the whole table, and its modification time is the
+            same, nothing is hashed again.
+    Raises: CorpusError if the table cannot be read as a table of pictures; StorageError if an object store cannot be
+        read.
     """
     modified = modified_ns(root, name)
     rows: list[Row] = []
@@ -125,7 +125,8 @@ def table_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) 
                     left_out[WEB if path.startswith(WEB_ADDRESS) else ELSEWHERE] += 1
                     odd_path = odd_path or path
                     continue
-                elif own in labels and labels[own] == said["label"]:  # of another label it is refused, in the end
+                elif own in labels and labels[own] == said["label"]:
+                    # With another label it is kept, and refused later as a duplicate key.
                     left_out[AGAIN] += 1
                     continue
                 else:
@@ -146,20 +147,20 @@ def table_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) 
 
 @dataclass(frozen=True)
 class _Keys:
-    """Keys of a table's pictures: `FILE/ROW`, and what more it takes to find them again."""
+    """The keys of a table's pictures: `FILE/ROW`, and whatever else it takes to find a picture again."""
 
     table: str
     pictures: PictureColumn
     chosen: bool
 
     def of(self, row: int, item: int) -> str:
-        """`.ITEM` of a list, `@COLUMN` of a column that is not the one that would be found."""
+        """Return a key, with `.ITEM` for a list, and `@COLUMN` for a column that would not be found automatically."""
         number = f".{item}" if self.pictures.many else ""
         return f"{self.table}/{row:08d}{number}{f'@{self.pictures.name}' if self.chosen else ''}"
 
 
 def _unchanged(known: Known, modified: int | None, keys: _Keys, count: int) -> dict[str, Row] | None:
-    """An earlier index's rows by key, if each row of the table is among them."""
+    """Return an earlier index's rows by key; None if they do not include every row of the table."""
     rows = {key: row for key, row in known.items() if row["file"] == keys.table and row["mtime_ns"] == modified}
     if not rows or keys.pictures.many or len(rows) != count:
         return None
@@ -167,9 +168,9 @@ def _unchanged(known: Known, modified: int | None, keys: _Keys, count: int) -> d
 
 
 def _files_or_stored(root: Place, name: str, table: TableFile, columns: Columns) -> tuple[PictureColumn, str | None]:
-    """The column to take, and a sentence where there was a choice: files that are there go before stored bytes.
+    """Return the column to take, and a note if there were two: files take precedence over bytes if the first exists.
 
-    Raises: CorpusError if the text is no path.
+    Raises: CorpusError if the column of paths holds pictures as base64 text.
     """
     if columns.files is None:
         assert columns.stored is not None
@@ -192,7 +193,10 @@ def _files_or_stored(root: Place, name: str, table: TableFile, columns: Columns)
 def _read(
     table: TableFile, pictures: PictureColumn, leaves: Sequence[Path], words: Sequence[Path]
 ) -> Iterator[tuple[Iterable[Item], pa.RecordBatch | None, int]]:
-    """The pictures of each row, and where its words are; one unknown picture each where no leaves are to be read."""
+    """Yield each row's pictures, with the batch and the position in it that hold its label and caption.
+
+    Without `leaves`, a row has one picture, whose bytes and path are None.
+    """
     columns = [*leaves, *words]
     if not columns:
         for i in range(num_rows(table)):
@@ -206,7 +210,7 @@ def _read(
 
 
 def _items(pictures: PictureColumn, columns: Sequence[pa.Array], row: int) -> Iterator[Item]:
-    """Yield the pictures of one row; those of a list one by one, for it may name the same bytes many times."""
+    """Yield the pictures of one row, one at a time, because a list may hold the same bytes many times."""
     if pictures.many:
         listed = columns[0][row].values
         yield from (_item(value.as_py()) for value in (() if listed is None else listed))
@@ -219,7 +223,7 @@ def _items(pictures: PictureColumn, columns: Sequence[pa.Array], row: int) -> It
 
 
 def _item(value: Any) -> Item:
-    """Of a list's element."""
+    """Return the picture in an element of a list."""
     return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
 
 
@@ -239,11 +243,11 @@ class Words:
 
     @property
     def paths(self) -> list[Path]:
-        """Of the columns to read."""
+        """Return the paths of the columns to read."""
         return [path for path in (self._label.path if self._label else None, self._caption) if path is not None]
 
     def of(self, batch: pa.RecordBatch | None, i: int) -> Row:
-        """Label and caption of a row of a batch."""
+        """Return the label and caption of row `i` of a batch."""
         if batch is not self._batch and batch is not None:
             self._batch = batch
             self._labels = self._values(batch, self._label.path if self._label else None)
@@ -254,7 +258,7 @@ class Words:
         return {"label": _label_word(self._labels[i], names), "caption": writable(self._captions[i])}
 
     def _values(self, batch: pa.RecordBatch, path: Path | None) -> list[Any]:
-        """Python's values; None for text that cannot be taken, which is counted."""
+        """Return a column as Python values; None for text that cannot be used, which is counted."""
         if path is None:
             return [None] * len(batch)
         column = column_at(batch, path)
@@ -264,14 +268,14 @@ class Words:
             indices = column.indices.to_pylist()
             words: dict[int | None, tuple[Any, str | None]] = {}
             for index, scalar in zip(indices, column, strict=True):
-                if index not in words:  # a long one that many rows share is in memory once
+                if index not in words:  # rows that share a long text share one copy of it
                     words[index] = _word(scalar)
             found = [words[index] for index in indices]
         self._faults.update(fault for _, fault in found if fault is not None)
         return [value for value, _ in found]
 
     def notes(self, where: Place) -> Iterator[str]:
-        """What is to be said of them once all rows have been read."""
+        """Yield the notes for the user; they are complete once all rows have been read."""
         if self._fraction is not None and self._column is not None:
             yield (
                 f"column {self._column.name} of table {where} holds numbers such as {self._fraction:g}, which are no "
@@ -282,7 +286,7 @@ class Words:
 
 
 def _word(scalar: pa.Scalar) -> tuple[Any, str | None]:
-    """Return Python's value of a label or a caption, or None and what is wrong with it."""
+    """Return a label or caption as a Python value, or None and what is wrong with it."""
     try:
         value = scalar.as_py()
     except UnicodeDecodeError:
@@ -293,7 +297,10 @@ def _word(scalar: pa.Scalar) -> tuple[Any, str | None]:
 
 
 def _first_fraction(table: TableFile, label: LabelColumn) -> float | None:
-    """A number that stands for no class; missing labels turn whole numbers into floating ones."""
+    """Return the first label with a fraction, which cannot be a class; None if there is none.
+
+    Whole numbers may be classes even as floats, because missing labels turn integers into floats.
+    """
     kind = label.kind.value_type if pa.types.is_dictionary(label.kind) else label.kind
     if not pa.types.is_floating(kind):
         return None
@@ -314,7 +321,7 @@ def _label_word(value: Any, names: Sequence[str] | None) -> str | None:
 
 
 def _require_files(root: Place, name: str, rows: Sequence[Row], odd_path: str | None) -> None:
-    """Raises: CorpusError if the table names nothing but files that are not there."""
+    """Raise CorpusError if all files that the table names are missing or outside the root."""
     where = root / name
     if not rows and odd_path is not None:
         raise CorpusError(
@@ -332,15 +339,15 @@ def _require_files(root: Place, name: str, rows: Sequence[Row], odd_path: str | 
 
 
 def place_key(root: Place, table: str, path: str) -> str | None:
-    """Of a file that a table names: its path below the root; None if it lies elsewhere."""
+    """Return the path below the root of a file that a table names; None if the file lies elsewhere."""
     if path.startswith(f"{root.url}/"):
         path = path if root.is_local else posixpath.relpath(path.removeprefix(f"{root.url}/"), _folder(table))
     elif "\0" in path or ("://" in path and not path.startswith("file:")):
         return None
     choices = [path]
-    if match := FILE_URL.match(path):
+    if match := FILE_URL.match(path):  # its path may be percent-encoded or not
         choices = [unquote(path[match.end() :]), path[match.end() :]]
-    elif "\\" in path:
+    elif "\\" in path:  # either Windows separators, or part of a name
         choices.append(PureWindowsPath(path).as_posix())
     keys = [key_of(key) for choice in choices if (key := _below(root, table, choice)) is not None]
     there = (key for key in keys if root.is_local and _is_there(root, key))
@@ -350,7 +357,7 @@ def place_key(root: Place, table: str, path: str) -> str | None:
 def _is_there(root: Place, key: str) -> bool:
     try:
         return root.path(key).exists()
-    except OSError:  # a name that is too long for a file
+    except OSError:  # a name that is too long for the file system
         return False
 
 
@@ -359,7 +366,7 @@ def _folder(table: str) -> str:
 
 
 def _below(root: Place, table: str, path: str) -> str | None:
-    """A path, absolute or relative to the table's folder, as one below the root; None if it leaves that."""
+    """Return a path, absolute or relative to the table's folder, as a path below the root; None if it is outside."""
     if not posixpath.isabs(path):
         key = posixpath.normpath(posixpath.join(posixpath.dirname(table), path))
         return None if key == ".." or key.startswith("../") else key
@@ -367,7 +374,7 @@ def _below(root: Place, table: str, path: str) -> str | None:
         return None
     below = posixpath.join(root.url, "")
     folder, name = posixpath.split(posixpath.normpath(path))
-    for whole in (folder, posixpath.realpath(folder)):  # the root is known by its real path
+    for whole in (folder, posixpath.realpath(folder)):  # the root has no links, but `path` may
         if f"{whole}/".startswith(below):
             return posixpath.join(f"{whole}/".removeprefix(below), name)
     return None
@@ -375,7 +382,7 @@ def _below(root: Place, table: str, path: str) -> str | None:
 
 @dataclass
 class _Reading:
-    """A table that is open, and where its last reading stands."""
+    """An open table, and the position after its last read."""
 
     table: TableFile
     pictures: PictureColumn
@@ -385,13 +392,13 @@ class _Reading:
 
 
 Table = tuple[str, int | None, str | None]
-"""Its place, when it was changed, and the column, where one was chosen."""
+"""A table's place, its modification time, and the chosen column, if any."""
 Spot = tuple[str, int | None, str | None, int, int]
-"""A table, a row in it and a picture in that."""
+"""A table's place, time and column, a row in it, and a picture in that row."""
 
 
 class RowReader:
-    """Bytes of pictures in tables; safe to use from several threads.
+    """A reader of picture bytes from tables, with a cache; safe to use from several threads.
 
     Each table is decoded by one thread at a time.
     """
@@ -403,21 +410,22 @@ class RowReader:
         self._tables: OrderedDict[Table, tuple[_Reading, threading.Lock]] = OrderedDict()
         self._lock = threading.Lock()
         self.num_decoded = 0
-        """Rows, for whoever wants to know what reading costs."""
+        """Number of rows decoded so far, a measure of the cost of reading."""
 
     def read(self, root: Place, name: str, row: int, *, item: int = 0, column: str | None = None) -> bytes:
         """Return the bytes of a picture.
 
         Args:
-            item: which of a list.
-            column: None for the one that is taken where none was chosen.
-        Raises: FileNotFoundError; CorpusError if there is no such picture; StorageError.
+            item: position in the row's list of pictures.
+            column: None for the column that is taken automatically.
+        Raises: FileNotFoundError; CorpusError if there is no such picture; StorageError if the storage fails.
         """
         table = (str(root / name), modified_ns(root, name), column)
         if (data := self._cached((*table, row, item))) is not None:
             return data
         reading, turn = self._reading(root, name, table)
         with turn:
+            # Another thread may have decoded it in the meantime.
             if (data := self._cached((*table, row, item))) is not None:
                 return data
             try:
@@ -425,7 +433,7 @@ class RowReader:
             except StorageError:
                 raise
             except (OSError, pa.ArrowException, StopIteration) as error:
-                reading.group = -1
+                reading.group = -1  # the iterator is unusable, so the next read starts its group again
                 raise CorpusError(f"row {row} of {root / name} cannot be read: {error}") from error
         if data is None:
             raise CorpusError(f"{root / name} has no picture in row {row}")
@@ -457,7 +465,7 @@ class RowReader:
         return entry
 
     def _decode(self, reading: _Reading, table: Table, row: int, item: int) -> bytes | None:
-        """The picture's bytes; of Parquet, all rows that are decoded on the way to it are kept, too."""
+        """Return the picture's bytes; for Parquet, cache all rows that are decoded on the way to it."""
         pictures, ends = reading.pictures, reading.table.ends
         leaf = pictures.leaves[0]
         group = bisect_right(ends, row)
@@ -467,6 +475,7 @@ class RowReader:
             self.num_decoded += 1
             found = _items(pictures, [column_at(reading.table.row(row), leaf)], 0)
             return next(islice(found, item, None), (None, None))[0]
+        # Batches come only forwards, so an earlier row needs its group from the start.
         if group != reading.group or row < reading.next_row:
             reading.group, reading.next_row = group, ends[group - 1] if group else 0
             reading.batches = reading.table.batches(group, [leaf])
@@ -495,11 +504,11 @@ _rows = RowReader()
 
 
 def read_row(root: Place, name: str, row: int, key: str) -> bytes:
-    """The bytes of the picture in a row of a table.
+    """Return the bytes of a picture in a row of a table.
 
     Args:
-        key: the picture's; in it stands which of several pictures of the row it is.
-    Raises: FileNotFoundError; CorpusError if there is no such picture; StorageError.
+        key: the picture's key, which says which of the row's pictures it is if there are several.
+    Raises: FileNotFoundError; CorpusError if there is no such picture; StorageError if the storage fails.
     """
     match = KEY.fullmatch(key.removeprefix(f"{name}/"))
     item, column = (match["item"], match["column"]) if match else (None, None)

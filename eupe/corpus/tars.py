@@ -1,9 +1,9 @@
-"""Tars of pictures: WebDataset's samples, or class folders as `tar` packs them.
+"""Pictures in tars: WebDataset samples, or class folders packed by `tar`.
 
-Nothing is ever unpacked: a picture is a range of bytes of its tar. In a WebDataset, members that share a path up to the
-first dot of its last word are one sample, and what follows the dot is their key; labels come from `.cls` or a `.json`'s
-`label`, captions from `.txt` or a `.json`'s `caption` or `text`. A tar in which no picture has such a file beside it
-holds folders: each picture stands for itself, whatever dots are in its name, and its folder is its label.
+Nothing is unpacked: a picture is a byte range of its tar. In a WebDataset, members with the same path up to the first
+dot of the file name are one sample, and the text after that dot is their key. Labels come from `.cls` or a label entry
+of a `.json`, captions from `.txt` or the `caption` or `text` of a `.json`. If no picture has such a file beside it, the
+tar holds folders: each picture is a sample of its own, whatever dots its name has, and its folder is its label.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ FOLDER_LINKS = "links to folders"
 REPLACED = "members that a later one of the same name replaces"
 
 WORDS_BYTES = 16 * 2**20
-"""A larger label or caption file is not read: one such member must not fill the memory."""
+"""Limit of a label or caption file; larger ones are not read, so that one member cannot fill the memory."""
 MAX_LINKS = 40
-"""One after the other, as Linux follows them."""
+"""Number of links followed one after another, the same as in Linux."""
 NAMED_ENTRIES = 20
 NAMED_KEYS = 8
 
 
 @dataclass(slots=True)
 class _Picture:
-    """One member, without the tar's name, which all share."""
+    """A picture in a tar; its path omits the tar's name, which all members share."""
 
     path: str
     start: int
@@ -63,7 +63,7 @@ class _Picture:
 
 @dataclass(slots=True)
 class _Words:
-    """What stands beside a picture, by the kind of file that says it."""
+    """Labels and captions beside a picture, by the kind of file that states them."""
 
     cls: str | None = None
     label: str | None = None
@@ -75,35 +75,35 @@ class _Words:
 
 @dataclass
 class _Tar:
-    """What is known of a tar while it is read; of a member some hundred bytes."""
+    """The state of a tar while it is read, some hundred bytes for each member."""
 
     where: Place
     name: str
-    """Below the root; keys begin with it."""
+    """Path below the root; keys begin with it."""
     choice: Choice
     samples: dict[str, dict[str, _Picture]] = field(default_factory=dict)
-    """By the path up to the first dot, and by what follows it."""
+    """Pictures by their path up to the first dot of the file name, and by the text after it."""
     words: dict[str, _Words] = field(default_factory=dict)
-    """By the path without the last suffix."""
+    """Labels and captions by their file's path without the last suffix."""
     links: dict[str, str] = field(default_factory=dict)
-    """Hard and symbolic ones: path to target."""
+    """Targets of hard and symbolic links, by path."""
     left_out: Counter[str] = field(default_factory=Counter)
     entries: dict[str, None] = field(default_factory=dict)
-    """Of all `.json`: their names, for whoever asks for one that is not there."""
+    """Names of the entries in `.json` files, for the error message if a chosen one is missing."""
 
     def num_samples(self) -> int:
         return len(self.samples.keys() | self.words.keys())
 
 
 def tar_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) -> Contents:
-    """Read what a tar holds.
+    """Read a tar's contents for the index.
 
     Args:
-        name: of the tar, below the root.
-        known: rows of this tar in an earlier index; a picture of the same place in a tar of the same time is not
-            hashed again.
-    Raises: CorpusError if the tar is not whole and plain, its samples are not clear, or it holds nothing that was
-        chosen; StorageError if an object store does not serve it.
+        name: path of the tar, below the root.
+        known: rows of this tar in an earlier index; a picture is not hashed again if its position and the tar's
+            modification time are the same.
+    Raises: CorpusError if the tar is damaged, gzipped or sparse, its samples are ambiguous, or nothing matches the
+        choice; StorageError if an object store cannot be read.
     """
     modified = modified_ns(root, name)
     tar = _Tar(root / name, name, choice)
@@ -126,7 +126,7 @@ def tar_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) ->
                 _follow_links(file, tar)
             chosen = sorted(_chosen(tar), key=lambda found: (found[0].start, found[0].path))
             last = _Picture("", -1, 0)
-            for picture, _ in chosen:  # a link comes right after its target, whose place it shares
+            for picture, _ in chosen:  # sorted by position, so a link is next to its target and shares its hash
                 if picture.sha256 is None:
                     same = (picture.start, picture.length) == (last.start, last.length)
                     picture.sha256 = last.sha256 if same else hash_of(file, picture)
@@ -163,9 +163,9 @@ def _broken(tar: _Tar, whole: int, reason: object) -> CorpusError:
 
 
 def _scan(file: BinaryIO, tar: _Tar, take: Callable[[tarfile.TarInfo], None]) -> None:
-    """Hand on the members of a tar.
+    """Pass the members of a tar to `take`, except folders.
 
-    Raises: CorpusError, telling how many samples came before, where it breaks off.
+    Raises: CorpusError if it is gzipped, has a sparse member, or breaks off; then with the number of whole samples.
     """
     if file.read(len(GZIP)) == GZIP:
         raise CorpusError(
@@ -186,26 +186,28 @@ def _scan(file: BinaryIO, tar: _Tar, take: Callable[[tarfile.TarInfo], None]) ->
                 take(member)
     except (tarfile.TarError, EOFError) as error:
         broken = error
+    # tarfile ends without an error at a cut or damaged header, so look for the end mark itself.
     if broken is None:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
             return
+    # The sample of the member that is cut short is not whole.
     whole = tar.num_samples() - (broken is not None and (last in tar.samples or last in tar.words))
     raise _broken(tar, whole, broken or "its end mark is missing") from broken
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo | None, int]]:
-    """Each header with where the tar stands; at last None with its end."""
+    """Yield each member with the offset of the next header; at the end None with the offset of the end mark."""
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as opened:
         for member in opened:
             yield member, opened.offset
-            opened.members.clear()  # type: ignore[attr-defined]  # which would hold every header of the tar
+            opened.members.clear()  # type: ignore[attr-defined]  # else every header stays in memory
         yield None, opened.offset
 
 
 def _plain(name: str) -> str:
-    """A member's path as text that can be written; `tar -C folder .` begins each with `./`."""
+    """Return a member's path as text that can be written, without the `./` that `tar -C folder .` puts before it."""
     return key_of(name.removeprefix("./"))
 
 
@@ -227,14 +229,15 @@ HashOf = Callable[[BinaryIO, _Picture], str]
 
 
 def _note(file: BinaryIO, member: tarfile.TarInfo, tar: _Tar, hash_of: HashOf) -> None:
-    """Note a member.
+    """Record a member.
 
-    Raises: CorpusError; EOFError if the tar ends inside it.
+    Raises: CorpusError for a name that occurs twice; EOFError if the tar ends inside the member.
     """
     path = _plain(member.name)
     if reason := hidden(path):
         tar.left_out[reason] += 1
     elif member.islnk() or member.issym():
+        # A hard link's target is relative to the tar's root, a symbolic link's to the link's folder.
         folder = "" if member.islnk() else posixpath.dirname(path)
         tar.links[path] = posixpath.normpath(posixpath.join(folder, _plain(member.linkname)))
     elif member.isreg():
@@ -244,11 +247,12 @@ def _note(file: BinaryIO, member: tarfile.TarInfo, tar: _Tar, hash_of: HashOf) -
 
 
 def _note_file(file: BinaryIO, path: str, start: int, length: int, tar: _Tar, hash_of: HashOf | None) -> None:
-    """Note a regular member, or what a link stands for.
+    """Record a regular file, or the file that a link leads to.
 
     Args:
-        hash_of: for pictures whose key has no dot: nearly all are taken, and a bucket is read but once.
-    Raises: CorpusError for a name that is there twice; EOFError.
+        hash_of: hashes pictures whose key has no dot at once: nearly all of them are taken, and so a bucket is read
+            only once. None to hash nothing yet.
+    Raises: CorpusError for a name that occurs twice; EOFError if the tar ends inside the file.
     """
     suffix = PurePosixPath(path).suffix.lower()
     match = MEMBER.fullmatch(path)
@@ -270,9 +274,9 @@ def _note_file(file: BinaryIO, path: str, start: int, length: int, tar: _Tar, ha
 
 
 def _note_words(file: BinaryIO, path: str, start: int, length: int, tar: _Tar) -> None:
-    """Keep the label and the caption of a file of them, not the file.
+    """Record the label and the caption in a label or caption file.
 
-    Raises: CorpusError for a name that is there twice; EOFError.
+    Raises: CorpusError for a name that occurs twice; EOFError if the tar ends inside the file.
     """
     stem, _, kind = path.rpartition(".")
     kind = kind.lower()
@@ -292,7 +296,10 @@ def _note_words(file: BinaryIO, path: str, start: int, length: int, tar: _Tar) -
 
 
 def _read_words(text: str, kind: str, words: _Words, tar: _Tar) -> None:
-    """Raises: ValueError, RecursionError if the text is no JSON and should be."""
+    """Parse a label or caption file.
+
+    Raises: ValueError or RecursionError if a `.json` is not valid.
+    """
     column = tar.choice.label_column
     if kind == "txt":
         words.txt = text.strip()
@@ -304,7 +311,7 @@ def _read_words(text: str, kind: str, words: _Words, tar: _Tar) -> None:
     notes: Any = parse_json(text)
     if not isinstance(notes, dict):
         return
-    for name in notes:
+    for name in notes:  # bounded, because each file may have other entries
         if len(tar.entries) < NAMED_ENTRIES or name in LABELS or name == column:
             tar.entries.setdefault(name)
     found = (label_word(notes.get(name)) for name in (LABELS if column is None else (column,)))
@@ -314,13 +321,14 @@ def _read_words(text: str, kind: str, words: _Words, tar: _Tar) -> None:
 
 
 def _follow_links(file: BinaryIO, tar: _Tar) -> None:
-    """Note the files that links stand for.
+    """Record the files that links lead to.
 
-    Raises: CorpusError for a name that is there twice.
+    Raises: CorpusError for a name that occurs twice.
     """
     targets = {path: _target(path, tar.links) for path in tar.links}
     wanted = set(targets.values())
     places: dict[str, tuple[int, int]] = {}
+    # A second pass, because all targets are known only now.
     for member, _ in _members(file):
         if member is not None and member.isreg() and (path := posixpath.normpath(_plain(member.name))) in wanted:
             places[path] = (member.offset_data, member.size)
@@ -334,7 +342,7 @@ def _follow_links(file: BinaryIO, tar: _Tar) -> None:
 
 
 def _target(path: str, links: Mapping[str, str]) -> str | None:
-    """Return where a link leads, over others and over links to folders; None where it goes round in circles."""
+    """Return where a link leads, through other links and links to folders; None if they form a circle."""
     for _ in range(MAX_LINKS):
         words = path.split("/")
         heads = ("/".join(words[:count]) for count in range(1, len(words) + 1))
@@ -346,9 +354,9 @@ def _target(path: str, links: Mapping[str, str]) -> str | None:
 
 
 def _chosen(tar: _Tar) -> list[tuple[_Picture, str]]:
-    """Pictures to take, each with the path, without suffix, of the files that tell its label and caption.
+    """Return the pictures to take, each with the path, without suffix, of its label and caption files.
 
-    Raises: CorpusError if a sample has several pictures and none was chosen, or none has the one that was.
+    Raises: CorpusError if a sample has several pictures and none was chosen, or no picture matches the choice.
     """
     single, kinds = _told_apart(tar)
     taken = [(picture, picture.path.rpartition(".")[0]) for picture in single]
@@ -361,7 +369,7 @@ def _chosen(tar: _Tar) -> list[tuple[_Picture, str]]:
             raise CorpusError(f"{tar.where} has no picture called {wanted}; --image-key may be {_keys(kinds, single)}")
         return taken
     beside: set[str] = set()
-    """Keys that stand beside a sample's one picture without a dot in its key, `seg.png` of `jpg`."""
+    """Keys in samples with exactly one picture whose key has no dot, such as `seg.png` beside `jpg`."""
     alone: list[tuple[str, str, _Picture]] = []
     for sample, pictures in kinds.items():
         plain = [key for key in pictures if "." not in key]
@@ -382,11 +390,11 @@ def _chosen(tar: _Tar) -> list[tuple[_Picture, str]]:
 
 
 def _told_apart(tar: _Tar) -> tuple[list[_Picture], dict[str, dict[str, _Picture]]]:
-    """Pictures that stand for themselves, whatever dots are in their names; and by sample and key those of samples.
+    """Return the pictures that are samples of their own, and the pictures of other samples by sample and key.
 
-    What follows the first dot is a key rather than a part of a name (`img_1.5.jpg`) where half of the samples have it,
-    or where the tar's pictures have labels or captions under the name before that dot. One that begins with a digit
-    takes such a file of its own sample.
+    The text after the first dot is a key, not a part of the name (`img_1.5.jpg`), if at least half of the samples have
+    it, or if the tar has labels or captions under the name before that dot. If the text begins with a digit, its own
+    sample must have such a label or caption.
     """
     shares = Counter(key.lower() for pictures in tar.samples.values() for key in pictures)
     labelled = not tar.words.keys().isdisjoint(tar.samples)
@@ -421,7 +429,7 @@ def _count_others(
     single: Sequence[_Picture],
     kinds: Mapping[str, Mapping[str, _Picture]],
 ) -> None:
-    """Count the pictures that are not taken, by their keys."""
+    """Count the pictures that are not taken, by key."""
     paths = {picture.path for picture, _ in taken}
     for pictures in kinds.values():
         for key, picture in pictures.items():
@@ -433,7 +441,7 @@ def _count_others(
 
 
 def _keys(kinds: Mapping[str, Mapping[str, _Picture]], single: Sequence[_Picture]) -> str:
-    """The keys that there are, the most common first."""
+    """Return the keys that exist as text, the most common first."""
     counts = Counter(key.lower() for pictures in kinds.values() for key in pictures)
     counts.update(PurePosixPath(picture.path).suffix[1:].lower() for picture in single)
     named = [f"{key} ({count} pictures)" for key, count in counts.most_common(NAMED_KEYS)]
@@ -441,9 +449,9 @@ def _keys(kinds: Mapping[str, Mapping[str, _Picture]], single: Sequence[_Picture
 
 
 def _folder_labels(folders: Set[str]) -> dict[str, str]:
-    """Return each folder's label: the first folder below what all of them share, and below `train`, `val` and `test`.
+    """Return each folder's label: the first folder below the ones that all share, and below `train`, `val` and `test`.
 
-    A picture in no folder has none.
+    Pictures outside all folders have no label.
     """
     parts = {folder: folder.strip("/").split("/") for folder in folders}
     while parts and min(map(len, parts.values())) > 1:
@@ -456,7 +464,7 @@ def _folder_labels(folders: Set[str]) -> dict[str, str]:
 
 
 def _require_label_entry(tar: _Tar) -> None:
-    """Raises: CorpusError if the labels that were asked for are in none of the tar's files."""
+    """Raise CorpusError if none of the tar's files has the chosen labels."""
     wanted = tar.choice.label_column
     if wanted is None or wanted in tar.entries:
         return

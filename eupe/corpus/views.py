@@ -1,7 +1,7 @@
-"""What a view is: one crop of an upright picture, perhaps mirrored and recoloured, at any size with one fixed kernel.
+"""Views: crops of an upright picture, optionally mirrored and recoloured, rendered at any size with one fixed kernel.
 
-A view is *drawn* from a hash of (seed, key, k), so every teacher gets the same crops in any order on any machine, and
-is *stored* as its parameters, so that replaying it needs no generator.
+A view is *drawn* from a hash of (seed, key, k), so that every teacher gets the same crops in any order on any machine.
+It is *stored* as its parameters, so that replaying it needs no random generator.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from eupe.corpus.photometric import NEUTRAL, PHOTOMETRIC_KERNEL, Photometric, ap
 from eupe.errors import ConfigError
 
 Box = tuple[int, int, int, int]
-"""x0, y0, x1, y1 in pixels of the upright picture."""
+"""x0, y0, x1, y1 in pixels of the upright picture; x1 and y1 are exclusive."""
 
 KERNEL = "pillow-crop-bicubic"
-"""Crop, then resize what was cropped, antialiased, on 8-bit samples: nothing outside the box leaks in."""
+"""Crop, then resize the crop with antialiasing, on 8-bit samples: pixels outside the box have no effect."""
 
 MAX_ATTEMPTS = 10
 
@@ -34,7 +34,7 @@ PHOTOMETRIC = Literal["none", "eupe"]
 
 
 class ViewParams(NamedTuple):
-    """All that makes a view of a picture."""
+    """All parameters of a view of a picture."""
 
     box: Box
     flip: bool
@@ -43,7 +43,7 @@ class ViewParams(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """How the views of every sample are drawn."""
+    """The rules by which the views of every sample are drawn."""
 
     policy: POLICY = "center"
     """`center`: the largest centred square. `squash`: the whole picture, whatever its shape. `rrc`: random resized
@@ -51,16 +51,16 @@ class ViewSpec:
     num_views: int = 1
     seed: int = 0
     scale: tuple[float, float] = (0.08, 1.0)
-    """`rrc`: range of the crop's share of the picture's area."""
+    """`rrc`: range of the crop's area, as a fraction of the picture's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """`rrc`: range of width over height, drawn log-uniformly."""
+    """`rrc`: range of width / height, drawn log-uniformly."""
     flip: float = 0.5
-    """`rrc`: probability of mirroring. Part of the view, for a teacher's map does not flip with its picture."""
+    """`rrc`: probability of mirroring. Part of the view, because a teacher's map does not flip with its picture."""
     photometric: PHOTOMETRIC = "none"
-    """`eupe`: colours and sharpness are changed, too, see `eupe.corpus.photometric.draw_photometric`."""
+    """`eupe`: colours and sharpness are changed, too; see `eupe.corpus.photometric.draw_photometric`."""
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the views, and nothing that does not."""
+        """Return the fields that determine the views, and no others."""
         drawn = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "photometric"}
         if self.policy != "rrc":
             seed = {} if self.photometric == "none" else {"seed": self.seed}
@@ -71,15 +71,16 @@ class ViewSpec:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> ViewSpec:
-        """The reverse of `to_json`.
+        """Build a specification from the result of `to_json`.
 
-        Raises: ConfigError for views of a kind that this version does not draw.
+        Raises: ConfigError for views that this version cannot draw.
         """
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k != "kernel"}
         try:
             spec = cls(**fields)
         except TypeError as error:
             raise ConfigError(f"the stored views cannot be drawn by this version of eupe: {error}") from error
+        # Comparing all fields also refuses another kernel, which would render other pixels.
         known = spec.policy in get_args(POLICY) and spec.photometric in get_args(PHOTOMETRIC)
         if not known or spec.to_json() != dict(plain):
             raise ConfigError(
@@ -92,9 +93,9 @@ class ViewSpec:
 def parse_views(
     text: str, *, seed: int, scale: str | None = None, ratio: str | None = None, photometric: str = "none"
 ) -> ViewSpec:
-    """`center`, `squash` or `rrc:K` from the command line, and the ranges of random crops, `MIN,MAX` each.
+    """Parse `center`, `squash` or `rrc:K` from the command line, and the ranges of random crops, `MIN,MAX` each.
 
-    Raises: ConfigError.
+    Raises: ConfigError if one of them is invalid.
     """
     match = re.fullmatch(r"rrc:([1-9]\d*)", text)
     if not match and text not in ("center", "squash"):
@@ -118,7 +119,10 @@ def parse_views(
 
 
 def _range(option: str, words: str, *, most: float) -> tuple[float, float]:
-    """Raises: ConfigError unless 0 < MIN <= MAX <= most."""
+    """Parse `MIN,MAX`.
+
+    Raises: ConfigError unless 0 < MIN <= MAX <= most.
+    """
     try:
         low, high = map(float, words.split(","))
         if not 0 < low <= high <= most:
@@ -132,20 +136,20 @@ def _range(option: str, words: str, *, most: float) -> tuple[float, float]:
 
 
 def draw_view(spec: ViewSpec, key: str, k: int, width: int, height: int) -> ViewParams:
-    """View `k` of the sample `key`, whose upright picture is `width` x `height` pixels."""
+    """Draw view `k` of the sample `key`, whose upright picture is `width` x `height` pixels."""
     photometric = NEUTRAL if spec.photometric == "none" else draw_colours(spec.seed, key, k)
     return ViewParams(*_draw_crop(spec, key, k, width, height), photometric)
 
 
 def draw_colours(seed: int, key: str, k: int, *, whose: str = "") -> Photometric:
-    """Colours and sharpness of the `k`-th view of the sample `key`; `whose` sets one purpose apart from another."""
+    """Draw colours and sharpness of view `k` of the sample `key`; another `whose` gives independent numbers."""
     return draw_photometric((*_uniforms(seed, key, k, f"{whose}jitter"), *_uniforms(seed, key, k, f"{whose}filters")))
 
 
 def _draw_crop(spec: ViewSpec, key: str, k: int, width: int, height: int) -> tuple[Box, bool]:
-    """Box and flip.
+    """Draw the box and the flip.
 
-    Source: `rrc` follows torchvision's RandomResizedCrop.get_params; deviation: a hash in place of a generator.
+    Source: `rrc` follows torchvision's RandomResizedCrop.get_params. Deviation: a hash replaces the random generator.
     """
     if spec.policy == "center":
         side = min(width, height)
@@ -161,6 +165,7 @@ def _draw_crop(spec: ViewSpec, key: str, k: int, width: int, height: int) -> tup
         if 0 < w <= width and 0 < h <= height:
             x0, y0 = int(across * (width - w + 1)), int(down * (height - h + 1))
             return (x0, y0, x0 + w, y0 + h), flip < spec.flip
+    # No attempt fitted the picture: take its centre, as near to its shape as the ratios allow.
     flip = _uniforms(spec.seed, key, k, MAX_ATTEMPTS)[4]
     w = max(1, min(width, round(height * spec.ratio[1])))
     h = max(1, min(height, round(width / spec.ratio[0])))
@@ -173,17 +178,18 @@ def _centred(w: int, h: int, width: int, height: int) -> Box:
 
 
 def _uniforms(seed: int, key: str, k: int, purpose: int | str) -> tuple[float, ...]:
-    """Five numbers in [0, 1), a pure function of the arguments on every machine.
+    """Return five numbers in [0, 1) that depend only on the arguments, on every machine.
 
     Args:
-        purpose: the number of an attempt at a crop, or a word.
+        purpose: number of an attempt at a crop, or a word.
     """
     digest = hashlib.blake2b(f"{seed}\0{key}\0{k}\0{purpose}".encode(), digest_size=40).digest()
+    # 53 bits, which a float64 holds exactly.
     return tuple((word >> 11) * 2.0**-53 for word in struct.unpack("<5Q", digest))
 
 
 def render_view(image: Image.Image, params: ViewParams, size: int) -> NDArray[np.uint8]:
-    """The view's pixels, uint8 [size, size, 3]: what every teacher and the student see, bit for bit."""
+    """Return the view's pixels, uint8 [size, size, 3]; every teacher and the student get the same ones, bit for bit."""
     view = image.crop(params.box).resize((size, size), Image.Resampling.BICUBIC)
     if params.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -191,5 +197,5 @@ def render_view(image: Image.Image, params: ViewParams, size: int) -> NDArray[np
 
 
 def view_digest(view: NDArray[np.uint8]) -> int:
-    """64 bits of BLAKE2b over a rendered view; equal only where every pixel is equal."""
+    """Return 64 bits of BLAKE2b over a rendered view; they are equal only if every pixel is equal."""
     return int.from_bytes(hashlib.blake2b(view.tobytes(), digest_size=8).digest(), "little")

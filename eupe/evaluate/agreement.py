@@ -1,7 +1,8 @@
-"""How far a student agrees with its targets on pictures that it never trained on.
+"""Agreement of a student with its targets on held-out pictures.
 
-Cosine and neighbours are between what the student's heads predict and what the target says. Linear CKA is of that, too,
-and of the student's own tokens, ahead of the heads, which are thrown away in the end.
+Cosine and mutual neighbours compare the predictions of the student's heads with the target's features. Linear CKA
+compares the target with these predictions, and also with the student's own tokens, which are all that is left when the
+heads are dropped.
 """
 
 from __future__ import annotations
@@ -36,62 +37,62 @@ from eupe.train.stream import stream
 from eupe.train.validate import fit_gains, held_out_cosines
 
 MOST_TOKENS = 2**15
-"""Dense tokens of which CKA is, some of each view, drawn at random; all, where there are no more."""
+"""Dense tokens that CKA uses in total, an equal number drawn at random from each view; all if there are fewer."""
 TASK = "agreement"
 
 
 @dataclass(frozen=True)
 class KindAgreement:
-    """Over held-out views, for one kind of token."""
+    """Agreement over held-out views for one kind of token."""
 
     cosine: float
-    """Mean, between prediction and feature as the teacher gives it; the prediction's length is fitted on training
-    views."""
+    """Mean cosine between prediction and raw teacher feature; the prediction's length is fitted on training views."""
     cosine_untrained: float
-    """The same student and heads with random weights."""
+    """`cosine` of the same student and heads with random weights."""
     cosine_mean: float
-    """The predictor that always says the store's mean."""
+    """`cosine` of a predictor that always returns the store's mean."""
     normalised_cosine: float
-    """In the loss's space, where the mean predictor has 0."""
+    """Mean cosine in the loss's space, where the mean predictor scores 0 (unless normalisation is `none`)."""
     normalised_untrained: float
     cka: float | None
-    """Linear, between prediction and feature; None for fewer than four views, or where nothing varies."""
+    """Linear CKA between predictions and features; None for fewer than four samples, or if either does not vary."""
     cka_untrained: float | None
     cka_own: float | None
-    """Between the student's own tokens and the target's, on the larger of their grids."""
+    """Linear CKA between the student's own tokens and the target's, on the larger of their grids."""
     cka_own_untrained: float | None
 
 
 @dataclass(frozen=True)
 class TargetAgreement:
-    """One target of a run."""
+    """Agreement with one target of a run."""
 
     target: str
     kinds: dict[str, KindAgreement]
     mutual_neighbours: float | None
-    """Share of the nearest held-out views of other pictures that both spaces have in common; None without summaries."""
+    """Share of nearest held-out views of other pictures that are the same in both spaces; None without summaries."""
     mutual_neighbours_untrained: float | None
     mutual_neighbours_chance: float | None
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """All targets of a run."""
+    """Agreement with all targets of a run."""
 
     run: str
     num_views: int
     neighbours: int
     dtype: str
-    """The arithmetic."""
+    """Compute dtype."""
     targets: list[TargetAgreement]
 
 
 def agreement(path: Path, *, corpus: Where | None = None, neighbours: int | None = None) -> Agreement:
-    """Judge a run on the views of its held-out pictures.
+    """Measure a run's agreement with its targets on the views of its held-out pictures.
 
     Args:
-        neighbours: of the mutual-neighbour measure; 10 where not given, or all where there are fewer.
-    Raises: RunError, StoreError, CorpusError.
+        neighbours: k of the mutual-neighbour measure; 10 by default, or all if there are fewer.
+    Raises: ConfigError if `neighbours` is below 1 or does not fit the held-out views; RunError, StoreError,
+        CorpusError.
     """
     if neighbours is not None and neighbours < 1:
         raise ConfigError(f"--k must be at least 1, got {neighbours}")
@@ -123,7 +124,7 @@ def agreement(path: Path, *, corpus: Where | None = None, neighbours: int | None
 
 
 def agreement_results(report: Agreement) -> list[Result]:
-    """A result for each target, and for each the same student untrained; the first score is the mean over the kinds."""
+    """Return two results per target, of the trained and the untrained student; the first score is a mean over kinds."""
     card = read_card(Path(report.run))
     sizes = zip(report.targets, card.targets, card.target_sizes, strict=True)
     return [
@@ -172,16 +173,17 @@ def _scores(target: TargetAgreement, untrained: bool) -> dict[str, float]:
 
 @dataclass
 class _Seen:
-    """What CKA and neighbours need of a student and its targets, by target, and by kind of token."""
+    """Tokens and sums for CKA and mutual neighbours, by target and kind of token."""
 
     cells_of_view: int
     predicted: defaultdict[tuple[int, str], PairSums] = field(default_factory=lambda: defaultdict(PairSums))
     own: defaultdict[tuple[int, str], PairSums] = field(default_factory=lambda: defaultdict(PairSums))
     summaries: defaultdict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    # The same seed for the trained and the untrained student, so that both are judged on the same cells.
     cells: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def add(self, target: int, kind: str, said: Tensor, truth: Tensor, own: Tokens) -> None:
-        """A batch's predictions and stored tokens, and the student's own."""
+        """Add a batch's predictions, stored tokens and the student's own tokens."""
         if kind == SUMMARY:
             assert own.summary is not None
             self.summaries[target].append((said.cpu(), truth.cpu()))
@@ -204,7 +206,7 @@ class _Measured:
 
 
 def _pictures(run: Run) -> Tensor:
-    """Return the picture of each held-out view, int64 [V]; views of one picture do not count as neighbours."""
+    """Return the picture of each held-out view, int64 [V]: views of one picture do not count as neighbours."""
     return torch.from_numpy(run.targets.views_of(run.targets.held_out)[:, 0])
 
 
@@ -212,6 +214,7 @@ def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
     def batches(views: Views) -> Iterator[Batch]:
         return stream([run.targets], judged(run.card, views), run.device)
 
+    # Gains come from training views, so that no held-out target influences its own score.
     gains = fit_gains(distiller, batches(training_sample(run.targets)), run.device)
     held_out = run.targets.views_of(run.targets.held_out)
     seen = _Seen(max(1, MOST_TOKENS // max(1, len(held_out))))
@@ -240,11 +243,11 @@ def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
 
 @contextmanager
 def _last_tokens(encoder: Encoder) -> Iterator[list[Tokens]]:
-    """While it lasts, what the encoder said last."""
+    """Yield a list that holds the encoder's latest output while the context is open."""
     last: list[Tokens] = []
 
     def keep(module: torch.nn.Module, inputs: tuple[Tensor, ...], tokens: Tokens) -> None:
-        last[:] = [tokens]
+        last[:] = [tokens]  # in place, because the caller holds this list
 
     hook = encoder.register_forward_hook(keep)
     try:

@@ -1,14 +1,14 @@
-"""How alike two spaces are: linear CKA, by the unbiased estimator, from sums that one pass accumulates.
+"""Similarity of two feature spaces: linear CKA by the unbiased estimator, from sums accumulated in one pass.
 
-CKA is HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) with linear kernels: 1 where one space is the other rotated, scaled
-and moved, 0 where they are independent. The plain estimator of HSIC grows with the widths while samples are few, so
-that two wide spaces of noise look alike; the unbiased one, HSIC_1, does not, which makes teachers of different widths
-comparable. It may come out slightly below 0. Samples are taken as independent, which views of one picture and tokens of
-one view are not quite.
+CKA is HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) with linear kernels. It is 1 if one space is a rotated, scaled and
+shifted copy of the other, and 0 if they are independent. The plain estimator of HSIC grows with the widths when there
+are few samples, so two wide spaces of noise look alike. The unbiased estimator, HSIC_1, does not, so teachers of
+different widths can be compared; it may be slightly below 0. Samples are assumed to be independent, which is not quite
+true of views of one picture or tokens of one view.
 
 Source: Kornblith et al., arXiv 1905.00414 (linear CKA); Song et al., "Feature Selection via Dependence Maximization",
-JMLR 13 (2012), equation 5 (HSIC_1); Nguyen et al., arXiv 2010.15327, average it over minibatches. Here it is of all
-samples at once: with linear kernels HSIC_1 is a function of moments, and no matrix of samples by samples is needed.
+JMLR 13 (2012), equation 5 (HSIC_1). Nguyen et al., arXiv 2010.15327, average HSIC_1 over minibatches. This module
+computes it over all samples at once: with linear kernels it is a function of moments, so no N x N matrix is needed.
 
 Shapes: N samples; Dx, Dy widths of the two spaces; Z = Dx + Dy, the two side by side.
 """
@@ -27,23 +27,23 @@ from torch import Tensor
 from eupe.store.stats import BLOCK_ROWS, Moments
 
 MIN_SAMPLES = 4
-"""Of which the unbiased estimator exists."""
+"""Fewest samples for which the unbiased estimator is defined."""
 
 Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class PairMoments:
-    """Of N pairs of vectors: all that CKA and linear regression need."""
+    """Moments of N pairs of vectors: all that CKA and linear regression need."""
 
     width: int
-    """Dx"""
+    """Width of the first space, Dx."""
     moments: Moments
-    """Of both vectors side by side, from an origin near their mean, [Z]."""
+    """Moments of both vectors side by side, [Z], relative to an origin near their mean."""
     lengths: Float64
-    """Sums over the samples of products of squared lengths: of x or y by x or y, [2, 2]."""
+    """Sums over the samples of |a|² |b|², [2, 2], where a and b are each x or y."""
     weighted: Float64
-    """Sums over the samples of both vectors, by the squared length of x or of y, [2, Z]."""
+    """Sums over the samples of both vectors, weighted by the squared length of x or of y, [2, Z]."""
 
     @property
     def count(self) -> int:
@@ -51,19 +51,20 @@ class PairMoments:
 
     @property
     def sides(self) -> tuple[slice, slice]:
-        """Where x and y stand among the Z."""
+        """Return the slices of x and y within the Z columns."""
         return slice(0, self.width), slice(self.width, None)
 
     @classmethod
     def of(cls, x_ND: NDArray[np.floating], y_ND: NDArray[np.floating], origin_Z: Float64) -> PairMoments:
-        """Of rows that belong together."""
+        """Return the moments of paired rows, relative to an origin."""
+        # With an origin far from the mean, sums of fourth powers would lose the digits that CKA depends on.
         joint = np.concatenate([x_ND, y_ND], axis=1).astype(np.float64) - origin_Z
         width = x_ND.shape[1]
         squares_2N = np.stack([np.vecdot(side, side) for side in (joint[:, :width], joint[:, width:])])
         return cls(width, Moments.of(joint), squares_2N @ squares_2N.T, squares_2N @ joint)
 
     def merge(self, other: PairMoments) -> PairMoments:
-        """Of both sets of pairs, which have the same origin."""
+        """Return the moments of both sets of pairs, which must have the same origin."""
         return PairMoments(
             self.width,
             self.moments.merge(other.moments),
@@ -72,7 +73,7 @@ class PairMoments:
         )
 
     def cka(self) -> float | None:
-        """Linear CKA; None for fewer than four samples, or where a space does not vary."""
+        """Return linear CKA, or None for fewer than four samples or if a space does not vary."""
         if self.count < MIN_SAMPLES:
             return None
         sums = self.count * self.moments.mean
@@ -84,10 +85,10 @@ class PairMoments:
         return self._hsic(second, sums, 0, 1) / math.sqrt(xx * yy)
 
     def _hsic(self, second_ZZ: Float64, sums_Z: Float64, a: int, b: int) -> float:
-        """HSIC_1 of the kernels of two sides, whose diagonals it leaves out.
+        """Return HSIC_1 of the kernels of sides `a` and `b` (0 is x, 1 is y), which leaves out the kernels' diagonals.
 
-        With K = XX^T and L = YY^T without their diagonals: tr(KL) is |X^T Y|^2 less the products of squared lengths;
-        the rows of K sum to x_i . sum(X) - |x_i|^2, from which come the sums of all of K and of KL.
+        Let K = XX^T and L = YY^T without their diagonals. Then tr(KL) is |X^T Y|^2 minus the summed products of squared
+        lengths. Row i of K sums to x_i . sum(X) - |x_i|^2, which gives the sums of all entries of K and of KL.
         """
         n, u, v = self.count, self.sides[a], self.sides[b]
         trace = float(np.square(second_ZZ[u, v]).sum() - self.lengths[a, b])
@@ -102,7 +103,7 @@ class PairMoments:
 
 
 class PairSums:
-    """Moments of pairs that come in batches, in several sets that are kept apart."""
+    """Accumulator of moments of pairs that arrive in batches, in one or more separate sets."""
 
     def __init__(self, num_sets: int = 1) -> None:
         self._origin: Float64 | None = None
@@ -110,7 +111,7 @@ class PairSums:
         self._done: list[PairMoments | None] = [None] * num_sets
 
     def add(self, x_ND: NDArray[np.floating], y_ND: NDArray[np.floating], *, to: int = 0) -> None:
-        """Rows that belong together; the mean of the first rows of all becomes the origin."""
+        """Add paired rows to set `to`; the mean of the very first rows becomes the origin of all sets."""
         if not len(x_ND):
             return
         if self._origin is None:
@@ -120,13 +121,13 @@ class PairSums:
             self._count(to)
 
     def totals(self) -> list[PairMoments | None]:
-        """Of each set; None for one that is empty."""
+        """Return the moments of each set; None for an empty set."""
         for number in range(len(self._done)):
             self._count(number)
         return list(self._done)
 
     def cka(self) -> float | None:
-        """Over all sets."""
+        """Return linear CKA over all sets, or None if it is not defined."""
         parts = [part for part in self.totals() if part is not None]
         return reduce(PairMoments.merge, parts).cka() if parts else None
 
@@ -141,7 +142,7 @@ class PairSums:
 
 
 def draw_cells(generator: np.random.Generator, num_views: int, num_cells: int, most: int) -> Tensor:
-    """Places of some cells of every view, drawn anew for each: int64 [B, at most `most`]."""
+    """Draw the indices of cells without replacement, separately for each view: int64 [B, at most `most`]."""
     places = np.tile(np.arange(num_cells), (num_views, 1))
     if most < num_cells:
         places = generator.permuted(places, axis=1)[:, :most]
@@ -149,7 +150,7 @@ def draw_cells(generator: np.random.Generator, num_views: int, num_cells: int, m
 
 
 def tokens_at(dense_BhwD: Tensor, cells_BK: Tensor) -> NDArray[np.float32]:
-    """Tokens of some cells, one after the other: [B * K, D]."""
+    """Return the tokens at some cells of each view, view after view: float32 [B * K, D]."""
     tokens = dense_BhwD.flatten(1, 2)
     picked = tokens[torch.arange(len(tokens))[:, None].to(tokens.device), cells_BK.to(tokens.device)]
     rows: NDArray[np.float32] = picked.flatten(0, 1).float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Frozen features as a readout takes them: as many components of any encoder, all of one size, and where tokens are.
+"""Frozen features as a readout takes them: at most 128 components of any encoder, whitened, and token positions.
 
 Shapes: P pictures, T = h w tokens of each, D width of features, C components.
 """
@@ -13,16 +13,16 @@ from torch import Tensor
 
 COMPONENTS = 128
 SMALLEST = 1e-6
-"""Variance of a component that is kept, as a share of the greatest."""
+"""Least variance of a component that is kept, as a share of the greatest."""
 PLACE = 5
-"""Numbers that say where a token is."""
+"""Number of values that encode a token's position."""
 AT_ONCE = 64
-"""Pictures whose tokens are taken to float64 at a time."""
+"""Pictures whose tokens are converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Frozen features of pictures, as components."""
+    """Frozen features of pictures, as components, and token positions."""
 
     tokens_PTC: Tensor
     summary_PC: Tensor
@@ -30,7 +30,11 @@ class Features:
 
 
 def as_features(summary_PD: Tensor, dense_PhwD: Tensor, learnt_from: Sequence[int]) -> Features:
-    """Both as components of the pictures that are learnt from."""
+    """Return both as components that are fitted to the training pictures.
+
+    Args:
+        learnt_from: indices of the training pictures.
+    """
     grid = dense_PhwD.shape[1:3]
     return Features(
         components(dense_PhwD.flatten(1, 2), learnt_from),
@@ -40,9 +44,12 @@ def as_features(summary_PD: Tensor, dense_PhwD: Tensor, learnt_from: Sequence[in
 
 
 def components(values_PTD: Tensor, learnt_from: Sequence[int]) -> Tensor:
-    """The first principal components of what is learnt from, mean 0 and variance 1 there; float32 [P, T, C].
+    """Return the first principal components, with mean 0 and variance 1 over the training pictures; float32 [P, T, C].
 
-    At most `COMPONENTS`, and none that hardly varies; pictures that are judged decide nothing.
+    There are at most `COMPONENTS`, and none that hardly varies. Pictures that are judged have no influence on them.
+
+    Args:
+        learnt_from: indices of the training pictures.
     """
     known = torch.tensor(list(learnt_from))
     count, width = len(known) * values_PTD.shape[1], values_PTD.shape[2]
@@ -53,6 +60,7 @@ def components(values_PTD: Tensor, learnt_from: Sequence[int]) -> Tensor:
         outer_DD += rows.T @ rows
     mean_D = total_D / count
     variances, directions = torch.linalg.eigh(outer_DD / count - mean_D[:, None] * mean_D)
+    # If nothing varies, all variances are 0, and `tiny` drops every component.
     kept = variances.flip(0)[:COMPONENTS] > max(SMALLEST * float(variances[-1]), torch.finfo(torch.float64).tiny)
     scale = directions.flip(1)[:, :COMPONENTS][:, kept] / variances.flip(0)[:COMPONENTS][kept].sqrt()
     parts = [((part.double() - mean_D) @ scale).float() for part in torch.split(values_PTD, AT_ONCE)]
@@ -60,6 +68,9 @@ def components(values_PTD: Tensor, learnt_from: Sequence[int]) -> Tensor:
 
 
 def places_of(height: int, width: int) -> Tensor:
-    """x, y, x², y², xy of each token's middle, from -1.5 to 1.5, the squares less their mean; float32 [T, 5]."""
+    """Return 1.5 times x, y, x² - 1/3, y² - 1/3 and xy of each token's centre; float32 [T, 5].
+
+    x and y lie between -1 and 1, where the mean of a square is 1/3.
+    """
     y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n * 2 - 1 for n in (height, width)), indexing="ij")
     return 1.5 * torch.stack([x, y, x**2 - 1 / 3, y**2 - 1 / 3, x * y], dim=-1).flatten(0, 1)

@@ -1,11 +1,12 @@
-"""Teachers against each other, before anything is trained: what their caches say of the same views.
+"""Comparison of teachers before training, from their cached features of the same views.
 
-For every pair of stores: linear CKA, neighbours in common, and how well each space is said by the other through ridge
-regression, judged on pictures that it was not fitted to. That is measured. What it means for a student is judgement
-(`eupe.evaluate.verdict`).
+Three things are measured for every pair of stores: linear CKA, mutual neighbours, and how well ridge regression
+predicts each space from the other, on pictures that it was not fitted to. What these numbers mean for a student is a
+judgement, which `eupe.evaluate.verdict` makes.
 
-Views are spread over the pictures: one of each before a second of any. Grids are matched by pooling the larger one, so
-that no token is made up by interpolation. Some tokens of each view are drawn at random, the same cells of both stores.
+Views are spread over the pictures: one of each picture before a second of any. The larger grid is pooled to the
+smaller, so that no token is invented by interpolation. Some tokens of each view are drawn at random, from the same
+cells of both stores.
 """
 
 from __future__ import annotations
@@ -35,31 +36,31 @@ from eupe.train.targets import open_stores
 TASK = "conflict"
 LIMIT = 2000
 MOST_TOKENS = 2**17
-"""Dense tokens of a pair, some of each view; all, where there are no more."""
+"""Dense tokens used of a pair in total, an equal number from each view; all if there are fewer."""
 
 OnViews = Callable[[str, int, int], None]
-"""Called with the pair, its views so far, and all of them."""
+"""Callback that takes the pair's name, the number of views done, and the number of all views."""
 
 
 @dataclass(frozen=True)
 class Alike:
-    """One kind of token of two stores."""
+    """Similarity of one kind of token in two stores."""
 
     samples: int
     cka: float | None
-    """None for fewer than four samples, or where a space does not vary."""
+    """Linear CKA; None for fewer than four samples or if a space does not vary."""
     forward: Predicted | None
-    """The second from the first; None where nothing varies."""
+    """Prediction of the second store from the first; None if nothing varies."""
     backward: Predicted | None
-    """The first from the second."""
+    """Prediction of the first store from the second; None if nothing varies."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two stores."""
+    """Comparison of two stores."""
 
     name: str
-    """The last parts of their places."""
+    """Short names of the stores, joined by ` ~ `."""
     stores: tuple[str, str]
     teachers: tuple[str, str]
     num_pictures: int
@@ -68,9 +69,9 @@ class Pair:
     """Cells along a side of the dense maps that were compared; None without dense tokens."""
     kinds: dict[str, Alike]
     neighbours: int
-    """How many are compared."""
+    """k of the mutual-neighbour measure."""
     mutual_neighbours: float | None
-    """Of summaries; None without. Views of one picture are no neighbours of each other."""
+    """Share of common nearest views of other pictures, by summaries; None without summaries."""
     mutual_neighbours_chance: float | None
     verdict: Verdict
 
@@ -85,9 +86,10 @@ def conflict(
     """Compare every pair of stores, each at its first size.
 
     Args:
-        limit: views of a pair, at most.
-    Raises: ConfigError for fewer than two stores, other views, no or too few pictures in common; StoreError,
-        PartCorruptError.
+        limit: greatest number of views of a pair.
+        neighbours: k of the mutual-neighbour measure; 10 by default, or all if there are fewer.
+    Raises: ConfigError for fewer than two stores, different views, too few common pictures, or a limit or k that does
+        not fit; StoreError, PartCorruptError.
     """
     if len(paths) < 2:
         raise ConfigError(f"a comparison takes two stores or more, got {', '.join(map(str, paths)) or 'none'}")
@@ -95,13 +97,14 @@ def conflict(
         raise ConfigError(f"--k must be at least 1, got {neighbours}")
     if limit < LEAST_PICTURES:
         raise ConfigError(f"--limit must be at least {LEAST_PICTURES} views, got {limit}")
+    # All pairs are checked first, so that a bad one is found before the first long comparison.
     joined = [PairedStores.of(pair, limit=limit) for pair in combinations(open_stores(paths), 2)]
     fitting = [fitting_k(neighbours, torch.from_numpy(pair.views[:, 0])) for pair in joined]
     return [_compare(pair, k, on_views) for pair, k in zip(joined, fitting, strict=True)]
 
 
 def conflict_results(pairs: Sequence[Pair], *, limit: int) -> list[Result]:
-    """A result for each pair; the first score is a CKA."""
+    """Return a result for each pair; the first score is a CKA."""
     return [
         Result(
             task=TASK,
@@ -143,6 +146,7 @@ def _compare(pair: PairedStores, neighbours: int, on_views: OnViews) -> Pair:
         _add(sums, batch, cells, most)
         done += len(batch.folds)
         on_views(name, done, len(pair.views))
+    # Popped, so that the large sums of one kind are freed before the next.
     alike = {kind: _alike(sums.pop(kind)) for kind in pair.kinds}
     mutual, chance = _neighbours(pair, summaries, neighbours)
     cards = [store.spec.teacher for store in pair.stores]
@@ -172,7 +176,7 @@ def _compare(pair: PairedStores, neighbours: int, on_views: OnViews) -> Pair:
 
 
 def _add(sums: dict[str, PairSums], batch: PairBatch, cells: np.random.Generator, most: int) -> None:
-    """Tokens of a batch to the sums of their folds; of dense maps at most so many of a view."""
+    """Add a batch's tokens to the sums of their folds, at most `most` dense tokens per view."""
     for kind, total in sums.items():
         tokens, folds = [each[kind] for each in batch.tokens], batch.folds
         if kind == DENSE:
@@ -194,7 +198,7 @@ def _alike(sums: PairSums) -> Alike:
 def _neighbours(
     pair: PairedStores, summaries: Sequence[tuple[Tensor, Tensor]], neighbours: int
 ) -> tuple[float | None, float | None]:
-    """Share in common, and by chance."""
+    """Return the share of common neighbours, and the share expected by chance; None for both without summaries."""
     if not summaries:
         return None, None
     pictures = torch.from_numpy(pair.views[:, 0])
@@ -204,6 +208,6 @@ def _neighbours(
 
 
 def _short_names(stores: tuple[Store, Store]) -> tuple[str, str]:
-    """Last parts of their places, where these differ."""
+    """Return the last parts of the stores' paths if these differ, otherwise the whole paths."""
     first, second = (Path(str(store.path)).name for store in stores)
     return (first, second) if first != second else (str(stores[0].path), str(stores[1].path))

@@ -1,8 +1,8 @@
-"""Semantic correspondence: where does the token of a point have its nearest token in another picture?
+"""Semantic correspondence: match a point of one picture to the pixel of another with the nearest features.
 
-Source: EUPE, arXiv 2603.22387 (SPair-71k): pictures squashed to 512 px (patch 16) or 448 px (patch 14), features
-resized to the picture, bilinear, the place with the greatest cosine; PCK@0.1 of the longer side of the target's box.
-Nothing is trained.
+Source: EUPE, arXiv 2603.22387 (SPair-71k). Pictures are squashed to 512 px (patch 16) or 448 px (patch 14), features
+are resized bilinearly to the picture, and the match is the pixel with the greatest cosine. The score is PCK@0.1 of the
+longer side of the target's box. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIZES = {14: 448}
 SIZE = 512
 ALPHA = 0.1
 BAND_ROWS = 32
-"""Of the resized features, rows that are in memory at a time."""
+"""Rows of the resized features that are in memory at a time."""
 
 
 def correspond(
@@ -45,8 +45,11 @@ def correspond(
     scratch: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
-    """Share of points found within `alpha` of the target's box: over all points, and the mean over categories.
+    """Measure PCK, the share of points that are matched correctly: over all points, and as a mean over categories.
 
+    Args:
+        alpha: greatest distance of a correct match, as a share of the longer side of the target's box.
+        limit: only the first pairs.
     Raises: CorpusError, StoreError, RunError, TeacherError, ConfigError.
     """
     if not 0 < alpha < math.inf:
@@ -75,6 +78,7 @@ def correspond(
 
 
 def _found(seen: Seen, pair: PointPair, alpha: float) -> list[bool]:
+    """Return whether each point of a pair is matched correctly."""
     assert seen.dense is not None
     device = pick_device()
     source, target = (seen.dense[place].to(device).float() for place in (pair.source, pair.target))
@@ -90,11 +94,11 @@ def _found(seen: Seen, pair: PointPair, alpha: float) -> list[bool]:
 def nearest_points(
     source_hwD: Tensor, points_P2: NDArray[np.float64], target_hwD: Tensor, *, size: int
 ) -> NDArray[np.float64]:
-    """For each point of the source the pixel of the target, [P, 2] as x and y, whose features have the greatest cosine.
+    """Return for each source point the target pixel with the greatest cosine of features, [P, 2] as x and y.
 
     Args:
-        source_hwD, target_hwD: float32; resized to `size` x `size`, bilinear, a band of rows at a time.
-        points_P2: x and y in pixels of the source view, where a pixel's centre is a whole number.
+        source_hwD, target_hwD: float32 tokens, resized bilinearly to `size` x `size`, a band of rows at a time.
+        points_P2: x and y in pixels of the source view; centres of pixels have integer coordinates.
     """
     columns, rows = points_P2.round().astype(int).clip(0, size - 1).T
     wanted_PD = torch.stack([_band(source_hwD, row, row + 1, size)[0, x] for row, x in zip(rows, columns, strict=True)])
@@ -113,7 +117,10 @@ def nearest_points(
 
 
 def _band(tokens_hwD: Tensor, first: int, last: int, size: int) -> Tensor:
-    """Rows of the tokens resized to `size` x `size`, [rows, size, D]: bilinear, a pixel's centre at its middle."""
+    """Return rows `first` to `last` - 1 of the tokens resized to `size` x `size`, [rows, size, D].
+
+    Resizing is bilinear, as by `F.interpolate` with `align_corners=False`.
+    """
     side = tokens_hwD.shape[0]
     down = ((torch.arange(first, last, device=tokens_hwD.device) + 0.5) * side / size - 0.5).clamp(0, side - 1)
     above = down.floor().long()
@@ -125,14 +132,14 @@ def _band(tokens_hwD: Tensor, first: int, last: int, size: int) -> Tensor:
 
 
 def to_view(points_P2: NDArray[np.float64], params: ViewParams, size: int) -> NDArray[np.float64]:
-    """From pixels of the picture to pixels of a view of it."""
+    """Convert pixels of the picture to pixels of a view of it."""
     x0, y0, x1, y1 = params.box
     scaled = (points_P2 + 0.5 - (x0, y0)) * size / (x1 - x0, y1 - y0) - 0.5
     return np.stack([size - 1 - scaled[:, 0], scaled[:, 1]], axis=1) if params.flip else scaled
 
 
 def from_view(points_P2: NDArray[np.float64], params: ViewParams, size: int) -> NDArray[np.float64]:
-    """The inverse of `to_view`."""
+    """Convert pixels of a view to pixels of its picture, as the inverse of `to_view`."""
     x0, y0, x1, y1 = params.box
     points = np.stack([size - 1 - points_P2[:, 0], points_P2[:, 1]], axis=1) if params.flip else points_P2
     back: NDArray[np.float64] = (points + 0.5) * (x1 - x0, y1 - y0) / size - 0.5 + (x0, y0)

@@ -1,9 +1,9 @@
-"""A small head on frozen dense tokens, trained on maps of truth: what segmentation and depth have in common.
+"""Training of a small head on frozen dense tokens with ground-truth maps, shared by segmentation and depth.
 
-Features are computed once, before the first step; views are windows that cover a picture, or those that a store holds.
-Where windows overlap, what the head says of a pixel is averaged.
+Features are computed once, before the first step. Views are windows that cover a picture, or the views that a store
+holds. Predictions are averaged where views overlap.
 
-Shapes: B views of a batch, S side of a view in pixels, C outputs of the head, H W pixels of a whole picture.
+Shapes: B views of a batch, S side of a view in pixels, C outputs of the head, H W height and width of a whole picture.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from eupe.train.schedule import learning_rate
 
 Truth = NDArray[Any]
 ReadTruth = Callable[[int], Truth]
-"""From a picture's place to its map of truth, [H, W]."""
+"""Function from a picture's index to its ground-truth map, [H, W]."""
 
 BATCHES_AHEAD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a head is trained."""
+    """Hyperparameters of a head's training."""
 
     steps: int
     lr: float
     batch_size: int = 16
     weight_decay: float = 1e-3
     warmup: float
-    """Share of the steps."""
+    """Share of the steps over which the learning rate rises to `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = None
     seed: int = 0
@@ -67,12 +67,12 @@ def train_head(
     *,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
-    """AdamW on batches of views, drawn without replacement epoch by epoch; leaves the head in evaluation mode.
+    """Train the head with AdamW on batches of views, drawn without replacement in each epoch; leave it in eval mode.
 
     Args:
-        head: from dense tokens [B, h, w, D] to [B, C, h, w], which is resized to the view, bilinear.
-        loss: of [B, C, S, S] and the views' truth [B, S, S].
-    Raises: TrainingError where the loss is not finite; CorpusError for a map that cannot be read.
+        head: module from dense tokens [B, h, w, D] to [B, C, h, w], which is resized bilinearly to the view.
+        loss: function of the predictions [B, C, S, S] and the views' ground truth [B, S, S].
+    Raises: TrainingError if the loss is not finite; CorpusError if a map cannot be read.
     """
     device = pick_device()
     assert seen.dense is not None
@@ -111,7 +111,7 @@ def _batches(seen: Seen, read_truth: ReadTruth, how: Training) -> Iterator[tuple
 
 
 def drawn(count: int, batch_size: int, steps: int, *, seed: int) -> Iterator[NDArray[np.int64]]:
-    """A batch of places below `count` for each step, without replacement epoch by epoch."""
+    """Yield a batch of indices below `count` for each step, drawn without replacement in each epoch."""
     generator = np.random.default_rng(seed)
     left = np.empty(0, dtype=np.int64)
     for _ in range(steps):
@@ -123,9 +123,9 @@ def drawn(count: int, batch_size: int, steps: int, *, seed: int) -> Iterator[NDA
 
 @torch.inference_mode()
 def predictions(head: nn.Module, seen: Seen, read_truth: ReadTruth) -> Iterator[tuple[Tensor, Truth]]:
-    """Picture by picture, what the head says of every pixel, and the truth.
+    """Yield for each picture the head's prediction of every pixel, and the ground truth.
 
-    Returns (while iterating): float32 [C, H, W], NaN where no view reaches; [H, W].
+    Yields: float32 [C, H, W], NaN where no view covers the pixel; the ground truth, [H, W].
     """
     device = pick_device()
     assert seen.dense is not None
@@ -146,32 +146,32 @@ def predictions(head: nn.Module, seen: Seen, read_truth: ReadTruth) -> Iterator[
 
 
 def require_truth(pictures: int, read_truth: ReadTruth) -> None:
-    """Read every map once, ahead of all work.
+    """Read every map once, so that a bad one is found before any other work.
 
-    Raises: what `read_truth` does.
+    Raises: the errors of `read_truth`.
     """
     for _ in each_truth(pictures, read_truth):
         pass
 
 
 def each_truth(pictures: int, read_truth: ReadTruth) -> Iterator[Truth]:
-    """Read every map once, in order, several at a time.
+    """Yield every map once, in order, while several are read at a time.
 
-    Raises: what `read_truth` does.
+    Raises: the errors of `read_truth`.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from map_ahead(pool, read_truth, range(pictures), ahead=BATCHES_AHEAD)
 
 
 def view_of(truth: Truth, params: ViewParams, size: int) -> Truth:
-    """The part of a map of truth that a view shows, [S, S]: the nearest value, never a mixture."""
+    """Return the part of a ground-truth map that a view shows, [S, S]; nearest neighbour, so that values never mix."""
     image = Image.fromarray(truth).crop(params.box).resize((size, size), Image.Resampling.NEAREST)
     values = np.asarray(image)
     return np.ascontiguousarray(values[:, ::-1]) if params.flip else values
 
 
 def require_same_sides(mapped: Mapped, i: int, truth: Truth) -> Truth:
-    """Raises: CorpusError if a map is of another size than its picture."""
+    """Return the map, or raise CorpusError if its size is not that of its picture."""
     width, height = mapped.pictures.sides(i)
     if truth.shape != (height, width):
         raise CorpusError(

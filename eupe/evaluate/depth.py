@@ -1,9 +1,10 @@
-"""Monocular depth: BatchNorm and a linear layer on dense tokens.
+"""Monocular depth by BatchNorm and a linear layer on dense tokens.
 
-Source: EUPE, arXiv 2603.22387 (NYUv2): batch 16, AdamW 3e-4, weight decay 1e-3, 38,400 steps, a third of them rising,
-RMSE. The layer's 256 outputs share out a depth between least and greatest (AdaBins, arXiv 2011.14141, with bins of
-equal width); the loss is scale-invariant (Eigen et al., arXiv 1406.2283). Deviation: features are computed once, so
-training views are not cropped or recoloured at random, and nothing is mirrored in the test.
+Source: EUPE, arXiv 2603.22387 (NYUv2): batch size 16, AdamW, learning rate 3e-4, weight decay 1e-3, 38,400 steps with
+warm-up over the first third, RMSE. The layer's 256 outputs weight depths that are evenly spaced from the least to the
+greatest, and the prediction is their weighted mean (AdaBins, arXiv 2011.14141, with bins of equal width). The loss is
+scale-invariant (Eigen et al., arXiv 1406.2283). Deviation: features are computed once, so training views are not
+cropped or recoloured at random, and test views are not mirrored.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ TRAINING = Training(steps=38_400, lr=3e-4, warmup=1 / 3, betas=(0.9, 0.99), clip
 MIN_M, MAX_M = 1e-3, 10.0
 BINS = 256
 EVEN_SHARE = 0.1
-"""Added to every output, so that none is ever without weight."""
+"""Added to every output, so that no bin ever has zero weight."""
 SCALE_SHARE = 0.15
-"""Of the squared mean of the logarithms' differences, beside their variance."""
+"""Weight of the squared mean of the log differences in the loss, next to their variance."""
 
 
 SAMPLED = 4096
-"""Pixels of a map, of which the median is told."""
+"""Approximate number of pixels per map from which the reported median is computed."""
 
 
 class LinearDepth(nn.Module):
-    """Tokens [B, h, w, D] to metres [B, 1, h, w]."""
+    """Head from tokens [B, h, w, D] to depths in metres [B, 1, h, w]."""
 
     def __init__(self, width: int, *, min_m: float, max_m: float) -> None:
         super().__init__()
@@ -62,6 +63,7 @@ class LinearDepth(nn.Module):
     def forward(self, tokens_BhwD: Tensor) -> Tensor:
         normed = self.norm(tokens_BhwD.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         shares = torch.relu(self.linear(normed)) + EVEN_SHARE
+        # The sum is never 0, even where ReLU zeroes every bin: EVEN_SHARE is added above.
         shares = shares / shares.sum(dim=-1, keepdim=True)
         return (shares * self.bins_m).sum(dim=-1)[:, None]  # type: ignore[operator]
 
@@ -78,13 +80,16 @@ def depth(
     scratch: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
-    """RMSE in metres, absolute relative error and delta 1 (share within a factor of 1.25), each the mean over pictures.
+    """Measure RMSE in metres, absolute relative error and delta 1 of a depth head, each as a mean over pictures.
+
+    Delta 1 is the share of pixels whose prediction is within a factor of 1.25.
 
     Args:
-        max_m: pixels farther than this do not count.
-        unit: of the maps; where not given, see `stated_unit`.
-    Raises: CorpusError for a map that is missing, of another size than its picture, or empty; StoreError, RunError,
-        TeacherError, ConfigError.
+        max_m: greatest depth in metres that counts; farther pixels are ignored.
+        unit: unit of the maps; `stated_unit` decides if None.
+        limit: only the first pictures of each split.
+    Raises: CorpusError if a map is missing or differs in size from its picture, or if a split has no depth that
+        counts; StoreError, RunError, TeacherError, ConfigError.
     """
     if not MIN_M < max_m < math.inf:
         raise ConfigError(f"--max-depth must be above {MIN_M:g} m, and finite, got {max_m:g}")
@@ -99,11 +104,11 @@ def depth(
                 f"{found.told}; --depth-unit says what a step is, --max-depth how far is judged"
             )
     chosen = subject.size(size, usual=SIZE)
-    seen_val, seen_train = (  # the larger last, so that want of room is known soon
+    seen_val, seen_train = (  # the larger split last: if it does not fit in memory, only a short pass is lost
         subject.look(part.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch) for part in (val, train)
     )
     assert seen_train.dense is not None
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
         torch.manual_seed(training.seed)
         head = LinearDepth(seen_train.dense.shape[-1], min_m=MIN_M, max_m=max_m)
         train_head(
@@ -147,16 +152,17 @@ def depth(
 
 
 def scale_invariant_loss(metres_BSS: Tensor, truth_BSS: Tensor, *, max_m: float) -> Tensor:
-    """Root of the variance of the logarithms' differences plus a share of their squared mean, over known pixels."""
+    """Return the root of the variance of the log differences plus a share of their squared mean, over known pixels."""
     known = (truth_BSS > MIN_M) & (truth_BSS <= max_m)
     if not known.any():
-        return metres_BSS.sum() * 0
+        return metres_BSS.sum() * 0  # a zero that `backward` accepts
     apart = torch.log(metres_BSS[known]) - torch.log(truth_BSS[known])
+    # The constant keeps the root's gradient finite where all differences are 0.
     return torch.sqrt(apart.var(correction=0) + SCALE_SHARE * apart.mean().square() + 1e-12)
 
 
 def depth_errors(metres_N: NDArray[np.float32], truth_N: NDArray[np.float32]) -> dict[str, float]:
-    """Of one picture's pixels, in metres."""
+    """Return RMSE, absolute relative error and delta 1 over one picture's pixels, given in metres."""
     said, true = metres_N.astype(np.float64), truth_N.astype(np.float64)
     return {
         "rmse": float(np.sqrt(np.square(said - true).mean())),
@@ -167,20 +173,20 @@ def depth_errors(metres_N: NDArray[np.float32], truth_N: NDArray[np.float32]) ->
 
 @dataclass(frozen=True)
 class Range:
-    """What depth maps hold."""
+    """Range of the values in a split's depth maps."""
 
     least_m: float
     median_m: float
     greatest_m: float
     known: float
-    """Share of the pixels."""
+    """Share of the pixels whose depth is known."""
     beyond: float
-    """Share of the known pixels that lie beyond the greatest depth that is judged."""
+    """Share of the known pixels beyond the greatest depth that is judged."""
     num_judged: int
 
     @property
     def told(self) -> str:
-        """In words, so that a wrong unit is seen."""
+        """Return the range in words, so that a wrong unit is noticed."""
         if not self.known:
             return "without any depth"
         least, greatest, median = map(_short, (self.least_m, self.greatest_m, self.median_m))
@@ -193,9 +199,9 @@ def _short(metres: float) -> str:
 
 
 def _range(pictures: int, read_truth: ReadTruth, max_m: float) -> Range:
-    """Read every map once, ahead of all work; the median is that of some thousand pixels of each.
+    """Read every map once and return their range; the median is over a few thousand pixels of each.
 
-    Raises: what `read_truth` does.
+    Raises: the errors of `read_truth`.
     """
     parts = []
     for truth in each_truth(pictures, read_truth):
@@ -218,6 +224,7 @@ def _read(mapped: Mapped, unit: DepthUnit | None, i: int) -> NDArray[np.float32]
 
 
 def _judged(truth: NDArray[np.float32], val: Mapped, max_m: float) -> NDArray[np.bool_]:
+    """Return the mask of the pixels that are judged: known, near enough, and inside the split's crop."""
     known = (truth > MIN_M) & (truth <= max_m)
     if val.crop is None:
         return known

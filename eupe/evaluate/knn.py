@@ -1,6 +1,6 @@
 """k-nearest-neighbour accuracy of summaries.
 
-Source of the protocol (k = 10, L2, majority vote, 224 px): EUPE, arXiv 2603.22387, evaluation. Where the data has no
+Source of the protocol (k = 10, L2, majority vote, 224 px): EUPE, arXiv 2603.22387, evaluation. If the data has no
 training split, each picture is classified by all *other* pictures.
 """
 
@@ -36,9 +36,9 @@ Metric = Literal["l2", "cosine"]
 SIZE = 224
 K = 10
 QUERIES, BANK = 1024, 65536
-"""Rows of which distances are in memory at a time."""
+"""Rows of the queries and of the bank whose distances are in memory at a time."""
 GROUP = 64
-"""Times as many queries are on the device at once, to each of which the whole bank is shown."""
+"""Blocks of queries that are on the device at once; the bank is moved there once per group of them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Summaries:
     """float32 [N, Ds]"""
     labels: tuple[str, ...]
     pictures: tuple[str, ...]
-    """Key of the picture that each is a view of."""
+    """Key of the picture that each row is a view of."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,7 +57,7 @@ class Summaries:
 
 @dataclass(frozen=True)
 class Parts:
-    """What is judged, and what it is judged by."""
+    """Summaries to judge (`val`) and to learn from (`train`, which is None if the data has no training split)."""
 
     train: Summaries | None
     val: Summaries
@@ -65,13 +65,13 @@ class Parts:
     data: str
     splits: Splits
     choice: Choice
-    """What of the data was taken."""
+    """Options that select labels and pictures of the data."""
 
 
 def summaries_of(subject: Subject, data: Where | None, *, size: int | None, choice: Choice = AS_FOUND) -> Parts:
-    """Summaries of both splits: of the data's pictures, or of a store's own labelled samples.
+    """Return the summaries of both splits, from the data's pictures or from a store's own labelled samples.
 
-    Raises: ConfigError, CorpusError, StoreError.
+    Raises: ConfigError, CorpusError, StoreError, RunError, TeacherError.
     """
     if data is None:
         if not isinstance(subject, StoreSubject):
@@ -111,9 +111,10 @@ def knn(
     size: int | None = None,
     choice: Choice = AS_FOUND,
 ) -> Result:
-    """k-NN accuracy of a subject's summaries.
+    """Measure the k-NN accuracy of a subject's summaries.
 
-    Raises: StoreError, RunError, CorpusError; ConfigError if there are no labels or summaries, or `k` is too large.
+    Raises: StoreError, RunError, TeacherError, CorpusError; ConfigError if there are no labels or no summaries, the
+        metric is unknown, or `k` does not fit the labelled views.
     """
     if metric not in ("l2", "cosine"):
         raise ConfigError(f"--metric {metric} is unknown; give l2 or cosine")
@@ -156,14 +157,15 @@ def accuracy(
     num_labels: int,
     groups_N: Tensor | None = None,
 ) -> float:
-    """Share of queries whose k nearest rows of the bank vote for their label.
+    """Return the share of queries whose k nearest rows of the bank vote for their label.
 
     A tie goes to the label whose votes rank nearer.
 
     Args:
-        groups_N: where the queries are the bank itself, rows of one group do not vote for each other.
+        groups_N: groups of the rows if the queries are the bank itself; rows of one group do not vote for each other.
     """
     near_NK = nearest(queries_ND, bank_MD, groups_N, k=k, metric=metric)
+    # All k bonuses together are less than one vote, so they only break ties.
     nearness = torch.arange(k, 0, -1, dtype=torch.float64) / (2 * k * k)
     correct = 0
     for near, labels in zip(torch.split(near_NK, QUERIES), torch.split(labels_N, QUERIES), strict=True):
@@ -181,13 +183,14 @@ def nearest(
     metric: Metric,
     exact: torch.dtype | None = None,
 ) -> Tensor:
-    """Rows of the bank, nearest first, [N, k]; never one of the query's own group.
+    """Return each query's k nearest rows of the bank, nearest first, [N, k], leaving out those of its own group.
 
-    Distances are between what is left of features without the bank's mean, which is common to all: float32 has no
-    digits to spare for it.
+    The bank's mean is subtracted before distances are computed. It can be much longer than the differences between
+    rows, and float32 would lose their digits.
 
     Args:
-        exact: of the distances; float64 on a CPU and float32 on a GPU where not given.
+        groups_N: groups of the rows if the queries are the bank itself.
+        exact: dtype of the distances; float64 on a CPU and float32 on a GPU by default.
     """
     device = pick_device()
     exact = exact or (torch.float64 if device.type == "cpu" else torch.float32)
@@ -207,6 +210,7 @@ def nearest(
                 if groups_N is not None:
                     own = groups_N[part, None] == groups_N[None, first:last]
                     distance.masked_fill_(own.to(device), torch.inf)
+                # The best so far compete with this block, so only k distances per query are kept.
                 distance = torch.cat([best[i], distance], dim=1)
                 numbers = torch.cat([at[i], torch.arange(first, last, device=device).expand(len(part), -1)], dim=1)
                 best[i], picked = distance.topk(min(k, distance.shape[1]), largest=False)

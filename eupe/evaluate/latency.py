@@ -1,13 +1,13 @@
-"""What an encoder costs: parameters, FLOPs, and the time of a forward pass on this machine's CPU.
+"""Cost of an encoder: parameters, FLOPs, and the time of a forward pass on this machine's CPU.
 
-Weights are random, as cost does not depend on them, and pixels are zeros. What is timed and counted is the encoder from
-normalised pixels to summary and dense tokens, adapter heads and decoding left out, in float32.
+Weights are random, because cost does not depend on them, and pixels are zeros. Time and FLOPs cover the encoder from
+normalised pixels to summary and dense tokens, in float32, without adapter heads and without decoding.
 
-A FLOP is one multiplication or one addition: a multiply-add counts as two. Counted are matrix products, convolutions
-and attention, not norms, activations or what else is done element by element. Papers often give multiply-adds (MACs),
-which are half as many, under the name of FLOPs.
+A FLOP is one multiplication or one addition, so a multiply-add counts as two. Matrix products, convolutions and
+attention are counted; norms, activations and other element-wise operations are not. Papers often report multiply-adds
+(MACs), which are half as many, as FLOPs.
 
-Source: EUPE, arXiv 2603.22387, gives parameters, FLOPs and the latency on a CPU at 256 and 512 px.
+Source: EUPE, arXiv 2603.22387, reports parameters, FLOPs and the latency on a CPU at 256 and 512 px.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from eupe.teachers.teacher import build_teacher
 TASK = "latency"
 SIZES = (256, 512)
 WARMUP = 3
-"""Passes that are not timed."""
+"""Untimed passes before the timed ones."""
 
 Forward = Callable[[Tensor], object]
-"""Of normalised pixels [B, 3, S, S]."""
+"""Function of normalised pixels [B, 3, S, S]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How passes are timed."""
+    """Settings for timing forward passes."""
 
     batch_size: int = 1
     threads: int | None = None
-    """As many as torch takes by itself where not given."""
+    """Threads that torch computes with; torch's own number if None."""
     repeats: int = 30
 
     def __post_init__(self) -> None:
-        """Raises: ConfigError."""
+        """Raise ConfigError if a setting is out of range."""
         if self.batch_size < 1 or self.repeats < 1:
             raise ConfigError(
                 f"--batch-size and --repeats must be at least 1, got {self.batch_size} and {self.repeats}"
@@ -67,9 +67,10 @@ def latency(
     timing: Timing = Timing(),
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Result]:
-    """A result for each size, of which the patch is given what it leaves.
+    """Return a result for each size, rounded down to a multiple of the patch.
 
-    Raises: ConfigError if the subject is no encoder; TeacherError, RunError if it cannot be built.
+    Raises: ConfigError if the subject is not an encoder or a size is below 1; TeacherError, RunError if it cannot be
+        built.
     """
     if isinstance(subject, StoreSubject):
         teacher = subject.store.spec.teacher["name"]
@@ -123,7 +124,8 @@ def _judge(subject: EncoderSubject, asked: int, timing: Timing) -> Result:
 
 
 def count_flops(forward: Forward, pixels: Tensor) -> int:
-    """Of one pass; attention is taken apart into its matrix products, as the CPU's fused one is not counted."""
+    """Return the FLOPs of one pass."""
+    # FlopCounterMode does not count the CPU's fused attention; the MATH backend runs it as matrix products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         forward(pixels)
     return int(counter.get_total_flops())
@@ -131,7 +133,7 @@ def count_flops(forward: Forward, pixels: Tensor) -> int:
 
 @torch.inference_mode()
 def time_passes(forward: Forward, pixels: Tensor, repeats: int) -> list[float]:
-    """Seconds of each pass on a CPU, after some that do not count."""
+    """Return the seconds of each of `repeats` passes on a CPU, after `WARMUP` passes that do not count."""
     seconds = []
     for number in range(WARMUP + repeats):
         began = time.perf_counter()
@@ -142,7 +144,7 @@ def time_passes(forward: Forward, pixels: Tensor, repeats: int) -> list[float]:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """25%, median, 75%."""
+    """Return the 25th percentile, the median and the 75th percentile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -150,7 +152,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Return the model name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -161,7 +163,7 @@ def cpu_name() -> str:
 
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    """While it lasts, torch computes with so many threads."""
+    """Make torch compute with this number of threads while the context is open; None changes nothing."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)

@@ -1,13 +1,13 @@
-"""The folders that standard data sets come in: pictures, and the truth about them. Labels: see `splits`.
+"""Folder layouts of standard data sets: pictures and their ground truth. `splits` reads labels.
 
 | task | layout |
 |---|---|
-| masks | `images/{training,validation}/X.jpg`, `annotations/.../X.png`, 0 is nothing (ADE20K); or `images/{train,val}`,
-  `masks/{train,val}`, 255 is nothing |
+| masks | `images/{training,validation}/X.jpg`, `annotations/.../X.png`, 0 is no class (ADE20K); or
+  `images/{train,val}`, `masks/{train,val}`, 255 is no class |
 | depth | `nyu_train.txt`, `nyu_test.txt`: lines of picture, depth map, focal length (NYUv2); or `images/{train,val}`,
-  `depth/{train,val}`; 16-bit PNGs of what `depth-unit.txt` says, or `.npy` of metres, 0 is nothing |
+  `depth/{train,val}`; 16-bit PNGs in the unit of `depth-unit.txt`, or `.npy`, in metres by default; 0 is unknown |
 | pairs | `JPEGImages`, `PairAnnotation/test`, `Layout/large/test.txt` (SPair-71k) |
-| captions | `captions_val2017.json`, or that in `annotations/`, and `val2017/` (COCO) |
+| captions | `captions_val2017.json`, here or in `annotations/`, and `val2017/` (COCO) |
 | questions | `questions.json`, a list of `image` (a path below its folder), `split` (train or val), `kind`, `question`
   and `answer` |
 """
@@ -44,34 +44,34 @@ METRES = {"m": 1.0, "cm": 1e-2, "mm": MILLIMETRE}
 NYU_LISTS: dict[str, str] = {"train": "nyu_train.txt", "val": "nyu_test.txt"}
 NYU_SIDES = (640, 480)
 UNIT_FILE = "depth-unit.txt"
-"""Beside a data set's depth maps: what `--depth-unit` would say of them."""
+"""File in a data set's folder that holds the value of `--depth-unit` for its depth maps."""
 COCO_CAPTIONS, COCO_PICTURES = "captions_val2017.json", "val2017"
 QUESTIONS = "questions.json"
 EIGEN_CROP = (41, 45, 601, 471)
-"""x0, y0, x1, y1 of a 640x480 picture, in which NYUv2 is judged; source: Eigen et al., arXiv 1406.2283."""
+"""Region of a 640x480 picture in which NYUv2 is judged: x0, y0, x1, y1; source: Eigen et al., arXiv 1406.2283."""
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """Pictures with a map of truth for each: masks, or depth."""
+    """Pictures with a ground-truth map for each: masks or depth."""
 
     pictures: Pictures
     maps: tuple[Path, ...]
     nothing: int = 0
-    """The value that stands for no truth."""
+    """Value that means no ground truth."""
     crop: tuple[int, int, int, int] | None = None
-    """The part of a 640x480 picture that is judged; of one of another size, the same share."""
+    """Region of a 640x480 picture that is judged, scaled for pictures of another size; None for the whole picture."""
     name: str = ""
-    """The split that they are, as the data set calls it."""
+    """Name of the split in the data set."""
     role: str = "val"
 
     @property
     def protocol(self) -> dict[str, str]:
-        """What tells results on test from those on val, which are the usual ones."""
+        """Return the protocol entry that tells results on test from the usual ones on val."""
         return {"split": self.role} if self.role == "test" else {}
 
     def limited(self, limit: int | None) -> Mapped:
-        """The first so many."""
+        """Return the first `limit` pictures and maps; all if None."""
         count = len(self.maps) if limit is None else limit
         places = range(len(self.maps))[:count]
         return replace(self, pictures=self.pictures.pick(places), maps=self.maps[:count])
@@ -79,34 +79,34 @@ class Mapped:
 
 @dataclass(frozen=True)
 class PointPair:
-    """Two pictures of things of one kind, and points that correspond."""
+    """Two pictures of objects of one category, with corresponding points."""
 
     source: int
     target: int
-    """Places among the pictures."""
+    """`source` and `target` are indices of pictures."""
     category: str
     source_points: NDArray[np.float64]
     target_points: NDArray[np.float64]
-    """[P, 2], x and y in pixels."""
+    """Points of either picture, [P, 2] as x and y in pixels; row i of both corresponds."""
     target_box: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """Pictures, with one caption or more of each."""
+    """Pictures with one or more captions each."""
 
     pictures: Pictures
     captions: tuple[str, ...]
     picture_of: NDArray[np.int64]
-    """Whose caption each is: its place among the pictures."""
+    """Index of the picture that each caption describes."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a picture, and its answer."""
+    """A question about a picture, and its answer."""
 
     picture: int
-    """Its place among the pictures."""
+    """Index of the picture."""
     split: Split
     kind: str
     question: str
@@ -114,7 +114,7 @@ class Question:
 
 
 def mask_split(data: Path, split: Split) -> Mapped:
-    """Pictures and masks of a split.
+    """Return the pictures and masks of a split.
 
     Raises: CorpusError if a folder, or a picture's mask, is missing.
     """
@@ -124,11 +124,11 @@ def mask_split(data: Path, split: Split) -> Mapped:
 
 
 def class_names(data: Path) -> tuple[str, ...] | None:
-    """Of the masks' values, from 0 on, or from 1 in ADE20K's layout; None where the data has none.
+    """Return the names of the masks' values from 0 on (from 1 on in ADE20K's layout), or None if the data has none.
 
-    They stand in `classes.txt`, one a line, or in ADE20K's `objectInfo150.txt`.
+    They are read from `classes.txt`, one name per line, or from ADE20K's `objectInfo150.txt`.
 
-    Raises: CorpusError if there is such a file without any names.
+    Raises: CorpusError if such a file holds no names.
     """
     own, ade = data / "classes.txt", data / "objectInfo150.txt"
     listed = next((path for path in (own, ade) if path.exists()), None)
@@ -142,7 +142,7 @@ def class_names(data: Path) -> tuple[str, ...] | None:
 
 
 def depth_split(data: Path, split: Split) -> Mapped:
-    """Pictures and depth maps of a split.
+    """Return the pictures and depth maps of a split.
 
     Raises: CorpusError if a list, a folder, or a picture's map is missing.
     """
@@ -159,7 +159,7 @@ def depth_split(data: Path, split: Split) -> Mapped:
             continue
         if len(words) != 3:
             raise CorpusError(f"line {number} of {listed} should be `PICTURE DEPTH FOCAL`, got {line!r}")
-        if words[1] == "None":  # the list of the test set has pictures without truth
+        if words[1] == "None":  # the test list has pictures without a depth map
             continue
         keys.append(words[0].lstrip("/"))
         maps.append(data / words[1].lstrip("/"))
@@ -170,9 +170,11 @@ def depth_split(data: Path, split: Split) -> Mapped:
 
 
 def point_pairs(data: Path, *, limit: int | None = None) -> tuple[Pictures, list[PointPair]]:
-    """SPair-71k's test pairs.
+    """Return the pictures and the test pairs of SPair-71k.
 
-    Raises: CorpusError naming the file that is missing or not SPair's.
+    Args:
+        limit: only the first pairs.
+    Raises: CorpusError that names the file that is missing or not in SPair's format.
     """
     listed = data / "Layout" / "large" / "test.txt"
     if not listed.exists():
@@ -205,16 +207,17 @@ def _point_pair(data: Path, name: str, places: dict[str, int]) -> PointPair:
         raise CorpusError(f"{path} has points or a trg_bndbox that are not all finite numbers; correct it")
     if x1 <= x0 or y1 <= y0:
         raise CorpusError(f"{path} has a trg_bndbox of {x0:g}, {y0:g}, {x1:g}, {y1:g}, which is no box; correct it")
+    # A picture of several pairs gets one index, so that it is encoded once.
     first, second = (places.setdefault(key, len(places)) for key in keys)
     return PointPair(first, second, category, source, target, (x0, y0, x1, y1))
 
 
 def caption_split(data: Path, *, limit: int | None = None) -> Captioned:
-    """COCO's val2017: pictures in the order of the list, captions picture by picture.
+    """Return COCO's val2017, with pictures in the order of the list and captions grouped by picture.
 
     Args:
         limit: only the first pictures.
-    Raises: CorpusError if the list or a picture is missing, an id comes twice, or a picture has no caption.
+    Raises: CorpusError if the list or a picture is missing, an id is repeated, or a picture has no caption.
     """
     places = (data / COCO_CAPTIONS, data / "annotations" / COCO_CAPTIONS)
     listed = next((place for place in places if place.is_file()), None)
@@ -249,7 +252,10 @@ def caption_split(data: Path, *, limit: int | None = None) -> Captioned:
 
 
 def _word(value: Any) -> str:
-    """Raises: TypeError, ValueError unless it is a string that says something."""
+    """Return a string without surrounding whitespace.
+
+    Raises: TypeError if it is not a string; ValueError if it is empty.
+    """
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no string")
     if not value.strip():
@@ -258,10 +264,10 @@ def _word(value: Any) -> str:
 
 
 def question_set(data: Path) -> tuple[Pictures, list[Question]]:
-    """Pictures in the order in which they are first asked about, and the questions.
+    """Return the pictures, in the order of their first question, and the questions.
 
-    Raises: CorpusError if the list or a picture is missing, a question lacks something, a picture is in both splits, or
-        a kind of question is not asked in both.
+    Raises: CorpusError if the list or a picture is missing, a question is incomplete, a picture is in both splits, or
+        a kind of question is missing from one split.
     """
     listed = data / QUESTIONS
     try:
@@ -300,25 +306,25 @@ def _question(plain: Any, number: int, listed: Path, places: dict[str, int]) -> 
 
 
 def question_words(question: str) -> list[str]:
-    """In lower case, without punctuation."""
+    """Return the words of a question in lower case, without punctuation."""
     return re.findall(r"\w+", question.lower())
 
 
 @dataclass(frozen=True)
 class DepthUnit:
-    """What one step of a depth map is."""
+    """Depth that one step of a depth map stands for."""
 
     word: str
-    """As it was given."""
+    """The unit as it was given."""
     metres: float
     inverse: bool = False
-    """Whether maps hold disparities: metres are this number over the value."""
+    """True if maps hold disparities: a depth is then `metres` divided by the value."""
 
 
 def depth_unit(word: str) -> DepthUnit:
-    """Read `--depth-unit`: m, cm, mm, metres a step as a number or a fraction, or `NUMBER/disparity`.
+    """Parse `--depth-unit`: m, cm, mm, metres per step as a number or a fraction, or `NUMBER/disparity`.
 
-    Raises: ConfigError.
+    Raises: ConfigError if it is none of these.
     """
     if word in METRES:
         return DepthUnit(word, METRES[word])
@@ -336,11 +342,12 @@ def depth_unit(word: str) -> DepthUnit:
 
 
 def read_depth(path: Path, unit: DepthUnit | None = None) -> NDArray[np.float32]:
-    """[H, W] in metres, 0 where nothing is known.
+    """Read a depth map in metres, [H, W]; 0 where the depth is unknown.
 
     Args:
-        unit: where not given, whole numbers of a picture are millimetres, and all else metres.
-    Raises: CorpusError unless it is an array of two axes, or a picture of one channel; without a unit, of 16 bits.
+        unit: unit of the values; by default integers of an image are millimetres, and everything else is metres.
+    Raises: CorpusError unless the file holds an array of two axes or an image of one channel, or if an 8-bit image
+        comes without a unit.
     """
     is_array, values = _is_array(path), _read_values(path)
     unit_m = METRES[_usual_unit(values, is_array=is_array)]
@@ -363,9 +370,9 @@ def read_depth(path: Path, unit: DepthUnit | None = None) -> NDArray[np.float32]
 
 
 def stated_unit(data: Path, given: DepthUnit | None, maps: Sequence[Path]) -> DepthUnit | None:
-    """Return the unit of a data set's depth maps: the given one, or that in `depth-unit.txt`; None is the usual one.
+    """Return the unit of a data set's depth maps: the given one, or that in `depth-unit.txt`; None means the default.
 
-    Raises: ConfigError for a file that holds no unit; CorpusError for maps of whole numbers that could be anything.
+    Raises: ConfigError if the file holds no valid unit; CorpusError if the maps hold integers whose unit is not stated.
     """
     if given is not None:
         return given
@@ -374,7 +381,7 @@ def stated_unit(data: Path, given: DepthUnit | None, maps: Sequence[Path]) -> De
         return None if stated.word == told_unit(maps[0], None) else stated
     path = maps[0]
     values = _read_values(path)
-    # Scenes that were rendered before they had the file are known by their card.
+    # Scenes rendered before they got a `depth-unit.txt` are recognised by their card.
     usual = (data / NYU_LISTS["train"]).exists() or (data.parent / SCENES_CARD).exists()
     if values.dtype.kind in "iu" and values.dtype.itemsize > 1 and not usual:
         raise CorpusError(
@@ -386,7 +393,7 @@ def stated_unit(data: Path, given: DepthUnit | None, maps: Sequence[Path]) -> De
 
 
 def told_unit(path: Path, unit: DepthUnit | None) -> str:
-    """Return the unit in which a depth map is read."""
+    """Return the name of the unit in which a depth map is read."""
     if unit is not None:
         return unit.word
     return _usual_unit(_read_values(path), is_array=_is_array(path))
@@ -415,7 +422,7 @@ def _read_image(path: Path) -> NDArray[Any]:
 def _read_array(path: Path) -> NDArray[Any]:
     try:
         values = np.load(path, allow_pickle=False)
-    except Exception as error:  # as above
+    except Exception as error:  # a hostile file can raise anything here, too
         raise CorpusError(f"depth map {path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(values, np.ndarray):
         raise CorpusError(f"depth map {path} is an archive of arrays (.npz), not one array (.npy)")
@@ -458,7 +465,7 @@ def _beside(picture: Path, there: Sequence[Path], maps: Path, suffixes: Sequence
 def _split_folders(data: Path, kind: str, split: Split) -> tuple[str, Path, Path]:
     """Find a split's folders of pictures and of maps: `images/train` and `masks/train`, or `train/images` and so on.
 
-    Returns: the split's role (of val it may be test), and both.
+    Returns: the split's role (test stands in for val if there is no val), and both folders.
     Raises: CorpusError if there are none, or several.
     """
     wanted = ("train",) if split == "train" else ("val", "test")
@@ -504,13 +511,13 @@ def _only(data: Path, kinds: Sequence[str], wanted: str) -> str:
 
 
 def _require_files(paths: Iterable[Path], listed: Path) -> None:
-    missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113 - which raises for a long name
+    missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113 - is_file raises for a long name
     if missing:
         raise CorpusError(f"{listed} names {len(missing)} files that are missing; the first is {missing[0]}")
 
 
 def _lines(path: Path) -> list[str]:
-    """Raises: CorpusError."""
+    """Read the lines of a text file; raise CorpusError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Whose licences a student's weights come under: its teachers', and those of a proxy's teachers behind it."""
+"""Licences that apply to a student's weights: those of its teachers, and of the teachers behind a proxy."""
 
 from __future__ import annotations
 
@@ -17,38 +17,43 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Origin:
-    """One teacher, or another source of a student's weights."""
+    """A teacher, or another source of a student's weights."""
 
     name: str
     licence: str
     through: tuple[str, ...] = ()
-    """Names of the runs between it and the student, the nearest to the student first."""
+    """Names of the runs between it and the student, nearest to the student first."""
 
     @property
     def way(self) -> str:
-        """The runs between in words: `first of proxy`."""
+        """Return the runs in between in words, such as `first of proxy`."""
         return " of ".join(reversed(self.through))
 
 
 def origins(run: Path, card: RunCard) -> list[Origin]:
-    """Of a run's student: its targets' teachers, those of runs among them, and what it began as; each once."""
+    """Return the origins of a run's student, each once.
+
+    They are the teachers of its targets, the origins of targets that are runs, and those of the run that it was
+    initialised from.
+    """
     return list(dict.fromkeys(_origins(run, card, ())))
 
 
 def origins_behind(place: str, learner: Path) -> list[Origin]:
-    """The same of whatever learned from a run.
+    """Return the origins behind a run that something else learned from, each once.
 
     Args:
-        place: of that run, as it was noted when it taught.
-        learner: what learned from it, beside which it may lie by now.
+        place: path of that run, as noted when it was the teacher.
+        learner: path of what learned from it; the run may lie beside it by now.
     """
     return list(dict.fromkeys(_behind(place, learner, ())))
 
 
 def _origins(run: Path, card: RunCard, between: tuple[str, ...]) -> Iterator[Origin]:
-    """
+    """Yield the origins of a run's student; one may come more than once.
+
     Args:
-        between: the places of the runs from this one to the student.
+        between: paths of the runs from the nearest to the student up to this one; empty for the student's own run.
     """
     for target in [*card.targets, *(target for mixed in card.mix for target in mixed["targets"])]:
         if target["licence"] == OWN_LICENCE:
@@ -60,8 +65,8 @@ def _origins(run: Path, card: RunCard, between: tuple[str, ...]) -> Iterator[Ori
 
 
 def _behind(place: str, learner: Path, between: tuple[str, ...]) -> Iterator[Origin]:
-    """What taught a run, which lies where it did, or still beside the one that learned from it."""
-    if place in between:
+    """Yield the origins of a run that taught, found at its noted path or beside the run that learned from it."""
+    if place in between:  # runs that name each other must not recurse without end
         return
     for found in (Path(place), learner.parent / Path(place).name):
         if is_run(found):
@@ -75,7 +80,7 @@ def _names(places: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _began_as(run: Path) -> str | None:
-    """What `--init` named."""
+    """Return what `--init` named, or None."""
     try:
         return str(read_json(run / INIT_FILE)["source"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,8 +1,8 @@
-"""Logistic regression on frozen summaries, its penalty swept.
+"""Logistic regression on frozen summaries, with a sweep over the penalty.
 
-Source of the protocol: linear probing as in CLIP (arXiv 2103.00020, appendix A.3): L-BFGS on summaries, the penalty
-chosen on a part of the training data that is held out, then fitted on all of it. Channels are standardised by the
-training data.
+Source of the protocol: linear probing as in CLIP (arXiv 2103.00020, appendix A.3): L-BFGS on summaries. The penalty is
+chosen on a held-out part of the training data; the classifier is then fitted on all of it. Channels are standardised
+with the training data's mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from eupe.place import Where
 from eupe.train.targets import is_held_out
 
 PENALTIES = tuple(10.0**power for power in range(-6, 3))
-"""Swept: factors of half the squared weights, beside the mean cross-entropy."""
+"""Penalties of the sweep: factors of half the squared weights, added to the mean cross-entropy."""
 TUNING_SHARE = 0.1
+"""Share of the pictures that are held out of training to choose the penalty."""
 VAL_SHARE = 0.2
-"""Of the pictures, where the data has no splits."""
+"""Share of the pictures that are judged if the data has no splits."""
 MAX_ITERATIONS = 1000
 UNKNOWN = -1
-"""The code of a label that the training part does not have."""
+"""Code of a label that the training part does not have."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Logistic:
     bias_C: Tensor
 
     def logits(self, features_ND: Tensor) -> Tensor:
-        """[N, C]"""
+        """Return the logits, [N, C]."""
         return features_ND @ self.weight_CD.T + self.bias_C
 
 
@@ -55,9 +56,10 @@ def linear(
     size: int | None = None,
     choice: Choice = AS_FOUND,
 ) -> Result:
-    """Accuracy of a linear classifier on a subject's summaries.
+    """Measure the accuracy of a linear classifier on a subject's summaries.
 
-    Raises: as `knn`; ConfigError if fewer than two labels can be learnt, or a penalty is not above 0.
+    Raises: as `summaries_of`; ConfigError if fewer than two labels can be learned, no views are left to judge, or a
+        penalty is not finite and above 0.
     """
     if not penalties or not all(0 < penalty < math.inf for penalty in penalties):
         raise ConfigError(f"--penalty must be above 0, and finite, got {', '.join(f'{p:g}' for p in penalties)}")
@@ -75,10 +77,12 @@ def linear(
     )
     known = codes_val != UNKNOWN
     mean, std = train.features.double().mean(dim=0), train.features.double().std(dim=0, correction=0)
+    # Channels without variance are only shifted to 0, so that they do not become NaN.
     scaled_train, scaled_val = (
         ((part.features.double() - mean) / torch.where(std > 0, std, 1.0)) for part in (train, val)
     )
-    judged_share = 0.0 if parts.train is not None else VAL_SHARE  # those that are judged have the first of the hashes
+    # Judged pictures have the lowest hashes; the threshold for tuning lies above theirs.
+    judged_share = 0.0 if parts.train is not None else VAL_SHARE
     tuning = torch.tensor([is_held_out(key, judged_share + TUNING_SHARE) for key in train.pictures])
     chosen = choose_penalty(scaled_train, codes_train, tuning, len(names), penalties)
     fitted = fit_logistic(scaled_train, codes_train, penalty=chosen, num_labels=len(names))
@@ -102,9 +106,11 @@ def linear(
 def choose_penalty(
     features: Tensor, codes: Tensor, tuning: Tensor, num_labels: int, penalties: tuple[float, ...]
 ) -> float:
-    """The penalty with the best accuracy on the tuning part; of several the greatest.
+    """Return the penalty with the best accuracy on the tuning part; ties go to the greatest.
 
-    Raises: ConfigError if there is nothing to tune on, or nothing else.
+    Args:
+        tuning: bool, the rows of the tuning part.
+    Raises: ConfigError if none or all of the rows are in the tuning part.
     """
     if len(penalties) == 1:
         return penalties[0]
@@ -115,17 +121,18 @@ def choose_penalty(
         fitted = fit_logistic(features[~tuning], codes[~tuning], penalty=penalty, num_labels=num_labels)
         right = fitted.logits(features[tuning].to(fitted.weight_CD)).argmax(dim=1).cpu() == codes[tuning]
         scored.append((float(right.double().mean()), penalty))
+    # `max` returns the first of equal scores, which has the greatest penalty.
     return max(scored, key=lambda each: each[0])[1]
 
 
 def fit_logistic(features_ND: Tensor, codes_N: Tensor, *, penalty: float, num_labels: int) -> Logistic:
-    """Minimise the mean cross-entropy plus half the squared weights times the penalty; the bias is free.
+    """Minimise the mean cross-entropy plus `penalty` times half the squared weights; the bias is not penalised.
 
-    The problem is convex. In float64 on a CPU, and in float32 on a GPU.
+    The problem is convex. It is solved in float64 on a CPU and in float32 on a GPU.
 
     Args:
-        features_ND: standardised.
-        codes_N: int64, 0 to `num_labels` - 1.
+        features_ND: standardised features.
+        codes_N: int64 codes of the labels, 0 to `num_labels` - 1.
     """
     device = pick_device()
     exact = torch.float64 if device.type == "cpu" else torch.float32
@@ -152,7 +159,7 @@ def fit_logistic(features_ND: Tensor, codes_N: Tensor, *, penalty: float, num_la
 
 
 def _told(parts: Parts) -> tuple[str, ...]:
-    """Return what is judged by what, a sentence each."""
+    """Return notes on what is judged by what, one sentence each."""
     whole, train = parts.splits.val, parts.splits.train
     if train is not None:
         return tell_protocol(whole, train)
@@ -162,7 +169,7 @@ def _told(parts: Parts) -> tuple[str, ...]:
 
 
 def _split(whole: Summaries, share: float) -> tuple[Summaries, Summaries]:
-    """By a hash of the pictures' keys."""
+    """Split by a hash of the pictures' keys into the rest and a judged `share`."""
     held_out = np.array([is_held_out(key, share) for key in whole.pictures])
     return _picked(whole, ~held_out), _picked(whole, held_out)
 

@@ -1,7 +1,7 @@
-"""Masks: which values, or colours, of their pixels stand for which class.
+"""Segmentation masks: which pixel values or colours stand for which class.
 
-A mask holds class numbers, or values that `--mask-values` makes class numbers of. What could be read in two ways is
-refused, with the values that were found: a score of a wrong reading looks like any other.
+A mask holds class numbers, or values that `--mask-values` maps to class numbers. A mask that can be read in more than
+one way is refused, and the error lists the values found: scores of a wrong reading look like any others.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ from PIL import Image
 from eupe.errors import ConfigError, CorpusError
 
 NOTHING = -1
-"""What pixels without a class become."""
+"""Class number of pixels without a class."""
 _UNKNOWN = -2
 GREATEST = 2**24 - 1
-"""Of the values that options may name."""
+"""Largest absolute value that options may name."""
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".npy")
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")
 MANY_COLOURS = 256
-"""In more, a picture is no mask."""
+"""More colours than this make a picture, not a mask."""
 NAMED, LISTED = 8, 32
-"""How many values a message gives, and how many stand in the option that it advises."""
+"""Number of values that a message names, and that its suggested option lists."""
 
 
 @dataclass(frozen=True)
 class MaskCode:
-    """What the options say of masks."""
+    """The meaning of mask values, as the options give it."""
 
     values: tuple[int, ...] | None = None
-    """Of class 0, 1, ...; None where values are class numbers."""
+    """Values of class 0, 1, ...; None if values are class numbers."""
     ignored: tuple[int, ...] | None = None
-    """Without a class; None for what the layout says."""
+    """Values that stand for no class; None for the layout's default."""
     colours: bool = False
-    """Whether values are colours, 0xRRGGBB."""
+    """True if values are colours, 0xRRGGBB."""
 
     @property
     def protocol(self) -> dict[str, list[str]]:
-        """What of it decides scores."""
+        """Return the options that decide scores."""
         given = {"mask_values": self.values, "mask_ignore": self.ignored}
         return {name: self.words(values) for name, values in given.items() if values is not None}
 
     def words(self, values: Sequence[int]) -> list[str]:
-        """As they are written on the command line."""
+        """Return values as they are written on the command line."""
         return [f"#{value:06x}" if self.colours else str(value) for value in values]
 
 
 CLASS_NUMBERS = MaskCode()
-"""What masks hold where nothing else is said."""
+"""Default meaning of mask values."""
 
 
 def read_code(values: str | None, ignored: str | None) -> MaskCode:
-    """Read `--mask-values` and `--mask-ignore`: numbers, or colours like #ff0000, separated by commas.
+    """Read `--mask-values` and `--mask-ignore`: comma-separated numbers, or colours like #ff0000.
 
-    Raises: ConfigError.
+    Raises: ConfigError if a value is neither, too large or named twice, or if `--mask-values` gives fewer than two.
     """
     given = {"--mask-values": values, "--mask-ignore": ignored}
     words = {name: [word.strip() for word in text.split(",")] for name, text in given.items() if text is not None}
@@ -91,10 +91,10 @@ def read_code(values: str | None, ignored: str | None) -> MaskCode:
 
 @dataclass(frozen=True)
 class Classes:
-    """From the values in a mask to class numbers from 0 on."""
+    """The mapping from values in a mask to class numbers, which start at 0."""
 
     values: tuple[int, ...]
-    """Of class 0, 1, ..."""
+    """Value of class 0, 1, ..."""
     ignored: tuple[int, ...]
     code: MaskCode
 
@@ -103,13 +103,14 @@ class Classes:
         return len(self.values)
 
     def read(self, path: Path) -> NDArray[np.int32]:
-        """[H, W] class numbers, `NOTHING` where nothing is said.
+        """Read a mask as class numbers, [H, W], with `NOTHING` for pixels without a class.
 
         Raises: CorpusError if the mask cannot be read, or holds a value that is neither a class nor ignored.
         """
         found = read_mask(path, colours=self.code.colours)
         low, class_of = self._table
         places = found - low
+        # clipping keeps the lookup in bounds; what was clipped counts as unknown
         labels: NDArray[np.int32] = class_of[places.clip(0, len(class_of) - 1)]
         unknown = (labels == _UNKNOWN) | (places < 0) | (places >= len(class_of))
         if unknown.any():
@@ -122,7 +123,7 @@ class Classes:
 
     @cached_property
     def _table(self) -> tuple[int, NDArray[np.int32]]:
-        """The least value, and the class of it and of those that follow."""
+        """Return the smallest value, and the class of every value from it on."""
         low, high = min(*self.values, *self.ignored), max(*self.values, *self.ignored)
         class_of = np.full(high - low + 1, _UNKNOWN, dtype=np.int32)
         class_of[np.array(self.values) - low] = np.arange(self.count)
@@ -131,7 +132,7 @@ class Classes:
 
     @property
     def told(self) -> str:
-        """Which values are classes, and which none."""
+        """Return in words which values are classes, and which stand for none."""
         first, last = self.values[0], self.values[-1]
         is_run = self.values == tuple(range(first, last + 1)) and not self.code.colours
         classes = f"{first} to {last}" if is_run else _some(self.code.words(self.values))
@@ -142,16 +143,18 @@ class Classes:
 def find_classes(
     masks: Sequence[Path], code: MaskCode, *, nothing: int, names: int | None, data: Path, whole: bool = True
 ) -> Classes:
-    """Find the classes that masks show, from the values that they hold.
+    """Find the classes in masks from the values that occur.
 
     Args:
-        nothing: value of no class in the layout; classes begin at 1 where it is 0.
-        names: how many names of classes there are, if there are any.
-        whole: whether these are all masks, so that one class among them is refused.
-    Raises: ConfigError where the values may be read in several ways, or fewer than two classes occur; CorpusError.
+        nothing: the layout's value for no class; class numbers start at 1 if it is 0.
+        names: number of class names, if the data set has names.
+        whole: whether these are all masks, not a subset; fewer than two classes are refused only then.
+    Raises: ConfigError if the values can be read in several ways, or fewer than two classes occur; CorpusError if a
+        mask cannot be read, or no mask holds a class.
     """
     found = values_in(masks, colours=code.colours, data=data)
     offset = 1 if nothing == 0 else 0
+    # the layout's value for no class means nothing among colours, and may be named as a class by the options
     usual = () if code.colours or nothing in (code.values or ()) else (nothing,)
     ignored = usual if code.ignored is None else code.ignored
     kept = [value for value in found if value not in ignored]
@@ -187,21 +190,22 @@ def find_classes(
 def _require_clear(
     kept: Sequence[int], count: int, held: str, advice: str, *, layout: tuple[int, int | None, MaskCode, Sequence[int]]
 ) -> None:
-    """Raises: ConfigError for values that are not likely to be class numbers."""
+    """Raise ConfigError if the values are unlikely to be class numbers."""
     nothing, names, code, found = layout
     if kept[0] < 0:
         raise ConfigError(f"{held}, and class numbers begin at 0; {advice} for the others")
     if code.ignored is None and nothing == 255 and nothing in found and kept[-1] > nothing:
         raise ConfigError(f"{held}, among which 255 may be a class or none; give --mask-ignore with the value of none")
+    # where most numbers below the largest are missing, values are not numbers: 0 and 1000 are two classes, not 1,001
     is_sparse = 2 * len(kept) < count and (nothing != 0 or kept[-1] > 255)
     if names is None and count > 2 and is_sparse and len(kept) > 1:
         raise ConfigError(f"{held}, which as class numbers would be {count:,} classes; {advice} for the others")
 
 
 def values_in(masks: Sequence[Path], *, colours: bool, data: Path) -> tuple[int, ...]:
-    """Values that occur, in order.
+    """Return the values that occur in masks, sorted.
 
-    Raises: ConfigError for masks of colours that are not asked for as such; CorpusError.
+    Raises: ConfigError if masks hold colours although `colours` is False; CorpusError if a mask cannot be read.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(lambda path: _values_of(path, colours=colours), masks))
@@ -217,7 +221,7 @@ def values_in(masks: Sequence[Path], *, colours: bool, data: Path) -> tuple[int,
 
 
 def _values_of(path: Path, *, colours: bool) -> tuple[bool, list[int]]:
-    """Whether a mask has colours where it should have numbers, and what it holds."""
+    """Return whether a mask holds colours although numbers were expected, and the values it holds."""
     try:
         return False, _different(read_mask(path, colours=colours))
     except _ColouredError:
@@ -225,19 +229,20 @@ def _values_of(path: Path, *, colours: bool) -> tuple[bool, list[int]]:
 
 
 def _different(values: NDArray[np.int32]) -> list[int]:
+    # bincount is linear where np.unique sorts; the bound keeps its table small
     is_narrow = values.size and values.min() >= 0 and values.max() < 2**16
     found = np.flatnonzero(np.bincount(values.ravel())) if is_narrow else np.unique(values)
     return [int(value) for value in found]
 
 
 class _ColouredError(CorpusError):
-    """A mask whose channels differ."""
+    """An error for a mask whose channels differ."""
 
 
 def read_mask(path: Path, *, colours: bool = False) -> NDArray[np.int32]:
-    """[H, W] of numbers; indices of a palette, 0 and 1 of a mask of one bit; or colours, 0xRRGGBB.
+    """Read a mask as numbers, [H, W]: values, palette indices, or 0 and 1 for one bit; or as colours, 0xRRGGBB.
 
-    Raises: CorpusError unless each pixel is one number, or where colours are asked for one colour.
+    Raises: CorpusError if a pixel is not one whole number, or not one colour where `colours` is True.
     """
     values = _array(path) if path.suffix.lower() == ".npy" else _picture(path, colours=colours)
     if values.ndim == 3 and values.shape[-1] in (2, 4):
@@ -247,6 +252,7 @@ def read_mask(path: Path, *, colours: bool = False) -> NDArray[np.int32]:
     if values.ndim == 3 and values.shape[-1] == 3 and colours:
         red, green, blue = (values[..., i].astype(np.int32) for i in range(3))
         return red * (1 << 16) + green * (1 << 8) + blue
+    # a mask that was saved as grey RGB has three equal channels, and is still a mask
     if values.ndim == 3 and (values != values[..., :1]).any():
         raise _ColouredError(
             f"mask {path} has {values.shape[-1]} channels that differ, which are colours; --mask-values takes them"
@@ -263,11 +269,15 @@ def read_mask(path: Path, *, colours: bool = False) -> NDArray[np.int32]:
 
 
 def _picture(path: Path, *, colours: bool) -> NDArray[Any]:
-    """Raises: CorpusError."""
+    """Decode a mask as it was saved, or as RGB or RGBA for colours.
+
+    Raises: CorpusError if it cannot be decoded, or decoding would change its values.
+    """
     try:
         data = path.read_bytes()
         if data[:2] == b"\xff\xd8":
             raise CorpusError(f"mask {path} is a JPEG, which changes values at edges; save masks as PNG")
+        # Pillow would reduce such a PNG (bit depth 16; colour types 2, 4, 6) to 8 bits without an error
         if data[:4] == b"\x89PNG" and len(data) > 25 and data[24] == 16 and data[25] in (2, 4, 6):
             raise CorpusError(f"mask {path} has 16 bits in each of several channels; save it with 8, or with one")
         with Image.open(io.BytesIO(data), formats=("PNG", "TIFF", "BMP")) as image:
@@ -279,7 +289,7 @@ def _picture(path: Path, *, colours: bool) -> NDArray[Any]:
             return np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
     except CorpusError:
         raise
-    except Exception as error:  # a hostile file can raise anything from a decoder
+    except Exception as error:  # a decoder may raise anything on a malformed file
         raise CorpusError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -1,6 +1,6 @@
 """Views that two stores have in common, read side by side.
 
-Shapes: B views of a batch, h w cells of a grid, D width.
+Shapes: B views of a batch, V views in all, h w cells of a dense map, D width of a dense token, Ds of a summary.
 """
 
 from __future__ import annotations
@@ -25,38 +25,39 @@ from eupe.train.targets import TargetSet
 
 LEAST_PICTURES = 10
 TEST_SHARE, TUNING_SHARE = 0.2, 0.1
-"""Of the pictures."""
+"""Shares of the pictures."""
 TRAIN, TUNING, TEST = range(3)
 AT_ONCE = 32
-"""Views that are read together."""
+"""Number of views read together."""
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B views."""
+    """Tokens of B views from both stores."""
 
     folds: NDArray[np.int64]
-    """[B]: whether their pictures train, tune or test."""
+    """[B]: `TRAIN`, `TUNING` or `TEST`, by picture."""
     tokens: tuple[dict[str, Tensor], dict[str, Tensor]]
-    """Of either store by kind, float32: [B, Ds], and [B, h, w, D] on one grid."""
+    """Tokens of each store by kind, float32: summaries [B, Ds], and dense tokens [B, h, w, D] on a common grid."""
 
 
 @dataclass(frozen=True)
 class PairedStores:
-    """The views of two stores that are compared."""
+    """Two stores, and the views of them that are compared."""
 
     targets: TargetSet
     kinds: tuple[str, ...]
-    """That both have."""
+    """Kinds of token that both stores have."""
     views: Views
     fold_of_picture: NDArray[np.int64]
 
     @classmethod
     def of(cls, stores: tuple[Store, Store], *, limit: int) -> PairedStores:
-        """
+        """Choose the views to compare among those that both stores have.
+
         Args:
-            limit: views, at most.
-        Raises: ConfigError if they have no kind of token in common, or too few pictures.
+            limit: the most views to compare.
+        Raises: ConfigError if the stores have no kind of token in common, or too few pictures.
         """
         targets = TargetSet(stores, Place.of(stores[0].spec.corpus["root"]), holdout=0)
         names = f"{stores[0].path} and {stores[1].path}"
@@ -81,7 +82,7 @@ class PairedStores:
 
     @property
     def grid(self) -> int:
-        """Cells along a side of the dense maps that are compared: the smaller of the two stores'."""
+        """Return the side, in cells, of the dense maps that are compared: the smaller of the two stores'."""
         return min(store.spec.grids[0] for store in self.stores)
 
     @property
@@ -89,13 +90,14 @@ class PairedStores:
         return len(np.unique(self.views[:, 0]))
 
     def read(self) -> Iterator[PairBatch]:
-        """All views in order, at each store's first size, read ahead.
+        """Yield all views in order, at each store's first size.
 
-        Raises: ConfigError if the stores turn out to hold different views; PartCorruptError.
+        Raises (while iterating): ConfigError if the stores hold different views; PartCorruptError.
         """
         blocks = [self.views[start : start + AT_ONCE] for start in range(0, len(self.views), AT_ONCE)]
         ahead = self._begin(blocks[0])
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            # start the next read before this batch is used, so that reading and computing overlap
             pending, ahead = ahead, [] if following is None else self._begin(following)
             first, second = (reads.stored() for reads in pending)
             self.targets.require_same_views([first, second], block[:, 0])
@@ -116,9 +118,11 @@ class PairedStores:
 
 
 def spread_views(num_pictures: int, num_views: int, limit: int) -> Views:
-    """At most so many views, [V, 2]: one of every picture before a second one of any, in the order of the pictures.
+    """Choose at most `limit` views: one of every picture before a second one of any.
 
-    Where not all pictures get another, those that do lie evenly among them.
+    If only some pictures get one more view, these are spread evenly over all.
+
+    Returns: place of the picture and number of the view, [V, 2], sorted.
     """
     rounds = []
     for number in range(num_views):
@@ -131,14 +135,14 @@ def spread_views(num_pictures: int, num_views: int, limit: int) -> Views:
 
 
 def pooled(dense_BhwD: Tensor, side: int) -> Tensor:
-    """The mean over the cells that fall into each of fewer ones, [B, side, side, D]."""
+    """Average dense tokens over the cells that fall into each cell of a coarser grid, [B, side, side, D]."""
     if dense_BhwD.shape[1] == side:
         return dense_BhwD
     return F.adaptive_avg_pool2d(dense_BhwD.movedim(-1, 1), side).movedim(1, -1)
 
 
 def _folds(keys: Sequence[str], pictures: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Whether each picture of the join trains, tunes or tests: the first of them by a hash of the key test."""
+    """Return the fold of each picture: ordered by a hash of the key, the first test, the next tune, the rest train."""
     ranked = sorted(pictures.tolist(), key=lambda i: hashlib.blake2b(keys[i].encode(), digest_size=8).digest())
     num_test, num_tuning = (max(1, round(share * len(ranked))) for share in (TEST_SHARE, TUNING_SHARE))
     folds = np.full(len(keys), TRAIN)

@@ -1,4 +1,4 @@
-"""Pictures that are judged, and the views of them that a subject is shown."""
+"""The pictures that are judged, and the views of them that a subject sees."""
 
 from __future__ import annotations
 
@@ -17,51 +17,54 @@ from eupe.errors import CorpusError
 from eupe.place import Place
 
 Cut = Callable[[int, int], list[ViewParams]]
-"""From width and height of an upright picture to the views of it that are shown."""
+"""Function from width and height of an upright picture to the views of it that are shown."""
 
 STRIDE = 2 / 3
-"""Of a window's side, from one window to the next (EUPE's and DINOv3's segmentation: 341 of 512)."""
+"""Step between windows, as a share of a window's side (EUPE's and DINOv3's segmentation: 341 of 512)."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures by key, and where their bytes are."""
+    """Pictures by key, with the location of their bytes."""
 
     root: Place
     keys: tuple[str, ...]
     insides: tuple[Inside | None, ...] = field(default=(), repr=False)
-    """Where each lies in a tar or table; empty where all are files of their own."""
+    """Position of each in a tar or table; empty if all are separate files."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, i: int) -> bytes:
-        """Raises: CorpusError if it is gone."""
+        """Read a picture's bytes.
+
+        Raises: CorpusError naming the picture if it cannot be read.
+        """
         try:
             return read_picture(self.root, self.keys[i], self.insides[i] if self.insides else None)
         except CorpusError as error:
             raise CorpusError(f"picture {self.keys[i]} of {self.root} cannot be read: {error}") from error
 
     def sha256(self, i: int) -> str:
-        """Of a picture's bytes, by which stores know it."""
+        """Return the sha256 of a picture's bytes, by which stores identify it."""
         return hashlib.sha256(self.read(i)).hexdigest()
 
     def image(self, i: int) -> Image.Image:
-        """Upright, 8-bit RGB.
+        """Decode a picture: upright, 8-bit RGB.
 
         Raises: CorpusError naming the picture if it cannot be read or decoded.
         """
         try:
             image = decode_image(self.read(i))
         except CorpusError as error:
-            if self.keys[i] in str(error):
+            if self.keys[i] in str(error):  # `read` has named it already
                 raise
             raise CorpusError(f"picture {self.keys[i]} of {self.root} cannot be read: {error}") from error
         self._sides[i] = image.size
         return image
 
     def sides(self, i: int) -> tuple[int, int]:
-        """Width and height of the upright picture, which is decoded for that at most once.
+        """Return width and height of the upright picture, decoding it only if it has not been decoded before.
 
         Raises: as `image`.
         """
@@ -69,34 +72,35 @@ class Pictures:
 
     @cached_property
     def _sides(self) -> dict[int, tuple[int, int]]:
-        """Of the pictures that have been decoded."""
+        """Return width and height of the pictures decoded so far; `image` fills it."""
         return {}
 
     def pick(self, places: Sequence[int]) -> Pictures:
-        """Some of them."""
+        """Return the pictures at some places."""
         insides = tuple(self.insides[i] for i in places) if self.insides else ()
         return Pictures(self.root, tuple(self.keys[i] for i in places), insides)
 
 
 def centre(width: int, height: int) -> list[ViewParams]:
-    """The largest centred square."""
+    """Return the largest centred square."""
     return [draw_view(ViewSpec(), "", 0, width, height)]
 
 
 def whole(width: int, height: int) -> list[ViewParams]:
-    """The whole picture, squashed to a square."""
+    """Return the whole picture, squashed to a square."""
     return [draw_view(ViewSpec(policy="squash"), "", 0, width, height)]
 
 
 def windows(width: int, height: int) -> list[ViewParams]:
-    """Squares as large as the picture allows, side by side with an overlap of a third, which cover it.
+    """Return squares of the picture's shorter side that cover it, each overlapping the next by a third.
 
-    What a sliding window sees of a picture whose shorter side was resized to the window's; source: EUPE, arXiv
+    They are what a sliding window sees after the picture's shorter side is resized to the window's. Source: EUPE, arXiv
     2603.22387, segmentation (512 px, stride 341).
     """
     side = min(width, height)
     stride = max(1, round(side * STRIDE))
     steps = -(-(max(width, height) - side) // stride)
+    # the last window ends at the picture's edge, so it may overlap by more than a third
     starts = [min(i * stride, max(width, height) - side) for i in range(steps + 1)]
     corners = [(start, 0) if width >= height else (0, start) for start in starts]
     return [ViewParams((x, y, x + side, y + side), False, NEUTRAL) for x, y in corners]

@@ -1,4 +1,4 @@
-"""Class names and templates as users write them, and whose pictures each name stands for."""
+"""Class names and prompt templates from users' files, and which folder of pictures each name belongs to."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from eupe.evaluate.splits import INTEGER, order_labels
 SLOT = "{}"
 TEMPLATES = (f"a photo of a {SLOT}.",)
 AS_IT_IS = (SLOT,)
-"""For captions."""
+"""Template that leaves a text as it is, for captions."""
 NAMED = 3
-"""How many mismatches a message names."""
+"""Number of mismatches that a message names."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What is to be told apart."""
+    """The classes to tell apart."""
 
     names: tuple[str, ...]
-    """As they stand in a prompt."""
+    """Names as they appear in a prompt."""
     folders: tuple[str, ...] | None = None
-    """Label of the pictures of each; None for names alone."""
+    """Folder of each class's pictures, which is their label; None if only names were given."""
 
 
 def read_classes(path: Path) -> Classes:
-    """A name a line, or `FOLDER<TAB>NAME` in all lines; empty lines do not count.
+    """Read a file with one class name per line, or with `FOLDER<TAB>NAME` in every line; empty lines are skipped.
 
-    Raises: ConfigError.
+    Raises: ConfigError if it cannot be read, holds no names, mixes both forms, or names a folder twice.
     """
     lines = _lines(path, "class names")
     parts = [line.partition("\t") for line in lines]
@@ -48,9 +48,9 @@ def read_classes(path: Path) -> Classes:
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """A template a line, with `{}` where the name goes.
+    """Read a file with one template per line, with `{}` in place of the class name.
 
-    Raises: ConfigError.
+    Raises: ConfigError if it cannot be read, holds no templates, or one lacks `{}`.
     """
     lines = _lines(path, "templates")
     if without := [line for line in lines if SLOT not in line]:
@@ -59,18 +59,18 @@ def read_templates(path: Path) -> tuple[str, ...]:
 
 
 def folder_classes(labels: Iterable[str]) -> Classes:
-    """Folders by their own names, underscores as spaces."""
+    """Name each class after its folder, with underscores replaced by spaces."""
     folders = order_labels(labels)
     return Classes(tuple(folder.replace("_", " ") for folder in folders), folders)
 
 
 def class_numbers(classes: Classes, labels: Iterable[str], *, data: str) -> dict[str, int]:
-    """Which class the pictures of each folder belong to.
+    """Return the class number of each folder.
 
-    Names alone are folders' names; or else one for each folder, in the folders' order: by number where all are
-    integers, else by their characters.
+    If only names were given, they are matched to folders by name; if none matches, by order, one name per folder.
+    Folders are ordered by number if all are integers, else by their characters.
 
-    Raises: ConfigError naming the first folders without a class; or where the order is not clear.
+    Raises: ConfigError naming the first folders without a class, or if the order is ambiguous.
     """
     folders = order_labels(labels)
     known = classes.folders
@@ -94,7 +94,8 @@ def class_numbers(classes: Classes, labels: Iterable[str], *, data: str) -> dict
 
 
 def _by_name(names: Sequence[str], folders: Iterable[str]) -> dict[str, int]:
-    """Find the folders that names are those of: as they stand, or else whatever their case; `_` and `-` are spaces."""
+    """Return the class number of folders that match a name: exactly, or else in any case; `_` and `-` are spaces."""
+    # reversed, so that the first of equal names is the last to be stored, and wins
     numbered = list(reversed(list(enumerate(names))))
     exact = {_plain(name): i for i, name in numbered}
     alike = {_plain(name).casefold(): i for i, name in numbered}
@@ -107,7 +108,7 @@ def _plain(name: str) -> str:
 
 
 def _require_order(names: Sequence[str], folders: Sequence[str], data: str) -> None:
-    """Raises: ConfigError unless it is clear which name is which folder's by the order of both."""
+    """Raise ConfigError unless the order of both makes clear which name belongs to which folder."""
     what = f"{len(names)} class names and {len(folders)} folders in {data}"
     if len(names) != len(folders):
         raise ConfigError(
@@ -134,7 +135,10 @@ def _some(words: Iterable[str]) -> str:
 
 
 def _lines(path: Path, what: str) -> list[str]:
-    """Raises: ConfigError if there are none."""
+    """Read the lines of a file that are not empty.
+
+    Raises: ConfigError if the file cannot be read, or has none.
+    """
     try:
         lines = [line.strip("\r\n ") for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Places in a ranking, the same each time, equals or not.
+"""Places in a ranking, deterministic also among ties.
 
 Shapes: Q queries, M candidates.
 """
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def best_places(similarity_QM: Tensor, own_QM: Tensor) -> Tensor:
-    """Per query, how many candidates rank ahead of the best of its own; among equals the earlier candidate does.
+    """Return per query how many candidates rank ahead of the best of its own; ties go to the earlier candidate.
 
     Args:
-        own_QM: bool, at least one true in each row.
+        own_QM: bool; candidates that belong to the query, at least one in each row.
     Returns: int64 [Q], 0 for the first place.
     """
     best_Q1 = similarity_QM.masked_fill(~own_QM, -torch.inf).amax(dim=1, keepdim=True)
@@ -24,5 +24,5 @@ def best_places(similarity_QM: Tensor, own_QM: Tensor) -> Tensor:
 
 
 def share_within(places: Tensor, k: int) -> float:
-    """Of the queries, how many have one of their own among the first k."""
+    """Return the share of queries that have one of their own among the first k."""
     return float((places < k).double().mean())

@@ -1,18 +1,20 @@
-"""A small readout that looks where a question points, trained on frozen features.
+"""A small readout, trained on frozen features, that looks where a question points.
 
-Every word looks for itself: it has a query, and softmax attention over the dense tokens brings back what is there, and
-where. What a question's words brought, each by its place among them, the summary, and which words are seen on the
-picture at all, go through one hidden layer to the answers of that kind of question:
+Every word has a query of its own: softmax attention over the dense tokens returns what the word finds, and where. One
+hidden layer maps three inputs to the answers of a question's kind: what its words brought, with weights for each
+position in the question; the summary; and which words are seen in the picture at all:
 
     score of word v at token t = query_v . (key(x_t) + where(place_t))
     brought by v = the mean of (value(x_t), place_t) over t, weighted by softmax over t of the scores
     seen of v = log of the mean over t of exp(score) + rarity_v, a logit
 
-A few hundred pictures do not teach from answers alone what to look at. So words learn to find themselves, first alone,
-then beside the answers: a word that is asked about a training picture is seen there, a word that is not is not.
+A few hundred pictures are too few to learn from answers alone where to look. So words also learn to find themselves,
+first as the only task, then together with the answers. The labels: a word is seen in a training picture if a question
+about that picture uses it, and not seen otherwise.
 
-Shapes: P pictures, T tokens of each, C components, B pictures of a batch, N questions, L places of words, V words, K
-width of queries, R of what is brought, H of the hidden layer, A answers of all kinds.
+Shapes: P pictures, T tokens of each, C components, B pictures of a batch, N questions, L positions of words in a
+question, V words, K width of a query, R width of what a word brings, H width of the hidden layer, A answers of all
+kinds.
 """
 
 from __future__ import annotations
@@ -33,26 +35,26 @@ from eupe.train.schedule import learning_rate
 
 WIDTH, HIDDEN = 64, 128
 IMPOSSIBLE = -1e9
-"""Logit of an answer to another kind of question."""
+"""Logit of answers that belong to another kind of question."""
 FINDING_SCALE = 1 / 12
-"""Of the loss of finding, in nats a picture, beside that of answers, in nats a question."""
+"""Weight of the finding loss, in nats per picture, relative to the answer loss, in nats per question."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """How a readout is trained."""
+    """The settings for training a readout."""
 
     steps: int = 600
     finding: float = 1 / 3
-    """Share of the steps, the first, in which words learn to find themselves and nothing else."""
+    """Share of the steps, at the start, in which words only learn to find themselves."""
     lr: float = 2e-3
     warmup: float = 0.05
-    """Share of the steps."""
+    """Share of the steps in which the learning rate rises."""
     weight_decay: float = 1e-2
     dropout: float = 0.3
-    """Of components, each in all tokens of a picture, and of the hidden layer and the summary."""
+    """Dropout of components (each in all tokens of a picture), of the hidden layer and of the summary."""
     batch_size: int = 32
-    """Pictures, with all that is asked about them."""
+    """Pictures per batch, each with all its questions."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,15 +66,15 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Asked:
-    """Questions as numbers; no answers, which are given apart."""
+    """Questions as numbers, without their answers."""
 
     picture_N: Tensor
     kind_N: Tensor
     words_NL: Tensor
-    """Numbers of words, -1 for one that is not known, and after the last."""
+    """Numbers of the words; -1 for an unknown word, and as padding after the last."""
 
     def pick(self, places: Tensor) -> Asked:
-        """Some of them."""
+        """Return the questions at some places."""
         return Asked(self.picture_N[places], self.kind_N[places], self.words_NL[places])
 
     def __len__(self) -> int:
@@ -80,12 +82,16 @@ class Asked:
 
 
 class Readout(nn.Module):
-    """From tokens, a summary and questions to logits over all answers, and over words that may be seen."""
+    """A module from tokens, summaries and questions to logits over all answers, and over words that may be seen."""
 
     def __init__(
         self, features: Features, *, num_words: int, num_places: int, answers_of_kind: Tensor, dropout: float
     ) -> None:
-        """`answers_of_kind`: bool [kinds, A], which answers occur."""
+        """Set up the layers.
+
+        Args:
+            answers_of_kind: bool [kinds, A]; which answers occur for each kind of question.
+        """
         super().__init__()
         width, summary_width = features.tokens_PTC.shape[-1], features.summary_PC.shape[-1]
         self.key = nn.Linear(width, WIDTH)
@@ -103,11 +109,13 @@ class Readout(nn.Module):
         nn.init.zeros_(self.of_kind.weight)
 
     def forward(self, tokens_BTC: Tensor, summary_BC: Tensor, place_T5: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
-        """Logits [N, A] and [B, V]; `asked.picture_N` are places in the batch."""
+        """Return answer logits [N, A] and seen-word logits [B, V]; `asked.picture_N` are places in the batch."""
+        # one mask for all tokens of a picture: a component is dropped in all of them, or in none
         tokens = tokens_BTC * self.drop(torch.ones_like(tokens_BTC[:, :1]))
         scores_BVT = self.query_VK @ (self.key(tokens) + self.where(place_T5)).transpose(1, 2)
         seen_BV = scores_BVT.logsumexp(dim=2) - np.log(scores_BVT.shape[2]) + self.rarity_V
         look_BVT = scores_BVT.softmax(dim=2)
+        # `value` is linear, so applied to the mean token it gives the mean value, at V products instead of T
         brought_BVR = torch.cat([self.value(look_BVT @ tokens), look_BVT @ place_T5], dim=2)
         known_NL = asked.words_NL >= 0
         said_NLR = brought_BVR[asked.picture_N[:, None], asked.words_NL.clamp(min=0)] * known_NL[:, :, None]
@@ -128,11 +136,14 @@ def fit(
     num_words: int,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> Readout:
-    """AdamW on batches of pictures, drawn without replacement epoch by epoch; deterministic on a CPU.
+    """Train a readout with AdamW on batches of pictures, drawn without replacement epoch by epoch.
 
-    Raises: TrainingError where the loss is not finite.
+    The result is deterministic on a CPU.
+
+    Raises: TrainingError if the loss is not finite.
     """
     device = pick_device()
+    # weights are drawn on the CPU, dropout on the device; the caller's random state stays as it was on both
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(how.seed)
         readout = Readout(
@@ -164,14 +175,19 @@ def fit(
 
 
 def finding_loss(seen_BV: Tensor, said_BV: Tensor) -> Tensor:
-    """Binary cross-entropy of whether each word is asked about a picture, summed over words, mean over pictures."""
+    """Return the weighted finding loss: binary cross-entropy summed over words, averaged over pictures.
+
+    Args:
+        seen_BV: logits.
+        said_BV: 1 for words that are asked about a picture, else 0.
+    """
     each_BV = F.binary_cross_entropy_with_logits(seen_BV, said_BV, reduction="none")
     return FINDING_SCALE * each_BV.sum(dim=1).mean()
 
 
 @torch.inference_mode()
 def read(readout: Readout, features: Features, asked: Asked, *, batch_size: int) -> Tensor:
-    """Logits, float32 [N, A], on the CPU."""
+    """Return the answer logits of all questions, float32 [N, A], on the CPU."""
     logits_NA = torch.empty(len(asked), readout.answers_of_kind.shape[1])
     for pictures in torch.split(_pictures(asked), batch_size):
         places, questions = _about(asked, pictures)
@@ -192,7 +208,7 @@ def _pictures(asked: Asked) -> Tensor:
 
 
 def _about(asked: Asked, pictures: Tensor) -> tuple[Tensor, Asked]:
-    """Which questions are about these pictures, and those, with pictures' places among these."""
+    """Return the places of the questions about these pictures, and the questions with `picture_N` within `pictures`."""
     matches = asked.picture_N[:, None] == pictures
     places, among = matches.nonzero(as_tuple=True)
     picked = asked.pick(places)
@@ -200,7 +216,7 @@ def _about(asked: Asked, pictures: Tensor) -> tuple[Tensor, Asked]:
 
 
 def _words_by_picture(asked: Asked, num_pictures: int, num_words: int) -> Tensor:
-    """float32 [P, V], 1 where a word is asked about a picture."""
+    """Return which words are asked about each picture: float32 [P, V], 1 or 0."""
     said = torch.zeros(num_pictures, num_words)
     known = asked.words_NL >= 0
     said[asked.picture_N[:, None].expand_as(known)[known], asked.words_NL[known]] = 1

@@ -1,4 +1,4 @@
-"""What every evaluation leaves: scores, and the protocol and data that they hold for."""
+"""Results of evaluations: scores, with the protocol and the data that they hold for."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ MOST_LINE_BYTES = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One subject on one task."""
+    """The result of one subject on one task."""
 
     task: str
-    """The verb: `knn`, `segment`, ..."""
+    """Name of the command: `knn`, `segment`, ..."""
     subject: str
-    """Store, run or teacher, as it was named."""
+    """Store, run or teacher, as the user named it."""
     kind: str
     """store, run, teacher or pixels."""
     untrained: bool = False
-    """The same architecture with random weights."""
+    """True if the subject has random weights instead of its own."""
     scores: dict[str, float]
-    """By measure; the first is the one that is compared."""
+    """Scores by measure; the first is the one that is compared."""
     lower_is_better: bool = False
-    """Of the first measure."""
+    """True if lower is better in the first measure."""
     protocol: dict[str, Any]
     """Every constant that decides the scores, given the subject and the data."""
     data: dict[str, Any]
-    """Where it lies, and how much of it there was."""
+    """Location of the data, and the amount that was used."""
     notes: list[str] = field(default_factory=list)
-    """What was judged by what, and what is odd about the data, a sentence each, for people."""
+    """Sentences for people: what was judged by what, and what is odd about the data."""
 
     @property
     def name(self) -> str:
-        """For a table's row."""
+        """Return the name for a table's row."""
         return f"{self.subject}, untrained" if self.untrained else self.subject
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """Return the result as plain JSON."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return plain
 
     @classmethod
     def from_json(cls, plain: Any) -> Result:
-        """The inverse of `to_json`.
+        """Build a result from what `to_json` returned.
 
-        Raises: TypeError if it is something else; OverflowError for a score beyond all floats.
+        Raises: TypeError if it is something else; OverflowError if a score is too large for a float.
         """
         result = cls(**plain)
         words = (result.task, result.subject, result.kind)
@@ -67,6 +67,7 @@ class Result:
             raise TypeError("task, subject and kind are not all words, or scores, protocol and data not all objects")
         if type(result.untrained) is not bool or type(result.lower_is_better) is not bool:
             raise TypeError("untrained and lower_is_better are not both true or false")
+        # not isinstance, which takes a bool for an int
         if not result.scores or not all(type(score) in (int, float) for score in result.scores.values()):
             raise TypeError("its scores are not numbers")
         if "\0" in result.subject:
@@ -77,13 +78,12 @@ class Result:
 
 
 def keep_results(results: Iterable[Result], also: Path | None = None) -> None:
-    """Append each result to its run's `evaluations.jsonl`, those of untrained students too, and all to one more file.
+    """Append each result to its run's `evaluations.jsonl`, and all results to the file `also` if there is one.
 
-    With that file, a run that may not be written, such as a colleague's, goes without.
+    Results of untrained students are kept with the run, too. If `also` is given, runs that are not writable, such as a
+    colleague's, are skipped. Each line is written in one piece, so lines of concurrent evaluations do not mix.
 
-    A line is written in one piece, so evaluations that run side by side do not mix.
-
-    Raises: StorageError; what was written of a line is taken back.
+    Raises: StorageError after all results were tried; a line that was written in part is removed.
     """
     refused: list[StorageError] = []
     for result in results:
@@ -100,9 +100,10 @@ def keep_results(results: Iterable[Result], also: Path | None = None) -> None:
 
 
 def require_place(results: Path | None, runs: Iterable[str] = ()) -> None:
-    """Ahead of the work.
+    """Check that results can be kept, ahead of the work.
 
-    Raises: ConfigError if results cannot be kept there, or with the runs that are judged.
+    Raises: ConfigError if results cannot be appended to `results`, or if there is no such file and a run is not
+        writable.
     """
     for run in runs:
         if results is None and not os.access(run, os.W_OK):
@@ -117,7 +118,7 @@ def require_place(results: Path | None, runs: Iterable[str] = ()) -> None:
 
 
 def _holds_results(file: Path) -> bool:
-    """Tell whether the first line of a file is a result, or there is none."""
+    """Return whether the first line of a file is a result, or empty."""
     with file.open("rb") as opened:
         line = opened.readline(MOST_LINE_BYTES)
     try:
@@ -127,27 +128,28 @@ def _holds_results(file: Path) -> bool:
 
 
 def _append(place: Path, line: bytes) -> None:
-    """To a file, or to what only takes bytes, such as a pipe.
+    """Append a line to a file, or write it to something that only takes bytes, such as a pipe.
 
-    Raises: OSError, and leaves no part of the line.
+    Raises: OSError; no part of the line is left in the file.
     """
-    with place.open("ab", buffering=0) as file:
+    with place.open("ab", buffering=0) as file:  # unbuffered: a line is one write
         if not place.is_file():
             file.write(line)
             return
-        with suppress(OSError):  # of a file system without locks
+        with suppress(OSError):  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
+        # under the lock, as another writer moves the end; a file without a final newline must not join two lines
         whole = place.read_bytes()[-1:] in (b"", b"\n")
         before, line = place.stat().st_size, line if whole else b"\n" + line
-        if (written := file.write(line)) < len(line):
+        if (written := file.write(line)) < len(line):  # the disk is full
             file.truncate(before)
             raise OSError(f"no room for more than {written} of {len(line)} bytes")
 
 
 def read_results(path: Path) -> list[Result]:
-    """Of a run's directory, or of a file of results; none where the run has not been judged. The newest comes last.
+    """Read the results in a run's directory or in a file, newest last; none if the run has not been judged.
 
-    Raises: RunError if there is something else.
+    Raises: RunError if the file cannot be read, or holds something else.
     """
     place = path / EVALUATIONS_FILE if path.is_dir() else path
     if path.is_dir() and not place.exists():
@@ -163,8 +165,8 @@ def read_results(path: Path) -> list[Result]:
 
 
 def newest(results: Sequence[Result]) -> list[Result]:
-    """The last of every (task, subject, protocol, data), in the order in which they first came."""
-    kept: dict[str, Result] = {}
+    """Return the last result of every (task, subject, untrained, protocol, data), in order of first appearance."""
+    kept: dict[str, Result] = {}  # a key that is set again keeps its place
     for result in results:
         plain = result.to_json()
         kept[json.dumps([plain[k] for k in ("task", "subject", "untrained", "protocol", "data")], sort_keys=True)] = (

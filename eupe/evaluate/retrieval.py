@@ -1,9 +1,9 @@
-"""Retrieval between pictures and their captions by cosine, nothing trained.
+"""Retrieval between pictures and their captions by cosine; nothing is trained.
 
-Source of the protocol: recall at 1, 5 and 10 both ways, as in CLIP, arXiv 2103.00020: a picture has found a caption if
-any of its own is among the first k of all captions, a caption its picture among the first k of all pictures. Pictures
-are centre crops.
-Shapes: N pictures, M captions, D width of the space.
+Source of the protocol: CLIP, arXiv 2103.00020: recall at 1, 5 and 10 in both directions. A picture is a hit if any of
+its captions is among the first k of all captions; a caption is a hit if its picture is among the first k of all
+pictures. Pictures are centre crops.
+Shapes: Q queries, M candidates, D width of the space.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eupe.store.layout import SUMMARY
 
 RECALLS = (1, 5, 10)
 ROWS = 256
-"""Of queries, whose similarities with all candidates are in memory at a time."""
+"""Number of queries whose similarities to all candidates are in memory at a time."""
 
 
 def retrieval(
@@ -40,14 +40,14 @@ def retrieval(
     limit: int | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
-    """Recall at 1, 5 and 10, pictures to captions and captions to pictures; the mean of the six comes first.
+    """Measure recall at 1, 5 and 10, from pictures to captions and back; the first score is the mean of the six.
 
     Args:
-        texts: of templates `AS_IT_IS`.
-        teacher: see `choose_way`; where not given, that of the texts.
-        limit: only the first pictures, with their captions.
+        texts: source of the captions' embeddings, with templates `AS_IT_IS`.
+        teacher: see `choose_way`; default: that of the texts.
+        limit: use only the first pictures, with their captions.
     Raises: ConfigError if there is no way to a text space, or a caption is not in the file of texts; CorpusError,
-        RunError, TeacherError; StoreError for a store of several views of each picture.
+        RunError, TeacherError; StoreError for a store with several views of each picture.
     """
     if texts.templates != AS_IT_IS:
         raise ConfigError(
@@ -81,7 +81,11 @@ def retrieval(
 
 
 def _places(queries_QD: Tensor, candidates_MD: Tensor, whose_Q: Tensor, whose_M: Tensor) -> Tensor:
-    """Place of the best candidate that belongs to the same picture, [Q]."""
+    """Return the place of each query's best candidate of the same picture, [Q].
+
+    Args:
+        whose_Q, whose_M: picture that each query and candidate belongs to.
+    """
     parts = []
     for start in range(0, len(queries_QD), ROWS):
         rows = slice(start, start + ROWS)

@@ -1,10 +1,10 @@
-"""How well one space says another: ridge regression from moments, judged on pictures that it was not fitted to.
+"""Prediction of one feature space from another: ridge regression from moments, judged on held-out pictures.
 
-Both spaces are standardised by the training data, as the loss has its targets, so that every channel that varies
-counts the same. The penalty is chosen on a part of the training data; the fit is then of all of it. All is a function
-of the moments, so features are read once and never kept.
+Both spaces are standardised by the training data, as the training loss does with its targets, so that every channel
+that varies counts the same. The penalty is chosen on the tuning data; the final fit uses training and tuning data. All
+results are functions of the moments, so features are read once and never kept.
 
-Shapes: Dx inputs, Dy outputs.
+Shapes: Dx input channels, Dy output channels.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from eupe.evaluate.cka import PairMoments
 from eupe.store.stats import Moments
 
 PENALTIES = tuple(10.0**power for power in range(-6, 3))
-"""Factors of the squared weights, beside the mean squared error: scikit-learn's `alpha` over the number of samples."""
+"""Factors of the squared weights, relative to the mean squared error: scikit-learn's `alpha` / number of samples."""
 
 Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a linear map makes of samples that it was not fitted to."""
+    """The quality of a linear map on samples that it was not fitted to."""
 
     r2: float
-    """Share of the outputs' variance that it explains, over all channels together; 1 is all, below 0 less than their
-    mean does."""
+    """Share of the outputs' variance that it explains, over all channels together; below 0 is worse than predicting
+    their mean."""
     penalty: float
     samples: int
-    """It was fitted to."""
+    """Number of samples that it was fitted to."""
 
 
 @dataclass(frozen=True)
 class _Regression:
-    """A problem in its eigenbasis, where any penalty is a division."""
+    """A regression in the inputs' eigenbasis, where any penalty costs one division."""
 
     mean: Float64
     scale: Float64
     values: Float64
     """Eigenvalues of the inputs' correlations, [Dx]."""
     vectors: Float64
-    """[Dx, Dx]"""
+    """Eigenvectors of the same, [Dx, Dx]."""
     projected: Float64
-    """Correlations with the outputs in that basis, [Dx, Dy]."""
+    """Correlations of inputs and outputs in that basis, [Dx, Dy]."""
 
     @classmethod
     def of(cls, moments: Moments, inputs: slice, outputs: slice) -> _Regression:
@@ -55,10 +55,11 @@ class _Regression:
         correlations = moments.covariance / np.outer(scale, scale)
         values, vectors = np.linalg.eigh(correlations[inputs, inputs])
         projected = vectors.T @ correlations[inputs, outputs]
+        # rounding makes some zero eigenvalues slightly negative
         return cls(moments.mean, scale, values.clip(min=0), vectors, projected)
 
     def weights(self, penalty: float) -> Float64:
-        """From standardised inputs to standardised outputs, [Dx, Dy]."""
+        """Return the weights from standardised inputs to standardised outputs, [Dx, Dy]."""
         return self.vectors @ (self.projected / (self.values + penalty)[:, None])
 
 
@@ -70,10 +71,16 @@ def predict(
     backward: bool = False,
     penalties: Sequence[float] = PENALTIES,
 ) -> Predicted | None:
-    """From x to y, or backward; None where no output varies both in training and in the test."""
+    """Fit y to x, or x to y if `backward`, and judge the fit on the test data.
+
+    Args:
+        train, tuning, test: moments of disjoint sets of pictures.
+        penalties: candidates, of which the best on `tuning` is used.
+    Returns: None if no output varies in both training and test data.
+    """
     inputs, outputs = train.sides[::-1] if backward else train.sides
     first = _Regression.of(train.moments, inputs, outputs)
-    alive = train.moments.std[outputs] > 0
+    alive = train.moments.std[outputs] > 0  # an output that is constant in training has no scale for its errors
     errors = {
         penalty: float(_errors(first, first.weights(penalty), tuning.moments, inputs, outputs)[0][alive].sum())
         for penalty in penalties
@@ -90,7 +97,8 @@ def predict(
 def _errors(
     regression: _Regression, weights: Float64, judged: Moments, inputs: slice, outputs: slice
 ) -> tuple[Float64, Float64]:
-    """Sums over the samples of squared errors, and of squares about the samples' own mean; both standardised, [Dy]."""
+    """Return two sums over the samples, standardised, [Dy]: of squared errors, and of squares about their own mean."""
+    # |y - xW|² expanded into moments, so that no sample is needed
     mean = (judged.mean - regression.mean) / regression.scale
     scatter = judged.scatter / np.outer(regression.scale, regression.scale)
     spread = np.diagonal(scatter)[outputs]

@@ -1,4 +1,4 @@
-"""A training run opened for judging it."""
+"""A finished training run, opened for evaluation."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from eupe.train.distiller import Distiller, build_distiller
 from eupe.train.targets import TargetSet, holdout_words, is_held_out, open_targets
 
 DECISIVE = ("student", "size", "head_width", "seed", "dtype", "normalise", "target_size", "holdout")
-"""Options without which student, heads and targets cannot be opened."""
+"""Options that are needed to open student, heads and targets."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The trained student with its heads, and the targets that it learned from."""
+    """A trained student with its heads, and the targets that it learned from."""
 
     path: Path
     card: RunCard
@@ -41,14 +41,16 @@ class Run:
         return self.card.size
 
     def untrained(self) -> Distiller:
-        """Student and heads of random weights: as before the first step of a run without `--init`."""
+        """Build student and heads with random weights, as before the first step of a run without `--init`."""
         return build_distiller(self.card, self.targets, self.device)
 
 
 def not_learned(samples: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> list[bool]:
-    """Tell of samples, which have `key` and `sha256`, whether each was kept out of the training of all of the runs.
+    """Return whether each sample was held out of the training of all runs; False for all if there are no runs.
 
-    Raises: RunError if one is not a run, or does not say.
+    Args:
+        samples: mappings with `key` and `sha256`.
+    Raises: RunError if one is not a run, or does not record what it held out.
     """
     held = np.full(len(samples), bool(runs))
     for run in runs:
@@ -58,9 +60,9 @@ def not_learned(samples: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> l
 
 
 def holdout(path: Path) -> float:
-    """The share of its pictures that a run was not trained on.
+    """Return the share of its pictures that a run held out of training.
 
-    Raises: RunError if there is no run, or it does not say.
+    Raises: RunError if there is no run, or it records no such share.
     """
     share = read_card(path).config.get("holdout")
     if not isinstance(share, int | float) or not 0 <= share <= 1:
@@ -71,8 +73,8 @@ def holdout(path: Path) -> float:
 def open_run(path: Path, *, corpus: Where | None = None) -> Run:
     """Load student and heads, and open the stores that they learned from.
 
-    Raises: RunError if the run is not finished; StoreError or CorpusError if its targets or pictures are gone, or are
-        others.
+    Raises: RunError if the run is not finished, its card or heads cannot be used, or a store is not the one that it
+        learned from; StoreError or CorpusError if its targets or pictures are missing, or do not fit.
     """
     card = finished_card(path)
     lacking = [name for name in DECISIVE if name not in card.config]

@@ -1,4 +1,4 @@
-"""What encoders say of pictures, and where it is kept until a task is done: in memory, or in a file of its own.
+"""Tokens of pictures from encoders, and where they are kept until a task is done: in memory, or in a file.
 
 Shapes: V views, h w cells of the dense grid, D width of a dense token, Ds width of a summary.
 """
@@ -29,22 +29,22 @@ from eupe.store.layout import DENSE, SUMMARY
 from eupe.tokens import Tokens
 
 Encode = Callable[[NDArray[np.uint8]], Tokens]
-"""From views, uint8 [B, S, S, 3]."""
+"""Function from views, uint8 [B, S, S, 3], to their tokens."""
 
 BATCH = 16
 MEMORY_SHARE = 0.75
-"""Of the memory that is free, what features may take."""
+"""Share of the free memory that features may take."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a subject says of views of some pictures."""
+    """A subject's tokens for views of some pictures."""
 
     picture_V: NDArray[np.int64]
-    """Whose view each is: its place among the pictures."""
+    """Picture of each view, as its place among the pictures."""
     params: list[ViewParams]
     size: int
-    """Side in pixels of what the encoder saw."""
+    """Side in pixels of the views that the encoder saw."""
     summary: Tensor | None = None
     """float32 [V, Ds]"""
     dense: Tensor | None = None
@@ -65,20 +65,20 @@ def look_at(
     scratch: Path | None,
     of: str,
 ) -> Seen:
-    """Tokens of the views that `cut` makes of every picture, all kinds in one pass.
+    """Encode the views that `cut` makes of every picture, all kinds of token in one pass.
 
     Args:
         cells: side of the dense grid, and D.
         scratch: see `room_for`.
-        of: who says it, for messages.
-    Raises: CorpusError for a picture that cannot be read; ConfigError where the dense tokens have no room, or are too
-        large for fp16; StorageError.
+        of: name of the encoder, for messages.
+    Raises: CorpusError if a picture cannot be read; ConfigError if there is no room for the dense tokens, or tokens are
+        not finite or too large for fp16; StorageError.
     """
     grid, width = cells
     dense = None
     if DENSE in kinds:
         num_views = len(pictures)
-        if cut not in (centre, whole):
+        if cut not in (centre, whole):  # the number of views depends on the picture's sides
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 num_views = sum(pool.map(lambda i: len(cut(*pictures.sides(i))), range(len(pictures))))
         dense = room_for((num_views, grid, grid, width), scratch, of=of)
@@ -95,7 +95,7 @@ def look_at(
         if dense is not None:
             part = dense[len(params) - len(waiting) : len(params)]
             part.copy_(tokens.dense)
-            require_finite(part, of)
+            require_finite(part, of)  # after the copy, in which values too large for fp16 become infinite
         waiting.clear()
 
     for i, drawn, views in _rendered(pictures, size, cut):
@@ -111,9 +111,9 @@ def look_at(
 
 
 def encoded(encode: Encode, views_u8_VSSC: NDArray[np.uint8], *, of: str) -> Tokens:
-    """Tokens of views, in as many batches as the device's memory makes necessary.
+    """Encode views, halving the batch as often as the device runs out of memory.
 
-    Raises: ConfigError if one view is too much for it.
+    Raises: ConfigError if a single view does not fit.
     """
     try:
         return encode(views_u8_VSSC)
@@ -125,6 +125,7 @@ def encoded(encode: Encode, views_u8_VSSC: NDArray[np.uint8], *, of: str) -> Tok
             raise ConfigError(
                 f"the device has no memory for {of} and one view of {size} px; give a smaller --size"
             ) from error
+    # outside of `except`, where the error's traceback would keep the failed batch in the device's memory
     half = len(views_u8_VSSC) // 2
     parts = [encoded(encode, part, of=of) for part in (views_u8_VSSC[:half], views_u8_VSSC[half:])]
     summaries = [part.summary for part in parts if part.summary is not None]
@@ -132,18 +133,22 @@ def encoded(encode: Encode, views_u8_VSSC: NDArray[np.uint8], *, of: str) -> Tok
 
 
 def require_finite(tokens: Tensor, of: str) -> Tensor:
-    """Raises: ConfigError."""
+    """Return the tokens if all of them are finite.
+
+    Raises: ConfigError otherwise.
+    """
     if not torch.isfinite(tokens).all():
         raise ConfigError(f"{of} gives tokens that are no finite numbers, or too large for fp16, so nothing is judged")
     return tokens
 
 
 def room_for(shape: tuple[int, ...], scratch: Path | None, *, of: str) -> Tensor:
-    """Room for float16 dense tokens, not yet written to.
+    """Allocate room for dense tokens, float16, uninitialised.
 
     Args:
-        scratch: a folder for a file that holds them, which is gone with the process; None for memory.
-    Raises: ConfigError where they do not fit, or the folder is none; StorageError where it cannot be written.
+        scratch: folder for a file that holds them, which disappears with the process; None for memory.
+    Raises: ConfigError if they do not fit in memory, or `scratch` is not a folder; StorageError if it has no room for
+        them, or cannot be written.
     """
     num_bytes = 2 * math.prod(shape)
     what = f"the dense tokens of {shape[0]} views of {of} take {num_bytes / 1e9:.1f} GB"
@@ -163,6 +168,7 @@ def room_for(shape: tuple[int, ...], scratch: Path | None, *, of: str) -> Tensor
             raise StorageError(f"{what}, and --scratch {scratch} has {free / 1e9:.1f} GB; give a folder with more room")
         with tempfile.TemporaryFile(dir=scratch) as file:
             _reserve(file.fileno(), num_bytes)
+            # the mapping keeps the file, which has no name, alive after it is closed
             return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="r+", shape=shape))
     except StorageError:
         raise
@@ -171,9 +177,9 @@ def room_for(shape: tuple[int, ...], scratch: Path | None, *, of: str) -> Tensor
 
 
 def _reserve(file: int, num_bytes: int) -> None:
-    """Room on the disk now, for want of it later would kill the process.
+    """Reserve room on the disk now: a full disk would kill the process when it writes to the mapping later.
 
-    Raises: OSError.
+    Raises: OSError if there is not enough.
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, num_bytes)
@@ -182,10 +188,10 @@ def _reserve(file: int, num_bytes: int) -> None:
 
 
 def free_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process may still take: the machine's, or less where its control group has a limit.
+    """Return the bytes of memory that this process may still take: the machine's, or less if a control group limits it.
 
     Args:
-        root: of the file system that tells.
+        root: root of the file system with `proc` and `sys`.
     """
     try:
         words = (root / "proc/meminfo").read_text().split("MemAvailable:")[1].split()
@@ -196,13 +202,14 @@ def free_bytes(root: Path = Path("/")) -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """Of its control groups, as far as they have limits."""
+    """Yield the bytes left in each of this process's control groups that has a limit."""
     for group in control_groups(root):
         try:
             limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # cached file pages count as used, but the kernel frees them on demand
             yield int(limit) - int(used) + int(stat["active_file"]) + int(stat["inactive_file"])
-        except (OSError, KeyError, ValueError):  # no group, or "max"
+        except (OSError, KeyError, ValueError):  # no such group, or its limit is "max"
             continue
 
 

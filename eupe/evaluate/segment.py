@@ -1,8 +1,8 @@
 """Semantic segmentation: a linear layer on layer-normed dense tokens.
 
 Source: EUPE, arXiv 2603.22387 (ADE20K): 512 px, batch 16, AdamW 1e-3, weight decay 1e-3, 40,000 steps, mIoU; windows of
-the picture's shorter side, which overlap by a third. Deviation: features are computed once, so training views are not
-resized, mirrored or recoloured at random (a store of several views has them).
+the picture's shorter side that overlap by a third. Deviation: features are computed once, so training views are not
+randomly resized, mirrored or recoloured, unless they come from a store with several views of each picture.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IGNORED = NOTHING
 
 
 class LinearSegmenter(nn.Module):
-    """Tokens [B, h, w, D], each normed to mean 0 and variance 1, to logits [B, C, h, w]."""
+    """A linear layer from tokens [B, h, w, D], each normed to mean 0 and variance 1, to logits [B, C, h, w]."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -47,9 +47,9 @@ class LinearSegmenter(nn.Module):
 
 
 def read_labels(classes: Classes, mapped: Mapped, i: int) -> NDArray[np.int32]:
-    """[H, W] class numbers, `IGNORED` where nothing is said.
+    """Read the class numbers of a mask, [H, W], with `IGNORED` for pixels without a class.
 
-    Raises: CorpusError if the mask is of another size than its picture, or holds a value that is no class.
+    Raises: CorpusError if the mask's size is not its picture's, or it holds a value that is not a class.
     """
     return require_same_sides(mapped, i, classes.read(mapped.maps[i]))
 
@@ -65,16 +65,19 @@ def segment(
     scratch: Path | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
-    """Mean intersection over union, and pixel accuracy, of a linear layer on a subject's dense tokens.
+    """Train a linear layer on a subject's dense tokens; return mean intersection over union, and pixel accuracy.
 
     Args:
-        code: what values in masks mean, where they are not the layout's class numbers.
-    Raises: CorpusError for a mask that is missing, of another size than its picture, or with a class out of range;
-        StoreError, RunError, TeacherError, ConfigError.
+        code: meaning of the masks' values, if they are not the layout's class numbers.
+        limit: use only the first pictures of each split.
+        scratch: see `room_for`.
+    Raises: CorpusError if a mask is missing, has another size than its picture, or a class out of range; StoreError,
+        RunError, TeacherError, ConfigError.
     """
     whole, val = mask_split(data, "train"), mask_split(data, "val").limited(limit)
     names, train = class_names(data), whole.limited(limit)
-    shown = whole if names is None else train  # a name more or less would be another head, a mask left out must not
+    # without names, all masks decide the number of classes: the head must not depend on `limit`
+    shown = whole if names is None else train
     classes = find_classes(
         shown.maps,
         code,
@@ -88,7 +91,8 @@ def segment(
     chosen = subject.size(size, usual=SIZE)
     seen = {
         part: subject.look(mapped.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch)
-        for part, mapped in (("val", val), ("train", train))  # the larger last, so that want of room is known soon
+        # val first: if both do not fit, the error comes before the long pass over train
+        for part, mapped in (("val", val), ("train", train))
     }
     dense = seen["train"].dense
     assert dense is not None
@@ -100,7 +104,7 @@ def segment(
         )
     confusion = np.zeros((classes.count, classes.count), dtype=np.int64)
     for logits, labels in predictions(head, seen["val"], partial(read_labels, classes, val)):
-        reached = torch.isfinite(logits[0]).cpu().numpy()
+        reached = torch.isfinite(logits[0]).cpu().numpy()  # NaN where no view reaches; such pixels do not count
         predicted = logits.argmax(dim=0).cpu().numpy()
         confusion += confusion_of(predicted, np.where(reached, labels, IGNORED), classes.count)
     if not confusion.sum():
@@ -119,22 +123,22 @@ def segment(
 
 
 def segmentation_loss(logits_BCSS: Tensor, labels_BSS: Tensor) -> Tensor:
-    """Cross-entropy, mean over the pixels that have a class."""
+    """Return the cross-entropy, averaged over the pixels that have a class."""
     labels = labels_BSS.long()
     if (labels == IGNORED).all():
-        return logits_BCSS.sum() * 0
+        return logits_BCSS.sum() * 0  # a mean over no pixels is NaN; this zero still has a gradient
     return F.cross_entropy(logits_BCSS, labels, ignore_index=IGNORED)
 
 
 def confusion_of(predicted_HW: NDArray[np.int64], labels_HW: NDArray[np.int32], num_classes: int) -> NDArray[np.int64]:
-    """Pixels by (label, prediction), [C, C]; those without a class do not count."""
+    """Count pixels by (label, prediction), [C, C]; pixels without a class do not count."""
     judged = labels_HW != IGNORED
     pairs = labels_HW[judged].astype(np.int64) * num_classes + predicted_HW[judged]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def mean_iou(confusion_CC: NDArray[np.int64]) -> float:
-    """Over the classes that occur, in truth or prediction."""
+    """Return the mean intersection over union of the classes that occur in truth or prediction."""
     both = np.diag(confusion_CC)
     either = confusion_CC.sum(axis=0) + confusion_CC.sum(axis=1) - both
     occurs = either > 0
@@ -142,5 +146,5 @@ def mean_iou(confusion_CC: NDArray[np.int64]) -> float:
 
 
 def pixel_accuracy(confusion_CC: NDArray[np.int64]) -> float:
-    """Of all pixels that have a class."""
+    """Return the share of right predictions among the pixels that have a class."""
     return float(np.diag(confusion_CC).sum() / confusion_CC.sum())

@@ -1,8 +1,8 @@
-"""Labelled pictures: which are judged, and by which others.
+"""Labelled pictures: which are judged, and which others they are judged by.
 
 A data set names its splits by folders (`train/CLASS`, `valid/CLASS`) or by files (`data/test-00000-of-00001.parquet`).
-Where it names none, it is one corpus. Folder or file, a name is a split's if it is one of `ROLES` in any case, with a
-number or a word like `set` beside it or not.
+If it names none, it is one corpus. A folder or file is a split if its name is one of `ROLES` in any case, alone or with
+a number or a word like `set` beside it.
 """
 
 from __future__ import annotations
@@ -32,102 +32,102 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 FILLERS = ("", "set", "split", "of", "data", "images", "image", "imgs", "img", "pictures", "photos")
-"""Words beside a split's name that mean nothing."""
+"""Words beside a split's name that are ignored."""
 CONTAINERS = (".tar", ".parquet", ".arrow")
 MAPS = ("annotations", "masks", "depth")
-"""Folders beside `images`, of truth that is itself pictures."""
+"""Folders beside `images` whose truth is pictures, not labels."""
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 INTEGER = re.compile(r"[+-]?[0-9]{1,99}(\.0*)?")
 INSIDE = re.compile(r"(.*?\.(?:tar|parquet|arrow))/(.*)", re.DOTALL)
 OTHERS = "the other pictures"
-"""What to call those of one corpus that are not judged."""
+"""Name for the pictures of one corpus that are not judged."""
 NAMED = 5
-"""How many names a message gives."""
+"""Number of names that a message gives."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures with a word for each."""
+    """Pictures with a label for each."""
 
     pictures: Pictures
     labels: tuple[str, ...]
     digests: tuple[str | None, ...] = ()
-    """sha256 of each picture, where it is known."""
+    """sha256 of each picture, if known."""
     name: str = ""
-    """The split that they are, as the data set calls it."""
+    """Name of the split, as the data set calls it."""
     unlabelled: int = 0
-    """Pictures beside them that have no label."""
+    """Number of pictures of the same split without a label."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def pick(self, places: Sequence[int], name: str) -> Labelled:
-        """Some of them."""
+        """Return the pictures at some places, under another name."""
         labels, digests = tuple(self.labels[i] for i in places), tuple(self.digests[i] for i in places)
         return Labelled(self.pictures.pick(places), labels, digests, name)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What is judged, and by what."""
+    """The pictures to judge, and those to judge them by."""
 
     train: Labelled | None
-    """None where each picture is judged by others of the same corpus."""
+    """None if each picture is judged by others of the same corpus."""
     val: Labelled
     role: Role | None = None
-    """Which split is judged."""
+    """The split that is judged."""
     notes: tuple[str, ...] = ()
-    """What a person should know of the choice, a sentence each."""
+    """Sentences for people about the choice of splits."""
 
     @property
     def protocol(self) -> dict[str, str]:
-        """What tells results on test from those on val, which are the usual ones."""
+        """Return what separates results on test from those on val, the default."""
         return {"split": self.role} if self.role == "test" else {}
 
 
 class Sample(NamedTuple):
-    """A picture, and what may tell its split and class."""
+    """A picture, with what its split and class are derived from."""
 
     place: int
-    """In the index or store."""
+    """Its row in the index or store."""
     file: str | None
     """Tar or table that holds it."""
     folders: tuple[str, ...]
-    """On the way to it from the root, or inside its tar."""
+    """Folders on its path from the root, or inside its tar."""
     label: str | None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which folders or files are the splits."""
+    """The folders or files that are the splits."""
 
     train: tuple[str, ...]
     judged: tuple[str, ...]
     role: Role
-    """Of those that are judged."""
+    """The split that is judged."""
     left: tuple[str, ...] = ()
-    """What is neither."""
+    """Folders or files in neither split."""
     are_folders: bool = True
 
     @property
     def both(self) -> tuple[str, ...]:
-        """All that is learnt from or judged."""
+        """Return all folders or files that are learned from or judged."""
         return self.train + self.judged
 
     @property
     def may_be_classes(self) -> bool:
-        """Whether there are folders beside them that are no splits, so that these may be none either."""
+        """Return whether other folders beside them are not splits, so that these may be classes as well."""
         return any(split_role(name) is None for name in self.left)
 
     def name(self, role: Role) -> str:
-        """What to call a split."""
+        """Return a name for a split."""
         names = self.train if role == "train" else self.judged
         return f"{names[0]}/" if self.are_folders else _some(names, 1)
 
 
 def order_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return each label once: by number where all are integers, else by their characters."""
+    """Return each label once, sorted by number if all are integers, else by their characters."""
     different = set(labels)
     if all(INTEGER.fullmatch(label) for label in different):
         return tuple(sorted(different, key=lambda label: (int(label.partition(".")[0]), label)))
@@ -135,9 +135,9 @@ def order_labels(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def labelled_splits(data: Where, taken: Taken = AS_FOUND) -> Splits:
-    """Find the splits of labelled pictures; the val split is judged, or test where there is no val.
+    """Find the splits of labelled pictures; the val split is judged, or test if there is no val.
 
-    Raises: CorpusError; ConfigError if a split has no labels, or it is not clear which folders are splits.
+    Raises: CorpusError; ConfigError if a split has no labels, or it is ambiguous which folders are splits.
     """
     place = Place.of(data)
     if not place.is_local or not place.local.is_dir():
@@ -149,11 +149,11 @@ def labelled_splits(data: Where, taken: Taken = AS_FOUND) -> Splits:
         )
     inner = _inside_wrappers(root)
     has_list = any((folder / name).is_file() for folder in (root, inner) for name in METADATA)
-    # a list of labels names pictures by their paths below it, so what it lies in is read whole
+    # a list of labels names pictures by paths relative to its folder, so that folder is read as one corpus
     chosen = None if has_list else _choose_folders([f.name for f in _bearing(inner)], str(inner))
     if chosen is None or (chosen.may_be_classes and not any(map(_has_classes, map(inner.joinpath, chosen.both)))):
         return corpus_splits(open_corpus(data, choice=taken), str(data))
-    # each split is indexed by itself: what is neither need not be read
+    # one index per split, so that folders in neither split are not read
     corpora = [open_corpus(inner / names[0], choice=taken) for names in (chosen.train, chosen.judged)]
     parts = [_samples(*_columns(corpus.samples)[:2]) for corpus in corpora]
     return _splits(corpora, _unwrapped_both(*parts), chosen, str(data))
@@ -162,10 +162,11 @@ def labelled_splits(data: Where, taken: Taken = AS_FOUND) -> Splits:
 def part_samples(
     keys: Sequence[str], labels: Sequence[str | None], where: str
 ) -> tuple[list[Sample] | None, list[Sample], Choice | None]:
-    """Part pictures by the splits that their keys name.
+    """Divide pictures into the splits that their keys name.
 
-    Returns: those to judge by, those to judge, and which splits they are; no first and no last where there are none.
-    Raises: ConfigError if it is not clear which folders are splits.
+    Returns: the pictures to judge by, those to judge, and the choice of splits; without splits, the first and the last
+        are None.
+    Raises: ConfigError if it is ambiguous which folders are splits.
     """
     samples = _samples(keys, labels)
     if chosen := _choose_files(sorted({sample.file for sample in samples if sample.file is not None}), where):
@@ -175,6 +176,7 @@ def part_samples(
     tops = sorted({sample.folders[0] for sample in samples if sample.folders})
     chosen = _choose_folders(tops, where)
     if chosen and chosen.may_be_classes and _by_folder(samples):
+        # a class may be called `train`; a folder that holds folders is a split
         deep = {sample.folders[0] for sample in samples if len(sample.folders) > 1}
         chosen = chosen if deep & set(chosen.both) else None
     if chosen:
@@ -184,6 +186,7 @@ def part_samples(
         )
         return *_unwrapped_both(train, val), chosen
     _require_no_lone_split(samples, tops, where)
+    # the other way round: CLASS/train and CLASS/val
     seconds = {sample.folders[1] if len(sample.folders) > 1 else "" for sample in samples if sample.folders}
     in_classes = _by_folder(samples) and all(split_role(name) for name in seconds)
     if in_classes and (chosen := _choose_folders(sorted(seconds), where)):
@@ -202,12 +205,12 @@ def _samples(keys: Sequence[str], labels: Sequence[str | None]) -> list[Sample]:
 
 
 def _by_folder(samples: Sequence[Sample]) -> bool:
-    """Whether labels are the first folders' names, rather than a list's."""
+    """Return whether labels are the names of the first folders, and not from a list."""
     return all(sample.label == (sample.folders[0] if sample.folders else None) for sample in samples)
 
 
 def _below(samples: Sequence[Sample], *, derived: bool) -> list[Sample]:
-    """Leave out the first folder; labels by folder are those of the next."""
+    """Remove the first folder of each sample; labels derived from folders become the next folder's name."""
     return [
         sample._replace(
             folders=sample.folders[1:],
@@ -218,7 +221,7 @@ def _below(samples: Sequence[Sample], *, derived: bool) -> list[Sample]:
 
 
 def _unwrapped(samples: list[Sample]) -> list[Sample]:
-    """Leave out folders that hold all the others, which tell nothing apart."""
+    """Remove folders that all other folders are in, since they distinguish nothing."""
     while inside := [sample for sample in samples if sample.folders]:
         if len({sample.folders[0] for sample in inside}) > 1 or any(len(s.folders) < 2 for s in inside):
             break
@@ -227,20 +230,21 @@ def _unwrapped(samples: list[Sample]) -> list[Sample]:
 
 
 def _unwrapped_both(train: list[Sample], val: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Leave out what wraps a split, as in `train/train/CLASS`; a split of one class keeps it."""
+    """Remove folders that wrap a split, as in `train/train/CLASS`, but not the class folder of a split of one class."""
     train = _unwrapped(train)
+    # a judged split that shares labels with the training split has no wrapper: its one folder is a class
     known = {sample.label for sample in train} - {None}
     return train, val if known & {sample.label for sample in val} else _unwrapped(val)
 
 
 def split_role(name: str) -> Role | None:
-    """Return which split a folder's name says, and nothing else."""
+    """Return the split that a folder is named after; None if the name says anything else."""
     role, rest = _words(name)
     return None if rest else role
 
 
 def _words(name: str) -> tuple[Role | None, tuple[str, ...]]:
-    """Part a name into the split that it says, if it says one, and the other words that mean anything."""
+    """Divide a name into the split that it names, if it names just one, and its other words except `FILLERS`."""
     words = [word.lower() for word in WORDS.findall(name)]
     words = [word.removesuffix("set") if word.removesuffix("set") in ROLES else word for word in words]
     roles = [ROLES[word] for word in words if word in ROLES]
@@ -249,9 +253,9 @@ def _words(name: str) -> tuple[Role | None, tuple[str, ...]]:
 
 
 def _choose_folders(names: Sequence[str], where: str) -> Choice | None:
-    """Choose among folders: train, and val or test, whose names are alike (`seg_train`, `seg_test`).
+    """Choose train, and val or test, among folders whose names are otherwise alike (`seg_train`, `seg_test`).
 
-    Raises: ConfigError if there are several of a kind.
+    Raises: ConfigError if there are several folders for one kind of split.
     """
     groups: dict[tuple[str, ...], dict[Role, list[str]]] = {}
     for name in names:
@@ -279,7 +283,7 @@ def _several(group: dict[Role, list[str]]) -> list[str]:
 
 
 def _choose_files(names: Sequence[str], where: str) -> Choice | None:
-    """Choose among tars or tables: by the file's name, or else the nearest folder's, that says a split."""
+    """Choose among tars or tables by the split that the file's name gives, or else the nearest folder's."""
     roles: dict[Role | None, list[str]] = {}
     for name in names:
         words = [_words(word)[0] for word in reversed(name.rpartition(".")[0].split("/"))]
@@ -292,7 +296,10 @@ def _choose_files(names: Sequence[str], where: str) -> Choice | None:
 
 
 def _require_no_lone_split(samples: Sequence[Sample], tops: Sequence[str], where: str) -> None:
-    """Raises: ConfigError for folders of which some but not the needed ones are splits; a class may be called train."""
+    """Raise ConfigError if some folders are splits, but not the two that are needed.
+
+    A folder named like a split that holds no folders is taken for a class.
+    """
     if not _by_folder(samples):
         return
     holding = {sample.folders[0] for sample in samples if len(sample.folders) > 1}
@@ -307,7 +314,7 @@ def _require_no_lone_split(samples: Sequence[Sample], tops: Sequence[str], where
 
 
 def _inside_wrappers(root: Path) -> Path:
-    """Return the first folder below which there is more than one, or a picture."""
+    """Descend from the root as long as it holds a single folder, and no pictures lie in either of the two."""
     while True:
         inside = _bearing(root)
         if len(inside) != 1 or any(map(_bears, _files(root))) or any(map(_bears, _files(inside[0]))):
@@ -316,12 +323,12 @@ def _inside_wrappers(root: Path) -> Path:
 
 
 def _bearing(root: Path) -> list[Path]:
-    """Folders in which, at whatever depth, there is a picture, a tar or a table."""
+    """Return the folders that hold a picture, a tar or a table at any depth."""
     return [folder for folder in _folders(root) if _bears_any(folder)]
 
 
 def _has_classes(folder: Path) -> bool:
-    """Whether it is more than pictures side by side, which would be a class."""
+    """Return whether a folder holds more than pictures side by side; if not, it may be a class itself."""
     return bool(_bearing(folder)) or any(path.name in METADATA or path.suffix in CONTAINERS for path in _files(folder))
 
 
@@ -374,7 +381,7 @@ def _splits(corpora: Sequence[Corpus], parts: tuple[list[Sample], list[Sample]],
 
 
 def left_out(chosen: Choice) -> tuple[str, ...]:
-    """Return a sentence on what is neither learnt from nor judged."""
+    """Return a sentence on what is neither learned from nor judged; empty if everything is used."""
     if not chosen.left:
         return ()
     names = _some([f"{name}/" if chosen.are_folders else name for name in chosen.left])
@@ -382,7 +389,10 @@ def left_out(chosen: Choice) -> tuple[str, ...]:
 
 
 def _labelled(corpus: Corpus, samples: Sequence[Sample], name: str, where: str) -> Labelled:
-    """Raises: ConfigError if none has a label."""
+    """Return the labelled pictures among some samples of a corpus.
+
+    Raises: ConfigError if none has a label.
+    """
     kept = [sample for sample in samples if sample.label is not None]
     if not kept:
         beside = ", or give the other split alone" if name else ""
@@ -396,9 +406,9 @@ def _labelled(corpus: Corpus, samples: Sequence[Sample], name: str, where: str) 
 
 
 def require_several(part: Labelled, data: str) -> tuple[str, ...]:
-    """Return the classes.
+    """Return the classes of labelled pictures.
 
-    Raises: ConfigError if there is one, so that every answer would be right.
+    Raises: ConfigError if there is only one, so that every answer would be right.
     """
     classes = order_labels(part.labels)
     if len(classes) < 2:
@@ -410,7 +420,7 @@ def require_several(part: Labelled, data: str) -> tuple[str, ...]:
 
 
 def require_classes(judged: Labelled, bank: Labelled | None, data: str) -> None:
-    """Raises: ConfigError where every answer would be right, or none could be."""
+    """Raise ConfigError if every answer would be right, or none could be."""
     learnt = require_several(bank or judged, data)
     if not set(judged.labels) & set(learnt):
         raise ConfigError(
@@ -429,10 +439,10 @@ def _of(part: Labelled, data: str) -> str:
 
 
 def tell_protocol(judged: Labelled, bank: Labelled | None) -> tuple[str, ...]:
-    """Return, a sentence each, what is judged by what, and what is odd about it.
+    """Return sentences on what is judged by what, and what is odd about it.
 
     Args:
-        bank: None where each picture is judged by all others.
+        bank: pictures to judge by; None if each picture is judged by all others.
     """
     classes = order_labels({*judged.labels, *(bank.labels if bank else ())})
     by = "each by all the others (leave one out)" if bank is None else f"by {_counted(bank)}"
@@ -445,10 +455,10 @@ def tell_protocol(judged: Labelled, bank: Labelled | None) -> tuple[str, ...]:
 
 
 def tell_judged(judged: Labelled, num_names: int) -> tuple[str, ...]:
-    """Return, a sentence each, what is judged where nothing is learnt.
+    """Return sentences on what is judged in a task where nothing is learned.
 
     Args:
-        num_names: classes that each picture could be taken for.
+        num_names: number of classes that each picture could be assigned to.
     """
     classes = _classes(order_labels(judged.labels))
     return (f"judged: {_counted(judged)} among {num_names:,} names; {classes}", *_unlabelled(judged))
@@ -477,7 +487,7 @@ def _unlabelled(*parts: Labelled | None) -> Iterator[str]:
 
 
 def _hopeless(judged: Labelled, bank: Labelled | None) -> Iterator[str]:
-    """Pictures whose class nothing can vote for; papers count them, as wrong."""
+    """Yield a sentence on pictures whose class nothing can vote for; papers count them as wrong."""
     if bank is None:
         lone = {label for label, count in Counter(judged.labels).items() if count < 2}
         why = "without another of their class"
@@ -490,9 +500,9 @@ def _hopeless(judged: Labelled, bank: Labelled | None) -> Iterator[str]:
 
 
 def _seen_before(judged: Labelled, bank: Labelled | None) -> Iterator[str]:
-    """Pictures that are there twice, byte for byte, which are easy to get right."""
+    """Yield a sentence on judged pictures of which there is another copy, byte for byte: they are easy to get right."""
     known = Counter(digest for digest in (bank or judged).digests if digest is not None)
-    least = 1 if bank is not None else 2
+    least = 1 if bank is not None else 2  # without a bank, each picture is counted once itself
     twice = [i for i, digest in enumerate(judged.digests) if digest is not None and known[digest] >= least]
     if twice:
         where = "more than once there" if bank is None else f"in {bank.name}, too"

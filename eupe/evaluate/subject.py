@@ -1,4 +1,4 @@
-"""Who is judged: a store's features as they are, a run's student, a teacher, or raw pixels for comparison.
+"""Subjects of evaluations: a store's features as they are, a run's student, a teacher, or raw pixels for comparison.
 
 Shapes: V views, h w cells of the dense grid, D width of a dense token, Ds width of a summary.
 """
@@ -44,7 +44,7 @@ STORE_READ = 256
 
 @dataclass(frozen=True)
 class StoreSubject:
-    """Features that were cached: no model is run, and views are those that were stored."""
+    """The cached features of a store: no model is run, and views are the stored ones."""
 
     name: str
     store: Store
@@ -56,9 +56,9 @@ class StoreSubject:
         return int(self.store.spec.teacher["patch"])
 
     def size(self, wanted: int | None, *, usual: int | None = None) -> int:
-        """The size that is asked for, or the finest, whatever is usual.
+        """Return the wanted size, or else the store's largest; `usual` has no effect.
 
-        Raises: ConfigError if the store lacks it.
+        Raises: ConfigError if the store lacks the wanted size.
         """
         sizes = self.store.spec.sizes
         if wanted is not None and wanted not in sizes:
@@ -69,18 +69,18 @@ class StoreSubject:
         return max(sizes) if wanted is None else wanted
 
     def protocol(self, size: int) -> dict[str, object]:
-        """What decides features, beside the pictures."""
+        """Return what decides the features, apart from the pictures."""
         return {"size": size, "views": self.store.spec.views["policy"], "num_views": self.store.spec.num_views}
 
     def require(self, kind: str) -> None:
-        """Raises: ConfigError if the store has no such tokens."""
+        """Raise ConfigError if the store has no tokens of a kind."""
         if kind not in self.store.spec.tokens:
             raise ConfigError(f"{self.store.path} holds no {kind} tokens; extract it with --tokens summary,dense")
 
     def look(
         self, pictures: Pictures, *, kinds: Sequence[str], size: int, cut: Cut, scratch: Path | None = None
     ) -> Seen:
-        """All stored views of the pictures, which are found by their content.
+        """Read all stored views of the pictures, which are found by the hash of their content.
 
         Args:
             scratch: see `room_for`.
@@ -99,9 +99,9 @@ class StoreSubject:
         return self._read(np.arange(len(pictures)), found, kinds=kinds, size=size, scratch=scratch)
 
     def labelled(self) -> Corpus:
-        """Return its own samples that have features.
+        """Return the store's own samples that have features.
 
-        Raises: ConfigError if it holds no summaries, or none has a label.
+        Raises: ConfigError if the store holds no summaries, or no sample has a label.
         """
         self.require(SUMMARY)
         samples = self.store.valid
@@ -112,13 +112,13 @@ class StoreSubject:
         return Corpus(self.store.path, samples)
 
     def summaries(self, keys: Sequence[str], *, size: int) -> Seen:
-        """Read the summaries of all views of some of its own samples."""
+        """Read the summaries of all views of some of the store's own samples."""
         rows = [self.places[key][0] for key in keys]
         return self._read(np.arange(len(rows)), rows, kinds=[SUMMARY], size=size, scratch=None)
 
     @cached_property
     def places(self) -> dict[str, tuple[int, str | None]]:
-        """Row and hash of every sample that has features, by key."""
+        """Return row and hash of every sample that has features, by key."""
         valid = self.store.valid.select(["key", "row", "sha256"]).to_pylist()
         return {sample["key"]: (sample["row"], sample["sha256"]) for sample in valid}
 
@@ -140,6 +140,7 @@ class StoreSubject:
             dense = room_for(shape, scratch, of=str(self.store.path))
         params: list[ViewParams] = []
         summaries: list[Tensor] = []
+        # a bounded read at a time, since the dense tokens of all views may not fit in memory
         for i in range(0, len(rows_V), STORE_READ):
             part = slice(i, i + STORE_READ)
             features = self.store.read(rows_V[part].tolist(), numbers_V[part].tolist(), size=size)
@@ -156,14 +157,14 @@ class StoreSubject:
 
 @dataclass(frozen=True)
 class EncoderSubject:
-    """A run's student or a teacher, loaded and run."""
+    """A run's student or a teacher, which is loaded when it is first used."""
 
     name: str
     spec: TeacherSpec
     weights: Path | None = None
     untrained: bool = False
     weights_key: str | None = None
-    """Where among others in the weights file its tensors are."""
+    """Key of its tensors in a weights file of several models."""
 
     @property
     def kind(self) -> str:
@@ -174,16 +175,16 @@ class EncoderSubject:
         return self.spec.patch
 
     def size(self, wanted: int | None, *, usual: int | None = None) -> int:
-        """What the patch leaves of the size asked for, or else of the task's usual one; without, the encoder's own."""
+        """Return the wanted size, or else the task's usual one, as whole patches; without both, the encoder's own."""
         asked = wanted or usual
         return self.spec.native_size if asked is None else max(1, asked // self.patch) * self.patch
 
     def protocol(self, size: int) -> dict[str, object]:
-        """What decides features, beside the pictures."""
+        """Return what decides the features, apart from the pictures."""
         return {"size": size, "dtype": dtype_name(compute_dtype("auto", pick_device()))}
 
     def require(self, kind: str) -> None:
-        """Raises: ConfigError if the encoder has no such tokens."""
+        """Raise ConfigError if the encoder has no tokens of a kind."""
         if kind == SUMMARY and self.spec.summary == "none":
             raise ConfigError(f"{self.name} has no summary; judge its dense tokens")
 
@@ -194,7 +195,7 @@ class EncoderSubject:
 
         Args:
             scratch: see `room_for`.
-        Raises: CorpusError for a picture that cannot be read; TeacherError, RunError if it cannot be loaded.
+        Raises: CorpusError if a picture cannot be read; TeacherError, RunError if the encoder cannot be loaded.
         """
         for kind in kinds:
             self.require(kind)
@@ -210,9 +211,9 @@ class EncoderSubject:
         )
 
     def encode(self, views_u8_VSSC: NDArray[np.uint8], *, size: int) -> Tokens:
-        """Tokens of views, uint8 [B, S, S, 3], on the encoder's device; it is loaded when it is first asked.
+        """Encode views, uint8 [B, S, S, 3]; the tokens stay on the encoder's device.
 
-        Raises: TeacherError, RunError if it cannot be loaded.
+        Raises: TeacherError, RunError if the encoder cannot be loaded.
         """
         if size not in self._teachers:
             self._teachers[size] = self._loaded(size)
@@ -220,7 +221,7 @@ class EncoderSubject:
 
     @cached_property
     def _teachers(self) -> dict[int, Teacher]:
-        """What is loaded, by size."""
+        """Return the encoders loaded so far, by size; `encode` fills it."""
         return {}
 
     def _loaded(self, size: int) -> Teacher:
@@ -237,7 +238,7 @@ class EncoderSubject:
 
 @dataclass(frozen=True)
 class PixelSubject:
-    """No encoder at all: colours, reduced to some 4x4 of each patch."""
+    """A baseline without an encoder: the colours of each patch, reduced to 4x4."""
 
     name: str = PIXELS
     kind: str = PIXELS
@@ -245,20 +246,23 @@ class PixelSubject:
     patch: int = PIXEL_PATCH
 
     def size(self, wanted: int | None, *, usual: int | None = None) -> int:
-        """What the patch leaves of the size asked for, or else of the task's usual one."""
+        """Return the wanted size, or else the task's usual one or 224, as whole patches."""
         return max(1, (wanted or usual or 224) // PIXEL_PATCH) * PIXEL_PATCH
 
     def protocol(self, size: int) -> dict[str, object]:
-        """What decides features, beside the pictures."""
+        """Return what decides the features, apart from the pictures."""
         return {"size": size, "shades": PIXEL_SHADES}
 
     def require(self, kind: str) -> None:
-        """It has both kinds."""
+        """Accept any kind of token: pixels have both."""
 
     def look(
         self, pictures: Pictures, *, kinds: Sequence[str], size: int, cut: Cut, scratch: Path | None = None
     ) -> Seen:
-        """Raises: CorpusError for a picture that cannot be read."""
+        """Compute tokens of the views that `cut` makes of every picture.
+
+        Raises: CorpusError if a picture cannot be read.
+        """
         cells = (size // PIXEL_PATCH, 3 * PIXEL_SHADES**2)
         return look_at(
             pictures,
@@ -272,7 +276,7 @@ class PixelSubject:
         )
 
     def encode(self, views_u8_VSSC: NDArray[np.uint8], *, size: int) -> Tokens:
-        """Colours of patches as dense tokens, of the whole view as its summary; uint8 [B, S, S, 3]."""
+        """Return the colours of patches as dense tokens, and of whole views as summaries; views: uint8 [B, S, S, 3]."""
         pixels = torch.from_numpy(views_u8_VSSC).permute(0, 3, 1, 2).float() / 255
         grid = size // PIXEL_PATCH
         colours = F.adaptive_avg_pool2d(pixels, grid * PIXEL_SHADES)
@@ -285,7 +289,7 @@ Subject = StoreSubject | EncoderSubject | PixelSubject
 
 
 def require_one_view(subject: Subject, seen: Seen, pictures: Pictures, *, views: str) -> None:
-    """Raises: StoreError for a store of several views of each picture, saying which `--views` it takes."""
+    """Raise StoreError if a store holds several views of each picture; the message names the `--views` to use."""
     if len(seen) != len(pictures):
         raise StoreError(f"{subject.name} holds several views of each picture; extract one with --views {views}")
 
@@ -300,7 +304,7 @@ def result_of(
     lower_is_better: bool = False,
     notes: Sequence[str] = (),
 ) -> Result:
-    """What a subject scored."""
+    """Build the result of a subject."""
     return Result(
         task=task,
         subject=subject.name,
@@ -321,14 +325,14 @@ def open_subjects(
     keys: Mapping[str, str] | None = None,
     untrained: bool = False,
 ) -> list[Subject]:
-    """Each word as a store, a run, a teacher or `pixels`; no weights are loaded yet.
+    """Open each word as a store, a run, a teacher or `pixels`; no weights are loaded yet.
 
     Args:
-        weights: local weights in place of the hub's, by the teacher's word.
-        keys: where among others in a weights file a teacher's tensors are, by the same word.
-        untrained: after every run and teacher, the same with random weights.
-    Raises: ConfigError for none, one that is nothing of these, or weights for no teacher; StoreError, RunError for one
-        that is damaged or unfinished.
+        weights: local weights to use instead of the hub's, by the teacher's word.
+        keys: key of a teacher's tensors in a weights file of several models, by the same word.
+        untrained: add the same with random weights after every run and teacher.
+    Raises: ConfigError if there is no word, one is none of these, or weights are not for a teacher; StoreError or
+        RunError if a store or run is damaged or unfinished.
     """
     if not words:
         raise ConfigError("name at least one store, training run or teacher")
@@ -350,7 +354,7 @@ def _open(word: str, weights: Path | None, key: str | None) -> Subject:
     path, place = Path(word), Place.of(word)
     if word == PIXELS:
         return PixelSubject()
-    if not place.is_local or place.exists("zarr.json"):
+    if not place.is_local or place.exists("zarr.json"):  # only stores can be in a bucket
         store = open_store(place)
         store.require_finished()
         return StoreSubject(word, store)

@@ -1,7 +1,7 @@
-"""What is said of pictures: class names in templates, or captions, as unit vectors; embedded once and kept in a file.
+"""Texts about pictures as unit vectors: class names in templates, or captions; embedded once and kept in a file.
 
-Source of the averaging: CLIP, arXiv 2103.00020, section 3.1.4: the prompts of a class are embedded, each brought to
-unit length, averaged, and the mean brought to unit length.
+Source of the averaging: CLIP, arXiv 2103.00020, section 3.1.4: the prompts of a class are embedded and normalised to
+unit length, then averaged, and the mean is normalised again.
 Shapes: C classes or captions, T templates, N pictures, D width of the space.
 """
 
@@ -40,7 +40,7 @@ class Texts:
     """Embedded class names or captions."""
 
     teacher: str
-    """Whose space it is."""
+    """Teacher whose text space it is."""
     classes: Classes
     templates: tuple[str, ...]
     embeddings: Tensor
@@ -49,15 +49,15 @@ class Texts:
     logit_bias: float
 
     def logits(self, images_ND: Tensor) -> Tensor:
-        """[N, C] in the dtype of the unit vectors given: cosines at the teacher's own temperature."""
+        """Return logits [N, C] in the dtype of the given unit vectors: cosines at the teacher's own temperature."""
         return images_ND @ self.embeddings.to(images_ND).T * self.logit_scale + self.logit_bias
 
     def rows(self, names: Sequence[str], *, path: str) -> Tensor:
-        """Embeddings of names, which may come more than once, [len(names), D].
+        """Return the embeddings of names, which may repeat, [len(names), D].
 
         Args:
-            path: of the file that they are from, for the message.
-        Raises: ConfigError naming the first that is not there.
+            path: file that the embeddings are from, for the message.
+        Raises: ConfigError naming the first name without an embedding.
         """
         places = {name: i for i, name in enumerate(self.classes.names)}
         if missing := [name for name in names if name not in places]:
@@ -66,32 +66,34 @@ class Texts:
 
     @property
     def words_digest(self) -> str:
-        """sha256 of all that was said, in short."""
+        """Return a shortened sha256 of all names and templates."""
         return hashlib.sha256(json.dumps([self.classes.names, self.templates]).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where embeddings come from: a file, or the text tower of whichever teacher is asked for, run once."""
+    """The source of embeddings: a file, or the text tower of the teacher that a caller needs, run once."""
 
     classes: Classes | None = None
-    """None where the folders' names are taken."""
+    """None to use the folders' names."""
     templates: tuple[str, ...] = TEMPLATES
     teacher: str | None = None
-    """Whose space is asked for, where that was said."""
+    """Teacher whose space was requested, if one was."""
     weights: Path | None = None
-    """Of the text tower; the hub's where not given."""
+    """Weights of the text tower; None for the hub's."""
     cached: Texts | None = None
+    """Contents of the file, if there is one."""
     path: str = ""
-    """Of the file."""
+    """Path of the file."""
     _made: dict[tuple[str, Classes], Texts] = field(default_factory=dict, repr=False, compare=False)
 
     def embed(
         self, spec: TeacherSpec, classes: Classes, on_step: Callable[[int, int], None] = lambda done, of: None
     ) -> Texts:
-        """Embeddings in a teacher's space.
+        """Return the embeddings of classes in a teacher's space.
 
-        Raises: ConfigError if another teacher's were asked for, or are in the file; TeacherError if there is no tower.
+        Raises: ConfigError if another teacher's space was requested, or the file's embeddings are of another width;
+            TeacherError if the teacher has no text tower.
         """
         if self.teacher is not None and ALIASES.get(self.teacher, self.teacher) != spec.name:
             raise ConfigError(
@@ -120,12 +122,12 @@ def open_source(
     weights: Path | None = None,
     usual: tuple[str, ...] = TEMPLATES,
 ) -> TextSource:
-    """What `--text` and the options beside it ask for.
+    """Open the source of embeddings that `--text` and the options beside it request.
 
     Args:
         word: a file that `eupe eval text` made, or a teacher's name; None for the teacher that subjects lead to.
-        usual: templates where neither file gives any.
-    Raises: ConfigError for a file that cannot be used, or options that a file has decided.
+        usual: templates if no file gives any.
+    Raises: ConfigError if a file cannot be used, or an option has no effect beside a file of embeddings.
     """
     if word is not None and (Path(word).is_file() or Path(word).suffix == ".safetensors"):
         given = {"--classes": classes, "--templates": templates, "--text-weights": weights}
@@ -152,17 +154,19 @@ def cache_texts(
     overwrite: bool = False,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Texts:
-    """Embed class names, or COCO's captions as they are, and keep them in a file.
+    """Embed class names, or COCO's captions as they are, and write them to a file.
 
     Args:
-        tower: the teacher whose text space it is.
-        overwrite: what is there goes, whoever made it.
-    Raises: ConfigError unless it is one of both; CorpusError, TeacherError, StorageError.
+        tower: teacher whose text space to use.
+        overwrite: replace what is there, whoever made it.
+    Raises: ConfigError unless either `classes` or `captions` is given, or if `out` may not be written over;
+        CorpusError, TeacherError, StorageError.
     """
     if (classes is None) == (captions is None):
         raise ConfigError("give either --classes or --captions: what is to be embedded")
     if captions is not None and templates is not None:
         raise ConfigError("captions are embedded as they are; leave --templates out")
+    # `out` is checked before the slow work
     sources = [each for each in (classes, captions, templates, weights) if each is not None]
     place = require_out(out, lambda found: bool(_read_metadata(found.local)), sources=sources, overwrite=overwrite)
     if captions is not None:
@@ -182,7 +186,7 @@ def embed_texts(
     templates: tuple[str, ...] = TEMPLATES,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Texts:
-    """All names in all templates, averaged over the templates."""
+    """Embed all names in all templates, and average over the templates."""
     prompts = [template.replace(SLOT, name) for name in classes.names for template in templates]
     each_CTD = tower(prompts, on_step).reshape(len(classes.names), len(templates), -1)
     mean = F.normalize(each_CTD.mean(dim=1), dim=1)
@@ -190,7 +194,7 @@ def embed_texts(
 
 
 def save_texts(texts: Texts, path: Path) -> None:
-    """One safetensors file, written whole.
+    """Write texts as one safetensors file, whole or not at all.
 
     Raises: StorageError.
     """
@@ -209,15 +213,18 @@ def save_texts(texts: Texts, path: Path) -> None:
 
 
 def _read_metadata(path: Path) -> str:
-    """Raises: KeyError if it holds no embedded texts; OSError, SafetensorError."""
+    """Return the metadata of a file of embedded texts.
+
+    Raises: KeyError if it holds no embedded texts; OSError, SafetensorError.
+    """
     with safe_open(path, framework="pt") as file:
         return str((file.metadata() or {})[METADATA])
 
 
 def load_texts(path: Path) -> Texts:
-    """The inverse of `save_texts`.
+    """Read the texts that `save_texts` wrote.
 
-    Raises: ConfigError if there is nothing of the kind.
+    Raises: ConfigError if the file cannot be read, or holds no embedded texts.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,8 +1,8 @@
-"""From what a subject says of pictures to a teacher's text space: directly, or through the heads of runs.
+"""Ways from a subject's summaries to a teacher's text space: directly, or through the heads of runs.
 
-A student's head says its target's summary normalised; cosines with texts need the direction in the teacher's own space,
-so the normalisation is undone (`eupe.train.predict`). A student of a proxy goes through its own head into the proxy's
-summaries, and on through the proxy's heads, as many runs as there are.
+A student's head predicts its target's summary after normalisation. Cosines with texts need the direction in the
+teacher's own space, so the normalisation is undone (`eupe.train.predict`). A student of a proxy goes through its own
+head to the proxy's summaries, then through the proxy's heads, over any number of runs.
 
 Shapes: N views, Ds width of the subject's summary, D width of the space.
 """
@@ -31,21 +31,21 @@ from eupe.train.predict import KindPredictor, load_predictors
 
 @dataclass(frozen=True)
 class Way:
-    """How a subject's summary becomes a teacher's image embedding."""
+    """The way from a subject's summary to a teacher's image embedding."""
 
     teacher: TeacherSpec
     heads: tuple[tuple[Path, int], ...] = ()
-    """Runs, and which target's head of each; none where the summary is the embedding."""
+    """Runs on the way, each with the number of the target whose head is used; empty if the summary is the embedding."""
     name: str = ""
-    """What chooses it: the targets on the way, separated by commas, or the teacher itself."""
+    """Name that selects the way: its targets, separated by commas, or the teacher."""
 
 
 def choose_way(subject: Subject, wanted: str | None) -> Way:
-    """The way that is asked for, or the only one.
+    """Return the requested way, or the only one.
 
     Args:
-        wanted: a teacher with a text space, or a way's name.
-    Raises: ConfigError if there is none, or several; RunError if the subject is an unfinished run.
+        wanted: a teacher with a text space, or the name of a way.
+    Raises: ConfigError if there is no such way, or several; RunError if the subject is an unfinished run.
     """
     ways, dead_ends = ways_to_text(subject)
     known = ", ".join(way.name for way in ways)
@@ -66,7 +66,7 @@ def choose_way(subject: Subject, wanted: str | None) -> Way:
 
 
 def ways_to_text(subject: Subject) -> tuple[list[Way], list[str]]:
-    """All ways, and why the others end.
+    """Return all ways, and for each dead end the reason.
 
     Raises: RunError if the subject is an unfinished run.
     """
@@ -95,7 +95,7 @@ def _ways(
             continue
         try:
             further, ends = _ways(_target_spec(target["teacher"]), (*heads, (run, i)), (*names, name))
-        except EupeError as error:
+        except EupeError as error:  # one target that cannot be resolved must not hide ways through the others
             further, ends = [], [f"{name}, a target of run {run}: {error}"]
         ways += further
         dead_ends += ends
@@ -103,7 +103,10 @@ def _ways(
 
 
 def _target_spec(teacher: str) -> TeacherSpec:
-    """Raises: ConfigError for one that is gone, and for one that could only be known from the hub; TeacherError."""
+    """Return the spec of a target's teacher.
+
+    Raises: ConfigError if it is a run that is gone, or can only be resolved on the hub; TeacherError.
+    """
     if teacher.startswith("hf:"):
         raise ConfigError(f"{teacher} has no text space")
     if Path(teacher).name != teacher and ":" not in teacher and not Path(teacher).is_dir():
@@ -112,11 +115,12 @@ def _target_spec(teacher: str) -> TeacherSpec:
 
 
 def to_text_space(subject: Subject, way: Way, summaries_NDs: Tensor) -> Tensor:
-    """Image embeddings of unit length, float64 [N, D], on the CPU.
+    """Return image embeddings of unit length, float64 [N, D], on the CPU.
 
-    The head of an untrained student is drawn anew, too.
+    An untrained student has a random head, too.
 
-    Raises: RunError if the heads of a run cannot be used, or a run on the way was trained anew since.
+    Raises: RunError if the heads of a run cannot be used, or a run on the way was trained again after it was learned
+        from.
     """
     said = summaries_NDs
     learner, taught = subject.name, subject.store.spec.teacher if isinstance(subject, StoreSubject) else None
@@ -126,7 +130,7 @@ def to_text_space(subject: Subject, way: Way, summaries_NDs: Tensor) -> Tensor:
         learner, taught = str(run), finished_card(run).targets[target]
         predictor = load_predictors(run)[target].kinds[SUMMARY]
         assert isinstance(predictor, KindPredictor)
-        if number == 0 and subject.untrained:
+        if number == 0 and subject.untrained:  # only the student's own head; those of proxies stay trained
             predictor.draw_anew()
         with torch.inference_mode():
             said = predictor(said)
@@ -134,7 +138,10 @@ def to_text_space(subject: Subject, way: Way, summaries_NDs: Tensor) -> Tensor:
 
 
 def _require_unchanged(run: Path, weights_sha256: str | None, *, of: str) -> None:
-    """Raises: RunError. Runs that an older eupe finished did not note what their teachers' weights were."""
+    """Raise RunError if a run's weights are not those that `of` learned from.
+
+    Runs finished by an older eupe do not record their teachers' weights (None here) and are not checked.
+    """
     if weights_sha256 is not None and file_digest(run / WEIGHTS_FILE) != weights_sha256:
         raise RunError(
             f"run {run} was trained anew since {of} learned from it, so that its heads no longer fit; extract it and "

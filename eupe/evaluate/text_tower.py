@@ -1,7 +1,8 @@
-"""The text towers of teachers whose summary is an image embedding: prompts in, unit vectors in the teacher's space out.
+"""Text towers of teachers whose summary is an image embedding: prompts in, unit vectors in the teacher's space out.
 
-All are open_clip's. timm's PE-core and SigLIP teachers are the image towers of models that open_clip has whole, so
-their text towers are found by a table. Tokenizers, context lengths and activations are as open_clip configures them.
+All come from open_clip. timm's PE-core and SigLIP teachers are the image towers of models that open_clip has with both
+towers, so a table leads to their text towers. Tokenizers, context lengths and activations are as open_clip configures
+them.
 Shapes: N prompts, D width of the space.
 """
 
@@ -24,11 +25,11 @@ from eupe.teachers.weights import brief, hub_or_offline, quiet_open_clip
 
 BATCH = 128
 WHOLE_MODEL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-"""open_clip's names for a checkpoint of both towers; repositories may hold a file of the image tower beside it."""
+"""open_clip's names for a checkpoint of both towers; a repository may also hold a file of the image tower alone."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SCALES = ("logit_scale", "logit_bias")
 NO_IMAGE_TOWER: dict[str, Any] = {"layers": 1, "width": 8, "head_width": 8, "patch_size": 16, "image_size": 16}
-"""Built in place of the image tower, which may have a billion weights, and thrown away."""
+"""Config of a tiny image tower, built and discarded in place of the real one, which may have a billion weights."""
 
 TIMM_TO_OPEN_CLIP: dict[str, str] = {
     "vit_pe_core_tiny_patch16_384.fb": "PE-Core-T-16-384@meta",
@@ -58,12 +59,12 @@ TIMM_TO_OPEN_CLIP: dict[str, str] = {
     "vit_giantopt_patch16_siglip_256.v2_webli": "ViT-gopt-16-SigLIP2-256@webli",
     "vit_giantopt_patch16_siglip_384.v2_webli": "ViT-gopt-16-SigLIP2-384@webli",
 }
-"""timm's name for an image tower's weights to open_clip's `arch@tag` for the whole model."""
+"""Map from timm's name for an image tower's weights to open_clip's `arch@tag` for the whole model."""
 
 
 @dataclass(frozen=True)
 class TextTower:
-    """A frozen text tower on its device, in float32, with the temperature that it was trained with."""
+    """A frozen text tower on its device, in float32, with its trained temperature."""
 
     teacher: str
     model: Any
@@ -73,17 +74,20 @@ class TextTower:
 
     @property
     def logit_scale(self) -> float:
-        """By which cosines are multiplied."""
+        """Return the factor that cosines are multiplied by."""
         return float(self.model.logit_scale.exp())
 
     @property
     def logit_bias(self) -> float:
-        """What is added then: SigLIP's; 0 in the others."""
+        """Return the bias that is added to scaled cosines: SigLIP's, 0 for other models."""
         return 0.0 if self.model.logit_bias is None else float(self.model.logit_bias)
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], on_step: Callable[[int, int], None] = lambda done, of: None) -> Tensor:
-        """float32 [N, D] of unit length, on the CPU; what exceeds the context length is cut off, as in training."""
+        """Embed prompts as unit vectors, float32 [N, D], on the CPU.
+
+        Prompts longer than the context are cut off, as in training.
+        """
         rows = []
         for start in range(0, len(prompts), BATCH):
             tokens = self.tokenize(list(prompts[start : start + BATCH]))
@@ -93,9 +97,10 @@ class TextTower:
 
 
 def text_model(spec: TeacherSpec) -> str | None:
-    """open_clip's `arch@tag` of the model whose image embedding a teacher's summary is, up to its length.
+    """Return open_clip's `arch@tag` of the model whose image embedding, before normalisation, is a teacher's summary.
 
-    None where the summary is none: ahead of its projection, or of a teacher that never saw a text.
+    Returns: None if the summary is not an image embedding, because it is taken before the projection or its teacher
+        was not trained with texts.
     """
     if spec.backend == "timm":
         embedding = "projected" if "_pe_core_" in spec.model else "attention_pool"
@@ -104,7 +109,7 @@ def text_model(spec: TeacherSpec) -> str | None:
 
 
 def why_no_text(spec: TeacherSpec) -> str:
-    """Of a teacher without a text tower: why, and which teacher would do."""
+    """Return why a teacher has no text tower, and which teacher to use instead if there is one."""
     if f"{spec.name}-proj" in REGISTRY:
         return (
             f"the summary of {spec.name} is ahead of the projection to the text space, {spec.name}-proj has it behind"
@@ -113,12 +118,12 @@ def why_no_text(spec: TeacherSpec) -> str:
 
 
 def load_tower(spec: TeacherSpec, *, weights: Path | None = None) -> TextTower:
-    """The text tower of a teacher.
+    """Load the text tower of a teacher.
 
     Args:
-        weights: open_clip's checkpoint of both towers (the file that may be the teacher's weights, too), or a directory
-            that holds it, with the tokenizer where the model has one of its own; the hub where not given.
-    Raises: TeacherError if the teacher has none, or its weights or tokenizer cannot be had or do not fit.
+        weights: open_clip's checkpoint of both towers (it may also be the teacher's weights file), or a directory that
+            holds it, with the tokenizer if the model has its own; None for the hub.
+    Raises: TeacherError if the teacher has no text tower, or its weights or tokenizer are not available or do not fit.
     """
     model_name = text_model(spec)
     if model_name is None:
@@ -147,6 +152,7 @@ def _from_hub(spec: TeacherSpec, arch: str, tag: str) -> Any:
 def _from_file(arch: str, weights: Path) -> Any:
     import open_clip
 
+    # building draws random weights; fork_rng leaves the caller's random state alone
     with quiet_open_clip(), torch.random.fork_rng(devices=[]):
         whole = open_clip.create_model(arch, load_weights=False, pretrained_text=False, vision_cfg=dict(NO_IMAGE_TOWER))
     model = _without_image_tower(whole)
@@ -160,12 +166,16 @@ def _from_file(arch: str, weights: Path) -> Any:
 
 
 def _text_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All but the image tower, by the model's names; old checkpoints lack the prefix of a text tower of its own."""
+    """Return all tensors but the image tower's, by the model's names.
+
+    Old checkpoints lack the prefix that models with a separate text tower have.
+    """
     import open_clip
 
     if hasattr(model, "text"):
         state = open_clip.model.convert_to_custom_text_state_dict(state)
     state = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
+    # checkpoints differ in whether a scale has shape [] or [1]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return {
         name: tensor.reshape(shapes[name]) if name in SCALES and tensor.numel() == 1 and name in shapes else tensor
@@ -183,9 +193,9 @@ def _whole_model_file(weights: Path) -> Path:
 
 
 def _tokenizer(spec: TeacherSpec, arch: str, weights: Path | None) -> Callable[[list[str]], Tensor]:
-    """open_clip's own for CLIP and PE-core; SigLIP's from beside the weights, or from the hub.
+    """Load a tokenizer: open_clip's own for CLIP and PE-core; SigLIP's from beside the weights, or from the hub.
 
-    Raises: TeacherError if it cannot be had.
+    Raises: TeacherError if it is not available.
     """
     import open_clip
 

@@ -1,6 +1,6 @@
-"""What numbers about two teachers may mean for a student of both: judgement, by thresholds that are chosen.
+"""Verdicts on what measurements of two teachers may mean for a student of both, by hand-chosen thresholds.
 
-They are for orientation: no experiment here shows from which value on a pair harms a student.
+The thresholds are for orientation: no experiment here shows at which value a pair starts to harm a student.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 from eupe.evaluate.ridge import Predicted
 
 PREDICTABLE = 0.9
-"""R² from which on one space counts as contained in the other."""
+"""R² from which one space counts as contained in the other."""
 UNPREDICTABLE = 0.3
-"""R² below which, both ways, two spaces have little to say of each other."""
+"""R² below which, in both directions, two spaces say little about each other."""
 UNLIKE = 0.3
-"""CKA below which two spaces are arranged differently."""
+"""CKA below which two spaces count as arranged differently."""
 SAMPLES_PER_CHANNEL, PICTURES = 5, 200
-"""With fewer training samples for each channel, or fewer pictures, a low R² may be for want of them."""
+"""Fewest training samples per channel, and fewest pictures; with less, a low R² may only reflect the lack of data."""
 CLIP_LIKE = ("clip", "siglip", "pe-core", "pe_core")
-"""In names and models of teachers that were trained to match pictures with texts."""
+"""Words in the names and models of teachers that were trained to match pictures with texts."""
 
 MEASURED = (
     "Measured: linear CKA (unbiased; 1 is the same space up to a rotation and a scale, 0 is nothing in common), R² of "
@@ -36,7 +36,7 @@ JUDGED = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A word, and why."""
+    """A verdict in a word, with its reason."""
 
     word: str
     """redundant, contained, unclear, may fight, or complementary."""
@@ -54,12 +54,13 @@ def judge(
     width: int,
     cards: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> Verdict:
-    """Of two teachers by one kind of token.
+    """Judge two teachers by one kind of token.
 
     Args:
-        forward: the second from the first; `backward`: the first from the second.
-        width: the larger of the two.
-        cards: of the teachers, as stores have them.
+        forward: prediction of the second teacher from the first.
+        backward: prediction of the first from the second.
+        width: the larger of the two widths.
+        cards: the teachers' cards, as stores hold them.
     """
     if forward is None or backward is None or cka is None:
         return Verdict("unclear", f"the {kind} tokens of {names[0]} or {names[1]} do not vary: nothing to compare")
@@ -91,13 +92,16 @@ def _meaning(
 
 
 def _too_few(samples: int, width: int, num_pictures: int) -> str:
-    """What there is too little of, or nothing."""
+    """Return what there is too little of, in words; empty if there is enough."""
     if num_pictures < PICTURES:
         return f"{num_pictures} pictures"
     return f"{samples} training samples for {width} channels" if samples < SAMPLES_PER_CHANNEL * width else ""
 
 
 def is_clip_like(card: Mapping[str, Any]) -> bool:
-    """Whether a teacher was trained to match pictures with texts, as far as its name and model tell; a run's do not."""
+    """Return whether a teacher was trained to match pictures with texts, judging by its name and model.
+
+    A run's name says nothing, so a run never counts.
+    """
     named = f"{card['name']} {card['model']}".lower()
     return card["backend"] != "run" and any(word in named for word in CLIP_LIKE)

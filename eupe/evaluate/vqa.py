@@ -1,8 +1,8 @@
-"""A probe of what features say about a picture, asked in words. It is no language model and no VQA benchmark.
+"""A probe of what features say about a picture, by questions in words. It is not a language model or a VQA benchmark.
 
-One small readout (`readout.py`) for all kinds of question (colour, count, position, text, ...), trained on the frozen
-features and the questions of the training split. Its words are those of that split, as numbers: nobody taught them.
-How much is dropped while it is trained is chosen on a tenth of the training pictures, then it is trained on all.
+One small readout (`readout.py`) for all kinds of question (colour, count, position, text, ...) is trained on the frozen
+features and the questions of the training split. Its vocabulary is the words of that split, as numbers without any
+pretraining. The dropout is chosen on a tenth of the training pictures; then the readout is trained on all of them.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ def vqa(
     size: int | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
-    """Accuracy of the probe by kind of question and their mean, beside the commonest answer to the same question.
+    """Measure the probe's accuracy by kind of question, and the mean over kinds.
+
+    The baseline (`majority`) is the commonest answer to the same question.
 
     Args:
-        dropouts: in place of the fitting's; the best on the tuning share.
-    Raises: ConfigError if a dropout is out of range, the features are too many for the memory, or the pictures too few
-        to choose on; CorpusError, RunError, TeacherError, TrainingError;
-        StoreError for a store of several views of each picture.
+        dropouts: candidates in place of the fitting's dropout; the best on the tuning share is used.
+    Raises: ConfigError if a dropout is out of range, the features do not fit in memory, or there are too few pictures
+        to choose a dropout on; CorpusError, RunError, TeacherError, TrainingError; StoreError for a store with several
+        views of each picture.
     """
     fittings = [replace(fitting, dropout=dropout) for dropout in dropouts]
     pictures, questions = question_set(data)
@@ -96,10 +98,11 @@ def answers(
     *,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Fitting, list[str]]:
-    """The fitting that was chosen, and what the probe says to each question of `val`, having learnt from `train`.
+    """Choose a fitting, train on `train` with it, and answer each question of `val`.
 
     Args:
-        tuning_N: bool, the questions of `train` that the fitting is chosen on.
+        tuning_N: bool; questions of `train` that the fitting is chosen on.
+    Returns: the chosen fitting, and the answers.
     """
     words, places = _vocabulary(train)
     kinds = sorted({each.kind for each in train})
@@ -138,13 +141,16 @@ def answers(
 
 
 def _unlikeliness(logits_NA: Tensor, codes_N: Tensor, kind_N: Tensor) -> float:
-    """Cross-entropy, mean over each kind, then over kinds: few pictures make of accuracies a lottery."""
+    """Return the cross-entropy, averaged within each kind, then over kinds.
+
+    With few pictures, accuracies would be too noisy to choose by.
+    """
     losses = F.cross_entropy(logits_NA, codes_N, reduction="none")
     return float(torch.stack([losses[kind_N == kind].mean() for kind in set(kind_N.tolist())]).mean())
 
 
 def _vocabulary(train: Sequence[Question]) -> tuple[Mapping[str, int], int]:
-    """The words of the questions, and how many the longest has."""
+    """Return the numbers of the questions' words, and the number of words in the longest question."""
     said = [question_words(each.question) for each in train]
     return {word: i for i, word in enumerate(sorted({w for each in said for w in each}))}, max(map(len, said))
 
@@ -162,8 +168,10 @@ def _asked(questions: Sequence[Question], kinds: Sequence[str], words: Mapping[s
 
 
 def commonest_answers(train: Sequence[Question], val: Sequence[Question]) -> list[str]:
-    """The commonest answer to the same question, or to any of the kind where it was never asked; of equals the first
-    in alphabetical order."""
+    """Return the commonest training answer to each question of `val`, or to its kind if it was never asked.
+
+    Ties go to the first in alphabetical order.
+    """
     of_question: dict[tuple[str, str], Counter[str]] = {}
     of_kind: dict[str, Counter[str]] = {}
     for each in train:
@@ -186,7 +194,7 @@ def _features(subject: Subject, pictures: Pictures, size: int, learnt_from: Sequ
 
 
 def _by_kind(said: Sequence[str], val: Sequence[Question]) -> dict[str, float]:
-    """Share of right answers."""
+    """Return the share of right answers, by kind of question."""
     right: dict[str, list[bool]] = {kind: [] for kind in sorted({each.kind for each in val})}
     for word, each in zip(said, val, strict=True):
         right[each.kind].append(word == each.answer)
@@ -194,7 +202,7 @@ def _by_kind(said: Sequence[str], val: Sequence[Question]) -> dict[str, float]:
 
 
 def _require_tuning(tuning_N: Tensor, dropouts: Sequence[float]) -> None:
-    """Raises: ConfigError if there is nothing to choose from, or to choose on."""
+    """Raise ConfigError if there is no dropout to choose, or there are no pictures to choose it on."""
     if not dropouts:
         raise ConfigError("there is no --dropout to train with; give at least one")
     if len(dropouts) > 1 and (not tuning_N.any() or tuning_N.all()):
@@ -202,8 +210,9 @@ def _require_tuning(tuning_N: Tensor, dropouts: Sequence[float]) -> None:
 
 
 def _require_room(dense_PhwD: Tensor) -> None:
-    """Raises: ConfigError if the components of so many tokens do not fit the memory that is free, twice."""
+    """Raise ConfigError if the tokens' components do not fit in the free memory twice."""
     tokens, width = dense_PhwD[..., 0].numel(), min(COMPONENTS, dense_PhwD.shape[-1])
+    # float32, twice: `components` holds its parts while it concatenates them
     wanted, free = 2 * 4 * tokens * width, free_bytes()
     if wanted > MEMORY_SHARE * free:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose prompt is nearest to a picture, nothing trained.
+"""Zero-shot classification: the class whose prompt is nearest to a picture; nothing is trained.
 
 Source of the protocol: CLIP, arXiv 2103.00020, section 3.1: centre crop, cosine with the mean embedding of a class's
 prompts. Students are compared in the space of the teacher whose summary their heads predict.
@@ -36,13 +36,13 @@ def zeroshot(
     choice: Choice = AS_FOUND,
     on_step: Callable[[int, int], None] = lambda done, of: None,
 ) -> Result:
-    """Top-1 and top-5 accuracy on the val split, or on the one corpus that there is, and the mean cross-entropy.
+    """Measure top-1 and top-5 accuracy and mean cross-entropy on the val split, or on the whole corpus without splits.
 
-    With no more than five classes there is no top-5. The cross-entropy, in nats, is that of the softmax at the
-    teacher's own temperature.
+    Top-5 is left out for five classes or fewer. The cross-entropy, in nats, is that of the softmax at the teacher's own
+    temperature.
 
     Args:
-        teacher: see `choose_way`; where not given, that of the texts.
+        teacher: see `choose_way`; default: that of the texts.
     Raises: ConfigError if there is no way to a text space, or classes do not match the folders; CorpusError, RunError,
         StoreError, TeacherError.
     """

@@ -17,10 +17,11 @@ RENAMED = {
 
 
 def in_authors_names(model: Any) -> dict[str, Tensor]:
-    """A timm model of the DINOv3 family (`vit_*_patch16_dinov3*`) as its authors' code keeps it.
+    """Return the state dict of a timm DINOv3 model (`vit_*_patch16_dinov3*`) under the names of its authors' code.
 
-    Queries, keys and values share one bias, whose middle third belongs to the keys and is masked; the token of masked
-    training, which no student has, is zero. The rotary periods are float32, and bfloat16 in the authors' own files.
+    Queries, keys and values share one bias vector there; its middle third belongs to the keys and is masked. Students
+    have no token for masked training, so that token is zero. The rotary periods are float32; the authors' own files
+    have bfloat16.
     """
     state = model.state_dict()
     is_gated = any(".mlp.fc1_g." in name for name in state)

@@ -1,4 +1,4 @@
-"""What an export is asked for."""
+"""The settings of an export."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ ALL = "all"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """One export of one run."""
+    """The settings of one export of one run."""
 
     run: Path
     out: Path
-    """The directory that is made."""
+    """Directory to create."""
     format: str
     size: int | None = None
-    """Side of the input in pixels; None for the run's own."""
+    """Side of the input in pixels; None for the run's own size."""
     heads: tuple[str, ...] = ()
-    """Names of targets whose heads go along, or `all`."""
+    """Names of the targets whose heads are exported too, or `all`."""
     precision: str = FP32
-    """Of the graph's arithmetic; only ONNX has others than fp32."""
+    """Precision of the graph; only ONNX supports others than fp32."""
     calibrate: Where | None = None
-    """Pictures that int8's ranges are taken from; None for made-up ones."""
+    """Pictures that the int8 ranges are calibrated on; None for generated pictures."""
     dynamic_size: bool = False
-    """Any size that the patch divides, in place of `size` alone; of ONNX graphs, which are of one size else."""
+    """Let an ONNX graph accept any size divisible by the patch size, not only `size`."""
 
     def __post_init__(self) -> None:
-        """Raises: ConfigError."""
+        """Raise ConfigError if a setting is invalid or does not fit the others."""
         if self.format not in FORMATS:
             known = ", ".join(FORMATS)
             raise ConfigError(f"--format {self.format} is unknown{near(self.format, list(FORMATS))}; use {known}")

@@ -1,4 +1,4 @@
-"""A program for ExecuTorch, PyTorch's runtime for phones and boards, lowered to XNNPACK: one picture at a time."""
+"""A program for ExecuTorch, PyTorch's runtime for phones and boards, lowered to XNNPACK, with a batch size of 1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROGRAM_FILE = "model.pte"
 
 
 def require_packages() -> None:
-    """Raises: ConfigError if ExecuTorch is not installed."""
+    """Raise ConfigError if ExecuTorch is not installed."""
     try:
         with quiet():
             import executorch.exir
@@ -38,7 +38,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
         with quiet():
             traced = torch.export.export(graph, (torch.zeros(1, 3, source.size, source.size),))
             program = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()]).to_executorch()
-    except Exception as error:  # tracers refuse in many ways
+    except Exception as error:  # tracers raise many types of exceptions
         arch = source.encoder.card.arch
         raise ConfigError(
             f"{arch} cannot be lowered for ExecuTorch ({brief_root(error)}); use --format onnx"
@@ -48,7 +48,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
 
 
 def reopen(source: Source, folder: Path) -> Says:
-    """As a stranger would."""
+    """Load the program as a user would; return a function that runs it."""
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(folder / PROGRAM_FILE).load_method("forward")

@@ -1,6 +1,6 @@
-"""A student and its heads as one function of pixels, for formats that keep a graph.
+"""A student and its heads as one module from pixels to outputs, for formats that store a graph.
 
-Shapes: B pictures, H W pixels, h w cells, D width of a token, Ds of the summary.
+Shapes: B pictures, H W pixels, h w cells, D width of a token, Ds width of the summary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eupe.teachers.weights import brief
 
 
 class Graph(nn.Module):
-    """Pixels in, all outputs of an export out, in their order."""
+    """A module from pixels to all outputs of an export, in their order."""
 
     def __init__(self, encoder: Encoder, heads: Mapping[str, nn.Sequential]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Graph(nn.Module):
         self.kinds = [name.rpartition(".")[2] for name in heads]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Normalised pixels [B, 3, H, W] to summary [B, Ds], dense [B, h, w, D], and each head's."""
+        """Compute the summary [B, Ds], dense [B, h, w, D] and each head's output of normalised pixels [B, 3, H, W]."""
         tokens = self.encoder(pixels)
         said = [head(getattr(tokens, kind)) for head, kind in zip(self.heads, self.kinds, strict=True)]
         return (tokens.summary, tokens.dense, *said)
@@ -34,7 +34,7 @@ class Graph(nn.Module):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Tracers' remarks about themselves off: what matters of them is measured."""
+    """Silence the logs and warnings of tracers; the export is verified by its outputs instead."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -46,5 +46,5 @@ def quiet() -> Iterator[None]:
 
 
 def brief_root(error: BaseException) -> str:
-    """What an error began as, on one line."""
+    """Return the root cause of an error on one line."""
     return brief(error) if error.__cause__ is None else brief_root(error.__cause__)

@@ -1,4 +1,4 @@
-"""The heads of a run as plain layers that speak as its teachers do: denormalisation is folded into the last of them."""
+"""The heads of a run as plain layers that output the teachers' own features; denormalisation is in the last layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADS_FILE = "heads.safetensors"
 
 
 def chosen(predictors: Sequence[TargetPredictor], names: Sequence[str]) -> list[TargetPredictor]:
-    """The targets that `--heads` names, in the run's order.
+    """Return the targets that `--heads` names, in the run's order.
 
     Raises: ConfigError for a name that no target has.
     """
@@ -31,9 +31,10 @@ def chosen(predictors: Sequence[TargetPredictor], names: Sequence[str]) -> list[
 
 
 def folded(predictor: KindPredictor) -> nn.Sequential:
-    """Linear, LayerNorm, GELU, and a linear that gives the teacher's own features, bias and all.
+    """Return Linear, LayerNorm, GELU and a last Linear, with a bias, that outputs the teacher's own features.
 
-    y = scale * R^T (gain * W x) + centre is one linear map of x; it is folded in float64.
+    Denormalisation y = scale * R^T (gain * W x) + centre is one affine map of x. It is folded into the last layer, in
+    float64.
     """
     first, norm, activation, last = predictor.head
     assert isinstance(last, nn.Linear)
@@ -48,18 +49,18 @@ def folded(predictor: KindPredictor) -> nn.Sequential:
 
 
 def save_heads(heads: Mapping[str, nn.Sequential], folder: Path) -> None:
-    """`NAME.LAYER.weight` and `.bias` of every head; nothing where there are none."""
+    """Write `NAME.LAYER.weight` and `.bias` of every head to one file; write no file if there are no heads."""
     tensors = {f"{name}.{tensor}": value for name, head in heads.items() for tensor, value in head.state_dict().items()}
     if tensors:
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / HEADS_FILE)
 
 
 def say_again(folder: Path, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the heads of a directory make of the model's tokens, by the twelve lines that its card has.
+    """Apply the heads of a directory to the model's tokens, with the same twelve lines of code as in its card.
 
     Args:
-        tokens: by kind.
-    Returns: by `TARGET.KIND`; nothing where the directory has no heads.
+        tokens: the model's tokens by kind.
+    Returns: outputs by `TARGET.KIND`; empty if the directory has no heads.
     """
     if not (folder / HEADS_FILE).exists():
         return {}

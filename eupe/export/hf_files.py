@@ -1,7 +1,7 @@
-"""A directory that the Transformers library loads: `AutoModel.from_pretrained(DIR)`, and its `AutoImageProcessor`.
+"""A directory that the Transformers library loads with `AutoModel.from_pretrained(DIR)` and `AutoImageProcessor`.
 
-DINOv3-like ViTs and plain ConvNeXts are models of its own; every other student is a `TimmWrapperModel`, whose directory
-is timm's.
+DINOv3-like ViTs and plain ConvNeXts become models of that library. Every other student is a `TimmWrapperModel`, whose
+directory is the one that timm loads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from eupe.teachers.weights import quiet_transformers
 PREPROCESSOR_FILE = "preprocessor_config.json"
 WRAPPER = "TimmWrapperModel"
 BICUBIC = 3
-"""The library's number, which is Pillow's."""
+"""The filter's number in the library, which is also Pillow's."""
 
 
 def write(source: Source, config: ExportConfig, folder: Path) -> Written:
@@ -44,13 +44,13 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
 
 
 def native_of(source: Source) -> Native | None:
-    """The student as a model of the library's own, where it has one."""
+    """Return the student as one of the library's own models; None if the library has no such model."""
     card = source.encoder.card
     return native(card.arch.split(".")[0], source.encoder.model, card.size)
 
 
 def reopen(source: Source, folder: Path) -> Says:
-    """As a stranger would."""
+    """Load the directory as a user would; return a function that runs its model."""
     from transformers import AutoModel
 
     card, translated = source.encoder.card, native_of(source)
@@ -79,14 +79,14 @@ def _save_native(translated: Native, folder: Path) -> None:
 
     with quiet_transformers():
         config = getattr(transformers, translated.config)(**translated.options)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # the model's random weights must not advance the caller's generator
             model = getattr(transformers, translated.model)(config)
         model.load_state_dict(translated.state, strict=True)
         model.save_pretrained(folder)
 
 
 def preprocessor(card: EncoderCard) -> dict[str, Any]:
-    """The centre view: the shorter side to the input's, the middle of it, normalised."""
+    """Return the settings of the centre view: resize the shorter side to the input's, crop the centre, normalise."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,

@@ -1,4 +1,4 @@
-"""Students as models that the Transformers library has itself: configurations, and timm's tensors under its names.
+"""Students as the Transformers library's own models: their configurations, and timm's tensors under its names.
 
 Shapes: D width, H hidden width of an MLP.
 """
@@ -16,29 +16,29 @@ from torch import Tensor, nn
 
 DINOV3_VIT = re.compile(r"vit_\w+_patch\d+_dinov3(_qkvb)?")
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "SiLU": "silu"}
-"""Classes of activations as the library names them."""
+"""The library's names of activation classes."""
 
 
 @dataclass(frozen=True)
 class Native:
-    """A student as a model of the library."""
+    """A student in the form of one of the library's models."""
 
     model: str
-    """Its class."""
+    """Class of the model."""
     config: str
-    """The class of its configuration."""
+    """Class of the configuration."""
     options: dict[str, Any]
-    """Of the configuration."""
+    """Arguments of the configuration."""
     state: dict[str, Tensor]
     prefix: int
-    """Tokens of `last_hidden_state` ahead of the dense ones."""
+    """Number of tokens in `last_hidden_state` before the dense ones."""
 
 
 def native(arch: str, model: Any, size: int) -> Native | None:
-    """The library's own model that computes what a timm model computes; None where it has none.
+    """Return the library's model that computes the same as a timm model; None if the library has none.
 
     Args:
-        arch: timm's name, without a tag.
+        arch: timm's name of the architecture, without a tag.
         size: side of the input in pixels, for the configuration.
     """
     if DINOV3_VIT.fullmatch(arch):
@@ -66,13 +66,14 @@ def _dinov3_vit(model: Any, size: int) -> Native:
         "value_bias": has_bias,
         "layer_norm_eps": model.norm.eps,
         "rope_theta": model.rope.temperature,
-        "pos_embed_rescale": None,  # the library would stretch positions at random while it trains; these were not
+        # the library's default rescales positions at random in training; students are trained without that
+        "pos_embed_rescale": None,
     }
     state = model.state_dict()
     renamed = {
         "embeddings.cls_token": state["cls_token"],
         "embeddings.register_tokens": state["reg_token"],
-        "embeddings.mask_token": torch.zeros(1, 1, model.embed_dim),
+        "embeddings.mask_token": torch.zeros(1, 1, model.embed_dim),  # students have none; it is for masked training
         **_module("embeddings.patch_embeddings", state, "patch_embed.proj"),
         **_module("norm", state, "norm"),
     }
@@ -98,7 +99,7 @@ def _dinov3_vit(model: Any, size: int) -> Native:
 
 
 def _is_dinov3_convnext(model: Any) -> bool:
-    """Whether the model has the parts of the paper's ConvNeXt and no others; timm's have many variants."""
+    """Return whether the model has exactly the parts of the paper's ConvNeXt; timm has many variants."""
     first, *later = [stage.downsample for stage in model.stages]
     left_out = [model.norm_pre, getattr(model.head, "pre_logits", None), first]
     if not all(isinstance(module, nn.Identity) for module in left_out):
@@ -127,7 +128,7 @@ def _is_conv(module: object, kernel: int, stride: int) -> bool:
 
 
 def _is_plain_mlp(mlp: Any) -> bool:
-    """Whether it has two layers, four times as wide in between, and a known activation."""
+    """Return whether the MLP has two layers, a hidden width of four times its input, and a known activation."""
     wide, narrow = mlp.fc1.weight.shape[:2]
     return {name.split(".")[0] for name in mlp.state_dict()} == {"fc1", "fc2"} and (
         wide == 4 * narrow and mlp.fc1.bias is not None and type(mlp.act).__name__ in ACTIVATIONS
@@ -157,10 +158,11 @@ def _dinov3_convnext(model: Any, size: int) -> Native:
             renamed |= _module(f"{theirs}.layer_norm", state, f"{ours}.norm")
             for there, here in (("pointwise_conv1", "mlp.fc1"), ("pointwise_conv2", "mlp.fc2")):
                 layer = _module(f"{theirs}.{there}", state, f"{ours}.{here}")
+                # timm's layers may be 1 x 1 convolutions; the library's are linear
                 renamed |= {name: value.flatten(1) if value.ndim == 4 else value for name, value in layer.items()}
     return Native("DINOv3ConvNextModel", "DINOv3ConvNextConfig", options, renamed, prefix=1)
 
 
 def _module(theirs: str, state: Mapping[str, Tensor], ours: str) -> dict[str, Tensor]:
-    """Weight and bias of one module under another name."""
+    """Return the weight and bias of one module under another name."""
     return {f"{theirs}.{part}": state[f"{ours}.{part}"] for part in ("weight", "bias")}

@@ -1,4 +1,4 @@
-"""An export from beginning to end: read the run, write a directory, load it again, prove that it is the same model."""
+"""An export from start to end: read the run, write a directory, reload it, prove that it is the same model."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was left in the directory, and how it compares with the run."""
+    """A report on the files in the directory and on how they compare with the run."""
 
     out: str
     cached: bool
-    """It was there already."""
+    """The export already existed."""
     format: str
     kind: str
-    """What is loaded: an architecture, a class, a graph."""
+    """The thing that users load: an architecture, a class or a graph."""
     arch: str
     size: int
     precision: str
     outputs: dict[str, dict[str, float]]
-    """Per output, see `eupe.export.verify.Likeness`."""
+    """Agreement by output, see `eupe.export.verify.Likeness`."""
     num_pictures: int
     torch_ms: float
     exported_ms: float
     num_bytes: int
     licences: dict[str, str]
-    """By what the student learned from, proxies' teachers included."""
+    """Licences by the model that the student learned from, including the teachers of proxies."""
     notes: list[str]
 
 
@@ -71,10 +71,10 @@ FORMATS = {
 
 
 def export(config: ExportConfig) -> ExportReport:
-    """Leave a finished run's student where other programs load it.
+    """Export a finished run's student so that other programs can load it.
 
-    Raises: ConfigError for what cannot work; RunError for a run that cannot be exported; ConformanceError if what was
-        written is not the same model, and StorageError if the disk refuses: then no directory is left.
+    Raises: ConfigError for settings that cannot work; RunError for a run that cannot be exported; ConformanceError if
+        the written model is not the same; StorageError if writing fails. After an error no new directory is left.
     """
     FORMATS[config.format].require_packages()
     source = open_source(config)
@@ -82,7 +82,7 @@ def export(config: ExportConfig) -> ExportReport:
     if (kept := _recognise(config.out, asked)) is not None:
         return kept
     with _whole(config.out.absolute()) as folder:
-        if (kept := _recognise(config.out, asked)) is not None:  # by another process, just now
+        if (kept := _recognise(config.out, asked)) is not None:  # another process may have finished it before the lock
             return kept
         written = _written(source, config, folder)
         proof = _proven(source, config, folder)
@@ -109,17 +109,20 @@ def export(config: ExportConfig) -> ExportReport:
         _keep(folder / RECORD_FILE, asked, report, proof, files)
         for file in folder.iterdir():
             share(file)
-        publish(folder, config.out.absolute())
+        publish(folder, config.out.absolute())  # last: a directory that has this name is complete
     return report
 
 
 def _written(source: Source, config: ExportConfig, folder: Path) -> Written:
-    """Raises: ConfigError if the format's library refuses; OSError, SafetensorError if the disk does."""
+    """Write the model in the requested format.
+
+    Raises: ConfigError if the format's library fails; OSError, SafetensorError if the disk does.
+    """
     try:
         return FORMATS[config.format].write(source, config, folder)
     except (EupeError, OSError, SafetensorError):
         raise
-    except Exception as error:  # libraries refuse in many ways
+    except Exception as error:  # libraries raise many types of exceptions
         raise ConfigError(
             f"{config.run} cannot be written as --format {config.format} in {config.precision} ({brief(error)}), so "
             "nothing was left; try another format or precision"
@@ -127,7 +130,10 @@ def _written(source: Source, config: ExportConfig, folder: Path) -> Written:
 
 
 def _proven(source: Source, config: ExportConfig, folder: Path) -> Proof:
-    """Raises: ConformanceError if what lies in the folder is not the run's student; ConfigError if the sizes matter."""
+    """Prove that the model in the folder is the run's student.
+
+    Raises: ConformanceError if it is not; ConfigError instead if dynamic sizes were requested.
+    """
     what = f"the {config.format} export of {config.run}"
     try:
         return _held_against_the_run(source, config, folder, what)
@@ -138,13 +144,16 @@ def _proven(source: Source, config: ExportConfig, folder: Path) -> Proof:
 
 
 def _held_against_the_run(source: Source, config: ExportConfig, folder: Path, what: str) -> Proof:
-    """Raises: ConformanceError."""
+    """Reload the model in the folder and compare it with the run.
+
+    Raises: ConformanceError if it cannot be run or differs.
+    """
     try:
         exported = FORMATS[config.format].reopen(source, folder)
         proof = prove(source.reference, exported, source.encoder.card, _sizes(source, config))
     except EupeError:
         raise
-    except Exception as error:  # libraries refuse in many ways
+    except Exception as error:  # libraries raise many types of exceptions
         raise ConformanceError(
             f"{what} cannot be loaded again and asked ({brief(error)}), so nothing was left"
         ) from error
@@ -153,7 +162,7 @@ def _held_against_the_run(source: Source, config: ExportConfig, folder: Path, wh
 
 
 def _identity(source: Source, config: ExportConfig) -> dict[str, Any]:
-    """What makes two exports the same."""
+    """Return the values that two exports must share to be the same."""
     return {
         "eupe": eupe.__version__,
         "student": source.digest,
@@ -167,7 +176,7 @@ def _identity(source: Source, config: ExportConfig) -> dict[str, Any]:
 
 
 def _sizes(source: Source, config: ExportConfig) -> Sequence[tuple[int, int]]:
-    """Heights and widths to be tried, all of them where any should work."""
+    """Return the heights and widths to verify: the export's size, and others if any size should work."""
     size, patch = source.size, source.encoder.card.patch
     if not config.dynamic_size:
         return [(size, size)]
@@ -175,11 +184,11 @@ def _sizes(source: Source, config: ExportConfig) -> Sequence[tuple[int, int]]:
 
 
 def _recognise(out: Path, asked: dict[str, Any]) -> ExportReport | None:
-    """The report of this very export; None where there is nothing yet.
+    """Return the report of the same export if it is already there; None if nothing is there.
 
-    Raises: ConfigError if something else is there, or a part of it is gone.
+    Raises: ConfigError if something else is there, or a file of the export is missing or changed its size.
     """
-    is_there = os.path.exists(out)  # noqa: PTH110 - which raises for a long name
+    is_there = os.path.exists(out)  # noqa: PTH110 - Path.exists raises for a name that is too long
     if not is_there or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
@@ -215,9 +224,9 @@ def _keep(path: Path, asked: dict[str, Any], report: ExportReport, proof: Proof,
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """A neighbour to write to, which is gone afterwards unless it took the name `out`.
+    """Make a temporary folder beside `out`, and remove it afterwards unless it was renamed to `out`.
 
-    Raises: ConfigError if another process is at work on the same; StorageError.
+    Raises: ConfigError if another process is writing the same export; StorageError.
     """
     try:
         with unfinished(out, verb="export") as folder:

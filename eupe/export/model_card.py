@@ -1,4 +1,4 @@
-"""The README of an export: what it is, how it is used, where it comes from, whose licences bind it, how good it is."""
+"""The README of an export: its content, use, origin, licences and measured quality."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ RECIPE = (
     *("size", "batch_size", "lr", "lr_scaling", "weight_decay", "clip", "rope_rescale", "ema", "normalise", "drop"),
     *("views", "photometric", "seed"),
 )
-"""Options that a reader asks for first; the run's options.yaml has all of them."""
+"""Options that a reader looks for first; the run's options.yaml has all of them."""
 LONGEST_VALUE = 60
-"""Characters."""
+"""Maximum number of characters of a value in a table."""
 
 
 def front_matter(config: ExportConfig, arch: str) -> str:
-    """What the hub reads."""
+    """Return the YAML header that the hub reads."""
     library = {HF: "transformers", ONNX: "onnx", EXECUTORCH: "executorch"}.get(config.format, "timm")
     plain = {
         "license": "other",
@@ -44,7 +44,7 @@ def front_matter(config: ExportConfig, arch: str) -> str:
 
 
 def write_card(source: Source, config: ExportConfig, written: Written, proof: Proof, origins: Sequence[Origin]) -> str:
-    """The whole README.
+    """Return the whole README.
 
     Raises: RunError if the run's own reports cannot be read.
     """
@@ -147,15 +147,15 @@ def _evaluation(result: Result) -> tuple[str, str, str, str]:
 
 
 def _number(value: Any) -> str:
-    """A value in a cell, lists of prompts and the like cut short."""
+    """Return a value as text for a table cell; long values, such as lists of prompts, are cut."""
     words = f"{value:.4g}" if isinstance(value, float) else str(value)
     return words if len(words) <= LONGEST_VALUE else f"{words[:LONGEST_VALUE]}..."
 
 
 def _held_out(report: Path) -> list[tuple[str, str, str, str]]:
-    """Target and tokens with their cosines.
+    """Return a row for each target and token kind with its held-out cosines.
 
-    Raises: RunError.
+    Raises: RunError if the report cannot be read.
     """
     try:
         return [

@@ -1,4 +1,4 @@
-"""An ONNX graph: pixels in, `summary`, `dense` and the heads' tokens out, checked and run by ONNX Runtime.
+"""An ONNX graph from pixels to `summary`, `dense` and the heads' tokens, checked by ONNX and run by ONNX Runtime.
 
 Shapes: B pictures, H W pixels, h w cells, D width of a token.
 """
@@ -24,11 +24,11 @@ from eupe.export.source import Says, Source, Written
 GRAPH_FILE = "model.onnx"
 INPUT = "pixels"
 TRACED_BATCH = 2
-"""Not 1, which the tracer would take for a constant."""
+"""Batch size for tracing; the tracer would take 1 for a constant."""
 
 
 def require_packages() -> None:
-    """Raises: ConfigError if what writes and runs graphs is not installed."""
+    """Raise ConfigError if the packages that write and run graphs are not installed."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -38,22 +38,22 @@ def require_packages() -> None:
 
 
 class HalfGraph(nn.Module):
-    """The same function in float16, float32 at both ends; timm keeps rotary positions in float32."""
+    """A graph that computes in float16, with float32 input and output; timm keeps rotary positions in float32."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self.inner = copy.deepcopy(graph).half()  # `graph` is the tracer's own name
+        self.inner = copy.deepcopy(graph).half()  # not `graph`: the tracer uses that name itself
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """As `Graph`."""
+        """Compute the outputs of `Graph` in float16; return them as float32."""
         return tuple(output.float() for output in self.inner(pixels.half()))
 
 
 def write(source: Source, config: ExportConfig, folder: Path) -> Written:
-    """Write the graph in the precision that was asked for.
+    """Write the graph in the requested precision.
 
-    Raises: ConfigError if the architecture cannot be traced, or not for any size; CorpusError for calibration pictures;
-        OSError.
+    Raises: ConfigError if the architecture cannot be traced, or not with a dynamic size; CorpusError for calibration
+        pictures; OSError.
     """
     import onnx
 
@@ -77,16 +77,16 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
 
 
 def _require_other_sizes(source: Source) -> None:
-    """Try, on the meta device, whether the student takes inputs of several sizes.
+    """Check on the meta device that the student takes inputs of several sizes.
 
-    Raises: ConfigError.
+    Raises: ConfigError if it does not.
     """
     card = source.encoder.card
     encoder = copy.deepcopy(source.encoder).to("meta")
     for rows, columns in ((card.size, card.size), (card.size + card.patch, card.size + 2 * card.patch)):
         try:
             encoder(torch.zeros(1, 3, rows, columns, device="meta"))
-        except Exception as error:  # libraries refuse in many ways
+        except Exception as error:  # libraries raise many types of exceptions
             raise ConfigError(
                 f"--dynamic-size does not work for {card.arch}, which takes one size alone "
                 f"({brief_root(error)}); leave --dynamic-size out"
@@ -94,10 +94,10 @@ def _require_other_sizes(source: Source) -> None:
 
 
 def _strip(path: Path) -> int:
-    """Remove what the exporter notes of its work, such as where the source code lay; returns the graph's opset."""
+    """Remove the exporter's metadata, such as paths of source files, and return the graph's opset."""
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
+    model = onnx.load(str(path), load_external_data=False)  # weights above 2 GB stay in their own file
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("metadata_props")
@@ -107,12 +107,12 @@ def _strip(path: Path) -> int:
 
 
 def reopen(source: Source, folder: Path) -> Says:
-    """As a stranger would."""
+    """Load the graph as a user would; return a function that runs it."""
     return _asking(folder / GRAPH_FILE, source.outputs)
 
 
 def holds_int8(folder: Path) -> bool:
-    """Whether any matrix of a graph is kept in int8."""
+    """Return whether the graph stores any matrix in int8."""
     import onnx
 
     graph = onnx.load(str(folder / GRAPH_FILE), load_external_data=False).graph
@@ -132,9 +132,9 @@ def _asking(path: Path, outputs: list[str]) -> Says:
 
 
 def _trace(graph: nn.Module, source: Source, config: ExportConfig) -> Any:
-    """The graph by torch.export.
+    """Trace the graph with torch.export and return the ONNX program.
 
-    Raises: ConfigError.
+    Raises: ConfigError if it cannot be traced.
     """
     card = source.encoder.card
     dynamic: dict[int, Any] = {0: torch.export.Dim("batch")}
@@ -150,7 +150,7 @@ def _trace(graph: nn.Module, source: Source, config: ExportConfig) -> Any:
             dynamo=True,
             verbose=False,
         )
-    except Exception as error:  # tracers refuse in many ways
+    except Exception as error:  # tracers raise many types of exceptions
         hint = "leave --dynamic-size out" if config.dynamic_size else "use --format timm"
         raise ConfigError(f"{card.arch} cannot be traced into an ONNX graph ({brief_root(error)}); {hint}") from error
     assert program is not None

@@ -1,4 +1,4 @@
-"""Eight bits for an ONNX graph, by whichever way keeps the tokens better."""
+"""Int8 quantisation of an ONNX graph, with the method that preserves the tokens best."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from eupe.place import Where
 from eupe.tokens import normalise
 
 SEEDS = (1, 2)
-"""Of the pictures that ranges are taken from, and others that the ways are compared on; neither set proves anything."""
+"""Seeds of the pictures for calibration, and of those to compare the methods on; the proof uses other pictures."""
 MOST = 256
-"""Of the user's pictures, half for each."""
+"""Maximum number of the user's pictures; half of them for calibration, half for the comparison."""
 BATCH = 4
 DYNAMIC, STATIC, WEIGHTS = "dynamic", "static", "weights"
 _PRODUCTS = ("Conv", "MatMul", "Gemm")
 MOST_ASTRAY_KEPT = 0.8 * MOST_ASTRAY[INT8]
-"""Of arithmetic: less than what an export may be, as the proof has other pictures."""
+"""Largest error of a method that computes in int8; below an export's limit, because the proof has other pictures."""
 LARGEST_SIZE = 0.6
-"""Of what is called int8, beside float32; a graph whose weights are all in int8 has some 0.27."""
+"""Largest size of an int8 graph as a share of float32's bytes; a graph whose weights are all in int8 has about 0.27."""
 
 
 def quantise(path: Path, source: Source, ask: Callable[[Path], Says], calibrate: Where | None) -> str:
-    """Replace a float32 graph by one of int8 weights, and of int8 arithmetic where that keeps the tokens.
+    """Replace a float32 graph by one with int8 weights, which also computes in int8 if that preserves the tokens.
 
-    `dynamic` ranges the activations of every input anew, and leaves convolutions as they are; `static` takes their
-    ranges from calibration pictures. Of these that is kept which keeps the least cosine higher. Where each leaves most
-    weights in float32, or goes too far astray, it is `weights`: int8 in the file, and float32 arithmetic.
+    `dynamic` finds the ranges of the activations for every input, and leaves convolutions in float32. `static` takes
+    the ranges from calibration pictures. The one with the higher least cosine is kept. If both leave most weights in
+    float32 or have too large an error, `weights` is kept: int8 weights in the file, computation in float32.
 
     Args:
-        ask: a graph.
-        calibrate: pictures to range activations on and to choose by; None for made-up ones.
-    Returns: what was compared, and what was kept.
-    Raises: CorpusError for pictures that are not there, or fewer than two; ConfigError if no way makes the graph much
-        smaller.
+        ask: opens a graph; returns a function that runs it.
+        calibrate: pictures for calibration and for the comparison; None for generated pictures.
+    Returns: a sentence about the methods that were compared and the one that was kept.
+    Raises: CorpusError if the pictures are missing or fewer than two; ConfigError if the weights in int8 do not make
+        the graph much smaller.
     """
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -80,7 +80,7 @@ def _share(graph: Path, whole: Path) -> float:
 
 
 def _quantise_arithmetic(prepared: Path, dynamic: Path, static: Path, reader: _Reader) -> None:
-    """ONNX Runtime's two ways, with weights of 7 bits: products of 8 bits overflow on CPUs without VNNI."""
+    """Quantise with ONNX Runtime's two methods, to 7-bit weights: 8-bit products overflow on CPUs without VNNI."""
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
     quantize_dynamic(
@@ -104,7 +104,7 @@ def _quantise_arithmetic(prepared: Path, dynamic: Path, static: Path, reader: _R
 
 
 def quantise_weights(graph: Path, out: Path) -> None:
-    """Keep the weights of convolutions and matrix products in int8 with a scale for each of their outputs."""
+    """Store the weights of convolutions and matrix products in int8, with one scale per output."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -115,23 +115,25 @@ def quantise_weights(graph: Path, out: Path) -> None:
         if name not in tensors or len(tensors[name].dims) < 2:
             continue
         weights = np.moveaxis(numpy_helper.to_array(tensors[name]), axis, -1)
+        # `tiny` avoids a division by zero where all weights of an output are zero
         scales = np.maximum(np.abs(weights).reshape(-1, weights.shape[-1]).max(axis=0), np.finfo(np.float32).tiny) / 127
         codes = np.moveaxis(np.rint(weights / scales).astype(np.int8), -1, axis)
         model.graph.initializer.remove(tensors[name])
         parts = {f"{name}_int8": np.ascontiguousarray(codes), f"{name}_scales": scales.astype(np.float32)}
         model.graph.initializer.extend(numpy_helper.from_array(part, part_name) for part_name, part in parts.items())
+        # first, because ONNX wants nodes in topological order
         model.graph.node.insert(0, helper.make_node("DequantizeLinear", list(parts), [name], axis=axis))
     onnx.save(model, str(out))
 
 
 def _axis_of_outputs(node: Any) -> int:
-    """Which axis of a node's weights counts its outputs."""
+    """Return the axis of a node's weights that indexes its outputs."""
     is_transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
     return 0 if node.op_type == "Conv" or is_transposed else -1
 
 
 def _pictures(source: Source, calibrate: Where | None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """To take ranges from, and to choose by."""
+    """Return the pictures for calibration, and those to compare the methods on."""
     size = source.encoder.card.size
     if calibrate is None:
         ranging, choosing = (varied_pictures(size, size, seed=seed) for seed in SEEDS)
@@ -143,7 +145,7 @@ def _pictures(source: Source, calibrate: Where | None) -> tuple[NDArray[np.uint8
 
 
 def _likeness(source: Source, says: Says, pictures: NDArray[np.uint8]) -> Likeness:
-    """The worst of all outputs."""
+    """Return the worst agreement of all outputs with the run's."""
     answers = [(source.reference(pixels), says(pixels)) for pixels in _batches(source, pictures)]
     sides = zip(*answers, strict=True)
     want, got = ({name: torch.cat([each[name] for each in side]) for name in side[0]} for side in sides)
@@ -156,7 +158,7 @@ def _batches(source: Source, pictures: NDArray[np.uint8]) -> list[torch.Tensor]:
 
 
 class _Reader:
-    """Batches as the calibrator asks for them."""
+    """Batches in the form that ONNX Runtime's calibrator reads."""
 
     def __init__(self, batches: list[torch.Tensor]) -> None:
         self._left: Iterator[torch.Tensor] = iter(batches)

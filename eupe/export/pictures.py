@@ -1,5 +1,7 @@
-"""Pictures that a wrong model gets wrong, from seeds: awkward files, smooth ones, noise, gradients, flat colours; and
-some of the user's own."""
+"""Pictures that expose a wrong model, and samples of the user's own.
+
+The first are generated from seeds: awkward files, smooth pictures, noise, gradients and flat colours.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ FLAT = ((0, 0, 0), (255, 255, 255), (200, 30, 90))
 
 
 def varied_pictures(height: int, width: int, *, seed: int = 0) -> NDArray[np.uint8]:
-    """uint8 [P, H, W, 3]; other seeds give other pictures, but for black and white."""
+    """Return varied pictures, uint8 [P, H, W, 3]; another seed gives other pictures, except for black and white."""
     rng = np.random.default_rng(seed)
     across, down = (np.linspace(0, 255, side) for side in (width, height))
     ramp = np.stack(np.broadcast_arrays(across[None, :], down[:, None], 255 - across[None, :]), axis=-1)
@@ -36,7 +38,7 @@ def varied_pictures(height: int, width: int, *, seed: int = 0) -> NDArray[np.uin
 
 
 def some_pictures(source: Where, size: int, *, most: int) -> NDArray[np.uint8]:
-    """Centres of pictures from all over a corpus, uint8 [P, S, S, 3].
+    """Return the centre views of pictures spread evenly over a corpus, uint8 [P, S, S, 3].
 
     Raises: CorpusError if there are none, or one cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Rotary positions of DINOv3 whose grid stays a variable when they are traced; timm's own become those of one size.
+"""Rotary positions of DINOv3 whose grid stays dynamic in a traced graph; timm's own are traced for one size only.
 
 Shapes: h w cells, D channels of a head.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class TracedRotary(nn.Module):
-    """What a `RotaryEmbeddingDinoV3` computes in evaluation mode, with tensors in place of Python's numbers."""
+    """A `RotaryEmbeddingDinoV3` in evaluation mode that computes with tensors instead of Python numbers."""
 
     periods: Tensor
 
@@ -28,7 +28,7 @@ class TracedRotary(nn.Module):
         self.is_split = rope.rotate_half
 
     def get_embed(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Sines and cosines [h * w, 2 D] of a grid of h x w cells."""
+        """Return the sines and cosines [h * w, 2 D] of a grid of h x w cells."""
         down, across = (_centred(cells, self.offset) for cells in shape)
         y, x = torch.meshgrid(down, across, indexing="ij")
         coordinates = torch.stack((x, y) if self.is_x_first else (y, x), dim=-1).flatten(0, 1)
@@ -39,13 +39,13 @@ class TracedRotary(nn.Module):
 
 
 def _centred(cells: int, offset: float) -> Tensor:
-    """The middle of each cell, from -1 to 1 over all of them."""
+    """Return the centre of each cell, in coordinates from -1 to 1 over the whole side."""
     return 2 * (torch.arange(cells, dtype=torch.float32) + 0.5 + offset) / cells - 1
 
 
 @contextmanager
 def traced_rotary(model: Any) -> Iterator[None]:
-    """While it lasts, a timm model has positions that can be traced for any size."""
+    """Give a timm model rotary positions that can be traced for any size, until the context ends."""
     rope = getattr(model, "rope", None)
     if not isinstance(rope, RotaryEmbeddingDinoV3) or rope.normalize_coords != "separate":
         yield

@@ -1,4 +1,4 @@
-"""Code that loads an export and asks it about a picture, for its card: by the format's own library, without eupe."""
+"""Code for an export's card that loads the export and runs it on a picture, with the format's library, without eupe."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ HEADS_IMPORTS = ("import torch.nn.functional as F", "from safetensors.torch impo
 
 
 def snippet(source: Source, config: ExportConfig) -> str:
-    """Python code that asks the export in DIR about the picture at PICTURE: `summary`, `dense`, what the heads say.
+    """Return Python code that computes `summary`, `dense` and the heads' outputs of PICTURE with the export in DIR.
 
-    What is loaded once stands first, so that the rest can be run for one picture after the other.
+    The lines that load the export come first, so that the rest can be run again for each picture.
     """
     once, each = {HF: _hf, ONNX: _onnx, EXECUTORCH: _executorch}.get(config.format, _timm)(source)
     if not source.heads or config.format in (ONNX, EXECUTORCH):
@@ -116,7 +116,7 @@ def _executorch(source: Source) -> tuple[list[str], list[str]]:
 
 
 def _prepared(source: Source) -> list[str]:
-    """Lines that make `pixels` of a picture with Pillow and NumPy alone."""
+    """Return lines of code that turn a picture into `pixels` with Pillow and NumPy alone."""
     card = source.encoder.card
     return [
         'picture = Image.open(PICTURE).convert("RGB")',

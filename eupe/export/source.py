@@ -1,6 +1,6 @@
-"""What is exported: the student of a finished run, laid out for the size that was asked for, and its heads.
+"""The source of an export: the student of a finished run, laid out for the requested size, and its heads.
 
-Shapes: B pictures, H W pixels, h w cells, D width of a token, Ds of the summary.
+Shapes: B pictures, H W pixels, h w cells, D width of a token, Ds width of the summary.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from eupe.train.init import fitted
 from eupe.train.predict import load_predictors
 
 Says = Callable[[Tensor], dict[str, Tensor]]
-"""Normalised float32 pixels [B, 3, H, W] to outputs by name: `summary` [B, Ds], `dense` [B, h, w, D], and `TARGET.KIND`
-of each head."""
+"""A function from normalised float32 pixels [B, 3, H, W] to outputs by name: `summary` [B, Ds], `dense` [B, h, w, D],
+and `TARGET.KIND` of each head."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a format left in its directory."""
+    """A description of the files that a format wrote."""
 
     kind: str
-    """What is loaded: an architecture, a class, a graph."""
+    """The thing that users load: an architecture, a class or a graph."""
     notes: tuple[str, ...] = ()
-    """What whoever uses it should know, a sentence or a few each."""
+    """Notes for users of the export, of one or a few sentences each."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A run to be exported."""
+    """A run to export."""
 
     run: Path
     card: RunCard
     encoder: Encoder
-    """Laid out for the size of the export, in evaluation mode, on the CPU, float32."""
+    """The student laid out for the size of the export, in evaluation mode, on the CPU, in float32."""
     heads: dict[str, nn.Sequential]
-    """By output: from the student's token of that kind to the teacher's."""
+    """Heads by output name; each maps the student's token of a kind to the teacher's."""
     reference: Says
-    """The run's student and heads as they are, by the paths that training and evaluation take."""
+    """The run's student and heads as they are, through the code that training and evaluation use."""
     digest: str
     """sha256 of the files that decide the outputs."""
 
@@ -60,15 +60,15 @@ class Source:
 
     @property
     def outputs(self) -> list[str]:
-        """Names, in order."""
+        """Return the names of the outputs, in order."""
         return ["summary", "dense", *self.heads]
 
 
 def open_source(config: ExportConfig) -> Source:
-    """Read the run.
+    """Read a finished run and prepare its student and heads for the export.
 
-    Raises: RunError if it is not finished or damaged; ConfigError for a size that its architecture does not take, or
-        heads that it does not have.
+    Raises: RunError if the run is not finished, or is damaged; ConfigError for a size that its architecture does not
+        take, or heads that it does not have.
     """
     card = finished_card(config.run)
     trained = load_encoder(config.run).eval().requires_grad_(False)
@@ -95,22 +95,22 @@ def open_source(config: ExportConfig) -> Source:
 
 
 def _laid_out(trained: Encoder, size: int, config: ExportConfig) -> Encoder:
-    """The student for another input size: a learned table of positions is resampled as timm does on loading.
+    """Return the student for another input size; a learned position table is resampled as timm does on loading.
 
-    Raises: ConfigError if the architecture does not take it.
+    Raises: ConfigError if the architecture does not take the size.
     """
     arch, own, run = trained.card.arch, trained.card.size, config.run
     if size == own:
         return trained
     timm_card(arch, size)
-    if config.dynamic_size:  # the graph resamples by itself, and twice is not once
+    if config.dynamic_size:  # the graph resamples positions itself; resampling twice would give other positions
         return Encoder(replace(trained.card, size=size), trained.model)
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.random.fork_rng(devices=[]):
             encoder = build_encoder(arch, size=size).eval().requires_grad_(False)
         load_state_dict_strictly(encoder.model, fitted(trained.model.state_dict(), encoder.model), source=str(run))
-        with torch.inference_mode():
+        with torch.inference_mode():  # the trained layout resamples its positions in every pass, so both must agree
             torch.testing.assert_close(encoder(pixels).dense, trained(pixels).dense, rtol=1e-3, atol=1e-3)
     except (AssertionError, RuntimeError, ValueError, TeacherError) as error:
         raise ConfigError(

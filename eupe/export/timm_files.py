@@ -1,7 +1,7 @@
 """A directory that timm loads: `timm.create_model("local-dir:DIR", pretrained=True, num_classes=0)`.
 
-The tensors have timm's own names, so that they are interchangeable with any other weights of the architecture. The
-Transformers library loads the same directory, as a `TimmWrapperModel`.
+The tensors have timm's own names, so they can replace any other weights of the architecture. The Transformers library
+loads the same directory as a `TimmWrapperModel`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from eupe.proxy import in_stock_timm
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 POOLS = {"cls": "token", "mean": "avg", "attention_pool": "map"}
-"""timm's word for a summary, where some architectures have another by default; all other summaries are the default."""
+"""timm's names of the summaries that some architectures do not have by default; others are always the default."""
 
 
 def write(source: Source, config: ExportConfig, folder: Path) -> Written:
@@ -41,7 +41,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
 
 
 def reopen(source: Source, folder: Path) -> Says:
-    """As a stranger would."""
+    """Load the directory with timm as a user would; return a function that runs its model."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
 
     @torch.inference_mode()
@@ -55,10 +55,10 @@ def reopen(source: Source, folder: Path) -> Says:
 
 
 def hub_config(card: EncoderCard, model: Any) -> dict[str, Any]:
-    """What timm keeps as config.json on the hub: how to build the architecture, and how to prepare pictures for it.
+    """Return timm's config.json of the hub, which says how to build the architecture and how to prepare pictures.
 
     Args:
-        model: of the architecture, laid out for `card.size`.
+        model: a timm model of the architecture, laid out for `card.size`.
     """
     arch, own_args = in_stock_timm(card.arch.split(".")[0])
     default = model.pretrained_cfg
@@ -94,7 +94,7 @@ def hub_config(card: EncoderCard, model: Any) -> dict[str, Any]:
 
 
 def dense_of(card: EncoderCard, model: Any, features: Tensor, pixels: Tensor) -> Tensor:
-    """Dense tokens [B, h, w, D] out of timm's features of a picture, by timm's means alone: see `dense_lines`."""
+    """Return dense tokens [B, h, w, D] from timm's features of pictures, using timm alone; see `dense_lines`."""
     if features.ndim == 3:
         grid = (pixels.shape[-2] // card.patch, pixels.shape[-1] // card.patch)
         return features[:, card.prefix_tokens :].reshape(len(features), *grid, -1)
@@ -106,7 +106,12 @@ def dense_of(card: EncoderCard, model: Any, features: Tensor, pixels: Tensor) ->
 
 
 def dense_lines(card: EncoderCard, model: Any, *, features: str = "features", name: str = "model") -> list[str]:
-    """The same as code, from `pixels` and what the features and the model are called."""
+    """Return lines of code that do the same as `dense_of`, from `pixels`.
+
+    Args:
+        features: the variable of the features.
+        name: the variable of the model.
+    """
     if hasattr(model, "num_prefix_tokens"):
         cells = f"(pixels.shape[-2] // {card.patch}, pixels.shape[-1] // {card.patch})"
         return [f"dense = {features}[:, {card.prefix_tokens}:].unflatten(1, {cells})"]
@@ -118,7 +123,7 @@ def dense_lines(card: EncoderCard, model: Any, *, features: str = "features", na
 
 
 def _head_norms(card: EncoderCard, model: Any) -> bool:
-    """Whether a CNN's map passes the norm that timm keeps in the head, behind the pooling."""
+    """Return whether a CNN's map needs the norm that timm keeps in the head, after the pooling."""
     norm = getattr(getattr(model, "head", None), "norm", None)
     return card.dense == "normed" and isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
 

@@ -1,4 +1,4 @@
-"""Whether an export says what its run says: both on the same varied pictures.
+"""The proof that an export computes the same as its run, by a comparison on the same varied pictures.
 
 Shapes: B pictures, H W pixels.
 """
@@ -24,51 +24,51 @@ from eupe.export.source import Says
 from eupe.tokens import normalise
 
 LEAST: Mapping[str, float] = {FP32: 0.9999, FP16: 0.999, INT8: -1.0}
-"""What the cosine of every token must reach, by precision; int8's is told, and up to whoever uses it."""
+"""Least cosine that every token must reach, by precision; for int8 it is only reported, and users decide."""
 MOST_STRETCHED: Mapping[str, float] = {FP32: 0.01, FP16: 0.03, INT8: math.inf}
-"""By what share the length of a token may differ, which no cosine sees."""
+"""Largest relative difference of a token's length, which a cosine does not see."""
 MOST_ASTRAY: Mapping[str, float] = {FP32: 0.05, FP16: 0.1, INT8: 0.5}
-"""How great the error may be beside what differs between pictures: where a graph was traced into a constant it is 1,
-however near that constant is to every picture's tokens."""
+"""Largest error relative to the differences between pictures. A graph that was traced into a constant has 1, even if
+the constant is close to every picture's tokens."""
 BATCHES = (1, 2, 5, 3)
-"""Sizes of the batches that the export is asked in; the run is asked in others."""
+"""Batch sizes that the export is run with; the run itself uses another."""
 REFERENCE_BATCH = 4
 TIMED = 9
-"""Passes of which the median time is told."""
+"""Number of passes whose median time is reported."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Of one output to the run's own."""
+    """The agreement of one output with the run's own."""
 
     least: float
     """Least cosine of a token, over all pictures."""
     mean: float
     stretched: float
-    """Greatest share by which a token's length differs."""
+    """Largest relative difference of a token's length."""
     astray: float
-    """Root mean square of the error, over that of the differences between pictures."""
+    """Root mean square of the error, divided by that of the differences between pictures."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How an export that was loaded again compares with its run."""
+    """The comparison of a reloaded export with its run."""
 
     num_pictures: int
     sizes: tuple[tuple[int, int], ...]
-    """Height and width of the inputs that were tried."""
+    """Height and width of the inputs that were compared."""
     outputs: dict[str, Likeness]
-    """The worst over the sizes."""
+    """Worst agreement of each output over the sizes."""
     torch_ms: float
-    """Of the run's student in PyTorch: median time of one picture on this machine's CPU."""
+    """Median time of one picture with the run's student in PyTorch, on this machine's CPU."""
     exported_ms: float
 
 
 def prove(reference: Says, exported: Says, card: EncoderCard, sizes: Sequence[tuple[int, int]]) -> Proof:
-    """Ask both for the same pictures.
+    """Run both models on the same pictures and compare their outputs.
 
     Args:
-        sizes: height and width of the inputs; the first is the one that is timed.
+        sizes: height and width of the inputs; the first size is timed.
     """
     likenesses = []
     num_pictures = 0
@@ -89,11 +89,12 @@ def prove(reference: Says, exported: Says, card: EncoderCard, sizes: Sequence[tu
 
 
 def require_sameness(proof: Proof, precision: str, what: str) -> None:
-    """Raises: ConformanceError naming the outputs that are not the run's."""
+    """Raise ConformanceError, naming the outputs, if any differ too much from the run's."""
     least, stretched, astray = LEAST[precision], MOST_STRETCHED[precision], MOST_ASTRAY[precision]
     wrong = [
         f"{name} (least cosine {found.least:.6f}, length off by {found.stretched:.2%}, astray by {found.astray:.2%})"
         for name, found in proof.outputs.items()
+        # `not` around all of it, so that NaN fails
         if not (found.least >= least and found.stretched <= stretched and found.astray <= astray)
     ]
     if wrong:
@@ -105,9 +106,9 @@ def require_sameness(proof: Proof, precision: str, what: str) -> None:
 
 
 def compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> dict[str, Likeness]:
-    """Each output of the same pictures, [B, ..., D].
+    """Compare each output [B, ..., D] of the same pictures.
 
-    Raises: ConformanceError if one is missing, or of another shape.
+    Raises: ConformanceError if one is missing, or has another shape.
     """
     shapes, theirs = ({name: tuple(value.shape) for name, value in outputs.items()} for outputs in (want, got))
     if shapes != theirs:
@@ -117,7 +118,7 @@ def compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> dict[str, 
 
 def _likeness(want: Tensor, got: Tensor) -> Likeness:
     lengths, theirs = want.norm(dim=-1), got.norm(dim=-1)
-    both_nothing = (lengths == 0) & (theirs == 0)  # where a ReLU is last
+    both_nothing = (lengths == 0) & (theirs == 0)  # equal, but without a direction; a last ReLU can give such tokens
     cosines = F.cosine_similarity(want, got, dim=-1).where(~both_nothing, 1.0)
     stretched = (theirs / lengths - 1).abs().where(~both_nothing, 0.0)
     error, differences = got - want, want - want.mean(dim=0)
@@ -130,9 +131,9 @@ def _likeness(want: Tensor, got: Tensor) -> Likeness:
 
 
 def worst(found: Sequence[Likeness]) -> Likeness:
-    """Each measure's worst; not a number where any is not."""
+    """Return the worst value of each measure; NaN if any of its values is NaN."""
 
-    def over_all(name: str) -> Tensor:
+    def over_all(name: str) -> Tensor:  # a tensor, because Python's min and max may drop NaN
         return torch.tensor([getattr(each, name) for each in found], dtype=torch.float64)
 
     return Likeness(
@@ -142,7 +143,7 @@ def worst(found: Sequence[Likeness]) -> Likeness:
 
 
 def _asked(says: Says, pixels: Tensor, sizes: Iterator[int]) -> dict[str, Tensor]:
-    """The outputs of all pictures, asked for in batches of these sizes."""
+    """Return the outputs of all pictures, computed in batches of these sizes."""
     answers: list[dict[str, Tensor]] = []
     start = 0
     while start < len(pixels):

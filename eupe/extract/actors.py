@@ -1,4 +1,4 @@
-"""The Ray actors of a job: where they run, and what they are asked."""
+"""The Ray actors of a job: where they run, and the calls that they serve."""
 
 from __future__ import annotations
 
@@ -38,24 +38,25 @@ from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_di
 from eupe.teachers.weights import own_weights
 
 STRETCHES_IN_FLIGHT = 2
-"""Per worker: one has the teachers while the other is written."""
+"""Stretches per worker: one uses the teachers while the other is written."""
 MAX_LOADS = 3
-"""Deaths of a worker that was loading its teachers, one after the other, after which it is given up."""
+"""Failed loads in a row, after which a worker is given up."""
 DEFAULT_BATCH = 16
-"""Where a store does not say, and before a device has been tried."""
+"""Batch size until a device has been tried, and for stores that record none."""
 COMPARED_VIEWS = 8
+"""Views on which a teacher's tokens are compared with those in float32."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: |$)")
-"""The line of a traceback that names what was raised."""
+"""The line of a traceback that names the exception."""
 
 
 Process = tuple[str, int]
-"""Ray's name of a machine, of which several may be on one host, and the number of a process there."""
+"""Ray's ID of a node (a host may run several), and the ID of a process on it."""
 
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """Which process an actor is, now."""
+    """The host and the process that an actor currently runs in."""
 
     host: str
     process: Process
@@ -70,12 +71,14 @@ def this_process() -> Process:
 
 
 class JobActors:
-    """The Ray actors of a job, started when first needed and gone when the block ends."""
+    """The Ray actors of a job: started on first use, ended with the `with` block."""
 
     def __init__(self, configs: Sequence[ExtractConfig], teachers: Sequence[TeacherSpec], corpus: Corpus) -> None:
-        """
+        """Store what the actors need; they start on first use.
+
         Args:
-            configs: one for each teacher; alike in all that does not concern a single teacher.
+            configs: one for each teacher; equal in every option that does not concern a single teacher.
+            teachers: their specs, in the same order.
         """
         self.configs = configs
         self._shared = configs[0]
@@ -92,7 +95,7 @@ class JobActors:
 
     @cached_property
     def weights_sha256(self) -> list[str]:
-        """Of each teacher: of a local file without loading it, else of the tensors that its library fetched."""
+        """Return each teacher's digest: of a local file, without loading it, or of the tensors that were fetched."""
         return [self._digest(i) for i in range(len(self._teachers))]
 
     def _digest(self, teacher: int) -> str:
@@ -104,23 +107,23 @@ class JobActors:
 
     @cached_property
     def dtype_name(self) -> str:
-        """The arithmetic in words, decided by the machine that does the work."""
+        """Return the name of the compute dtype, as decided on the machine that does the work."""
         if self._shared.ray_address is None:
             return dtype_name(compute_dtype(self._shared.dtype, pick_device()))
         return str(self._ask("dtype_name"))
 
     def measure(self, teacher: int, spec: StoreSpec) -> Measured:
-        """Features of a sample of the corpus, coded as may be asked."""
+        """Measure the candidate precisions on the features of a sample of the corpus."""
         measured: Measured = self._ask_of_sample("measure", teacher, spec)
         return measured
 
     def try_forward(self, teacher: int, spec: StoreSpec) -> dict[str, Any]:
-        """How a teacher runs on this machine, as `StoreSpec.forward` notes it."""
+        """Try how a teacher runs on a worker's device; return what `StoreSpec.forward` records."""
         noted: dict[str, Any] = self._ask_of_sample("try_forward", teacher, spec)
         return noted
 
     def _ask_of_sample(self, method: str, teacher: int, spec: StoreSpec) -> Any:
-        """Again if a worker dies of it, or is stuck, without the pictures that kill."""
+        """Ask the first actor about a sample; if it dies or hangs, ask again without the pictures that kill."""
         task = sample_task(spec, self._corpus)
         actor = self.handles[0]
         try:
@@ -132,7 +135,7 @@ class JobActors:
         return self._ask(method, teacher, spec, task, careful=True)
 
     def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
-        """The first actor; once its process is there again, if it dies of it."""
+        """Ask the first actor; if its process dies, retry in the next process, for `MAX_LOADS` attempts in all."""
         actor = self.handles[0]
         for _ in range(MAX_LOADS - 1):
             get_loaded(when_there(actor))
@@ -142,10 +145,10 @@ class JobActors:
         return get_loaded(getattr(actor, method).remote(*arguments, **named))
 
     def prepare(self, stores: Mapping[int, Store]) -> None:
-        """Load the teachers, so that what is wrong with them is said before any part begins.
+        """Load the teachers, so that their errors appear before any part begins.
 
         Args:
-            stores: by their teacher's place among those of the job.
+            stores: index of the teacher in the job to its store.
         Raises: TeacherError.
         """
         targets = [(teacher, store.path) for teacher, store in stores.items()]
@@ -153,25 +156,25 @@ class JobActors:
 
     @cached_property
     def handles(self) -> list[Any]:
-        """The actors there are; see `grow`."""
+        """Return the actors, and start them on first use; `grow` adds to them."""
         self._start_ray()
         num_workers, self._num_cpus, self._num_gpus = self._placed()
         return [self._start_actor() for _ in range(num_workers)]
 
     def grow(self) -> list[Any]:
-        """Start actors on what has come to the cluster; those that are new."""
+        """Start actors on GPUs that have joined the cluster; return the new actors."""
         if self._shared.workers is not None or self._shared.ray_address is None:
             return []
         try:
             places = self._placed()[0]
-        except ConfigError:  # what there is now has no room for one
+        except ConfigError:  # the nodes that are alive now have no room for the workers
             return []
         new = [self._start_actor() for _ in range(places - len(self.handles))]
         self.handles.extend(new)
         return new
 
     def dismiss(self, actor: Any) -> None:
-        """Give its place back."""
+        """Kill an actor for good, which frees its CPUs and GPUs."""
         self.handles.remove(actor)
         ray.kill(actor)
 
@@ -183,8 +186,8 @@ class JobActors:
         actor = ray.remote(ExtractActor).options(
             num_cpus=self._num_cpus,
             num_gpus=self._num_gpus,
-            max_restarts=-1,
-            max_concurrency=STRETCHES_IN_FLIGHT + 1,
+            max_restarts=-1,  # a worker whose node is taken waits for another that has room
+            max_concurrency=STRETCHES_IN_FLIGHT + 1,  # one thread more, so that `progress` answers beside the work
         )
         return actor.remote(self.configs, self._teachers, self._corpus.root, self._num_cpus)
 
@@ -193,12 +196,13 @@ class JobActors:
         if address is not None:
             join_ray(address)
         else:
+            # each worker takes at least one of Ray's CPUs, and there may be more workers than cores
             start_ray(num_cpus=max(num_cores(), self._shared.workers or 1))
         self._ray_started = True
 
 
 def require_cluster(address: str | None) -> None:
-    """Ahead of the work: raises ConfigError if a cluster is asked for that does not answer."""
+    """Raise ConfigError if a cluster was requested and does not answer; called before the work begins."""
     if address is not None and not ray.is_initialized():
         join_ray(address)
         ray.shutdown()
@@ -206,7 +210,7 @@ def require_cluster(address: str | None) -> None:
 
 @dataclass(frozen=True)
 class Node:
-    """What a machine of the cluster offers."""
+    """The CPUs and GPUs of one machine of the cluster."""
 
     cpus: int
     gpus: float
@@ -217,12 +221,12 @@ class Node:
 
 
 def place_workers(nodes: Sequence[Node], workers: int | None, gpus_per_worker: float | None) -> tuple[int, int, float]:
-    """How many workers, and the CPUs and GPUs of each: as many CPUs as still let all of them run at once.
+    """Return the number of workers, and the CPUs and GPUs of each: the most CPUs with which all run at once.
 
     Args:
-        workers: None for one per GPU, or one where there is none.
-        gpus_per_worker: None for an even share, one GPU at most.
-    Raises: ConfigError if so many cannot run at once, which Ray would wait for without a word.
+        workers: number of workers; None for one per GPU, or one without GPUs.
+        gpus_per_worker: GPUs of each worker; None for an even share of at most one GPU.
+    Raises: ConfigError if they cannot all run at once; Ray itself would wait silently.
     """
     total_gpus = sum(node.gpus for node in nodes)
     num_workers = workers or max(1, int(total_gpus))
@@ -230,6 +234,7 @@ def place_workers(nodes: Sequence[Node], workers: int | None, gpus_per_worker: f
     num_gpus = even_share if gpus_per_worker is None else gpus_per_worker
 
     def places(node: Node, cpus: int) -> int:
+        # the quotient of a share like 1/3 may be rounded to just below a whole number
         by_gpu = int(node.gpus / num_gpus + 1e-6) if num_gpus else node.cpus
         return min(node.cpus // cpus, by_gpu)
 
@@ -244,7 +249,7 @@ def place_workers(nodes: Sequence[Node], workers: int | None, gpus_per_worker: f
 
 
 class ExtractActor:
-    """The teachers of a job in a process of its own."""
+    """The Ray actor of a worker: holds the teachers of a job in a process of its own."""
 
     def __init__(
         self, configs: Sequence[ExtractConfig], teachers: Sequence[TeacherSpec], corpus_root: Place, num_cpus: int
@@ -255,7 +260,7 @@ class ExtractActor:
         self._configs = configs
         self._cards = teachers
         self._corpus_root = corpus_root
-        self._loading = threading.Lock()
+        self._loading = threading.Lock()  # Ray runs the calls in several threads
         self._loaded: dict[int, Teacher] = {}
         self._worker: Worker | None = None
 
@@ -274,12 +279,17 @@ class ExtractActor:
         return self._loaded[i]
 
     def _computer(self, i: int, spec: StoreSpec) -> Computer:
+        """Build the computer of a teacher.
+
+        Raises: CorpusError if this host does not see the pictures; ConfigError if it would compute in another dtype.
+        """
         host = socket.gethostname()
         if self._corpus_root.is_local and not self._corpus_root.local.is_dir():
+            # otherwise every picture would be recorded as unreadable
             raise CorpusError(f"worker on {host} does not see the corpus folder {self._corpus_root}; share it there")
         teacher, config = self._teacher(i), self._configs[i]
         arithmetic, agreed = dtype_name(teacher.dtype), spec.teacher["dtype"]
-        if arithmetic != agreed:
+        if arithmetic != agreed:  # `auto` may mean another dtype on this machine
             raise ConfigError(f"worker on {host} would compute in {arithmetic}, the store is {agreed}; give --dtype")
         batch_size = config.batch_size or spec.forward.get("batch_size", DEFAULT_BATCH)
         return Computer(
@@ -296,9 +306,10 @@ class ExtractActor:
             return weights_digest(self._teacher(i).module)
 
     def measure(self, i: int, spec: StoreSpec, task: PartTask, *, careful: bool) -> Measured:
-        """
+        """Measure the candidate precisions on the features of a task.
+
         Args:
-            careful: a process died of the task's pictures, maybe; those that kill are left out.
+            careful: a picture of the task may have killed a process: leave out those that kill.
         """
         with self._loading:
             task = self._without_killers(task, spec) if careful else task
@@ -307,7 +318,7 @@ class ExtractActor:
             return measure(spec, part.features, candidates(spec, self._configs[i].fidelity))
 
     def try_forward(self, i: int, spec: StoreSpec, task: PartTask, *, careful: bool) -> dict[str, Any]:
-        """See `measure`."""
+        """Choose the batch size, and measure the cosine to float32; `careful` as in `measure`."""
         with self._loading:
             task = self._without_killers(task, spec) if careful else task
             teacher, asked = self._teacher(i), self._configs[i].batch_size
@@ -317,7 +328,7 @@ class ExtractActor:
                 if cosines := cosine_to_fp32(teacher, pixels):
                     noted["cosine_to_fp32"] = cosines
             if teacher.device.type == "cuda":
-                torch.cuda.empty_cache()  # of the largest batch, for workers that share the device
+                torch.cuda.empty_cache()  # workers that share the device need what the largest batch took
             return noted
 
     def _without_killers(self, task: PartTask, spec: StoreSpec) -> PartTask:
@@ -325,7 +336,7 @@ class ExtractActor:
         return replace(task, samples=tuple(sample for sample in task.samples if sample.key not in killers))
 
     def _some_views(self, computer: Computer, task: PartTask) -> torch.Tensor:
-        """uint8 [at most COMPARED_VIEWS, S, S, 3]."""
+        """Return some rendered views at the first size, uint8 [at most COMPARED_VIEWS, S, S, 3]."""
         size = computer.spec.sizes[0]
         loaded = computer.load_ahead(task.samples[:COMPARED_VIEWS])
         views = [view for sample in loaded if sample.row.error is None for view in sample.views[size]]
@@ -335,10 +346,10 @@ class ExtractActor:
         return dtype_name(compute_dtype(self._configs[0].dtype, pick_device()))
 
     def prepare(self, targets: Sequence[tuple[int, Place]]) -> Whereabouts:
-        """Load the teachers, so that what is wrong with them is said before any part begins.
+        """Load the teachers, so that their errors appear before any part begins.
 
         Args:
-            targets: a teacher's place among those of the job, and its store.
+            targets: pairs of a teacher's index in the job and its store.
         """
         with self._loading:
             if self._worker is None:
@@ -347,29 +358,30 @@ class ExtractActor:
         return Whereabouts(socket.gethostname(), this_process())
 
     def run(self, stretch: Stretch, killers: Mapping[str, str], careful: bool) -> int:
-        """See `Worker.run`."""
+        """Compute and commit a stretch; see `Worker.run`."""
         assert self._worker is not None
         return self._worker.run(stretch, killers=killers, careful=careful)
 
     def progress(self) -> tuple[int, int]:
-        """Views done and samples failed of what is under way."""
+        """Return the views done and the samples failed of the work in progress."""
         return (0, 0) if self._worker is None else self._worker.progress.counts
 
 
 def when_there(actor: Any) -> Any:
-    """A reference to an actor's process: what is asked before it is there (again) fails."""
+    """Return a reference to an actor's process, which is ready once the process is up, also after a restart."""
+    # any other call fails if it is made while the actor restarts; this one is retried by Ray
     return actor.process.options(max_task_retries=-1).remote()
 
 
 def cause_of(error: Exception) -> str:
-    """One line of what Ray says of a death: the exception that a worker ended with, if any, or what happened."""
+    """Return one line of Ray's report of a death: the exception that ended the worker, if any, or what happened."""
     first, *others = _ANSI.sub("", str(error)).splitlines() or [type(error).__name__]
     raised = [line for line in others if _EXCEPTION.match(line)] if "creation task" in first else []
     return raised[-1] if raised else first
 
 
 def get(reference: Any) -> Any:
-    """`ray.get` that raises what the actor raised, not Ray's wrapping of it."""
+    """Return the result of a call; raise an actor's own EupeError instead of Ray's wrapper."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -379,10 +391,10 @@ def get(reference: Any) -> Any:
 
 
 def get_loaded(reference: Any) -> Any:
-    """`get` for what needs the teacher in memory.
+    """Return the result of a call that loads the teacher.
 
-    Raises: TeacherError if loading it failed in a way of its own (out of memory, say); WorkerDiedError if it cost the
-        worker its life; StuckError.
+    Raises: an EupeError of the actor's; TeacherError for any other failure (out of memory, for example);
+        WorkerDiedError if the worker died; StuckError.
     """
     try:
         return get(reference)

@@ -1,7 +1,7 @@
-"""Whether a store still holds what its teacher gives: some samples are computed again and compared.
+"""Audit of a store: computes some samples again and compares them with the stored features.
 
-Both sides are coded alike: what this machine computes is stored and read in memory as the store's precision has it, so
-that the same teacher gives a cosine of one at any precision, and what differs is the teacher's doing.
+Both sides are coded alike: features computed now are encoded and decoded in the store's precision. The same teacher
+then gives a cosine of one at any precision, and any difference is due to the teacher.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ from eupe.store.writer import Part
 from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
 
 COMPARED_AT_ONCE = 16
-"""Views, or as many as there are cores."""
+"""Views compared at once; on more cores, one per core."""
 SEED = 0
 
 Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
+"""Function called with (done, total)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig:
-    """One audit, as asked for on the command line."""
+    """The options of one audit, as on the command line."""
 
     store: Where
     samples: int = 32
     corpus: Where | None = None
-    """The folder of the pictures now; the one noted in the store where not given."""
+    """Current folder of the pictures; by default the one recorded in the store."""
     weights: Path | None = None
-    """Local weights in place of the hub's; the same file that the store was made with."""
+    """Local weights in place of the hub's; must be the file that the store was made with."""
     weights_key: str | None = None
-    """Where among others in the weights file the teacher's tensors are; found by itself if only one place fits."""
+    """Key of the teacher's tensors among others in the weights file; found automatically if only one fits."""
     teacher: str | None = None
-    """The teacher's name or place now; the one noted in the store where not given."""
+    """Current name or folder of the teacher; by default the one recorded in the store."""
     dtype: str | None = None
-    """`auto`, `fp32`, `bf16` or `fp16`; the arithmetic that the store was made in where not given."""
+    """`auto`, `fp32`, `bf16` or `fp16`; by default the dtype that the store was computed in."""
 
 
 @dataclass(frozen=True)
 class Cosines:
-    """Of tokens as stored with the same tokens computed now."""
+    """Cosines between stored tokens and the same tokens computed now."""
 
     mean: float
     p5: float
-    """Their 5th percentile: 95% of the tokens are at least as near."""
+    """5th percentile: 95% of the tokens are at least this near."""
     least: float
 
     @classmethod
@@ -80,19 +80,19 @@ class Cosines:
 
 @dataclass(frozen=True)
 class Drift:
-    """Of one kind of token at one size."""
+    """The drift of one kind of token at one size."""
 
     path: str
     precision: str
     num_tokens: int
     standardised: Cosines
-    """After the store's mean and standard deviation have been taken out of each channel, as the loss does."""
+    """Cosines of tokens standardised per channel by the store's mean and standard deviation, as in the loss."""
     plain: Cosines
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What a store and its teacher have in common."""
+    """The result of an audit."""
 
     store: str
     num_samples: int
@@ -100,16 +100,16 @@ class AuditReport:
     stored_dtype: str
     computed_dtype: str
     changed_views: int
-    """Views whose pixels are not those that were stored features of."""
+    """Views whose pixels differ from those that the stored features were computed from."""
     drifts: tuple[Drift, ...]
 
 
 def audit(config: AuditConfig, *, progress: Progress = lambda done, of: None) -> AuditReport:
-    """Compute some samples of a store again, on this machine, and compare all their views.
+    """Compute some samples of a store again on this machine, and compare all their views.
 
     Args:
-        progress: called with (views computed, views in all).
-    Raises: an EupeError if something that it takes is not at hand.
+        progress: called with (views computed, total views).
+    Raises: an EupeError if something that is needed is not available.
     """
     if config.samples < 1:
         raise ConfigError(f"--samples must be at least 1, got {config.samples}")
@@ -122,6 +122,7 @@ def audit(config: AuditConfig, *, progress: Progress = lambda done, of: None) ->
     views = ViewSpec.from_json(store.spec.views)
     cores = num_cores()
     at_once = max(COMPARED_AT_ONCE, cores)
+    # on a CPU there is a batch on each core
     batch_size = at_once if teacher.device.type == "cuda" else -(-at_once // cores)
     computer = Computer(teacher, store.spec, corpus_root=pictures, views=views, batch_size=batch_size, cores=cores)
     batches: list[Compared] = []
@@ -142,7 +143,8 @@ def audit(config: AuditConfig, *, progress: Progress = lambda done, of: None) ->
 
 
 def require_agreement(report: AuditReport, least: float) -> None:
-    """Raises: DriftError if more than 5% of any kind of token, standardised, are further off than `least`."""
+    """Raise DriftError if more than 5% of any kind of token, standardised, have a cosine below `least`."""
+    # `not >=` rather than `<`, so that NaN counts as drift
     drifted = [drift for drift in report.drifts if not drift.standardised.p5 >= least]
     if drifted:
         worst = min(drifted, key=lambda drift: drift.standardised.p5)
@@ -154,7 +156,7 @@ def require_agreement(report: AuditReport, least: float) -> None:
 
 
 def pick_samples(store: Store, count: int) -> pa.Table:
-    """Rows of `store.samples` that have features, chosen at random but always the same; all if there are no more.
+    """Return up to `count` random rows of `store.samples` that have features; the same rows each time.
 
     Raises: CorpusError if there is none.
     """
@@ -171,9 +173,9 @@ def _stats(store: Store, path: str) -> ChannelStats:
 
 
 def _load(config: AuditConfig, store: Store) -> Teacher:
-    """The teacher that made the store.
+    """Load the teacher that made the store.
 
-    Raises: TeacherError; SpecMismatchError; ConfigError for an arithmetic that this machine does not have.
+    Raises: TeacherError; SpecMismatchError; ConfigError for a dtype that this machine cannot compute in.
     """
     spec = stored_teacher(store, config.teacher, config.weights)
     weights = weights_file(spec, config.weights)
@@ -192,7 +194,7 @@ def _load(config: AuditConfig, store: Store) -> Teacher:
 
 
 def _batches(store: Store, picked: pa.Table, at_once: int) -> list[pa.Table]:
-    """Return rows that have so many views together."""
+    """Split rows into batches of `at_once` views each."""
     count = max(1, at_once // store.spec.num_views)
     return [picked.slice(start, count) for start in range(0, len(picked), count)]
 
@@ -203,7 +205,9 @@ class Compared:
 
     changed_views: int
     standardised: Mapping[str, NDArray[np.float64]]
+    """Array path to the cosines [tokens]."""
     plain: Mapping[str, NDArray[np.float64]]
+    """Array path to the cosines [tokens]."""
 
 
 def _compare(
@@ -212,6 +216,7 @@ def _compare(
     computer: Computer,
     picked: pa.Table,
 ) -> Compared:
+    """Compute some samples again and compare all their tokens with the stored ones."""
     part = computer.compute(PartTask(0, tuple(samples_of(picked))))
     _require_features(store, part)
     k = store.spec.num_views
@@ -231,19 +236,19 @@ def _compare(
 
 
 def _require_features(store: Store, part: Part) -> None:
-    """Raises: CorpusError if a sample that has features in the store failed now."""
+    """Raise CorpusError if a sample that has features in the store failed now."""
     failed = [row for row in part.rows if row.error is not None]
     if failed:
         raise CorpusError(f"{failed[0].key} has features in {store.path}, but now: {failed[0].error}")
 
 
 def _vectors(tokens: NDArray[Any]) -> NDArray[np.float64]:
-    """[..., D] to [T, D]."""
+    """Return tokens [..., D] as float64 vectors [T, D]."""
     return np.ascontiguousarray(tokens).reshape(-1, tokens.shape[-1]).astype(np.float64)
 
 
 def _cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Row by row; 1 where both are zero, 0 where one is."""
+    """Return the cosines of two matrices row by row: 1 for equal rows, also of zeros; 0 if one of them is zero."""
     norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     product = norms[0] * norms[1]
     same = (a == b).all(axis=1)

@@ -1,4 +1,4 @@
-"""Before a store is made: a sample of the corpus goes through the teacher, and its features decide the precision."""
+"""Choice of a store's precision: a sample of the corpus goes through the teacher before the store is made."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from eupe.store.shard import chunks_of, encode_chunk
 from eupe.store.writer import Part, what_to_do
 
 SAMPLE_VIEWS = 128
+"""Views in the sample, at least, unless the corpus has fewer."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a sample of the corpus says of the feature arrays, by path."""
+    """Measurements of the feature arrays on a sample of the corpus, by path."""
 
     calibrations: Mapping[str, Calibration]
     fidelity: Mapping[str, Mapping[str, Fidelity]]
-    """Path, then precision."""
+    """Path to precision to what it keeps."""
     num_views: int
 
 
 def sample_task(spec: StoreSpec, corpus: Corpus) -> PartTask:
-    """Pictures spread evenly over the corpus, enough for `SAMPLE_VIEWS` views."""
+    """Return a task of pictures spread evenly over the corpus, enough for `SAMPLE_VIEWS` views."""
     count = min(len(corpus), -(-SAMPLE_VIEWS // spec.num_views))
     picked = np.unique(np.linspace(0, len(corpus) - 1, count).astype(np.int64))
     return PartTask(0, tuple(samples_of(corpus.samples.take(picked))))
 
 
 def require_features(spec: StoreSpec, part: Part) -> None:
-    """Raises: ConfigError, or TeacherError, if no sample has features, which says why."""
+    """Raise TeacherError or ConfigError, with the reason, if no sample has features."""
     errors = [row.error for row in part.rows if row.error is not None]
     if len(errors) < len(part.rows):
         return
@@ -54,7 +55,7 @@ def measure(
     """Calibrate each feature array and try precisions on it.
 
     Args:
-        features: path to [samples, views, ...]; NaN where a sample failed.
+        features: path to [samples, views, ...]; NaN for samples that failed.
         candidates: kind of token to the precisions to try.
     """
     calibrations, fidelity = {}, {}
@@ -80,15 +81,15 @@ def _try(spec: StoreSpec, path: str, values: NDArray[np.float16], precision: str
 
 
 def candidates(spec: StoreSpec, fidelity: float | None) -> dict[str, tuple[str, ...]]:
-    """The precisions to try for each kind of token: the one asked for, or all."""
+    """Return the precisions to try for each kind of token: the requested one, or all if a fidelity is given."""
     return {kind: CANDIDATES if fidelity is not None else (spec.precision[kind],) for kind in spec.tokens}
 
 
 def settle(spec: StoreSpec, measured: Measured, fidelity: float | None) -> StoreSpec:
-    """The spec with its precision chosen, and what was measured noted in it.
+    """Return the spec with the chosen precision and the measurements recorded in it.
 
     Args:
-        fidelity: the least 5th percentile of the tokens' cosines; None to keep the precision asked for.
+        fidelity: lower bound on the 5th percentile of the tokens' cosines; None to keep the requested precision.
     """
     precision = dict(spec.precision)
     if fidelity is not None:
@@ -107,7 +108,7 @@ def settle(spec: StoreSpec, measured: Measured, fidelity: float | None) -> Store
 
 
 def _cheapest(measured: Measured, kind: str, fidelity: float) -> str:
-    """Of the precisions that keep the fidelity at every size, the one of fewest bytes; fp16 always keeps it."""
+    """Return the precision with the fewest bytes that keeps the fidelity at every size; fp16 always qualifies."""
     tried = [by for path, by in measured.fidelity.items() if path.endswith(f"/{kind}")]
     kept = [p for p in CANDIDATES if p == FP16 or all(by[p].p5 >= fidelity for by in tried)]
     return min(kept, key=lambda p: sum(by[p].share for by in tried))

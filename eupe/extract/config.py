@@ -1,4 +1,4 @@
-"""What an extraction is asked for, and what can be wrong with it by itself."""
+"""The options of an extraction, and the checks that need nothing but the options."""
 
 from __future__ import annotations
 
@@ -12,62 +12,63 @@ from eupe.place import Where
 from eupe.store.layout import KINDS
 
 STORES = Path("store")
-"""The directory of stores that have not been given a place."""
+"""The directory for stores without an explicit place."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """One extraction, as asked for on the command line."""
+    """The options of one extraction, as on the command line."""
 
     teacher: str
     """Registry name, `timm:ARCH`, `hf:REPO_OR_DIR`, `open_clip:ARCH[@TAG]`, or a training run's directory."""
     corpus: Where
     """A folder of pictures or an index; also `s3://...` or `gs://...`."""
     out: Where | None = None
-    """The store: a folder, `s3://...` or `gs://...`. Where not given: the one in `store/` that was made to the same
-    specification under whatever name, or `store/TEACHER.zarr`."""
+    """The store: a folder, `s3://...` or `gs://...`. By default the store in `store/` with the same specification,
+    whatever its name, or else `store/TEACHER.zarr`."""
     weights: Path | None = None
     """Local weights in place of the hub's."""
     weights_key: str | None = None
-    """Where among others in the weights file the teacher's tensors are; found by itself if only one place fits."""
+    """Key of the teacher's tensors among others in the weights file; found automatically if only one fits."""
     sizes: tuple[int, ...] = ()
-    """Sides of the square input in pixels; the teacher's native size where none is given."""
+    """Sides of the square inputs in pixels; by default the teacher's native size."""
     views: ViewSpec = field(default_factory=ViewSpec)
     tokens: tuple[str, ...] = KINDS
     precision: str = "fp16"
-    """`fp16`, `bitround:B`, `int8`, or one for each kind: `dense=int8,summary=fp16`."""
+    """`fp16`, `bitround:B`, `int8`, or one for each kind of token: `dense=int8,summary=fp16`."""
     fidelity: float | None = None
-    """In place of a precision: the cheapest one whose tokens' cosines, standardised, have this 5th percentile."""
+    """Lower bound for the 5th percentile of the cosines of standardised tokens before and after storage; the cheapest
+    precision that keeps it replaces `precision`."""
     grid: int | None = None
-    """Cells along one side to which dense maps are pooled; the teacher's own where not given."""
+    """Cells along one side to which dense maps are pooled; by default the teacher's own grid."""
     pixels: bool = False
     """Keep the views themselves as well, so that the store trains without the corpus."""
     dtype: str = "auto"
-    """`auto`, `fp32`, `bf16` or `fp16`: the teacher's arithmetic."""
+    """The dtype that the teacher computes in: `auto`, `fp32`, `bf16` or `fp16`."""
     batch_size: int | None = None
-    """Views per forward pass; the fastest, found when the store is made, where not given."""
+    """Views per forward pass; by default the fastest, measured when the store is made."""
     workers: int | None = None
-    """Ray actors with one teacher each; one per GPU, or one, where not given."""
+    """Number of Ray actors, each with all teachers; by default one per GPU, or one without GPUs."""
     gpus_per_worker: float | None = None
-    """The GPUs shared evenly, one per worker at most, where not given."""
+    """GPUs of each worker; by default an even share of at most one GPU."""
     ray_address: str | None = None
-    """`auto` or `ray://...`; a Ray of its own on this machine where not given."""
+    """Ray cluster to join, `auto` or `ray://...`; by default a new Ray on this machine."""
     limit: int | None = None
-    """Only the first pictures of the corpus."""
+    """Take only this many pictures, the first ones of the corpus."""
     include: tuple[str, ...] = ()
-    """Patterns of keys; only pictures that match one of them, see `Corpus.pick`."""
+    """Patterns of keys: take only pictures that match one of them; see `Corpus.pick`."""
     exclude: tuple[str, ...] = ()
-    """Patterns of keys; no picture that matches one of them."""
+    """Patterns of keys: take no picture that matches one of them."""
     choice: Choice = AS_FOUND
-    """Which pictures and labels to take where tars and tables hold several."""
+    """Which pictures and labels to take if tars or tables hold several."""
     shuffle: bool = False
-    """Take the pictures in an order drawn by the views' seed; with a limit, a random sample."""
+    """Take the pictures in an order drawn with the views' seed; with a limit, a random sample."""
     retry_failed: bool = False
     """Make the parts again that hold pictures without features."""
 
 
 def require_counts(config: ExtractConfig) -> None:
-    """Raises: ConfigError for a number that no job can have."""
+    """Raise ConfigError for a count that no job can have."""
     for name, value in (
         ("--batch-size", config.batch_size),
         ("--workers", config.workers),

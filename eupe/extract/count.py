@@ -1,4 +1,4 @@
-"""Where a part's statistics are taken: on the teacher's GPU, which leaves the cores to decoding and compressing."""
+"""Statistics of a part, taken on the teacher's GPU to leave the cores to decoding and compressing."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from eupe.device import is_out_of_memory
 from eupe.store.stats import Counted, Moments
 
 FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-"""Compute capabilities at half of float32's rate (P100, V100, A100, H100, B200); elsewhere it is a 32nd or less."""
+"""Compute capabilities with float64 at half of float32's rate (P100, V100, A100, H100, B200); others 1/32 or less."""
 
 
 def counter(device: torch.device) -> Callable[[NDArray[Any]], Counted]:
-    """What takes a part's statistics: a GPU that is good at float64, else the CPU."""
+    """Return the function that takes a part's statistics: on a GPU that is fast at float64, otherwise on the CPU."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) in FAST_FLOAT64:
         return partial(_count_where_there_is_room, device=device)
     return Counted.of
 
 
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.Lock()  # so that one float64 copy at a time is on the device, which the teacher shares
 
 
 def _count_where_there_is_room(tokens: NDArray[Any], device: torch.device) -> Counted:
-    """On the device, which the teacher shares, or else on the CPU."""
+    """Count on the device, or on the CPU if the teacher leaves too little memory."""
     try:
         with _one_at_a_time:
             return count_on(tokens, device)
@@ -39,7 +39,7 @@ def _count_where_there_is_room(tokens: NDArray[Any], device: torch.device) -> Co
 
 
 def count_on(tokens: NDArray[Any], device: torch.device) -> Counted:
-    """`Counted.of` by torch; equal but for the last bits.
+    """Compute `Counted.of` with torch on a device; equal except for the last bits.
 
     Args:
         tokens: [views, ..., D]; NaN in views without features.

@@ -1,7 +1,7 @@
-"""Handing out the work of a job until each part is committed or given up.
+"""Scheduler of a job: hands out work until each part is committed or given up.
 
-A worker that dies, or fails in a way that is nobody's mistake, is replaced, and what it had is done again: carefully,
-lest a picture was the reason. A storage that does not answer is waited for. Mistakes of the user's end the job.
+A worker that dies, or that fails for a reason other than a user's mistake, is replaced. Its work is done again, with
+care, because a picture may have been the cause. A storage outage is waited out. A user's mistake ends the job.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ from eupe.store.reader import committed_parts
 
 POLL_SECONDS = 0.5
 GROW_SECONDS = 30.0
+"""Interval between checks for new room in the cluster."""
 MAX_DEATHS = 5
-"""Of workers over one stretch, after which it is given up."""
+"""Number of workers that one stretch may cost before it is given up."""
 OUTAGE_SECONDS = 900.0
-"""How long a storage that does not answer is waited for."""
+"""Longest outage of the storage that is waited out."""
 OUTAGE_PAUSES = (2.0, 5.0, 10.0, 30.0, 60.0)
+"""Pauses before the retries in an outage; the last one repeats."""
 SILENT_SECONDS = 2 * PICTURE_SECONDS
-"""A worker that does not answer for so long is stuck where Python cannot interrupt it."""
+"""A worker that does not answer for this long is stuck where Python cannot interrupt it."""
 
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What a machine contributes."""
+    """The contribution of one machine."""
 
     host: str
     workers: int
@@ -59,7 +61,7 @@ class NodeStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a running job stands."""
+    """The progress of a running job."""
 
     stage: str
     done: int
@@ -70,49 +72,54 @@ class Status:
 
 @dataclass
 class Work:
-    """A stretch and its history."""
+    """A stretch and its history; times are of the monotonic clock."""
 
     stretch: Stretch
     deaths: int = 0
+    """Number of workers that died or failed on it."""
     outage_since: float | None = None
     num_outages: int = 0
     not_before: float = 0.0
+    """Earliest time of the next attempt."""
     killers: dict[str, str] = field(default_factory=dict)
+    """Pictures that must not be decoded again, key to reason."""
     reason: str = ""
-    """Why it failed last."""
+    """Reason of the last failure."""
 
 
 @dataclass
 class Hand:
-    """A worker as its driver knows it."""
+    """A worker, as the driver sees it; times are of the monotonic clock."""
 
     actor: Any
     where: Whereabouts | None = None
     ready: bool = False
-    """Its teachers are loaded."""
+    """True while its teachers are loaded."""
     failed_loads: int = 0
     condemned: Process | None = None
-    """Told to die."""
+    """The process that was killed on purpose, until its replacement is ready."""
     load_at: float | None = None
-    """When to load again, where the storage did not answer."""
+    """Time of the next attempt to load, after an outage of the storage."""
     outage_since: float | None = None
     running: dict[Any, Work] = field(default_factory=dict)
     views: int = 0
-    """Of what is under way."""
+    """Views done of the work in progress."""
     failed: int = 0
+    """Failed samples of the work in progress."""
     asked: Any = None
-    """Its progress."""
+    """The pending request for its progress."""
     asked_at: float = 0.0
 
 
 class Dispatch:
-    """One job's work and workers."""
+    """The work and the workers of one job."""
 
     def __init__(self, actors: JobActors, stores: Mapping[int, Store], samples: pa.Table) -> None:
-        """
+        """Plan the missing parts of the stores.
+
         Args:
-            stores: by their teacher's place among those of the job; all of the same views and samples.
-            samples: their index.
+            stores: index of the teacher in the job to its store; all stores have the same views and samples.
+            samples: the index of these samples.
         """
         self._actors = actors
         self._targets = [(teacher, store.path) for teacher, store in stores.items()]
@@ -123,7 +130,7 @@ class Dispatch:
         self._todo = plan_stretches(specs, samples, done)
         self._again: list[Work] = []
         self.given_up: list[str] = []
-        """Reasons."""
+        """Reasons, one for each stretch that was given up."""
         self._hands: list[Hand] = []
         self._coming: dict[Any, Hand] = {}
         self._loading: dict[Any, Hand] = {}
@@ -135,18 +142,18 @@ class Dispatch:
             for rows in [spec.part_samples(part)]
         )
         self._committed: Counter[str] = Counter()
-        """Views by node."""
+        """Views by node, committed by this job."""
         self._failed: Counter[str] = Counter()
-        """Samples by node, of what is committed."""
+        """Failed samples by node, in stretches that are done."""
         self._asked_at = 0.0
         self._any_was_ready = False
         self.began = time.monotonic()
-        """When the first worker had its teachers loaded."""
+        """Time at which the first worker had its teachers loaded."""
 
     def run(self, on_status: Callable[[Status], None], stop_asked: Callable[[], bool]) -> None:
-        """Until all is done, or given up, or an end is asked for.
+        """Run until all work is done or given up, or a stop is requested.
 
-        Raises: an EupeError that no other part would escape.
+        Raises: an EupeError that would stop every other part, too.
         """
         for actor in self._actors.handles:
             self._hire(actor)
@@ -167,10 +174,10 @@ class Dispatch:
                     self._hire(actor)
 
     def _wait(self, running: Mapping[Any, Hand]) -> None:
-        """For what ends next, a moment at most."""
+        """Wait for the next event, for at most `POLL_SECONDS`, and handle it."""
         waited_for = [*running, *self._coming, *self._loading]
         if not waited_for:
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)  # everything waits for the end of an outage: do not spin
             return
         for reference in ray.wait(waited_for, timeout=POLL_SECONDS)[0]:
             if reference in self._coming:
@@ -192,26 +199,33 @@ class Dispatch:
         self._load(hand)
 
     def _load(self, hand: Hand) -> None:
-        """Once its process is there (again)."""
+        """Load the worker's teachers once its process is up."""
         hand.ready = False
         hand.views = hand.failed = 0
         self._coming[when_there(hand.actor)] = hand
 
     def _begin_load(self, hand: Hand, reference: Any) -> None:
-        """Raises: WorkerDiedError."""
+        """Start to load the teachers in a process that is up.
+
+        Raises: WorkerDiedError if the last worker is given up.
+        """
         try:
             process: Process = get_loaded(reference)
         except WorkerDiedError as error:
             self._note_failed_load(hand, error)
             return
-        if process == hand.condemned:
+        if process == hand.condemned:  # ray.kill does not wait: this is still the old process
             time.sleep(POLL_SECONDS)
             self._load(hand)
             return
         self._loading[hand.actor.prepare.remote(self._targets)] = hand
 
     def _welcome(self, hand: Hand, reference: Any) -> None:
-        """Raises: what none of the workers has escaped so far; once one has, a failure is that worker's own."""
+        """Take up a worker whose teachers are loaded, or plan another attempt.
+
+        Raises: the error if no worker has ever loaded its teachers; afterwards an error counts against this worker.
+            OutageError if the storage stays away for `OUTAGE_SECONDS`.
+        """
         try:
             where: Whereabouts = get_loaded(reference)
         except OutageError as error:
@@ -222,17 +236,21 @@ class Dispatch:
             hand.load_at = now + OUTAGE_PAUSES[-1]
             return
         except EupeError as error:
+            # before any worker has loaded, an error is taken for the user's mistake; a death may be bad luck
             if not self._any_was_ready and not isinstance(error, WorkerDiedError):
                 raise
             self._note_failed_load(hand, error)
             return
         if not self._any_was_ready:
             self._any_was_ready = True
-            self.began = time.monotonic()
+            self.began = time.monotonic()  # the reported rate leaves out the start of Ray and the first load
         hand.where, hand.ready, hand.failed_loads, hand.condemned, hand.outage_since = where, True, 0, None, None
 
     def _note_failed_load(self, hand: Hand, error: EupeError) -> None:
-        """Raises: the error, if no worker is left."""
+        """Let the worker load again, or dismiss it after `MAX_LOADS` failures in a row.
+
+        Raises: the error if no worker is left.
+        """
         hand.failed_loads += 1
         if hand.failed_loads < MAX_LOADS:
             self._load(hand)
@@ -248,13 +266,16 @@ class Dispatch:
         upcoming = next(self._todo, None)
         if upcoming is None:
             return False
-        self._again.append(Work(upcoming))
+        self._again.append(Work(upcoming))  # keep it: `next` took it out of the generator
         return True
 
     def _hand_out(self, hand: Hand, stop_asked: Callable[[], bool]) -> None:
-        """What has cost a worker is done by one that has nothing else, lest its neighbour is blamed, too."""
+        """Fill a worker's free slots.
+
+        Work that killed a worker goes only to an idle one, so that no other work is blamed.
+        """
         while hand.ready and len(hand.running) < STRETCHES_IN_FLIGHT and not stop_asked():
-            if any(work.deaths for work in hand.running.values()):
+            if any(work.deaths for work in hand.running.values()):  # suspect work runs alone
                 return
             work = self._next(idle=not hand.running)
             if work is None:
@@ -263,12 +284,12 @@ class Dispatch:
             hand.running[hand.actor.run.remote(work.stretch, work.killers, careful)] = work
 
     def _next(self, *, idle: bool) -> Work | None:
-        """For a worker; one that is not idle waits while there is something that takes an idle one."""
+        """Return the next work for a worker, or None if there is nothing for it now."""
         now = time.monotonic()
         due = [work for work in self._again if work.not_before <= now]
         suspect = next((work for work in due if work.deaths), None)
         if suspect is not None and not idle:
-            return None
+            return None  # let this worker become idle: with new work all the time, none would ever take the suspect
         if due:
             work = suspect or due[0]
             self._again.remove(work)
@@ -277,25 +298,32 @@ class Dispatch:
         return None if upcoming is None else Work(upcoming)
 
     def _settle(self, hand: Hand, reference: Any) -> None:
-        """Raises: the worker's EupeError, which no other part would escape."""
+        """Handle the end of a stretch: committed, failed, or lost with its worker.
+
+        Raises: the worker's EupeError, which would stop every other part, too.
+        """
         work = hand.running.pop(reference)
         assert hand.where is not None
         try:
             self._failed[hand.where.node] += ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
+        except ray.exceptions.RayTaskError as error:  # the worker is alive and raised
             self._failed_with(hand, work, error.cause)
-        except ray.exceptions.RayError as error:
-            if hand.condemned is None:
+        except ray.exceptions.RayError as error:  # the worker died
+            if hand.condemned is None:  # otherwise `_replace` killed it, and this work may be innocent
                 work.deaths += 1
                 work.reason = f"the worker died: {cause_of(error)}"
             work.outage_since, work.num_outages = None, 0
-            if hand.ready:
+            if hand.ready:  # False if the other stretch of this worker was settled first
                 self._load(hand)
             self._redo(hand, work)
         else:
             self._note_committed(hand.where.node, work.stretch)
 
     def _failed_with(self, hand: Hand, work: Work, cause: Any) -> None:
+        """Requeue a stretch that raised: later after an outage, in a new process after anything unexpected.
+
+        Raises: an EupeError, which a retry would meet again; OutageError after `OUTAGE_SECONDS`.
+        """
         if isinstance(cause, OutageError):
             now = time.monotonic()
             work.outage_since = work.outage_since or now
@@ -319,7 +347,7 @@ class Dispatch:
         self._redo(hand, work)
 
     def _replace(self, hand: Hand) -> None:
-        """A process that has failed is not asked again."""
+        """Kill a worker's process, so that Ray starts another; a process that has failed gets no more work."""
         assert hand.where is not None
         if hand.condemned is None and hand.ready:
             hand.condemned = hand.where.process
@@ -327,8 +355,9 @@ class Dispatch:
             self._load(hand)
 
     def _redo(self, hand: Hand, work: Work) -> None:
-        """What of it is not committed, later; or never, when it has cost too many workers."""
+        """Requeue the parts that are not committed; give up after `MAX_DEATHS`."""
         assert hand.where is not None
+        # only the store knows: a worker may have committed some parts before it died
         missing = tuple((store, task) for store, task in work.stretch.tasks if not self._is_committed(store, task))
         done = tuple(pair for pair in work.stretch.tasks if pair not in missing)
         self._note_committed(hand.where.node, Stretch(done))
@@ -340,7 +369,7 @@ class Dispatch:
         self._again.append(replace(work, stretch=Stretch(missing)))
 
     def _is_committed(self, store: int, task: PartTask) -> bool:
-        """False where the storage does not answer: at worst a part is made twice."""
+        """Return whether a part is committed; False in an outage, where at worst a part is made twice."""
         try:
             return self._places[store].exists(f"parts/{part_name(task.index)}")
         except OutageError:
@@ -350,6 +379,7 @@ class Dispatch:
         self._committed[node] += self._num_views * sum(len(task.samples) for _, task in stretch.tasks)
 
     def _ask_progress(self) -> None:
+        """Poll the workers' progress, and replace those that have been silent for `SILENT_SECONDS`."""
         now = time.monotonic()
         if now - self._asked_at < POLL_SECONDS:
             return
@@ -362,7 +392,7 @@ class Dispatch:
                 continue
             if not ray.wait([hand.asked], timeout=0)[0]:
                 if now - hand.asked_at > SILENT_SECONDS and hand.running:
-                    for work in hand.running.values():
+                    for work in hand.running.values():  # nothing tells which of them is stuck
                         work.deaths += 1
                         work.reason = f"the worker did not answer for {SILENT_SECONDS:g} s"
                     self._replace(hand)
@@ -379,14 +409,14 @@ class Dispatch:
         under_way = sum(hand.views for hand in self._hands)
         return Status(
             "extracting" if any(hand.where for hand in self._hands) else "loading teacher",
-            min(self.before + committed + under_way, self.total),
+            min(self.before + committed + under_way, self.total),  # `under_way` lags: it may hold what is committed
             self.total,
             sum(self._failed.values()) + sum(hand.failed for hand in self._hands),
             tuple(self._node_status(node, host, seconds) for node, host in self._nodes().items()),
         )
 
     def _nodes(self) -> dict[str, str]:
-        """Nodes and their hosts, by host."""
+        """Return node to host, sorted by host."""
         places = {hand.where for hand in self._hands if hand.where is not None}
         return {where.node: where.host for where in sorted(places, key=lambda where: (where.host, where.node))}
 
@@ -402,18 +432,18 @@ def run_parts(
 ) -> float:
     """Keep every worker busy until each part is committed or given up.
 
-    SIGTERM, as spot instances get it, lets the parts under way be committed and begins no other.
+    On SIGTERM, which spot instances receive, parts in progress are committed and no others begin.
 
     Args:
-        stores: by their teacher's place among those of the job.
-        samples: the index of all of them.
-    Returns: views per second, of all stores, since the first worker had its teachers loaded.
-    Raises: IncompleteError naming the gaps and their first reason; StorageError and TeacherError as they come.
+        stores: index of the teacher in the job to its store.
+        samples: the index of all samples.
+    Returns: views per second, over all stores, since the first worker had its teachers loaded.
+    Raises: IncompleteError with the number of missing parts and the first reason; StorageError; TeacherError.
     """
     dispatch = Dispatch(actors, stores, samples)
     with _interruptible(stores.values()):
         on_status(Status("loading teacher", dispatch.before, dispatch.total))
-        assert actors.handles  # Ray, begun by now, has set its own handler of the signal
+        assert actors.handles  # starts Ray, which sets its own handler of SIGTERM; ours must come later
         with stop_signals(signal.SIGTERM) as stop_asked:
             dispatch.run(on_status, stop_asked)
             stopped = stop_asked()
@@ -433,6 +463,7 @@ def run_parts(
 
 @contextmanager
 def _interruptible(stores: Iterable[Store]) -> Iterator[None]:
+    """Turn Ctrl-C into an IncompleteError that reports what is committed."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
-"""What an extraction takes before it is begun: measured on a few pictures, or on paper from a teacher's card.
+"""Cost of an extraction before it starts: measured on a few pictures, or on paper from the teachers' specs.
 
 Measured: a sample of the corpus goes through the worker's own stages, each timed alone, into a store in a temporary
-folder. On paper: no weights, no pictures, and shares of raw fp16 that are nominal.
+folder. On paper: without weights or pictures, with nominal compression ratios.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, load_teacher
 
 SHOWN = (FP16, "bitround:7", "bitround:5", "bitround:3", INT8)
-"""The precisions that are put side by side."""
+"""The precisions that are compared."""
 NOMINAL_SHARES = {FP16: 0.82, "bitround:7": 0.63, "bitround:5": 0.51, "bitround:3": 0.385, INT8: 0.43}
-"""Compressed bytes over raw fp16, as measured of DINOv2-S's dense tokens (benchmarks/results); others differ."""
+"""Compressed bytes over raw fp16, measured on dense tokens of DINOv2-S (benchmarks/results); other teachers differ."""
 STUDENT_IMAGES_PER_S = 1000
-"""The speed of a student for which the read bandwidth is given."""
+"""Training speed that the reported read bandwidth is for."""
 READ_VIEWS = 64
-"""In one read, as a training step reads them."""
+"""Views of one read, as in a training step."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,22 @@ class Rates:
     """Views per second of each stage alone, with all of this machine's cores, or its GPU, to itself."""
 
     decode: float
-    """Read, decode and render."""
+    """Rate of reading, decoding and rendering pictures."""
     forward: float
     encode: float
-    """Code, compress, count and write."""
+    """Rate of coding, compressing, counting and writing tokens."""
     read: float
-    """From the store, warm, as a training step reads them."""
+    """Rate of reading tokens from the store, warm, as a training step does."""
 
     def pipeline(self, *, on_gpu: bool) -> float:
-        """Views per second of one worker: stages on the same processor take turns, a GPU works beside the cores."""
+        """Return one worker's views per second: stages on the same cores take turns, a GPU runs beside them."""
         cores = 1 / self.decode + 1 / self.encode
         return 1 / (max(cores, 1 / self.forward) if on_gpu else cores + 1 / self.forward)
 
     def break_even_epochs(self, *, on_gpu: bool) -> float | None:
-        """Epochs after which making the cache and reading it has taken less time than the teacher at every step.
+        """Return the number of epochs after which the cache has saved time over running the teacher at every step.
 
-        None if reading is no faster than the teacher.
+        Returns: None if reading is not faster than the teacher.
         """
         saved = 1 / self.forward - 1 / self.read
         return 1 / self.pipeline(on_gpu=on_gpu) / saved if saved > 0 else None
@@ -96,25 +96,26 @@ class Choice:
     share: float
     """Stored bytes over raw fp16."""
     total_bytes: int
-    """Of this array, all views."""
+    """Size of this array over all views."""
     cosine_p5: float
-    """Of standardised tokens with themselves stored and read."""
+    """5th percentile of the cosines of tokens before and after storage, standardised."""
     cosine_mean: float
+    """Mean of these cosines."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one store."""
+    """Size in bytes of one store, or of several."""
 
     stored: int
-    """When it is finished."""
+    """Size of the finished store."""
     peak: int
-    """While it is made: the parts' moments are there as well until they are merged."""
+    """Largest size while it is made: it also holds the parts' moments until they are merged."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured plan."""
+    """A measured plan for one teacher."""
 
     teacher: str
     device: str
@@ -128,35 +129,35 @@ class Estimate:
     need: Need
     rates: Rates
     views_per_s: float
-    """Of one worker with a machine, or a GPU and its cores, like this one."""
+    """Views per second of one worker that has a machine, or a GPU and its cores, like this one."""
     workers: int
     hours: float
     read_bytes_per_s: float
-    """That a student of `STUDENT_IMAGES_PER_S` takes."""
+    """Read bandwidth of a student at `STUDENT_IMAGES_PER_S`."""
     epoch_hours_cached: float
-    """Reading the targets of every view once."""
+    """Time to read the targets of every view once."""
     epoch_hours_online: float
-    """The teacher's forward pass over every view once, on one device."""
+    """Time of the teacher's forward pass over every view once, on one device."""
     break_even_epochs: float | None
     choices: tuple[Choice, ...]
     out: str
     free_bytes: int | None
-    """None for an object store."""
+    """Free space at `out`; None for an object store."""
     normalised_by: str
-    """The file or table that says how pixels are normalised."""
+    """The file or table that defines how pixels are normalised."""
     held_bytes: int
-    """Of the need, what a store that this extraction would go on with holds already; 0 for an object store."""
+    """Part of `need` that the store which this extraction would continue holds already; 0 for an object store."""
 
 
 @dataclass(frozen=True)
 class JointEstimate:
-    """A measured plan of teachers in one pass over the pictures, each of which is decoded once."""
+    """A measured plan for several teachers in one pass, which decodes each picture once."""
 
     num_images: int
     num_views: int
-    """Of each teacher."""
+    """Views of each teacher."""
     bytes_per_view: float
-    """Of all teachers, as is all that follows."""
+    """Bytes of all teachers' tokens; all later fields are for all teachers, too."""
     need: Need
     held_bytes: int
     rates: Rates
@@ -168,12 +169,12 @@ class JointEstimate:
     epoch_hours_online: float
     break_even_epochs: float | None
     teachers: tuple[Estimate, ...]
-    """Each as if it were extracted alone."""
+    """Plan of each teacher as if it were extracted alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperConfig:
-    """A plan on paper, as asked for on the command line."""
+    """The options of a plan on paper, as on the command line."""
 
     teachers: tuple[str, ...]
     num_images: int
@@ -183,7 +184,7 @@ class PaperConfig:
     precision: str = FP16
     grid: int | None = None
     out: Where | None = None
-    """Where all the stores are to lie; no space is asked for where not given."""
+    """Folder for all the stores; None to skip the check for free space."""
 
 
 @dataclass(frozen=True)
@@ -196,49 +197,49 @@ class PaperTeacher:
     raw_bytes_per_view: int
     raw_bytes: int
     need: Need
-    """At the precision asked for."""
+    """Size at the requested precision."""
     choices: dict[str, int]
-    """Precision of all kinds of token to bytes in all."""
+    """Precision, the same for all kinds of token, to total bytes."""
 
 
 @dataclass(frozen=True)
 class PaperEstimate:
-    """Nothing in it was measured."""
+    """A plan on paper: nothing in it was measured."""
 
     num_images: int
     num_views: int
     precision: str
     teachers: tuple[PaperTeacher, ...]
     need: Need
-    """Of all stores together."""
+    """Size of all stores together."""
     free_bytes: int | None
     nominal_shares: dict[str, float] = field(default_factory=lambda: dict(NOMINAL_SHARES))
     on_paper: bool = True
 
 
 def moments_bytes(dims: list[int]) -> int:
-    """Of one part until the store is finished: count, mean and half a scatter matrix in float64 for each array."""
+    """Return the bytes of one part's moments: count, mean and half a scatter matrix, in float64, for each array."""
     return sum(8 * (1 + dim + dim * (dim + 1) // 2) for dim in dims)
 
 
 def bytes_of_indexes(spec: StoreSpec) -> int:
-    """Of the indexes at the ends of all shards, which are as long for a part that is not full."""
+    """Return the bytes of all shards' indexes, which are as long in a part that is not full."""
     return spec.num_parts * sum(bytes_of_index(layout) for layout in arrays(spec) if layout.sharded)
 
 
 def need_of(stored: float, *, num_samples: int, per_part: int, dims: list[int]) -> Need:
-    """Stored bytes, and what there is at most.
+    """Return the stored bytes together with the peak while the store is made.
 
     Args:
-        dims: channels of each feature array.
+        dims: number of channels of each feature array.
     """
     return Need(round(stored), round(stored) + -(-num_samples // per_part) * moments_bytes(dims))
 
 
 def estimate_on_paper(config: PaperConfig) -> PaperEstimate:
-    """Bytes from the teachers' cards alone.
+    """Estimate the bytes from the teachers' specs alone.
 
-    Raises: TeacherError; ConfigError for an option that cannot work, or if the stores cannot fit at `out`.
+    Raises: TeacherError; ConfigError for an option that cannot work, or if the stores do not fit at `out`.
     """
     if config.num_images < 1:
         raise ConfigError(f"--num-images must be at least 1, got {config.num_images}")
@@ -253,11 +254,11 @@ def estimate_on_paper(config: PaperConfig) -> PaperEstimate:
 
 
 def stored_bytes_per_view(teacher: TeacherSpec, grid: int, precision: Mapping[str, str]) -> tuple[int, float]:
-    """Of one view at one size, on paper: raw fp16, and stored at nominal shares.
+    """Return the bytes of one view at one size, on paper: as raw fp16, and as stored with nominal shares.
 
     Args:
-        grid: cells along one side of the map that is stored.
-        precision: of each kind of token that is stored.
+        grid: cells along one side of the stored map.
+        precision: kind of token to precision, for the kinds that are stored.
     Raises: ConfigError for a precision without a nominal share.
     """
     if unknown := set(precision.values()) - set(NOMINAL_SHARES):
@@ -295,22 +296,22 @@ def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
 
 
 def free_bytes(place: Place) -> int | None:
-    """On the disk that would hold it; None for an object store."""
+    """Return the free bytes on the disk of a place; None for an object store."""
     if not place.is_local:
         return None
     return shutil.disk_usage(_nearest(place)).free
 
 
 def _nearest(place: Place) -> Path:
-    """Return what is there of a local place: itself, or the nearest folder above it."""
+    """Return a local place if it exists, otherwise the nearest folder above it that does."""
     return next(path for path in (place.local, *place.local.parents) if path.exists())
 
 
 def held_bytes(place: Place, spec: StoreSpec, corpus: Corpus, *, fidelity: float | None) -> int:
-    """On the disk in a store that an extraction would go on with; 0 where there is none, and in an object store.
+    """Return the bytes on disk of a store that an extraction would continue; 0 if there is none, or in an object store.
 
     Args:
-        spec: as asked for, whatever its weights' hash.
+        spec: the requested spec; its weights' hash is not compared.
     """
     if not place.is_local or not place.exists(ROOT_DOCUMENT):
         return 0
@@ -329,7 +330,11 @@ def _pictures(corpus: Corpus) -> set[tuple[str, str | None]]:
 
 
 def require_room(need: Need, free: int | None, where: str, *, held: int = 0) -> None:
-    """Raises: ConfigError if a local disk cannot hold what is to be made, beside what it holds of that already."""
+    """Raise ConfigError if a local disk cannot hold what is still to be made.
+
+    Args:
+        held: bytes of `need` that are on the disk already.
+    """
     if free is not None and need.peak - held > free:
         there = f", {held / 1e9:,.4g} GB of it there already" if held else ""
         raise ConfigError(
@@ -348,9 +353,9 @@ def estimate(
 
     Args:
         configs: one for each teacher, as `extract_together` takes them.
-        on_stage: told what begins.
-    Raises: an EupeError as `extract` does; ConfigError if the stores cannot fit on the disks they are meant for;
-        StorageError if the temporary folder takes no sample.
+        on_stage: called with the name of each stage as it begins.
+    Raises: an EupeError as `extract` does; ConfigError if the stores do not fit on their disks; StorageError if the
+        sample cannot be written to the temporary folder.
     """
     configs = [with_absolute_paths(config) for config in configs]
     cards = checked_teachers(configs)
@@ -400,7 +405,7 @@ def _estimate_one(
 
 
 def _decoded_per_s(config: ExtractConfig, specs: Sequence[StoreSpec], corpus: Corpus) -> float:
-    """Time reading, decoding and rendering a sample once, at the sizes of all stores, as a worker does."""
+    """Measure views per second of reading, decoding and rendering a sample once for all stores, as a worker does."""
     samples = sample_task(specs[0], corpus).samples
     loader = Loader(corpus.root, config.views, specs, ahead=len(samples), cores=num_cores())
     began = time.perf_counter()
@@ -409,10 +414,10 @@ def _decoded_per_s(config: ExtractConfig, specs: Sequence[StoreSpec], corpus: Co
 
 
 def _together(alone: tuple[Estimate, ...], decode: float) -> JointEstimate:
-    """Add up what each teacher takes; pictures are decoded once, and all else is done for each teacher.
+    """Combine the teachers' plans: pictures are decoded once, all other work is done for each teacher.
 
     Args:
-        decode: views per second at the sizes of all teachers.
+        decode: views per second of decoding once for the sizes of all teachers.
     """
     first = alone[0]
     each = [plan.rates for plan in alone]
@@ -446,7 +451,7 @@ def _sum_of(plans: Sequence[Estimate]) -> Need:
 
 
 def _require_room_for_all(plans: Sequence[Estimate]) -> None:
-    """Raises: ConfigError if a disk cannot hold all the stores that are meant for it."""
+    """Raise ConfigError if a disk cannot hold all the stores that are meant for it."""
     disks: dict[int, list[Estimate]] = {}
     for plan in plans:
         if (place := Place.of(plan.out)).is_local:
@@ -459,7 +464,7 @@ def _require_room_for_all(plans: Sequence[Estimate]) -> None:
 
 @contextmanager
 def _full_disk_in_words() -> Iterator[None]:
-    """Raises: StorageError where the sample's store cannot be written."""
+    """Turn an OSError into a StorageError that says what to do about the temporary folder."""
     try:
         yield
     except OSError as error:
@@ -531,7 +536,7 @@ def _estimate(
 def _timed_part(
     config: ExtractConfig, teacher: Teacher, spec: StoreSpec, root: Place, task: PartTask
 ) -> tuple[Part, float, float]:
-    """Return the sample's features, and the seconds that decoding and the teacher took."""
+    """Return the sample's features, the seconds of decoding, and those of the forward passes."""
     batch_size = config.batch_size or fastest_batch(teacher, spec.sizes)
     computer = Computer(teacher, spec, corpus_root=root, views=config.views, batch_size=batch_size)
     began = time.perf_counter()
@@ -542,13 +547,14 @@ def _timed_part(
     part = _computed(computer, task, samples)
     forward_s = time.perf_counter() - began
     num_views = len(samples) * spec.num_views
+    # too few views for a batch on each core, which the extraction itself will have
     if num_views < min(batch_size * computer.forward.batches_at_once, spec.num_samples * spec.num_views):
         forward_s = num_views * _seconds_a_view_on_all_cores(computer, samples)
     return part, decode_s, forward_s
 
 
 def _seconds_a_view_on_all_cores(computer: Computer, samples: Sequence[LoadedSample]) -> float:
-    """Time a batch on every core, as a job has them, of views that may come again."""
+    """Return seconds per view with a full batch on every core, as in a job; views repeat if there are too few."""
     size, count = computer.forward.batch_size, computer.forward.batches_at_once
     views = [
         {side: sample.views[side][k] for side in computer.spec.sizes}
@@ -572,8 +578,9 @@ def _computed(computer: Computer, task: PartTask, samples: Sequence[LoadedSample
 
 
 def _timed_store(spec: StoreSpec, teacher: Teacher, part: Part) -> tuple[int, float, float]:
-    """Bytes of the sample in a store without its shards' indexes, and the seconds that writing and reading took."""
+    """Return the sample's stored bytes without shard indexes, and the seconds of writing and of reading it."""
     num_samples = len(part.rows)
+    # the whole sample in one part, whose size must be a power of two
     one_part = 1 << (num_samples - 1).bit_length()
     as_one = replace(spec, corpus={**spec.corpus, "segments": [num_samples]}, samples_per_part=one_part)
     with tempfile.TemporaryDirectory(prefix="eupe-plan-") as folder:
@@ -584,7 +591,7 @@ def _timed_store(spec: StoreSpec, teacher: Teacher, part: Part) -> tuple[int, fl
         writer.commit(part)
         encode_s = time.perf_counter() - began
         store = open_store(path)
-        _read_all(store)
+        _read_all(store)  # warm up
         began = time.perf_counter()
         _read_all(store)
         return store.stored_bytes - bytes_of_indexes(as_one), encode_s, time.perf_counter() - began

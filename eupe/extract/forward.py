@@ -1,4 +1,4 @@
-"""A batch through the teacher: as many views at once as it has memory for, the device never waiting for the host."""
+"""The forward pass: as many views at once as fit into memory, without the device waiting for the host."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from eupe.teachers.teacher import Teacher
 
 FIRST_BATCH, LARGEST_BATCH = 8, 512
 WORTHWHILE = 1.05
-"""A larger batch is taken if it makes so many times as many views per second."""
+"""Speedup in views per second from which a larger batch is taken."""
 TRIALS = 3
-"""Of each batch; the first of them is slower."""
+"""Trials of each batch size; the first one is slower."""
 TRIAL_SECONDS = 0.5
-"""A batch that takes longer is not tried: what is paid once for each batch is little beside it."""
+"""Expected time beyond which a batch is not tried: the fixed cost of a batch is already small beside it."""
 
 
 @dataclass(frozen=True)
 class Halves:
-    """One array's float16 tokens of some views of a batch, maybe still on their way from the device."""
+    """The float16 tokens of one array for some views of a batch; the copy from the device may still be in progress."""
 
     path: str
     start: int
-    """Place of the first of these views in the batch."""
+    """Index of the first of these views in the batch."""
     tokens: Tensor
     num_clipped: Tensor
     num_nonfinite: Tensor
 
 
 class Pending(Protocol):
-    """A batch that the device works on."""
+    """A batch in progress on the device."""
 
     def wait(self) -> list[Halves]:
-        """Once they have arrived in the host's memory."""
+        """Return the tokens once they are in the host's memory."""
 
 
 @dataclass(frozen=True)
 class OnGpu:
-    """Begun; its copies to the host come one after the other."""
+    """A batch on the GPU; `done` comes after its last copy to the host."""
 
     halves: list[Halves]
     done: torch.cuda.Event
@@ -62,7 +62,7 @@ class OnGpu:
 
 @dataclass(frozen=True)
 class OnCpu:
-    """On one of the cores."""
+    """A batch on one of the CPU's cores."""
 
     future: Future[list[Halves]]
 
@@ -71,44 +71,48 @@ class OnCpu:
 
 
 class Forward:
-    """A teacher's tokens at all sizes of a store, as it keeps them before they are coded."""
+    """The forward pass of a teacher for a store: its tokens at all sizes, as float16, before they are coded."""
 
     def __init__(self, teacher: Teacher, spec: StoreSpec, *, batch_size: int, cores: int) -> None:
-        """
+        """Set up the forward pass; on a CPU, start a thread for each core.
+
         Args:
-            cores: how many batches are computed side by side on a CPU. It is said, not asked of torch: what torch
-                answers in one thread is what was last set in any other.
+            cores: number of batches that run side by side on a CPU. It is passed in, because
+                `torch.get_num_threads` in one thread may return what was last set in another.
         """
         self.teacher = teacher
         self._spec = spec
         self.batch_size = batch_size
-        """Of the next batch; halved when the device runs out of memory."""
+        """Size of the next batch; halved when the device runs out of memory."""
         self._on_gpu = teacher.device.type == "cuda"
         self.batches_at_once = 1 if self._on_gpu else cores
-        """How many are begun before one is waited for, so that the device always has work."""
+        """Number of batches to start before waiting for one, so that the device always has work."""
         self._cores = None if self._on_gpu else single_threads(self.batches_at_once)
 
     def begin(self, views: Sequence[dict[int, NDArray[np.uint8]]]) -> Pending:
-        """Start the work on views, given by size, without waiting for its end.
+        """Start the forward pass of some views without waiting for its result.
 
-        Raises: TeacherError, here or when it is waited for, if there is no memory for a single view.
+        Args:
+            views: for each view, size to pixels [size, size, 3].
+        Raises: TeacherError, here or in `wait`, if not even a single view fits into memory.
         """
         if self._cores is not None:
             return OnCpu(self._cores.submit(self._tokens, views))
         halves = self._tokens(views)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(torch.cuda.current_stream(self.teacher.device))
+        done.record(torch.cuda.current_stream(self.teacher.device))  # the stream that the copies are queued on
         return OnGpu(halves, done)
 
     def _tokens(self, views: Sequence[dict[int, NDArray[np.uint8]]]) -> list[Halves]:
         halves: list[Halves] = []
         for size, grid in zip(self._spec.sizes, self._spec.grids, strict=True):
             pixels = torch.from_numpy(np.stack([view[size] for view in views]))
+            # only a copy from pinned memory to the GPU runs without the host waiting
             halves += self._pieces(pixels.pin_memory() if self._on_gpu else pixels, size, grid)
         return halves
 
     def _pieces(self, pixels: Tensor, size: int, grid: int) -> list[Halves]:
-        """Of [B, S, S, 3], piece by piece as they fit into memory."""
+        """Return the tokens of pixels [B, S, S, 3], in pieces that fit into memory."""
         halves: list[Halves] = []
         start = 0
         while start < len(pixels):
@@ -126,6 +130,7 @@ class Forward:
             else:
                 start += len(piece)
                 continue
+            # outside `except`: there the error's traceback still holds the tensors of the failed pass
             self.batch_size = -(-len(piece) // 2)
             if self._on_gpu:
                 torch.cuda.empty_cache()
@@ -142,30 +147,32 @@ class Forward:
 
 
 def single_threads(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch uses one core each.
+    """Return a pool of threads in which torch uses one core each.
 
-    On a CPU whole batches run side by side: where one is split over all cores they wait for each other after every
-    operation, and each time for whatever else a core has to do, such as decoding. Only torch's own setting reaches MKL,
-    which would else take the process's number of threads, and on some processors round otherwise.
+    On a CPU, whole batches run side by side. If each batch were split over all cores, the cores would wait for each
+    other after every operation, and for whatever else a core is doing, such as decoding.
+
+    Only torch's own setting reaches MKL. Without it, MKL would use the process's number of threads, and on some
+    processors round differently.
     """
     before = torch.get_num_threads()
     all_there = threading.Barrier(count + 1)
 
     def settle() -> None:
         torch.set_num_threads(1)
-        torch.get_num_threads()  # only now it is this thread's own, whatever another sets
-        all_there.wait()
+        torch.get_num_threads()  # from here on the setting is this thread's own, whatever another thread sets
+        all_there.wait()  # so that no thread settles twice in place of another
 
     pool = ThreadPoolExecutor(count)
     for _ in range(count):
         pool.submit(settle)
     all_there.wait()
-    torch.set_num_threads(before)  # what was set last is what every thread that starts from now on takes
+    torch.set_num_threads(before)  # threads that start later take what was set last
     return pool
 
 
 def pool_cells(dense_BhwD: Tensor, grid: int) -> Tensor:
-    """Mean over the cells that fall into each of `grid` x `grid`, float32; the map itself where it has that grid."""
+    """Return the map [B, h, w, D] averaged to `grid` x `grid` cells, float32; unchanged if it has that grid."""
     if dense_BhwD.shape[1] == grid:
         return dense_BhwD
     pooled = torch.nn.functional.adaptive_avg_pool2d(dense_BhwD.float().movedim(-1, 1), grid)
@@ -173,7 +180,10 @@ def pool_cells(dense_BhwD: Tensor, grid: int) -> Tensor:
 
 
 def _as_halves(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 tokens as float16, what does not fit clipped, what is not finite NaN; and how many of each there were."""
+    """Return tokens as float16, and the numbers of clipped and of non-finite values.
+
+    Values beyond float16's range are clipped; values that are not finite become NaN.
+    """
     finite = values.isfinite()
     clipped = values.clamp(-FP16_MAX, FP16_MAX)
     tokens = torch.where(finite, clipped, torch.nan).to(torch.float16)
@@ -183,17 +193,18 @@ def _as_halves(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _to_host(values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         return values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)  # pinned, or the copy would block
     return host.copy_(values, non_blocking=True)
 
 
 def fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
-    """The power of two beyond which this device makes hardly more views per second, has no memory, or takes long.
+    """Find the batch size beyond which the device gains little speed, runs out of memory, or takes too long.
 
-    A trial takes a few seconds at most, unless three times a single view takes longer.
+    The size is a power of two. The search takes a few seconds, or as long as three passes of a single view.
     """
     if teacher.device.type == "cuda":
         return _fastest_batch(teacher, sizes)
+    # on one core, as batches run on a CPU
     with single_threads(1) as core:
         return core.submit(_fastest_batch, teacher, sizes).result()
 
@@ -216,14 +227,14 @@ def _fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
 def _seconds(teacher: Teacher, sizes: Sequence[int], batch: int) -> float:
     began = time.perf_counter()
     for size in sizes:
-        teacher(torch.zeros((batch, size, size, 3), dtype=torch.uint8)).dense.sum().item()
+        teacher(torch.zeros((batch, size, size, 3), dtype=torch.uint8)).dense.sum().item()  # waits for the GPU
     return time.perf_counter() - began
 
 
 def cosine_to_fp32(teacher: Teacher, pixels: Tensor) -> dict[str, float]:
-    """The least cosine of each kind of token to the same teacher's in float32, view by view over [B, S, S, 3].
+    """Measure how near a teacher's tokens are to its own in float32, view by view over pixels [B, S, S, 3].
 
-    Returns: nothing, where there are no views, or no memory for one in float32.
+    Returns: kind of token to its lowest cosine; empty if there are no views, or no memory for one in float32.
     """
     exactly = replace(teacher, dtype=torch.float32)
     least: dict[str, float] = {}
@@ -233,6 +244,7 @@ def cosine_to_fp32(teacher: Teacher, pixels: Tensor) -> dict[str, float]:
             pairs = {SUMMARY: (exact.summary, fast.summary), DENSE: (exact.dense, fast.dense)}
             for kind, (a, b) in pairs.items():
                 if a is not None and b is not None:
+                    # NaN, as after an overflow, must not pass for agreement
                     cosines = torch.nn.functional.cosine_similarity(a, b, dim=-1).nan_to_num(nan=-1.0)
                     least[kind] = min(least.get(kind, 1.0), cosines.min().item())
     except Exception as error:

@@ -1,7 +1,7 @@
-"""Which pictures kill the process that decodes them: found by decoding a part's pictures in processes of their own.
+"""Search for pictures that kill the process that decodes them: child processes decode the pictures of a part.
 
-One pass finds all of them, however many there are: a child names each picture before it touches it, so that when it
-dies, or does not come to an end, the last named is the one; another child goes on behind it.
+One pass finds all of them. A child names each picture before it touches it, so if the child dies or hangs, the picture
+named last is the suspect; another child continues after it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from eupe.extract.plan import Sample
 from eupe.place import Place
 
 CHILD_BYTES = 8 * 2**30
-"""Address space of a child: a picture that takes more would kill the worker, or its neighbours."""
+"""Address space of a child: a picture that needs more would kill the worker, or other processes on the machine."""
 START_SECONDS = 300.0
-"""How long a child may take until it names its first picture: on a busy machine the imports alone take a while."""
+"""Time limit for a child's first message; on a busy machine the imports alone take a while."""
 ENDLESS = "its decoder does not come to an end"
 
 
 def find_killers(samples: Sequence[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]) -> dict[str, str]:
-    """Key to reason, of the pictures that no process survives; all others are only decoded.
+    """Find the pictures that no process survives; return key to reason.
 
-    A picture is accused when a child dies of it, and found guilty when another dies of it alone.
+    A picture is suspected when a child dies on it, and confirmed when a second child dies on it alone. A picture that
+    makes a child hang needs no second child.
 
-    Raises: RuntimeError if children die before they begin.
+    Raises: RuntimeError if a child ends, or hangs, before it names a picture.
     """
     if not samples:
         return {}
@@ -51,6 +52,7 @@ def find_killers(samples: Sequence[Sample], root: Place, views: ViewSpec, sizes:
 
 
 def _killers_of(samples: list[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]) -> dict[str, str]:
+    """Find the killers among some pictures with one child after another."""
     killers: dict[str, str] = {}
     while samples:
         named, reason = _run_child(samples, root, views, sizes)
@@ -60,7 +62,7 @@ def _killers_of(samples: list[Sample], root: Place, views: ViewSpec, sizes: Sequ
             raise RuntimeError(f"the process that looks for pictures that kill cannot start: {reason}")
         accused = samples[named]
         in_time = not reason.startswith(ENDLESS)
-        if in_time:
+        if in_time:  # the child may have been killed for another reason: try this picture alone
             _, reason = _run_child([accused], root, views, sizes)
         if reason is not None:
             killers[accused.key] = reason
@@ -71,7 +73,7 @@ def _killers_of(samples: list[Sample], root: Place, views: ViewSpec, sizes: Sequ
 def _run_child(
     samples: list[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]
 ) -> tuple[int | None, str | None]:
-    """The place of the last picture that the child named, and why it did not come to its end; None if it did."""
+    """Run a child; return the index of the picture that it named last, and why it failed (None if it did not)."""
     task = {
         "samples": [asdict(sample) for sample in samples],
         "root": str(root),
@@ -79,7 +81,7 @@ def _run_child(
         "sizes": list(sizes),
     }
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "eupe.extract.isolate"],  # -P: nothing comes from the working directory
+        [sys.executable, "-P", "-m", "eupe.extract.isolate"],  # -P: import nothing from the working directory
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as child:
@@ -87,7 +89,7 @@ def _run_child(
         try:
             child.stdin.write(json.dumps(task).encode())
             child.stdin.close()
-        except BrokenPipeError:
+        except BrokenPipeError:  # it is dead already; its exit code tells why
             pass
         named, in_time = _last_named(child.stdout)
         if not in_time:
@@ -103,10 +105,11 @@ def _run_child(
 
 
 def _last_named(output: IO[bytes]) -> tuple[int | None, bool]:
-    """The last number that a child wrote, and whether it went on writing until its end."""
+    """Return the last number that a child wrote, and whether it kept writing in time until it ended."""
     tail = b""
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
+        # until the first number the child is still starting, which must not count against a picture
         while selector.select(timeout=load.PICTURE_SECONDS if tail else START_SECONDS):
             block = os.read(output.fileno(), 65536)
             if not block:
@@ -125,16 +128,16 @@ def _how_it_died(code: int) -> str:
 
 
 def main() -> None:
-    """The child: decode what standard input names, saying which before each."""
+    """Run as the child: decode the pictures that standard input lists, and write each one's index before it."""
     resource.setrlimit(resource.RLIMIT_AS, (CHILD_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # children are expected to die: no core dumps
     task = json.loads(sys.stdin.buffer.read())
     views = ViewSpec.from_json(task["views"])
     for i, fields in enumerate(task["samples"]):
         inside = fields.pop("inside")
         sample = Sample(**fields, inside=None if inside is None else Inside(**inside))
-        os.write(1, f"{i}\n".encode())
-        with suppress(StorageError):  # which the worker meets, too, and which is no fault of the picture
+        os.write(1, f"{i}\n".encode())  # unbuffered: a buffer would be lost if the picture kills this process
+        with suppress(StorageError):  # not the picture's fault, and the worker will meet it, too
             load.load_sample(sample, Place.of(task["root"]), views, tuple(task["sizes"]))
 
 

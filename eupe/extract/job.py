@@ -1,4 +1,4 @@
-"""The extraction job: from what was asked for to finished stores."""
+"""The extraction job: from the options to finished stores."""
 
 from __future__ import annotations
 
@@ -48,44 +48,45 @@ OF_ONE_TEACHER = {"teacher", "out", "weights", "weights_key", "sizes"}
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What an extraction made."""
+    """The result of an extraction for one store."""
 
     store: str
     cached: bool
-    """Everything was there already."""
+    """True if the store was finished before."""
     num_samples: int
     num_views: int
     num_failed: int
+    """Samples without features."""
     failures: dict[str, int]
-    """How many failed for each kind of reason."""
+    """Kind of reason to number of failed samples."""
     num_not_finite: int
-    """Of them, how many because the teacher's features are not finite."""
+    """Failed samples whose features are not finite."""
     clipped_values: int
-    """Values beyond float16's range, stored as its largest."""
+    """Values beyond float16's range, stored as its largest value."""
     clipped_arrays: tuple[str, ...]
-    """Where they are."""
+    """Paths of the arrays with clipped values."""
     stored_bytes: int
     raw_bytes: int
-    """The same features as bare fp16."""
+    """Size of the same features as uncompressed fp16."""
     seconds: float
     views_per_s: float | None
-    """Since the teacher was loaded, of all stores of the pass; None for a cache hit."""
+    """Views per second of all stores of the pass, since the teachers were loaded; None for a cache hit."""
     forward: Mapping[str, Any]
-    """The batch size, and the cosine of its tokens to float32's, as they were measured when the store was made."""
+    """The batch size and the tokens' cosines to float32, as measured when the store was made."""
     num_found: int
     """Files of a folder, members of tars and rows of tables that were found now, pictures or not."""
     left_out: Mapping[str, int]
-    """How many of them are left out, by reason; the others are the samples asked for."""
+    """Reason to the number of these that are left out; the others are the requested samples."""
     notes: tuple[str, ...]
-    """What was taken of the corpus where there was a choice that was not made."""
+    """Notes on what was taken where the corpus offered a choice and the user made none."""
     normalised_by: str
-    """The file or table that says how pixels are normalised."""
+    """The file or table that defines how pixels are normalised."""
 
 
 def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lambda status: None) -> ExtractReport:
-    """Run a teacher once over a corpus and leave its features in a store.
+    """Run a teacher once over a corpus and write its features to a store.
 
-    Raises: an EupeError for whatever the user can mend; IncompleteError if parts are missing at the end.
+    Raises: an EupeError for anything that the user can fix; IncompleteError if parts are missing at the end.
     """
     return extract_together([config], on_status=on_status)[0]
 
@@ -93,10 +94,10 @@ def extract(config: ExtractConfig, *, on_status: Callable[[Status], None] = lamb
 def extract_together(
     configs: Sequence[ExtractConfig], *, on_status: Callable[[Status], None] = lambda status: None
 ) -> list[ExtractReport]:
-    """Run several teachers in one pass over the pictures, each of which is decoded once; a store for each.
+    """Run several teachers in one pass that decodes each picture once; fill a store for each teacher.
 
     Args:
-        configs: alike in all but `OF_ONE_TEACHER`.
+        configs: one for each teacher; equal in all options but `OF_ONE_TEACHER`.
     Raises: as `extract`.
     """
     began = time.monotonic()
@@ -123,7 +124,7 @@ def _filled(
     holder: Holder,
     on_status: Callable[[Status], None],
 ) -> tuple[list[Store], Corpus, Collection[int], float | None]:
-    """Return the finished stores, the pictures, which of the stores were not finished before, and how fast it went."""
+    """Return the finished stores, the corpus, the stores that were unfinished (by index), and views per second."""
 
     def told(status: Status) -> None:
         holder.require_held()
@@ -136,7 +137,7 @@ def _filled(
             require_empty(place)
         if store is None or not store.finished:
             holder.hold(place)
-            existing[i] = _opened(place)  # another may have been at work there just before
+            existing[i] = _opened(place)  # another process may have written until this one held the place
     require_cluster(configs[0].ray_address)
     indexes = [stored_index(store) if store is not None and has_index(store) else None for store in existing]
     previous = next((index for index in indexes if index is not None), None)
@@ -175,12 +176,12 @@ def _opened(place: Place) -> Store | None:
 def _finish(stores: Sequence[Store], unfinished: Collection[int]) -> list[Store]:
     """Finish every store that can be finished.
 
-    Raises: what the first of the others says.
+    Raises: the error of the first store that cannot.
     """
     finished, problems = [], []
     for i, store in enumerate(stores):
         if i not in unfinished:
-            remove_leftovers(store)  # of a driver that was killed when it had just finished the store
+            remove_leftovers(store)  # a driver may have been killed just after it finished the store
             finished.append(store)
             continue
         try:
@@ -193,7 +194,7 @@ def _finish(stores: Sequence[Store], unfinished: Collection[int]) -> list[Store]
 
 
 def _require_one_pass(configs: Sequence[ExtractConfig]) -> None:
-    """Raises: ConfigError unless all can take the same views of the same pictures."""
+    """Raise ConfigError unless all teachers can take the same views of the same pictures."""
     for config in configs[1:]:
         for field in fields(ExtractConfig):
             if field.name not in OF_ONE_TEACHER and getattr(config, field.name) != getattr(configs[0], field.name):
@@ -213,18 +214,22 @@ def _store_to_fill(
     holder: Holder,
     on_status: Callable[[Status], None],
 ) -> Store:
-    """The store of one of the teachers."""
+    """Open, extend or create the store of one teacher."""
     config = actors.configs[i]
     spec = wanted_spec(config, teacher, corpus, weights_sha256=actors.weights_sha256[i], dtype=actors.dtype_name)
     if config.out is None and (twin := find_store(STORES, spec, fidelity=config.fidelity)) is not None:
         place, existing = twin.path, twin
+    # a finished store of the same pictures is only read, and needs no hold
     if existing is None or not existing.finished or existing.spec.corpus["fingerprint"] != corpus.fingerprint:
         holder.hold(place)
     return _open_or_create(actors, i, place, spec, corpus, existing, on_status)
 
 
 def _as_stored(corpus: Corpus, stored: Corpus | None) -> Corpus:
-    """With the store's rows of pictures that could not be read when they were indexed: these may be anything."""
+    """Return the corpus without hashes for the pictures that could not be read when the store was indexed.
+
+    These pictures may be anything by now, and must not change the corpus's fingerprint.
+    """
     if stored is None or not stored.samples["sha256"].null_count:
         return corpus
     unreadable = stored.samples.filter(pc.is_null(stored.samples["sha256"]))["key"].combine_chunks()
@@ -234,9 +239,9 @@ def _as_stored(corpus: Corpus, stored: Corpus | None) -> Corpus:
 
 
 def _common_index(stores: Sequence[Store]) -> pa.Table:
-    """Of all samples, in the order of the stores' parts.
+    """Return the index of all samples, in the order of the stores' parts.
 
-    Raises: ConfigError if the stores have them in different orders.
+    Raises: ConfigError if the stores have the samples in different orders.
     """
     indexes = [stored_index(store).samples for store in stores]
     for store, index in zip(stores[1:], indexes[1:], strict=True):
@@ -249,21 +254,21 @@ def _common_index(stores: Sequence[Store]) -> pa.Table:
 
 
 def with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
-    """Workers have working directories of their own."""
+    """Return the config with absolute paths, because workers have working directories of their own."""
     weights = None if config.weights is None else config.weights.absolute()
     out = None if config.out is None else Place.of(config.out)
     return replace(config, corpus=Place.of(config.corpus), out=out, weights=weights)
 
 
 def place_of_store(config: ExtractConfig) -> Place:
-    """As given, or in the directory of stores under the teacher's name."""
+    """Return the place of the store: as given, or under the teacher's name in the directory of stores."""
     return Place.of(config.out or STORES / f"{teacher_name(config.teacher)}.zarr")
 
 
 def wanted_spec(
     config: ExtractConfig, teacher: TeacherSpec, corpus: Corpus, *, weights_sha256: str, dtype: str
 ) -> StoreSpec:
-    """Of the store that was asked for; see `store_spec`."""
+    """Return the spec of the requested store; see `store_spec`."""
     return store_spec(
         teacher,
         corpus,
@@ -279,7 +284,7 @@ def wanted_spec(
 
 
 def picked(config: ExtractConfig, corpus: Corpus) -> Corpus:
-    """The pictures that were asked for, in their order.
+    """Return the requested pictures, in the requested order.
 
     Raises: CorpusError if there are none.
     """
@@ -288,12 +293,12 @@ def picked(config: ExtractConfig, corpus: Corpus) -> Corpus:
 
 
 def teacher_name(words: str) -> str:
-    """What a store of a teacher is called where no name is given."""
+    """Return the default name of a teacher's store."""
     return Path(words).name.replace(":", "-")
 
 
 def checked_teachers(configs: Sequence[ExtractConfig]) -> list[TeacherSpec]:
-    """Return the cards of teachers that are to share a pass; see `checked`.
+    """Return the specs of teachers that are to share a pass, after all checks; see `checked`.
 
     Raises: ConfigError, TeacherError.
     """
@@ -305,14 +310,14 @@ def checked_teachers(configs: Sequence[ExtractConfig]) -> list[TeacherSpec]:
 
 
 def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:
-    """The teacher's card, with everything that can be wrong about the options said before the pictures are touched.
+    """Return the teacher's spec after checking all options, before any picture is touched.
 
     Raises: ConfigError, TeacherError.
     """
     _, _, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
     parse_precision(config.precision, kept)
     require_counts(config)
-    if config.ray_address is None:
+    if config.ray_address is None:  # on a cluster, the workers' machines decide
         compute_dtype(config.dtype, pick_device())
     if config.weights is not None:
         require_weights(teacher, config.weights)
@@ -336,12 +341,12 @@ def _open_or_create(
     existing: Store | None,
     on_status: Callable[[Status], None],
 ) -> Store:
-    """The store to fill: new, as it was left, or extended by what came to the corpus."""
+    """Return the store to fill: new, as it was left, or extended by the pictures that the corpus gained."""
     if existing is not None and has_index(existing):
         require_same_choice(existing, corpus)
     fidelity = actors.configs[i].fidelity
     if existing is not None and fidelity is not None and existing.spec.fidelity.get("asked") == fidelity:
-        spec = replace(spec, precision=existing.spec.precision)
+        spec = replace(spec, precision=existing.spec.precision)  # measured for the same fidelity before
     elif existing is None and (fidelity is not None or set(spec.precision.values()) != {FP16}):
         on_status(Status("measuring precision", 0, 0))
         spec = settle(spec, actors.measure(i, spec), fidelity)
@@ -350,13 +355,14 @@ def _open_or_create(
     if existing is None:
         on_status(Status("trying the teacher", 0, 0))
         spec = replace(spec, forward=actors.try_forward(i, spec))
+    # of an existing store this checks the spec, and completes what a killed maker left out
     store = create_store(place, spec)
     store.path.create(segment_name(0), index_bytes(corpus))
     return store
 
 
 def require_same_choice(store: Store, corpus: Corpus) -> None:
-    """Raises: ConfigError if the store's pictures and labels were chosen otherwise than is asked for now."""
+    """Raise ConfigError if the store's pictures and labels were chosen by other options than those given now."""
     stored = stored_index(store)
     if stored.choice != corpus.choice:
         now = corpus.choice.words() or "no such option"
@@ -367,14 +373,14 @@ def require_same_choice(store: Store, corpus: Corpus) -> None:
 
 
 def has_index(store: Store) -> bool:
-    """Not so where its maker was killed before any part was begun."""
+    """Return whether the store has its index; False if its maker was killed before any part began."""
     return store.path.exists(segment_name(0))
 
 
 def stored_index(store: Store) -> Corpus:
-    """The index of all samples that a store was made for, in the order of its parts.
+    """Return the index of all samples that a store was made for, in the order of its parts.
 
-    Raises: CorpusError if it is damaged; StorageError.
+    Raises: CorpusError if the index is damaged; StorageError.
     """
     try:
         names = [segment_name(i) for i in range(len(store.spec.corpus["segments"]))]
@@ -387,7 +393,10 @@ def stored_index(store: Store) -> Corpus:
 
 
 def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
-    """Raises: SpecMismatchError; StoreError naming the pictures that are gone or have changed."""
+    """Extend a store by the pictures that the corpus gained.
+
+    Raises: SpecMismatchError; StoreError naming pictures that are gone or have changed.
+    """
     require_same_spec(store, replace(spec, corpus=store.spec.corpus))
     stored = stored_index(store).samples
     old = dict(zip(stored["key"].to_pylist(), stored["sha256"].to_pylist(), strict=True))
@@ -404,6 +413,7 @@ def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
         )
     new_samples = corpus.samples.filter(pc.is_in(corpus.samples["key"], pa.array(sorted(gained))))
     added = replace(corpus, samples=new_samples)
+    # the index first: once `extend_store` has written the spec, the store counts on the new segment's index
     store.path.write(segment_name(len(store.spec.corpus["segments"])), index_bytes(added))
     return extend_store(store, fingerprint=corpus.fingerprint, num_new=len(added))
 

@@ -1,4 +1,7 @@
-"""From a sample to its rendered views; needs no torch, so that a process that only decodes starts at once."""
+"""Loading of samples: reads, decodes and renders them.
+
+This module does not import torch, so that a process that only decodes starts quickly.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ from eupe.store.writer import Row
 
 MAX_DECODE_THREADS = 8
 PICTURE_SECONDS = 300.0
-"""A picture that takes longer, its reading included, never comes to an end."""
+"""Time limit of one picture, reading included; one that takes longer counts as endless."""
 
 
 class StuckError(RuntimeError):
-    """A picture whose decoder does not come to an end; the process that runs it must be given up."""
+    """A picture whose decoder does not end; the process that decodes it must be given up."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -37,21 +40,21 @@ class StuckError(RuntimeError):
 
 @dataclass(frozen=True)
 class LoadedSample:
-    """All views of one picture, rendered; none of them if it has an error."""
+    """All views of one picture, rendered; none if it has an error."""
 
     row: Row
     boxes: NDArray[np.int32]
     flips: NDArray[np.bool_]
     photometric: NDArray[np.float32]
-    """[K, 8]; NaN if it has an error."""
+    """[K, 8]; NaN if the picture has an error."""
     views: Mapping[int, Sequence[NDArray[np.uint8]]] = field(default_factory=dict)
     """Size to K views of [size, size, 3]."""
     digests: Mapping[int, NDArray[np.uint64]] = field(default_factory=dict)
-    """Of the views, [K], at the sizes that stores are known by."""
+    """Size to the digests of the views, [K]; a store keeps those at its first size."""
 
 
 def failed_sample(sample: Sample, spec: ViewSpec, error: str) -> LoadedSample:
-    """Without views, for a reason."""
+    """Return a sample without views, with the reason in its row."""
     k = spec.num_views
     row = Row(sample.key, sample.sha256, sample.label, error=error)
     photometric = np.full((k, len(Photometric._fields)), np.nan, np.float32)
@@ -64,8 +67,8 @@ def load_sample(
     """Read, check, decode and render one picture; whatever is wrong with it becomes its row's error.
 
     Args:
-        digested: sizes whose views are digested as well.
-    Raises: StorageError if an object store does not serve it, which is no fault of the picture.
+        digested: sizes whose views also get a digest.
+    Raises: StorageError if the storage does not serve it, which is not the picture's fault.
     """
     try:
         data = read_picture(root, sample.key, sample.inside)
@@ -83,30 +86,32 @@ def load_sample(
 
 
 class Loader:
-    """Decodes and renders ahead of its use, by a pool of threads that parts take turns with."""
+    """A pool of threads that decodes and renders samples ahead of their use; all parts share it."""
 
     def __init__(self, root: Place, views: ViewSpec, specs: Sequence[StoreSpec], *, ahead: int, cores: int) -> None:
-        """
+        """Set up the pool for some stores.
+
         Args:
-            specs: of the stores that the samples are for, all of the same views.
-            ahead: how many samples may be ready before they are used.
-            cores: to decode on.
+            specs: specs of the stores that need the samples, all with the same views.
+            ahead: number of samples that may be ready before they are used.
+            cores: number of cores to decode on.
         """
         self._views = views
         sizes = {size for spec in specs for size in spec.sizes}
         digested = {spec.sizes[0] for spec in specs}
         self._load = partial(load_sample, root=root, spec=views, sizes=sizes, digested=digested)
         self._ahead = ahead
+        # `threads` gives more for an object store, where each read waits for the network
         self._pool = ThreadPoolExecutor(root.threads(min(MAX_DECODE_THREADS, cores)))
 
     def load(
         self, samples: Sequence[Sample], *, killers: Mapping[str, str] | None = None, one_by_one: bool = False
     ) -> Iterator[LoadedSample]:
-        """Samples in order; the first of them are begun at once.
+        """Start to decode the first samples at once; return an iterator over all of them, in order.
 
         Args:
-            killers: key to reason, of pictures that must not be decoded here.
-            one_by_one: no two pictures in memory, for those that together are too large.
+            killers: pictures that must not be decoded here, key to reason.
+            one_by_one: hold one picture in memory at a time, for pictures that together are too large.
         Raises (while iterating): StorageError; StuckError.
         """
         load = self._load if not killers else partial(self._load_others, killers)
@@ -114,14 +119,16 @@ class Loader:
         return _watched(samples, loaded)
 
     def _load_others(self, killers: Mapping[str, str], sample: Sample) -> LoadedSample:
+        """Load a sample, or fail it unread if it is one of the killers."""
         if sample.key in killers:
             return failed_sample(sample, self._views, killers[sample.key])
         return self._load(sample)
 
 
 def _watched(samples: Iterable[Sample], loaded: Iterator[LoadedSample]) -> Iterator[LoadedSample]:
+    """Yield the loaded samples; raise StuckError with the key of the one that takes too long."""
     for sample in samples:
         try:
             yield next(loaded)
-        except TimeoutError:
+        except TimeoutError:  # the thread that decodes cannot be stopped, so the whole process must go
             raise StuckError(sample.key) from None

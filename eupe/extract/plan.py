@@ -1,4 +1,4 @@
-"""What there is to do: pure functions of the teacher, the corpus and the parts already committed."""
+"""Planning of the work: pure functions of the teacher, the corpus and the parts already committed."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Sample:
     sha256: str | None
     label: str | None
     inside: Inside | None = None
-    """Where its bytes are, if it is no file of its own."""
+    """Location of its bytes in a tar or table; None for a picture that is a file of its own."""
 
 
 @dataclass(frozen=True)
 class PartTask:
-    """One part: the unit of work, of commit and of repair."""
+    """One part: the unit of work, commit and repair."""
 
     index: int
     samples: tuple[Sample, ...]
     start: int = 0
-    """Place of the first of them in the store's index."""
+    """Row of the first sample in the store's index."""
 
     @property
     def stop(self) -> int:
@@ -62,11 +62,11 @@ class Stretch:
     """Consecutive samples and the parts of one or more stores that need them: each picture is decoded once."""
 
     tasks: tuple[tuple[int, PartTask], ...]
-    """Place of the store among those of the job, and one of its parts; in the order in which they begin."""
+    """Pairs of a store's index in the job and one of its parts, in the order in which the parts begin."""
 
     @property
     def samples(self) -> tuple[tuple[int, Sample], ...]:
-        """Places in the index, and samples; each once, in order."""
+        """Return each sample once, with its row in the index, in order."""
         placed: dict[int, Sample] = {}
         for _, task in self.tasks:
             placed.update(zip(range(task.start, task.stop), task.samples, strict=True))
@@ -74,12 +74,12 @@ class Stretch:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of the libraries that a feature may depend on, on this machine."""
+    """Return the versions on this machine of the libraries that a feature may depend on."""
     return {name: _version(name) for name in RECORDED_LIBRARIES}
 
 
 _version = cache(version)
-"""Which is looked up on disk, and asked for with every part."""
+"""Cached `version`, which searches the disk and is called for every part."""
 
 
 def store_spec(
@@ -95,14 +95,14 @@ def store_spec(
     grid: int | None = None,
     pixels: bool = False,
 ) -> StoreSpec:
-    """What a store of this teacher over this corpus is to hold.
+    """Return the spec of a store of this teacher over this corpus.
 
     Args:
-        sizes: empty for the teacher's native size.
-        tokens: a teacher without a summary leaves that out.
+        sizes: sides in pixels; empty for the teacher's native size.
+        tokens: kinds of token; summary is dropped for a teacher without one.
         precision: as `--precision` takes it.
         pixels: keep the views themselves as well.
-        grid: cells along one side to which dense maps are pooled; the teacher's own where not given.
+        grid: cells along one side to which dense maps are pooled; None for the teacher's own grid.
     Raises: TeacherError for a size that the patch does not divide; ConfigError if nothing is left to store, or for a
         grid to which a map cannot be pooled.
     """
@@ -133,9 +133,9 @@ def store_spec(
 def shape_of(
     teacher: TeacherSpec, *, sizes: tuple[int, ...], tokens: tuple[str, ...], grid: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
-    """Sizes, the grids stored at them, and kinds of token; the arguments are those of `store_spec`.
+    """Return the sizes, the grids stored at them, and the kinds of token; the arguments are those of `store_spec`.
 
-    Raises: as `store_spec`, and ConfigError for a kind of token that there is not.
+    Raises: as `store_spec`; ConfigError for an unknown kind of token.
     """
     sizes = sizes or (teacher.native_size,)
     grids = tuple(_pooled_grid(teacher, size, grid) for size in sizes)
@@ -148,7 +148,7 @@ def shape_of(
 
 
 def require_common_sizes(teachers: Sequence[TeacherSpec], sizes: Sequence[int]) -> None:
-    """Raises: ConfigError for a size that not every one of several teachers takes, though one for all is asked for."""
+    """Raise ConfigError for a common size that not all of the teachers can take."""
     patches = {teacher.name: teacher.patch for teacher in teachers}
     common = math.lcm(*patches.values())
     for size in sizes:
@@ -163,9 +163,9 @@ def require_common_sizes(teachers: Sequence[TeacherSpec], sizes: Sequence[int]) 
 
 
 def _pooled_grid(teacher: TeacherSpec, size: int, grid: int | None) -> int:
-    """Cells along one side of the stored map.
+    """Return the number of cells along one side of the stored map.
 
-    Raises: ConfigError if the teacher's map is not a whole number of cells for each stored one.
+    Raises: ConfigError if the grid does not divide the teacher's own.
     """
     own = teacher.grid(size)
     if grid is None:
@@ -179,10 +179,10 @@ def _pooled_grid(teacher: TeacherSpec, size: int, grid: int | None) -> int:
 
 
 def plan_parts(spec: StoreSpec, samples: pa.Table, done: Iterable[int]) -> list[PartTask]:
-    """The parts still to be made, in order.
+    """Return the parts still to be made, in order.
 
     Args:
-        samples: the store's index, its segments one after the other.
+        samples: the store's index, with its segments one after the other.
         done: parts whose commit file exists.
     """
     finished = set(done)
@@ -190,20 +190,20 @@ def plan_parts(spec: StoreSpec, samples: pa.Table, done: Iterable[int]) -> list[
 
 
 def part_task(spec: StoreSpec, samples: pa.Table, part: int) -> PartTask:
-    """One part of a store; the arguments are those of `plan_parts`."""
+    """Return the task of one part of a store; the arguments are those of `plan_parts`."""
     rows = spec.part_samples(part)
     return PartTask(part, tuple(samples_of(samples.slice(rows.start, rows.stop - rows.start))), rows.start)
 
 
 def plan_stretches(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence[Iterable[int]]) -> Iterator[Stretch]:
-    """What is still to be made of several stores of the same samples, in order: parts that share some go together.
+    """Yield the missing parts of several stores of the same samples, in order; parts that share samples go together.
 
-    Where stores were extended at different times their parts overlap like shingles; then a stretch ends all the same
-    when it is as long as the largest part, and a few samples are in two.
+    If stores were extended at different times, their parts overlap like shingles. A stretch then ends once it is as
+    long as the largest part, and a few samples are in two stretches.
 
     Args:
-        samples: the index of all of them.
-        done: of each store, the parts whose commit file exists.
+        samples: the index of all samples.
+        done: for each store, the parts whose commit file exists.
     """
     missing = [
         (spec.part_samples(part), store, part)
@@ -216,6 +216,7 @@ def plan_stretches(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence
     group: list[tuple[int, int]] = []
     start = end = 0
     for rows, store, part in missing:
+        # `end`: no overlap; `start + longest`: overlaps must not chain all parts into one stretch
         if group and rows.start >= min(end, start + longest):
             yield _stretch(specs, samples, group)
             group = []
@@ -232,6 +233,6 @@ def _stretch(specs: Sequence[StoreSpec], samples: pa.Table, parts: Sequence[tupl
 
 
 def samples_of(rows: pa.Table) -> list[Sample]:
-    """From rows of an index."""
+    """Return the samples in rows of an index."""
     columns = (rows[name].to_pylist() for name in ("key", "sha256", "label"))
     return [Sample(*fields) for fields in zip(*columns, insides(rows), strict=True)]

@@ -1,4 +1,4 @@
-"""How a process that makes features uses its cores and memory."""
+"""Settings for cores and memory of a process that computes features."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import ctypes
 from threadpoolctl import ThreadpoolController
 
 M_ARENA_MAX = -8
-"""Of glibc's malloc.h."""
+"""Option of `mallopt`, from glibc's malloc.h."""
 
 
 def prepare_process() -> None:
-    """To be called before the threads that decode, compute and compress are started."""
+    """Limit BLAS threads and memory arenas; call this before the threads that decode, compute and compress start."""
     limit_blas()
     share_arena()
 
 
 def limit_blas() -> None:
-    """Let NumPy multiply in the thread that asks.
+    """Let NumPy multiply matrices in the calling thread alone.
 
-    The writer's threads each count what they compress; OpenBLAS would start as many again for each, which wait for one
-    another in busy loops.
+    Each of the writer's threads takes statistics of what it compresses. For each of them OpenBLAS would start as many
+    threads again, which wait for one another in busy loops (docs/decisions/0004).
     """
     ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1)
 
 
 def share_arena() -> None:
-    """Let all threads allocate from one arena, where the C library is glibc.
+    """Let all threads allocate from one arena if the C library is glibc.
 
-    With one for each thread, what one frees is not used by another: DINOv2-S held 1.7 parts more on two cores.
+    With an arena for each thread, memory that one frees is not used by another: on two cores, DINOv2-S held 1.7 parts
+    more in memory.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_ARENA_MAX, 1)

@@ -1,4 +1,4 @@
-"""What a store says of how it was made, turned back into what it takes to make it again."""
+"""The teacher, weights and pictures that a store was made with, recovered from what the store records."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from eupe.teachers.weights import own_weights
 
 
 def stored_teacher(store: Store, given: str | None, weights: Path | None = None) -> TeacherSpec:
-    """The card of the teacher that made a store.
+    """Return the spec of the teacher that made a store.
 
     Args:
-        given: the teacher's name or place now; None for the one noted in the store.
-        weights: local ones, beside which more may be said of a teacher that is given.
-    Raises: TeacherError if it was in a folder that is gone.
+        given: the teacher's current name or folder; None for the one recorded in the store.
+        weights: local weights; a teacher that is given gets mean and std from their own files.
+    Raises: TeacherError if the teacher was in a folder that is gone.
     """
     card = TeacherSpec.from_json(store.spec.teacher) if given is None else resolve_teacher(given, weights)
     place = card.place
@@ -40,9 +40,9 @@ def stored_teacher(store: Store, given: str | None, weights: Path | None = None)
 
 
 def weights_file(teacher: TeacherSpec, given: Path | None) -> Path | None:
-    """The local weights of a teacher; None where its library fetches them.
+    """Return the local weights of a teacher; None if its library fetches them.
 
-    Raises: TeacherError if they do not exist.
+    Raises: TeacherError if the weights do not exist.
     """
     weights = own_weights(teacher) if given is None else given.absolute()
     if weights is not None and not weights.exists():
@@ -51,7 +51,7 @@ def weights_file(teacher: TeacherSpec, given: Path | None) -> Path | None:
 
 
 def require_same_teacher(store: Store, teacher: TeacherSpec, weights_sha256: str) -> None:
-    """Raises: TeacherError for other weights than the store was made with; SpecMismatchError for another teacher."""
+    """Raise TeacherError for other weights than the store was made with, SpecMismatchError for another teacher."""
     stored = store.spec.teacher
     beside = {"architecture": teacher.architecture, "weights_sha256": weights_sha256, "dtype": stored["dtype"]}
     asked = replace(store.spec, teacher={**teacher.to_json(), **beside})
@@ -70,7 +70,7 @@ def require_same_teacher(store: Store, teacher: TeacherSpec, weights_sha256: str
 
 
 def require_arithmetic(store: Store) -> None:
-    """Raises: ConfigError if this machine cannot compute as the store was."""
+    """Raise ConfigError if this machine cannot compute in the dtype that the store was computed in."""
     dtype = store.spec.teacher["dtype"]
     try:
         compute_dtype(dtype, pick_device())
@@ -81,10 +81,10 @@ def require_arithmetic(store: Store) -> None:
 
 
 def stored_pictures(store: Store, given: Where | None) -> Place:
-    """The folder of the pictures.
+    """Return the folder of the pictures.
 
     Args:
-        given: what the corpus is called now; None for the place noted in the store.
+        given: the corpus's current place; None for the one recorded in the store.
     Raises: CorpusError if there is no such folder.
     """
     root = store.corpus_root() if given is None else corpus_root(given)
@@ -94,7 +94,7 @@ def stored_pictures(store: Store, given: Where | None) -> Place:
 
 
 def require_unchanged(root: Place, samples: Iterable[Sample]) -> None:
-    """Raises: CorpusError naming pictures that are gone or have changed since they were indexed."""
+    """Raise CorpusError, naming the pictures, if some are gone or have changed since they were indexed."""
     with ThreadPoolExecutor() as pool:
         changed = [key for key in pool.map(lambda sample: _changed(root, sample), samples) if key is not None]
     if changed:
@@ -105,8 +105,8 @@ def require_unchanged(root: Place, samples: Iterable[Sample]) -> None:
 
 
 def _changed(root: Place, sample: Sample) -> str | None:
-    """Its key, if the picture is not the one that was indexed; one that could not be read then may be anything."""
-    if sample.sha256 is None:
+    """Return the picture's key if it is not the one that was indexed, otherwise None."""
+    if sample.sha256 is None:  # it could not be read when it was indexed, and may be anything now
         return None
     try:
         data = read_picture(root, sample.key, sample.inside)

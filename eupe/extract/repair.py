@@ -1,7 +1,7 @@
-"""Making anew what `eupe store verify` names, and nothing else.
+"""Repair of a store: makes again what `eupe store verify` reports, and nothing else.
 
-Metadata and statistics follow from what else the store holds; parts take the teacher, the weights and the pictures that
-the store was made with, and the index takes the pictures.
+Metadata and statistics are rebuilt from the rest of the store. Parts need the teacher, the weights and the pictures
+that the store was made with; the index needs the pictures.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ OnStatus = Callable[[Status], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig:
-    """One repair, as asked for on the command line; all that decides the content is in the store."""
+    """The options of one repair, as on the command line; everything that decides the content is in the store."""
 
     store: Where
     corpus: Where | None = None
-    """The folder of the pictures now; the one noted in the store where not given."""
+    """Current folder of the pictures; by default the one recorded in the store."""
     weights: Path | None = None
-    """Local weights in place of the hub's; the same file that the store was made with."""
+    """Local weights in place of the hub's; must be the file that the store was made with."""
     weights_key: str | None = None
-    """Where among others in the weights file the teacher's tensors are; found by itself if only one place fits."""
+    """Key of the teacher's tensors among others in the weights file; found automatically if only one fits."""
     teacher: str | None = None
-    """The teacher's name or place now; the one noted in the store where not given."""
+    """Current name or folder of the teacher; by default the one recorded in the store."""
     batch_size: int | None = None
-    """As when the store was made where not given."""
+    """Views per forward pass; by default as when the store was made."""
     workers: int | None = None
     gpus_per_worker: float | None = None
     ray_address: str | None = None
@@ -67,22 +67,22 @@ class RepairConfig:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What was made anew."""
+    """The result of a repair."""
 
     store: str
     parts: tuple[int, ...]
-    """Extracted again."""
+    """Parts that were extracted again."""
     documents: tuple[str, ...]
-    """Metadata and segments of the index."""
+    """Names of the metadata documents and index segments that were written again."""
     statistics: bool
-    """Whether they were taken again."""
+    """True if the statistics were taken again."""
     num_bytes: int
-    """Of arrays, proven at the end."""
+    """Bytes of arrays that were verified at the end."""
     seconds: float
 
 
 class Crew(Protocol):
-    """Who extracts parts of one teacher."""
+    """The workers that extract parts with one teacher."""
 
     @property
     def weights_sha256(self) -> str: ...
@@ -93,7 +93,7 @@ class Crew(Protocol):
 
 
 class RayCrew:
-    """The actors of a job with one teacher."""
+    """The Ray actors of a job with one teacher."""
 
     def __init__(self, config: ExtractConfig, teacher: TeacherSpec, corpus: Corpus) -> None:
         self._actors = JobActors([config], [teacher], corpus)
@@ -121,12 +121,12 @@ OpenCrew = Callable[[ExtractConfig, TeacherSpec, Corpus], AbstractContextManager
 def repair(
     config: RepairConfig, *, open_crew: OpenCrew = RayCrew, on_status: OnStatus = lambda status: None
 ) -> RepairReport:
-    """Bring a store to what it would be, had nothing happened to it.
+    """Restore a store to the state that it would have without the damage.
 
-    No teacher is loaded unless a part must be extracted. Until everything that this takes is at hand, no part is
-    given up.
+    A teacher is loaded only if a part must be extracted. No part is deleted until everything that is needed to make it
+    again is available.
 
-    Raises: an EupeError for whatever the user can mend; IncompleteError if there is still damage at the end.
+    Raises: an EupeError for anything that the user can fix; IncompleteError if there is still damage at the end.
     """
     place = Place.of(config.store)
     open_store(place)
@@ -136,17 +136,19 @@ def repair(
 
 
 def _repaired(config: RepairConfig, place: Place, open_crew: OpenCrew, on_status: OnStatus) -> RepairReport:
-    """See `repair`; the store is held."""
+    """Repair a store that this process holds; see `repair`."""
     began = time.monotonic()
     found = _verified(place, "verifying", on_status)
     documents = _restore_metadata(open_store(place), found)
     if segments := _restore_index(open_store(place), found, config.corpus, on_status):
+        # the commit files can be checked against the index only now
         found = _verified(place, "verifying", on_status)
     store = open_store(place)
     parts = sorted({*found.missing, *found.damaged_parts})
     statistics = any(damage.part is None and damage.what.startswith(STATS) for damage in found.damages)
     if parts:
         changed = _extract_again(config, store, parts, found.damaged_parts, open_crew, on_status)
+        # in other batches the last bits may differ, and the statistics are of what is stored
         statistics |= any(part < _covered(store) for part in changed)
     _remove_damaged_moments(place, found.damages)
     if statistics:
@@ -168,7 +170,7 @@ def _verified(place: Place, stage: str, on_status: OnStatus) -> VerifyReport:
 
 
 def _restore_metadata(store: Store, found: VerifyReport) -> list[str]:
-    """Names of the documents that were written again from the specification."""
+    """Write damaged metadata again from the specification; return the names of the documents."""
     documents = metadata_documents(store.spec)
     names = [damage.what for damage in found.damages if damage.part is None and damage.what in documents]
     for name in names:
@@ -177,7 +179,7 @@ def _restore_metadata(store: Store, found: VerifyReport) -> list[str]:
 
 
 def _restore_index(store: Store, found: VerifyReport, corpus: Where | None, on_status: OnStatus) -> list[str]:
-    """Names of the segments that were made again from the pictures.
+    """Make damaged segments of the index again from the pictures; return their names.
 
     Raises: CorpusError if the pictures are not those that were indexed.
     """
@@ -208,16 +210,19 @@ def _restore_index(store: Store, found: VerifyReport, corpus: Where | None, on_s
 
 
 def _choice(store: Store, bad: Sequence[int]) -> Choice:
-    """What was chosen when the store was made, as far as a whole segment tells."""
+    """Return the choice that the store was made with, from an undamaged segment; the default if there is none."""
     whole = [segment for segment in range(len(store.spec.corpus["segments"])) if segment not in bad]
     names = [segment_name(segment) for segment in whole[:1]]
     return next((index_from_bytes(store.path.read(name), name).choice for name in names), AS_FOUND)
 
 
 def _segments(store: Store, bad: Sequence[int], pictures: pa.Table) -> list[pa.Table]:
-    """The index, segment by segment: as stored, or of the pictures that its parts name, or of those that are left.
+    """Return the segments of the index.
 
-    Raises: CorpusError.
+    An undamaged segment is read. A damaged one lists the pictures that its parts name or, if their commit files are
+    damaged, too, the pictures that are in no other segment.
+
+    Raises: CorpusError if two segments and their commit files are damaged, or the fingerprint differs from the store's.
     """
     counts = store.spec.corpus["segments"]
     keys = [_keys_of_parts(store, segment) if segment in bad else None for segment in range(len(counts))]
@@ -228,7 +233,7 @@ def _segments(store: Store, bad: Sequence[int], pictures: pa.Table) -> list[pa.T
     }
     segments |= {segment: _listed(pictures, names) for segment, names in enumerate(keys) if names is not None}
     unknown = [segment for segment in bad if segment not in segments]
-    if len(unknown) > 1:
+    if len(unknown) > 1:  # nothing tells which of the remaining pictures belong to which segment
         raise CorpusError(f"{len(unknown)} segments of the index and commit files of their parts are damaged")
     if unknown:
         taken = [key for segment in segments.values() for key in segment["key"].to_pylist()]
@@ -250,7 +255,7 @@ def _listed(pictures: pa.Table, keys: Iterable[str]) -> pa.Table:
 
 
 def _keys_of_parts(store: Store, segment: int) -> list[str] | None:
-    """Of a segment's pictures, by the commit files of its parts; None if one of them cannot tell."""
+    """Return the keys of a segment's pictures from the commit files of its parts; None if one of them is damaged."""
     ends = [0, *store.spec.segment_ends]
     keys: list[str] = []
     for part in range(ends[segment], ends[segment + 1]):
@@ -269,9 +274,9 @@ def _extract_again(
     open_crew: OpenCrew,
     on_status: OnStatus,
 ) -> list[int]:
-    """Parts that may have other features than before.
+    """Extract parts again; return those whose features may differ from before.
 
-    Raises: an EupeError, before any part is given up, if something that it takes is not at hand.
+    Raises: an EupeError, before any part is deleted, if something that is needed is not available.
     """
     teacher = stored_teacher(store, config.teacher, config.weights)
     pictures = stored_pictures(store, config.corpus)
@@ -286,7 +291,7 @@ def _extract_again(
     with open_crew(extraction, teacher, Corpus(pictures, samples)) as crew:
         require_same_teacher(store, teacher, crew.weights_sha256)
         crew.prepare(store)
-        for part in damaged:
+        for part in damaged:  # only now: teacher, weights and pictures have all been checked
             store.path.delete(f"parts/{part_name(part)}")
         crew.run_parts(store, on_status)
     return [part for part in parts if before[part] is None or before[part] != _features_recorded(store, part)]
@@ -312,7 +317,7 @@ def _extraction(config: RepairConfig, store: Store, teacher: TeacherSpec, pictur
 
 
 def _features_recorded(store: Store, part: int) -> dict[str, str] | None:
-    """Checksums of a part's feature objects by its commit file; None if that cannot tell."""
+    """Return the checksums of a part's feature objects from its commit file; None if that is damaged."""
     try:
         objects = read_part_metadata(store.path, part)["objects"]
     except EupeError:
@@ -322,7 +327,7 @@ def _features_recorded(store: Store, part: int) -> dict[str, str] | None:
 
 
 def _covered(store: Store) -> int:
-    """How many parts the statistics are of; none if they are damaged, and taken again anyway."""
+    """Return the number of parts in the statistics; 0 if these are damaged, because they are taken again anyway."""
     try:
         return store.totals.get("num_parts", 0)
     except PartCorruptError:
@@ -330,7 +335,7 @@ def _covered(store: Store) -> int:
 
 
 def _remove_damaged_moments(place: Place, damages: Iterable[PartDamage]) -> None:
-    """What is lacking of them is taken from the features."""
+    """Delete damaged moments; `finish_store` then computes them from the features."""
     for damage in damages:
         if damage.part is not None and damage.what == f"parts/{moments_name(damage.part)}":
             place.delete(damage.what)

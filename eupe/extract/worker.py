@@ -1,6 +1,6 @@
-"""Parts from pictures to committed features: plain Python, no Ray.
+"""Worker of a job: makes parts, from pictures to committed features, in plain Python without Ray.
 
-A pool of threads decodes and renders ahead of the teachers, at most two batches; the features of a part stay in memory
+A pool of threads decodes and renders at most two batches ahead of the teachers. The features of a part stay in memory
 until they are written.
 """
 
@@ -32,7 +32,7 @@ from eupe.teachers.teacher import Teacher
 
 
 class Computer:
-    """A teacher and the pictures to read: a part's content, without a store to write to."""
+    """A teacher and its source of pictures: computes the content of parts, and writes nothing."""
 
     def __init__(
         self,
@@ -44,9 +44,10 @@ class Computer:
         batch_size: int,
         cores: int | None = None,
     ) -> None:
-        """
+        """Set up the forward pass of a teacher for a store.
+
         Args:
-            cores: to decode and compute on; all that this process may use where not given.
+            cores: number of cores to decode and compute on; by default all that this process may use.
         """
         self.cores = cores or num_cores()
         self.spec = spec
@@ -61,26 +62,26 @@ class Computer:
 
     @property
     def samples_ahead(self) -> int:
-        """How many make two batches."""
+        """Return the number of samples in two batches."""
         return max(2, 2 * self._batch_size // self.spec.num_views)
 
     def compute(self, task: PartTask) -> Part:
-        """Everything of a part but the writing; a pure function of the spec, the corpus and the part's number."""
+        """Compute a part without writing it: a pure function of the spec, the corpus and the part's number."""
         making = PartInMaking(self, task)
         for sample in self.load_ahead(task.samples):
             making.add(sample)
         return making.finish()
 
     def load_ahead(self, samples: Sequence[Sample]) -> Iterator[LoadedSample]:
-        """Rendered samples in order, decoded by a pool that runs two batches ahead at most."""
+        """Yield rendered samples in order, decoded by a pool at most two batches ahead."""
         loader = Loader(self.root, self.views, [self.spec], ahead=self.samples_ahead, cores=self.cores)
         return loader.load(samples)
 
 
 class PartInMaking:
-    """A part that takes samples one by one, in order, and hands them to the teacher batch by batch.
+    """A part under construction: takes samples one by one, in order, and passes them to the teacher in batches.
 
-    A batch is fetched when the next ones have been begun, so that the device always has work.
+    The result of a batch is fetched only after the next batches have started, so that the device always has work.
     """
 
     def __init__(self, computer: Computer, task: PartTask) -> None:
@@ -93,9 +94,9 @@ class PartInMaking:
         self._pending: deque[tuple[list[RenderedView], Pending]] = deque()
 
     def add(self, sample: LoadedSample) -> None:
-        """The next sample of the part."""
+        """Add the next sample of the part."""
         views = self.buffers.take(sample)
-        if not views:
+        if not views:  # a failed sample: no batch will count its views as done
             self.views_done += len(sample.flips)
         for view in views:
             self._batch.append(view)
@@ -103,12 +104,12 @@ class PartInMaking:
                 self._begin()
 
     def flush(self) -> None:
-        """Begin the last batch, once all samples have been added: another part may have the teacher then."""
+        """Start the last batch, after all samples have been added; another part may then use the teacher."""
         if self._batch:
             self._begin()
 
     def finish(self) -> Part:
-        """Once all samples have been added."""
+        """Return the part, after all samples have been added."""
         self.flush()
         self._fetch(but=0)
         return self.buffers.part()
@@ -119,7 +120,7 @@ class PartInMaking:
         self._fetch(but=self._forward.batches_at_once)
 
     def _fetch(self, *, but: int) -> None:
-        """The oldest batches; all but so many."""
+        """Fetch the oldest batches, and leave only `but` of them pending."""
         while len(self._pending) > but:
             views, pending = self._pending.popleft()
             for halves in pending.wait():
@@ -128,7 +129,7 @@ class PartInMaking:
 
 
 class Progress:
-    """Views and failed samples of what is under way: counted by the worker, read by who shows it."""
+    """Counts of views and failed samples of the work in progress; the worker writes, another thread reads."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[int, int], tuple[int, int]] = {}
@@ -145,20 +146,21 @@ class Progress:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Views, and samples without features."""
+        """Return the number of views done, and of samples without features."""
         with self._lock:
             return sum(views for views, _ in self._counts.values()), sum(failed for _, failed in self._counts.values())
 
 
 class Worker:
-    """Computers that share the pictures, and the stores to write to.
+    """Computers that share the decoded pictures, and the stores to write to.
 
-    Two stretches may run at once from two threads: while the parts of one are compressed and written, the next has the
+    Two stretches may run at once, in two threads: while the parts of one are compressed and written, the other uses the
     teachers, and its first pictures are decoded before its turn comes.
     """
 
     def __init__(self, computers: Sequence[Computer], stores: Sequence[Where]) -> None:
-        """
+        """Open the stores for writing.
+
         Args:
             stores: one for each computer.
         """
@@ -182,10 +184,10 @@ class Worker:
         """Compute and commit the parts of a stretch.
 
         Args:
-            killers: key to reason, of pictures that must not be decoded here.
-            careful: a process died of this stretch: look for the pictures that killed it first, and hold one picture
-                in memory at a time.
-        Returns: how many samples have no features in a store.
+            killers: pictures that must not be decoded here, key to reason.
+            careful: a process died of this stretch: first find the pictures that may have killed it, then hold only one
+                picture in memory at a time.
+        Returns: the number of samples without features, summed over the stores.
         Raises: StorageError if a part cannot be written; StuckError.
         """
         known = dict(killers or {})
@@ -196,10 +198,11 @@ class Worker:
             others = [sample for sample in samples if sample.key not in known]
             with self._searching:
                 known |= find_killers(others, first.root, first.views, self._sizes)
-        loaded = self._loader.load(samples, killers=known, one_by_one=careful)
+        loaded = self._loader.load(samples, killers=known, one_by_one=careful)  # decodes before the turn comes
         try:
             with self._turn:
                 commits, ended = self._compute(stretch, zip(placed, loaded, strict=True))
+            # after the turn: the next stretch keeps the device busy while the last batches arrive and are written
             commits += [self._commit(store, making) for store, making in ended.items()]
             for commit, _ in commits:
                 commit.result()
@@ -210,7 +213,7 @@ class Worker:
     def _compute(
         self, stretch: Stretch, samples: Iterable[tuple[tuple[int, Sample], LoadedSample]]
     ) -> tuple[list[tuple[Future[None], int]], dict[int, PartInMaking]]:
-        """Commits that have begun; and of each store the last part, whose last batches the teacher still has."""
+        """Return the commits that have started, and each store's last part, whose batches may still run."""
         commits = []
         making: dict[int, PartInMaking] = {}
         ended: dict[int, PartInMaking] = {}
@@ -223,6 +226,7 @@ class Worker:
                 making[store].add(sample)
                 self.progress.note(store, making[store])
                 if place + 1 == task.stop:
+                    # finish a part only when the next one ends: by then it is computed, and the device has other work
                     if store in ended:
                         commits.append(self._commit(store, ended.pop(store)))
                     ended[store] = making.pop(store)
@@ -230,12 +234,15 @@ class Worker:
         return commits, ended
 
     def _commit(self, store: int, making: PartInMaking) -> tuple[Future[None], int]:
-        """Begun once the store's part before is written, so that only one waits; and how many samples failed."""
+        """Finish a part and start to write it; return the commit and the number of failed samples.
+
+        The write starts after that of the store's previous part, so that only one finished part waits in memory.
+        """
         part = making.finish()
         self.progress.note(store, making)
         with self._commit_turns[store]:
             if (before := self._committing[store]) is not None:
-                before.exception()
+                before.exception()  # waits, and leaves an error to the stretch that the part belongs to
             commit = self._commits.submit(self._writers[store].commit, part)
             self._committing[store] = commit
         return commit, making.buffers.num_failed
@@ -243,15 +250,16 @@ class Worker:
 
 @dataclass(frozen=True)
 class RenderedView:
-    """One view on its way to the teacher, and its place in the part."""
+    """A rendered view on its way to the teacher, with its position in the part."""
 
     sample: int
     view: int
     pixels: dict[int, NDArray[np.uint8]]
+    """Size to [size, size, 3]."""
 
 
 class PartBuffers:
-    """A part's arrays while they fill up."""
+    """The arrays of a part while they fill up."""
 
     def __init__(self, spec: StoreSpec, task: PartTask) -> None:
         n, k = len(task.samples), spec.num_views
@@ -278,7 +286,7 @@ class PartBuffers:
                 self._features[feature_path(size, kind)] = np.full(shapes[kind], np.nan, np.float16)
 
     def take(self, sample: LoadedSample) -> list[RenderedView]:
-        """Note the next sample's row and view parameters; its views, for the teacher."""
+        """Record the next sample's row and view parameters; return its views for the teacher."""
         i = len(self._rows)
         self._rows.append(sample.row)
         if sample.row.error is not None:
@@ -293,14 +301,14 @@ class PartBuffers:
         ]
 
     def put(self, batch: Sequence[RenderedView], halves: Halves) -> None:
-        """A batch's tokens."""
+        """Store the tokens of some views."""
         self._num_clipped += int(halves.num_clipped)
         self._num_nonfinite += int(halves.num_nonfinite)
         rows, views = [v.sample for v in batch], [v.view for v in batch]
         self._features[halves.path][rows, views] = halves.tokens.numpy()
 
     def part(self) -> Part:
-        """The finished part; a sample with a non-finite feature fails as a whole."""
+        """Return the finished part; a sample with any non-finite feature fails as a whole."""
         rows = [self._judged(i, row) for i, row in enumerate(self._rows)]
         return Part(
             self._task.index,
@@ -317,6 +325,7 @@ class PartBuffers:
         )
 
     def _judged(self, i: int, row: Row) -> Row:
+        """Return a sample's row; fail the sample and reset its values if any of its features is not finite."""
         bad = [path for path, values in self._features.items() if not np.isfinite(values[i]).all()]
         if row.error is not None or not bad:
             return row

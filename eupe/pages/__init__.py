@@ -1,1 +1,1 @@
-"""What is written for people to look at: reports of evaluations, maps of features, statistics of stores."""
+"""Pages and figures for people: reports of evaluations, maps of features, statistics of stores."""

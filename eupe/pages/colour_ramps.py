@@ -1,4 +1,4 @@
-"""Colour maps that rise evenly in lightness, as a page and its SVG filters need them.
+"""Colour maps of evenly rising lightness, in the forms that a page and its SVG filters need.
 
 Source: viridis and magma by Stéfan van der Walt and Nathaniel Smith (CC0), ten stops of each, linear in between.
 """
@@ -6,7 +6,7 @@ Source: viridis and magma by Stéfan van der Walt and Nathaniel Smith (CC0), ten
 from __future__ import annotations
 
 Ramp = tuple[str, ...]
-"""Colours `#rrggbb` at equal distances from 0 to 1."""
+"""Colours `#rrggbb` at equal steps from 0 to 1."""
 
 VIRIDIS: Ramp = (
     *("#440154", "#482878", "#3e4989", "#31688e", "#26828e"),
@@ -19,12 +19,12 @@ MAGMA: Ramp = (
 
 
 def css_gradient(ramp: Ramp) -> str:
-    """From left to right."""
+    """Return a CSS gradient that runs along a ramp from left to right."""
     return f"linear-gradient(90deg, {', '.join(ramp)})"
 
 
 def svg_component_filter(name: str, channel: int, ramp: Ramp) -> str:
-    """An SVG filter that draws one channel of a picture (0, 1, 2: red, green, blue) along a ramp; alpha stays."""
+    """Return an SVG filter that maps one channel of a picture (0, 1, 2: red, green, blue) to a ramp; alpha is kept."""
     picked = " ".join("1" if i == channel else "0" for i in range(5))
     levels = zip(*(bytes.fromhex(stop[1:]) for stop in ramp), strict=True)
     tables = "".join(

@@ -1,4 +1,4 @@
-"""What every page has in common: one style, one HTML file that needs nothing else, written whole or not at all."""
+"""The common parts of all pages: one style, and one self-contained HTML file, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ STYLE = "page_style.html"
 
 
 def fill_template(template: str, **values: object) -> str:
-    """A page from one of this package's templates.
+    """Return a page made from one of this package's templates.
 
     Args:
-        values: what `$name` stands for, as HTML; `$style`, with our mark ahead of it, and `$version` are
-            filled in.
+        values: HTML for each `$name`; `$style`, which starts with our mark, and `$version` are filled in automatically.
     """
     folder = files("eupe.pages")
     style = f"{MARK}\n{(folder / STYLE).read_text(encoding='utf-8')}".rstrip("\n")
@@ -31,11 +30,11 @@ def fill_template(template: str, **values: object) -> str:
 
 
 def make_place(out: Path, *, sources: Iterable[Where] = (), overwrite: bool = False) -> Path:
-    """Make the folder that a page or figure goes to, and return where it goes.
+    """Make the folder for a page or figure, and return the path to write it to.
 
     Args:
-        sources, overwrite: as `eupe.outputs.require_out` takes them.
-    Raises: ConfigError if something is there that may not be replaced; StorageError.
+        sources, overwrite: see `eupe.outputs.require_out`.
+    Raises: ConfigError if what is there may not be replaced; StorageError if the folder cannot be made.
     """
     place = require_out(out, begins_with_mark, sources=sources, overwrite=overwrite).local
     try:
@@ -46,9 +45,9 @@ def make_place(out: Path, *, sources: Iterable[Where] = (), overwrite: bool = Fa
 
 
 def write_whole(out: Path, data: bytes) -> int:
-    """Write a page or figure whole or not at all; returns its bytes.
+    """Write a page or figure whole or not at all, and return its size in bytes.
 
-    Raises: StorageError.
+    Raises: StorageError if it cannot be written.
     """
     try:
         write_file(out, data)

@@ -1,9 +1,9 @@
-"""Results of many evaluations side by side: what may be compared with what, and which is best.
+"""Results of many evaluations side by side: which are comparable, and which is best.
 
-A column is one measure of one task, on the same data, by the same protocol; where either differs there is another
-column. How features came about (the size of the views, the arithmetic, whether a store's views were judged) may differ
-within a column: such a cell has a mark that says how, and is compared with no other. Where one subject was judged by
-features of several kinds, each kind has a column.
+A column is one measure of one task, on the same data, by the same protocol; results that differ in either are in
+another column. Feature settings (size of the views, dtype, whether a store's views were judged) may differ within a
+column: such a cell has a mark that says how it differs, and is not compared with any other. If one subject was judged
+with several feature settings, each setting has its own column.
 """
 
 from __future__ import annotations
@@ -24,83 +24,83 @@ from eupe.kinds import CARD_FILE
 from eupe.pages.report_features import FEATURES, difference, letter, usual_features
 
 ORDER = ("knn", "linear", "zeroshot", "retrieval", "vqa", "segment", "depth", "correspond")
-"""Of columns by task; others follow, and costs come last."""
+"""Order of columns by task; other tasks follow, and costs come last."""
 APART = (agreement.TASK, conflict.TASK)
-"""Tasks whose results have tables of their own: each row is about something else."""
+"""Tasks whose results have tables of their own, because each row is about something else."""
 
 Identity = tuple[str, str, bool]
-"""Of a model: subject, kind, whether it is untrained."""
+"""Identity of a model: subject, kind, whether it is untrained."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A row."""
+    """A model, which is a row of the table."""
 
     name: str
-    """Short, where that tells it apart."""
+    """Short name if that is unambiguous, else the subject."""
     subject: str
     kind: str
     untrained: bool
 
     @property
     def is_baseline(self) -> bool:
-        """Something that no model should be worse than."""
+        """Return whether it is a baseline, which no model should be worse than."""
         return self.untrained or self.kind == PIXELS
 
     @property
     def run(self) -> Path | None:
-        """The run's directory, if it is one that is there."""
+        """Return the run's directory, if it is a run and its student is there."""
         path = Path(self.subject)
-        is_there = os.path.isfile(path / CARD_FILE)  # noqa: PTH113 - which raises for a long name
+        is_there = os.path.isfile(path / CARD_FILE)  # noqa: PTH113 - `Path.is_file` raises for a name that is too long
         return path if self.kind == "run" and is_there else None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A score."""
+    """A score in the table."""
 
     result: Result
     value: float
     largest: float
-    """Of the column, which decides how many digits are shown."""
+    """Largest value of the column, which decides how many digits are shown."""
     mark: str = ""
-    """A letter of `Merged.marks`, where its features came about in another way than most of the column's."""
+    """A letter of `Merged.marks`, if its feature settings differ from most of the column's."""
     best: bool = False
-    """Of the models that may be compared, if there are several."""
+    """True for the best of several comparable models."""
     ahead: bool = False
-    """A baseline that is better than every model."""
+    """True for a baseline that is better than every model."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Scores that may be compared, but for those with a mark."""
+    """Scores that are comparable, except those with a mark."""
 
     task: str
     measure: str
     lower_is_better: bool
     protocol: Mapping[str, Any]
-    """Without what it says of the features."""
+    """The protocol without its feature settings."""
     data: Mapping[str, Any]
     features: Mapping[str, Any]
-    """How they came about in the cells without a mark."""
+    """Feature settings of the cells without a mark."""
     cells: Mapping[int, Cell]
-    """By the model's place."""
+    """Cells by the model's place."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """All results."""
+    """All results, merged into tables."""
 
     models: tuple[Model, ...]
-    """Baselines last."""
+    """Models, baselines last."""
     columns: tuple[Column, ...]
     marks: Mapping[str, str]
-    """Letter to what it says."""
+    """Meaning of each letter."""
     apart: Mapping[str, tuple[Result, ...]] = field(default_factory=dict)
-    """By task, those that have tables of their own; subjects are short names."""
+    """Results with tables of their own, by task; subjects are short names."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """Return the tables as plain JSON."""
         return {
             "models": [
                 {"name": m.name, "subject": m.subject, "kind": m.kind, "untrained": m.untrained} for m in self.models
@@ -135,7 +135,7 @@ def _cell_json(cell: Cell | None) -> dict[str, Any] | None:
 
 
 def merge(results: Sequence[Result]) -> Merged:
-    """Results as a table of models by columns, and those that have tables of their own."""
+    """Merge results into a table of models by columns; results of tasks in `APART` stay separate."""
     names = _short_names(results)
     tabled = [result for result in results if result.task not in APART]
     identities = dict.fromkeys((result.subject, result.kind, result.untrained) for result in tabled)
@@ -156,7 +156,7 @@ def merge(results: Sequence[Result]) -> Merged:
 
 
 def _short_names(results: Sequence[Result]) -> dict[str, str]:
-    """Last parts of the subjects' places, where these tell them apart."""
+    """Return a name for each subject: the last part of its path if that is unambiguous, else the subject."""
     subjects = list(dict.fromkeys(result.subject for result in results))
     short = {
         subject: " ~ ".join(Path(part).name or part for part in subject.split(" ~ ")) if "/" in subject else subject
@@ -167,7 +167,7 @@ def _short_names(results: Sequence[Result]) -> dict[str, str]:
 
 
 def _grouped(results: Sequence[Result]) -> list[list[Result]]:
-    """Results that belong into one column, the columns in the order of their tasks."""
+    """Group results into columns, in the order of their tasks."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         measure = next(iter(result.scores))
@@ -178,7 +178,7 @@ def _grouped(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def _without_clashes(group: Sequence[Result]) -> list[list[Result]]:
-    """The group; or, where a subject is in it more than once, as many as there are sizes, or ways to features."""
+    """Split a group that holds a subject more than once: by size, or if that is not enough by all feature settings."""
     for names in ((), ("size",), FEATURES):
         parts: dict[str, list[Result]] = {}
         for result in group:
@@ -196,16 +196,17 @@ def _rank(task: str) -> int:
 
 
 def task_protocol(result: Result) -> dict[str, Any]:
-    """What a protocol says of the task, not of the features."""
+    """Return the part of a protocol that is about the task, not the features."""
     return {name: value for name, value in result.protocol.items() if name not in FEATURES}
 
 
 def _column(
     group: Sequence[Result], places: Mapping[Identity, int], models: Sequence[Model], marks: dict[str, str]
 ) -> Column:
-    """
+    """Build the column of a group of results.
+
     Args:
-        marks: what a mark says to its letter; new ones are added.
+        marks: letter of each mark by its meaning; new ones are added.
     """
     measure, lower = next(iter(group[0].scores)), group[0].lower_is_better
     by_place = {places[result.subject, result.kind, result.untrained]: result for result in group}
@@ -229,7 +230,7 @@ def _column(
 
 
 def _ranked(cells: Mapping[int, Cell], models: Sequence[Model], lower: bool) -> dict[int, Cell]:
-    """With the best of the models, and the baselines that are ahead of it; cells with a mark take no part."""
+    """Flag the best of the models, and the baselines that are ahead of it; cells with a mark are left out."""
     sign = -1.0 if lower else 1.0
     worth = {i: sign * cell.value for i, cell in cells.items() if not cell.mark and math.isfinite(cell.value)}
     rivals = [value for i, value in worth.items() if not models[i].is_baseline]

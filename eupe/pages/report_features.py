@@ -1,4 +1,4 @@
-"""How a result's features came about, which may differ within a column of a report, and the marks that say so."""
+"""Feature settings of results, which may differ within a column of a report, and the marks that say so."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from eupe.evaluate.result import Result
 from eupe.evaluate.subject import PIXELS
 
 FEATURES = ("size", "dtype", "views", "num_views", "shades")
-"""What a protocol says of them."""
+"""Names of the feature settings in a protocol."""
 
 
 def usual_features(results: Sequence[Result]) -> dict[str, Any]:
-    """How features came about in most of the results; of several the first."""
+    """Return the feature settings of most results; ties go to the first."""
     ways = [{name: result.protocol[name] for name in FEATURES if name in result.protocol} for result in results]
     counts = Counter(json.dumps(way, sort_keys=True) for way in ways)
     return max(ways, key=lambda way: counts[json.dumps(way, sort_keys=True)])
 
 
 def difference(result: Result, usual: Mapping[str, Any]) -> str:
-    """How its features came about where the column's did not so; of pixels only the size counts."""
+    """Return in words how a result's feature settings differ from the column's; empty if they do not.
+
+    Only the size counts for raw pixels.
+    """
     compared = ("size",) if result.kind == PIXELS else FEATURES
     own = {name: result.protocol[name] for name in compared if name in result.protocol}
     others = {name: usual[name] for name in compared if name in usual}
@@ -41,6 +44,6 @@ def _said(name: str, value: Any) -> str:
 
 
 def letter(number: int) -> str:
-    """a to z, then aa, ab, ..."""
+    """Return the letter of a mark: a to z, then aa, ab, ..."""
     first, last = divmod(number, len(ascii_lowercase))
     return (ascii_lowercase[first - 1] if first else "") + ascii_lowercase[last]

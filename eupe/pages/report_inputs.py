@@ -1,4 +1,4 @@
-"""Where a report's results come from: runs, and files of results."""
+"""Inputs of a report: results from runs, and from files of results."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from eupe.kinds import CARD_FILE
 
 
 def gather(places: Sequence[Path]) -> list[Result]:
-    """The newest results of runs and of files of results, in the order given; a run is called by its place as given.
+    """Return the newest results of runs and of files of results, in the order given.
 
-    A run's own file has all of its results, one that was given with `--results` perhaps older ones, so the run's count.
+    A run is named by its path as given. A run's own file has all of its results, while a file from `--results` may have
+    older ones, so the run's own file wins.
 
-    Raises: ConfigError for none, or a run or file without any; RunError for an unfinished run, or a damaged file.
+    Raises: ConfigError if no place is given, or one has no results; RunError if a run is unfinished, or a file damaged.
     """
     if not places:
         raise ConfigError("nothing to report: name at least one training run, or a file of results (.jsonl)")
@@ -25,6 +26,7 @@ def gather(places: Sequence[Path]) -> list[Result]:
     read = {place: [_called_as_given(result, place, runs) for result in _read(place)] for place in places}
     order = list(dict.fromkeys(result.subject for results in read.values() for result in results))
     of_files, of_runs = ([p for p in read if p.is_dir() == is_folder] for is_folder in (False, True))
+    # runs last, because `newest` keeps the last of equal results
     found = newest([result for place in (*of_files, *of_runs) for result in read[place]])
     return sorted(found, key=lambda result: order.index(result.subject))
 
@@ -45,7 +47,7 @@ def _read(place: Path) -> list[Result]:
 
 
 def _called_as_given(result: Result, place: Path, runs: Mapping[Path, Path]) -> Result:
-    """A run's own file is about that run, wherever it was when it was judged."""
+    """Name a run's result by the run's path as given, because the run may have been moved since it was judged."""
     if place.is_dir():
         return replace(result, subject=str(place))
     if result.kind != "run":

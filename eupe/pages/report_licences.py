@@ -1,4 +1,4 @@
-"""Under which licences the weights stand that taught a model, as far as runs and stores note them."""
+"""Licences of the weights that taught a model, as far as runs and stores record them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from eupe.teachers.run_adapter import OWN_LICENCE
 
 @dataclass(frozen=True)
 class Licence:
-    """A teacher behind a model."""
+    """A teacher behind a model, with its licence."""
 
     model: str
     teacher: str
     through: str
-    """The runs between the two, if any."""
+    """Runs between the two, if any."""
     licence: str
 
 
 def licences(models: Sequence[Model]) -> list[Licence]:
-    """Of every model that is neither untrained nor pixels, each teacher once."""
+    """Return each teacher of every model once; models that are untrained or pixels have none."""
     found = [licence for model in models if not model.is_baseline for licence in _of_model(model)]
     return list(dict.fromkeys(found))
 
@@ -47,7 +47,7 @@ def _of_model(model: Model) -> list[Licence]:
 
 
 def _of_run(name: str, run: Path) -> list[Licence]:
-    """Of all that taught a run, and of those that taught them where they are runs themselves."""
+    """Return the licences of a run's teachers, and of the teachers behind those that are runs themselves."""
     if not is_run(run):
         return [Licence(name, str(run), "", f"{UNKNOWN}: the run is not here")]
     return _said(name, origins(run, read_card(run)))

@@ -1,4 +1,4 @@
-"""Dense features of runs as colours, on pictures that are the same for all.
+"""Dense features of runs as colours, on the same pictures for all runs.
 
 Shapes: P pictures, S pixels along a side, h w cells, C = 3 colours.
 """
@@ -37,18 +37,22 @@ class RunMaps:
 
 @dataclass(frozen=True)
 class Maps:
-    """Pictures by runs."""
+    """Pictures, with the maps of every run."""
 
     pictures: tuple[Picture, ...]
     views_PSSC: NDArray[np.uint8]
-    """The centres that all saw."""
+    """Centre crops that all runs saw."""
     runs: tuple[RunMaps, ...]
 
 
 def draw_maps(runs: Mapping[str, Path], images: Where, *, limit: int) -> Maps:
-    """Maps by name of run, each run at its own size; pictures that none was trained on come first.
+    """Draw the maps of each run at its own size; pictures that no run was trained on come first.
 
-    Raises: ConfigError if there is no run to show; CorpusError, RunError, TeacherError.
+    Args:
+        runs: directories by name.
+        limit: the most pictures to show.
+    Raises: ConfigError if there is no run to show, `limit` is below 1, or features are not finite; CorpusError,
+        RunError, TeacherError.
     """
     if limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {limit}")

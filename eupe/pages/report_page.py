@@ -1,4 +1,4 @@
-"""A report as one HTML file without scripts, fonts or links, every string from outside escaped."""
+"""A report as one HTML file without scripts, fonts or links; every string from outside is escaped."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ FEWEST_SPOTS = 2
 def render_report(
     merged: Merged, *, title: str, sources: Sequence[str], licences: Sequence[Licence], maps: Maps | None
 ) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
-        sources: of the results, as they were named.
-        maps: of the runs, if pictures were given.
+        sources: runs and files that the results came from, as the user named them.
+        maps: maps of the runs, if pictures were given.
     """
     named = heads(merged.columns)
     tasks = dict.fromkeys(task_title(column.task) for column in merged.columns)
@@ -121,7 +121,7 @@ def _legend(merged: Merged) -> str:
 
 
 def _charts(merged: Merged, named: Sequence[Head]) -> str:
-    """Quality over latency, a chart for each column that has both of two models or more."""
+    """Draw quality over latency: a chart for each column in which two models or more have both."""
     costs = [column for column in merged.columns if column.task == LATENCY]
     drawn = []
     for column, head in zip(merged.columns, named, strict=True):
@@ -146,7 +146,7 @@ def _charts(merged: Merged, named: Sequence[Head]) -> str:
 
 
 def _spots(merged: Merged, column: Column, cost: Column) -> list[Spot]:
-    """Models, without baselines, that have a score in both; those with a mark say so."""
+    """Return the points of models, not baselines, that have a score in both columns; marks are part of their names."""
     spots = []
     for i, model in enumerate(merged.models):
         if model.is_baseline or i not in column.cells or i not in cost.cells:

@@ -1,4 +1,4 @@
-"""The tables of a report below its scores: agreement, teachers against each other, protocols, licences."""
+"""Tables of a report below its scores: agreement, teachers against each other, protocols, licences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFLICT_MEASURES = {"cka": "CKA", "r2": "R² A to B", "r2_back": "R² B to A"}
 
 
 def agreement_section(results: Sequence[Result]) -> str:
-    """Runs by measures, a group of rows for each target; runs of one group may be compared."""
+    """Return a table of runs by measures, with a group of rows for each target; runs of one group are comparable."""
     if not results:
         return ""
     groups: dict[str, list[Result]] = {}
@@ -47,7 +47,7 @@ def agreement_section(results: Sequence[Result]) -> str:
 
 
 def _judged_alike(result: Result) -> str:
-    """Targets, held-out pictures and ways to measure; the student's own size is its own affair."""
+    """Return a key of a comparable group: targets, held-out pictures and settings, except the student's own size."""
     protocol = {name: value for name, value in result.protocol.items() if name != "size"}
     data = {name: value for name, value in result.data.items() if name != "path"}
     return repr((sorted(protocol.items()), sorted(data.items())))
@@ -69,7 +69,7 @@ def _agreement_group(group: Sequence[Result], width: int) -> str:
 
 
 def conflict_section(results: Sequence[Result]) -> str:
-    """Pairs of stores, measured and judged."""
+    """Return a table of pairs of stores, with their measures and verdicts."""
     if not results:
         return ""
     body = []
@@ -99,7 +99,7 @@ def _verdict(result: Result) -> str:
 
 
 def details_section(merged: Merged, named: Sequence[Head]) -> str:
-    """Each column's protocol, data and all scores, to be opened."""
+    """Return the protocol, data and all scores of each column, collapsed until opened."""
     if not merged.columns:
         return ""
     opened = "\n".join(
@@ -132,7 +132,7 @@ def _score_row(model: Model, cell: Cell, measures: Sequence[str]) -> str:
 
 
 def licence_section(licences: Sequence[Licence]) -> str:
-    """Of the weights behind each model."""
+    """Return a table of the licences of the weights behind each model."""
     if not licences:
         return ""
     body = "".join(

@@ -1,4 +1,4 @@
-"""A report in words: what columns and numbers are called, the whole as Markdown."""
+"""A report in words: headings, numbers, and the whole as Markdown."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ AHEAD = "▲"
 
 @dataclass(frozen=True)
 class Head:
-    """What a column is called."""
+    """The heading of a column."""
 
     task: str
     data: str
-    """Last part of its place, and the side of what most of the models saw; of a cost only this."""
+    """Last part of the data's path, and the size of most models' views; for a cost only the size."""
     measure: str
-    """With an arrow to where it is better."""
+    """Measure, with an arrow towards better values."""
     apart: tuple[str, ...]
-    """What sets it apart from other columns of the same name."""
+    """Facts that differ from other columns with the same heading."""
 
     @property
     def words(self) -> str:
-        """On one line."""
+        """Return the heading on one line."""
         return ", ".join(word for word in (self.task, self.data, self.measure, *self.apart) if word)
 
 
 def heads(columns: Sequence[Column]) -> list[Head]:
-    """Names of the columns, no two of them alike."""
+    """Return the columns' headings; columns with the same one also get the facts in which they differ."""
     plain = [_head(column) for column in columns]
     named = []
     for head, column in zip(plain, columns, strict=True):
@@ -73,7 +73,7 @@ def _head(column: Column) -> Head:
 
 
 def _apart(column: Column, alike: Sequence[Column]) -> tuple[str, ...]:
-    """What protocol, data or features say of a column that they do not say of all of the others."""
+    """Return the facts of a column (data, features, protocol) that not all columns in `alike` share."""
 
     def facts(one: Column) -> dict[str, Any]:
         return {**one.data, **one.features, **one.protocol}
@@ -88,20 +88,20 @@ def _apart(column: Column, alike: Sequence[Column]) -> tuple[str, ...]:
 
 
 def task_title(task: str) -> str:
-    """For people."""
+    """Return a task's name for people."""
     return TASKS.get(task, task)
 
 
 def measure_title(measure: str) -> str:
-    """For people."""
+    """Return a measure's name for people."""
     return MEASURES.get(measure, measure.replace("_", " "))
 
 
 def number(value: float, *, largest: float | None = None) -> str:
-    """Four digits or so.
+    """Format a number with about four digits.
 
     Args:
-        largest: of the numbers that are to have as many decimals.
+        largest: largest of the numbers that get the same number of decimals; default: `value` alone.
     """
     size = abs(value) if largest is None else largest
     if not math.isfinite(value):
@@ -112,20 +112,20 @@ def number(value: float, *, largest: float | None = None) -> str:
 
 
 def said(value: Any) -> str:
-    """A constant of a protocol."""
+    """Format a constant of a protocol."""
     if isinstance(value, list):
         return ", ".join(map(said, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def rows(merged: Merged) -> tuple[list[tuple[Model, list[Cell | None]]], list[tuple[Model, list[Cell | None]]]]:
-    """Models and baselines, each with its cells."""
+    """Return models and baselines, each with its cells."""
     cells = [(model, [column.cells.get(i) for column in merged.columns]) for i, model in enumerate(merged.models)]
     return [row for row in cells if not row[0].is_baseline], [row for row in cells if row[0].is_baseline]
 
 
 def flat_table(results: Sequence[Result]) -> list[list[str]]:
-    """Results that have a table of their own, with all of their scores; the first row says what they are."""
+    """Return a table of results with all of their scores; the first row is the header."""
     measures = list(dict.fromkeys(name for result in results for name in result.scores))
     about = [_about(result) for result in results]
     return [
@@ -138,13 +138,13 @@ def flat_table(results: Sequence[Result]) -> list[list[str]]:
 
 
 def _about(result: Result) -> str:
-    """The target, or the verdict, that a result is about."""
+    """Return the target or the verdict that a result is about."""
     verdict = result.data.get("verdict")
     return str(result.data.get("target", verdict.get("word", "") if isinstance(verdict, dict) else ""))
 
 
 def markdown(merged: Merged, *, title: str) -> str:
-    """The tables, and what their marks say."""
+    """Return the tables and the meaning of their marks as Markdown."""
     models, baselines = rows(merged)
     table = [["model", *(head.words for head in heads(merged.columns))]]
     table += [[model.name, *(_bold(cell) for cell in cells)] for model, cells in models]
@@ -174,7 +174,7 @@ def _bold(cell: Cell | None) -> str:
 
 
 def marked(cell: Cell | None) -> str:
-    """A score with its marks."""
+    """Format a score with its marks."""
     if cell is None:
         return ABSENT
     return (

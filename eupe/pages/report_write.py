@@ -1,4 +1,4 @@
-"""From runs and files of results to a page, or to Markdown."""
+"""Writing of reports: from runs and files of results to a page, or to Markdown."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PAGE, MARKDOWN = ".html", ".md"
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, and where it was written."""
+    """A report, and where it was written."""
 
     merged: Merged
     licences: tuple[Licence, ...]
     out: Path | None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """Return the report as plain JSON."""
         out = None if self.out is None else str(self.out)
         return {"out": out, **self.merged.to_json(), "licences": [asdict(each) for each in self.licences]}
 
@@ -45,13 +45,14 @@ def write_report(
     title: str = TITLE,
     overwrite: bool = False,
 ) -> Report:
-    """Merge results, and write them if there is a place to write to.
+    """Merge results, and write them if `out` is given.
 
     Args:
         places: runs, and files of results.
-        out: ends in .html or .md.
-        images: pictures of which a page shows the runs' maps; at most `limit` of them.
-        overwrite: what is there goes, whoever made it.
+        out: file name that ends in .html or .md.
+        images: pictures of which a page shows the runs' maps.
+        limit: the most pictures to show.
+        overwrite: replace what is there, whoever made it.
     Raises: ConfigError, RunError, CorpusError, TeacherError; StorageError if `out` cannot be written.
     """
     if out is not None and out.suffix not in (PAGE, MARKDOWN):
@@ -65,6 +66,7 @@ def write_report(
         place = make_place(out, sources=sources, overwrite=overwrite)
     found = tuple(licences(merged.models))
     if place is not None and place.suffix == MARKDOWN:
+        # file names that are not UTF-8 come as surrogates, which only errors="replace" encodes
         heading, rest = markdown(merged, title=title).split("\n", 1)
         write_whole(place, f"{heading}\n\n{MARKDOWN_MARK}\n{rest}".encode(errors="replace"))
     elif place is not None:

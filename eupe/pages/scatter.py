@@ -1,6 +1,6 @@
-"""Models by cost and quality as inline SVG: each a point with its name, and the line of those that none beats twice.
+"""Models by cost and quality as inline SVG: a named point for each, and a line through the Pareto front.
 
-Colours and fonts are the page's: `c0`, `soft`, `hollow`, `front`.
+Colours and fonts are those of the page's classes: `c0`, `soft`, `hollow`, `front`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from eupe.pages.viz_chart import (
 
 RADIUS = 4.5
 LETTER_PX, LINE_PX = 6.4, 13.0
-"""About what a letter of a name takes, and a line of names."""
+"""Approximate width of a letter, and height of a line, in names."""
 SHIFTS = (0, -1, 1, -2, 2, -3, 3)
-"""Lines by which a name may lie beside its point, tried in turn."""
+"""Offsets of a name from its point, in lines, tried in turn."""
 LINE_BOXES = 40
-"""In which a stretch of the line keeps names away."""
+"""Number of boxes along a segment of the line that keep names away."""
 MARGIN = 0.06
-"""Of the range of values, left free at both ends."""
+"""Share of the range of values that is left free at both ends."""
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
@@ -43,18 +43,18 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Spot:
-    """A model."""
+    """A model's point."""
 
     name: str
     cost: float
-    """Above 0."""
+    """Cost of the model, above 0."""
     quality: float
     compared: bool = True
-    """Drawn hollow, and no part of the line, where its numbers came about otherwise than the others'."""
+    """False if its feature settings differ from the others'; it is then drawn hollow and is not part of the line."""
 
 
 def front(spots: Sequence[Spot], *, lower_is_better: bool) -> list[Spot]:
-    """Those that no other one beats in cost or quality without losing in the other, by rising cost."""
+    """Return the Pareto front by rising cost: spots that no other beats in one measure without losing in the other."""
     sign = -1.0 if lower_is_better else 1.0
     kept: list[Spot] = []
     compared = [spot for spot in spots if spot.compared]
@@ -65,16 +65,17 @@ def front(spots: Sequence[Spot], *, lower_is_better: bool) -> list[Spot]:
 
 
 def svg_scatter(spots: Sequence[Spot], *, label: str, x_label: str, y_label: str, lower_is_better: bool) -> str:
-    """Cost to the right, quality upwards, or downwards where lower is better.
+    """Draw cost to the right and quality upwards; if lower is better, better points are further down.
 
     Args:
         spots: at least one, values finite.
-        label: says what is drawn to those who cannot see it.
+        label: description of the chart for screen readers.
     """
     x = _cost_axis([spot.cost for spot in spots])
     y = _quality_axis([spot.quality for spot in spots])
     best = front(spots, lower_is_better=lower_is_better)
     places = [(across(x, spot.cost), down(y, spot.quality)) for spot in best]
+    # names keep clear of all points, and of the line
     taken = [_box(across(x, spot.cost), down(y, spot.quality), 2 * RADIUS, 2 * RADIUS) for spot in spots]
     taken += [box for start, end in pairwise(places) for box in _along(start, end)]
     line = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
@@ -127,7 +128,7 @@ def _spot(spot: Spot, x: Axis, y: Axis, is_best: bool, taken: list[Box]) -> str:
 
 
 def _along(start: Point, end: Point) -> list[Box]:
-    """What a line takes."""
+    """Return the boxes that a segment of the line occupies."""
     shares = [i / LINE_BOXES for i in range(LINE_BOXES + 1)]
     return [
         _box(start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1]), 2, 2) for share in shares
@@ -135,7 +136,7 @@ def _along(start: Point, end: Point) -> list[Box]:
 
 
 def _box(x: float, y: float, width: float, height: float) -> Box:
-    """About a centre."""
+    """Return the box around a centre."""
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 

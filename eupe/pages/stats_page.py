@@ -1,4 +1,4 @@
-"""A store's statistics as one HTML page without scripts, fonts or links, every string from outside escaped."""
+"""A store's statistics as one HTML page without scripts, fonts or links; every string from outside is escaped."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ from eupe.store.summary import StoreSummary, TokenSummary
 
 TEMPLATE = "stats_page.html"
 NOISE = 1e-9
-"""Eigenvalues below this share of the variance are rounding errors of the covariance and are not drawn."""
+"""Eigenvalues below this share of the variance are rounding errors of the covariance, and are not drawn."""
 ABSENT = "–"
 
 
 def require_page_name(out: Path) -> None:
-    """Raises: ConfigError if a browser would not take the file for a page."""
+    """Raise ConfigError unless the name ends in .html, by which browsers recognise a page."""
     if out.suffix != ".html":
         raise ConfigError(f"--out {out} must end in .html")
 
 
 def write_stats_page(summary: StoreSummary, out: Path, *, overwrite: bool = False) -> int:
-    """Write the page; returns its bytes.
+    """Write the page, and return its size in bytes.
 
-    Raises: ConfigError if `out` does not end in .html, or is no page of ours; StorageError if it cannot be written.
+    Args:
+        overwrite: replace what is there, whoever made it.
+    Raises: ConfigError if `out` does not end in .html, or is there and may not be replaced; StorageError if it cannot
+        be written.
     """
     require_page_name(out)
     return write_whole(make_place(out, overwrite=overwrite), render_stats_page(summary).encode(errors="replace"))
 
 
 def render_stats_page(summary: StoreSummary) -> str:
-    """The whole page."""
+    """Return the whole page."""
     name = summary.path.rpartition("/")[2]
     return fill_template(
         TEMPLATE,
@@ -53,9 +56,9 @@ def render_stats_page(summary: StoreSummary) -> str:
 
 
 def _rows(tokens: Sequence[TokenSummary]) -> str:
-    """One row for each fact, one column for each kind of token at each size."""
+    """Return one row for each fact, with one column for each kind of token at each size."""
     columns = [dict(token_facts(token)) for token in tokens]
-    names = max(columns, key=len)
+    names = max(columns, key=len)  # dense tokens have facts that summaries lack
     return "\n".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(f"<td>{escape(column.get(name, ABSENT))}</td>" for column in columns)
@@ -109,7 +112,7 @@ def _falling_line(values: NDArray[np.float64], label: str, y_label: str, x_label
 
 
 def thin_out(values: NDArray[np.float64]) -> list[Point]:
-    """Values over their rank from 1: all, or some of them as they are, the denser the nearer to the first."""
+    """Return values over their rank from 1: all of them, or a selection that is denser towards the first."""
     last = len(values)
     if last <= MAX_POINTS:
         ranks = np.arange(1, last + 1)

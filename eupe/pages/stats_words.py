@@ -1,4 +1,4 @@
-"""A store's summary in words, for the terminal and for the page."""
+"""A store's statistics in words, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from eupe.store.summary import FIRST_COMPONENTS, StoreSummary, TokenSummary
 
 SHOWN_CHANNELS = 5
 Facts = list[tuple[str, str]]
-"""Name and value, in the order to be read."""
+"""Names and values, in reading order."""
 
 
 def identity(summary: StoreSummary) -> Facts:
-    """What the store is."""
+    """Return facts about the store as a whole."""
     spec, teacher = summary.spec, summary.spec.teacher
     return [
         ("teacher", f"{teacher['name']} ({teacher['backend']}: {teacher['model']}), {teacher['dtype']}"),
@@ -53,12 +53,12 @@ def _fidelity(summary: StoreSummary) -> str:
 
 
 def token_title(token: TokenSummary) -> str:
-    """`224 px dense`"""
+    """Return a title like `224 px dense`."""
     return f"{token.size} px {token.kind}"
 
 
 def token_facts(token: TokenSummary) -> Facts:
-    """What the statistics say of one kind of token at one size."""
+    """Return facts about one kind of token at one size."""
     facts = [
         ("vectors", f"{token.count:,}"),
         ("channels", str(token.num_channels)),
@@ -89,7 +89,7 @@ def _dead_channels(token: TokenSummary) -> str:
 
 
 def outlier_place(token: TokenSummary) -> str:
-    """The cell of most outliers, and in what share of the views it is one."""
+    """Return in words the cell with the most outliers, and the share of views in which its token is one."""
     cell, rates = token.outlier_cell, token.outlier_rates
     if cell is None or rates is None:
         return "no cell"

@@ -1,4 +1,4 @@
-"""PCA maps of dense features side by side: stores, runs and teachers on the very same views, on one page or figure.
+"""PCA maps of dense features side by side: stores, runs and teachers on the same views, on one page or figure.
 
 Shapes: P pictures, S pixels along a side, h w cells, D channels.
 """
@@ -38,20 +38,20 @@ SHOWN_PX = 320
 
 @dataclass(frozen=True)
 class VizReport:
-    """What was written."""
+    """A summary of what was written."""
 
     out: str
     models: tuple[str, ...]
     pictures: tuple[str, ...]
-    """Their keys, from top to bottom."""
+    """Keys of the pictures, from top to bottom."""
     num_held_out: int
     notes: tuple[str, ...]
-    """What could not be shown as asked, and why."""
+    """Sentences on what could not be shown as requested, and why."""
     num_bytes: int
 
 
 Stored = Sequence[tuple[StoreSubject, Features]]
-"""What each store holds of the pictures chosen."""
+"""Each store, with its features of the chosen pictures."""
 
 
 def write_maps(
@@ -66,27 +66,27 @@ def write_maps(
     cell_px: int | None = None,
     overwrite: bool = False,
 ) -> VizReport:
-    """Write one HTML page, or one PNG figure, that shows what each model makes of the same pictures.
+    """Write one HTML page or one PNG figure with each model's maps of the same pictures.
 
     Args:
         models: stores, runs' directories, teachers' names and `pixels`, one column each.
-        images: a folder of pictures, or an index; those that every store has features of may be shown.
-        out: ends in .html or .png.
-        limit: most pictures to show.
-        weights: local weights in place of the hub's, for teachers among the models.
-        weights_keys: where among others in these files their tensors are.
-        foreground: colour the foreground alone, found by each model's own first component.
+        images: folder of pictures, or an index; only pictures that every store has features of are shown.
+        out: file name that ends in .html or .png.
+        limit: the most pictures to show.
+        weights: local weights to use instead of the hub's, for teachers among the models.
+        weights_keys: key of a teacher's tensors in a weights file of several models.
+        foreground: colour only the foreground, found by each model's own first component.
         cell_px: side of a figure's cells.
-        overwrite: what is there goes, whoever made it.
-    Raises: ConfigError, CorpusError, StoreError, RunError or TeacherError for what the user can mend;
-        StorageError if `out` cannot be written.
+        overwrite: replace what is there, whoever made it.
+    Raises: ConfigError, CorpusError, StoreError, RunError or TeacherError for what the user can correct; StorageError
+        if `out` cannot be written.
     """
     _require_words(out, limit, cell_px)
     opened = with_short_names(open_subjects(models, weights or {}, keys=weights_keys))
     stores = [each for each in opened if isinstance(each, StoreSubject)]
     for each in stores:
         each.require(DENSE)
-    place = make_place(out, sources=[images], overwrite=overwrite)
+    place = make_place(out, sources=[images], overwrite=overwrite)  # refused before the slow work
     corpus = open_corpus(images)
     runs = {each.name: run for each in opened if (run := run_of(each))}
     pictures = choose_pictures(_pictures_in_common(corpus, stores, list(runs.values())), limit)
@@ -100,7 +100,7 @@ def write_maps(
         data = draw_figure(layout, cells, columns)
     else:
         page = render_page(cells, columns, [(name, read_history(run)) for name, run in runs.items()])
-        data = page.encode(errors="replace")
+        data = page.encode(errors="replace")  # file names that are not UTF-8 come as surrogates
     return VizReport(
         out=str(out),
         models=tuple(column.name for column in columns),
@@ -112,7 +112,7 @@ def write_maps(
 
 
 def _require_words(out: Path, limit: int, cell_px: int | None) -> None:
-    """Raises: ConfigError for options that cannot work, alone or together."""
+    """Raise ConfigError if an option is invalid, or options do not fit together."""
     if limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {limit}")
     if out.suffix not in (PAGE, FIGURE):
@@ -122,7 +122,7 @@ def _require_words(out: Path, limit: int, cell_px: int | None) -> None:
 
 
 def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreSubject], runs: Sequence[Path]) -> list[Picture]:
-    """Pictures that every store has features of; held out are those that no run was trained on.
+    """Return the pictures that every store has features of; those that no run was trained on are held out.
 
     Raises: ConfigError if there is none.
     """
@@ -142,7 +142,7 @@ def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreSubject], runs: Se
 
 
 def choose_pictures(pictures: Sequence[Picture], limit: int) -> list[Picture]:
-    """Held-out pictures first; among them, and among the others, one of each label in turn."""
+    """Choose held-out pictures first, then the others; within each group, one of each label in turn."""
     held_out_first = sorted(pictures, key=lambda picture: not picture.held_out)
     seen: Counter[str | None] = Counter()
     ranked = []
@@ -153,9 +153,9 @@ def choose_pictures(pictures: Sequence[Picture], limit: int) -> list[Picture]:
 
 
 def _views(pictures: Sequence[Picture], images: Sequence[Image.Image], cached: Stored) -> list[View]:
-    """View 0 of the stores, which must agree on it, or the centre where there is no store.
+    """Return view 0 of each picture in the stores, which must agree on it; without stores, the centre crop.
 
-    Raises: ConfigError if two stores differ.
+    Raises: ConfigError if two stores hold different views.
     """
     if cached:
         _require_same_views(pictures, cached)
@@ -188,9 +188,9 @@ def _cell(view: View, side_px: int) -> PictureCell:
 
 
 def _column(subject: Subject, views: Sequence[View], cached: Features | None, foreground: bool) -> ModelColumn:
-    """A model's features and their colours.
+    """Build a model's column: its features and their colours.
 
-    Raises: ConfigError if they are not all numbers.
+    Raises: ConfigError if features are not all finite.
     """
     about = ""
     if isinstance(subject, StoreSubject):

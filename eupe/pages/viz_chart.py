@@ -1,4 +1,7 @@
-"""Charts as inline SVG: lines, bars, heat maps. Colours and fonts are the page's: `ink`, `c0`, ..., `dashed`, `bar`."""
+"""Charts as inline SVG: lines, bars, heat maps.
+
+Colours and fonts are those of the page's classes: `ink`, `c0`, ..., `dashed`, `bar`.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,45 @@ WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
 NUM_COLOURS = 6
 MAX_POINTS = 300
-"""A longer curve is drawn as the means of this many runs of its points."""
+"""A curve with more points is drawn as this many means of consecutive points."""
 LOG_FROM = 3.0
-"""Positive values whose largest is this many times the smallest get a logarithmic axis, if allowed."""
+"""Positive values get a logarithmic axis, if allowed, when the largest is at least this many times the smallest."""
 LOG_TICKS = ((20.0, (1, 1.5, 2, 3, 5, 7)), (1000.0, (1, 2, 5)), (math.inf, (1,)))
-"""Factors of powers of ten, for a largest value of up to so many times the smallest."""
+"""Largest ratio of an axis's ends, and the factors of powers of ten that get ticks up to that ratio."""
 MARKED_POINTS = 12
-"""A curve of so few points shows each of them."""
+"""A curve with at most this many points shows each of them."""
 
 LEAST_BAR = 1.5
-"""A bar that is not zero is at least this high, so that the rare can be seen."""
+"""Least height of a bar that is not zero, so that rare values can be seen."""
 PADDING_BINS = 3
-"""Empty bins shown on either side of a histogram."""
+"""Number of empty bins shown on either side of a histogram."""
 HEAT_STEPS = 24
-"""Of a heat map's scale."""
+"""Number of steps in a heat map's scale."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve."""
+    """A curve of a chart."""
 
     name: str
     points: Sequence[Point]
-    """x rising, all values finite."""
+    """Points with rising x, all values finite."""
     colour: int | None = None
-    """One of the page's colours; None for its ink, drawn thicker."""
+    """Number of one of the page's colours; None for its ink, drawn thicker."""
     dashed: bool = False
 
     @property
     def css(self) -> str:
-        """Its classes."""
+        """Return the CSS classes of the curve."""
         colour = "ink" if self.colour is None else f"c{self.colour % NUM_COLOURS}"
         return f"{colour} dashed" if self.dashed else colour
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values, and the ticks in it."""
+    """A range of values, with its ticks."""
 
     low: float
     high: float
@@ -58,30 +61,31 @@ class Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """Where a value lies along the axis: 0 at `low`, 1 at `high`."""
+        """Return the position of a value along the axis: 0 at `low`, 1 at `high`."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
 def linear_axis(low: float, high: float, *, most: int = 6) -> Axis:
-    """From the round number at or below `low` to the one at or above `high`, with about `most` ticks."""
+    """Return an axis from the round number at or below `low` to the one at or above `high`, with about `most` ticks."""
     if high <= low:
         low, high = low - 0.5, low + 0.5
     step = _round_step((high - low) / most)
+    # the tolerance keeps a rounding error from adding a step at either end
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], ticks)
 
 
 def _round_step(least: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is at least `least`."""
+    """Return the smallest of 1, 2 and 5 times a power of ten that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def log_axis(low: float, high: float) -> Axis:
-    """A little beyond both values, with round ticks that lie the closer, the shorter the range is."""
+    """Return an axis that extends a little beyond both values, with round ticks that are denser on a shorter range."""
     low, high = low / 1.08, high * 1.08
     factors = next(chosen for ratio, chosen in LOG_TICKS if high / low <= ratio)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -90,7 +94,7 @@ def log_axis(low: float, high: float) -> Axis:
 
 
 def value_axis(values: Sequence[float], *, allow_log: bool) -> Axis:
-    """The axis that suits the values; a linear one always shows 0."""
+    """Return the axis that suits the values; a linear one always includes 0."""
     low, high = min(values), max(values)
     if allow_log and low > 0 and high / low >= LOG_FROM:
         return log_axis(low, high)
@@ -98,7 +102,7 @@ def value_axis(values: Sequence[float], *, allow_log: bool) -> Axis:
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
-    """The points, or the means of `most` runs of them."""
+    """Return the points; if there are more than `most`, that many means of consecutive points."""
     if len(points) <= most:
         return list(points)
     edges = [i * len(points) // most for i in range(most + 1)]
@@ -117,12 +121,13 @@ def svg_chart(
     x_label: str,
     allow_log: bool = False,
 ) -> str:
-    """Curves over a horizontal axis that begins at 0.
+    """Draw curves over a horizontal axis that starts at 0.
 
     Args:
         series: at least one, each with at least one point.
-        label: says what is drawn to those who cannot see it.
-        allow_log: use a logarithmic axis where the values ask for one; the axis's label then says so.
+        label: description of the chart for screen readers.
+        allow_log: use a logarithmic axis if the values' range is wide enough (`LOG_FROM`); the axis's label then says
+            so.
     """
     thinned = [(one, thin(one.points)) for one in series]
     x = _steps_axis(max(point[0] for _, points in thinned for point in points))
@@ -141,13 +146,13 @@ def svg_chart(
 def svg_histogram(
     edges: Sequence[float], counts: Sequence[int], *, mark: float, label: str, x_label: str, y_label: str
 ) -> str:
-    """Bars over a logarithmic axis, each the share of one bin in the whole; what is empty on both sides is left out.
+    """Draw bars over a logarithmic axis, each the share of one bin in the total; empty bins at both ends are cut.
 
     Args:
         edges: one more than `counts`, rising by a constant factor.
         counts: at least one is not zero.
-        mark: where a dashed line stands.
-        label: says what is drawn to those who cannot see it.
+        mark: value at which a dashed line is drawn.
+        label: description of the chart for screen readers.
     """
     used = [i for i, count in enumerate(counts) if count]
     step = edges[1] / edges[0]
@@ -179,11 +184,11 @@ def _bar(edges: Sequence[float], count: int, total: int, x: Axis, y: Axis) -> st
 
 
 def svg_heat_map(rates: Sequence[Sequence[float]], *, label: str) -> str:
-    """A grid of cells, each as strong in colour as its share, and the scale beside it from 0 to the largest.
+    """Draw a grid of cells, each with the opacity of its share, beside a scale from 0 to the largest share.
 
     Args:
         rates: rows of shares, at least one of them above 0.
-        label: says what is drawn to those who cannot see it.
+        label: description of the chart for screen readers.
     """
     rows, columns, largest = len(rates), len(rates[0]), max(map(max, rates))
     side = min((HEIGHT - TOP - BOTTOM) / rows, (WIDTH - 2 * LEFT - 80) / columns)
@@ -214,7 +219,7 @@ def _cell(x: float, y: float, side: float, strength: float, title: str) -> str:
 
 
 def _cell_numbers(rows: int, columns: int, side: float) -> list[str]:
-    """The first and last row's and column's numbers, and what they count."""
+    """Return the numbers of the first and last row and column, and the labels of both axes."""
     bottom, right = TOP + side * rows, LEFT + side * columns
     return [
         f'<text x="{LEFT - 8}" y="{TOP + side / 2 + 4:.1f}" text-anchor="end">0</text>',
@@ -243,24 +248,24 @@ def _heat_scale(left: float, height: float, largest: float) -> list[str]:
 
 
 def _steps_axis(last: float) -> Axis:
-    """From 0 to the last step exactly, so that the curves fill the chart."""
+    """Return an axis from 0 to exactly the last step, so that the curves fill the chart."""
     last = max(last, 1.0)
     ticks = tuple(tick for tick in linear_axis(0.0, last).ticks if tick <= last and tick == round(tick))
     return Axis(0.0, last, ticks)
 
 
 def across(axis: Axis, value: float) -> float:
-    """Where a value lies on a horizontal axis."""
+    """Return the x coordinate of a value on a horizontal axis."""
     return LEFT + axis.share(value) * (WIDTH - LEFT - RIGHT)
 
 
 def down(axis: Axis, value: float) -> float:
-    """Where a value lies on a vertical axis."""
+    """Return the y coordinate of a value on a vertical axis."""
     return HEIGHT - BOTTOM - axis.share(value) * (HEIGHT - TOP - BOTTOM)
 
 
 def y_tick(axis: Axis, tick: float) -> str:
-    """A line across the chart, and its number."""
+    """Return a line across the chart, with its number."""
     y = down(axis, tick)
     css = "zero" if tick == 0 else "rule"
     return (
@@ -270,7 +275,7 @@ def y_tick(axis: Axis, tick: float) -> str:
 
 
 def x_tick(axis: Axis, tick: float) -> str:
-    """A number below the chart."""
+    """Return a number below the chart."""
     at_end = axis.share(tick) > 0.98
     return (
         f'<text x="{across(axis, tick):.1f}" y="{HEIGHT - BOTTOM + 17}" '
@@ -292,7 +297,7 @@ def _curve(series: Series, points: Sequence[Point], x: Axis, y: Axis) -> str:
 
 
 def axis_labels(x_label: str, y_label: str) -> str:
-    """What the axes show."""
+    """Return the labels of both axes."""
     middle, centre = LEFT + (WIDTH - LEFT - RIGHT) / 2, TOP + (HEIGHT - TOP - BOTTOM) / 2
     return (
         f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
@@ -301,7 +306,7 @@ def axis_labels(x_label: str, y_label: str) -> str:
 
 
 def short_number(value: float) -> str:
-    """12000 as 12k, 0.5 as 0.5, 0.0001 as 1e-4."""
+    """Format a number in short: 12000 as 12k, 0.5 as 0.5, 0.0001 as 1e-4."""
     if 0 < abs(value) < 0.01:
         mantissa, _, exponent = f"{value:e}".partition("e")
         return f"{float(mantissa):g}e{int(exponent)}"

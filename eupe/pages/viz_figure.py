@@ -1,4 +1,4 @@
-"""The rows and columns of the page as one picture for a paper: a PNG on white, nothing in it but maps and heads.
+"""The rows and columns of the page as one figure for a paper: a white PNG with nothing but maps and headings.
 
 Shapes: P pictures, S pixels along a side, h w cells, C colours.
 """
@@ -19,14 +19,14 @@ from eupe.outputs import FIGURE_MARK
 from eupe.pages.viz_maps import ModelColumn, PictureCell
 
 CELL_PX = 224
-"""Side of a cell by itself."""
+"""Default side of a cell."""
 MIN_CELL_PX = 32
 MAX_PIXELS = 200_000_000
-"""Of a whole figure, which is held in memory."""
+"""Most pixels of a figure, which is held in memory as a whole."""
 
 PAPER = (255, 255, 255)
 BLANK = (236, 236, 236)
-"""Where a map is transparent."""
+"""Colour of the transparent parts of a map."""
 INK = (20, 20, 24)
 SOFT = (98, 101, 110)
 SHORTENED = "..."
@@ -36,7 +36,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything stands, in pixels."""
+    """The positions of all parts of a figure, in pixels."""
 
     rows: int
     columns: int
@@ -44,42 +44,42 @@ class Layout:
 
     @property
     def gap(self) -> int:
-        """Between cells, and around the figure."""
+        """Return the space between cells, and around the figure."""
         return max(2, self.cell // 32)
 
     @property
     def name_px(self) -> int:
-        """Size of a column's name."""
+        """Return the font size of a column's name."""
         return max(9, self.cell // 12)
 
     @property
     def facts_px(self) -> int:
-        """Size of the line below it."""
+        """Return the font size of the line below the name."""
         return max(8, self.cell // 16)
 
     @property
     def head(self) -> int:
-        """Height of the heads."""
+        """Return the height of the headings."""
         return round(1.35 * (self.name_px + self.facts_px)) + self.gap
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height."""
+        """Return width and height of the figure."""
         step = self.cell + self.gap
         return self.gap + self.columns * step, self.gap + self.head + self.rows * step
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
-        """Of a cell, left and top."""
+        """Return left and top of a cell."""
         step = self.cell + self.gap
         return self.gap + column * step, self.gap + self.head + row * step
 
 
 def plan_figure(rows: int, columns: int, cell_px: int | None) -> Layout:
-    """Lay a figure out.
+    """Lay out a figure.
 
     Args:
-        columns: models and the pictures themselves.
-    Raises: ConfigError if the cells are too small to be read, or the figure too big to be drawn.
+        columns: number of models, plus one for the pictures themselves.
+    Raises: ConfigError if the cells are too small to read, or the figure is too big to draw.
     """
     layout = Layout(rows, columns, CELL_PX if cell_px is None else cell_px)
     if layout.cell < MIN_CELL_PX:
@@ -94,7 +94,7 @@ def plan_figure(rows: int, columns: int, cell_px: int | None) -> Layout:
 
 
 def draw_figure(layout: Layout, pictures: Sequence[PictureCell], models: Sequence[ModelColumn]) -> bytes:
-    """A PNG: a row for each picture, the view and then every model's map of it, smooth as on the page."""
+    """Draw a PNG with one row per picture: the view, then each model's map of it, smoothed as on the page."""
     figure = Image.new("RGB", layout.size, PAPER)
     heads = [("picture", ""), *((model.name, _facts(model)) for model in models)]
     for column, (name, facts) in enumerate(heads):
@@ -111,7 +111,7 @@ def draw_figure(layout: Layout, pictures: Sequence[PictureCell], models: Sequenc
 
 
 def enlarged(pixels: NDArray[np.uint8], side: int) -> Image.Image:
-    """A map or a view [h, w, 3 or 4] as RGB of `side` pixels; blank where it is transparent."""
+    """Resize a map or a view [h, w, 3 or 4] to an RGB image of `side` pixels; transparent parts become `BLANK`."""
     image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
     if image.mode != "RGBA":
         return image
@@ -125,7 +125,7 @@ def _facts(model: ModelColumn) -> str:
 
 
 def _draw_head(figure: Image.Image, layout: Layout, column: int, name: str, facts: str) -> None:
-    """Name and facts, centred over a column; the last line stands on the cells."""
+    """Draw name and facts centred over a column, one gap above its cells."""
     pen = ImageDraw.Draw(figure)
     left, top = layout.corner(0, column)
     middle, bottom = left + layout.cell / 2, top - layout.gap
@@ -141,9 +141,9 @@ def _draw_line(
     ink: tuple[int, int, int],
     width: int,
 ) -> None:
-    """One line of text, centred on `foot`, its middle left out if it is too long for `width` even when smaller.
+    """Draw one line of text, centred on `foot`; if it is too long for `width`, use a smaller font, then cut its middle.
 
-    What is not ASCII becomes a question mark: the font that comes with Pillow would draw an empty box.
+    Characters outside of ASCII become question marks: the font that comes with Pillow would draw empty boxes.
     """
     words = words.encode("ascii", "replace").decode()
     for smaller in range(size_px, max(7, round(0.7 * size_px)) - 1, -1):
@@ -154,7 +154,7 @@ def _draw_line(
 
 
 def shorten(words: str, font: Font, width: float) -> str:
-    """The longest beginning and end of the words that fit, with dots between them; all of them if they do."""
+    """Return the words if they fit, else their longest beginning and end that do, with dots in between."""
     if font.getlength(words) <= width:
         return words
     for kept in range(len(words) - 1, 1, -1):

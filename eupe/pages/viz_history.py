@@ -1,4 +1,4 @@
-"""What a training run wrote down about itself, as curves and a table's rows."""
+"""The records of a training run, as curves and rows of a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eupe.train.log import METRICS_FILE
 
 @dataclass(frozen=True)
 class Cosine:
-    """A row of the table: how close the finished student came to one kind of token of one target."""
+    """A row of the table: how close the finished student is to one kind of token of one target."""
 
     target: str
     tokens: str
@@ -29,7 +29,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class History:
-    """A run's curves, empty where it has no log, and its outcome, empty where it is not finished."""
+    """A run's curves, empty if it has no log, and its outcome, empty if it is not finished."""
 
     losses: tuple[Series, ...]
     cosines: tuple[Series, ...]
@@ -41,13 +41,13 @@ class History:
 def read_history(run: Path) -> History:
     """Read `metrics.jsonl` and `report.json` of a run.
 
-    Raises: RunError if one of them is there and damaged.
+    Raises: RunError if one of them exists but is damaged.
     """
     losses: dict[str, list[Point]] = {}
     cosines: dict[str, list[Point]] = {}
     try:
         for step, curves, name, value in _values(run / METRICS_FILE):
-            if math.isfinite(value):
+            if math.isfinite(value):  # `Series` takes no others
                 {"loss": losses, "cosine": cosines}[curves].setdefault(name, []).append((step, value))
         report = _read_report(run / REPORT_FILE)
         outcome = tuple(
@@ -62,7 +62,7 @@ def read_history(run: Path) -> History:
 
 
 def _values(log: Path) -> Iterator[tuple[int, str, str, float]]:
-    """Step, which chart, curve and value of everything to be drawn, in the order it was written."""
+    """Yield step, chart, curve and value of everything to draw, in the order it was written."""
     for line in log.read_text().splitlines() if log.exists() else ():
         entry: dict[str, Any] = parse_json(line)
         step = int(entry["step"])
@@ -76,7 +76,7 @@ def _values(log: Path) -> Iterator[tuple[int, str, str, float]]:
 
 
 def _series(curves: dict[str, list[Point]]) -> tuple[Series, ...]:
-    """A colour for each target, dashes for dense tokens, ink for the total."""
+    """Return the curves, with a colour for each target, dashes for dense tokens and ink for the total."""
     targets = list(dict.fromkeys(name.rpartition("/")[0] for name in curves if "/" in name))
     return tuple(
         Series(name, points)

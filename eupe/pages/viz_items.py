@@ -1,4 +1,4 @@
-"""Pictures that are shown, their views, and what models of any kind say of these.
+"""Pictures to show, their views, and the features that models of any kind have for these.
 
 Shapes: P pictures, S pixels along a side, h w cells, D channels.
 """
@@ -32,7 +32,7 @@ class Picture:
     sha256: str | None
     held_out: bool
     inside: Inside | None = None
-    """Where its bytes are, if it is no file of its own."""
+    """Position of its bytes in a tar or table; None if it is a separate file."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class View:
     params: ViewParams
 
     def render(self, size: int) -> NDArray[np.uint8]:
-        """uint8 [S, S, 3]"""
+        """Return the view as `size` x `size` pixels, uint8 [S, S, 3]."""
         return render_view(self.image, self.params, size)
 
 
 def stored(subject: StoreSubject, pictures: Sequence[Picture]) -> Features:
-    """View 0 of each picture, at the finest of the store's sizes.
+    """Read view 0 of each picture, at the store's largest size.
 
     Raises: CorpusError if a picture is not the one that the store's teacher saw; PartCorruptError.
     """
@@ -64,9 +64,9 @@ def stored(subject: StoreSubject, pictures: Sequence[Picture]) -> Features:
 
 
 def dense_of(subject: EncoderSubject | PixelSubject, views: Sequence[View]) -> NDArray[np.float32]:
-    """Dense tokens [P, h, w, D] at the subject's own size.
+    """Return dense tokens [P, h, w, D] at the subject's own size.
 
-    Raises: TeacherError, RunError if it cannot be loaded.
+    Raises: TeacherError, RunError if the subject cannot be loaded.
     """
     size = subject.size(None)
     parts = (views[i : i + BATCH] for i in range(0, len(views), BATCH))
@@ -83,12 +83,12 @@ def dense_of(subject: EncoderSubject | PixelSubject, views: Sequence[View]) -> N
 
 
 def run_of(subject: Subject) -> Path | None:
-    """The training run that it is, if it is one."""
+    """Return the subject's training run, if it is one."""
     return Path(subject.spec.model) if isinstance(subject, EncoderSubject) and subject.kind == "run" else None
 
 
 def with_short_names(subjects: Sequence[Subject]) -> list[Subject]:
-    """A path's last part in place of the path, where that tells them apart."""
+    """Replace the path of each store and run by its last part, if that is unambiguous."""
     short = [Path(each.name).name if isinstance(each, StoreSubject) or run_of(each) else each.name for each in subjects]
     unique = Counter(short)
     pairs = zip(subjects, short, strict=True)

@@ -1,4 +1,4 @@
-"""What a page and a figure show: pictures, and each model's maps of them as colours.
+"""The contents of a page or figure: pictures, and each model's maps of them as colours.
 
 Shapes: P pictures, S pixels along a side, h w cells, D channels, C = 3 colours, or 4 where background is transparent.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from eupe.pca import Maps, find_foreground, fit_pca
 
 MIN_TOKENS = 16
-"""Fewer tokens are outliers, not the foreground or the background of pictures."""
+"""Fewer tokens than this are outliers, not the foreground or the background of pictures."""
 
 
 @dataclass(frozen=True)
@@ -33,43 +33,43 @@ class Colours:
 
     maps_PhwC: NDArray[np.uint8]
     explained: tuple[float, float, float]
-    """Shares of the variance of the tokens in colour that red, green and blue show."""
+    """Shares of variance that red, green and blue show, of the tokens in colour."""
     foreground: float | None
-    """Share of the tokens that are in colour; None where all of them are."""
+    """Share of the tokens that are in colour; None if all are."""
     note: str
-    """Why there is no foreground although it was asked for."""
+    """Reason why there is no foreground although it was requested; else empty."""
 
 
 @dataclass(frozen=True)
 class ModelColumn:
-    """A column: a model, and what it says of every picture."""
+    """A column: a model, and its features of every picture."""
 
     name: str
     kind: str
-    """store, run or teacher."""
+    """store, run, teacher or pixels."""
     about: str
-    """Whose features these are, where the name does not say."""
+    """Teacher of a store or architecture of a run; else empty."""
     size: int
     dense_PhwD: NDArray[np.float32]
     colours: Colours
 
     @property
     def grid(self) -> int:
-        """Cells along a side."""
+        """Return the number of cells along a side."""
         return int(self.dense_PhwD.shape[1])
 
     @property
     def dim(self) -> int:
-        """Channels of a token."""
+        """Return the number of channels of a token."""
         return int(self.dense_PhwD.shape[-1])
 
 
 def colour_maps(dense_PhwD: Maps, *, foreground: bool) -> Colours:
-    """Three principal components as red, green and blue, of all tokens or of those in the foreground alone.
+    """Show three principal components as red, green and blue, fitted to all tokens or to the foreground only.
 
     Args:
-        foreground: leave the background transparent; where it cannot be told, all tokens are in colour and the
-            note says why.
+        foreground: make the background transparent; if it cannot be found, all tokens are in colour and the note says
+            why.
     """
     mask_Phw = find_foreground(dense_PhwD) if foreground else None
     note = "" if mask_Phw is None else _complaint(mask_Phw)
@@ -84,7 +84,7 @@ def colour_maps(dense_PhwD: Maps, *, foreground: bool) -> Colours:
 
 
 def _complaint(mask_Phw: NDArray[np.bool_]) -> str:
-    """Why a cut into foreground and background is none, or nothing."""
+    """Return why a mask is not a usable foreground; empty if it is."""
     if not mask_Phw.any():
         return "no foreground: all its tokens are alike"
     apart = int(min(mask_Phw.sum(), (~mask_Phw).sum()))

@@ -1,5 +1,7 @@
-"""The page itself: one HTML file without fonts or links, its one script named by its hash, every string from outside
-escaped. Without scripts it reads as well; then no patch can be compared with others."""
+"""The page itself: one HTML file without fonts or links; every string from outside is escaped.
+
+Its one script is allowed by its hash. The page also works without scripts, except that patches cannot be compared.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ COMPONENTS = ("first", "second", "third")
 def render_page(
     pictures: Sequence[PictureCell], models: Sequence[ModelColumn], histories: Sequence[tuple[str, History]]
 ) -> str:
-    """The whole page; `histories` are the runs among the models, by name."""
+    """Return the whole page.
+
+    Args:
+        histories: names and histories of the runs among the models.
+    """
     names = ", ".join(model.name for model in models)
     kept = channels_to_keep(sum(model.dense_PhwD[..., 0].size for model in models))
     embeddings = [embed(model.dense_PhwD, kept) if kept else None for model in models]
@@ -79,7 +85,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _digest(script: str) -> str:
-    """As a content security policy names a script."""
+    """Return the hash by which a content security policy allows a script."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
@@ -130,12 +136,12 @@ def _figure(caption: str, image: str, data: str = "") -> str:
 
 
 def png_uri(pixels: NDArray[np.uint8]) -> str:
-    """A small map, exactly."""
+    """Encode a small map, without loss."""
     return _data_uri(pixels, "png", optimize=True)
 
 
 def jpeg_uri(pixels: NDArray[np.uint8]) -> str:
-    """A photograph, nearly."""
+    """Encode a photograph, with loss."""
     return _data_uri(pixels, "jpeg", quality=JPEG_QUALITY)
 
 
@@ -146,11 +152,11 @@ def _data_uri(pixels: NDArray[np.uint8], kind: str, **options: int) -> str:
 
 
 def _exactness(models: Sequence[ModelColumn], embeddings: Sequence[Embedding | None]) -> str:
-    """How near the page's cosines are to those of the features themselves."""
+    """Return a table of how close the page's cosines are to those of the full features."""
     shown = [(model, embedding) for model, embedding in zip(models, embeddings, strict=True) if embedding is not None]
     if not shown:
         return ""
-    num_bytes = sum(embedding.codes_PNK.nbytes for _, embedding in shown) * 4 / 3
+    num_bytes = sum(embedding.codes_PNK.nbytes for _, embedding in shown) * 4 / 3  # as base64
     body = "\n".join(
         f'<tr><th scope="row">{escape(model.name)}</th><td>{embedding.codes_PNK.shape[-1]} of {model.dim}</td>'
         f"<td>{embedding.mean_error:.4f}</td><td>{embedding.largest_error:.4f}</td></tr>"

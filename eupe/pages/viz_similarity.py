@@ -1,4 +1,4 @@
-"""Features small enough to be part of a page, which shows how similar all patches of a picture are to a chosen one.
+"""Features small enough to embed in a page that shows how similar all patches of a picture are to a chosen one.
 
 Shapes: P pictures, h w cells, N = h*w cells of one map, D channels, K channels kept.
 """
@@ -13,34 +13,35 @@ from numpy.typing import NDArray
 from eupe.pca import Maps, leading_directions
 
 MAX_TEXT_BYTES = 4_000_000
-"""Of all features in one page, as base64."""
+"""Most bytes of features in one page, as base64."""
 MAX_KEPT = 128
 MIN_KEPT = 32
-"""Fewer channels would tell little about the model."""
+"""Fewer channels than this would say little about the model."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A model's features, reduced to K channels of 8 bits, and what that does to their cosines."""
+    """A model's features, reduced to K channels of 8 bits, with the errors that this causes in their cosines."""
 
     codes_PNK: NDArray[np.int8]
     largest_error: float
-    """Largest and mean difference of the codes' cosines from the features', over all pairs of a picture's patches."""
+    """Largest difference of the codes' cosines from the features', over all pairs of patches of a picture."""
     mean_error: float
+    """Mean of these differences."""
 
 
 def channels_to_keep(num_tokens: int) -> int | None:
-    """Of each of a page's tokens, so that all of them fit; None if they would be too few to be of use."""
-    fitting = MAX_TEXT_BYTES * 3 // 4 // num_tokens
+    """Return how many channels of each token to keep so that all tokens fit in a page; None if too few to be useful."""
+    fitting = MAX_TEXT_BYTES * 3 // 4 // num_tokens  # base64 takes 4 bytes for 3
     return min(fitting, MAX_KEPT) if fitting >= MIN_KEPT else None
 
 
 def embed(dense_PhwD: Maps, kept: int) -> Embedding:
     """Reduce features so that their cosines change little.
 
-    Tokens, scaled to length 1, are projected on the `kept` directions along which they are largest (no mean is taken
-    off, for a cosine knows none), which keeps their inner products best. Each is then rounded to 8 bits at a scale of
-    its own, which no cosine depends on.
+    Tokens are scaled to length 1 and projected onto the `kept` directions along which they are largest, which preserves
+    their inner products best. The mean is not subtracted, as it would change the cosines. Each token is then rounded to
+    8 bits at its own scale, which cosines do not depend on.
     """
     num_pictures, dim = dense_PhwD.shape[0], dense_PhwD.shape[-1]
     unit_PND = _unit(dense_PhwD.reshape(num_pictures, -1, dim).astype(np.float64))
@@ -54,13 +55,13 @@ def embed(dense_PhwD: Maps, kept: int) -> Embedding:
 
 
 def _cosine_errors(codes_NK: NDArray[np.int8], unit_ND: NDArray[np.float64]) -> tuple[float, float]:
-    """Largest and mean difference in one picture."""
+    """Return the largest and the mean difference of cosines in one picture."""
     rounded_NK = _unit(codes_NK.astype(np.float64))
     errors_NN = np.abs(rounded_NK @ rounded_NK.T - unit_ND @ unit_ND.T)
     return float(errors_NN.max()), float(errors_NN.mean())
 
 
 def _unit(tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scaled to length 1; a token of zeros stays one, and its cosine with any is 0."""
+    """Scale tokens to length 1; a token of zeros stays zero, and its cosine with any other is 0."""
     lengths = np.linalg.norm(tokens, axis=-1, keepdims=True)
     return tokens / np.where(lengths > 0, lengths, 1.0)

@@ -1,4 +1,4 @@
-"""How the runs on a page were trained, as HTML: their curves, and what came of them."""
+"""The training of the runs on a page, as HTML: their curves and outcomes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eupe.pages.viz_history import Cosine, History
 
 
 def render_training(name: str, history: History) -> str:
-    """One run's section."""
+    """Return the section of one run."""
     charts = []
     if history.losses:
         charts.append(_chart("Training loss", history.losses, name, "loss", allow_log=True))

@@ -1,7 +1,7 @@
-"""What steps will take, on paper: bytes of stores from teachers' cards, views and bytes that training reads.
+"""Estimated costs of steps: bytes of stores from teachers' cards, and the views and bytes that training reads.
 
-Nothing is measured and no weights are read; shares of raw fp16 are nominal, as in `eupe plan --num-images`. A teacher
-that an earlier step trains is known by its student's architecture.
+Nothing is measured and no weights are read. Shares of raw fp16 are nominal, as in `eupe plan --num-images`. For a
+teacher that an earlier step trains, the card of its student's architecture is used.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ TRAIN_FLAGS = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreCost:
-    """Of a store, on paper."""
+    """The estimated cost of a store."""
 
     num_images: int | None
-    """None where it cannot be known."""
+    """Number of pictures; None if unknown."""
     views_per_image: int
     bytes_per_view: float
-    """Of all sizes together."""
+    """Bytes of one view over all sizes."""
     sizes: tuple[int, ...]
     at_most: bool
-    """Reckoned as fp16, because the precision is found by measurement or has no nominal share."""
+    """The bytes are an upper bound: pixels are kept, which count uncompressed, or the precision counts as fp16, because
+    it is chosen by measurement or has no nominal share."""
 
     @property
     def num_views(self) -> int | None:
@@ -57,18 +58,18 @@ class StoreCost:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCost:
-    """Of a run, on paper; None where something it takes cannot be known."""
+    """The estimated cost of a training run; None for a value that is unknown."""
 
     steps: int | None
     batch_size: int | None
     bytes_per_view: float
-    """Read of all targets, each at one of its sizes."""
+    """Bytes read per view over all targets, each at one of its sizes."""
     num_stored: int | None
-    """Views that the first target has, those held out counted in."""
+    """Number of views in the first target, including those held out."""
 
     @property
     def passes(self) -> float | None:
-        """Mean number of times that training sees a stored view."""
+        """Return the mean number of times that training sees a stored view."""
         if self.num_views is None or self.num_stored is None:
             return None
         return passes(self.num_views, self.num_stored)
@@ -86,7 +87,7 @@ Cost = StoreCost | TrainCost
 
 
 class Costs:
-    """Goes through the steps in order; what the teachers and students themselves refuse are problems of the recipe."""
+    """Estimates of the steps, made in order; errors from teachers and students become problems of the recipe."""
 
     def __init__(self, inputs: Inputs, num_images: int | None, problems: Problems) -> None:
         self._inputs = inputs
@@ -97,8 +98,9 @@ class Costs:
         self._failed: set[str] = set()
 
     def of(self, planned: PlannedStep) -> Cost | None:
-        """None for a step that is no extraction and no training, or that could not be reckoned."""
+        """Return the cost of a step; None if it is neither an extraction nor a training run, or cannot be estimated."""
         step = planned.step
+        # a step that needs a failed one is skipped, so that only the cause is reported
         if step.makes is None or self._failed & set(step.needs):
             self._failed |= {step.name} if step.makes else set()
             return None
@@ -161,9 +163,9 @@ class Costs:
         return TrainCost(steps=steps, batch_size=config.batch_size, bytes_per_view=bytes_per_view, num_stored=stored)
 
     def _config(self, planned: PlannedStep, params: Mapping[str, Any]) -> tuple[TrainConfig, Sequence[Word]]:
-        """What a run is asked for, and its targets.
+        """Return the configuration and the targets of a run.
 
-        Raises: ConfigError for options that cannot be together.
+        Raises: ConfigError for options that exclude each other.
         """
         assert planned.output is not None
         (config,) = train_configs(
@@ -178,7 +180,7 @@ class Costs:
         return config, planned.step.options.get("targets") or [str(path) for path in config.targets]
 
     def _student(self, planned: PlannedStep, params: Mapping[str, Any]) -> EncoderCard:
-        """Of the architecture that is given, or of the run that the student begins as."""
+        """Return the card of the given architecture, or of the run that the student starts from."""
         config, targets = self._config(planned, params)
         require_bare_student(config)
         (first,) = planned.step.options.get("init", (None,))
@@ -192,7 +194,7 @@ class Costs:
         return self._stores[target.step].sizes if isinstance(target, Ref) else open_store(target).spec.sizes
 
     def _bytes_read(self, target: Word) -> float:
-        """Of one view at one of the store's sizes."""
+        """Return the bytes of one view at one of the store's sizes."""
         if isinstance(target, Ref):
             cost = self._stores[target.step]
             return cost.bytes_per_view / len(cost.sizes)
@@ -200,7 +202,7 @@ class Costs:
         return store.stored_bytes / (store.spec.num_samples * store.spec.num_views * len(store.spec.sizes))
 
     def _steps(self, target: Word, epochs: float, holdout: float, batch_size: int) -> int | None:
-        """Of so many passes over what is not held out, as nearly as that is known beforehand."""
+        """Return about how many steps the passes over the training views take; None if unknown."""
         num_views = self._stored_views(target)
         return None if num_views is None else max(1, round(epochs * (num_views * (1 - holdout) // batch_size)))
 

@@ -1,4 +1,4 @@
-"""Running what is not done yet, one command after the other, each in a process of its own."""
+"""Execution of the steps that are not done yet, one command after the other, each in its own process."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Result:
-    """How a step ended."""
+    """The outcome of a step."""
 
     step: str
     verb: str
     cached: bool
-    """It was done before, and nothing was run."""
+    """The step was already done, and nothing was run."""
     seconds: float
-    """When it was run; over all its starts only the last."""
+    """Duration of the step when it was run; of several starts, only the last counts."""
     output: str | None
     report: dict[str, Any]
-    """What the verb prints with `--json`."""
+    """The JSON that the verb prints with `--json`."""
 
 
 def run_steps(
     planned: Sequence[PlannedStep], out: Path, *, on_command: Callable[[str], None] = lambda command: None
 ) -> Iterator[Result]:
-    """Run the steps in order; those that are done are not run.
+    """Run the steps in order, except those that are done, and yield the result of each.
 
-    SIGINT, SIGTERM and SIGHUP reach the step under way as SIGTERM, so that it commits what it has.
+    SIGINT, SIGTERM and SIGHUP are passed to the running step as SIGTERM, so that it commits what it has.
 
     Args:
-        on_command: told each command before it runs.
-    Raises: StepError if one fails, with its exit code; IncompleteError when a signal asked for an end; ConfigError if
+        on_command: called with each command before it runs.
+    Raises: StepError with the exit code of a step that failed; IncompleteError after a stop signal; ConfigError if
         another process works in the directory; StorageError.
     """
     with _alone(out) as lock, stop_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop_asked:
@@ -68,8 +68,8 @@ def run_steps(
 def _run(
     one: PlannedStep, lock: int, stop_asked: Callable[[], bool], on_command: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The step's kept report."""
-    one.report.unlink(missing_ok=True)
+    """Run one step in a process and return its stored report."""
+    one.report.unlink(missing_ok=True)  # the output may change from here on, so an old report no longer describes it
     words = one.command()
     command = shlex.join(["eupe", *words])
     on_command(command)
@@ -77,11 +77,11 @@ def _run(
     began = time.monotonic()
     with printed.open("wb") as stdout:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "eupe", *words],  # -P: nothing is imported from the working directory
+            [sys.executable, "-P", "-m", "eupe", *words],  # -P: import nothing from the working directory
             stdin=subprocess.DEVNULL,
             stdout=stdout,
-            start_new_session=True,  # a terminal's Ctrl-C is for this process, which passes it on once
-            pass_fds=(lock,),
+            start_new_session=True,  # a terminal's Ctrl-C reaches only this process, which passes it on once
+            pass_fds=(lock,),  # a step that outlives this process keeps the directory locked
         )
         code = _wait(child, stop_asked)
     seconds = time.monotonic() - began
@@ -107,12 +107,15 @@ def _wait(child: subprocess.Popen[bytes], stop_asked: Callable[[], bool]) -> int
             if stop_asked() and not told:
                 child.terminate()
                 told = True
-        except KeyboardInterrupt:  # a second signal: the step shall not wait, either
+        except KeyboardInterrupt:  # a second signal: the step must not wait, either
             child.terminate()
 
 
 def _read(printed: Path, step: str) -> Any:
-    """Raises: StepError if it is no JSON."""
+    """Return the report that a step printed.
+
+    Raises: StepError if it is not JSON.
+    """
     try:
         return json.loads(printed.read_text())
     except ValueError as error:
@@ -121,9 +124,9 @@ def _read(printed: Path, step: str) -> Any:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[int]:
-    """The pipeline's directory and its lock, which a step that outlives this process holds on to.
+    """Make and lock the pipeline's directory, and yield the descriptor of the lock, which steps inherit.
 
-    Raises: ConfigError if it is held; StorageError.
+    Raises: ConfigError if another process holds it; StorageError.
     """
     try:
         (out / REPORTS).mkdir(parents=True, exist_ok=True)

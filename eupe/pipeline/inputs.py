@@ -1,4 +1,4 @@
-"""What a pipeline reads that it has not made: pictures and files, known by their content as far as that is cheap."""
+"""Inputs that a pipeline does not make itself: pictures and files, identified by content as far as that is cheap."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from eupe.teachers.preprocess import OWN_FILES
 
 WEIGHTS = {Path(pattern).suffix for pattern in DIRECTORY_PATTERNS}
 DIGESTS = ".digests.json"
-"""Of files that have been read before, in a pipeline's directory: path to size, modification time and sha256."""
+"""File in a pipeline's directory with the digests of known files: path to size, modification time and sha256."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A corpus as it is now."""
+    """A corpus in its present state."""
 
     stamp: str | None
-    """Changes when the pictures do: of an index, from their hashes; of files, from names, sizes and times. None for
-    what is not on this machine."""
+    """A hash that changes with the pictures: of their hashes for an index, of names, sizes and times for files. None if
+    they are not on this machine."""
     keys: Sequence[str] | None = None
-    """None where they cannot be known without reading: tars, tables, object stores."""
+    """Keys of the pictures; None if these are unknown without reading the data: tars, tables, object stores."""
 
     def count(self, *, include: Sequence[str], exclude: Sequence[str], limit: int | None) -> int | None:
-        """How many of them an extraction takes.
+        """Return how many of the pictures an extraction takes; None if unknown.
 
-        Raises: CorpusError if none.
+        Raises: CorpusError if it takes none.
         """
         if self.keys is None:
             return None
@@ -46,7 +46,7 @@ class Pictures:
 
 
 class Inputs:
-    """Looks at each corpus and file once."""
+    """The corpora and files that a pipeline reads, each inspected once."""
 
     def __init__(self, out: Path) -> None:
         self._memory = out / DIGESTS
@@ -57,11 +57,14 @@ class Inputs:
             self._digests = {}
 
     def keep(self) -> None:
-        """Remember digests for the next time."""
+        """Save the digests for the next run."""
         write_file(self._memory, json.dumps(self._digests))
 
     def pictures(self, words: str) -> Pictures:
-        """Raises: CorpusError if there is no corpus of that name."""
+        """Return the pictures of a corpus.
+
+        Raises: CorpusError if there is no corpus of that name.
+        """
         if words not in self._pictures:
             self._pictures[words] = self._look(words)
         return self._pictures[words]
@@ -77,19 +80,19 @@ class Inputs:
         return Pictures(_stamp(found.root.local, found.files if keys is None else [*keys, *found.metadata]), keys)
 
     def folder(self, words: str) -> str:
-        """Changes when any file below a local folder does: names, sizes and times, which links to folders hide.
+        """Return a hash of the names, sizes and times of the files below a local folder; see `file_names`.
 
         Raises: CorpusError if it cannot be read.
         """
         return _stamp(Path(words), list(file_names(Place.of(words))))
 
     def content(self, words: str) -> str | None:
-        """sha256 of a local file, or of a folder's weights and documents, as models, runs and stores have them.
+        """Return the sha256 of a local file, or of the weights and JSON documents of a folder (a model, run or store).
 
-        What lies beside a weights file, and says how its model's pixels are normalised, counts with it.
+        Files beside a weights file count with it if they say how the model's pixels are normalised.
 
         Args:
-            words: a path, NAME=PATH, or a teacher's timm:local-dir:PATH; of anything else there is None.
+            words: a path, NAME=PATH, or a teacher's timm:local-dir:PATH; anything else gives None.
         """
         ways = (words, words.partition("=")[2], words.partition("timm:local-dir:")[2])
         path = next((path for path in map(Path, ways) if path.name and path.exists()), None)
@@ -108,7 +111,7 @@ class Inputs:
     def _digest(self, file: Path) -> str:
         status = file.stat()
         name, seen = str(file.resolve()), [status.st_size, status.st_mtime_ns]
-        if self._digests.get(name, [])[:2] != seen:
+        if self._digests.get(name, [])[:2] != seen:  # weights are large, so an unchanged file is not read again
             with file.open("rb") as stream:
                 self._digests[name] = [*seen, hashlib.file_digest(stream, "sha256").hexdigest()]
         return str(self._digests[name][2])

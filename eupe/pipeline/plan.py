@@ -1,4 +1,4 @@
-"""What each step of a recipe comes to: its key, where its output lies, its command, and whether it is done already."""
+"""The plan of a recipe: the key, output path, command and state of each step."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from eupe.train.card import CONFIG_FILE
 REPORTS = "reports"
 KEY_LENGTH = 8
 READ_PICTURES = ("train", "eval agreement")
-"""Verbs that read the pictures of a store whose place they are not told."""
+"""Verbs that read the pictures of a store without an option that says where they are."""
 PICTURES = ("corpus", "images", "data", "calibrate")
-"""Options that name pictures; `data` names what is known about them, too."""
+"""Options that name pictures; `data` also names their labels and other ground truth."""
 
 INDIFFERENT: Mapping[str, Mapping[str, str]] = {
     "": {
@@ -53,41 +53,41 @@ INDIFFERENT: Mapping[str, Mapping[str, str]] = {
     },
     "eval agreement": {"corpus": "where the pictures are now; which they are, the stores say"},
 }
-"""Options that decide nothing about a step's result and so are no part of its key, by verb (all verbs: ""), with the
-reason. An option that is not here counts."""
+"""Options that do not affect a step's result and are left out of its key, by verb ("" for all verbs), with the reason.
+Any other option counts."""
 
 JUDGED_BEFORE = ("eval report",)
-"""Verbs that tell of all evaluations before them."""
+"""Verbs that report on all evaluations before them."""
 
 State = Literal["done", "to go on", "to do"]
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step with everything known about it before it is run."""
+    """A step with everything that is known before it runs."""
 
     step: Step
     key: str
-    """sha256 of verb, decisive options, input files, and what the steps before it come to; it names the output."""
+    """sha256 of the verb, the decisive options, the input files and the needed steps' contents; it names the output."""
     content: str
-    """The key, and of an extraction the pictures as they are now: more of them extend the store in its place."""
+    """The key; for an extraction, a hash that includes the present pictures, because new ones extend the same store."""
     output: Path | None
-    """A store, a run or a page; None for a step that leaves a report only."""
+    """Path of a store, run, export or page; None for a step that leaves only a report."""
     report: Path
     words: tuple[str, ...]
-    """After `eupe`, without `--resume` and `--json`."""
+    """Words of the command after `eupe`, without `--resume` and `--json`."""
     state: State
     missing: tuple[str, ...]
-    """Why it could not begin now: pictures and weights that are not there."""
+    """Reasons why the step cannot start now: pictures and weights that do not exist."""
 
     def command(self) -> list[str]:
-        """What is typed; a run that was begun is gone on with."""
+        """Return the command's words after `eupe`; a run that was already started is resumed."""
         begun = self.step.makes == RUN and self.output is not None and (self.output / CONFIG_FILE).exists()
         return [*self.words, *(["--resume"] if begun else []), "--json"]
 
 
 def plan_steps(steps: tuple[Step, ...], out: Path, inputs: Inputs) -> tuple[PlannedStep, ...]:
-    """Keys, places and states of all steps, in order."""
+    """Plan all steps, in order."""
     planned: dict[str, PlannedStep] = {}
     for step in steps:
         planned[step.name] = _plan(step, out, inputs, planned)
@@ -95,12 +95,12 @@ def plan_steps(steps: tuple[Step, ...], out: Path, inputs: Inputs) -> tuple[Plan
 
 
 def key_of(step: Step, contents: Mapping[str, str], stamps: Mapping[str, str], *, judged: Sequence[str] = ()) -> str:
-    """sha256 of what decides a step's result.
+    """Return the sha256 of everything that decides a step's result.
 
     Args:
-        contents: of the steps that it needs.
-        stamps: of files and pictures, by their words.
-        judged: contents of the evaluations that it tells of.
+        contents: contents of the steps that it needs, by name.
+        stamps: hashes of files and pictures, by their words in the recipe.
+        judged: contents of the evaluations that it reports on.
     """
     indifferent = {*INDIFFERENT[""], *INDIFFERENT.get(step.verb.name, {})}
     decisive = {
@@ -125,6 +125,7 @@ def _plan(step: Step, out: Path, inputs: Inputs, before: Mapping[str, PlannedSte
     files, pictures, missing = _stamps(step, inputs)
     contents = {name: before[name].content for name in step.needs}
     judged = _evaluations(before) if step.verb.name in JUDGED_BEFORE else []
+    # an extraction's key leaves the pictures out: new pictures must extend its store, not name another
     key = key_of(step, contents, files if extends else files | pictures, judged=judged)
     content = key_of(step, contents, files | pictures, judged=judged)
     stem = f"{step.name}-{key[:KEY_LENGTH]}"
@@ -140,9 +141,10 @@ def _plan(step: Step, out: Path, inputs: Inputs, before: Mapping[str, PlannedSte
 
 
 def _bucket(step: Step, before: Mapping[str, PlannedStep]) -> str | None:
-    """Return where the pictures of a step's stores are, if that is a bucket, for which a store's word is not enough.
+    """Return where the pictures of a step's stores are if that is a bucket; otherwise None.
 
-    The recipe has named it, or the index that leads there, for the extraction.
+    A reader must name such a bucket itself, because it does not trust the store's note. The recipe named the bucket, or
+    an index that leads to it, for the extraction.
     """
     for needed in (before[name].step for name in step.needs):
         corpus = next((word for word in needed.options.get("corpus", ()) if isinstance(word, str)), None)
@@ -158,7 +160,7 @@ def _evaluations(before: Mapping[str, PlannedStep]) -> list[str]:
 
 
 def _stamps(step: Step, inputs: Inputs) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Of files and of pictures, by word; and what is not there."""
+    """Return the hashes of files and of pictures, by word, and messages about those that are missing."""
     files: dict[str, str] = {}
     pictures: dict[str, str] = {}
     missing = []
@@ -202,7 +204,7 @@ def _state(step: Step, output: Path | None, report: Path, content: str) -> State
 
 
 def read_report(path: Path) -> dict[str, Any] | None:
-    """What is kept of a finished step: `command`, `content`, `seconds`, and the verb's own `report`."""
+    """Return the record of a finished step (`command`, `content`, `seconds`, `report`); None if there is none."""
     try:
         kept: dict[str, Any] = json.loads(path.read_text())
         return kept if {"command", "content", "seconds", "report"} <= kept.keys() else None

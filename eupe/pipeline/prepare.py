@@ -1,4 +1,4 @@
-"""From a recipe's name to a plan that can be shown or run."""
+"""Preparation of a recipe: from its name to a plan that can be shown or run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eupe.pipeline.verbs import Verb
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe without mistakes."""
+    """A recipe without mistakes, with its plan and costs."""
 
     recipe: Recipe
     inputs: Inputs
@@ -26,7 +26,7 @@ class Prepared:
     costs: tuple[Cost | None, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The dry run."""
+        """Return the result of a dry run as plain JSON data."""
         return {
             "recipe": self.recipe.path,
             "out": str(self.recipe.out),
@@ -35,12 +35,12 @@ class Prepared:
 
 
 def prepare(name: str, settings: Mapping[str, Any], verbs: Mapping[str, Verb]) -> Prepared:
-    """Read a recipe, hold it against the command line, and see what is done.
+    """Read a recipe, check it against the command line, and find out which steps are done.
 
     Args:
         name: a file, or the name of a shipped recipe.
-        settings: in place of the recipe's named values.
-    Raises: ConfigError with everything that is wrong.
+        settings: values that replace the recipe's named values.
+    Raises: ConfigError with all mistakes.
     """
     problems = Problems()
     recipe = parse_recipe(name, read_recipe(name), settings, problems)
@@ -55,9 +55,9 @@ def prepare(name: str, settings: Mapping[str, Any], verbs: Mapping[str, Verb]) -
 
 
 def run(prepared: Prepared, *, on_command: Callable[[str], None] = lambda command: None) -> Iterator[Result]:
-    """Run what is not done; see `run_steps`.
+    """Run the steps that are not done; see `run_steps`.
 
-    Raises: also ConfigError if pictures or weights are not there.
+    Raises: as `run_steps`; also ConfigError if pictures or weights are missing.
     """
     problems = Problems()
     for one in prepared.steps:

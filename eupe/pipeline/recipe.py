@@ -1,4 +1,4 @@
-"""A recipe's file: YAML, named values put in, and the shape of its steps; what verbs take is not known here."""
+"""The file of a recipe: YAML, substitution of named values, and the form of steps; verbs are checked elsewhere."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ SHIPPED = resources.files("eupe") / "recipes"
 TOP = ("about", "out", "let", "steps")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 NUM_IMAGES = "num-images"
-"""The named value that says how many pictures there are where the corpus is not there to be counted."""
+"""Named value with the number of pictures, for a corpus that cannot be counted here."""
 
 _WRITTEN = re.compile(r"\$\{([^{}\n]*)\}")
 _OPEN, _CLOSE = "\ue000", "\ue001"
-"""In place of `${` and `}` while YAML reads the text: braces would end a value inside `{...}`."""
+"""Replacements of `${` and `}` while YAML parses the text: the braces would end a value inside `{...}`."""
 _HELD = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
 
 
 @dataclass(frozen=True)
 class RawStep:
-    """One step as it is written, named values put in."""
+    """A step as it is written, with named values filled in."""
 
     name: str
     verb: str
     options: Mapping[str, Any]
 
     def where(self, option: str | None = None) -> str:
-        """The path of keys that leads there."""
+        """Return the path of keys to the step, or to one of its options."""
         words = ["steps", self.name, self.verb, option]
         return ".".join(word for word in words if word)
 
@@ -53,7 +53,7 @@ class Recipe:
 
 @dataclass
 class Problems:
-    """Everything that is wrong with a recipe, each with the path of keys that leads there."""
+    """The mistakes in a recipe, each with the path of keys to its place."""
 
     found: list[str] = field(default_factory=list)
 
@@ -61,21 +61,21 @@ class Problems:
         self.found.append(f"{where}: {words}")
 
     def require_none(self, recipe: str) -> None:
-        """Raises: ConfigError with all of them, one a line."""
+        """Raise ConfigError with all mistakes, one per line, if there are any."""
         if self.found:
             count = "1 mistake" if len(self.found) == 1 else f"{len(self.found)} mistakes"
             raise ConfigError("\n  ".join([f"{recipe} has {count}, nothing was run:", *self.found]))
 
 
 def shipped_names() -> list[str]:
-    """Of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return sorted(file.name.removesuffix(".yaml") for file in SHIPPED.iterdir() if file.name.endswith(".yaml"))
 
 
 def read_recipe(name: str) -> str:
-    """The text of a file, or of a shipped recipe where there is no such file.
+    """Return the text of a file, or of a shipped recipe if there is no such file.
 
-    Raises: ConfigError if there is neither.
+    Raises: ConfigError if there is neither, or it cannot be read.
     """
     path = Path(name)
     try:
@@ -89,9 +89,9 @@ def read_recipe(name: str) -> str:
 
 
 def parse_settings(words: list[str]) -> dict[str, Any]:
-    """`--set NAME=VALUE`, the value as YAML reads it.
+    """Parse the words of `--set NAME=VALUE`; each value is YAML.
 
-    Raises: ConfigError.
+    Raises: ConfigError if one is not of that form.
     """
     settings = {}
     for word in words:
@@ -106,11 +106,11 @@ def parse_settings(words: list[str]) -> dict[str, Any]:
 
 
 def parse_recipe(path: str, text: str, settings: Mapping[str, Any], problems: Problems) -> Recipe:
-    """The recipe, as far as it can be understood; all that is wrong goes to `problems`.
+    """Parse a recipe as far as possible, and add all mistakes to `problems`.
 
     Args:
         settings: named values that replace those of `let`; `out` replaces the directory.
-    Raises: ConfigError if it is not YAML, or no mapping.
+    Raises: ConfigError if it is not YAML, or not a mapping.
     """
     plain = _load(path, text)
     for key in plain.keys() - set(TOP):
@@ -144,7 +144,7 @@ def _load(path: str, text: str) -> dict[str, Any]:
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one's silent win."""
+    """A YAML loader that refuses a key given twice; plain YAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -162,7 +162,7 @@ def _named_values(let: Any, settings: Mapping[str, Any], problems: Problems) -> 
         values[str(name)] = settings.get(name, _put_in(value, f"let.{name}", values, problems))
         if values[str(name)] is None:
             problems.add(f"let.{name}", f"has no value of its own; give --set {name}=...")
-            values[str(name)] = f"${{{name}}}"
+            values[str(name)] = f"${{{name}}}"  # so that its uses are not reported, too
     for name in settings.keys() - values.keys() - {"out", NUM_IMAGES}:
         problems.add(f"--set {name}", f"is not among the recipe's named values: {', '.join(['out', *values])}")
     if NUM_IMAGES in settings:
@@ -187,7 +187,7 @@ def _step(name: Any, body: Any, values: Mapping[str, Any], problems: Problems) -
 
 
 def _put_in(value: Any, where: str, values: Mapping[str, Any], problems: Problems) -> Any:
-    """A value that is nothing but `${name}` keeps the named value's type."""
+    """Replace `${name}` in a value by the named values; a value that is only `${name}` keeps the named value's type."""
     if isinstance(value, list):
         return [_put_in(item, f"{where}.{i}", values, problems) for i, item in enumerate(value)]
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What is printed of a pipeline: the dry run, and the end of a run."""
+"""The printed output of a pipeline: the dry run, and the results of a run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ HEADLINES: Mapping[str, Sequence[str]] = {
     "eval report": (),
     "export": ("least", "num_bytes"),
 }
-"""Fields of reports that are shown, wherever they stand; of other verbs, the first fraction of each part."""
+"""Fields of reports that are shown, at any depth, by verb; other verbs show the first float of each part."""
 UNSAID = ("kinds", "validation", "outputs")
-"""Levels of reports that say nothing by their names."""
+"""Keys of reports whose names are left out of the printed text."""
 
 
 def show_plan(prepared: Prepared, console: Console) -> None:
-    """Step, state, cost and command."""
+    """Print the state, cost and command of each step."""
     if prepared.recipe.about:
         console.print(prepared.recipe.about, soft_wrap=True, markup=False)
     table = Table("step", "state", "on paper", box=None)
@@ -63,7 +63,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
 
 
 def cost_words(cost: Cost | None) -> str:
-    """A cost in one cell."""
+    """Return a cost as text for a table cell."""
     if cost is None:
         return ""
     if isinstance(cost, StoreCost):
@@ -80,7 +80,7 @@ def cost_words(cost: Cost | None) -> str:
 
 
 def show_results(results: Sequence[Result], console: Console, *, reports: Path) -> None:
-    """Step, cached or seconds, what came of it.
+    """Print each step's duration (or `cached`), main numbers and output.
 
     Args:
         reports: the folder of the steps' reports.
@@ -96,10 +96,10 @@ def show_results(results: Sequence[Result], console: Console, *, reports: Path) 
 
 
 def headline(result: Result, steps: Mapping[str, str]) -> list[str]:
-    """The numbers of a report that matter most, each with its name.
+    """Return the most important numbers of a report, each with its name.
 
     Args:
-        steps: from the name of an output to the step that made it, by which a subject is called.
+        steps: names of steps by the name of their output, which name the subjects of evaluations.
     """
     if "results" in result.report:
         return [_first_score(judged, steps) for judged in result.report["results"]]
@@ -114,7 +114,7 @@ def headline(result: Result, steps: Mapping[str, str]) -> list[str]:
 
 
 def _first_score(judged: Mapping[str, Any], steps: Mapping[str, str]) -> str:
-    """Of one subject of an evaluation."""
+    """Return the first score of one subject of an evaluation."""
     subject = steps.get(Path(judged["subject"]).name, judged["subject"])
     measure, score = next(iter(judged["scores"].items()))
     return f"{subject}{' untrained' if judged['untrained'] else ''} {measure.replace('_', ' ')} {score:.4g}"
@@ -130,7 +130,7 @@ def _words(name: str, value: float) -> str:
 
 
 def _numbers(plain: Any, name: str) -> Iterator[tuple[str, float]]:
-    """All numbers of a report, named by the words on the way to them; members of a list by their first words."""
+    """Yield all numbers of a report, named by the keys on the way; a list's members are named by their first string."""
     if isinstance(plain, dict):
         for key, value in plain.items():
             yield from _numbers(value, name if key in UNSAID else f"{name} {key}".strip())

@@ -1,4 +1,4 @@
-"""From a recipe to its steps: every option held against the verb's own, every name against the steps before it."""
+"""Validation of a recipe's steps: options are checked against the verb, names against the earlier steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eupe.teachers.resolve import resolve_teacher
 
 STORE, RUN = "store", "run"
 MAKES = {"extract": STORE, "train": RUN}
-"""What later steps can take from a verb; all others leave a report, or a page."""
+"""Kinds of output that later steps can take, by verb; outputs of other verbs cannot be taken."""
 TAKES = {
     "teacher": (RUN,),
     "targets": (STORE,),
@@ -28,14 +28,14 @@ TAKES = {
     "judged": (RUN,),
     "items": (STORE, RUN),
 }
-"""Options and arguments that may name an earlier step, and what that step must make."""
+"""Options and arguments that may name an earlier step, and the kinds of output that the step must make."""
 GIVEN = {"out": ("extract", "train"), "json": (), "resume": ()}
-"""Options that the pipeline gives by itself, to these verbs; to all where none is named."""
+"""Options that the pipeline sets itself, with the verbs; without verbs, for all."""
 
 
 @dataclass(frozen=True)
 class Ref:
-    """Of an earlier step: what it made."""
+    """A reference to the output of an earlier step."""
 
     step: str
 
@@ -45,12 +45,12 @@ Word = str | Ref
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a pipeline, whose words are not all known yet."""
+    """One command of a pipeline; some of its words are not known yet."""
 
     name: str
     verb: Verb
     options: Mapping[str, tuple[Word, ...]]
-    """Values as they are typed; of a flag, the flag."""
+    """Values as typed on the command line; for a flag, the flag itself."""
 
     @property
     def makes(self) -> str | None:
@@ -58,15 +58,15 @@ class Step:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Earlier steps, each once."""
+        """Return the earlier steps that this one needs, each once."""
         refs = (word.step for words in self.options.values() for word in words if isinstance(word, Ref))
         return tuple(dict.fromkeys(refs))
 
     def words(self, places: Mapping[str, str]) -> list[str]:
-        """All options on the command line, arguments first.
+        """Return all options as words of the command line, arguments first.
 
         Args:
-            places: of each step that is needed, where what it makes lies.
+            places: the output path of each needed step.
         """
         options = sorted(self.options.items(), key=lambda item: self.verb.options[item[0]].word is not None)
         return [
@@ -77,7 +77,7 @@ class Step:
 
 
 def check_steps(recipe: Recipe, verbs: Mapping[str, Verb], problems: Problems) -> tuple[Step, ...]:
-    """The steps that can be understood, in order; all that is wrong goes to `problems`."""
+    """Return the steps with known verbs, in order, and add all mistakes to `problems`."""
     steps: dict[str, Step] = {}
     makes = {raw.name: MAKES.get(raw.verb) for raw in recipe.steps}
     cycles = _cycles(recipe.steps)
@@ -105,7 +105,7 @@ def check_steps(recipe: Recipe, verbs: Mapping[str, Verb], problems: Problems) -
 
 @dataclass(frozen=True)
 class _Names:
-    """What a name in one step may stand for."""
+    """The names that one step may use."""
 
     raw: RawStep
     earlier: Sequence[str]
@@ -113,7 +113,7 @@ class _Names:
     cycles: Mapping[str, str]
 
     def resolve(self, option: str, word: str) -> Word | EupeError:
-        """The step of that name, or the word itself if it is something outside the pipeline; else what is wrong."""
+        """Return the step of that name, the word itself if it exists outside the pipeline, or else the mistake."""
         takes = TAKES[option]
         if word in self.earlier and self.makes[word] in takes:
             return Ref(word)
@@ -134,7 +134,7 @@ class _Names:
 
 
 def _outside(option: str, word: str) -> str | None:
-    """None for something that is there without the pipeline, else what was looked for."""
+    """Return None if a word names something outside the pipeline; else a message about what was not found."""
     if "://" in word or (option, word) == ("subjects", PIXELS) or (option != "teacher" and Path(word).exists()):
         return None
     if option not in ("teacher", "items", "subjects"):
@@ -147,7 +147,7 @@ def _outside(option: str, word: str) -> str | None:
 
 
 def _words(verb: Verb, option: Option, value: Any, names: _Names, problems: Problems) -> tuple[Word, ...] | None:
-    """None where the option is to be left out, or is wrong."""
+    """Return the words of an option; None if it is left out or wrong."""
     where = names.raw.where(option.name)
     if option.flag:
         if not isinstance(value, bool):
@@ -178,7 +178,7 @@ def _resolved(values: Iterable[str], option: Option, names: _Names, problems: Pr
 
 
 def _cycles(raws: Sequence[RawStep]) -> dict[str, str]:
-    """Steps that wait for themselves, and by what way."""
+    """Return the steps that wait for themselves, each with the path of its cycle."""
     makes = {raw.name: MAKES.get(raw.verb) for raw in raws}
     ahead: dict[str, list[str]] = {raw.name: [] for raw in raws}
     for raw in raws:

@@ -1,4 +1,4 @@
-"""What the command line's verbs take, read from the command line itself, so that a recipe has no schema of its own."""
+"""The options of the command line's verbs, read from the command line itself, so that recipes need no schema."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 import typer
 
 STEPS = ("extract", "train", "eval", "export", "viz", "store stats", "store verify")
-"""Verbs, and groups of verbs, that a step may be."""
+"""Verbs, and groups of verbs, that a step may use."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a verb, or one of its arguments, which recipes name alike."""
+    """An option of a verb, or one of its arguments; recipes name both in the same way."""
 
     name: str
-    """As it is typed, without dashes."""
+    """Name as typed, without dashes."""
     parameter: str
-    """Of the Python function."""
+    """Parameter of the Python function."""
     word: str | None
-    """What stands before its value; None for an argument."""
+    """Word before the value; None for an argument."""
     negative: str | None
-    """The word that turns a flag off, if there is one."""
+    """Word that turns a flag off, if there is one."""
     flag: bool
     multiple: bool
     required: bool
 
     def words(self, values: Sequence[str]) -> list[str]:
-        """On the command line; the value of a flag is the word that turns it on or off."""
+        """Return the words on the command line; the value of a flag is the word that turns it on or off."""
         if self.word is None or self.flag:
             return list(values)
         return [word for value in values for word in (self.word, value)]
@@ -37,30 +37,31 @@ class Option:
 
 @dataclass(frozen=True)
 class Verb:
-    """One command of the command line."""
+    """A command of the command line."""
 
     name: str
-    """`train`, `eval knn`, ..."""
+    """Full name: `train`, `eval knn`, ..."""
     options: Mapping[str, Option]
     command: Any
 
     def complaint(self, option: Option, values: Sequence[str]) -> str | None:
-        """What the command line has against these values of one option."""
+        """Return the command line's error about these values of one option, if any."""
         try:
             self.command.make_context(self.name, option.words(values))
         except typer.BadParameter as error:
+            # only this option is given, so errors about others, and missing ones, do not count
             if getattr(error.param, "name", None) == option.parameter and type(error).__name__ != "MissingParameter":
                 return str(error.message)
         return None
 
     def parsed(self, words: Sequence[str]) -> dict[str, Any]:
-        """The function's parameters for a whole command, defaults filled in."""
+        """Return the function's parameters for a whole command, with defaults filled in."""
         params: dict[str, Any] = self.command.make_context(self.name, list(words)).params
         return params
 
 
 def read_verbs(root: Any) -> dict[str, Verb]:
-    """The verbs below a click command (`typer.main.get_command`) that a step may be, by name."""
+    """Return the verbs below a click command (`typer.main.get_command`) that a step may use, by name."""
     verbs = {}
     for name, command in _leaves(root, ""):
         if any(name == step or name.startswith(f"{step} ") for step in STEPS):

@@ -1,1 +1,1 @@
-"""Small rendered scenes with exact truth: labels, masks, depth, correspondences, captions and questions from a seed."""
+"""Small rendered scenes with exact ground truth from a seed: labels, masks, depth, matches, captions and questions."""

@@ -1,10 +1,10 @@
-"""Convex bodies, where rays enter and leave them, and which way their skins face: exact, without marching.
+"""Convex bodies, where rays enter and leave them, and their surface normals: exact, without ray marching.
 
-A body is a ball, a frustum or all of space, cut by planes. A ray is in it from one point on to one other, so the union
-of bodies, and one body carved out of another, need no more than comparisons.
+A body is a ball, a frustum or all of space, cut by planes. A ray is inside it along a single interval, so a union of
+bodies, and one body carved out of another, need only comparisons.
 
-Shapes: n rays, k planes. Vectors are float32 [3, n], one coordinate a row. A ray is `origin + t * direction`, and
-directions have any length: `t` is the same number in all coordinates.
+Shapes: n rays, k planes. Vectors are float32 [3, n], one coordinate per row. A ray is `origin + t * direction`, and
+directions have any length, so that `t` is the same number in all coordinate systems.
 """
 
 from __future__ import annotations
@@ -22,27 +22,31 @@ Flags = NDArray[np.bool_]
 Point = tuple[float, float, float]
 
 TINY = 1e-9
-"""What a ray that runs along a plane is taken to approach it by; its crossing is then as far away as it need be."""
+"""Least rate at which a ray approaches a plane; it avoids a division by 0 and puts the crossing very far away."""
 
 
 @dataclass(frozen=True)
 class Body:
-    """All points whose image under `to_local` (after `centre` is taken away) is in the round and behind all planes."""
+    """The points that `to_local`, after subtraction of `centre`, maps into the round shape and behind all planes."""
 
     round: Literal["ball", "frustum", "all"]
-    """`ball`: |p| <= 1. `frustum`: |y| <= 1, and within `ends[0]` of the axis at y = -1 and `ends[1]` at y = 1."""
+    """`ball`: |p| <= 1. `frustum`: |y| <= 1, and within `ends[0]` of the y axis at y = -1 and `ends[1]` at y = 1."""
     centre: Floats
     """[3], in the object's coordinates."""
     to_local: Floats
     """[3, 3]."""
     radius: float
-    """Of a sphere about `centre` that holds the body."""
+    """Radius of a sphere about `centre` that contains the body."""
     ends: tuple[float, float] = (1.0, 1.0)
     planes: Floats | None = None
     """[k, 4] in local coordinates: a, b, c, d with a x + b y + c z <= d inside."""
 
     def cut(self, normal: Point, at: Point) -> Body:
-        """Without what lies beyond a plane through `at`; both in the object's coordinates."""
+        """Return the body without what lies beyond a plane through `at`, in the direction of its normal.
+
+        Args:
+            normal, at: in the object's coordinates.
+        """
         to_object = np.linalg.inv(self.to_local.astype(np.float64))
         local = to_object.T @ np.asarray(normal, np.float64)
         row = np.append(local, np.dot(normal, np.asarray(at) - self.centre)).astype(np.float32)[None]
@@ -50,20 +54,20 @@ class Body:
 
 
 def ball(centre: Point, radii: Point | float, turn: Floats | None = None) -> Body:
-    """An ellipsoid; `turn` has its axes as columns."""
+    """Return an ellipsoid; the columns of `turn` are its axes."""
     sides = np.broadcast_to(np.asarray(radii, np.float64), 3)
     return Body("ball", np.array(centre, np.float32), _to_local(sides, turn), float(sides.max()))
 
 
 def box(centre: Point, half: Point, turn: Floats | None = None) -> Body:
-    """A box by its half sides."""
+    """Return a box with the given half sides."""
     planes = np.array([(s * x, s * y, s * z, 1) for x, y, z in np.eye(3) for s in (1, -1)], np.float32)
     radius = float(np.linalg.norm(half))
     return Body("all", np.array(centre, np.float32), _to_local(np.asarray(half), turn), radius, planes=planes)
 
 
 def frustum(foot: Point, top: Point, foot_radius: float, top_radius: float) -> Body:
-    """A cylinder, cone or frustum with flat ends."""
+    """Return a cylinder, cone or frustum with flat ends."""
     a, b = np.asarray(foot, np.float64), np.asarray(top, np.float64)
     half = float(np.linalg.norm(b - a)) / 2
     widest = max(foot_radius, top_radius)
@@ -73,10 +77,10 @@ def frustum(foot: Point, top: Point, foot_radius: float, top_radius: float) -> B
 
 
 def prism(outline: Sequence[tuple[float, float]], along: Literal["x", "y", "z"], low: float, high: float) -> Body:
-    """A convex outline between two planes across an axis.
+    """Return the prism of a convex outline between two planes across an axis.
 
     Args:
-        outline: corners in either sense; for `x` they are (z, y), for `y` (x, z), for `z` (x, y).
+        outline: corners, clockwise or counterclockwise; for `x` they are (z, y), for `y` (x, z), for `z` (x, y).
     """
     flat = np.array(outline, np.float64)
     if _area(flat) < 0:
@@ -97,7 +101,7 @@ def prism(outline: Sequence[tuple[float, float]], along: Literal["x", "y", "z"],
 
 
 def block(low: float, base: Sequence[float], high: float, top: Sequence[float]) -> Body:
-    """Between two level rectangles, a frustum of a pyramid where they differ.
+    """Return the body between two level rectangles: a frustum of a pyramid if they differ.
 
     Args:
         base, top: x0, x1, z0, z1 of the rectangles at y = `low` and y = `high`.
@@ -130,7 +134,7 @@ def _to_local(sides: NDArray[np.float64], turn: Floats | NDArray[np.float64] | N
 
 
 def _upright(axis: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A right-handed frame, in columns, whose second axis is this one."""
+    """Return a right-handed frame, in columns, whose second axis is the given one."""
     helper = np.array([0.0, 0.0, 1.0]) if abs(axis[2]) < 0.9 else np.array([1.0, 0.0, 0.0])
     x = np.cross(axis, helper)
     x /= np.linalg.norm(x)
@@ -138,7 +142,7 @@ def _upright(axis: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def crossing(body: Body, origin: Floats, direction: Floats) -> tuple[Floats, Floats]:
-    """`t` [n] at which rays enter and leave a body; those that miss it leave before they enter.
+    """Return `t` [n] at which rays enter and leave a body; those that miss it leave before they enter.
 
     Args:
         origin: [3, n] or [3, 1].
@@ -147,7 +151,7 @@ def crossing(body: Body, origin: Floats, direction: Floats) -> tuple[Floats, Flo
     along = turned(body.to_local, direction)
     length = dot(along, along)
     nearest = -dot(start, along) / length
-    start = start + nearest * along  # where float32 has its digits to spare: beside the body, not at the camera
+    start = start + nearest * along  # beside the body, where float32 is more precise than at the camera
     enter = np.full(length.shape, -np.inf, np.float32)
     leave = np.full(length.shape, np.inf, np.float32)
     if body.round == "ball":
@@ -167,7 +171,7 @@ def crossing(body: Body, origin: Floats, direction: Floats) -> tuple[Floats, Flo
 
 
 def _through_frustum(ends: tuple[float, float], start: Floats, along: Floats) -> tuple[Floats, Floats]:
-    """Solves x^2 + z^2 = (middle + slope y)^2, and keeps what lies between the ends."""
+    """Solve x^2 + z^2 = (middle + slope y)^2 along each ray, and keep what lies between the ends."""
     middle, slope = sum(ends) / 2, (ends[1] - ends[0]) / 2
     (x, y, z), (dx, dy, dz) = start, along
     wide, growth = middle + slope * y, slope * dy
@@ -178,7 +182,7 @@ def _through_frustum(ends: tuple[float, float], start: Floats, along: Floats) ->
     root = np.sqrt(np.maximum(under_root, 0))
     first, second = (-half_b - root) / a, (-half_b + root) / a
     first, second = np.minimum(first, second), np.maximum(first, second)
-    # A ray steeper than the cone leaves the mirrored one at `first` and enters this at `second`, or the reverse.
+    # A ray steeper than the cone leaves the mirror cone at `first` and enters this one at `second`, or the reverse.
     steep, opens = a < 0, growth > 0
     enter = np.where(steep, np.where(opens, second, -np.inf), np.where(under_root > 0, first, np.inf))
     leave = np.where(steep, np.where(opens, np.inf, first), np.where(under_root > 0, second, -np.inf))
@@ -188,19 +192,20 @@ def _through_frustum(ends: tuple[float, float], start: Floats, along: Floats) ->
 
 
 def outward(body: Body, points: Floats) -> Floats:
-    """Normals [3, n], of any length, of a body's skin at points on it, in the object's coordinates."""
+    """Return outward normals [3, n], of any length, at points on a body's skin, in the object's coordinates."""
     local = turned(body.to_local, points - body.centre[:, None])
     normal = np.zeros_like(local)
     most = np.full(local.shape[1], -np.inf, np.float32)
     for excess, candidate in _skins(body, local):
-        here = excess > most
+        here = excess > most  # a point's excess is about 0 over its own surface and negative over the others
         most = np.where(here, excess, most)
         normal = np.where(here, candidate, normal)
+    # Normals go back by the transpose of `to_local`, points by its inverse.
     return turned(np.ascontiguousarray(body.to_local.T), normal)
 
 
 def _skins(body: Body, local: Floats) -> list[tuple[Floats, Floats]]:
-    """Of each surface that bounds a body: how far points lie outside it, and its normals there, [3, n] or [3, 1]."""
+    """Return for each surface that bounds a body how far points lie outside it, and its normals [3, n] or [3, 1]."""
     skins: list[tuple[Floats, Floats]] = []
     x, y, z = local
     if body.round == "ball":
@@ -218,16 +223,16 @@ def _skins(body: Body, local: Floats) -> list[tuple[Floats, Floats]]:
 
 
 def turned(matrix: Floats, vectors: Floats) -> Floats:
-    """A matrix [3, 3] times vectors [3, n], in the same order of operations on every machine and at every n."""
+    """Multiply a matrix [3, 3] with vectors [3, n], in the same order of operations on every machine and at every n."""
     x, y, z = vectors
     return np.stack([row[0] * x + row[1] * y + row[2] * z for row in matrix])
 
 
 def dot(a: Floats, b: Floats) -> Floats:
-    """Of each column."""
+    """Return the dot product of each pair of columns."""
     return floats(a[0] * b[0] + a[1] * b[1] + a[2] * b[2])
 
 
 def floats(values: Any) -> Floats:
-    """Numbers as float32, without a copy where they are."""
+    """Return numbers as float32, without a copy if they already are."""
     return np.asarray(values, np.float32)

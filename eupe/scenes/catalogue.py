@@ -1,4 +1,4 @@
-"""All kinds of things: the categories, what clutters a picture, and signs."""
+"""All kinds of things: the categories, clutter and signs."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ BUILDERS: Mapping[str, Builder] = {
 }
 CATEGORIES = tuple(BUILDERS)
 CLASSES = (*CATEGORIES, "floor", "wall", "sky")
-"""Of masks: a pixel holds a class's place here plus one, and 0 for all else."""
+"""Classes of masks: a pixel holds the index of its class here plus one, and 0 for everything else."""
 
 CLUTTER, SIGN = "clutter", "sign"
-"""Kinds of things that are of no category."""
+"""Kinds of things that belong to no category."""
 
 BOARD = (0.75, 0.28)
 """Half sides of the sign's board."""
 BOARD_HEIGHT = 1.35
-"""Of its middle: above what stands before it."""
+"""Height of the board's middle, above things that stand in front of it."""
 
 
 def build(kind: str, rng: np.random.Generator) -> Shape:
-    """A thing of a kind, its proportions drawn at random."""
+    """Build a thing of a kind with random proportions."""
     if kind == SIGN:
         return sign()
     return clutter(rng) if kind == CLUTTER else BUILDERS[kind](rng)
 
 
 def clutter(rng: np.random.Generator) -> Shape:
-    """A simple solid that is nothing in particular."""
+    """Build a simple solid that is nothing in particular."""
     u = rng.uniform
     style = int(rng.integers(5))
     if style == 0:
@@ -68,7 +68,7 @@ def clutter(rng: np.random.Generator) -> Shape:
 
 
 def sign() -> Shape:
-    """A board on a post, which is read from z; other things may stand under it."""
+    """Build a board on a post that faces z; other things may stand under it."""
     x, y = BOARD
     board = Part(box((0, BOARD_HEIGHT, 0), (x, y, 0.015)), "board")
     post = Part(disc_at((0, 0, -0.05), BOARD_HEIGHT + 0.7 * y, 0.03), "accent")

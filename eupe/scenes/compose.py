@@ -1,7 +1,7 @@
-"""Scenes for each purpose: drawn at random until everything that they are to show can be seen.
+"""Scenes for each purpose, drawn at random until everything that they have to show is visible.
 
-A scene is a pure function of (seed, purpose, number). Whether it will do is decided on a small look at it, always of
-the same size, so that the size of the picture changes nothing.
+A scene is a pure function of (seed, purpose, number). It is accepted or rejected by a small rendering of fixed size, so
+that the size of the picture changes nothing.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ Draw = Callable[[np.random.Generator], Scene | None]
 
 
 class Spot(NamedTuple):
-    """Where a thing is seen; x and y from 0 to 1, of the middle of its visible pixels."""
+    """The place of a thing in the picture; x and y, from 0 to 1, are the mean of its visible pixels."""
 
     x: float
     y: float
     depth: float
-    """Metres, the median."""
+    """Median depth in metres."""
     area: float
-    """Of its visible pixels, as a share of the picture."""
+    """Share of the picture that its visible pixels cover."""
     shown: float
-    """Visible pixels over those that it would have, were it alone."""
+    """Visible pixels divided by those that it would have if it were alone."""
 
 
 def rng_of(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """The generator of one thing that is random."""
+    """Return the random generator for one purpose."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *numbers])
 
 
 def classification_scene(seed: int, number: int, category: str) -> Scene:
-    """One thing amid clutter, from anywhere."""
+    """Draw a scene of one thing amid clutter, seen from any side."""
 
     def draw(rng: np.random.Generator) -> Scene | None:
         main = draw_instance(rng, category)
@@ -56,7 +56,7 @@ def classification_scene(seed: int, number: int, category: str) -> Scene:
 
 
 def room_scene(seed: int, number: int) -> Scene:
-    """Several things and some clutter, under a roof or the sky."""
+    """Draw a scene of several things and some clutter, indoors or outdoors."""
 
     def draw(rng: np.random.Generator) -> Scene | None:
         kinds = [str(kind) for kind in rng.choice(CATEGORIES, int(rng.integers(3, 7)))]
@@ -68,7 +68,7 @@ def room_scene(seed: int, number: int) -> Scene:
 
 
 def correspondence_scene(seed: int, number: int, category: str, instance: int) -> Scene:
-    """An instance of a category, seen from its front half. The first thing of the scene is the instance."""
+    """Draw a scene of an instance of a category, its first thing, seen from the front half."""
     main = draw_instance(rng_of(seed, "instance", CATEGORIES.index(category), instance), category)
 
     def draw(rng: np.random.Generator) -> Scene | None:
@@ -80,7 +80,7 @@ def correspondence_scene(seed: int, number: int, category: str, instance: int) -
 
 
 def caption_scene(seed: int, number: int) -> Scene:
-    """Two or three things of different categories beside each other."""
+    """Draw a scene of two or three things of different categories beside each other."""
 
     def draw(rng: np.random.Generator) -> Scene | None:
         kinds = rng.permutation(CATEGORIES)[: int(rng.integers(2, 4))]
@@ -93,7 +93,7 @@ def caption_scene(seed: int, number: int) -> Scene:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be asked for, drawn before the scene, so that what is hard to see is as frequent as the rest."""
+    """The answers to a scene's questions, drawn before the scene, so that hard cases are as frequent as easy ones."""
 
     count: int
     colours: tuple[str, ...]
@@ -101,14 +101,14 @@ class Plan:
 
 
 def question_plan(seed: int, number: int) -> Plan:
-    """Of one picture."""
+    """Draw the plan of one picture."""
     rng = rng_of(seed, "question plan", number)
     count, word = int(rng.integers(1, 6)), WORDS[int(rng.integers(len(WORDS)))]
     return Plan(count, tuple(str(colour) for colour in rng.choice(COLOURS, count)), word)
 
 
 def question_scene(seed: int, number: int) -> Scene:
-    """One to five things of different categories and a sign, which is the last of them."""
+    """Draw a scene of one to five things of different categories and a sign, which comes last."""
     plan = question_plan(seed, number)
 
     def draw(rng: np.random.Generator) -> Scene | None:
@@ -134,7 +134,7 @@ def _drawn(draw: Draw, seed: int, purpose: str, number: int) -> Scene:
 
 
 def spots_of(scene: Scene) -> list[Spot]:
-    """Where each thing is seen; NaN for one that is not."""
+    """Return the place of each thing in the picture; NaN for one that is not visible."""
     what = look_up(scene, PROBE_PX)
     spots = []
     for i, thing in enumerate(scene.things):
@@ -147,7 +147,7 @@ def spots_of(scene: Scene) -> list[Spot]:
 
 
 def beside(spots: Sequence[Spot]) -> list[tuple[int, int]]:
-    """Pairs of things of which the first is clearly to the left of the second."""
+    """Return the pairs of things of which the first is clearly to the left of the second."""
     return [(i, j) for i, a in enumerate(spots) for j, b in enumerate(spots) if b.x - a.x > 0.15]
 
 
@@ -162,7 +162,7 @@ def _all_seen(scene: Scene, *, area: float, shown: float) -> bool:
 
 
 def _whole_board(scene: Scene) -> bool:
-    """Whether the last thing, a sign, has the corners of its board in the picture."""
+    """Return whether the last thing, a sign, has all corners of its board in the picture."""
     x, y = BOARD
     corners = np.array([(sx * x, BOARD_HEIGHT + sy * y, 0.0) for sx in (-1, 1) for sy in (-1, 1)])
     pixels, _ = scene.camera.project(scene.things[-1].to_world(corners), PROBE_PX)

@@ -1,8 +1,8 @@
-"""Pairs of pictures with the keypoints that both show, laid out as SPair-71k is.
+"""Pairs of pictures with the keypoints that both show, in the layout of SPair-71k.
 
 Source of the layout: SPair-71k (Min et al., arXiv 1908.10543). A line of `Layout/large/test.txt` is the name of a file
 in `PairAnnotation/test` without its ending, `NUMBER-SOURCE-TARGET:CATEGORY`. Deviations: coordinates have fractions,
-and the first pixel's centre is at 0; `same_instance` tells whether both pictures show the same thing.
+and the first pixel's centre is at 0; `same_instance` states whether both pictures show the same thing.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class Sighting:
     name: str
     size: int
     box: tuple[int, int, int, int]
-    """x0, y0, x1, y1 of its visible pixels; the last column and row are not in it."""
+    """x0, y0, x1, y1 of its visible pixels; column x1 and row y1 are outside."""
     keypoints: dict[int, tuple[float, float]]
-    """By their place among the category's."""
+    """x and y of visible keypoints, by their index among the category's keypoints."""
     gaze: tuple[float, float, float]
-    """From the thing to the camera, of length 1, in the thing's own axes."""
+    """Unit vector from the thing to the camera, in the thing's own axes."""
     hidden: bool
-    """Whether another thing covers some of it."""
+    """True if another thing covers some of it."""
 
 
 def sighting(scene: Scene, truth: Truth, *, category: str, instance: int, name: str, covered: bool) -> Sighting:
-    """What a picture shows of the first thing of its scene."""
+    """Describe what a picture shows of the first thing of its scene."""
     thing, size = scene.things[0], truth.what.shape[0]
     rows, columns = np.nonzero(truth.what == 0)
     box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
@@ -55,10 +55,12 @@ def sighting(scene: Scene, truth: Truth, *, category: str, instance: int, name: 
 
 
 def seen_keypoints(camera: Camera, thing: Thing, index: int, truth: Truth) -> dict[int, tuple[float, float]]:
-    """Keypoints that the depth of their pixel, which must be the thing's, agrees with: place, to x and y.
+    """Return x and y of a thing's visible keypoints, by index.
+
+    A keypoint is visible if its pixel shows the thing and the depth there agrees.
 
     Args:
-        index: of the thing in the scene.
+        index: index of the thing in the scene.
     """
     size = truth.what.shape[0]
     found = {}
@@ -74,7 +76,7 @@ def seen_keypoints(camera: Camera, thing: Thing, index: int, truth: Truth) -> di
 
 
 def write_pairs(folder: Path, sightings: Sequence[Sighting]) -> int:
-    """Annotate pairs of neighbours in each category that share two keypoints; returns how many."""
+    """Annotate pairs of neighbours in each category that share two keypoints; return the number of pairs."""
     lines: list[str] = []
     annotations, layout = folder / "PairAnnotation" / "test", folder / "Layout" / "large"
     annotations.mkdir(parents=True)
@@ -122,5 +124,5 @@ def _cut_off(s: Sighting) -> bool:
 
 
 def _either(source: bool, target: bool) -> int:
-    """0 neither, 1 the source, 2 the target, 3 both."""
+    """Return 0 for neither, 1 for the source, 2 for the target, 3 for both."""
     return int(source) + 2 * int(target)

@@ -14,16 +14,16 @@ SIDES = (("left", -1), ("right", 1))
 ENDS = (("front", 1), ("back", -1))
 
 STEEP, FLAT = 0.55, 1.1
-"""Of an umbrella's panels: how far their normals rise above the horizon."""
+"""Angles in radians by which the normals of an umbrella's panels rise above the horizon."""
 
 
 def disc(y: float, height: float, radius: float, top_radius: float | None = None) -> Body:
-    """A level frustum about the upright axis."""
+    """Return a frustum about the upright axis."""
     return frustum((0, y, 0), (0, y + height, 0), radius, radius if top_radius is None else top_radius)
 
 
 def handle(at: Point, outer: float, inner: float, half_width: float, normal: Point, from_: Point) -> Part:
-    """A ring in the plane of x and y, without what lies beyond the plane through `from_`."""
+    """Return a ring in the plane of x and y, cut off by the plane through `from_`."""
     x, y, z = at
     ring = frustum((x, y, z - half_width), (x, y, z + half_width), outer, outer).cut(normal, from_)
     hole = frustum((x, y, z - 2 * half_width), (x, y, z + 2 * half_width), inner, inner)
@@ -31,7 +31,7 @@ def handle(at: Point, outer: float, inner: float, half_width: float, normal: Poi
 
 
 def mug(rng: np.random.Generator) -> Shape:
-    """The handle points to x."""
+    """Build a mug whose handle points to x."""
     u = rng.uniform
     height, foot = u(0.75, 1.0), u(0.3, 0.42)
     top, wall = foot * u(0.95, 1.2), 0.05
@@ -57,7 +57,7 @@ def mug(rng: np.random.Generator) -> Shape:
 
 
 def bottle(rng: np.random.Generator) -> Shape:
-    """Round about its axis."""
+    """Build a bottle, round about its axis."""
     u = rng.uniform
     radius, body = u(0.13, 0.19), u(0.42, 0.58)
     shoulder = body + u(0.1, 0.2)
@@ -80,7 +80,7 @@ def bottle(rng: np.random.Generator) -> Shape:
 
 
 def teapot(rng: np.random.Generator) -> Shape:
-    """The spout points to x."""
+    """Build a teapot whose spout points to x."""
     u = rng.uniform
     radius = u(0.32, 0.38)
     high = radius * u(0.72, 0.95)
@@ -110,7 +110,7 @@ def teapot(rng: np.random.Generator) -> Shape:
 
 
 def lamp(rng: np.random.Generator) -> Shape:
-    """A table lamp, round about its axis: a stem or a vase under a shade that is open at both ends."""
+    """Build a table lamp, round about its axis: a stem or a vase under a shade that is open at both ends."""
     u = rng.uniform
     low, wide, narrow = u(0.55, 0.64), u(0.3, 0.4), u(0.14, 0.22)
     shade = frustum((0, low, 0), (0, 0.98, 0), wide, narrow)
@@ -145,7 +145,7 @@ def lamp(rng: np.random.Generator) -> Shape:
 
 
 def umbrella(rng: np.random.Generator) -> Shape:
-    """Open and upright: a canopy of eight panels, and a crook at the end of the shaft."""
+    """Build an open, upright umbrella: a canopy of eight panels, and a crook at the end of the shaft."""
     u = rng.uniform
     radius, high, low = u(0.42, 0.5), u(0.2, 0.26), u(0.66, 0.74)
     canopy = _panels(low, radius, high).cut((0, -1, 0), (0, low, 0))
@@ -168,7 +168,7 @@ def umbrella(rng: np.random.Generator) -> Shape:
 
 
 def _panels(low: float, radius: float, high: float) -> Body:
-    """Two tiers of eight planes that touch a dome, from `low` up."""
+    """Return a canopy of two tiers of eight planes that touch a dome, from `low` up."""
     rim = math.hypot(radius, high * math.tan(STEEP)) / math.cos(math.tau / 16)
     body = box((0, low, 0), (2 * radius, 2 * radius, 2 * radius))
     for steepness in (STEEP, FLAT):
@@ -178,11 +178,11 @@ def _panels(low: float, radius: float, high: float) -> Body:
             normal = (level * math.cos(angle), math.sin(steepness), level * math.sin(angle))
             reach = math.hypot(radius * level, high * normal[1])
             body = body.cut(normal, (reach * normal[0], low + reach * normal[1], reach * normal[2]))
-    return replace(body, radius=1.02 * math.hypot(rim, high / 2))  # above `low`; the box goes on below
+    return replace(body, radius=1.02 * math.hypot(rim, high / 2))  # above `low`; the box continues below
 
 
 def chair(rng: np.random.Generator) -> Shape:
-    """Faces z."""
+    """Build a chair that faces z."""
     u = rng.uniform
     x, z, seat = u(0.2, 0.27), u(0.2, 0.26), u(0.4, 0.48)
     leg, thick = u(0.018, 0.032), u(0.02, 0.04)
@@ -213,7 +213,7 @@ def chair(rng: np.random.Generator) -> Shape:
 
 
 def disc_at(foot: Point, height: float, radius: float) -> Body:
-    """An upright cylinder that stands anywhere."""
+    """Return an upright cylinder that stands on any point."""
     return frustum(foot, _above(foot, height), radius, radius)
 
 
@@ -222,7 +222,7 @@ def _above(point: Point, rise: float) -> Point:
 
 
 def table(rng: np.random.Generator) -> Shape:
-    """Long along x."""
+    """Build a table that is long along x."""
     u = rng.uniform
     x, z, top = u(0.5, 0.62), u(0.28, 0.42), u(0.5, 0.66)
     leg, thick = u(0.025, 0.045), u(0.02, 0.035)

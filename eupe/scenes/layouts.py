@@ -1,7 +1,7 @@
-"""What is written: each layout's pictures, one by one, and the files about all of them.
+"""Writing of each layout: its pictures, one by one, and the files about all of them.
 
-Layouts are those that the public data sets have, so that what reads these reads those: ImageFolder, ADE20K's scene
-parsing, depth in millimetres, SPair-71k, COCO captions; and questions, which have a list of their own.
+The layouts are those of public data sets, so that the same code reads both: ImageFolder, ADE20K's scene parsing, depth
+in millimetres, SPair-71k, COCO captions. Questions have a list of their own.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ TRAIN, VAL = "train", "val"
 ADE_SPLIT = {TRAIN: "training", VAL: "validation"}
 MILLIMETRES = 1000
 DEEPEST_M = 65.535
-"""What 16 bits of millimetres hold."""
+"""Largest depth that 16 bits of millimetres can hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """All that decides what is written."""
+    """The settings that decide everything that is written."""
 
     pictures: int
-    """Of each layout."""
+    """Number of pictures of each layout."""
     size: int
     """Side of the pictures in pixels."""
     seed: int
@@ -51,17 +51,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Layout:
-    """One folder, or two of the same pictures."""
+    """The writer of one folder, or of two folders with the same pictures."""
 
     draw: Callable[[Path, Request, int], Any]
-    """Writes one picture below the root, and returns what `finish` has to know about it."""
+    """Function that writes one picture below the root, and returns what `finish` has to know about it."""
     finish: Callable[[Path, Request, Sequence[Any]], Mapping[str, int]]
-    """Writes what is about all pictures; returns what there is, in numbers."""
+    """Function that writes the files about all pictures, and returns counts of what there is."""
 
 
 def split_of(number: int) -> str:
-    """Every third picture judges, the others teach."""
-    return VAL if number % 3 == 1 else TRAIN
+    """Return the split of a picture: every third is for validation, the others are for training."""
+    return VAL if number % 3 == 1 else TRAIN  # 1, so that two pictures already fill both splits
 
 
 def _draw_classification(root: Path, request: Request, number: int) -> str:
@@ -76,7 +76,7 @@ def _finish_classification(root: Path, request: Request, splits: Sequence[str]) 
 
 
 def _draw_room(root: Path, request: Request, number: int) -> str:
-    """The same picture for masks and depth: a JPEG there and a PNG here, as their models have it."""
+    """Write the same picture for masks, as a JPEG, and for depth, as a PNG, as the public data sets do."""
     picture = render(room_scene(request.seed, number), request.size)
     split, name = split_of(number), f"room_{number:05d}"
     masks, depth = root / "segmentation", root / "depth"
@@ -84,7 +84,7 @@ def _draw_room(root: Path, request: Request, number: int) -> str:
     _save_png(masks / "annotations" / ADE_SPLIT[split] / f"{name}.png", picture.truth.classes)
     _save_png(depth / "images" / split / f"{name}.png", picture.rgb)
     metres = picture.truth.depth
-    known = np.where(metres <= DEEPEST_M, metres, 0)
+    known = np.where(metres <= DEEPEST_M, metres, 0)  # 0 stands for unknown
     _save_png(depth / "depth" / split / f"{name}.png", np.rint(known * MILLIMETRES).astype(np.uint16))
     return split
 

@@ -1,4 +1,4 @@
-"""`eupe scenes`: a folder of rendered pictures with exact truth, made on all cores, whole or not at all."""
+"""`eupe scenes`: a folder of rendered pictures with exact ground truth, made on all cores, as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from eupe.scenes.layouts import LAYOUTS, Request
 from eupe.stopping import stop_signals
 
 VERSION = 1
-"""Raise it when the same request gives other bytes: older folders then count as another request."""
+"""Version of the pictures, to be raised when the same request gives other bytes; older folders then do not match."""
 CARD = "scenes.json"
 SIZES_PX = (32, 1024)
 FEWEST = 2 * len(CATEGORIES)
-"""One picture of each category to learn from, and one to be judged on."""
+"""Least number of pictures: for each category one to train on and one to be judged on."""
 
 Progress = Callable[[int, int], None]
 
@@ -41,7 +41,7 @@ class ScenesConfig:
 
     out: Path
     pictures: int
-    """Of each layout."""
+    """Number of pictures of each layout."""
     size: int
     """Side of the pictures in pixels."""
     seed: int
@@ -49,12 +49,12 @@ class ScenesConfig:
 
 @dataclass(frozen=True)
 class ScenesReport:
-    """What lies in the folder."""
+    """The contents of the folder."""
 
     out: str
     counts: Mapping[str, Mapping[str, int]]
     cached: bool
-    """Whether it was there already."""
+    """True if the folder was already there."""
 
 
 def make_scenes(
@@ -63,17 +63,17 @@ def make_scenes(
     """Render all layouts; the same request again finds them done.
 
     Args:
-        processes: one for each core where not given; the pictures are the same at any number.
-        progress: told pictures done and in all.
-    Raises: ConfigError for an option that cannot be, or a folder that holds something else; StorageError;
-        IncompleteError if a signal asked for an end.
+        processes: number of processes, by default one per core; the pictures do not depend on it.
+        progress: callback with (pictures done, total).
+    Raises: ConfigError for an invalid option, or a folder that holds something else; StorageError if the folder cannot
+        be written; IncompleteError if a signal stopped the work or a process died.
     """
     request = _checked(config)
     try:
         if (counts := _finished(config.out, request)) is not None:
             return ScenesReport(str(config.out), counts, cached=True)
         with unfinished(config.out, verb="scenes") as folder:
-            if (counts := _finished(config.out, request)) is not None:  # by another process, just now
+            if (counts := _finished(config.out, request)) is not None:  # another process may have finished it meanwhile
                 return ScenesReport(str(config.out), counts, cached=True)
             cores = len(os.sched_getaffinity(0))
             counts = _fill(folder, request, processes or cores, progress or (lambda *_: None))
@@ -100,9 +100,9 @@ def _checked(config: ScenesConfig) -> Request:
 
 
 def _finished(out: Path, request: Request) -> Mapping[str, Mapping[str, int]] | None:
-    """What there is if this very request was done before; None if there is nothing.
+    """Return the counts if this very request was done before; None if there is nothing.
 
-    Raises: ConfigError if something else lies there.
+    Raises: ConfigError if something else is there.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -142,7 +142,7 @@ def _fill(folder: Path, request: Request, processes: int, progress: Progress) ->
 def _drawn(
     folder: Path, request: Request, jobs: Sequence[tuple[str, int]], processes: int
 ) -> Generator[Any, None, None]:
-    """What the layouts return of each picture, in order."""
+    """Yield what the layouts return for each picture, in order."""
     work = partial(_draw, folder, request)
     if processes == 1:
         yield from map(work, jobs)
@@ -166,13 +166,13 @@ def _draw(folder: Path, request: Request, job: tuple[str, int]) -> Any:
 
 
 def _begin_worker() -> None:
-    """Ctrl-C is the parent's to act on; a worker whose parent was killed would wait for work for ever."""
+    """Leave Ctrl-C to the parent, and exit with it: a worker whose parent was killed would wait forever for work."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def end_with(parent: multiprocessing.process.BaseProcess) -> None:
         parent.join()
-        os._exit(1)
+        os._exit(1)  # sys.exit would end only this thread
 
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()

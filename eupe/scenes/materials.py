@@ -26,14 +26,14 @@ PALETTE: Mapping[str, tuple[int, int, int]] = {
     "white": (235, 235, 232),
     "black": (36, 36, 38),
 }
-"""The colours that words are asked for, far enough apart to be told under any of the lights."""
+"""Colours that captions and questions name, far enough apart to be distinguished under any of the lights."""
 COLOURS = tuple(PALETTE)
 
 WORDS = ("stop", "exit", "open", "sale", "taxi", "cafe", "park", "zoo", "shop", "bus")
-"""What signs say."""
+"""Words on signs."""
 
 PATTERNS = ("plain", "plain", "plain", "grain", "wood", "stripes", "checks", "dots", "speckle", "mottled", "marble")
-"""Of things, and how often."""
+"""Patterns of things; a pattern that is repeated is drawn more often."""
 
 LETTER_ROWS = 64
 """Height of a sign's lettering in texels."""
@@ -41,7 +41,7 @@ LETTER_ROWS = 64
 
 @dataclass(frozen=True)
 class Ground:
-    """A kind of floor, and what a caption calls it."""
+    """A kind of floor, with its name in captions."""
 
     name: str
     pattern: str
@@ -58,14 +58,15 @@ GROUNDS = (
     Ground("concrete", "mottled", (0.8, 2.0), ((150, 150, 148), (120, 122, 124))),
 )
 OUTDOORS = ("grass", "sand", "concrete")
-"""Names of the grounds that lie under the sky."""
+"""Names of the grounds of outdoor scenes."""
 
 
 def draw_instance(rng: np.random.Generator, kind: str, *, colour: str | None = None, says: str = "") -> Instance:
-    """A thing with proportions and materials of its own.
+    """Draw a thing with random proportions and materials.
 
     Args:
-        colour: of its main material; any where not given.
+        colour: colour of its main material; random if not given.
+        says: word on a sign.
     """
     shape = build(kind, rng)
     colour = colour or str(rng.choice(COLOURS))
@@ -84,14 +85,14 @@ def draw_instance(rng: np.random.Generator, kind: str, *, colour: str | None = N
 
 
 def _muted(levels: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Half way to grey, so that it is not taken for the colour of the whole."""
+    """Return a colour half way to grey, so that it is not taken for the colour of the whole thing."""
     grey = sum(levels) // 3
     red, green, blue = ((level + grey) // 2 for level in levels)
     return red, green, blue
 
 
 def _coloured(rng: np.random.Generator, levels: tuple[int, int, int], pattern: str) -> Material:
-    """A pattern of a colour and a shade of it."""
+    """Return a material with a pattern of a colour and a shade of it."""
     first = _varied(rng, levels)
     brightness = max(first)
     factor = rng.uniform(2.2, 3.2) if brightness < 0.05 else rng.uniform(0.35, 0.62)
@@ -109,7 +110,7 @@ def _coloured(rng: np.random.Generator, levels: tuple[int, int, int], pattern: s
 
 
 def _varied(rng: np.random.Generator, levels: tuple[int, int, int]) -> Colour:
-    """The colour, a little lighter or darker and of another hue."""
+    """Return the colour with slightly different brightness and hue."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(level / 255 for level in levels))
     hue += rng.uniform(-0.015, 0.015)
     value = min(value * rng.uniform(0.86, 1.05), 1.0)
@@ -118,7 +119,7 @@ def _varied(rng: np.random.Generator, levels: tuple[int, int, int]) -> Colour:
 
 
 def _any_turn(rng: np.random.Generator) -> Floats:
-    """Any rotation."""
+    """Return random axes, one per row: a rotation, which may be mirrored."""
     q, r = np.linalg.qr(rng.standard_normal((3, 3)))
     return (q * np.sign(np.diag(r))).astype(np.float32)
 
@@ -129,7 +130,7 @@ def _shift(rng: np.random.Generator) -> tuple[float, float, float]:
 
 
 def _board(rng: np.random.Generator, word: str) -> Material:
-    """Dark letters on a pale ground, or the reverse."""
+    """Return a sign's board: dark letters on a pale ground, or the reverse."""
     dark = tuple(int(level) for level in rng.integers(10, 90, 3))
     pale = tuple(int(level) for level in rng.integers(200, 250, 3))
     first, second = (pale, dark) if rng.random() < 0.5 else (dark, pale)
@@ -137,7 +138,7 @@ def _board(rng: np.random.Generator, word: str) -> Material:
 
 
 def lettering(word: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """A word in capitals that fills a board: [LETTER_ROWS, as wide as the board], 255 where there is ink."""
+    """Return a word in capitals that fills a board: [LETTER_ROWS, as wide as the board], 255 where there is ink."""
     height = LETTER_ROWS
     width = round(height * BOARD[0] / BOARD[1])
     big = ImageFont.load_default(size=4 * height)
@@ -154,7 +155,7 @@ def lettering(word: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 
 def draw_ground(rng: np.random.Generator, *, outdoors: bool) -> tuple[str, Material]:
-    """A floor's name and material."""
+    """Draw a floor's name and material."""
     ground = GROUNDS[int(rng.choice([i for i, g in enumerate(GROUNDS) if (g.name in OUTDOORS) == outdoors]))]
     first = _varied(rng, ground.tones[int(rng.integers(len(ground.tones)))])
     factor = rng.uniform(0.4, 0.7)
@@ -172,13 +173,13 @@ def draw_ground(rng: np.random.Generator, *, outdoors: bool) -> tuple[str, Mater
 
 
 def _flat_turn(angle: float) -> Floats:
-    """Lays a pattern's first two axes into the floor."""
+    """Return axes, one per row, of which the first two lie in the floor, so that the pattern does."""
     c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, 0, s], [-s, 0, c], [0, 1, 0]], np.float32)
 
 
 def draw_wall(rng: np.random.Generator, normal: Vector, *, outdoors: bool) -> Material:
-    """Plaster, paper, boards or bricks; the pattern lies in the wall."""
+    """Draw the material of a wall, whose pattern lies in the wall: plaster, paper, boards or bricks."""
     pattern = str(
         rng.choice(
             ["bricks", "bricks", "grain", "stripes"]
@@ -203,7 +204,7 @@ def draw_wall(rng: np.random.Generator, normal: Vector, *, outdoors: bool) -> Ma
 
 
 def draw_light(rng: np.random.Generator, heading: float) -> Light:
-    """The sun stands anywhere but low before the camera, which looks along `heading`."""
+    """Draw the light; the sun is anywhere but low in front of the camera, which looks along `heading`."""
     azimuth = heading + math.pi + rng.uniform(-2.1, 2.1)
     height = math.radians(rng.uniform(32, 68))
     level = math.cos(height)
@@ -215,7 +216,7 @@ def draw_light(rng: np.random.Generator, heading: float) -> Light:
 
 
 def draw_sky(rng: np.random.Generator) -> tuple[Colour, Colour]:
-    """At the horizon and overhead: clear to overcast."""
+    """Draw the sky's colours at the horizon and overhead, clear to overcast."""
     clear = rng.uniform(0, 1)
     grey = rng.uniform(150, 220)
     low = (grey + 20, grey + 22 + 6 * clear, grey + 24 + 10 * clear)

@@ -12,7 +12,7 @@ from eupe.scenes.shapes import Keypoint, Part, Shape, along
 
 
 def car(rng: np.random.Generator) -> Shape:
-    """Drives towards x: a saloon, or a hatchback with a steep back."""
+    """Build a car that drives towards x: a saloon, or a hatchback with a steep back."""
     u = rng.uniform
     half, wheel = u(0.18, 0.21), u(0.075, 0.09)
     low, waist, roof = 0.055, u(0.185, 0.215), u(0.32, 0.37)
@@ -76,7 +76,7 @@ def car(rng: np.random.Generator) -> Shape:
 
 
 def airplane(rng: np.random.Generator) -> Shape:
-    """Flies towards x, stands on three wheels."""
+    """Build an airplane that points to x and stands on three wheels."""
     u = rng.uniform
     radius, y = u(0.055, 0.07), u(0.17, 0.2)
     sweep, span, chord = u(0.1, 0.22), u(0.42, 0.52), u(0.16, 0.22)
@@ -128,7 +128,7 @@ def airplane(rng: np.random.Generator) -> Shape:
 
 
 def house(rng: np.random.Generator) -> Shape:
-    """The door looks to z; the ridge runs along x."""
+    """Build a house whose door faces z; the ridge runs along x."""
     u = rng.uniform
     x, z, wall = u(0.36, 0.46), u(0.26, 0.36), u(0.38, 0.5)
     rise, over = u(0.24, 0.36), u(0.04, 0.07)
@@ -161,13 +161,13 @@ def house(rng: np.random.Generator) -> Shape:
 
 
 def _window(at: tuple[float, float, float], half: tuple[float, float, float]) -> list[Part]:
-    """A pane in a frame, on a wall that the thinnest side goes through."""
+    """Return a pane in a frame; the thinnest side goes through the wall."""
     pane = tuple(h * 1.6 if h == min(half) else h * 0.78 for h in half)
     return [Part(box(at, half), "light"), Part(box(at, (pane[0], pane[1], pane[2])), "dark")]
 
 
 def tree(rng: np.random.Generator) -> Shape:
-    """A conifer, or a broad crown of balls."""
+    """Build a tree: a conifer, or a broad crown of balls."""
     u = rng.uniform
     trunk = u(0.045, 0.07)
     low = u(0.25, 0.38)
@@ -199,7 +199,7 @@ def tree(rng: np.random.Generator) -> Shape:
 
 
 def dog(rng: np.random.Generator) -> Shape:
-    """Looks towards x, in mid-step."""
+    """Build a dog that looks towards x, in mid-step."""
     u = rng.uniform
     back, fat = u(0.42, 0.5), u(0.115, 0.145)
     head, muzzle = (u(0.36, 0.4), back + u(0.15, 0.22)), u(0.11, 0.16)

@@ -1,4 +1,4 @@
-"""A picture of a scene, and the truth about each of its pixels.
+"""A picture of a scene, and the ground truth for each of its pixels.
 
 Shapes: S the picture's side, n rays or points, float32 [3, n].
 """
@@ -17,23 +17,23 @@ from eupe.scenes.textures import GAMMA, Material, clouds, paint
 from eupe.scenes.trace import FLOOR, SKY, WALL, Hits, Patch, normals, patches, shadowed, to_own, trace
 
 SUBPIXELS = ((-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))
-"""Of pixels on edges: where their colour is sampled."""
+"""Offsets at which the colour of pixels on edges is sampled."""
 SENSOR_NOISE = 0.008
 SHININESS = 40
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What each pixel's centre shows, exactly."""
+    """The exact ground truth at each pixel's centre."""
 
     depth: Floats
-    """[S, S], metres to the image plane's parallel through the surface; infinite for the sky."""
+    """[S, S], z-depth of the surface in metres, along the optical axis; infinite for the sky."""
     what: NDArray[np.int16]
-    """[S, S], a thing's place in the scene, FLOOR, WALL or SKY."""
+    """[S, S], a thing's index in the scene, FLOOR, WALL or SKY."""
     canonical: Floats
-    """[S, S, 3], the surface point in the thing's own coordinates; NaN where it is no thing."""
+    """[S, S, 3], the surface point in the thing's own coordinates; NaN where there is no thing."""
     classes: NDArray[np.uint8]
-    """[S, S], a place in CLASSES plus one, 0 for all else."""
+    """[S, S], an index in CLASSES plus one; 0 for everything else."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Picture:
 
 
 def render(scene: Scene, size: int) -> Picture:
-    """The picture, `size` pixels wide and high."""
+    """Render the picture, `size` pixels wide and high."""
     y, x = (axis.ravel().astype(np.float64) for axis in np.mgrid[:size, :size])
     hits, colour, dark = _look(scene, x, y, size)
     edge = np.flatnonzero(_edges(scene, hits, dark, size))
@@ -57,7 +57,7 @@ def render(scene: Scene, size: int) -> Picture:
 
 
 def look_up(scene: Scene, size: int) -> Truth:
-    """The truth alone, which takes far less time than the picture."""
+    """Return only the ground truth, which takes far less time than the picture."""
     y, x = (axis.ravel().astype(np.float64) for axis in np.mgrid[:size, :size])
     hits = trace(scene, _eye(scene), scene.camera.directions(x, y, size))
     return _truth(scene, hits, size)
@@ -68,7 +68,7 @@ def _eye(scene: Scene) -> Floats:
 
 
 def _look(scene: Scene, x: NDArray[np.float64], y: NDArray[np.float64], size: int) -> tuple[Hits, Floats, Flags]:
-    """Hits, colours [3, n] in linear light, and where there is shadow, of places in the picture."""
+    """Return hits, colours [3, n] in linear light, and shadow [n] at places in the picture."""
     rays = scene.camera.directions(x, y, size)
     hits = trace(scene, _eye(scene), rays)
     colour = np.empty_like(rays)
@@ -94,7 +94,7 @@ def _look(scene: Scene, x: NDArray[np.float64], y: NDArray[np.float64], size: in
 
 
 def _material(scene: Scene, patch: Patch, points: Floats) -> tuple[Material, Floats, float]:
-    """A patch's material, points in the coordinates that it is laid in, and how long their unit is."""
+    """Return a patch's material, its points in the material's coordinates, and the unit of those in metres."""
     if patch.what == FLOOR:
         return scene.floor, points, 1.0
     if patch.what == WALL:
@@ -105,7 +105,7 @@ def _material(scene: Scene, patch: Patch, points: Floats) -> tuple[Material, Flo
 
 
 def _openness(scene: Scene, patch: Patch, points: Floats, normal: Floats) -> Floats:
-    """How much of the sky points see, [n]: things take away what balls of their size would.
+    """Return how much of the sky is visible from points, [n]; each thing occludes as a ball of similar size would.
 
     Source: the closed form of a ball's ambient occlusion, cos(angle) (r / d)^2; walls and floor are left out.
     """
@@ -125,7 +125,7 @@ def _openness(scene: Scene, patch: Patch, points: Floats, normal: Floats) -> Flo
 def _lit(
     light: Light, material: Material, albedo: Floats, normal: Floats, rays: Floats, dark: Flags, open_: Floats
 ) -> Floats:
-    """Lambert's law for the sun, a sky that is brighter overhead, and a highlight on what is glossy."""
+    """Return lit colours: Lambert's law for the sun, a sky that is brighter overhead, and a highlight if glossy."""
     sun = light.towards.astype(np.float32)[:, None]
     facing = np.where(dark, 0, np.maximum(dot(normal, sun), 0)).astype(np.float32)
     ambient = (0.75 + 0.25 * normal[1]) * open_
@@ -140,7 +140,7 @@ def _lit(
 
 
 def _sky(scene: Scene, rays: Floats) -> Floats:
-    """From the horizon's colour to that overhead, with clouds."""
+    """Return the sky's colours, blended from the horizon to overhead, with clouds."""
     low, high = (np.array(c, np.float32)[:, None] for c in scene.sky)
     up = np.maximum(rays[1] / np.sqrt(dot(rays, rays)), 0.02)
     share = np.minimum(up * 2, 1)
@@ -150,7 +150,7 @@ def _sky(scene: Scene, rays: Floats) -> Floats:
 
 
 def _edges(scene: Scene, hits: Hits, dark: Flags, size: int) -> Flags:
-    """Pixels that differ from a neighbour in surface or shadow, and all of a sign, whose letters are fine."""
+    """Return pixels that differ from a neighbour in surface or shadow, and all of a sign, whose letters are fine."""
     code = (hits.what.astype(np.int32) * 256 + hits.part) * 4 + hits.carved * 2 + dark
     code = code.reshape(size, size)
     edge = np.zeros((size, size), np.bool_)
@@ -164,7 +164,7 @@ def _edges(scene: Scene, hits: Hits, dark: Flags, size: int) -> Flags:
 
 
 def _developed(scene: Scene, colour: Floats, size: int) -> NDArray[np.uint8]:
-    """From linear light to levels, with a sensor's noise."""
+    """Convert linear light to 8-bit levels, with a sensor's noise."""
     grain = np.random.default_rng(scene.grain_seed).standard_normal((size, size, 3), np.float32)
     shade = np.clip(colour, 0, None)
     shade = shade * (1 + shade * 0.15) / (1 + 0.3 * shade)  # highlights roll off

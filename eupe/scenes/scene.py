@@ -1,6 +1,6 @@
-"""A scene on paper: a camera, things that stand on a floor between walls, and a light. Lengths are metres, y is up.
+"""The description of a scene: a camera, things on a floor between walls, and a light. Lengths are metres, y is up.
 
-A picture has pixels whose centres are whole numbers: x = 0 is the first column, y = 0 the uppermost row.
+A picture's pixel centres are whole numbers: x = 0 is the first column, y = 0 the top row.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Camera:
     eye: Vector
     """[3]."""
     axes: Vector
-    """[3, 3]: to the right, up and forward, one a row; orthonormal."""
+    """[3, 3]: right, up and forward, one per row; orthonormal."""
     zoom: float
-    """Focal length over the picture's side."""
+    """Focal length divided by the picture's side."""
 
     def directions(self, x: NDArray[np.floating], y: NDArray[np.floating], size: int) -> Floats:
-        """Rays [3, n] through places in a picture of `size` pixels, one metre long along the optical axis.
+        """Return rays [3, n] through places in a picture of `size` pixels, one metre long along the optical axis.
 
-        A point at `t` times such a ray is `t` metres before the image plane: `t` is its z-depth.
+        The point at `t` times such a ray has a z-depth of `t` metres.
         """
         right = (x - (size - 1) / 2) / (self.zoom * size)
         up = ((size - 1) / 2 - y) / (self.zoom * size)
@@ -42,7 +42,7 @@ class Camera:
         return floats(rays)
 
     def project(self, points: Vector, size: int) -> tuple[Vector, Vector]:
-        """Where points [n, 3] are in a picture, [n, 2] as x and y, and their z-depths [n]."""
+        """Return the places of points [n, 3] in a picture, x and y as [n, 2], and their z-depths [n]."""
         right, up, depth = self.axes @ (points - self.eye).T
         middle, focal = (size - 1) / 2, self.zoom * size
         return np.stack([middle + focal * right / depth, middle - focal * up / depth], axis=1), depth
@@ -50,7 +50,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Instance:
-    """One thing: what it looks like, wherever it stands."""
+    """The looks of one thing, independent of where it stands."""
 
     kind: str
     """A category, `clutter` or `sign`."""
@@ -59,7 +59,7 @@ class Instance:
     shape: Shape
     surfaces: Mapping[Surface, Material]
     says: str = ""
-    """What stands on a sign."""
+    """Word on a sign."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class Thing:
 
     instance: Instance
     turn: Vector
-    """[3, 3], from its own axes to the world's."""
+    """[3, 3], rotation from its own axes to the world's."""
     place: Vector
-    """[3], of its own origin."""
+    """[3], position of its own origin."""
     scale: float
-    """Metres of one of its own units."""
+    """Metres per unit of its own coordinates."""
 
     @property
     def kind(self) -> str:
@@ -80,17 +80,17 @@ class Thing:
 
     @cached_property
     def sphere(self) -> tuple[Vector, float]:
-        """Centre and radius of a sphere that holds it."""
+        """Return centre and radius of a sphere that contains it."""
         centre, radius = self.instance.shape.sphere
         return self.to_world(centre[None])[0], radius * self.scale
 
     @property
     def footprint(self) -> float:
-        """Radius of the circle about its place that it stands in."""
+        """Return the radius of the circle about its place that it stands in."""
         return self.instance.shape.footprint * self.scale
 
     def to_world(self, points: Vector) -> Vector:
-        """Of its own points [n, 3]."""
+        """Return its own points [n, 3] in the world's coordinates."""
         return points @ self.turn.T * self.scale + self.place
 
 
@@ -99,7 +99,7 @@ class Wall:
     """An upright plane, seen from the side that its normal points to."""
 
     normal: Vector
-    """[3], level, of length 1."""
+    """[3], horizontal, of length 1."""
     offset: float
     """`normal . p` of its points."""
     height: float
@@ -108,7 +108,7 @@ class Wall:
 
 @dataclass(frozen=True)
 class Light:
-    """The sun, and what the sky sends from everywhere."""
+    """The sun, and the sky's ambient light."""
 
     towards: Vector
     """[3], of length 1."""
@@ -118,7 +118,7 @@ class Light:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that decides a picture, but for its size."""
+    """The data that decide a picture, apart from its size."""
 
     camera: Camera
     things: tuple[Thing, ...]
@@ -127,19 +127,19 @@ class Scene:
     walls: tuple[Wall, ...]
     light: Light
     sky: tuple[Colour, Colour]
-    """At the horizon and overhead."""
+    """Colours at the horizon and overhead."""
     grain_seed: int
-    """Of the sensor's noise."""
+    """Seed of the sensor's noise."""
 
 
 def yawed(angle: float) -> Vector:
-    """A turn about the upright axis: z goes towards x."""
+    """Return a rotation about the upright axis that turns z towards x."""
     c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
 
 
 def looking(eye: Vector, target: Vector, zoom: float, roll: float = 0.0) -> Camera:
-    """A camera at one place that looks at another, tilted by `roll`."""
+    """Return a camera that looks from one place at another, tilted by `roll`."""
     forward = (target - eye) / np.linalg.norm(target - eye)
     right = np.cross(forward, [0.0, 1.0, 0.0])
     right /= np.linalg.norm(right)

@@ -1,6 +1,6 @@
-"""What a thing is made of: parts, each a body and perhaps another that is carved out of it, and its keypoints.
+"""The shape of a thing: its parts, each a body from which another may be carved out, and its keypoints.
 
-Shapes: n rays. Coordinates are the thing's own: it stands on y = 0, is some 1 long or high, and faces x or z.
+Shapes: n rays. Coordinates are the thing's own: it stands on y = 0, is about 1 long or high, and faces x or z.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from eupe.scenes.bodies import Body, Flags, Floats, Point, ball, crossing, frustum, outward
 
 Surface = Literal["main", "accent", "dark", "light", "board"]
-"""Which of a thing's materials a part has."""
+"""Name of the thing's material that a part has."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A body of one material, less another body."""
+    """A body of one material, minus another body."""
 
     body: Body
     surface: Surface = "main"
@@ -35,7 +35,7 @@ class Keypoint:
     name: str
     at: Point
     slack: float = 0.05
-    """How far behind the visible surface it may lie and still count as seen: the radius of what it is the middle of."""
+    """Distance from the visible surface at which it still counts as seen: the radius of the part that it is inside."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Shape:
     parts: tuple[Part, ...]
     keypoints: tuple[Keypoint, ...] = ()
     base: float | None = None
-    """Radius of what other things must keep away from; that of all of it where not given."""
+    """Radius of the circle that other things must stay out of; if not given, that of the whole shape."""
 
     @cached_property
     def sphere(self) -> tuple[NDArray[np.float64], float]:
-        """Centre [3] and radius of a sphere that holds all parts."""
+        """Return centre [3] and radius of a sphere that contains all parts."""
         centres = np.array([part.body.centre for part in self.parts], np.float64)
         radii = np.array([part.body.radius for part in self.parts])[:, None]
         middle = ((centres - radii).min(axis=0) + (centres + radii).max(axis=0)) / 2
@@ -57,7 +57,7 @@ class Shape:
 
     @cached_property
     def footprint(self) -> float:
-        """Radius about the upright axis through the origin that other things must keep away from."""
+        """Return the radius about the upright axis through the origin that other things must stay out of."""
         if self.base is not None:
             return self.base
         reach = [float(np.hypot(part.body.centre[0], part.body.centre[2])) + part.body.radius for part in self.parts]
@@ -65,9 +65,9 @@ class Shape:
 
 
 def strike(part: Part, origin: Floats, direction: Floats) -> tuple[Floats, Flags]:
-    """Where rays first meet a part ahead of their origin.
+    """Return where rays first meet a part ahead of their origin.
 
-    Returns: `t` [n], infinite for a miss, and whether the wall that is met is the carved one [n].
+    Returns: `t` [n], infinite for a miss, and whether the surface that is met is the carved one [n].
     """
     enter, leave = crossing(part.body, origin, direction)
     if part.minus is None:
@@ -75,13 +75,14 @@ def strike(part: Part, origin: Floats, direction: Floats) -> tuple[Floats, Flags
     carve_from, carve_to = crossing(part.minus, origin, direction)
     carved_at_entry = (carve_from <= enter) & (enter < carve_to)
     skin = np.where((enter <= leave) & (enter > 0) & ~carved_at_entry, enter, np.inf)
+    # A ray that enters the body inside the hole meets the hole's far wall, unless the hole ends beyond the body.
     meets_wall = (carve_from < carve_to) & (enter < carve_to) & (carve_to < leave) & (carve_to > 0)
     wall = np.where(meets_wall, carve_to, np.inf)
     return np.minimum(skin, wall), wall < skin
 
 
 def part_normals(part: Part, carved: bool, points: Floats) -> Floats:
-    """Outward normals [3, n], of any length, at points on a part's skin or on its carved wall."""
+    """Return outward normals [3, n], of any length, at points on a part's skin or on its carved wall."""
     if not carved:
         return outward(part.body, points)
     assert part.minus is not None
@@ -89,7 +90,7 @@ def part_normals(part: Part, carved: bool, points: Floats) -> Floats:
 
 
 def along(points: Sequence[Point], radii: Sequence[float], surface: Surface = "main") -> list[Part]:
-    """A bent limb of frusta with balls at its bends."""
+    """Return a bent limb of frusta with balls at its bends."""
     limbs = [
         Part(frustum(a, b, r, s), surface) for a, b, r, s in zip(points, points[1:], radii, radii[1:], strict=False)
     ]

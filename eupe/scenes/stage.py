@@ -1,4 +1,4 @@
-"""Setting a stage: where a camera and things stand, and what is about them, drawn at random."""
+"""Random placement of a camera and things, and their surroundings."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from eupe.scenes.materials import OUTDOORS, draw_ground, draw_instance, draw_lig
 from eupe.scenes.scene import Camera, Instance, Scene, Thing, Vector, Wall, looking, yawed
 
 GAP_M = 0.06
-"""Between the circles that things stand in."""
+"""Least gap between the circles that things stand in."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Where the camera stands and what stands before it, while a scene is being drawn."""
+    """The camera and the things in front of it, while a scene is being drawn."""
 
     camera: Camera
     heading: float
-    """Of the camera's look along the ground."""
+    """Direction in which the camera looks, along the ground, in radians."""
     things: tuple[Thing, ...]
 
     def with_thing(self, thing: Thing) -> Stage:
@@ -30,12 +30,12 @@ class Stage:
 
 
 def portrait(rng: np.random.Generator, main: Instance, *, yaw: float, fill: float, clutter: int) -> Scene:
-    """One thing, the first of the scene, that fills much of the picture.
+    """Draw a scene of one thing, its first, that fills much of the picture.
 
     Args:
-        yaw: its turn from where its z looks at the camera.
+        yaw: turn of the thing; at 0 its z faces the camera.
         fill: diameter of the sphere about it, as a share of the picture's side.
-        clutter: most other things.
+        clutter: largest number of other things.
     """
     heading = rng.uniform(0, math.tau)
     thing = Thing(main, yawed(heading + math.pi + yaw), np.zeros(3), rng.uniform(0.8, 1.2))
@@ -56,7 +56,7 @@ def portrait(rng: np.random.Generator, main: Instance, *, yaw: float, fill: floa
 def group(
     rng: np.random.Generator, instances: Sequence[Instance], *, outdoors: bool, sign: Instance | None = None
 ) -> Scene | None:
-    """Things that stand about before the camera, and perhaps a sign that faces it; None if there is no room."""
+    """Draw a scene of things in front of the camera, and perhaps a sign that faces it; None if there is no room."""
     heading, zoom = rng.uniform(0, math.tau), rng.uniform(0.8, 1.1)
     eye = np.array([0, rng.uniform(0.9, 1.6), 0])
     fall = math.tan(math.radians(rng.uniform(10, 24)))
@@ -92,11 +92,11 @@ def _placed(
     scale: float,
     across: tuple[float, float] = (0.0, 1.0),
 ) -> Thing | None:
-    """A thing at a free place in view; None if there is none.
+    """Return a thing at a free place in view; None if none was found.
 
     Args:
-        near, far: metres before the camera.
-        across: the part of the picture's width that it stands in.
+        near, far: least and largest distance from the camera in metres.
+        across: part of the picture's width that it stands in.
     """
     ahead = _ahead(stage.heading)
     right = np.array([-ahead[2], 0.0, ahead[0]])
@@ -113,7 +113,7 @@ def _placed(
 
 
 def _surrounded(rng: np.random.Generator, stage: Stage, *, outdoors: bool) -> Scene:
-    """With a floor, walls, light and sky."""
+    """Return the scene of a stage, with a floor, walls, light and sky."""
     floor_name, floor = draw_ground(rng, outdoors=outdoors)
     assert (floor_name in OUTDOORS) == outdoors
     turn = rng.uniform(-0.6, 0.6)

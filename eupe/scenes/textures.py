@@ -1,6 +1,6 @@
-"""Colours of surfaces: patterns in space, computed from coordinates alone.
+"""Colours of surfaces: patterns in space, computed only from coordinates.
 
-Shapes: n points, float32 [3, n]. A pattern gives [n] numbers from 0 (a material's first colour) to 1 (its second).
+Shapes: n points, float32 [3, n]. A pattern returns [n] numbers from 0 (a material's first colour) to 1 (its second).
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from eupe.scenes.catalogue import BOARD, BOARD_HEIGHT
 
 Pattern = Callable[[Floats, int], Floats]
 Colour = tuple[float, float, float]
-"""Linear light, 0 to 1."""
+"""Red, green and blue in linear light, 0 to 1."""
 
 GAMMA = 2.2
 LETTERING = "lettering"
 FARTHEST = 1e8
-"""Of cells, as integers hold them; a floor is seen as far as the horizon."""
+"""Largest cell coordinate, so that it fits an integer; a floor is visible as far as the horizon."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """How a surface looks."""
+    """The appearance of a surface."""
 
     pattern: str
     first: Colour
     second: Colour
     cells: float = 4.0
-    """Of the pattern, along one unit of length."""
+    """Cells of the pattern per unit of length."""
     turn: Floats | None = None
-    """[3, 3]: how the pattern lies in the coordinates."""
+    """[3, 3], the pattern's axes in the surface's coordinates, one per row; orthonormal."""
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
     gloss: float = 0.0
     seed: int = 0
     picture: NDArray[np.uint8] | None = None
-    """[h, w], of `lettering`: 255 is the second colour."""
+    """[h, w], the picture of `lettering`: 255 is the second colour."""
 
 
 def linear(red: int, green: int, blue: int) -> Colour:
-    """From the levels of a picture, 0 to 255."""
+    """Return the linear colour of a picture's levels, 0 to 255."""
     return (red / 255) ** GAMMA, (green / 255) ** GAMMA, (blue / 255) ** GAMMA
 
 
 def paint(material: Material, points: Floats, footprint: Floats) -> Floats:
-    """Colours [3, n] of points.
+    """Return the colours [3, n] of points.
 
     Args:
-        footprint: [n], what a pixel covers at each point, in the same unit as `points`; what is finer than that fades.
+        footprint: [n], size of a pixel at each point, in the same unit as `points`; finer patterns fade out.
     """
     first, second = (np.array(c, np.float32)[:, None] for c in (material.first, material.second))
     if material.pattern == LETTERING:
@@ -62,13 +62,14 @@ def paint(material: Material, points: Floats, footprint: Floats) -> Floats:
         cells = placed * material.cells + np.array(material.shift, np.float32)[:, None]
         cells = np.clip(cells, -FARTHEST, FARTHEST)
         share = PATTERNS[material.pattern](cells, material.seed)
+        # A pattern fades out as its cells shrink to the size of a pixel, where it would alias.
         clear = np.clip((0.7 - footprint * material.cells) / 0.4, 0, 1)
         share = 0.4 + (share - 0.4) * clear if material.pattern != "plain" else share
     return first + (second - first) * share
 
 
 def noise(points: Floats, seed: int) -> Floats:
-    """Smooth random numbers, one at each whole coordinate and blended between them."""
+    """Return smooth random numbers: one at each whole coordinate, blended in between."""
     whole = np.floor(points)
     part = points - whole
     blend = part * part * (3 - 2 * part)
@@ -96,7 +97,7 @@ def _scrambled(bits: NDArray[np.uint32], seed: int) -> Floats:
 
 
 def clouds(points: Floats, seed: int) -> Floats:
-    """Noise at three scales."""
+    """Return a sum of noise at three scales."""
     coarse, middle, fine = (noise(points * k, seed + i) for i, k in enumerate((1.0, 2.1, 4.3)))
     return floats(coarse * 0.55 + middle * 0.3 + fine * 0.15)
 
@@ -141,7 +142,7 @@ def _grain(points: Floats, seed: int) -> Floats:
 
 
 def _laid(points: Floats, seed: int, width: float, joint: float, offset: float) -> Floats:
-    """Rows of slabs, `width` wide and 1 high: each of a tone of its own, and joints between them."""
+    """Return rows of slabs, `width` wide and 1 high, each with a tone of its own, and joints between them."""
     row = np.floor(points[1])
     across = points[0] / width + row * offset
     column = np.floor(across)
@@ -185,7 +186,7 @@ PATTERNS: Mapping[str, Pattern] = {
 
 
 def _letters(points: Floats, picture: NDArray[np.uint8]) -> Floats:
-    """A picture that fills the front of the sign's board; nothing elsewhere."""
+    """Return the values of a picture that fills the front of the sign's board; 0 elsewhere."""
     height, width = picture.shape
     x = (points[0] / (2 * BOARD[0]) + 0.5) * width - 0.5
     y = (0.5 - (points[1] - BOARD_HEIGHT) / (2 * BOARD[1])) * height - 0.5

@@ -1,6 +1,6 @@
-"""Which surface each ray meets first, exactly, and which points the sun does not reach.
+"""Exact ray tracing: the surface that each ray meets first, and the points that the sun does not reach.
 
-Shapes: n rays, float32 [3, n]; `t` is measured in lengths of a ray's direction.
+Shapes: n rays, float32 [3, n]; the unit of `t` is the length of a ray's direction.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from eupe.scenes.shapes import Part, part_normals, strike
 Rows = NDArray[np.intp]
 
 FLOOR, WALL, SKY = -1, -2, -3
-"""What a ray meets where it is no thing."""
+"""Codes for what a ray meets if it is not a thing."""
 SKIN = 1e-3
-"""Metres above a surface at which rays towards the light begin."""
+"""Metres above a surface at which rays towards the light begin, so that they do not hit the surface itself."""
 
 
 @dataclass(frozen=True)
 class Hits:
-    """What rays meet first."""
+    """The surfaces that rays meet first."""
 
     t: Floats
     """[n]; infinite for the sky."""
     what: NDArray[np.int16]
-    """[n]: a thing's place in the scene, FLOOR, WALL or SKY."""
+    """[n]: a thing's index in the scene, FLOOR, WALL or SKY."""
     part: NDArray[np.int16]
-    """[n]: a thing's part, or which wall; 0 for all else."""
+    """[n]: index of a thing's part or of the wall; 0 for everything else."""
     carved: Flags
-    """[n]: whether the surface was carved out of the part."""
+    """[n]: true if the surface was carved out of the part."""
 
 
 class Patch(NamedTuple):
-    """Rows of hits on one surface."""
+    """The rows of hits on one surface."""
 
     what: int
     part: int
@@ -48,7 +48,7 @@ class Patch(NamedTuple):
 
 
 def trace(scene: Scene, origin: Floats, direction: Floats) -> Hits:
-    """What rays meet first.
+    """Return what rays meet first.
 
     Args:
         origin: [3, 1] or [3, n].
@@ -84,7 +84,7 @@ def _keep_nearer(hits: Hits, rows: Rows, t: Floats, what: int, part: int, carved
 def candidates(
     thing: Thing, rows: Rows, origin: Floats, direction: Floats
 ) -> Iterator[tuple[int, Part, Rows, Floats, Floats]]:
-    """Of each part of a thing: the rays among `rows` that come near it, in the thing's own coordinates."""
+    """Yield each part of a thing with the rays among `rows` that come near it, in the thing's own coordinates."""
     centre, radius = thing.sphere
     rows = rows[near(centre.astype(np.float32), radius, picked(origin, rows), picked(direction, rows))]
     if not len(rows):
@@ -100,21 +100,21 @@ def candidates(
 
 
 def near(centre: Floats, radius: float, origin: Floats, direction: Floats) -> Flags:
-    """Whether rays [n] come within `radius` of a point [3] ahead of their origin, or begin there."""
+    """Return whether rays [n] come within `radius` of a point [3] ahead of their origin, or begin there."""
     to_centre = centre[:, None] - origin
     forward = dot(to_centre, direction)
     away = dot(to_centre, to_centre)
-    reach = radius * radius + 1e-5 * away
+    reach = radius * radius + 1e-5 * away  # a margin for float32: too many candidates are harmless, too few are not
     return (away - forward * forward / dot(direction, direction) <= reach) & ((forward > 0) | (away <= reach))
 
 
 def picked(vectors: Floats, rows: Rows) -> Floats:
-    """Some columns; a single one stands for all."""
+    """Return some columns; a single column stands for all."""
     return vectors if vectors.shape[1] == 1 else vectors[:, rows]
 
 
 def patches(hits: Hits) -> Iterator[Patch]:
-    """Hits by surface, the sky left out."""
+    """Yield the hits by surface, without the sky."""
     if not hits.what.size:
         return
     code = (hits.what.astype(np.int64) * 256 + hits.part) * 2 + hits.carved
@@ -127,7 +127,7 @@ def patches(hits: Hits) -> Iterator[Patch]:
 
 
 def normals(scene: Scene, patch: Patch, points: Floats) -> Floats:
-    """Unit normals [3, n] of a patch at points of the world."""
+    """Return unit normals [3, n] of a patch at points of the world."""
     if patch.what == FLOOR:
         return np.broadcast_to(np.array([[0], [1], [0]], np.float32), points.shape)
     if patch.what == WALL:
@@ -139,12 +139,12 @@ def normals(scene: Scene, patch: Patch, points: Floats) -> Floats:
 
 
 def to_own(thing: Thing, points: Floats) -> Floats:
-    """Points [3, n] of the world in a thing's own coordinates."""
+    """Return points [3, n] of the world in a thing's own coordinates."""
     return turned((thing.turn.T / thing.scale).astype(np.float32), points - thing.place.astype(np.float32)[:, None])
 
 
 def shadowed(scene: Scene, points: Floats, normal: Floats, towards: Vector) -> Flags:
-    """Which points [3, n] see no sun, because they face away from it or a thing is between."""
+    """Return which points [3, n] see no sun, because they face away from it or a thing is in between."""
     sun = towards.astype(np.float32)[:, None]
     dark = dot(normal, sun) <= 0
     start = points + normal * SKIN

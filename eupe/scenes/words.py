@@ -1,4 +1,4 @@
-"""Captions of scenes, and questions about them with answers that only the picture tells."""
+"""Captions of scenes, and questions about them that only the picture can answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eupe.scenes.compose import Spot, beside
 from eupe.scenes.scene import Scene, Thing
 
 MOST_PAIRS = 3
-"""That a picture's questions are about."""
+"""Largest number of pairs of things that a picture's questions are about."""
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 
@@ -25,7 +25,7 @@ class Question(NamedTuple):
 
 
 def captions(scene: Scene, spots: Sequence[Spot], rng: np.random.Generator) -> list[str]:
-    """Five captions: what there is, of which colour, how it lies, on what it stands."""
+    """Write five captions about a scene's things, their colours, their positions and the floor."""
     order = sorted(range(len(scene.things)), key=lambda i: spots[i].x)
     things = [scene.things[i] for i in order]
     left, right = things[0], things[-1]
@@ -51,7 +51,10 @@ def _described(thing: Thing) -> str:
 
 
 def questions(scene: Scene, spots: Sequence[Spot], rng: np.random.Generator) -> list[Question]:
-    """Colour of each thing, their number, sides of some pairs, and what the sign says, which is the last thing."""
+    """Write questions on each thing's colour, the number of things, the sides of some pairs, and the sign's word.
+
+    The last thing of the scene is the sign.
+    """
     *things, sign = scene.things
     found = [Question("colour", f"What colour is the {t.kind}?", t.instance.colour) for t in things]
     found.append(Question("count", "How many objects are there besides the sign?", NUMBERS[len(things)]))

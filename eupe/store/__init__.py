@@ -1,4 +1,4 @@
-"""What is on disk. `FORMAT.md` beside this file is its specification; nothing here needs torch."""
+"""The feature store on disk, specified by `FORMAT.md` in this folder; nothing here needs torch."""
 
 from eupe.store.dataset import StoreDataset
 from eupe.store.reader import Features, Store, open_store

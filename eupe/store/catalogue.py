@@ -1,4 +1,4 @@
-"""The stores of a directory: what is there, and whether something is there already."""
+"""Catalogue of the stores in a directory, and lookup of a store by its specification."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class StoreEntry:
     num_samples: int
     stored_bytes: int
     complete: float
-    """Share of the parts that are committed; 1 only with the statistics over them."""
+    """Share of the parts that are committed; 1 only once their statistics are written, too."""
 
 
 def stores_in(directory: str | Path | Place) -> list[Store]:
-    """Stores that lie directly in a directory, by name; other things there are passed over.
+    """Return the stores directly in a directory, sorted by name; ignore everything else there.
 
-    Raises: StoreError if there is no such directory; StorageError.
+    Raises: StoreError if the directory does not exist; StorageError.
     """
     place = Place.of(directory)
     if place.is_local:
@@ -52,10 +52,10 @@ def _store_or_none(place: Place) -> Store | None:
 
 
 def find_store(directory: Path, spec: StoreSpec, *, fidelity: float | None) -> Store | None:
-    """A store of the same specification under any name; None if there is none.
+    """Return a store of the same specification, whatever its name; None if there is none.
 
     Args:
-        fidelity: what decides the precision in place of the spec's, where given.
+        fidelity: requested fidelity, compared in place of the spec's precision; None to compare the precision.
     """
     if not directory.is_dir():
         return None
@@ -68,7 +68,10 @@ def find_store(directory: Path, spec: StoreSpec, *, fidelity: float | None) -> S
 
 
 def describe(store: Store) -> StoreEntry:
-    """Raises: PartCorruptError if a commit file is damaged."""
+    """Build the catalogue entry of a store.
+
+    Raises: PartCorruptError if a commit file is damaged.
+    """
     spec = store.spec
     views = spec.views
     colours = f" photometric {views['photometric']}" if spec.photometric else ""

@@ -1,4 +1,4 @@
-"""A store as a map-style data set: what `torch.utils.data.DataLoader` takes, though nothing here needs torch."""
+"""A store as a map-style dataset for `torch.utils.data.DataLoader`; nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from eupe.store.reader import Features, Store
 
 
 class StoreDataset:
-    """Every view of every sample that has features, sample by sample.
+    """Map-style dataset of every view of every sample that has features, sample by sample.
 
-    An item is a dictionary of `key`, `view` and `label`, with what the store holds of `boxes` [4], `flips`,
-    `summary` [Ds] and `dense` [h, w, D] as NumPy arrays. A DataLoader asks for its batches whole, which is one
-    read of many chunks at once, so `num_workers=0` is already parallel; with workers, give
+    An item is a dictionary of `key`, `view` and `label`, and whichever the store holds of `boxes` [4], `flips`,
+    `photometric` [8], `summary` [Ds] and `dense` [h, w, D], as NumPy values. A DataLoader requests whole batches, and a
+    batch is one read of many chunks at once, so `num_workers=0` is already parallel. With workers, pass
     `multiprocessing_context="spawn"`.
     """
 
     def __init__(self, store: Store, *, size: int | None = None) -> None:
-        """
+        """Set up the dataset.
+
         Args:
-            size: one of the store's sizes; the first where not given.
+            size: one of the store's sizes; the first by default.
         """
         self.store = store
         self.size = size
@@ -42,7 +43,11 @@ class StoreDataset:
         return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Raises: PartCorruptError; StoreError in a process forked from the one that opened the store."""
+        """Return the items of a batch, from one read.
+
+        Raises: PartCorruptError; StoreError in a process that was forked from the one that opened the store.
+        """
+        # a forked process lacks the threads that read, so it would wait forever
         if os.getpid() != self._process:
             raise StoreError(
                 f"{self.store.path} cannot be read in a forked process; give the DataLoader num_workers=0, or "
@@ -57,4 +62,5 @@ class StoreDataset:
         return {"key": self._keys[sample].as_py(), "view": view, "label": self._labels[sample].as_py() or "", **held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # the unpickled store opens its files itself (`Store.__setstate__`), so this process may read
         self.__dict__.update(state, _process=os.getpid())

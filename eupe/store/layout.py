@@ -1,4 +1,4 @@
-"""Numbers to names and shapes, without I/O: which arrays a store has, what a part is, when two specs are the same."""
+"""Layout of a store, without I/O: its specification, parts, arrays, and when two specifications are the same."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ FORMAT = 1
 ATTRIBUTE = "eupe"
 
 PART_BYTES = 128 * 2**20
-"""Upper bound on a part's raw features; with a power of two of samples a shard has 64 to 128 MB."""
+"""Upper bound on a part's raw features; a part has a power of two of samples, so a shard has 64 to 128 MB."""
 SMALL_PART_BYTES = 2 * 2**20
-"""A small corpus is cut finer, down to this, so that there is work to share and little to redo after a kill."""
+"""Lower bound for a small corpus, which is cut finer: there is work to share, and little to redo after a kill."""
 MIN_PARTS = 16
+"""Number of parts of a small corpus, as far as `SMALL_PART_BYTES` allows."""
 SUMMARY_CHUNK_BYTES = 64 * 2**10
-"""One summary row is too small a read; rows are chunked up to this many bytes."""
+"""Upper bound on a chunk of summaries; one row alone would be too small a read."""
 
 MAX_SAMPLES = 2**40
 MAX_PARTS = 10**7
 MAX_CHANNELS = 8192
-"""Of a teacher; a store keeps their covariance."""
+"""Upper bound on a teacher's channels; a store keeps their covariance."""
 MAX_CHUNK_BYTES = 2**29
-"""Far above what a store of ours has; a specification that asks for more is damaged, or is to exhaust memory."""
+"""Upper bound far above our stores' chunks; a specification with more is damaged, or made to exhaust memory."""
 
 SUMMARY, DENSE = "summary", "dense"
 PIXELS = "pixels"
@@ -43,35 +44,35 @@ KINDS = (SUMMARY, DENSE)
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec:
-    """Everything that decides a store's content; kept as `attributes.eupe` of its root group."""
+    """Specification of a store: everything that decides its content; stored as `attributes.eupe` of the root group."""
 
     teacher: Mapping[str, Any]
     """The teacher's card, with `weights_sha256` and the compute `dtype`."""
     corpus: Mapping[str, Any]
-    """`fingerprint` of all samples and `segments`, how many samples were there at first and came with each extension;
-    `root` is for the reader's convenience and not compared."""
+    """`fingerprint` of all samples; `segments`, the number of samples at first and of each extension; `root`, the place
+    of the pictures, for the reader's convenience. Only the fingerprint is compared."""
     views: Mapping[str, Any]
-    """Policy, `num_views`, seed and ranges: see `eupe.corpus.views.ViewSpec.to_json`."""
+    """View policy, `num_views`, seed and ranges; see `eupe.corpus.views.ViewSpec.to_json`."""
     sizes: tuple[int, ...]
-    """Sides in pixels of the square input, one group of arrays each."""
+    """Sides in pixels of the teacher's square input; each has its own group of arrays."""
     grids: tuple[int, ...]
-    """Cells along one side of the stored dense map, for each size; fewer than the teacher's where they were pooled."""
+    """Cells along one side of the stored dense map, for each size; fewer than the teacher's if the map was pooled."""
     tokens: tuple[str, ...]
     """`summary`, `dense`, or both."""
     samples_per_part: int
     precision: Mapping[str, str]
-    """Kind of token to `fp16`, `bitround:B` or `int8`."""
+    """Precision of each kind of token: `fp16`, `bitround:B` or `int8`."""
     pixels: bool = False
-    """The views themselves are stored beside their features, at every size."""
+    """True if the rendered views are stored beside their features, at every size."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
-    """Path of an int8 array to the calibration that it is coded by (`Calibration.to_json`)."""
+    """Calibration that each int8 array is coded by (`Calibration.to_json`), by the array's path."""
     fidelity: Mapping[str, Any] = field(default_factory=dict)
-    """What was measured when the precision was chosen; recorded, not compared."""
+    """Measurements made when the precision was chosen; recorded, not compared."""
     forward: Mapping[str, Any] = field(default_factory=dict)
-    """How the teacher ran when the store was made: `batch_size`, and where it did not compute in float32
-    `cosine_to_fp32`, the least of each kind of token; recorded, not compared."""
+    """Facts of the teacher's forward pass when the store was made: `batch_size`, and unless it computed in float32
+    `cosine_to_fp32`, the lowest cosine of each kind of token; recorded, not compared."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of the libraries that made it; recorded, not compared."""
+    """Versions of the libraries that made the store; recorded, not compared."""
 
     @property
     def num_samples(self) -> int:
@@ -83,7 +84,7 @@ class StoreSpec:
 
     @property
     def photometric(self) -> bool:
-        """Views are recoloured, by parameters that are stored beside their boxes."""
+        """Return whether views are recoloured, by parameters that are stored beside their boxes."""
         return PHOTOMETRIC in self.views
 
     @property
@@ -92,13 +93,17 @@ class StoreSpec:
 
     @property
     def num_rows(self) -> int:
-        """Length of the arrays: an extension begins at a part's start, so rows of the part before may stay empty."""
+        """Return the length of the arrays; an extension begins a new part, so some rows before it may stay empty."""
         return int(self.part_rows(self.num_parts - 1).stop)
 
     def part_samples(self, part: int) -> slice:
-        """Places of a part's samples in the corpus's index, the segments' one after the other."""
+        """Return the slice of a part's samples in the corpus's index, whose segments follow one another.
+
+        Raises: IndexError if there is no such part.
+        """
         if not 0 <= part < self.num_parts:
             raise IndexError(f"no part {part}")
+        # a search: planning calls this for every part, and each extension adds a segment
         segment = bisect_right(self.segment_ends, part)
         first_part = self.segment_ends[segment - 1] if segment else 0
         start = self._sample_ends[segment - 1] if segment else 0
@@ -106,38 +111,38 @@ class StoreSpec:
         return slice(start, min(start + self.samples_per_part, self._sample_ends[segment]))
 
     def part_rows(self, part: int) -> slice:
-        """Rows of the arrays that belong to a part."""
+        """Return the slice of the arrays' rows that belong to a part."""
         samples = self.part_samples(part)
         start = part * self.samples_per_part
         return slice(start, start + samples.stop - samples.start)
 
     @cached_property
     def segment_ends(self) -> list[int]:
-        """How many parts there are up to the end of each segment."""
+        """Return the number of parts up to the end of each segment."""
         return list(accumulate(-(-segment // self.samples_per_part) for segment in self.corpus["segments"]))
 
     @cached_property
     def _sample_ends(self) -> list[int]:
-        """How many samples there are up to the end of each segment."""
+        """Return the number of samples up to the end of each segment."""
         return list(accumulate(self.corpus["segments"]))
 
     @property
     def feature_paths(self) -> list[str]:
-        """Paths of the feature arrays: `224/summary`, `224/dense`, ..."""
+        """Return the paths of the feature arrays: `224/summary`, `224/dense`, ..."""
         return [feature_path(size, kind) for size in self.sizes for kind in self.tokens]
 
     def array_calibration(self, path: str) -> Calibration | None:
-        """What an int8 array is coded by; None for the others."""
+        """Return the calibration that an int8 array is coded by; None for other arrays."""
         return Calibration.from_json(self.calibration[path]) if path in self.calibration else None
 
     def to_json(self) -> dict[str, Any]:
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        if not self.forward:  # as in the first stores
+        if not self.forward:  # the first stores lack it, and `verify` compares with this
             del plain["forward"]
         return {"format": FORMAT, **plain}
 
     def identity(self) -> dict[str, Any]:
-        """The spec without what says nothing about the content: equal identities are a cache hit."""
+        """Return the fields that decide the content; equal identities are a cache hit."""
         plain = self.to_json()
         for recorded in ("versions", "samples_per_part", "calibration", "fidelity", "forward"):
             plain.pop(recorded, None)
@@ -148,9 +153,14 @@ class StoreSpec:
 
     @classmethod
     def from_json(cls, attributes: Mapping[str, Any], *, where: str) -> StoreSpec:
-        """Raises: FormatVersionError if the store is newer than this code; StoreError if it is no store."""
+        """Build a spec from a root group's attributes, and check that its numbers are possible.
+
+        Raises: FormatVersionError if this version does not know the store's format or precision; StoreError if it is
+            not a store, or its specification is damaged.
+        """
         if "format" not in attributes:
             raise StoreError(f"{where} is a Zarr group but not a feature store (its attributes lack eupe.format)")
+        # before anything else: another format may have other fields
         if attributes["format"] != FORMAT:
             raise FormatVersionError(
                 f"{where} is written in format {attributes['format']}, this version of eupe reads format {FORMAT}; "
@@ -169,13 +179,14 @@ class StoreSpec:
                 require_known(precision)
         except ConfigError as error:
             raise FormatVersionError(f"{where}: {error}; this version of eupe cannot read it") from error
+        # last: it computes shapes, which takes possible numbers and known precisions
         if wrong := next(_too_large(spec), None):
             raise StoreError(f"{where} has a damaged specification: {wrong}; fetch the store again, or make it again")
         return spec
 
 
 def _impossible(spec: StoreSpec) -> Iterator[str]:
-    """Yield what no store's specification says: a stranger's file is asked before anything is made from its numbers."""
+    """Yield what is impossible in a specification; an untrusted file is checked before its numbers are used."""
     for name in ("teacher", "corpus", "views", "precision", "calibration", "fidelity", "forward", "versions"):
         if not isinstance(getattr(spec, name), Mapping):
             yield f"{name} is {getattr(spec, name)!r:.80}, not an object"
@@ -212,11 +223,11 @@ def _impossible(spec: StoreSpec) -> Iterator[str]:
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and value > 0  # not isinstance: True is an int, too
 
 
 def _too_large(spec: StoreSpec) -> Iterator[str]:
-    """Yield what would not fit into memory, and calibrations that are not of their arrays."""
+    """Yield what would not fit into memory, and calibrations that do not fit their arrays."""
     if sum(spec.corpus["segments"]) > MAX_SAMPLES or spec.num_parts > MAX_PARTS:
         yield f"{spec.num_samples} samples in {spec.num_parts} parts are more than a store can have"
         return
@@ -232,7 +243,7 @@ def _too_large(spec: StoreSpec) -> Iterator[str]:
 
 
 def differences(stored: StoreSpec, asked: StoreSpec) -> list[str]:
-    """What keeps two specs from being the same, one phrase each; empty for a cache hit."""
+    """Return the differences between two specs, one phrase each; empty for a cache hit."""
     old, new = _flat(stored.identity()), _flat(asked.identity())
     return [
         f"{name}: stored {old.get(name, 'nothing')}, asked {new.get(name, 'nothing')}"
@@ -252,10 +263,10 @@ def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def samples_per_part(num_samples: int, bytes_per_sample: int) -> int:
-    """Samples in a part: a power of two, by bytes; finer for a small corpus.
+    """Return the number of samples in a part: a power of two, chosen by bytes; smaller for a small corpus.
 
     Args:
-        bytes_per_sample: raw fp16 features of all views and sizes of one picture.
+        bytes_per_sample: bytes of one picture's raw fp16 features, of all views and sizes.
     """
     largest = _power_of_two(PART_BYTES // bytes_per_sample)
     smallest = _power_of_two(SMALL_PART_BYTES // bytes_per_sample)
@@ -263,32 +274,33 @@ def samples_per_part(num_samples: int, bytes_per_sample: int) -> int:
 
 
 def _power_of_two(bound: int) -> int:
-    """The largest power of two that is at most `bound`, and at least 1."""
+    """Return the largest power of two that is at most `bound`, and at least 1."""
     return 1 << max(bound.bit_length() - 1, 0)
 
 
 def bytes_per_view(grids: tuple[int, ...], dense_dim: int, summary_dim: int) -> int:
-    """Raw fp16 bytes of one view at all sizes; a dimension of 0 leaves that kind out."""
+    """Return the bytes of one view's raw fp16 features at all sizes; a dimension of 0 leaves that kind out."""
     return sum(2 * (grid * grid * dense_dim + summary_dim) for grid in grids)
 
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One array of a store, as Zarr sees it."""
+    """Layout of one array of a store, as Zarr sees it."""
 
     path: str
     shape: tuple[int, ...]
     shard: tuple[int, ...]
-    """What one part writes: one object on disk."""
+    """Shape of what one part writes: one object on disk."""
     chunk: tuple[int, ...]
-    """What one read decodes; equal to `shard` for the small arrays, which are not sharded."""
+    """Shape of what one read decodes; equal to `shard` for the small arrays, which are not sharded."""
     dtype: str
     dimensions: tuple[str, ...]
     fill: float = 0
-    """Value of what was never written: one that no feature has."""
+    """Value of what was never written; in feature arrays one that no feature has."""
     sharded: bool = False
     order: tuple[int, ...] | None = None
-    """Order of the axes in a chunk's bytes; a dense map lies channel by channel, which compresses a fifth better."""
+    """Order of the axes in a chunk's bytes; a dense map lies channel by channel, which compresses better
+    (docs/decisions/0002-channel-first-chunks.md)."""
 
 
 def feature_path(size: int, kind: str) -> str:
@@ -300,7 +312,7 @@ def part_name(part: int) -> str:
 
 
 def segment_name(segment: int) -> str:
-    """Of the index of the samples that a segment brought."""
+    """Return the name of the index of a segment's samples."""
     return f"corpus/{segment:05d}.parquet"
 
 
@@ -309,7 +321,7 @@ def moments_name(part: int) -> str:
 
 
 def arrays(spec: StoreSpec) -> list[ArrayLayout]:
-    """Every array of a store, the statistics aside."""
+    """Return the layout of every array of a store, without the statistics."""
     n, k, p = spec.num_rows, spec.num_views, spec.samples_per_part
     sv = ("sample", "view")
     layouts = [
@@ -356,6 +368,7 @@ def _summaries(spec: StoreSpec, path: str) -> ArrayLayout:
     n, k, p = spec.num_rows, spec.num_views, spec.samples_per_part
     precision = spec.precision[SUMMARY]
     channels = stored_channels(precision, int(spec.teacher["summary_dim"]))
+    # two bytes a channel whatever the dtype, as FORMAT.md says
     rows = min(p, _power_of_two(SUMMARY_CHUNK_BYTES // (2 * k * channels)))
     return ArrayLayout(
         path,
@@ -391,4 +404,5 @@ def _dtype(precision: str) -> str:
 
 
 def _fill(precision: str) -> float:
+    # both decode to NaN, so that what is absent never passes for zeros
     return INT8_FILL if precision == INT8 else float("nan")

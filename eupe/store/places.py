@@ -1,4 +1,4 @@
-"""What a store's index tells: where pictures are inside tars and tables, and what of the corpus was left out."""
+"""Facts from a store's index: where pictures are inside tars and tables, and what the store leaves out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eupe.store.reader import Store
 
 
 def with_places(store: Store, samples: pa.Table) -> pa.Table:
-    """Samples with the columns `PLACE_COLUMNS` of the store's index; the same samples where all pictures are files.
+    """Return samples with the columns `PLACE_COLUMNS` of the store's index; unchanged if all pictures are files.
 
     Args:
         samples: a table with a column `key`.
@@ -33,7 +33,7 @@ def with_places(store: Store, samples: pa.Table) -> pa.Table:
 
 
 def left_out(store: Store) -> LeftOut:
-    """Return what of the corpus is not in the store, as of its last extension; nothing where that is not noted."""
+    """Return what the store leaves out of the corpus, as of its last extension; empty if that is not noted."""
     name = segment_name(len(store.spec.corpus["segments"]) - 1)
     try:
         return index_from_bytes(store.path.read(name), str(store.path / name)).left_out

@@ -1,11 +1,11 @@
-"""How features are coded: float16, float16 with fewer mantissa bits, or int8 with a scale for each token.
+"""Coding of features: float16, float16 with fewer mantissa bits, or int8 with a scale for each token.
 
 Shapes: T tokens (any leading axes), D channels, C stored channels.
 
 int8 (symmetric, per token, on channels standardised by calibration): with z = (x - mean) / std, the token's scale is
-max|z| / 127 as float16, and q = round(z / scale). Stored are D + 2 int8 channels, the last two being the bytes of the
-little-endian float16 scale, so that one chunk holds all it takes to decode it. A scale of NaN marks a token without a
-value; the array's fill value, 127, gives just that.
+max|z| / 127 as float16, and q = round(z / scale). The array has D + 2 int8 channels; the last two are the bytes of the
+little-endian float16 scale, so that a chunk can be decoded without any other. A scale of NaN marks a token without a
+value; the array's fill value, 127, gives exactly that.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ MANTISSA_BITS = 10
 SCALE_CHANNELS = 2
 INT8_LIMIT = 127
 INT8_FILL = 127
-"""Two of these bytes are a float16 NaN."""
+"""Fill value; two bytes of it are a float16 NaN."""
 CANDIDATES = (FP16, *(f"{BITROUND}:{bits}" for bits in range(MANTISSA_BITS - 1, 1, -1)), INT8)
-"""What `--fidelity` chooses from."""
+"""Precisions that `--fidelity` chooses from."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Mean and standard deviation of each channel, float32 [D], over a sample of the corpus; what int8 is coded by."""
+    """Mean and standard deviation of each channel, float32 [D], over a sample of the corpus; int8 is coded by them."""
 
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
-    """1 for a channel that never changed."""
+    """Standard deviation; 1 for a channel that never changed."""
 
     @classmethod
     def of(cls, tokens: NDArray[Any]) -> Calibration:
-        """Of [..., D] tokens, all finite."""
+        """Compute the calibration from tokens [..., D], all finite."""
         flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
         std = flat.std(axis=0)
         return cls(flat.mean(axis=0).astype(np.float32), np.where(std > 0, std, 1.0).astype(np.float32))
@@ -57,7 +57,7 @@ class Calibration:
 
 
 def is_calibration(plain: object, dim: int) -> bool:
-    """Tell whether a JSON value calibrates `dim` channels: finite numbers, deviations above zero."""
+    """Return whether a JSON value calibrates `dim` channels: finite numbers, deviations above zero."""
     try:
         calibration = Calibration.from_json(plain)  # type: ignore[arg-type]
     except (TypeError, KeyError, ValueError, AttributeError):
@@ -67,9 +67,9 @@ def is_calibration(plain: object, dim: int) -> bool:
 
 
 def parse_precision(text: str, kinds: tuple[str, ...]) -> dict[str, str]:
-    """`int8` for all kinds of token, or `dense=int8,summary=fp16`; a kind that is not named is fp16.
+    """Parse `int8`, for all kinds of token, or `dense=int8,summary=fp16`; a kind that is not named is fp16.
 
-    Raises: ConfigError.
+    Raises: ConfigError for an unknown precision or kind.
     """
     pairs = [word.partition("=") for word in text.split(",")]
     if len(pairs) == 1 and not pairs[0][1]:
@@ -81,9 +81,9 @@ def parse_precision(text: str, kinds: tuple[str, ...]) -> dict[str, str]:
 
 
 def require_known(precision: str) -> str:
-    """The word itself.
+    """Return the precision itself.
 
-    Raises: ConfigError if it is no precision.
+    Raises: ConfigError if it is unknown.
     """
     match = re.fullmatch(rf"{BITROUND}:(\d+)", precision)
     if precision in (FP16, INT8) or (match and 1 <= int(match[1]) < MANTISSA_BITS):
@@ -94,12 +94,12 @@ def require_known(precision: str) -> str:
 
 
 def stored_channels(precision: str, dim: int) -> int:
-    """C: how many channels D channels take in the array."""
+    """Return C, the number of channels that D channels take in the array."""
     return dim + SCALE_CHANNELS if precision == INT8 else dim
 
 
 def encode(tokens: NDArray[np.float16], precision: str, calibration: Calibration | None) -> NDArray[Any]:
-    """What is stored for float16 [..., D] tokens: float16 [..., D], or int8 [..., D + 2]. NaN tokens stay NaN."""
+    """Code float16 tokens [..., D] as they are stored: float16 [..., D], or int8 [..., D + 2]. NaN tokens stay NaN."""
     if precision == FP16:
         return tokens
     if precision == INT8:
@@ -107,6 +107,7 @@ def encode(tokens: NDArray[np.float16], precision: str, calibration: Calibration
         return _encode_int8(tokens, calibration)
     bits = int(precision.partition(":")[2])
     rounded = BitRound(bits).decode(BitRound(bits).encode(tokens.copy())).view(np.float16).reshape(tokens.shape)
+    # rounding up may carry into the exponent: the largest values would become infinite, and NaN another value
     largest = np.float16((2 - 2.0**-bits) * 2.0**15)
     return np.where(np.isnan(tokens), tokens, np.clip(rounded, -largest, largest))
 
@@ -115,6 +116,7 @@ def _encode_int8(tokens: NDArray[np.float16], calibration: Calibration) -> NDArr
     z = (tokens.astype(np.float32) - calibration.mean) / calibration.std
     largest = np.abs(z).max(axis=-1, keepdims=True)
     scale = np.where(largest > 0, largest / INT8_LIMIT, 1)
+    # a scale of zero would divide by zero, and an infinite one decode to NaN
     scale = np.clip(scale, np.finfo(np.float16).tiny, FP16_MAX).astype("<f2")
     missing = np.isnan(largest)
     with np.errstate(invalid="ignore"):
@@ -125,10 +127,11 @@ def _encode_int8(tokens: NDArray[np.float16], calibration: Calibration) -> NDArr
 
 
 def decode(stored: NDArray[Any], precision: str, calibration: Calibration | None) -> NDArray[Any]:
-    """The tokens that `encode` was given: float16 [..., D], or float32 [..., D] from int8."""
+    """Decode stored values to tokens: float16 [..., D], or float32 [..., D] from int8."""
     if precision != INT8:
         return stored
     assert calibration is not None
+    # FORMAT.md fixes the order of these operations, so that every reader gets the same bits
     scale = np.ascontiguousarray(stored[..., -SCALE_CHANNELS:]).view("<f2").astype(np.float32)
     tokens = stored[..., :-SCALE_CHANNELS] * scale
     tokens *= calibration.std
@@ -138,26 +141,28 @@ def decode(stored: NDArray[Any], precision: str, calibration: Calibration | None
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What a precision keeps of a calibration sample."""
+    """Fidelity of a precision, measured on a calibration sample."""
 
     mean: float
-    """Of the cosines between each token as the teacher gave it and as it comes back, both standardised."""
+    """Mean of the cosines between each token as the teacher gave it and as it is read back, both standardised."""
     p5: float
-    """Their 5th percentile: 95% of the tokens are at least as near."""
+    """5th percentile of these cosines: 95% of the tokens are at least as near."""
     share: float
-    """Compressed bytes over those of raw float16."""
+    """Compressed bytes as a share of raw float16."""
 
 
 def cosines(tokens: NDArray[np.float16], precision: str, calibration: Calibration) -> NDArray[np.float64]:
-    """Cosine of each token [T, D] with itself stored and read, both standardised by the calibration: float64 [T].
+    """Return the cosine of each token [T, D] with itself stored and read, both standardised: float64 [T].
 
-    Standardised, because that is what the loss sees: a channel with a large mean would hide what the others lose.
+    They are standardised by the calibration because the loss sees them so: a channel with a large mean would hide what
+    the others lose.
     """
     back = decode(encode(tokens, precision, calibration), precision, calibration)
     a, b = ((x.astype(np.float64) - calibration.mean) / calibration.std for x in (tokens, back))
     norm_a, norm_b = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
     norms = norm_a * norm_b
     dots = np.einsum("...d,...d->...", a, b) / np.where(norms == 0, 1.0, norms)
+    # a token equal to the mean has no direction: 1 if it comes back so, 0 if only one of the two is zero
     return np.where((norm_a == 0) & (norm_b == 0), 1.0, dots)
 
 

@@ -1,4 +1,4 @@
-"""Reading a store: its spec, its samples, its statistics, and features in any order."""
+"""Reading of a store: its spec, its samples, its statistics, and features in any order."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ ROOT_DOCUMENT = "zarr.json"
 VIEWS_PER_READ = 64
 PART_STATS = b"eupe.part"
 PART_CHECKSUM = b"eupe.crc32"
-"""CRC-32 of `eupe.part`, which the page checksums of Parquet do not cover; eight hexadecimal digits."""
+"""Metadata key of the CRC-32 of `eupe.part`, in eight hexadecimal digits; Parquet's page checksums do not cover it."""
 STATS = "stats"
 NOT_FINITE = "the teacher's features are not finite"
-"""How the reason of a sample begins that could be read, but whose features hold NaN or infinity."""
+"""Beginning of the error of a sample that could be read, but whose features hold NaN or infinity."""
 FIRST_NOT_FINITE = "the teacher gave non-finite values"
-"""How it began in the first stores."""
+"""Beginning of the same error in the first stores."""
 CLIPPED_BIN = int(norm_histogram(np.array([0.99 * FP16_MAX])).argmax())
-"""First bin of norms that a token with a clipped value can have; int8 keeps values to less than a hundredth."""
+"""First bin of norms that a token with a clipped value can have; int8 changes values by less than a hundredth."""
 ROW_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -71,33 +71,34 @@ ROW_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Tokens:
-    """Features of B views as they are stored, cheap to move and decoded where they are used."""
+    """Features of B views as they are stored: cheap to move, and decoded where they are used."""
 
     stored: NDArray[Any]
-    """float16 [B, ..., D]; or int8 [B, ..., D + 2], see `eupe.store.precision`. Dense maps lie channel by channel."""
+    """float16 [B, ..., D], or int8 [B, ..., D + 2], see `eupe.store.precision`; in memory dense maps lie channel by
+    channel."""
     precision: str
     calibration: Calibration | None
-    """Of int8."""
+    """Calibration of int8 values; None for other precisions."""
 
     def decode(self) -> NDArray[Any]:
-        """The teacher's values: float16 [B, ..., D], or float32 where the store is int8; NaN for a failed sample."""
+        """Return the teacher's values: float16 [B, ..., D], or float32 if stored as int8; NaN for a failed sample."""
         return decode(self.stored, self.precision, self.calibration)
 
 
 @dataclass(frozen=True)
 class StoredViews:
-    """How B views were made."""
+    """Parameters by which B views were made."""
 
     boxes: NDArray[np.int32]
     """[B, 4], x0 y0 x1 y1 in pixels of the upright picture."""
     flips: NDArray[np.bool_]
     """[B]"""
     photometric: NDArray[np.float32] | None
-    """[B, 8], see `eupe.corpus.photometric.Photometric`; None where the store's views are not recoloured."""
+    """[B, 8], see `eupe.corpus.photometric.Photometric`; None if the store's views are not recoloured."""
 
     @property
     def params(self) -> list[ViewParams]:
-        """[B], for `eupe.corpus.views.render_view`."""
+        """Return the B views' parameters as `eupe.corpus.views.render_view` takes them."""
         colours = [NEUTRAL] * len(self.flips)
         if self.photometric is not None:
             colours = [Photometric(*values) for values in self.photometric.tolist()]
@@ -105,14 +106,14 @@ class StoredViews:
         return [ViewParams(*view) for view in zip(boxes, self.flips.tolist(), colours, strict=True)]
 
     def first_difference(self, other: StoredViews) -> int | None:
-        """The first of the views that is made in another way in `other`; None if all are the same."""
+        """Return the index of the first view whose parameters differ in `other`; None if all are the same."""
         pairs = zip(self.params, other.params, strict=True)
         return next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
 
 
 @dataclass(frozen=True)
 class StoredFeatures(StoredViews):
-    """What was stored for a batch of B views at one size, not yet decoded."""
+    """Parameters and features of B views at one size, as stored and not yet decoded."""
 
     summary: Tokens | None = None
     """[B, Ds]"""
@@ -122,12 +123,12 @@ class StoredFeatures(StoredViews):
 
 @dataclass(frozen=True)
 class Features(StoredViews):
-    """The features of B views at one size."""
+    """Parameters and decoded features of B views at one size."""
 
     summary: NDArray[Any] | None = None
-    """[B, Ds], float16, or float32 where the store is int8."""
+    """[B, Ds], float16, or float32 if stored as int8."""
     dense: NDArray[Any] | None = None
-    """[B, h, w, D], likewise."""
+    """[B, h, w, D], float16, or float32 if stored as int8."""
 
 
 @dataclass(frozen=True)
@@ -135,23 +136,23 @@ class ChannelStats:
     """Statistics of the stored values over every valid view of a store."""
 
     count: int
-    """Of vectors: views, or views times cells."""
+    """Number of vectors: views, or views times cells."""
     mean: NDArray[np.float64]
     """[D]"""
     std: NDArray[np.float64]
-    """Of the population, [D]."""
+    """Population standard deviation, [D]."""
 
 
 @dataclass(frozen=True)
 class FullStats(ChannelStats):
-    """All that a store knows of one kind of token at one size."""
+    """All statistics that a store has of one kind of token at one size."""
 
     cov: NDArray[np.float64]
-    """Covariance of the population, [D, D]."""
+    """Population covariance, [D, D]."""
     norms: NDArray[np.int64]
-    """Histogram of the tokens' L2 norms, between `norm_edges`."""
+    """Histogram of the tokens' L2 norms, with bins between `norm_edges`."""
     outliers: NDArray[np.int64] | None
-    """[h, w]: in how many views a dense token's norm exceeds three times the median of its view; None for summaries."""
+    """[h, w], number of views in which the token's norm exceeds three times its view's median; None for summaries."""
 
     @property
     def norm_edges(self) -> NDArray[np.float64]:
@@ -159,21 +160,21 @@ class FullStats(ChannelStats):
 
     @property
     def dead_channels(self) -> list[int]:
-        """Channels that never change."""
+        """Return the channels that never change."""
         return np.flatnonzero(self.std == 0).tolist()
 
 
 @dataclass(frozen=True)
 class Clipped:
-    """Values that float16 does not reach, stored as its largest, 65,504."""
+    """Values beyond float16's range, stored as its largest value, 65,504."""
 
     count: int
     paths: tuple[str, ...]
-    """Feature arrays that may hold them: those with tokens that are long enough."""
+    """Feature arrays that may hold such values: those with tokens whose norm is large enough."""
 
 
 class PendingFeatures:
-    """Reads under way; `result()` waits for them."""
+    """Reads in progress; `result()` waits for them."""
 
     def __init__(self, store: Store, size: int, futures: dict[str, Any]) -> None:
         self._store = store
@@ -181,7 +182,7 @@ class PendingFeatures:
         self._futures = futures
 
     def stored(self) -> StoredFeatures:
-        """As stored.
+        """Wait for the reads and return the features as stored.
 
         Raises: PartCorruptError if bytes are missing or fail their checksum.
         """
@@ -191,7 +192,7 @@ class PendingFeatures:
         return StoredFeatures(values.pop("boxes"), values.pop("flips"), values.pop(PHOTOMETRIC, None), **values)
 
     def result(self) -> Features:
-        """Decoded.
+        """Wait for the reads and return the decoded features.
 
         Raises: PartCorruptError if bytes are missing or fail their checksum.
         """
@@ -202,13 +203,13 @@ class PendingFeatures:
 
 @dataclass(frozen=True)
 class PendingPixels:
-    """A read under way; `result()` waits for it."""
+    """A read in progress; `result()` waits for it."""
 
     store: Place
     future: Any
 
     def result(self) -> NDArray[np.uint8]:
-        """uint8 RGB [B, size, size, 3].
+        """Wait for the read and return the pixels, uint8 RGB [B, size, size, 3].
 
         Raises: PartCorruptError if bytes are missing or fail their checksum.
         """
@@ -228,16 +229,19 @@ class Store:
 
     @property
     def finished(self) -> bool:
-        """Every part is committed and the statistics over them are written."""
+        """Return whether every part is committed and the statistics over all of them are written."""
         return self._statistics_cover() == self.spec.num_parts and not self.missing_parts()
 
     def _statistics_cover(self) -> int:
-        """How many parts, from the first on, the statistics are of."""
+        """Return how many parts, counted from the first, the statistics cover."""
         return int(self.totals.get("num_parts", 0))
 
     @property
     def totals(self) -> dict[str, int]:
-        """`num_parts` that the statistics are of, their `num_clipped` and `num_nonfinite` values; empty at first."""
+        """Return `num_parts`, `num_clipped` and `num_nonfinite` of the parts that the statistics cover; empty at first.
+
+        Raises: PartCorruptError if their document is damaged.
+        """
         try:
             document = parse_json(self.path.read_document(f"{STATS}/{ROOT_DOCUMENT}"))
             totals: dict[str, int] = document["attributes"][ATTRIBUTE]
@@ -252,14 +256,14 @@ class Store:
         return totals
 
     def corpus_root(self, named: Iterable[Place] = ()) -> Place:
-        """Return where its pictures are, as was noted when it was made.
+        """Return where the pictures are, as noted when the store was made.
 
         Args:
-            named: places beside its own that its reader has named.
-        Raises: ConfigError if that is a bucket that only the store names: whoever made it may not be its reader, whose
-            credentials every request would be signed with.
+            named: other places that the user has named.
+        Raises: ConfigError if that is a bucket that only the store names.
         """
         root = Place.of(self.spec.corpus["root"])
+        # an untrusted store must not send requests with the reader's credentials to a bucket of its choice
         if root.bucket not in ("", self.path.bucket, *(place.bucket for place in named)):
             raise ConfigError(
                 f"{self.path} notes that its pictures are in {root}; if you mean to read that bucket, say so by "
@@ -268,17 +272,19 @@ class Store:
         return root
 
     def missing_parts(self) -> list[int]:
+        """Return the parts that are not committed, in order."""
         missing = np.ones(self.spec.num_parts, bool)
         missing[self.committed_parts()] = False
         return np.flatnonzero(missing).tolist()
 
     def committed_parts(self) -> list[int]:
         """Return the parts whose commit file exists, in order."""
+        # an extension may have added parts since this store was opened
         return [part for part in committed_parts(self.path) if part < self.spec.num_parts]
 
     @cached_property
     def stored_bytes(self) -> int:
-        """Of the arrays' objects in `samples`."""
+        """Return the bytes of the arrays' objects in all committed parts."""
         return sum(
             recorded["bytes"]
             for facts in self._facts()
@@ -288,29 +294,29 @@ class Store:
 
     @cached_property
     def _commits(self) -> list[pa.Table]:
-        """Rows of every committed part, each file read once."""
+        """Return the rows of every committed part; each file is read once."""
         with ThreadPoolExecutor() as pool:
             return list(pool.map(self._part_rows, self.committed_parts()))
 
     @cached_property
     def samples(self) -> pa.Table:
-        """One row per sample of every committed part: `row`, its place in the arrays, and `ROW_SCHEMA`'s columns."""
+        """Return one row per sample of every committed part: `row` in the arrays, and the columns of `ROW_SCHEMA`."""
         tables = [table.replace_schema_metadata() for table in self._commits]
         return pa.concat_tables(tables) if tables else _with_rows(ROW_SCHEMA.empty_table(), 0)
 
     @cached_property
     def valid(self) -> pa.Table:
-        """The rows of `samples` that have features."""
+        """Return the rows of `samples` that have features."""
         return self.samples.filter(pc.equal(self.samples["status"], "ok"))
 
     @cached_property
     def failed(self) -> pa.Table:
-        """The rows of `samples` that have no features, and why."""
+        """Return the rows of `samples` that have no features; their `error` says why."""
         return self.samples.filter(pc.not_equal(self.samples["status"], "ok"))
 
     @cached_property
     def failures(self) -> dict[str, list[str]]:
-        """Keys of the samples without features, by the kind of reason: its numbers are written as N."""
+        """Return the keys of samples without features by error, with its numbers written as N, most frequent first."""
         ledger: dict[str, list[str]] = {}
         for row in self.failed.to_pylist():
             ledger.setdefault(re.sub(r"\d+(\.\d+)?", "N", row["error"]), []).append(row["key"])
@@ -318,13 +324,13 @@ class Store:
 
     @property
     def num_not_finite(self) -> int:
-        """Samples without features because the teacher's are not finite."""
+        """Return the number of samples without features because the teacher's are not finite."""
         reasons = self.failed["error"].to_pylist()
         return sum(reason.startswith((NOT_FINITE, FIRST_NOT_FINITE)) for reason in reasons)
 
     @cached_property
     def clipped(self) -> Clipped:
-        """Values beyond float16's range in committed parts."""
+        """Return the count of values beyond float16's range in committed parts, and where they may be."""
         count, paths = 0, set()
         for facts in self._facts():
             if facts["num_clipped"]:
@@ -333,11 +339,11 @@ class Store:
         return Clipped(count, tuple(path for path in self.spec.feature_paths if path in paths))
 
     def _facts(self) -> Iterator[dict[str, Any]]:
-        """What is recorded of every committed part beside its samples; see FORMAT.md."""
+        """Return what every committed part records beside its samples; see FORMAT.md."""
         return (json.loads(table.schema.metadata[PART_STATS]) for table in self._commits)
 
     def failed_parts(self) -> list[int]:
-        """Committed parts that hold samples without features."""
+        """Return the committed parts that hold samples without features."""
         return sorted({row // self.spec.samples_per_part for row in self.failed["row"].to_pylist()})
 
     @cached_property
@@ -346,13 +352,13 @@ class Store:
 
     @property
     def keys(self) -> list[str]:
-        """Of the samples that have features, in the order of their rows."""
+        """Return the keys of the samples that have features, in row order."""
         return list(self._places)
 
     def rows(self, keys: Iterable[str]) -> list[int]:
-        """Rows of samples, for `read`.
+        """Return the rows of samples, for `read`.
 
-        Raises: StoreError for a key that the store lacks, or whose picture failed.
+        Raises: StoreError for a key that the store lacks, or whose sample failed.
         """
         try:
             return [self._places[key] for key in keys]
@@ -360,7 +366,7 @@ class Store:
             raise StoreError(f"{self.path} has no features of {error}; `eupe store info` lists what failed") from error
 
     def items(self, *, size: int | None = None) -> Iterator[tuple[str, Features]]:
-        """Every key with the features of its views, [K, ...], in the order of the rows.
+        """Yield every key with the features of its views, [K, ...], in row order.
 
         Raises: PartCorruptError.
         """
@@ -372,12 +378,13 @@ class Store:
             keys = every_key[start : start + per_read]
             rows = [row for row in self.rows(keys) for _ in range(k)]
             pending.append((keys, self.read_async(rows, list(range(k)) * len(keys), size=size)))
-            if len(pending) > 1:
+            if len(pending) > 1:  # the next read proceeds while the caller uses this one
                 yield from _by_key(*pending.popleft(), k)
         for keys, features in pending:
             yield from _by_key(keys, features, k)
 
     def __getstate__(self) -> dict[str, Any]:
+        # open files stay in their process; another opens its own
         return {"path": self.path, "spec": self.spec}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -394,7 +401,7 @@ class Store:
         return _with_rows(table, rows.start)
 
     def stats(self, size: int, kind: str) -> ChannelStats:
-        """Mean and standard deviation of `summary` or `dense` at a size.
+        """Return mean and standard deviation of `summary` or `dense` at a size.
 
         Raises: StoreError if the store is not finished; PartCorruptError.
         """
@@ -405,7 +412,7 @@ class Store:
         )
 
     def full_stats(self, size: int, kind: str) -> FullStats:
-        """Everything known of `summary` or `dense` at a size.
+        """Return all statistics of `summary` or `dense` at a size.
 
         Raises: StoreError if the store is not finished; PartCorruptError.
         """
@@ -415,12 +422,12 @@ class Store:
         return FullStats(simple.count, simple.mean, simple.std, cov, norms, outliers)
 
     def merged_moments(self, name: str) -> Moments:
-        """Moments behind the statistics of a feature array, over the parts that these cover."""
+        """Return the moments of a feature array over the parts that the statistics cover."""
         count, mean, cov = (self.statistic(f"{name}/{s}") for s in ("count", "mean", "cov"))
         return Moments(int(count), mean, cov * int(count))
 
     def require_finished(self) -> None:
-        """Raises: StoreError if parts or their statistics are missing."""
+        """Raise StoreError if parts or their statistics are missing."""
         if not self.finished:
             raise StoreError(
                 f"{self.path} is not finished: {len(self.missing_parts())} of {self.spec.num_parts} parts are missing; "
@@ -428,7 +435,7 @@ class Store:
             )
 
     def statistic(self, path: str) -> Any:
-        """One array below `stats/`: `224/dense/mean`.
+        """Read one array below `stats/`, such as `224/dense/mean`.
 
         Raises: PartCorruptError.
         """
@@ -436,17 +443,17 @@ class Store:
         return read_result(open_array(self.path, f"{STATS}/{path}", shape).read(), self.path)
 
     def read(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> Features:
-        """Features of B views, in the order given.
+        """Read the features of B views, in the given order.
 
         Args:
-            rows, views: [B] each; places along the first two axes.
-            size: one of `spec.sizes`; the first where not given.
-        Raises: PartCorruptError; IndexError for a place that the store does not have.
+            rows, views: [B] each; indices along the first two axes.
+            size: one of `spec.sizes`; the first by default.
+        Raises: PartCorruptError; IndexError for a row or view that the store does not have.
         """
         return self.read_async(rows, views, size=size).result()
 
     def read_async(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> PendingFeatures:
-        """`read`, begun now and waited for later."""
+        """Start a `read`, and return without waiting for it."""
         size = self.spec.sizes[0] if size is None else size
         paths = {name: name for name in ("boxes", "flips", *([PHOTOMETRIC] if self.spec.photometric else []))}
         paths |= {kind: feature_path(size, kind) for kind in (SUMMARY, DENSE) if kind in self.spec.tokens}
@@ -454,63 +461,69 @@ class Store:
         return PendingFeatures(self, size, futures)
 
     def read_summaries(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> NDArray[Any]:
-        """Only the summaries of B views, [B, Ds].
+        """Read only the summaries of B views, [B, Ds].
 
-        Raises: PartCorruptError; IndexError for a place that the store does not have.
+        Raises: PartCorruptError; IndexError for a row or view that the store does not have.
         """
         return self.read_tokens(
             feature_path(self.spec.sizes[0] if size is None else size, SUMMARY), rows, views
         ).decode()
 
     def read_tokens(self, path: str, rows: Sequence[int], views: Sequence[int]) -> Tokens:
-        """B views of one feature array, as stored.
+        """Read B views of one feature array, as stored.
 
         Args:
             path: one of `spec.feature_paths`.
-        Raises: PartCorruptError; IndexError for a place that the store does not have.
+        Raises: PartCorruptError; IndexError for a row or view that the store does not have.
         """
         return self.tokens(path, read_result(self._begin(path, rows, views), self.path))
 
     def read_digests(self, rows: Sequence[int], views: Sequence[int]) -> NDArray[np.uint64]:
-        """`eupe.corpus.views.view_digest` of B views rendered at the store's first size, [B].
+        """Read `eupe.corpus.views.view_digest` of B views rendered at the store's first size, [B].
 
-        Raises: PartCorruptError; IndexError for a place that the store does not have.
+        Raises: PartCorruptError; IndexError for a row or view that the store does not have.
         """
         digests: NDArray[np.uint64] = read_result(self._begin("digests", rows, views), self.path)
         return digests
 
     def read_pixels(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> NDArray[np.uint8]:
-        """The pixels of B views as the teacher saw them, uint8 RGB [B, size, size, 3].
+        """Read the pixels of B views as the teacher saw them, uint8 RGB [B, size, size, 3].
 
-        Raises: StoreError if the store does not keep them; PartCorruptError; IndexError for a place that it lacks.
+        Raises: StoreError if the store keeps no pixels; PartCorruptError; IndexError for a row or view that it lacks.
         """
         return self.read_pixels_async(rows, views, size=size).result()
 
     def read_pixels_async(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> PendingPixels:
-        """`read_pixels`, begun now and waited for later."""
+        """Start a `read_pixels`, and return without waiting for it."""
         if not self.spec.pixels:
             raise StoreError(f"{self.path} keeps no pixels; extract with --pixels, or read the pictures themselves")
         path = feature_path(self.spec.sizes[0] if size is None else size, PIXELS)
         return PendingPixels(self.path, self._begin(path, rows, views))
 
     def tokens(self, path: str, stored: NDArray[Any]) -> Tokens:
-        """What was read of a feature array; dense maps come channel by channel and are turned without being copied."""
+        """Return what was read of a feature array; dense maps come channel first and are transposed without a copy."""
         kind = path.rpartition("/")[2]
         turned = np.moveaxis(stored, -3, -1) if kind == DENSE else stored
         return Tokens(turned, self.spec.precision[kind], self._calibrations[path])
 
     def _begin(self, path: str, rows: Sequence[int], views: Sequence[int]) -> Any:
-        """Raises: IndexError."""
+        """Start to read views of an array.
+
+        Raises: PartCorruptError if its metadata is damaged; IndexError for a row or view that the store does not have.
+        """
         for name, places, count in (("row", rows, self.spec.num_rows), ("view", views, self.spec.num_views)):
             if len(places) and not 0 <= min(places) <= max(places) < count:
                 raise IndexError(f"{self.path} has {name}s 0 to {count - 1}; got {min(places)} to {max(places)}")
         return self._handle(path).begin(rows, views)
 
     def _handle(self, path: str) -> LocalViews | Array:
-        """Raises: PartCorruptError if the array's metadata is damaged, also where reading would not need it."""
+        """Return the reader of an array, which is opened at its first use.
+
+        Raises: PartCorruptError if the array's metadata is damaged.
+        """
         if path not in self._handles:
             layout = self._layouts[path]
-            array = Array.open(self.path, layout)
+            array = Array.open(self.path, layout)  # also where it is not used: it checks the metadata
             single = layout.sharded and layout.chunk[:2] == (1, 1)
             self._handles[path] = LocalViews(self.path.local, layout) if single and self.path.is_local else array
         return self._handles[path]
@@ -528,7 +541,8 @@ def _by_key(keys: Sequence[str], pending: PendingFeatures, num_views: int) -> It
 def open_store(path: str | Path | Place) -> Store:
     """Open a store for reading: a local path, `s3://...` or `gs://...`.
 
-    Raises: StoreError if there is none; FormatVersionError if it is newer than this code; StorageError.
+    Raises: StoreError if it does not exist or its specification is damaged; FormatVersionError if this version does not
+        know its format; StorageError.
     """
     place = Place.of(path)
     try:
@@ -553,19 +567,19 @@ def open_store(path: str | Path | Place) -> Store:
 
 
 def committed_parts(place: Place) -> list[int]:
-    """Parts whose commit file exists, in order."""
+    """Return the parts whose commit file exists, in order."""
     names = (name.removeprefix("parts/") for name in place.list("parts/"))
     return sorted(int(name.split(".")[0]) for name in names if re.fullmatch(r"\d{5,}\.parquet", name))
 
 
 def read_part_metadata(place: Place, part: int) -> dict[str, Any]:
-    """What is recorded of a committed part beside its samples; see FORMAT.md."""
+    """Read what a committed part records beside its samples; see FORMAT.md."""
     metadata: dict[str, Any] = json.loads(read_part(place, part).schema.metadata[PART_STATS])
     return metadata
 
 
 def read_part(place: Place, part: int) -> pa.Table:
-    """A part's commit file: its samples, and in the schema's metadata what is recorded of it.
+    """Read a part's commit file: its samples, and in the schema's metadata the part's record.
 
     Raises: PartCorruptError; its cause says what is wrong.
     """
@@ -586,7 +600,7 @@ def read_part(place: Place, part: int) -> pa.Table:
 
 
 def _require_samples(table: pa.Table) -> None:
-    """Raises: ValueError for a sample that is neither well nor has a reason."""
+    """Raise ValueError for a sample that is neither ok nor failed with a reason."""
     status = table["status"]
     odd = pc.not_equal(pc.is_valid(table["error"]), pc.equal(status, "failed"))
     if not pc.all(pc.is_in(status, pa.array(["ok", "failed"])), min_count=0).as_py() or pc.any(odd).as_py():
@@ -594,7 +608,7 @@ def _require_samples(table: pa.Table) -> None:
 
 
 def _require_facts(facts: Any) -> None:
-    """Raises: ValueError, KeyError, TypeError, AttributeError for what no part records of itself."""
+    """Raise ValueError, KeyError, TypeError or AttributeError for a record that no part has."""
     whole = [recorded["bytes"] for recorded in facts["objects"].values()]
     whole += [count for bins in facts["norms"].values() for count in bins]
     whole += [facts["num_clipped"], facts["num_nonfinite"]]
@@ -605,14 +619,14 @@ def _require_facts(facts: Any) -> None:
 
 
 def encode_part(table: pa.Table) -> bytes:
-    """The reverse of `read_part`: equal tables give equal bytes from one version of pyarrow."""
+    """Encode a commit file, the reverse of `read_part`; one version of pyarrow gives equal bytes for equal tables."""
     file = io.BytesIO()
     pq.write_table(table, file, write_page_checksum=True)
     return file.getvalue()
 
 
 def checksum(data: bytes) -> bytes:
-    """CRC-32 in eight hexadecimal digits."""
+    """Return the CRC-32 in eight hexadecimal digits."""
     return b"%08x" % zlib.crc32(data)
 
 

@@ -1,4 +1,4 @@
-"""What a finished store's statistics say of its features: norms, channels, directions, outliers."""
+"""Summary of a finished store's statistics: norms, channels, directions, outliers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from eupe.store.layout import StoreSpec, bytes_per_view, feature_path
 from eupe.store.reader import FullStats, Store
 
 FIRST_COMPONENTS = (1, 10, 100)
-"""After how many components the share of variance is told."""
+"""Numbers of principal components for which the share of variance is reported."""
 
 
 @dataclass(frozen=True)
 class TokenSummary:
-    """One kind of token at one size."""
+    """Statistics of one kind of token at one size."""
 
     size: int
     kind: str
@@ -27,22 +27,22 @@ class TokenSummary:
     fidelity: Mapping[str, float] | None
     """`mean` and `p5` of the cosines, and `share` of bytes, measured when the precision was chosen; None if never."""
     count: int
-    """Of vectors."""
+    """Number of vectors."""
     std: NDArray[np.float64]
-    """Of each channel, [D]."""
+    """Standard deviation of each channel, [D]."""
     dead_channels: tuple[int, ...]
     norms: NDArray[np.int64]
     """Histogram of the L2 norms, [bins]."""
     norm_edges: NDArray[np.float64]
-    """[bins + 1], a quarter of an octave apart."""
+    """Edges of the bins, [bins + 1], a quarter of an octave apart."""
     eigenvalues: NDArray[np.float64]
-    """Of the covariance, [D], falling, none below 0."""
+    """Eigenvalues of the covariance, [D], in descending order, none below 0."""
     outliers: NDArray[np.int64] | None
-    """In how many views each cell's token is an outlier, [h, w]; None for summaries."""
+    """Number of views in which each cell's token is an outlier, [h, w]; None for summaries."""
 
     @property
     def path(self) -> str:
-        """`224/dense`"""
+        """Return the array's path, such as `224/dense`."""
         return feature_path(self.size, self.kind)
 
     @property
@@ -51,13 +51,13 @@ class TokenSummary:
 
     @property
     def mean_norm(self) -> float:
-        """Each norm taken as the geometric middle of its bin, so within 9% of the exact mean."""
+        """Return the mean norm, each taken as the geometric middle of its bin, so within 9% of the exact mean."""
         middles = np.sqrt(self.norm_edges[:-1] * self.norm_edges[1:])
         return float(self.norms @ middles / self.norms.sum())
 
     @property
     def median_norm(self) -> float:
-        """Interpolated within its bin."""
+        """Return the median norm, interpolated within its bin."""
         half = self.norms.sum() / 2
         below = np.cumsum(self.norms)
         place = int(np.searchsorted(below, half))
@@ -67,38 +67,38 @@ class TokenSummary:
 
     @property
     def std_range(self) -> tuple[float, float, float]:
-        """Least, median and largest of the channels' standard deviations."""
+        """Return the smallest, median and largest of the channels' standard deviations."""
         return float(self.std.min()), float(np.median(self.std)), float(self.std.max())
 
     @property
     def effective_rank(self) -> float:
-        """Participation ratio of the eigenvalues, (Σλ)² / Σλ²: 1 to D; 0 where nothing varies."""
+        """Return the participation ratio of the eigenvalues, (Σλ)² / Σλ²: 1 to D; 0 if nothing varies."""
         shares = self.variance_shares
         return float(1 / (shares @ shares)) if shares.any() else 0.0
 
     @property
     def variance_shares(self) -> NDArray[np.float64]:
-        """Of the variance, by principal component, [D]; 0 where nothing varies."""
+        """Return each principal component's share of the variance, [D]; 0 if nothing varies."""
         total = self.eigenvalues.sum()
         return self.eigenvalues / total if total > 0 else np.zeros_like(self.eigenvalues)
 
     def explained(self, components: int) -> float:
-        """Share of the variance that lies along the first principal components."""
+        """Return the share of the variance along the first principal components."""
         return float(self.variance_shares[:components].sum())
 
     @property
     def outlier_rates(self) -> NDArray[np.float64] | None:
-        """Share of the views in which each cell's token is an outlier, [h, w]; None for summaries."""
+        """Return the share of views in which each cell's token is an outlier, [h, w]; None for summaries."""
         return None if self.outliers is None else self.outliers / (self.count // self.outliers.size)
 
     @property
     def outlier_share(self) -> float | None:
-        """Share of the tokens that are outliers; None for summaries."""
+        """Return the share of tokens that are outliers; None for summaries."""
         return None if self.outliers is None else float(self.outliers.sum() / self.count)
 
     @property
     def outlier_cell(self) -> tuple[int, int] | None:
-        """Row and column, from 0, of most outliers; None if there is no outlier at all."""
+        """Return row and column, from 0, of the cell with most outliers; None for summaries and if there are none."""
         if self.outliers is None or not self.outliers.any():
             return None
         row, column = np.unravel_index(self.outliers.argmax(), self.outliers.shape)
@@ -130,29 +130,29 @@ class TokenSummary:
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """A finished store in numbers."""
+    """Statistics of a finished store."""
 
     path: str
     spec: StoreSpec
     num_failed: int
-    """Samples without features."""
+    """Number of samples without features."""
     num_clipped: int
-    """Values beyond float16's range, stored as its largest."""
+    """Number of values beyond float16's range, stored as its largest value."""
     num_nonfinite: int
-    """Values that were NaN or infinite; their samples have failed."""
+    """Number of values that were NaN or infinite; their samples have failed."""
     stored_bytes: int
     tokens: tuple[TokenSummary, ...]
 
     @property
     def stored_share(self) -> float:
-        """Bytes stored over those of the same features as raw float16."""
+        """Return the stored bytes as a share of the same features in raw float16."""
         spec = self.spec
         dims = [int(spec.teacher[f"{kind}_dim"]) if kind in spec.tokens else 0 for kind in ("dense", "summary")]
         views = (spec.num_samples - self.num_failed) * spec.num_views
         return self.stored_bytes / (views * bytes_per_view(spec.grids, *dims))
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers but the covariances."""
+        """Return all numbers except the covariances."""
         spec = self.spec
         return {
             "store": self.path,
@@ -172,7 +172,7 @@ class StoreSummary:
 
 
 def summarise(store: Store) -> StoreSummary:
-    """The statistics of every kind of token at every size, in a few numbers each.
+    """Summarise the statistics of every kind of token at every size.
 
     Raises: StoreError if the store is not finished; PartCorruptError.
     """
@@ -205,6 +205,7 @@ def _token_summary(spec: StoreSpec, size: int, kind: str, stats: FullStats) -> T
         dead_channels=tuple(stats.dead_channels),
         norms=stats.norms,
         norm_edges=stats.norm_edges,
+        # ascending and, by rounding, perhaps below zero
         eigenvalues=np.clip(np.linalg.eigvalsh(stats.cov)[::-1], 0, None),
         outliers=stats.outliers,
     )

@@ -1,8 +1,8 @@
-"""Proof of a store: every byte against what was recorded when it was written.
+"""Verification of a store: every byte is compared with what was recorded when it was written.
 
-The objects of a part are held against the size and CRC-32 in its commit file, so a whole, valid object in another's
-place is found, too; the commit files against their own checksums and the index; the arrays' metadata against the spec;
-the index against the corpus's fingerprint; the statistics against their checksums and the parts that they are of.
+A part's objects are compared with the size and CRC-32 in its commit file, which also finds a whole, valid object in
+another's place; the commit files with their own checksums and the index; the arrays' metadata with the spec; the index
+with the corpus's fingerprint; the statistics with their checksums and the parts that they cover.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ from eupe.store.shard import crc32, crc_holds, decode_chunk, inspect_object, obj
 from eupe.store.writer import metadata_documents, statistics_documents, totals_of
 
 INDEX = "corpus"
-"""Folder of the index; also the name of damage that concerns all of it."""
+"""Folder of the index; also the name of damage to the index as a whole."""
 MAX_THREADS = 8
-"""Of these each holds a block of an object, or one whole object that failed."""
+"""Upper bound on threads; each holds a block of an object, or a whole object that failed, in memory."""
 STATS_MARK = f"{STATS}/{ROOT_DOCUMENT}"
 CONTRADICTION = "counts otherwise than its parts"
 HEADERS_DIFFER = "its headers are not those of its content"
 INDEXED = ("key", "sha256", "label")
 
 Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
+"""Callback that takes (done, total)."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class PartDamage:
     """One object that is not as it was written."""
 
     part: int | None
-    """None where it belongs to no part: metadata, the index, the statistics."""
+    """Number of its part; None for metadata, the index and the statistics."""
     what: str
-    """Its name below the store."""
+    """Name of the object below the store."""
     reason: str
     rows: tuple[int, int] | None = None
-    """First and last row of the arrays that cannot be trusted; None where it holds no features."""
+    """First and last row of the arrays that cannot be trusted; None if the object holds no features."""
 
     def __str__(self) -> str:
         if self.part is None:
@@ -82,27 +82,27 @@ class PartDamage:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a store's bytes are worth."""
+    """Result of verifying a store."""
 
     store: str
     num_parts: int
     num_objects: int
-    """Of arrays, read to the last byte."""
+    """Number of the parts' objects, read to the last byte."""
     num_bytes: int
     missing: tuple[int, ...]
     """Parts that are not committed."""
     damages: tuple[PartDamage, ...]
     strays: tuple[str, ...]
-    """Objects that no store of this layout has; they do no harm."""
+    """Objects that do not belong to a store of this layout; they do no harm."""
 
     @property
     def whole(self) -> bool:
-        """Complete and undamaged."""
+        """Return whether the store is complete and undamaged."""
         return not self.missing and not self.damages
 
     @property
     def damaged_parts(self) -> list[int]:
-        """Committed parts whose samples, views or features are damaged."""
+        """Return the committed parts whose samples, views or features are damaged."""
         return sorted({d.part for d in self.damages if d.part is not None and d.rows is not None})
 
 
@@ -116,11 +116,11 @@ class Commit:
 
 
 def verify(path: Where, *, progress: Progress = lambda done, of: None) -> VerifyReport:
-    """Read every byte of a store and compare.
+    """Read every byte of a store and compare it with what was recorded.
 
     Args:
-        progress: called with (objects read, objects in all).
-    Raises: StoreError if there is no store, or its specification cannot be read; StorageError.
+        progress: called with (objects read, objects in total).
+    Raises: StoreError if the store does not exist, or its specification cannot be read; StorageError.
     """
     store = open_store(path)
     names = set(store.path.list())
@@ -163,6 +163,7 @@ def _num_threads() -> int:
 
 def _metadata_damages(store: Store, documents: Mapping[str, bytes]) -> Iterator[PartDamage]:
     def is_of_a_first_store(name: str, found: bytes) -> bool:
+        # these shuffled int8 byte by byte
         return _same_json(found, metadata_documents(store.spec, pairs=False)[name])
 
     for name, document in documents.items():
@@ -182,7 +183,7 @@ def _same_json(found: bytes, expected: bytes) -> bool:
 
 
 def _read_index(store: Store) -> tuple[pa.Table | None, list[PartDamage]]:
-    """All segments one after the other, or None where they cannot be trusted."""
+    """Read all segments of the index, one after the other; None if they cannot be trusted, with the damage found."""
     tables, damages = [], []
     for segment, count in enumerate(store.spec.corpus["segments"]):
         name = segment_name(segment)
@@ -207,13 +208,14 @@ def _read_index(store: Store) -> tuple[pa.Table | None, list[PartDamage]]:
 
 
 def _segment(data: bytes, where: str) -> pa.Table:
-    """One segment of the index, proven byte by byte if this version of pyarrow wrote it.
+    """Read one segment of the index; check every byte of it if this version of pyarrow wrote it.
 
-    Raises: ValueError.
+    Raises: ValueError if it is damaged.
     """
     corpus = index_from_bytes(data, where)
     writer = pq.read_metadata(pa.BufferReader(data)).created_by
     another = re.fullmatch(r"parquet-cpp-arrow version [\d.]+", writer) and not writer.endswith(f" {pa.__version__}")
+    # Parquet's checksums leave out headers and footer; the same pyarrow writes the same bytes again
     if not another and index_bytes(corpus) != data:
         raise ValueError(HEADERS_DIFFER)
     return corpus.samples
@@ -237,16 +239,16 @@ def _read_commit(store: Store, part: int, index: pa.Table | None) -> Commit | Pa
 
 
 def _require_own_bytes(data: bytes, table: pa.Table, facts: Mapping[str, Any]) -> None:
-    """Parquet's own checksums leave out its headers and footer; the same pyarrow makes all of it again.
+    """Raise ValueError if a commit file's bytes are not those that its content is encoded to.
 
-    Raises: ValueError.
+    Parquet's own checksums leave out its headers and footer; the same version of pyarrow writes the same bytes again.
     """
     if facts["versions"].get("pyarrow") == pa.__version__ and encode_part(table) != data:
         raise ValueError(f"is damaged ({HEADERS_DIFFER})")
 
 
 def _require_samples(samples: pa.Table, index: pa.Table | None, places: slice) -> None:
-    """Raises: ValueError."""
+    """Raise ValueError if a part's samples are not those of the index, by number or content."""
     count = places.stop - places.start
     if len(samples) != count:
         raise ValueError(f"has {len(samples)} rows, the store's layout asks for {count}")
@@ -272,7 +274,7 @@ def _rows(spec: StoreSpec, part: int) -> tuple[int, int]:
 
 
 Check = Callable[[], tuple[int, PartDamage | None]]
-"""Reads an object: its size, and what is wrong with it."""
+"""Check that reads an object and returns its size, with the damage if there is any."""
 
 
 def _object_checks(store: Store, commit: Commit, names: set[str]) -> list[Check]:
@@ -280,7 +282,7 @@ def _object_checks(store: Store, commit: Commit, names: set[str]) -> list[Check]
         lambda layout=layout: _check_object(store, commit, layout)  # type: ignore[misc]
         for layout in arrays(store.spec)
     ]
-    if _moments_key(commit.part) in names:
+    if _moments_key(commit.part) in names:  # they are removed once they are merged
         checks.append(lambda: _check_moments(store.path, commit))
     return checks
 
@@ -302,7 +304,7 @@ def _check_object(store: Store, commit: Commit, layout: ArrayLayout) -> tuple[in
 
 
 def _measure(place: Place, key: str) -> tuple[int, int]:
-    """Size and CRC-32."""
+    """Return size and CRC-32 of an object."""
     size = crc = 0
     for block in place.blocks(key):
         size += len(block)
@@ -316,7 +318,7 @@ def _as_recorded(commit: Commit, key: str, size: int, crc: int) -> bool:
 
 
 def _diagnosis(store: Store, commit: Commit, layout: ArrayLayout, size: int) -> PartDamage:
-    """What an object that is not the one committed has, and from which row on."""
+    """Return what is wrong with an object that is not the one committed, and from which row on."""
     key, (first, last) = object_key(layout, commit.part), _rows(store.spec, commit.part)
     damage = inspect_object(store.path.read(key), layout, len(commit.samples))
     if damage is None:
@@ -328,7 +330,7 @@ def _diagnosis(store: Store, commit: Commit, layout: ArrayLayout, size: int) -> 
 
 
 def _implausible_boxes(boxes: np.ndarray[Any, Any], commit: Commit) -> str | None:
-    """Why the boxes cannot be those of the samples; None if they can."""
+    """Return why the boxes cannot be those of the samples; None if they can."""
     boxes = boxes[: len(commit.samples)]
     ok = np.array(commit.samples["status"].to_pylist()) == "ok"
     if boxes[~ok].any():
@@ -340,7 +342,7 @@ def _implausible_boxes(boxes: np.ndarray[Any, Any], commit: Commit) -> str | Non
 
 
 def _implausible_photometric(params: np.ndarray[Any, Any], commit: Commit) -> str | None:
-    """Why these cannot be the parameters of the samples' views; None if they can."""
+    """Return why these cannot be the parameters of the samples' views; None if they can."""
     params = params[: len(commit.samples)]
     ok = np.array(commit.samples["status"].to_pylist()) == "ok"
     if not np.isnan(params[~ok]).all():
@@ -349,7 +351,7 @@ def _implausible_photometric(params: np.ndarray[Any, Any], commit: Commit) -> st
 
 
 IMPLAUSIBLE = {"boxes": _implausible_boxes, PHOTOMETRIC: _implausible_photometric}
-"""What is looked for in the content of an array that has the recorded bytes."""
+"""Check of the content of an array whose bytes are those recorded, by the array's path."""
 
 
 def _check_moments(place: Place, commit: Commit) -> tuple[int, PartDamage | None]:
@@ -364,16 +366,18 @@ def _check_moments(place: Place, commit: Commit) -> tuple[int, PartDamage | None
 def _statistics_damages(
     store: Store, expected: Mapping[str, bytes], commits: Mapping[int, Commit], *, complete: bool
 ) -> list[PartDamage]:
-    """Of `stats/`.
+    """Return the damage of `stats/`.
 
     Args:
-        expected: its documents; only the metadata among them counts.
+        expected: the documents of `stats/`; only the metadata among them is compared.
+        complete: True if no part is missing.
     """
     try:
         totals = store.totals
         covered = totals.get("num_parts", 0)
     except PartCorruptError as error:
         return [PartDamage(None, STATS_MARK, f"is damaged ({error.__cause__})")]
+    # statistics cover whole segments: all, or those from before an extension that is not finished
     if covered not in store.spec.segment_ends or (complete and covered != store.spec.num_parts):
         return [PartDamage(None, STATS, f"is of {covered} of {store.spec.num_parts} parts")]
     facts = [commits[part].facts for part in range(covered) if part in commits]
@@ -401,12 +405,12 @@ def _statistics_objects(place: Place, expected: Mapping[str, bytes]) -> Iterator
 
 
 def _without_attributes(mark: bytes) -> bytes:
-    """The mark as it would be of no parts; its attributes have been looked at."""
+    """Return the statistics' group document with empty attributes; the real ones are checked elsewhere."""
     return json.dumps({**parse_json(mark), "attributes": {ATTRIBUTE: {}}}).encode()
 
 
 def _blank_statistics(spec: StoreSpec) -> dict[str, np.ndarray[Any, Any]]:
-    """Of the right names, shapes and types."""
+    """Return zeros with the names, shapes and dtypes of the statistics."""
     whole = {"count", "norms", "outliers"}
     return {
         path: np.zeros(shape, np.int64 if path.rpartition("/")[2] in whole else np.float64)
@@ -415,7 +419,7 @@ def _blank_statistics(spec: StoreSpec) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _statistics_values(store: Store, facts: Sequence[Mapping[str, Any]] | None) -> Iterator[PartDamage]:
-    """Statistics that contradict each other, or what the parts record."""
+    """Yield damage where statistics contradict each other, or what the parts record."""
     for path in store.spec.feature_paths:
         key = f"{STATS}/{path}"
         names = ("count", "std", "cov", "norms")
@@ -432,7 +436,7 @@ def _statistics_values(store: Store, facts: Sequence[Mapping[str, Any]] | None) 
 
 
 def _names_of_parts(spec: StoreSpec) -> Iterator[str]:
-    """Of all that the index and the parts may hold; a part that is not committed may have left some of it."""
+    """Yield the names of all objects that the index and the parts, committed or not, may have."""
     yield from (segment_name(segment) for segment in range(len(spec.corpus["segments"])))
     for part in range(spec.num_parts):
         yield from (f"parts/{part_name(part)}", *_object_keys(spec, part))

@@ -1,4 +1,4 @@
-"""Making a store and committing its parts: features first, the commit file last."""
+"""Creation of a store and commit of its parts: features first, the commit file last."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ from eupe.store.shard import chunks_of, crc32, encode_chunk, object_key, shard_b
 from eupe.store.stats import Counted, Moments
 
 VECTORS_PER_JOB = 4096
-"""Tokens that one thread codes, compresses and counts at a time."""
+"""Number of tokens that one thread codes, compresses and counts at a time."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class Row:
     width: int | None = None
     height: int | None = None
     error: str | None = None
-    """Why it has no features; None where it has."""
+    """Reason why the sample has no features; None if it has."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one worker commits at once. Samples with an error hold NaN features and zero boxes."""
+    """Content of one part, committed at once. Samples with an error hold NaN features and zero boxes."""
 
     index: int
     rows: Sequence[Row]
@@ -84,21 +84,21 @@ class Part:
     features: Mapping[str, NDArray[np.float16]]
     """Array path (`224/dense`) to [samples, views, ...], as the teacher gave them."""
     pixels: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)
-    """Size to [samples, views, size, size, 3]; of a store that keeps them."""
+    """Size to [samples, views, size, size, 3]; empty unless the store keeps pixels."""
     num_clipped: int = 0
-    """Values beyond fp16's range, stored as its largest."""
+    """Number of values beyond fp16's range, stored as its largest value."""
     num_nonfinite: int = 0
-    """Values that were NaN or infinite; their samples have failed."""
+    """Number of values that were NaN or infinite; their samples have failed."""
     versions: Mapping[str, str] = field(default_factory=dict)
     photometric: NDArray[np.float32] | None = None
-    """[samples, views, 8], NaN where a sample has an error; of a store whose views are recoloured."""
+    """[samples, views, 8], NaN for samples with an error; None unless the store's views are recoloured."""
 
 
 def create_store(path: str | Path | Place, spec: StoreSpec) -> Store:
-    """Make an empty store, or open the one that is there if its spec is the same.
+    """Create an empty store, or open the one that is there if its spec is the same.
 
-    The root's document is claimed first, so of two writers one is the maker; the arrays' follow from it, and whoever
-    comes next adds those that a killed maker left out.
+    The root's document is claimed first, so only one of two writers creates the store. The arrays' documents follow
+    from it, and the next writer adds those that a killed one left out.
 
     Raises: SpecMismatchError listing the differences; StoreError if something else is at `path`; StorageError.
     """
@@ -109,6 +109,7 @@ def create_store(path: str | Path | Place, spec: StoreSpec) -> Store:
     if not place.create(ROOT_DOCUMENT, documents[ROOT_DOCUMENT]):
         store = open_store(place)
         require_same_spec(store, spec)
+        # specs that count as the same may differ in `samples_per_part`, on which the shapes depend
         documents = metadata_documents(store.spec)
     for name, document in documents.items():
         place.create(name, document)
@@ -116,7 +117,7 @@ def create_store(path: str | Path | Place, spec: StoreSpec) -> Store:
 
 
 def require_same_spec(store: Store, spec: StoreSpec) -> None:
-    """Raises: SpecMismatchError listing the differences."""
+    """Raise SpecMismatchError listing the differences if the store was made to another spec."""
     if different := differences(store.spec, spec):
         raise SpecMismatchError(
             f"{store.path} holds features made to another specification ({'; '.join(different)}); "
@@ -125,10 +126,11 @@ def require_same_spec(store: Store, spec: StoreSpec) -> None:
 
 
 def extend_store(store: Store, *, fingerprint: str, num_new: int) -> Store:
-    """Make room for samples that came to the corpus; their parts are missing until they are committed.
+    """Make room for new samples of the corpus; their parts are missing until they are committed.
 
     Args:
-        fingerprint: of the whole corpus with them.
+        fingerprint: fingerprint of the whole corpus, with the new samples.
+        num_new: number of new samples.
     Raises: StorageError.
     """
     segments = [*store.spec.corpus["segments"], num_new]
@@ -137,21 +139,22 @@ def extend_store(store: Store, *, fingerprint: str, num_new: int) -> Store:
     root = documents.pop(ROOT_DOCUMENT)
     for name, document in documents.items():
         store.path.write(name, document)
+    # last: until then the store is the old one, and an extension that was killed can be done again
     store.path.write(ROOT_DOCUMENT, root)
     return open_store(store.path)
 
 
 def require_empty(place: Place) -> None:
-    """Raises: StoreError if there is anything at all."""
+    """Raise StoreError if a place holds anything but a writer's lease."""
     if (place.is_local and place.local.is_file()) or set(place.list()) - {LEASE}:
         raise StoreError(f"{place} exists and is not a feature store (no zarr.json); give another --out")
 
 
 def metadata_documents(spec: StoreSpec, *, pairs: bool = True) -> dict[str, bytes]:
-    """Every `zarr.json` of a store by name, as zarr-python writes them: a pure function of the spec.
+    """Return every `zarr.json` of a store by name, as zarr-python writes them: a pure function of the spec.
 
     Args:
-        pairs: False for those of the first stores, see `eupe.store.shard.typesize_of`.
+        pairs: False for the first stores, see `eupe.store.shard.typesize_of`.
     """
     memory: dict[str, Any] = {}
     group = zarr.open_group(MemoryStore(memory), mode="w", zarr_format=3, attributes={ATTRIBUTE: spec.to_json()})
@@ -175,7 +178,7 @@ def _as_bytes(memory: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 class StoreWriter:
-    """Commits parts to a store that exists."""
+    """Writer that commits parts to an existing store."""
 
     def __init__(
         self,
@@ -184,25 +187,28 @@ class StoreWriter:
         threads: int | None = None,
         count: Callable[[NDArray[Any]], Counted] = Counted.of,
     ) -> None:
-        """
+        """Open a store for writing.
+
         Args:
-            threads: that code and compress; one for each core where not given.
-            count: takes the statistics of [views, ..., D] tokens; `Counted.of`, or the same on another device.
+            threads: number of threads that code and compress; one per core by default.
+            count: function that takes the statistics of [views, ..., D] tokens: `Counted.of`, or the same on a GPU.
+        Raises: StoreError if the store does not exist; StorageError.
         """
         self.place = Place.of(path)
         self.spec = open_store(self.place).spec
         self._layouts = {layout.path: layout for layout in arrays(self.spec)}
         self._calibrations = {path: self.spec.array_calibration(path) for path in self._layouts}
         threads = threads or num_cores()
+        # bounded: chunks that are compressed faster than the disk takes them would fill the memory
         self._in_pool = partial(map_ahead, ThreadPoolExecutor(threads), ahead=2 * threads)
         self._count = count
 
     def commit(self, part: Part) -> None:
-        """Write every array of the part, then, atomically, the file that makes it exist.
+        """Write every array of the part, then atomically the commit file that makes the part exist.
 
         On a local disk chunks are written as they are compressed: little more than the part itself is in memory.
 
-        Raises: StorageError; nothing of the part is visible then.
+        Raises: StorageError; then nothing of the part is visible.
         """
         objects: dict[str, tuple[int, int]] = {}
         params: dict[str, NDArray[Any]] = {"boxes": part.boxes, "flips": part.flips, "digests": part.digests}
@@ -219,11 +225,13 @@ class StoreWriter:
         counted = {path: self._write_features(path, part, objects) for path in part.features}
         moments = save_tensors(_moment_tensors({path: c.moments for path, c in counted.items()}))
         self._write_object(f"parts/{moments_name(part.index)}", (moments,), objects)
+        # last, when everything else is on the disk: readers take the part as whole from here on
         self._commit_rows(part, counted, objects)
 
     def _write_object(self, key: str, blocks: Iterable[bytes], objects: dict[str, tuple[int, int]]) -> None:
         size, crc = 0, 0
 
+        # measured as the blocks pass: a local object is never in memory as a whole
         def noted() -> Iterator[bytes]:
             nonlocal size, crc
             for block in blocks:
@@ -248,6 +256,7 @@ class StoreWriter:
         )
         counted: list[Counted] = []
 
+        # groups of a fixed size, merged in order: the number of threads changes no bit of the statistics
         def encoded() -> Iterator[bytes]:
             groups = [chunks[i : i + per_job] for i in range(0, len(chunks), per_job)]
             for group, statistics in self._in_pool(code, groups):
@@ -283,7 +292,7 @@ def _code_chunks(
     calibration: Calibration | None,
     count: Callable[[NDArray[Any]], Counted],
 ) -> tuple[list[bytes], Counted]:
-    """Encoded chunks, and the statistics of what a reader will get from them."""
+    """Encode chunks; return them with the statistics of what a reader will get from them."""
     encoded, read_back = [], []
     for chunk in chunks:
         stored = encode(chunk, precision, calibration)
@@ -304,9 +313,10 @@ def _moment_tensors(moments: Mapping[str, Moments]) -> dict[str, NDArray[Any]]:
 def finish_store(path: str | Path | Place) -> Store:
     """Merge the parts' statistics into `stats/`, whose group document marks the store as finished.
 
-    Harmless to repeat.
+    Repeating it does no harm.
 
-    Raises: StoreError while parts are missing, or if no sample has features.
+    Raises: StoreError if parts are missing, or no picture could be read; IncompleteError if no sample has features for
+        another reason.
     """
     store = open_store(path)
     if missing := store.missing_parts():
@@ -318,12 +328,13 @@ def finish_store(path: str | Path | Place) -> Store:
 
 
 def forget_parts(store: Store, parts: Sequence[int]) -> Store:
-    """Take parts back, so that they are made anew; the statistics with them.
+    """Remove parts and the statistics from a store, so that the parts are extracted again.
 
     Raises: StorageError.
     """
     if not parts:
         return store
+    # first, so that no statistics cover a part that is gone
     remove_statistics(store.path)
     for part in parts:
         store.path.delete(f"parts/{part_name(part)}")
@@ -331,7 +342,7 @@ def forget_parts(store: Store, parts: Sequence[int]) -> Store:
 
 
 def remove_statistics(place: Place) -> None:
-    """The mark that they are there first."""
+    """Delete `stats/`, first the document that marks it as complete."""
     place.delete(f"{STATS}/{ROOT_DOCUMENT}")
     for name in place.list(f"{STATS}/"):
         place.delete(name)
@@ -356,6 +367,7 @@ def _write_statistics(store: Store) -> None:
             statistics["outliers"] = np.sum([part["outliers"][name] for part in facts], axis=0)
         values |= {f"{name}/{statistic}": array for statistic, array in statistics.items()}
     documents = statistics_documents(values, totals_of(facts))
+    # the mark goes first and comes last, so that it never stands beside statistics that are incomplete
     mark = documents.pop(ROOT_DOCUMENT)
     place.delete(f"{STATS}/{ROOT_DOCUMENT}")
     for name, document in documents.items():
@@ -364,7 +376,7 @@ def _write_statistics(store: Store) -> None:
 
 
 def without_features(store: Store) -> StoreError | IncompleteError:
-    """Return what is to be said of a store in which no sample has features."""
+    """Return the error for a store in which no sample has features."""
     see = f"`eupe store info {store.path} --json` names them"
     if not store.num_not_finite:
         return StoreError(f"{store.path}: no picture of the corpus could be read; {see}")
@@ -388,16 +400,17 @@ def what_to_do(spec: StoreSpec) -> str:
 
 
 def totals_of(facts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """What `stats/` notes of the parts that it covers, from what their commit files record."""
+    """Compute the totals that `stats/` notes, from what the commit files of its parts record."""
     counts = {name: sum(part[name] for part in facts) for name in ("num_clipped", "num_nonfinite")}
     return {"num_parts": len(facts), **counts}
 
 
 def statistics_documents(values: Mapping[str, NDArray[Any]], totals: Mapping[str, int]) -> dict[str, bytes]:
-    """Every object of `stats/` by its name there.
+    """Return every object of `stats/` by its name there.
 
     Args:
-        values: by path, `224/dense/mean`.
+        values: arrays by path, such as `224/dense/mean`.
+        totals: attributes of the group, see `totals_of`.
     """
     memory: dict[str, Any] = {}
     attributes = {ATTRIBUTE: dict(totals)}
@@ -408,16 +421,15 @@ def statistics_documents(values: Mapping[str, NDArray[Any]], totals: Mapping[str
             data=array,
             chunks=array.shape,
             compressors=[ZstdCodec(), Crc32cCodec()],
-            config={"write_empty_chunks": True},
+            config={"write_empty_chunks": True},  # zeros are content; a missing chunk would read as damage
         )
     return _as_bytes(memory)
 
 
 def merged_statistics(store: Store) -> tuple[dict[str, Moments], list[dict[str, Any]]]:
-    """Moments of each feature array over all parts, merged in order, and what each part's commit file records.
+    """Merge the moments of each feature array over all parts, in order; return them with what each part records.
 
-    Parts that the statistics cover already are not read again. At a segment's end the moments become what `stats/`
-    would hold of them, so that it makes no difference whether the store was finished there before it was extended.
+    Moments that the statistics cover already are not read again.
     """
     covered = store.totals.get("num_parts", 0)
     merged = {name: store.merged_moments(name) for name in store.spec.feature_paths} if covered else {}
@@ -438,13 +450,14 @@ def merged_statistics(store: Store) -> tuple[dict[str, Moments], list[dict[str, 
                 continue
             for name, moments in of_part.items():
                 merged[name] = merged[name].merge(moments) if name in merged else moments
+            # with the rounding of `stats/`: finishing the store before it was extended must change no bit
             if part + 1 in inner_ends:
                 merged = {name: moments.as_kept() for name, moments in merged.items()}
     return merged, facts
 
 
 def _part_moments(store: Store, part: int, facts: Mapping[str, Any]) -> dict[str, Moments]:
-    """Of each feature array: as the writer left them, or else from the features themselves."""
+    """Return the moments of each feature array: those that the writer left, or else computed from the features."""
     key = f"parts/{moments_name(part)}"
     try:
         data = store.path.read(key)
@@ -463,7 +476,7 @@ def _part_moments(store: Store, part: int, facts: Mapping[str, Any]) -> dict[str
 
 
 def _moments_of_features(store: Store, part: int, name: str) -> Moments:
-    """In the same groups as the writer took them, so the same bits come out."""
+    """Compute moments from the features, in the same groups as the writer, so that the bits are the same."""
     layout = next(layout for layout in arrays(store.spec) if layout.path == name)
     rows = store.spec.part_rows(part)
     places = [(row, view) for row in range(rows.start, rows.stop) for view in range(store.spec.num_views)]
@@ -479,7 +492,7 @@ def _moments_of_features(store: Store, part: int, name: str) -> Moments:
 
 
 def remove_leftovers(store: Store) -> None:
-    """The parts' own moments, merged by now, and what writers that were killed left unfinished."""
+    """Delete the parts' own moments, which are merged by now, and the unfinished files of killed writers."""
     for name in store.path.list("parts/"):
         if name.endswith(".moments"):
             store.path.delete(name)

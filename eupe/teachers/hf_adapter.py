@@ -31,29 +31,29 @@ UNUSED_WEIGHTS = re.compile(
     r"text_model\.|text_projection|visual_projection|logit_scale|logit_bias|classifier\.|head\.(weight|bias)|pooler\."
     r"|.*position_ids$|.*mask_token$"
 )
-"""What checkpoints hold beside the encoder: text towers, projections, classifiers, the token of masked training."""
+"""Tensors in checkpoints that the encoder does not use: text towers, projections, classifiers, poolers, mask tokens."""
 UNNEEDED_WEIGHTS = re.compile(r".*mask_token$")
-"""What the library's encoder has but never uses in a forward pass without masks."""
+"""Weights of the library's encoder that a forward pass without masks never uses, so a checkpoint may lack them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What differs between the model types of the library."""
+    """The differences between the library's model types."""
 
     model_class: str
     summary: SummaryKind
     dense: DenseKind
     normalisation: tuple[Triple, Triple]
-    """Used where the repository says nothing of it."""
+    """Mean and std for a repository without an image processor."""
     prefix: Callable[[Any], int] = lambda config: 1
     patch: Callable[[Any], int] = lambda config: _side(config, "patch_size")
     width: Callable[[Any], int] = lambda config: int(config.hidden_size)
     build: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the model's constructor."""
+    """Extra arguments of the model's constructor."""
     run: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the forward pass."""
+    """Extra arguments of the forward pass."""
     note: str = ""
-    """What other libraries, or this one, do otherwise with the same weights."""
+    """Differences from other libraries, or from this library's own outputs, on the same weights."""
 
 
 _INTERPOLATE = {"interpolate_pos_encoding": True}
@@ -124,9 +124,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def describe(name: str) -> TeacherSpec:
-    """The spec of `hf:REPO[@REVISION]` or `hf:DIR`, from its config.json and what its image processor is configured by.
+    """Return the spec of `hf:REPO[@REVISION]` or `hf:DIR`, from its config.json and image processor settings.
 
-    Raises: TeacherError if the configuration cannot be had, or its model type is not supported.
+    Raises: TeacherError if the configuration cannot be loaded, or its model type is not supported.
     """
     model = name.removeprefix("hf:")
     if timm_folder(Path(model)):  # a TimmWrapperModel
@@ -157,12 +157,12 @@ def describe(name: str) -> TeacherSpec:
 
 
 def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tuple[int, ...]) -> Any:
-    """The library's vision encoder with every weight from one place.
+    """Load the library's vision encoder with every weight from one source.
 
-    A weights file needs its config.json beside it, or at the repository or directory that the spec names.
+    A weights file needs its config.json beside it, or in the repository or directory that the spec names.
 
-    Raises: TeacherError if the configuration is of another model than the spec's, or a weight is missing, of another
-        shape, or of no use.
+    Raises: TeacherError if the configuration describes another model than the spec, or a weight is missing, has
+        another shape or is unexpected.
     """
     if weights is None:
         _require_no_adapter(spec.model)
@@ -177,7 +177,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
         "config": config,
         "dtype": torch.float32,
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # so that they are in the report, which is checked
+        "ignore_mismatched_sizes": True,  # mismatches then appear in the report, which is checked
         **family.build,
     }
     with quiet_transformers():
@@ -195,17 +195,17 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
 
 
 def require_config(spec: TeacherSpec, weights: Path) -> None:
-    """Raises: TeacherError if a configuration can be had neither beside the weights nor where the spec says."""
+    """Raise TeacherError unless a configuration is beside the weights or where the spec says."""
     if (source := _config_source(spec, weights)) == spec.model:
         _vision_config(source, weights)
 
 
 def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
-    """The library's vision encoder with random weights.
+    """Build the library's vision encoder with random weights.
 
-    A registry row's dimensions are those of timm's model of the same weights, so that no configuration is fetched.
+    A registry row takes its dimensions from timm's model of the same weights, so no configuration is fetched.
 
-    Raises: TeacherError if the configuration that an `hf:` name stands for cannot be had.
+    Raises: TeacherError if the configuration of an `hf:` name cannot be loaded.
     """
     if not spec.name.startswith("hf:"):
         from eupe.teachers.own_forward import own_model
@@ -217,9 +217,9 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
 
 
 def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
-    """Tokens of normalised pixels.
+    """Return the tokens of normalised pixels.
 
-    CLIP's dense tokens go through `post_layernorm`, which the library applies to the class token only: so they are
+    CLIP's dense tokens go through `post_layernorm`, which the library applies to the class token only. They then equal
     those of open_clip and timm.
     """
     family = FAMILIES[model.config.model_type]
@@ -235,11 +235,12 @@ def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
 
 
 def _vision_config(source: str, weights: Path | None = None) -> Any:
-    """The configuration of a repository's or directory's vision tower.
+    """Return the configuration of the vision tower of a repository or directory.
 
     Args:
-        weights: a file without a configuration of its own, which is named if there is none elsewhere.
-    Raises: TeacherError if it cannot be had or is of a type that is not supported.
+        weights: a weights file without a config.json beside it, named in the error message.
+    Raises: TeacherError if the configuration cannot be loaded, or its model type, NaFlex grid or number of channels is
+        not supported.
     """
     from transformers import AutoConfig
 
@@ -269,7 +270,7 @@ def _vision_config(source: str, weights: Path | None = None) -> Any:
 
 
 def _require_no_adapter(source: str) -> None:
-    """Raises: TeacherError as `require_no_adapter` does, also for a repository of the hub."""
+    """Raise TeacherError as `require_no_adapter` does, also for a repository on the hub."""
     from transformers.utils import cached_file
 
     name, revision = at_revision(source)
@@ -293,7 +294,7 @@ def _library_class(name: str) -> Any:
 
 
 def _config_source(spec: TeacherSpec, weights: Path | None) -> str:
-    """Where the configuration is: with the weights if it is there, or else where the spec says."""
+    """Return where the configuration is: beside the weights if it is there, otherwise where the spec says."""
     if weights is not None:
         directory = weights if weights.is_dir() else weights.parent
         if (directory / "config.json").exists():
@@ -302,7 +303,7 @@ def _config_source(spec: TeacherSpec, weights: Path | None) -> str:
 
 
 def _check_fits(spec: TeacherSpec, config: Any, source: str) -> None:
-    """Raises: TeacherError where the configuration contradicts the spec."""
+    """Raise TeacherError if the configuration contradicts the spec."""
     family = FAMILIES[config.model_type]
     width = family.width(config)
     have = {
@@ -323,7 +324,7 @@ def _check_fits(spec: TeacherSpec, config: Any, source: str) -> None:
 def _from_state_dict(
     model_class: Any, state: dict[str, Tensor], weights: Path, options: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """The library's own loading, with its renaming of old names, from tensors already read."""
+    """Load tensors that are already in memory through the library's own loader, which also renames old names."""
     try:
         model, report = model_class.from_pretrained(None, state_dict=state, **options)
     except (RuntimeError, ValueError) as error:
@@ -332,7 +333,7 @@ def _from_state_dict(
 
 
 def _check_report(report: Any, *, source: str) -> None:
-    """Raises: TeacherError where the library filled in, resized or ignored a weight that matters."""
+    """Raise TeacherError if the library filled in, resized or ignored a weight that matters."""
     misfits = {
         "missing": sorted(name for name in report["missing_keys"] if not UNNEEDED_WEIGHTS.fullmatch(name)),
         "unexpected": sorted(name for name in report["unexpected_keys"] if not UNUSED_WEIGHTS.match(name)),
@@ -348,7 +349,7 @@ def _summary_dim(config: Any, width: int) -> int:
 
 
 def _normalisation(model: str, family: Family) -> tuple[tuple[Triple, Triple], str]:
-    """mean and std, and a note where they are from the file that older versions of eupe did not read."""
+    """Return mean and std, and a note if they come from the file that older versions of eupe did not read."""
     found = of_processor(model)
     if found is None:
         return family.normalisation, ""
@@ -356,7 +357,7 @@ def _normalisation(model: str, family: Family) -> tuple[tuple[Triple, Triple], s
 
 
 def _native_size(model: str, config: Any, patch: int) -> int:
-    """The side that the repository's preprocessor produces, where the patch divides it; else the position table's."""
+    """Return the side that the repository's preprocessor produces if the patch divides it, else the model's own."""
     settings, _ = processor_settings(model)
     size = (settings or {}).get("crop_size") or (settings or {}).get("size") or {}
     side = size.get("height") if isinstance(size, dict) else size[0] if isinstance(size, list) else size
@@ -366,9 +367,9 @@ def _native_size(model: str, config: Any, patch: int) -> int:
 
 
 def _side(config: Any, name: str) -> int:
-    """One side of what the configuration has as a number, or as two that are equal.
+    """Return one side of a configuration value that is a number, or two equal ones.
 
-    Raises: TeacherError if it is something else.
+    Raises: TeacherError if it is anything else.
     """
     value = getattr(config, name)
     sides = {*value} if isinstance(value, list | tuple) else {value}

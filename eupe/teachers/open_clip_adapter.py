@@ -1,4 +1,4 @@
-"""Teachers from open_clip: the vision towers of CLIP-like models, its own ViT and timm trunks."""
+"""Teachers from open_clip: the vision towers of CLIP-like models, which are its own ViTs or timm trunks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from eupe.tokens import Tokens
 
 
 def describe(name: str) -> TeacherSpec:
-    """The spec of `open_clip:ARCH[@TAG]`, from open_clip's own tables.
+    """Return the spec of `open_clip:ARCH[@TAG]`, from open_clip's own tables.
 
-    Raises: TeacherError for an unknown architecture or tag, a tower that gives no grid of tokens, or weights whose
-        activation the architecture does not have.
+    Raises: TeacherError for an unknown architecture or tag, a tower without a grid of tokens, or weights that were
+        trained with another activation than the architecture's.
     """
     model = name.removeprefix("open_clip:")
     arch, _, tag = model.partition("@")
@@ -54,9 +54,10 @@ def describe(name: str) -> TeacherSpec:
 
 
 def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tuple[int, ...]) -> Any:
-    """open_clip's ViT, without its projection unless it is asked for, or the timm trunk of a tower that has one.
+    """Load open_clip's ViT, or the timm trunk of a tower that has one.
 
-    A weights file may hold the whole model (tensors of the vision tower under `visual.`) or the vision tower alone.
+    The ViT keeps its projection only if the summary is projected. A weights file may hold the whole model (tensors of
+    the vision tower under `visual.`) or the vision tower alone.
     """
     import open_clip
 
@@ -82,7 +83,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
 
 
 def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
-    """The vision tower, or its timm trunk, as `load` gives it, with random weights."""
+    """Build the vision tower, or its timm trunk, as `load` returns it, with random weights."""
     arch = spec.model.partition("@")[0]
     vision = _architecture(arch)["vision_cfg"]
     if "timm_model_name" in vision:
@@ -91,9 +92,10 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
 
 
 def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
-    """Tokens of normalised pixels; the native ViT's are all `ln_post`-ed, and the summary projected where asked for.
+    """Return the tokens of normalised pixels.
 
-    Off its own grid the ViT's position table is resampled as open_clip does when it loads for another size.
+    All tokens of open_clip's own ViT pass `ln_post`; its summary is projected if the spec says so. Off its own grid
+    its position table is resampled, as open_clip does when it loads weights for another size.
     """
     if hasattr(model, "num_features"):
         return timm_tokens(model, pixels_BCHW, summary=spec.summary, dense=spec.dense)
@@ -104,7 +106,7 @@ def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
 
 
 def _random(arch: str) -> Any:
-    """The whole model with random weights."""
+    """Return the whole model with random weights."""
     import open_clip
 
     with quiet_open_clip():
@@ -112,7 +114,7 @@ def _random(arch: str) -> Any:
 
 
 def _prepared(visual: Any, spec: TeacherSpec) -> Any:
-    """Patch tokens come out beside the summary, which is projected only where that is asked for."""
+    """Make the ViT return patch tokens beside the summary, and drop its projection unless the summary is projected."""
     if spec.summary != "projected":
         visual.proj = None
     visual.output_tokens = True
@@ -120,9 +122,9 @@ def _prepared(visual: Any, spec: TeacherSpec) -> Any:
 
 
 def _architecture(arch: str) -> dict[str, Any]:
-    """open_clip's configuration of an architecture.
+    """Return open_clip's configuration of an architecture.
 
-    Raises: TeacherError with near names if there is none.
+    Raises: TeacherError with similar names if there is none.
     """
     import open_clip
 
@@ -133,9 +135,10 @@ def _architecture(arch: str) -> dict[str, Any]:
 
 
 def _settings(arch: str, tag: str) -> dict[str, Any]:
-    """mean, std and activation of pretrained weights; without a tag, of the architecture's first.
+    """Return the settings of pretrained weights: mean, std, activation.
 
-    An architecture without published weights has open_clip's defaults, with which open_clip itself trains it.
+    Without a tag, they are those of the architecture's first published weights. An architecture without any gets
+    open_clip's defaults, with which open_clip itself trains it.
 
     Raises: TeacherError for an unknown tag, or weights that were trained with the other kind of GELU.
     """
@@ -175,7 +178,7 @@ def _describe_trunk(name: str, vision: dict[str, Any], common: dict[str, Any]) -
 
 
 def _check_native_tower(name: str, vision: dict[str, Any]) -> None:
-    """Raises: TeacherError for ResNets and for pools that leave no normed patch tokens."""
+    """Raise TeacherError for ResNets, and for pooling that leaves no normed patch tokens."""
     odd = [key for key in ("attentional_pool", "final_ln_after_pool") if vision.get(key)]
     if isinstance(vision["layers"], list) or odd or vision.get("pool_type", "tok") != "tok":
         raise TeacherError(
@@ -190,7 +193,7 @@ def _visual_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _trunk(vision: dict[str, Any], state: dict[str, Tensor], source: str) -> Any:
-    """The timm trunk on its own; the projection behind it, in open_clip's head or timm's, is left out."""
+    """Build the timm trunk and load its weights, without the projection behind it in open_clip's head or timm's."""
     trunk = create_timm(vision["timm_model_name"], size=vision["image_size"])
     own = trunk.state_dict().keys()
     projection = {"head.weight", "head.bias", "head.fc.weight", "head.fc.bias"} - own
@@ -201,7 +204,7 @@ def _trunk(vision: dict[str, Any], state: dict[str, Tensor], source: str) -> Any
 
 
 def _resampled(table_ND: Tensor, have: tuple[int, int], want: tuple[int, int]) -> Tensor:
-    """A position table, class token first, for another grid: bicubic, antialiased."""
+    """Resample a position table, class token first, to another grid: bicubic, antialiased."""
     if have == want:
         return table_ND
     cells_1Dhw = table_ND[1:].T.reshape(1, -1, *have)

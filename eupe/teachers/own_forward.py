@@ -1,7 +1,7 @@
-"""Each library's own model and forward pass, by other paths than the adapters take: what they are held against.
+"""Each library's own model and forward pass, through other code paths than the adapters use.
 
-No adapter is imported here. Normalisation is the libraries' word, too, not the registry's.
-Shapes: B batch, N tokens, D their width, Ds width of the summary.
+The adapters are verified against these, so no adapter is imported here. Normalisation, too, comes from the libraries
+and not from the registry. Shapes: B batch, N tokens, D their width, Ds width of the summary.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import at_revision, hub_errors, quiet_open_clip, quiet_transformers
 
 Prepare = Callable[[NDArray[np.uint8]], Tensor]
-"""Square pictures [B, S, S, 3] to the pixels [B, 3, S, S] that a library's model takes."""
+"""Function from square pictures [B, S, S, 3] to the pixels [B, 3, S, S] that a library's model takes."""
 
 NARROW_WIDTH, NARROW_CONV_WIDTH = 64, 48
 NARROW_VIT: dict[str, Any] = {"embed_dim": NARROW_WIDTH, "depth": 2, "num_heads": 4}
@@ -58,28 +58,28 @@ NORMALISED_LIKE = {
     "siglip_vision_model": "vit_base_patch16_siglip_224.webli",
     "vit": "vit_base_patch16_224.augreg_in21k",
 }
-"""timm's weights of each Hugging Face family: their normalisation where a directory says nothing of it."""
+"""timm's weights for each Hugging Face family; they define mean and std if the model's own files do not."""
 
 
 @dataclass(frozen=True)
 class OwnModel:
-    """A model that its library built, and what that library makes of normalised pixels."""
+    """A model as its library builds it, with the library's own forward pass and preparation of pictures."""
 
     module: nn.Module
     forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    """Normalised pixels [B, 3, S, S] to dense [B, N, D] and summary [B, Ds]."""
+    """Function from normalised pixels [B, 3, S, S] to dense [B, N, D] and summary [B, Ds] (None if there is none)."""
     prepare: Prepare
-    """The library's own preparation of pictures that have their size already."""
+    """The library's own preparation of pictures that already have the right size."""
 
 
 def own_model(spec: TeacherSpec, weights: Path | None = None, key: str | None = None) -> OwnModel:
-    """The library's own model, in eval mode on the CPU.
+    """Build the library's own model, in eval mode on the CPU.
 
     Args:
-        weights: where its weights are; None for the library's random initialisation, except that `hf:` names and runs
+        weights: path of its weights; None for the library's random initialisation, except that `hf:` names and runs
             bring their own.
-        key: where among others in the weights file they are.
-    Raises: TeacherError where the library has no second path to the features.
+        key: key of its tensors in a weights file of several models.
+    Raises: TeacherError if the library has no second path to the features.
     """
     build = {"timm": _timm_model, "hf": _hf_model, "open_clip": _open_clip_model, "run": _run_model}[spec.backend]
     own: OwnModel = build(spec, weights, key)
@@ -88,7 +88,7 @@ def own_model(spec: TeacherSpec, weights: Path | None = None, key: str | None = 
 
 
 def fill_at_random(model: nn.Module, seed: int = 0) -> None:
-    """Fill every parameter and statistic: initialisations with zero biases and tiny layer scales hide mistakes."""
+    """Fill every parameter and running statistic at random; zero biases and tiny layer scales would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -100,18 +100,19 @@ def fill_at_random(model: nn.Module, seed: int = 0) -> None:
 
 
 def save_own(model: Any, directory: Path) -> Path:
-    """Write the weights as the library's users keep them; returns the path to give as a teacher's weights."""
+    """Write the weights as the library's users keep them, and return the path to pass as a teacher's weights."""
     if hasattr(model, "save_pretrained"):
         with quiet_transformers():
             model.save_pretrained(directory)
         return directory
     path = directory / "weights.safetensors"
+    # Cloned, because safetensors refuses tensors that share memory.
     safetensors.torch.save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, path)
     return path
 
 
 def narrow(spec: TeacherSpec) -> TeacherSpec:
-    """The spec of a registry row's model as `built_narrow` makes it."""
+    """Return the spec of a registry row's model as `built_narrow` builds it."""
     options = _narrow_options(spec)
     width = options.get("embed_dim") or options.get("dims", (spec.dense_dim,))[-1]
     if spec.summary == "none":
@@ -125,7 +126,7 @@ def narrow(spec: TeacherSpec) -> TeacherSpec:
 
 @contextmanager
 def built_narrow(spec: TeacherSpec) -> Iterator[None]:
-    """While it lasts, the libraries build a registry row's architecture narrow and shallow, for whoever asks."""
+    """Patch timm and open_clip so that every caller gets a registry row's architecture narrow and shallow."""
     import open_clip
 
     create_timm, create_open_clip = timm.create_model, open_clip.create_model
@@ -171,7 +172,7 @@ def _timm_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> Own
 
 
 def _wrapped_model(folder: Path) -> Any:
-    """timm's model out of the Transformers library's TimmWrapperModel, as that library loads it."""
+    """Return timm's model from inside transformers' TimmWrapperModel, as transformers loads it."""
     from transformers import AutoModel
 
     with quiet_transformers():
@@ -194,7 +195,7 @@ def _with_timm_forward(spec: TeacherSpec, model: Any, weights: Path | None) -> O
 
 
 def timm_preparation(config: dict[str, Any]) -> Prepare:
-    """timm's own transform of pictures that have their size."""
+    """Return timm's own transform of pictures that already have the right size."""
 
     def prepare(views: NDArray[np.uint8]) -> Tensor:
         same_size = {"input_size": (3, *views.shape[1:3]), "crop_pct": 1.0, "crop_mode": "center"}
@@ -205,7 +206,7 @@ def timm_preparation(config: dict[str, Any]) -> Prepare:
 
 
 def open_clip_preparation(settings: dict[str, Any]) -> Prepare:
-    """open_clip's own transform of pictures that have their size, by its defaults where a setting is not given."""
+    """Return open_clip's own transform of pictures of the right size, with its defaults for missing settings."""
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
     def prepare(views: NDArray[np.uint8]) -> Tensor:
@@ -217,9 +218,9 @@ def open_clip_preparation(settings: dict[str, Any]) -> Prepare:
 
 
 def hf_preparation(source: str) -> Prepare | None:
-    """What transformers' own processor of a directory or repository does; None where it has none.
+    """Return what transformers' own processor of a directory or repository does; None if it has no processor.
 
-    Of a processor that the library does not know, which is a class of the repository's own, mean and std are taken.
+    If the processor is a class of the repository's own, which the library does not know, only its mean and std count.
     """
     settings, _ = processor_settings(source)
     if settings is None:
@@ -232,7 +233,7 @@ def hf_preparation(source: str) -> Prepare | None:
 
 
 def _prepared_as_files_say(spec: TeacherSpec, weights: Path | None) -> Prepare | None:
-    """By the library whose files lie beside local weights, the teacher's own first; None where there are none."""
+    """Return the preparation that files beside local weights define, the teacher's own library first; else None."""
     if weights is None:
         return None
     folder = weights if weights.is_dir() else weights.parent
@@ -268,9 +269,11 @@ def _prepared_as_run(folder: Path) -> Prepare | None:
 
 
 def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Dense [B, N, D] and summary of a timm model that ends in its summary, by `forward` and `forward_intermediates`.
+    """Return dense [B, N, D] and summary of a timm model, through `forward` and `forward_intermediates`.
 
-    Raises: TeacherError if the model has no `forward_intermediates`.
+    The model's `forward` must return the summary, not class scores.
+
+    Raises: TeacherError if the model has no `forward_intermediates` that returns its prefix tokens.
     """
     pool = _pool(model)
     if spec.summary == "pooled" and spec.dense != "last_stage" and pool is not None:
@@ -292,7 +295,7 @@ def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tens
             return dense, None
         case "mean":
             return dense, dense.mean(1)
-        case "pooled" if spec.dense != "last_stage":  # by a head that pools without a module for it (MambaOut)
+        case "pooled" if spec.dense != "last_stage":  # the head pools without a pooling module (MambaOut)
             return _under_head_norm(model, dense), model(x)
         case "attention_pool" | "projected" | "pooled":
             return dense, model(x)
@@ -301,7 +304,7 @@ def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tens
 
 
 def _pool(model: Any) -> nn.Module | None:
-    """The module that pools a CNN's map; ViTs have a word in its place."""
+    """Return the module that pools a CNN's map; None for ViTs, which have a string in its place."""
     for pool in (getattr(model, "global_pool", None), getattr(getattr(model, "head", None), "global_pool", None)):
         if isinstance(pool, nn.Module):
             return pool
@@ -309,7 +312,7 @@ def _pool(model: Any) -> nn.Module | None:
 
 
 def _pooled_map(model: Any, pool: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the model's own forward pools, under the norm that follows the pooling, and what comes out at the end."""
+    """Return the tokens that the model's forward pass pools, under the norm that follows pooling, and its output."""
     caught: list[Tensor] = []
     hook = pool.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
     try:
@@ -322,7 +325,7 @@ def _pooled_map(model: Any, pool: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _under_head_norm(model: Any, tokens_BND: Tensor) -> Tensor:
-    """Apply the head's norm, which follows the pooling, to the tokens that are pooled."""
+    """Apply the head's norm, which follows the pooling, to the tokens before they are pooled."""
     norm = getattr(getattr(model, "head", None), "norm", None)
     if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != tokens_BND.shape[-1:]:
         return tokens_BND
@@ -354,7 +357,7 @@ def _open_clip_model(spec: TeacherSpec, weights: Path | None, key: str | None) -
 
 
 def open_clip_forward(visual: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense [B, N, D] as open_clip puts it out; the summary is the class token as it leaves the last norm."""
+    """Return dense [B, N, D] as open_clip outputs it, and the class token as it leaves the last norm."""
     normed: list[Tensor] = []
     hook = visual.ln_post.register_forward_hook(lambda module, inputs, output: normed.append(output))
     try:
@@ -365,7 +368,7 @@ def open_clip_forward(visual: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def open_clip_projected(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense [B, N, D] as open_clip puts it out, and its image embedding, the one that is compared with texts."""
+    """Return dense [B, N, D] as open_clip outputs it, and its image embedding, which is compared with texts."""
     _, dense = model.visual(x)
     model.visual.output_tokens = False
     try:
@@ -398,7 +401,7 @@ def _hf_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnMo
 
 
 def _random_dinov2(spec: TeacherSpec) -> OwnModel:
-    """A DINOv2 row's model, its dimensions from timm's model of the same weights."""
+    """Build a DINOv2 row's model with the dimensions of timm's model of the same weights."""
     from transformers import (
         Dinov2Config,
         Dinov2Model,
@@ -428,7 +431,7 @@ def _random_dinov2(spec: TeacherSpec) -> OwnModel:
 
 
 def hf_forward(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense [B, N, D] and summary as the library's documentation of each model type has them.
+    """Return dense [B, N, D] and summary as the library documents them for each model type.
 
     CLIP's patch tokens are normed here, as the registry promises; the library norms the class token only.
     """
@@ -453,7 +456,7 @@ def hf_forward(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _hf_prepare(spec: TeacherSpec, weights: Path | None, model_type: str) -> Prepare:
-    """The library's own processor, or timm's transform of the family's weights; RADIO normalises inside."""
+    """Return the library's own processor, or timm's transform for the family's weights; RADIO normalises inside."""
     if model_type == "radio":
         return timm_preparation({"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     if (beside := _prepared_as_files_say(spec, weights)) is not None:

@@ -1,8 +1,8 @@
-"""How a model's own files say that pixels are normalised, read as its library reads them.
+"""Mean and std of pixels from a model's own files, read as its library reads them.
 
-A file of the user's decides, whatever a table says of the architecture: timm's `config.json`, transformers'
+A file of the user's overrides the table entry of the architecture: timm's `config.json`, transformers'
 `processor_config.json` and `preprocessor_config.json`, open_clip's `open_clip_config.json`, a run's `student.json`.
-Resizing and cropping are not taken from them: the view decides that for all teachers alike.
+Settings for resizing and cropping are ignored: the view decides these for all teachers alike.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from eupe.teachers.weights import at_revision, brief, hub_or_offline, quiet_tran
 Triple = tuple[float, float, float]
 
 UNIT: tuple[Triple, Triple] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-"""Pixels stay in [0, 1]."""
+"""Mean and std that leave pixels in [0, 1]."""
 LEVELS = 255
 PROBE_SIZE = 32
 TOLERANCE = 1e-4
-"""By how much what the library makes of a probe may differ from mean and std, relative to its own spread."""
+"""Largest difference between the library's output for a probe and ours, relative to the range of ours (at least 1)."""
 
 TIMM_FILE, OPEN_CLIP_FILE = "config.json", "open_clip_config.json"
 NESTED_FILE, PROCESSOR_FILE = "processor_config.json", "preprocessor_config.json"
-"""Of transformers: the first, if it has an image processor inside, is read in place of the second."""
+"""Files of transformers; the first is read instead of the second if it has an image processor inside."""
 OWN_FILES = (TIMM_FILE, OPEN_CLIP_FILE, CARD_FILE, NESTED_FILE, PROCESSOR_FILE)
-"""All that a model may bring with its weights, and that is heeded."""
+"""All files beside a model's weights that are read."""
 HARMLESS_ARGS = {"img_size", "global_pool", "dynamic_img_size", "strict_img_size", "num_classes", "in_chans"}
-"""timm's model_args that leave the weights' names and shapes to tell that something is wrong."""
+"""timm's model_args that need no check here: the weights' names and shapes show it if one of them is wrong."""
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What pixels in [0, 1] become: minus `mean`, over `std`."""
+    """A mean and std per channel: pixels in [0, 1] become (pixels - mean) / std."""
 
     mean: Triple
     std: Triple
     file: str
-    """The name of the file that says so."""
+    """Name of the file that they come from."""
 
 
 def as_given(spec: TeacherSpec, weights: Path | None) -> TeacherSpec:
-    """The teacher with the normalisation that a file beside its local weights asks for, and a note if it is another.
+    """Return the teacher with mean and std from a file beside its local weights, and a note if they change.
 
-    Raises: TeacherError if the file cannot be read, describes another model, or asks for something else than a mean
-        and std for each channel.
+    Raises: TeacherError if the file cannot be read, describes another model, or asks for anything but a mean and std
+        for each channel.
     """
     if weights is None or not weights.exists():
         return spec
@@ -65,9 +65,9 @@ def as_given(spec: TeacherSpec, weights: Path | None) -> TeacherSpec:
 
 
 def where_from(spec: TeacherSpec, weights: Path | None) -> str:
-    """In words, what says how a teacher's pixels are normalised: a file, or a table.
+    """Return the source of a teacher's mean and std in words: a file or a table.
 
-    Raises: as `as_given`.
+    Raises: TeacherError as `as_given` does.
     """
     if weights is not None and weights.exists() and (found := normalisation_beside(spec, weights)) is not None:
         return str((weights if weights.is_dir() else weights.parent) / found.file)
@@ -83,24 +83,26 @@ def where_from(spec: TeacherSpec, weights: Path | None) -> str:
 
 
 def normalisation_beside(spec: TeacherSpec, weights: Path) -> Normalisation | None:
-    """What the files of a directory of weights, or beside a weights file, say; of several, those of the own library.
+    """Return the normalisation from the files in a directory of weights, or beside a weights file; None without any.
 
-    Raises: as `as_given`.
+    If several libraries have files there, those of the teacher's own library count.
+
+    Raises: TeacherError as `as_given` does.
     """
     folder = weights if weights.is_dir() else weights.parent
     if spec.backend == "hf" and is_model(folder, "radio"):
-        return None  # it normalises inside
-    for kind in sorted(_READERS, key=lambda kind: kind != spec.backend):
+        return None  # the model normalises inside
+    for kind in sorted(_READERS, key=lambda kind: kind != spec.backend):  # own library first: False sorts before True
         if (found := _READERS[kind](spec, folder)) is not None:
             return found
     return None
 
 
 def of_processor(source: str) -> Normalisation | None:
-    """What transformers' `AutoImageProcessor` does with a picture's values; None where the repository has none.
+    """Return how transformers' `AutoImageProcessor` normalises a picture; None if the repository has no processor.
 
-    Raises: TeacherError if a file is not JSON, the library cannot read it, or does something else than a mean and std
-        for each channel.
+    Raises: TeacherError if a file is not JSON, or the library cannot read it or applies anything but a mean and std for
+        each channel.
     """
     settings, name = processor_settings(source)
     if settings is None:
@@ -110,7 +112,7 @@ def of_processor(source: str) -> Normalisation | None:
         processor = open_processor(source)
     except Exception as error:
         if (plain := _plainly_said(settings, name)) is not None:
-            return plain  # of a class of the repository's own, say
+            return plain  # for example with a processor class of the repository's own
         raise TeacherError(
             f"{where} cannot be read by transformers' AutoImageProcessor ({brief(error)}); give it an "
             "image_processor_type of the library's, or image_mean and image_std of three numbers"
@@ -119,7 +121,7 @@ def of_processor(source: str) -> Normalisation | None:
 
 
 def processor_settings(source: str) -> tuple[dict[str, Any] | None, str]:
-    """The image processor's settings of a directory or repository, and their file; None where there are none.
+    """Return the image processor settings of a directory or repository (None without any), and their file name.
 
     Raises: TeacherError if a file is not a JSON object, or has the settings where the library does not look.
     """
@@ -138,7 +140,7 @@ def processor_settings(source: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def open_processor(source: str) -> Any:
-    """The library's own image processor. Raises whatever the library does."""
+    """Open the library's own image processor; raise whatever the library raises."""
     from transformers import AutoImageProcessor
 
     with quiet_transformers(), hub_or_offline(source):
@@ -147,7 +149,7 @@ def open_processor(source: str) -> Any:
 
 
 def processed(processor: Any, views_u8_BHWC: Any) -> Any:
-    """What the library's processor makes of views that have their size: float array [B, 3, H, W]."""
+    """Return the library processor's output for views that already have the right size: float array [B, 3, H, W]."""
     with quiet_transformers():
         made = processor(
             images=list(views_u8_BHWC),
@@ -161,18 +163,21 @@ def processed(processor: Any, views_u8_BHWC: Any) -> Any:
 
 
 def is_model(folder: Path, model_type: str) -> bool:
-    """Whether a directory's config.json names a model type of transformers'."""
+    """Return whether a directory's config.json names this model type of transformers."""
     return _json(folder / TIMM_FILE).get("model_type") == model_type
 
 
 def timm_folder(folder: Path) -> bool:
-    """Whether a directory has a config.json as timm writes it."""
+    """Return whether a directory has a config.json as timm writes it."""
     plain = _json(folder / TIMM_FILE)
     return "architecture" in plain and ("pretrained_cfg" in plain or "model_type" not in plain)
 
 
 def _of_timm(spec: TeacherSpec, folder: Path) -> Normalisation | None:
-    """Raises: TeacherError if the file is of another architecture than a timm teacher's."""
+    """Read the normalisation of a timm folder; None if it is not one.
+
+    Raises: TeacherError if timm cannot read the file, or it describes another architecture than a timm teacher's.
+    """
     if not timm_folder(folder):
         return None
     from timm.data import resolve_data_config
@@ -191,7 +196,7 @@ def _of_timm(spec: TeacherSpec, folder: Path) -> Normalisation | None:
 
 
 def _check_architecture(spec: TeacherSpec, arch: str, args: Mapping[str, Any], file: Path) -> None:
-    """Raises: TeacherError if a timm folder holds another architecture, or one made with other arguments."""
+    """Raise TeacherError if a timm folder holds another architecture, or one built with other arguments."""
     from eupe.proxy import in_stock_timm
 
     wanted, own_args = in_stock_timm(str(spec.architecture))
@@ -206,7 +211,10 @@ def _check_architecture(spec: TeacherSpec, arch: str, args: Mapping[str, Any], f
 
 
 def _of_open_clip(spec: TeacherSpec, folder: Path) -> Normalisation | None:
-    """Raises: TeacherError if the file is of another model than an open_clip teacher's."""
+    """Read the normalisation of an open_clip folder; None if it is not one.
+
+    Raises: TeacherError if open_clip cannot read the file, or it describes another model than an open_clip teacher's.
+    """
     file = folder / OPEN_CLIP_FILE
     plain = _json(file)
     if not plain:
@@ -223,7 +231,7 @@ def _of_open_clip(spec: TeacherSpec, folder: Path) -> Normalisation | None:
 
 
 def _check_model_cfg(spec: TeacherSpec, found: Mapping[str, Any], wanted: Mapping[str, Any], file: Path) -> None:
-    """Raises: TeacherError where the arithmetic differs in a way that the weights' shapes do not tell."""
+    """Raise TeacherError if the model computes differently in a way that the weights' shapes do not show."""
     pairs: dict[str, tuple[Any, Any]] = {}
     pairs["quick_gelu"] = (bool(found.get("quick_gelu")), bool(wanted.get("quick_gelu")))
     theirs, ours = found.get("vision_cfg") or {}, wanted["vision_cfg"]
@@ -263,7 +271,9 @@ _READERS: dict[str, Callable[[TeacherSpec, Path], Normalisation | None]] = {
 
 
 def _attributes(processor: Any, where: str, name: str) -> Normalisation:
-    """Of a processor that scales by a factor, then takes off a mean and divides by a std, in the units of [0, 1].
+    """Return a processor's mean and std, in units of pixels in [0, 1], from its attributes.
+
+    The processor scales by a factor, then subtracts a mean and divides by a std.
 
     Raises: TeacherError if it has no such attributes.
     """
@@ -289,7 +299,7 @@ def _times(values: Triple, factor: float) -> Triple:
 
 
 def _checked(found: Normalisation, library: Callable[[Any], Any], where: str) -> Normalisation:
-    """What was read, if the library makes the same of a small random picture.
+    """Return what was found if the library normalises a small random picture in the same way.
 
     Raises: TeacherError if it does not, or refuses the picture.
     """
@@ -310,9 +320,9 @@ def _checked(found: Normalisation, library: Callable[[Any], Any], where: str) ->
 
 
 def _triples(mean: Any, std: Any, where: object) -> tuple[Triple, Triple]:
-    """Three numbers each, of one or three.
+    """Return mean and std as three numbers each, from one or three.
 
-    Raises: TeacherError for anything else, and a std of 0.
+    Raises: TeacherError for anything else, and for a std that is not above 0.
     """
     made = []
     for name, value in (("mean", mean), ("std", std)):
@@ -328,7 +338,7 @@ def _triples(mean: Any, std: Any, where: object) -> tuple[Triple, Triple]:
 
 
 def _plainly_said(settings: Mapping[str, Any], name: str) -> Normalisation | None:
-    """Mean and std where they stand in full and nothing beside them changes values."""
+    """Return mean and std if the settings state both and nothing else in them changes values; else None."""
     if settings.get("do_normalize") is False or settings.get("do_rescale") is False:
         return None
     if not _is_unit(settings.get("rescale_factor", 1 / LEVELS)):
@@ -340,7 +350,7 @@ def _plainly_said(settings: Mapping[str, Any], name: str) -> Normalisation | Non
 
 
 def _cached_json(source: str, name: str) -> dict[str, Any] | None:
-    """A file of a directory or repository; None where there is none.
+    """Read a JSON file of a directory or repository; None if there is no such file.
 
     Raises: TeacherError if it is not a JSON object.
     """
@@ -359,7 +369,7 @@ def _cached_json(source: str, name: str) -> dict[str, Any] | None:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Empty where there is no such file.
+    """Read a JSON file; an empty dict if there is no such file.
 
     Raises: TeacherError if it is not a JSON object.
     """

@@ -1,8 +1,8 @@
-"""The table of teachers: name to spec. Rows of one family share a helper; a new row joins the tests by itself.
+"""The table of teachers: name to spec. Rows of one family share a helper; the tests cover a new row automatically.
 
-Widths, patch, prefix, size, mean and std are checked row by row against the libraries' own definitions. Where libraries
-disagree for the same weights, the note says which one is followed; `tests/teachers/test_disagreements.py` shows it.
-Presets for resizing are none of a teacher's: all teachers of a corpus get the same views.
+Widths, patch, prefix, size, mean and std are checked row by row against the libraries' own definitions. If libraries
+disagree on the same weights, the note says which one is followed; `tests/teachers/test_disagreements.py` shows it.
+Resizing presets are not part of a teacher: all teachers of a corpus get the same views.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _convnext(name: str, model: str, width: int, licence: str, note: str, native
 
 
 def _and_projected(row: TeacherSpec, width: int) -> tuple[TeacherSpec, TeacherSpec]:
-    """The row, and NAME-proj, whose summary has passed the projection to the text space."""
+    """Return the row, and NAME-proj, whose summary is projected to the text space."""
     projected_name = f"{row.name}-proj"
     ahead = f"the summary is ahead of the projection to the text space ({width} wide), {projected_name} has it behind"
     behind = (

@@ -1,4 +1,4 @@
-"""From what the user typed to a TeacherSpec; loads no weights."""
+"""The way from a teacher's name, as typed by the user, to a TeacherSpec; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def resolve_teacher(name: str, weights: Path | None = None) -> TeacherSpec:
     """Return the spec of a registry name, `timm:ARCH[.tag]`, `hf:REPO[@REVISION]`, `hf:DIR`, `open_clip:...` or a run.
 
     Args:
-        weights: local ones; what their own files say of mean and std is in the spec.
-    Raises: TeacherError for anything else, with near names, and for files beside the weights that cannot be followed;
+        weights: local weights; the spec gets mean and std from their own files.
+    Raises: TeacherError for any other name, with similar names, and for files beside the weights that cannot be used;
         RunError for a run whose card is unreadable.
     """
     spec = _known(name)
@@ -68,7 +68,7 @@ def _unknown(name: str) -> str:
 
 
 def no_directory(path: Path) -> str:
-    """That there is none, with near names beside it."""
+    """Return a message that there is no such directory, with similar names beside it."""
     beside: list[str] = []
     with suppress(OSError):
         beside = [each.name for each in path.parent.iterdir()]

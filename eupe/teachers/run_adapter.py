@@ -12,11 +12,11 @@ from eupe.teachers.spec import TeacherSpec
 from eupe.tokens import Tokens
 
 OWN_LICENCE = "own"
-"""Said of a student of one's own, whose teachers have licences none the less."""
+"""Licence of a student that was trained here, although its teachers have licences, too."""
 
 
 def describe(directory: str) -> TeacherSpec:
-    """The spec of the student in a run's directory.
+    """Return the spec of the student in a run's directory.
 
     Raises: RunError if there is no readable card.
     """
@@ -24,7 +24,7 @@ def describe(directory: str) -> TeacherSpec:
 
 
 def as_teacher(card: EncoderCard, directory: str) -> TeacherSpec:
-    """The spec of a student whose run lies, or will lie, in a directory."""
+    """Return the spec of a student whose run is, or will be, in a directory."""
     return TeacherSpec(
         name=directory,
         backend="run",
@@ -44,7 +44,7 @@ def as_teacher(card: EncoderCard, directory: str) -> TeacherSpec:
 
 
 def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tuple[int, ...]) -> Encoder:
-    """The run's encoder; `weights`, where given, replace the run's own."""
+    """Load the run's encoder; `weights`, if given, replace the run's own."""
     encoder = load_encoder(Path(spec.model))
     if weights is not None:
         state = read_checkpoint(weights, key=key, fitting=encoder.model.state_dict())
@@ -53,7 +53,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
 
 
 def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Encoder:
-    """The run's encoder with random weights.
+    """Build the run's encoder with random weights.
 
     Raises: RunError if the run has no card; ConfigError if the installed timm does not know its architecture.
     """
@@ -62,6 +62,6 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Encoder:
 
 
 def tokens(model: nn.Module, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
-    """Tokens of normalised pixels."""
+    """Return the tokens of normalised pixels."""
     result: Tokens = model(pixels_BCHW)
     return result

@@ -1,4 +1,4 @@
-"""What is known of a teacher without loading it."""
+"""The description of a teacher, known without loading it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from eupe.kinds import LOCAL_DIR, DenseKind, SummaryKind
 
 __all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec"]
 
-"""Ahead of a directory that timm lays out, as in timm's own names of models."""
 Backend = Literal["timm", "hf", "open_clip", "run"]
+"""The library that a teacher comes from; `run` is a training run of eupe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
-    """One row of the registry: data only, all of it stored beside the features it produced."""
+    """A row of the registry: plain data, stored in full beside the features that the teacher produced."""
 
     name: str
-    """Registry name, or the spec the user typed (`timm:...`, `hf:...`, `open_clip:...`, a run's directory)."""
+    """Registry name, or the name that the user typed (`timm:...`, `hf:...`, `open_clip:...`, a run's directory)."""
     backend: Backend
     model: str
     """timm `arch.tag` or `local-dir:DIR`, Hugging Face repository or directory, open_clip `arch@tag`, or a run's
@@ -32,9 +32,9 @@ class TeacherSpec:
     """Pixels of input per dense cell, along either side."""
     dense_dim: int
     summary_dim: int
-    """0 where there is no summary."""
+    """Width of the summary; 0 if there is none."""
     prefix_tokens: int
-    """Class and register tokens ahead of the patch tokens."""
+    """Number of class and register tokens ahead of the patch tokens."""
     summary: SummaryKind
     dense: DenseKind
     native_size: int
@@ -44,12 +44,12 @@ class TeacherSpec:
     """Per-channel normalisation of RGB in [0, 1]."""
     licence: str
     note: str = ""
-    """What a user must know before choosing it: which library is followed where they disagree, and why."""
+    """Facts to know before choosing it: which library is followed where they disagree, and why."""
 
     def grid(self, size: int) -> int:
-        """Cells along one side of the dense map for a `size` x `size` input.
+        """Return the number of cells along one side of the dense map for a `size` x `size` input.
 
-        Raises: TeacherError if the patch does not divide the size; names the nearest sizes that work.
+        Raises: TeacherError if the patch does not divide the size; it names the nearest sizes that work.
         """
         if size < self.patch or size % self.patch:
             below = max(size // self.patch, 1) * self.patch
@@ -62,30 +62,33 @@ class TeacherSpec:
 
     @property
     def architecture(self) -> str | None:
-        """What decides the arithmetic beside the weights; None where `model` is a place with a configuration."""
+        """Return the library's name of the architecture, without tag; None if `model` is a place with a configuration.
+
+        Together with the weights it determines what the model computes.
+        """
         if self.is_local_dir or self.backend not in ("timm", "open_clip"):
             return None
         return re.split(r"[.@]", self.model)[0]
 
     @property
     def is_local_dir(self) -> bool:
-        """Whether it is a directory that timm lays out."""
+        """Return whether `model` is a directory in timm's layout."""
         return self.model.startswith(LOCAL_DIR)
 
     @property
     def place(self) -> Path:
-        """Where the model lies, if `model` is a place."""
+        """Return the path of the model, if `model` is a place."""
         return Path(self.model.removeprefix(LOCAL_DIR))
 
     def at(self, place: Path) -> TeacherSpec:
-        """The same model in another place, or under the absolute name of its own."""
+        """Return the same model at another place, or at the absolute path of its own."""
         return dataclasses.replace(self, model=f"{LOCAL_DIR if self.is_local_dir else ''}{place}")
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> TeacherSpec:
-        """The reverse of `to_json`; what a store notes beside the card is left out.
+        """Build a spec from the JSON of `to_json`, ignoring what a store adds to the card.
 
-        Raises: TeacherError if something of the card is not there.
+        Raises: TeacherError if a field is missing.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in plain]:
@@ -94,5 +97,5 @@ class TeacherSpec:
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
-        """The card as plain JSON, tuples as lists."""
+        """Return the card as plain JSON, with tuples as lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -1,8 +1,8 @@
 """A loaded teacher: uint8 pictures in, float32 tokens out, whatever library it comes from.
 
-Each adapter module has three functions: `load(spec, weights=, key=, sizes=)` gives the library's own encoder on the
-CPU, `build(spec, sizes=)` the same with random weights, `tokens(model, spec, pixels_BCHW)` runs it. All else that
-teachers have in common is here.
+Each adapter module has three functions: `load(spec, weights=, key=, sizes=)` returns the library's own encoder on the
+CPU, `build(spec, sizes=)` returns the same with random weights, `tokens(model, spec, pixels_BCHW)` runs it. Everything
+else that teachers have in common is here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ADAPTERS: dict[Backend, str] = {
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen encoder on its device; weights in float32, compute in `dtype`."""
+    """A frozen encoder on its device; its weights are float32, it computes in `dtype`."""
 
     spec: TeacherSpec
     module: nn.Module
@@ -43,10 +43,10 @@ class Teacher:
 
     @torch.inference_mode()
     def __call__(self, views_u8_BHWC: Tensor) -> Tokens:
-        """Tokens of square uint8 RGB pictures [B, S, S, 3], which may be on any device.
+        """Return the tokens of square uint8 RGB pictures [B, S, S, 3], which may be on any device.
 
         Returns: float32 tokens on the teacher's device.
-        Raises: TeacherError if S is not a multiple of the patch, or the model's output is not what its spec says.
+        Raises: TeacherError if S is not a multiple of the patch, or the model's output does not match its spec.
         """
         grid = self.spec.grid(views_u8_BHWC.shape[1])
         pixels = normalise(views_u8_BHWC.to(self.device, non_blocking=True), self.spec.mean, self.spec.std)
@@ -56,7 +56,7 @@ class Teacher:
         return Tokens(summary=summary, dense=tokens.dense.float())
 
     def encode(self, pixels_BCHW: Tensor) -> Tokens:
-        """Tokens of normalised pixels on its device, in the dtype that it computes in: the encoder and nothing else."""
+        """Return the tokens of normalised pixels on its device, in its compute dtype: the encoder and nothing else."""
         adapter = importlib.import_module(_ADAPTERS[self.spec.backend])
         with autocast(self.dtype, self.device):
             tokens: Tokens = adapter.tokens(self.module, self.spec, pixels_BCHW)
@@ -75,12 +75,13 @@ def load_teacher(
     """Build the teacher's encoder, load every weight of it, freeze it and move it to the device.
 
     Args:
-        weights: a safetensors file, a torch state dict, or a directory as Hugging Face lays it out; None for the
-            library's own download.
-        key: where among others in the weights file its tensors are; see `read_checkpoint`.
-        dtype: what the matrix products compute in, under autocast; the weights stay float32.
-        sizes: sides in pixels of the inputs that it will be given.
-    Raises: TeacherError for a size it cannot take, weights that cannot be had or do not fit; nothing is half loaded.
+        weights: a safetensors file, a torch state dict, or a directory in Hugging Face's layout; None for the library's
+            own download.
+        key: key of its tensors in a weights file of several models; see `read_checkpoint`.
+        dtype: dtype of the matrix products, under autocast; the weights stay float32.
+        sizes: sides in pixels of the inputs that it will get.
+    Raises: TeacherError for a size that it cannot take, and for weights that are unavailable or do not fit; a teacher
+        is never half loaded.
     """
     for size in sizes:
         spec.grid(size)
@@ -90,9 +91,9 @@ def load_teacher(
 
 
 def require_weights(spec: TeacherSpec, weights: Path) -> None:
-    """Ahead of the work: that local weights are there, and what their library needs beside them.
+    """Check local weights, and the files that their library needs beside them, before any work starts.
 
-    Raises: TeacherError.
+    Raises: TeacherError if they are missing, or are files of another kind.
     """
     require_readable(weights)
     if spec.backend == "hf":
@@ -100,24 +101,22 @@ def require_weights(spec: TeacherSpec, weights: Path) -> None:
 
 
 def build_teacher(spec: TeacherSpec, *, size: int, seed: int = 0) -> Teacher:
-    """The teacher's encoder with its library's random weights, in float32 on the CPU: for what needs no weights.
+    """Build the teacher's encoder with its library's random weights, in float32 on the CPU, without fetching anything.
 
-    Nothing is fetched.
-
-    Raises: TeacherError for a size it cannot take.
+    Raises: TeacherError for a size that it cannot take.
     """
     spec.grid(size)
     adapter = importlib.import_module(_ADAPTERS[spec.backend])
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the caller's random state must not change
         torch.manual_seed(seed)
         module: nn.Module = adapter.build(spec, sizes=(size,))
     return Teacher(spec=spec, module=_frozen(module), device=torch.device("cpu"), dtype=torch.float32)
 
 
 def _frozen(module: nn.Module) -> nn.Module:
-    """The module in eval mode, without gradients.
+    """Return the module in eval mode, without gradients.
 
-    Raises: TeacherError if a part of it stays in training mode: its features would be randomly disturbed.
+    Raises: TeacherError if a part of it stays in training mode, because its features would then be random.
     """
     module.eval().requires_grad_(False)
     training = [name for name, part in module.named_modules() if part.training]

@@ -20,7 +20,7 @@ from eupe.tokens import Tokens
 
 
 def describe(name: str) -> TeacherSpec:
-    """The spec of `timm:ARCH[.tag]`, or of `timm:local-dir:DIR`, a directory as timm lays it out.
+    """Return the spec of `timm:ARCH[.tag]`, or of `timm:local-dir:DIR`, a directory in timm's layout.
 
     Raises: TeacherError for an unknown architecture or tag, one whose features cannot be used, or CLIP weights under
         an architecture with the wrong activation.
@@ -50,7 +50,7 @@ def describe(name: str) -> TeacherSpec:
 
 
 def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tuple[int, ...]) -> Any:
-    """timm's model without its classifier, or, for CLIP-like models, without its projection unless it is asked for."""
+    """Load timm's model without its classifier; a CLIP-like one keeps its projection if the summary is projected."""
     size = _build_size(spec, sizes)
     weights = weights or own_weights(spec)
     if weights is None:
@@ -61,6 +61,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
         return model
     model = _built(spec, size)
     state = _without_classifier(model, read_checkpoint(weights, key=key, fitting=model.state_dict()))
+    # timm's conversion renames original authors' tensors, and resamples position tables if the build has another size.
     if size is not None or state.keys() != model.state_dict().keys():
         state = _without_classifier(model, _in_timm_names(model, state))
     load_state_dict_strictly(model, state, source=str(weights))
@@ -68,7 +69,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
 
 
 def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
-    """timm's model as `load` gives it, with random weights.
+    """Build timm's model as `load` returns it, with random weights.
 
     Raises: TeacherError if no single build takes all of the sizes.
     """
@@ -76,13 +77,13 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
 
 
 def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
-    """Tokens of normalised pixels."""
+    """Return the tokens of normalised pixels."""
     class_tokens = spec.summary_dim // spec.dense_dim
     return timm_tokens(model, pixels_BCHW, summary=spec.summary, dense=spec.dense, class_tokens=class_tokens)
 
 
 def _build_size(spec: TeacherSpec, sizes: tuple[int, ...]) -> int | None:
-    """The size to build for: None, the architecture's own, wherever it takes all of `sizes` as it is.
+    """Return the size to build for; None, for the architecture's own, if that build takes all of `sizes`.
 
     Raises: TeacherError if no single build takes them all.
     """
@@ -97,7 +98,7 @@ def _build_size(spec: TeacherSpec, sizes: tuple[int, ...]) -> int | None:
 
 
 def _takes(spec: TeacherSpec, build_size: int | None, size: int) -> bool:
-    """Whether a build takes inputs of `size`, tried on the meta device; libraries refuse in many ways."""
+    """Return whether a build takes inputs of `size`; try it on the meta device."""
     if build_size is None and size == spec.native_size:
         return True
     return _tried(spec.model, spec, build_size, size)
@@ -110,7 +111,7 @@ def _tried(arch: str, spec: TeacherSpec, build_size: int | None, size: int) -> b
             with built_on_meta():
                 model = _built(spec, build_size).eval()
             tokens(model, spec, torch.zeros(1, 3, size, size))
-        except Exception:
+        except Exception:  # libraries refuse in many ways
             return False
     return True
 
@@ -120,7 +121,7 @@ def _built(spec: TeacherSpec, size: int | None) -> Any:
 
 
 def _without_classifier(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state without the classifier's tensors that the encoder does not have."""
+    """Return the state without the tensors of a classifier that the encoder does not have."""
     names = model.pretrained_cfg.get("classifier") or ()
     names = (names,) if isinstance(names, str) else names
     dropped = {f"{name}.{part}" for name in names for part in ("weight", "bias")} - model.state_dict().keys()
@@ -128,7 +129,7 @@ def _without_classifier(model: Any, state: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _in_timm_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An original author's state dict under timm's names and for the model's grid, by timm's own conversion."""
+    """Convert an original author's tensors to timm's names and the model's grid by timm's own code, if it can."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         converted: dict[str, Tensor] = state if convert is None else convert(state, model)
@@ -138,7 +139,7 @@ def _in_timm_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_activation(arch: str, notes: Sequence[str]) -> None:
-    """Raises: TeacherError where timm notes that the weights are QuickGELU's, and the architecture has GELU."""
+    """Raise TeacherError if timm notes that the weights need QuickGELU, and the architecture has GELU."""
     if "quickgelu" not in arch and any("QuickGELU" in note for note in notes):
         right = arch.replace("_clip_", "_clip_quickgelu_")
         raise TeacherError(f"the weights {arch} were trained with QuickGELU; use timm:{right}")

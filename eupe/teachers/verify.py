@@ -1,4 +1,4 @@
-"""Whether the adapters give what the libraries' own forward passes give, on pictures that pipelines get wrong."""
+"""Comparison of the adapters with the libraries' own forward passes, on pictures that pipelines often get wrong."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from eupe.teachers.teacher import Teacher, load_teacher
 from eupe.teachers.weights import brief
 
 LEAST = 0.9999
-"""What the cosine of every token must reach: kernels differ in rounding only."""
+"""Cosine that every token must reach: kernels differ in rounding only."""
 BATCH_SIZE = 4
 FULL_IN_REGISTRY = 30_000_000
-"""Rows of at most so many parameters are built in full when the whole registry is verified."""
+"""Number of parameters up to which a row is built in full when the whole registry is verified."""
 FULL_BY_NAME = 1_000_000_000
-"""And when one row is; the bytes are four times as many, three times over."""
+"""The same limit when a single row is verified; memory is three times 4 bytes per parameter."""
 
 Progress = Callable[[int, int], None]
-"""Called with (done, in all)."""
+"""Callback with (done, total)."""
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """The cosines of one kind of token, between two ways to compute it."""
+    """The least and mean cosine between two ways to compute one kind of token."""
 
     least: float
     mean: float
@@ -50,21 +50,21 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One teacher's adapter against its library."""
+    """The result of comparing one teacher's adapter with its library."""
 
     teacher: str
     weights: str
-    """`random weights`, or where they are from."""
+    """`random weights`, or the source of the weights."""
     build: str
-    """`full`, or `narrow`: two blocks of 64 channels and the like, in the row's architecture."""
+    """`full`, `narrow` (the row's architecture with two blocks of 64 channels or the like), or `none` on failure."""
     size: int
     num_pictures: int
     cosines: dict[str, Cosine]
-    """Between adapter and library, by kind of token."""
+    """Cosines between adapter and library, by kind of token."""
     rounding: dict[str, Cosine] = field(default_factory=dict)
-    """Between the adapter in the arithmetic that was asked for and in float32, by kind of token."""
+    """Cosines between the adapter in the requested dtype and in float32, by kind of token."""
     failure: str | None = None
-    """Why there is nothing to compare: what was raised."""
+    """Error that prevented the comparison."""
 
     @property
     def agrees(self) -> bool:
@@ -79,15 +79,16 @@ def verify_teachers(
     dtype: torch.dtype = torch.float32,
     progress: Progress = lambda done, of: None,
 ) -> list[Comparison]:
-    """Compare one teacher, or every row of the registry; one that raises is a failed comparison, and the others go on.
+    """Compare one teacher, or every row of the registry; a row that raises counts as failed, and the others continue.
 
     Args:
+        name: the one teacher; None for the whole registry.
         weights: local weights of the one teacher; without them its library makes random ones, except that `hf:` names
             and runs bring their own.
-        key: where among others in the weights file its tensors are.
-        dtype: an arithmetic of which to tell, beside, how near its tokens are to those of float32.
-    Raises: StorageError if the temporary folder refuses; for the one teacher, TeacherError as `resolve_teacher` and
-        `load_teacher` do.
+        key: key of its tensors in a weights file of several models.
+        dtype: dtype whose tokens are also compared with those in float32.
+    Raises: StorageError if the temporary folder cannot be written; for the one teacher, TeacherError as
+        `resolve_teacher` and `load_teacher` do.
     """
     specs = list(REGISTRY.values()) if name is None else [resolve_teacher(name, weights)]
     full_up_to = FULL_IN_REGISTRY if name is None else FULL_BY_NAME
@@ -96,7 +97,7 @@ def verify_teachers(
         progress(i, len(specs))
         try:
             found = compare(spec, weights, key=key, full_up_to=full_up_to, dtype=dtype)
-        except StorageError:
+        except StorageError:  # the disk failed, not the teacher
             raise
         except Exception as error:
             if name is not None and isinstance(error, EupeError):
@@ -108,7 +109,7 @@ def verify_teachers(
 
 
 def require_agreement(comparisons: list[Comparison]) -> None:
-    """Raises: ConformanceError naming the teachers whose adapter gives something else than the library."""
+    """Raise ConformanceError that names the teachers whose adapter gives other tokens than the library."""
     wrong = [comparison.teacher for comparison in comparisons if not comparison.agrees]
     if wrong:
         raise ConformanceError(
@@ -125,10 +126,12 @@ def compare(
     full_up_to: int = FULL_BY_NAME,
     dtype: torch.dtype = torch.float32,
 ) -> Comparison:
-    """Compare one teacher at its native size, in float32 on the CPU, and there in `dtype` with itself in float32.
+    """Compare one teacher with its library at its native size, in float32 on the CPU.
+
+    If `dtype` is another one, its tokens in `dtype` are also compared with its own in float32.
 
     Args:
-        full_up_to: a registry row of more parameters that gets random weights is built narrow.
+        full_up_to: number of parameters above which a registry row with random weights is built narrow.
     """
     brings_its_own = spec.backend == "run" or spec.is_local_dir or spec.name.startswith("hf:")
     if weights is not None or brings_its_own:
@@ -163,9 +166,9 @@ def _failed(spec: TeacherSpec, weights: Path | None, error: Exception) -> Compar
 
 
 def random_pair(spec: TeacherSpec, *, is_narrow: bool, sizes: tuple[int, ...]) -> tuple[OwnModel, Teacher]:
-    """The library's model with random weights, and the teacher that loaded them from a file.
+    """Return the library's model with random weights, and the teacher that loaded them from a file.
 
-    Raises: StorageError if the temporary folder refuses the file.
+    Raises: StorageError if the file cannot be written to a temporary folder.
     """
     with built_narrow(spec) if is_narrow else nullcontext():
         own = own_model(spec)
@@ -176,7 +179,7 @@ def random_pair(spec: TeacherSpec, *, is_narrow: bool, sizes: tuple[int, ...]) -
 
 @contextmanager
 def _saved(module: nn.Module) -> Iterator[Path]:
-    """Where the weights lie in a temporary folder, while it lasts.
+    """Save the weights in a temporary folder and yield their path; the folder is removed afterwards.
 
     Raises: StorageError if the folder cannot be made or written to.
     """
@@ -195,7 +198,7 @@ def _saved(module: nn.Module) -> Iterator[Path]:
 
 
 def awkward_views(size: int) -> NDArray[np.uint8]:
-    """The centre views of the awkward pictures, uint8 [B, S, S, 3]."""
+    """Return the centre views of the awkward pictures, uint8 [B, S, S, 3]."""
     images = [(name, decode_image(data)) for name, data in awkward_pictures().items()]
     drawn = [(image, draw_view(ViewSpec(), name, 0, image.width, image.height)) for name, image in images]
     return np.stack([render_view(image, params, size) for image, params in drawn])
@@ -207,7 +210,7 @@ def _loaded(spec: TeacherSpec, weights: Path | None, key: str | None = None, *, 
 
 
 def _num_parameters(spec: TeacherSpec) -> int:
-    """Counted on a build without memory."""
+    """Count the parameters on the meta device, which needs no memory."""
     with built_on_meta():
         return sum(parameter.numel() for parameter in own_model(spec).module.parameters())
 
@@ -227,7 +230,7 @@ def _cosines(teacher: Teacher, own: OwnModel, views: NDArray[np.uint8]) -> dict[
 
 @torch.inference_mode()
 def _rounding(teacher: Teacher, dtype: torch.dtype, views: NDArray[np.uint8]) -> dict[str, Cosine]:
-    """The teacher's tokens in `dtype` against its own in float32."""
+    """Compare the teacher's tokens in `dtype` with its own in float32."""
     rounded = dataclasses.replace(teacher, dtype=dtype)
     found: dict[str, list[Tensor]] = {}
     for start in range(0, len(views), BATCH_SIZE):
@@ -245,6 +248,6 @@ def _summed_up(found: dict[str, list[Tensor]]) -> dict[str, Cosine]:
 
 
 def _cosine(got: Tensor, want: Tensor) -> Tensor:
-    """In float64, so that equal tokens give 1; NaN where either is."""
+    """Return the cosines in float64, so that equal tokens give 1; NaN if either token is NaN."""
     values: Any = torch.nn.functional.cosine_similarity(got.double(), want.double(), dim=-1)
     return torch.as_tensor(values).flatten()

@@ -1,4 +1,4 @@
-"""Weights named by their content, and what is common to the libraries that load them."""
+"""Digests of weights, and helpers for the libraries that load them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _BLOCK_BYTES = 1 << 24
 
 
 def own_weights(spec: TeacherSpec) -> Path | None:
-    """Where a teacher that lies in a directory of a run, or of timm's, has its weights; None for all others."""
+    """Return the path of the weights of a run, or of a directory in timm's layout; None for all other teachers."""
     if spec.is_local_dir:
         return spec.place
     return spec.place / WEIGHTS_FILE if spec.backend == "run" else None
 
 
 def file_digest(path: Path, key: str | None = None) -> str:
-    """sha256 of a weights file, or of a directory's weights and configuration files, names included, sorted.
+    """Return the sha256 of a weights file, or of a directory's weights and configuration files with names, sorted.
 
     Args:
-        key: of the tensors among others in the file; it is part of the digest where it says more than the file does.
+        key: key of the tensors in a file of several models; it enters the digest unless they would be found without it.
     """
     if key is not None and not is_usual(path, key):
         return hashlib.sha256(f"{file_digest(path)} {key.strip('.')}".encode()).hexdigest()
@@ -42,20 +42,20 @@ def file_digest(path: Path, key: str | None = None) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """sha256 over the name, dtype, shape and bytes of every tensor of the state dict, sorted by name."""
+    """Return the sha256 over name, dtype, shape and bytes of every tensor of the state dict, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
-        digest.update(plain.view(-1).view(torch.uint8).numpy())
+        digest.update(plain.view(-1).view(torch.uint8).numpy())  # as bytes, because NumPy has no bfloat16
     return digest.hexdigest()
 
 
 def at_revision(source: str) -> tuple[str, str]:
-    """Split `OWNER/NAME@REVISION` into the repository and the branch, tag or commit; `main` where none is named.
+    """Split `OWNER/NAME@REVISION` into the repository and the branch, tag or commit; `main` if none is named.
 
     Args:
-        source: also a directory, whatever its name.
+        source: a repository, or an existing directory, whose name is never split.
     """
     name, _, revision = (source, "", "") if Path(source).exists() else source.partition("@")
     return name, revision or "main"
@@ -63,9 +63,9 @@ def at_revision(source: str) -> tuple[str, str]:
 
 @contextmanager
 def hub_errors(spec: TeacherSpec) -> Iterator[None]:
-    """Turns whatever a library raises while it fetches from its hub into one sentence.
+    """Turn whatever a library raises while it fetches from its hub into a TeacherError of one sentence.
 
-    Raises: TeacherError.
+    Errors of eupe's own pass unchanged.
     """
     try:
         with hub_or_offline(spec.model):
@@ -81,10 +81,11 @@ def hub_errors(spec: TeacherSpec) -> Iterator[None]:
 
 @contextmanager
 def hub_or_offline(source: str) -> Iterator[None]:
-    """Where the hub does not answer, its client looks in its cache alone, as with HF_HUB_OFFLINE=1, without retries.
+    """Restrict the hub's client to its cache, as HF_HUB_OFFLINE=1 does, if the hub does not answer; this saves retries.
 
     Args:
-        source: what is fetched; the hub is not asked about a local file or directory.
+        source: what is fetched; nothing changes for a local file or directory.
+    Raises: ConnectionError if the hub does not answer and the cache lacks what is fetched.
     """
     from huggingface_hub import constants
 
@@ -102,7 +103,7 @@ def hub_or_offline(source: str) -> Iterator[None]:
 
 @cache
 def _hub_answers(endpoint: str) -> bool:
-    """Whether anything does, asked once in a process, and a second time where the first got no answer."""
+    """Return whether anything answers at the endpoint; ask once in a process, with one retry."""
     from huggingface_hub import get_session
 
     for _ in range(2):
@@ -114,7 +115,7 @@ def _hub_answers(endpoint: str) -> bool:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """The library's reports and progress bars off: what matters of them is raised."""
+    """Turn off the library's reports and progress bars; anything in them that matters is raised as an error."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -130,7 +131,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def quiet_open_clip() -> Iterator[None]:
-    """Its warnings off, of weights that are loaded elsewhere and of downloads whose failure is raised as well."""
+    """Turn off open_clip's warnings: weights are loaded elsewhere, and failed downloads raise errors anyway."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -140,7 +141,7 @@ def quiet_open_clip() -> Iterator[None]:
 
 
 def brief(error: BaseException) -> str:
-    """What a library had to say, on one line of bearable length."""
+    """Return a library's error message on one line, cut to about 200 characters."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= 200 else f"{words[:200]}..."
 

@@ -1,4 +1,4 @@
-"""What a training step is given: views, and their targets as they are stored."""
+"""The input of one training step: views, and their targets as they are stored."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from eupe.train.sampling import Views
 
 @dataclass(frozen=True)
 class TargetTokens:
-    """Features of B views as they are stored; decoded on the device that uses them."""
+    """Target tokens of B views as they are stored; they are decoded on the device that uses them."""
 
     stored: Tensor
-    """float16 [B, ..., D], or int8 [B, ..., D + 2] with the token's float16 scale in the last two."""
+    """float16 [B, ..., D]; or int8 [B, ..., D + 2], whose last two values are the token's float16 scale."""
     mean: Tensor | None = None
     std: Tensor | None = None
-    """float32 [D], the calibration of int8; None for float16."""
+    """`mean` and `std`: float32 [D], the calibration of int8 tokens; None for float16."""
 
     @classmethod
     def of(cls, tokens: Tokens) -> TargetTokens:
@@ -44,31 +44,34 @@ class TargetTokens:
         return TargetTokens(move(self.stored), mean, std)
 
     def decode(self) -> Tensor:
-        """As the teacher gave them, float32 [B, ..., D]."""
+        """Return the tokens as the teacher gave them, float32 [B, ..., D]."""
         if self.mean is None or self.std is None:
             return self.stored.float()
         return self._scaled().mul_(self.std).add_(self.mean)
 
     def standardised(self, mean: Tensor, std: Tensor) -> Tensor:
-        """(tokens - mean) / std, float32 [B, ..., D], with as few passes over them as the precision allows.
+        """Return (tokens - mean) / std as float32 [B, ..., D], in as few passes over memory as the precision allows.
 
         Args:
             mean, std: float32 [D].
         """
         if self.mean is None or self.std is None:
             return _float_like(self.stored).sub_(mean).div_(std)
+        # calibration and normalisation are folded into one factor and one offset, to save two passes
         return self._scaled().mul_(self.std / std).add_((self.mean - mean) / std)
 
     def _scaled(self) -> Tensor:
-        """int8 times its scale: tokens standardised by the calibration, float32 [B, ..., D]."""
+        """Return the int8 values times their scale: tokens standardised by the calibration, float32 [B, ..., D]."""
+        # view() needs a contiguous last axis, which channel-first tokens do not have
         scale = self.stored[..., -2:].contiguous().view(torch.float16).float()
         return _float_like(self.stored[..., :-2]).mul_(scale)
 
 
 def _float_like(tokens: Tensor) -> Tensor:
-    """A float32 copy of [B, ..., D], channels before cells as they are stored.
+    """Return a float32 copy of [B, ..., D] that keeps the channel-first memory layout of the stored tokens.
 
-    On a CPU in memory of NumPy's, which the system backs with large pages; torch's is faulted in anew for every batch.
+    On a CPU its memory comes from NumPy, which the system backs with huge pages; torch's memory would be page-faulted
+    again for every batch.
     """
     channels_first = tokens.movedim(-1, 1)
     if tokens.device.type != "cpu":
@@ -79,12 +82,12 @@ def _float_like(tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TargetBatch:
-    """One target's features for B views, as stored: not normalised."""
+    """One target's features for B views as they are stored, not normalised."""
 
     size: int
-    """Side in pixels of what the teacher saw."""
+    """Side of the teacher's input in pixels."""
     summary: TargetTokens | None
-    """Of width Ds, [B, Ds] once decoded."""
+    """[B, Ds] once decoded; Ds is the summary's width."""
     dense: TargetTokens | None
     """[B, h, w, D] once decoded."""
 
@@ -103,21 +106,21 @@ class TargetBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """B views of one corpus, and how they are wanted."""
+    """A request for B views of one corpus."""
 
     views: Views
     size: int
-    """Side of the student's pixels."""
+    """Side of the student's input in pixels."""
     target_sizes: tuple[int, ...] = ()
-    """Per store; each store's first where empty."""
+    """Size of each store's features; each store's first size if empty."""
     corpus: int = 0
     step: int = 0
     first: int = 0
-    """Place of the first of these views in the batch of the step, over all workers."""
+    """Position of the first of these views in the step's global batch."""
     colours_seed: int | None = None
-    """The student's views are recoloured, by this seed and the step."""
+    """Seed for recolouring the student's views, together with the step; None leaves their colours."""
     colours_by_view: bool = True
-    """Two views of one picture get colours of their own; the same in runs of the first method."""
+    """Whether the views of one picture get different colours; False in runs of method 1."""
 
 
 @dataclass(frozen=True)
@@ -126,23 +129,23 @@ class Batch:
 
     request: Request
     pixels: Tensor
-    """uint8 [B, S, S, 3]: the views themselves."""
+    """uint8 [B, S, S, 3]: the rendered views."""
     targets: tuple[TargetBatch, ...]
-    """One per store, in the order given."""
+    """One per store, in the order in which the stores were given."""
     keys: tuple[str, ...]
 
     def to(self, device: torch.device) -> Batch:
-        """Copied to a device without waiting, where the memory is pinned."""
+        """Copy the batch to a device; from pinned memory, without waiting for the copy."""
         if device.type == "cpu":
             return self
         pixels = self.pixels.to(device, non_blocking=True)
         return replace(self, pixels=pixels, targets=tuple(target.to(device) for target in self.targets))
 
     def pinned(self) -> Batch:
-        """In page-locked memory, from which a GPU copies by itself."""
+        """Return a copy in page-locked memory, from which a GPU copies asynchronously."""
         targets = tuple(target.pinned() for target in self.targets)
         return replace(self, pixels=self.pixels.pin_memory(), targets=targets)
 
     def tensors(self) -> list[Tensor]:
-        """All of them, wherever they lie."""
+        """Return all tensors of the batch, whatever device they are on."""
         return [self.pixels, *(tensor for target in self.targets for tensor in target.tensors())]

@@ -1,4 +1,4 @@
-"""What decides a run's outcome."""
+"""The run card: everything that decides a run's outcome."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ HEADS_FILE = "heads.safetensors"
 NORMS_FILE = "norms.safetensors"
 REPORT_FILE = "report.json"
 MOST_PASSES = 100
-"""Over each stored view; the paper draws its crops afresh each time, and a cache does not."""
+"""Passes over each stored view above which the command warns; the paper draws new crops at each step."""
 METHOD = "method"
-"""In a card's `config`: the version of what training does beyond the options; 1 where the card does not say.
+"""Key in a card's `config`: the version of the training method beyond the options; 1 if the card has no such key.
 
-1: the hold-out goes by keys, the decay of `--ema` is fixed, `--photometric` gives all views of a picture in a step the
-same colours, a channel that hardly changes is normalised like all others.
-2: the hold-out goes by content, the decay rises, colours are drawn for each view, `normalise.LEAST_STD` holds, and how
-many views a batch norm sees is part of what the run is.
+1: pictures are held out by key, the decay of `--ema` is fixed, `--photometric` gives all views of a picture the same
+colours in a step, and channels that hardly vary are normalised like all others.
+2: pictures are held out by content, the decay rises, each view gets its own colours, `normalise.LEAST_STD` applies,
+and the number of views that a batch norm sees is part of the run's identity.
 """
 NEWEST_METHOD = 2
 VERSIONED = ("eupe", "torch", "timm", "pillow")
@@ -66,23 +66,23 @@ HOW = frozenset(
         "shard",
     ]
 )
-"""Options that do not make another run: where things are, how long (the steps are kept apart), and how it is done."""
+"""Options that do not make it another run: locations, duration (steps are compared separately) and execution."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunCard:
-    """What decides a run's outcome, kept as `config.json`: two runs with equal cards are the same run."""
+    """Everything that decides a run's outcome, stored as `config.json`; two runs with equal cards are the same run."""
 
     config: dict[str, Any]
     targets: tuple[dict[str, Any], ...]
-    """Per store: place, fingerprint of its spec, teacher and its weights' digest, licence, widths."""
+    """Per store: path, fingerprint of its spec, teacher, digest of the teacher's weights, licence, widths."""
     mix: tuple[dict[str, Any], ...] = ()
-    """Per corpus mixed in: `share`, and `targets` as above."""
+    """Per mixed-in corpus: its `share`, and its `targets` in the same form."""
     pictures: tuple[str, ...]
-    """Per corpus, a digest of the keys that its targets have in common."""
+    """Per corpus: a digest of the keys that all its targets have."""
     total_steps: int
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Of what trains, which does not make another run."""
+    """Versions of the libraries that train; other versions do not make it another run."""
 
     def to_json(self) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
@@ -90,7 +90,10 @@ class RunCard:
 
     @classmethod
     def from_json(cls, plain: Any) -> RunCard:
-        """Raises: TypeError, KeyError."""
+        """Build a card from its JSON form.
+
+        Raises: TypeError, KeyError.
+        """
         card = cls(**{**plain, **{name: tuple(plain[name]) for name in ("targets", "mix", "pictures")}})
         if not isinstance(card.config, dict) or not isinstance(card.versions, dict):
             raise TypeError("config and versions are not both objects")
@@ -103,19 +106,20 @@ class RunCard:
 
     @property
     def size(self) -> int:
-        """The student's first size in pixels, at which it is judged."""
+        """Return the student's first input size in pixels, at which it is validated."""
         return int(self.config["size"][0])
 
     @property
     def target_sizes(self) -> list[tuple[int, ...]]:
-        """Per target, the sizes that are drawn from."""
+        """Return, per target, the feature sizes that each step draws from."""
         return [tuple(sizes) for sizes in self.config["target_size"]]
 
     def differences(self, other: RunCard) -> list[str]:
-        """One phrase for each thing that makes the other one another run; a target's place is not such a thing."""
+        """Return one phrase per difference that makes the other card another run's; targets' paths do not count."""
         phrases = [
             f"{name}: was {self.config.get(name)}, now {other.config.get(name)}"
             for name in sorted({*self.config, *other.config})
+            # as JSON: a card that was read back has lists where a new one has tuples
             if _plain(self.config.get(name)) != _plain(other.config.get(name))
         ]
         if self.total_steps != other.total_steps:
@@ -133,7 +137,7 @@ class RunCard:
 
 
 def read_card(run: Path) -> RunCard:
-    """The card of a training run.
+    """Read the card of a training run.
 
     Raises: RunError if there is none.
     """
@@ -144,7 +148,7 @@ def read_card(run: Path) -> RunCard:
 
 
 def is_run(path: Path) -> bool:
-    """Tell whether a training run was begun in a folder; another library's may have a `config.json` too."""
+    """Return whether a folder holds a training run; a `config.json` alone may be another library's."""
     try:
         read_card(path)
     except RunError:
@@ -153,7 +157,7 @@ def is_run(path: Path) -> bool:
 
 
 def finished_card(run: Path) -> RunCard:
-    """The card of a run that has come to its end.
+    """Read the card of a finished run.
 
     Raises: RunError if there is no run, or an unfinished one.
     """
@@ -176,12 +180,12 @@ def _mixed_in(card: RunCard) -> list[dict[str, Any]]:
 
 
 def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
-    """Turn durations into steps and name the targets.
+    """Resolve a config to the card of its run: fill in defaults, turn epochs into steps, describe the targets.
 
     Args:
-        corpora: that of `config.targets`, then those of `config.mix`.
-    Raises: ConfigError if the student is unknown, names weights, or cannot be trained at a size, a store lacks one, the
-        batch exceeds what there is to train on, or nothing is held out.
+        corpora: the targets of `config.targets`, then those of `config.mix`.
+    Raises: ConfigError if the student is unknown, names pretrained weights, or cannot be trained at a size; if a store
+        lacks a size; if the batch exceeds the training views of a corpus; or if a corpus holds out no picture.
     """
     targets = corpora[0]
     require_bare_student(config)
@@ -196,6 +200,7 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
     mixes = parse_mix(config.mix, num_targets=len(config.targets))
     cards = tuple(target_card(store) for store in targets.stores)
     decisive = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in HOW}
+    # resolved values, so that a default and the same value given explicitly are the same run
     decisive |= {
         "student": student,
         "size": sizes,
@@ -203,6 +208,7 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
         "weight": parse_weights(config.weight, cards),
         "init": None if config.init is None else _digest(config.init),
     }
+    # method 1 had no such keys; without them the cards of its runs still compare equal
     if (method := begun_method(config.out)) > 1:
         decisive[METHOD] = method
         if config.photometric == "eupe":
@@ -223,7 +229,7 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
 
 
 def begun_method(run: Path) -> int:
-    """Return the version of the method that the run in a folder was begun with; the newest where there is none.
+    """Return the method version of the run in a folder; the newest one if there is no run.
 
     Raises: as `method_of`.
     """
@@ -235,9 +241,9 @@ def begun_method(run: Path) -> int:
 
 
 def method_of(card: RunCard) -> int:
-    """Return the version of the method that a run trains by.
+    """Return the method version that a run trains by.
 
-    Raises: RunError if its card names none that is known here.
+    Raises: RunError if its card names a version that is unknown here.
     """
     version = card.config.get(METHOD, 1)
     if version not in range(1, NEWEST_METHOD + 1):
@@ -248,12 +254,12 @@ def method_of(card: RunCard) -> int:
 
 
 def holdout_by(method: int) -> HoldoutBy:
-    """Return what decides which pictures are held out, by a version of the method."""
+    """Return what decides which pictures are held out, under a method version."""
     return "content" if method > 1 else "key"
 
 
 def _require_plain_colours(corpora: Sequence[TargetSet]) -> None:
-    """Raises: ConfigError if views were recoloured when they were extracted, which the student would see on top."""
+    """Raise ConfigError if views were recoloured in extraction: the student would see both changes."""
     for store in (store for corpus in corpora for store in corpus.stores):
         if store.spec.photometric:
             raise ConfigError(
@@ -263,7 +269,7 @@ def _require_plain_colours(corpora: Sequence[TargetSet]) -> None:
 
 
 def _batch_norm_views(config: TrainConfig) -> int:
-    """Return over how many views a batch norm of the student takes its mean.
+    """Return the number of views over which a batch norm of the student takes its mean.
 
     Raises: ConfigError if the workers' running statistics would differ.
     """
@@ -274,12 +280,12 @@ def _batch_norm_views(config: TrainConfig) -> int:
 
 
 def nearest_size(store: Store, size: int) -> int:
-    """Return the size, of those that a store has, that is nearest to `size` px: the larger of two as near."""
+    """Return the size of a store that is nearest to `size` px; the larger of two equally near ones."""
     return min(store.spec.sizes, key=lambda each: (abs(each - size), -each))
 
 
 def advice(config: TrainConfig, card: RunCard, corpora: Sequence[TargetSet]) -> list[str]:
-    """Return what a user may not have meant, a sentence each: targets of another size, views seen over and over."""
+    """Return what the user may not have intended, one sentence each, such as targets of another size."""
     notes = []
     for target, sizes in zip(card.targets, card.target_sizes, strict=True):
         if not config.target_size and list(sizes) != [card.size]:
@@ -307,15 +313,15 @@ def advice(config: TrainConfig, card: RunCard, corpora: Sequence[TargetSet]) -> 
 
 
 def passes(num_seen: float, num_stored: int) -> float:
-    """Return how often training sees each stored view, at least once."""
+    """Return how often training sees each stored view, at least 1."""
     return max(1.0, num_seen / max(1, num_stored))
 
 
 def require_bare_student(config: TrainConfig) -> None:
-    """Raises: ConfigError if the student names pretrained weights that it would not start from.
+    """Raise ConfigError if the student names pretrained weights that it would not start from.
 
-    With `--init` a tag may stay, as it says which mean and deviation the weights were made with. Runs that were begun
-    when tags were taken go on as they are.
+    A tag is allowed with `--init`, where it says which mean and deviation the weights were trained with. A run that was
+    begun with a tag before tags were refused may be resumed.
     """
     arch, tag = split_model_name_tag(config.student)
     if not tag or config.init is not None or not is_model(arch):
@@ -330,7 +336,7 @@ def require_bare_student(config: TrainConfig) -> None:
 
 
 def _require_same_teacher(store: Store, first: Store) -> None:
-    """Raises: ConfigError unless the store of a mixed corpus has the tokens of the first one's teacher."""
+    """Raise ConfigError unless a mixed-in store has the teacher and tokens of the first corpus's store."""
     if store.spec.teacher != first.spec.teacher or store.spec.tokens != first.spec.tokens:
         raise ConfigError(
             f"--mix: {store.path} holds {'+'.join(store.spec.tokens)} of {store.spec.teacher['name']}, in whose place "
@@ -340,7 +346,7 @@ def _require_same_teacher(store: Store, first: Store) -> None:
 
 
 def _require_sizes(store: Store, wanted: Sequence[int]) -> None:
-    """Raises: ConfigError."""
+    """Raise ConfigError if a store lacks one of the wanted sizes."""
     if lacking := set(wanted) - set(store.spec.sizes):
         raise ConfigError(
             f"{store.path} has no features at {', '.join(map(str, sorted(lacking)))} px, only at "
@@ -349,9 +355,9 @@ def _require_sizes(store: Store, wanted: Sequence[int]) -> None:
 
 
 def _total_steps(config: TrainConfig, corpora: Sequence[TargetSet], mixes: Sequence[MixedIn]) -> int:
-    """Steps asked for; an epoch is one of the first corpus.
+    """Return the number of steps; an epoch is one pass over the first corpus.
 
-    Raises: ConfigError if a corpus holds nothing out, or less than a batch.
+    Raises: ConfigError if a corpus holds out no picture, or has fewer training views than a batch.
     """
     for corpus in corpora:
         num_train = len(corpus.training) * (corpus.num_views if config.views == "all" else 1)
@@ -362,22 +368,27 @@ def _total_steps(config: TrainConfig, corpora: Sequence[TargetSet], mixes: Seque
         if config.batch_size > num_train:
             raise ConfigError(f"--batch-size {config.batch_size} exceeds the {num_train} views there are to train on")
     first = len(corpora[0].training) * (corpora[0].num_views if config.views == "all" else 1)
+    # batches of mixed-in corpora come on top of those of the first corpus
     per_epoch = first // config.batch_size / (1 - sum(mixed.share for mixed in mixes))
     return config.steps or max(1, round((config.epochs or 1) * per_epoch))
 
 
 def _run(init: Path | None) -> Path:
-    """Raises: ConfigError unless it is a run, whose architecture is known."""
+    """Return the run given with `--init`, whose architecture is used where no student is given.
+
+    Raises: ConfigError if it is not a folder.
+    """
     if init is None or not init.is_dir():
         raise ConfigError(f"--init {init} is no training run, so give --student, too")
     return init
 
 
 def _digest(init: Path) -> str:
-    """SHA-256 of the weights that a student starts from.
+    """Return the SHA-256 of the weights that a student starts from.
 
-    Raises: ConfigError if there are none.
+    Raises: ConfigError if they cannot be read.
     """
+    # a run also brings its heads, so starting from it is not starting from its weights file
     digest = hashlib.sha256(b"run" if init.is_dir() else b"weights")
     try:
         for path in (init / WEIGHTS_FILE, init / HEADS_FILE) if init.is_dir() else (init,):
@@ -389,7 +400,7 @@ def _digest(init: Path) -> str:
 
 
 def target_card(store: Store) -> dict[str, Any]:
-    """What a run keeps of a target."""
+    """Return a target's entry in the run card."""
     teacher = store.spec.teacher
     return {
         "path": str(store.path),
@@ -403,17 +414,17 @@ def target_card(store: Store) -> dict[str, Any]:
 
 
 def target_names(targets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One name per target of a card: its teacher's, numbered where two are the same."""
+    """Return one name per target of a card: its teacher's, numbered if several targets share it."""
     names = [Path(target["teacher"]).name for target in targets]
     return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
 
 
 def parse_weights(words: Sequence[str], targets: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The factor of every loss by `TARGET/KIND`.
+    """Return the factor of each loss by `TARGET/KIND`.
 
     Args:
         words: `TARGET=W` or `TARGET/KIND=W`; later ones win.
-    Raises: ConfigError for a word that is no weight, or names no target or kind.
+    Raises: ConfigError if a word is malformed or names no target or kind, or if all factors are 0.
     """
     names = target_names(targets)
     weights = {
@@ -441,7 +452,7 @@ def parse_weights(words: Sequence[str], targets: Sequence[Mapping[str, Any]]) ->
 
 
 def loss_weights(card: RunCard) -> list[dict[str, float]]:
-    """Per target, the factor of each kind of token's loss."""
+    """Return, per target, the factor of each kind of token's loss."""
     weights: dict[str, float] = card.config["weight"]
     return [
         {known.rpartition("/")[2]: w for known, w in weights.items() if known.rpartition("/")[0] == name}
@@ -450,5 +461,5 @@ def loss_weights(card: RunCard) -> list[dict[str, float]]:
 
 
 def store_fingerprint(store: Store) -> str:
-    """SHA-256 of what decides a store's content, wherever it lies and whatever made it."""
+    """Return the SHA-256 of what decides a store's content; its location and maker do not count."""
     return hashlib.sha256(json.dumps(store.spec.identity(), sort_keys=True).encode()).hexdigest()

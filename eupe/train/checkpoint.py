@@ -1,7 +1,8 @@
-"""A run's state on disk: one safetensors file a checkpoint, no pickle, written whole or not at all.
+"""Checkpoints of a run: one safetensors file each, without pickle, written atomically.
 
-Tensors are named `encoder.*`, `heads.*`, `optimizer.<parameter number>.<name>` and `ema.*`; step, arithmetic and
-a checksum are in the metadata. Random numbers, the schedule and the place in the data are functions of the step.
+Tensors are named `encoder.*`, `heads.*`, `optimizer.<parameter number>.<name>` and `ema.*`; the metadata holds step,
+dtype and a checksum. Random numbers, learning rate and position in the data are functions of the step, so they are
+not stored.
 """
 
 from __future__ import annotations
@@ -31,19 +32,23 @@ DTYPE = "dtype"
 
 @dataclass(frozen=True)
 class Trainables:
-    """All that training changes."""
+    """Everything that training changes."""
 
     distiller: Distiller
     optimizer: torch.optim.Optimizer
     ema: Ema | None
 
     def tensors(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """See `on_cpu`."""
+        """Return all tensors on the CPU; see `on_cpu`."""
         return on_cpu(self._places(), keep=keep)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises: RuntimeError unless they are those of this model."""
+        """Copy tensors into the model, the optimizer and the average.
+
+        Raises: RuntimeError unless their names and shapes are those of this model.
+        """
         if not self.optimizer.state:
+            # a new AdamW has no state yet, so there would be nothing to copy into
             _make_slots(self.optimizer)
         places = self._places()
         if odd := sorted(places.keys() ^ tensors.keys()):
@@ -55,7 +60,7 @@ class Trainables:
                 place.copy_(placed_like(tensors[name], place))
 
     def _places(self) -> dict[str, Tensor]:
-        """The tensors themselves, in an order that all workers share."""
+        """Return the live tensors, in the same order on all workers."""
         places = {f"encoder.{name}": value for name, value in self.distiller.encoder.state_dict().items()}
         places |= {f"heads.{name}": value for name, value in self.distiller.heads.state_dict().items()}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -68,24 +73,25 @@ class Trainables:
 
 
 def on_cpu(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors, on the CPU. Where they are spread over workers every one of these must ask.
+    """Return whole tensors on the CPU; if they are sharded, every worker must call this.
 
     Args:
-        keep: False for a worker that only takes part: it gets nothing.
+        keep: False for a worker that only takes part in the gathering and gets an empty dict.
     """
+    # lazily, so that a device holds one whole tensor at a time
     gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
     return {name: tensor.cpu() for name, tensor in gathered if keep}
 
 
 def forget_after(run: Path, step: int) -> None:
-    """Remove checkpoints of later steps, which are done again."""
+    """Remove checkpoints of later steps, which will be trained again."""
     for later in steps_kept(run):
         if later > step:
             (run / FOLDER / _name(later)).unlink()
 
 
 def _make_slots(optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's state as before the first step, which it makes only then."""
+    """Create AdamW's state as it is before the first step; AdamW itself creates it in that step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -98,27 +104,28 @@ def _make_slots(optimizer: torch.optim.Optimizer) -> None:
 def save_checkpoint(
     run: Path, tensors: Mapping[str, Tensor], *, step: int, keep: int, keep_every: int | None, dtype: str
 ) -> None:
-    """Write the state after `step` updates.
+    """Write the state after `step` optimizer steps.
 
     Args:
-        keep: newest checkpoints that stay.
-        keep_every: those of multiples of so many steps stay, too.
-        dtype: the arithmetic in which the run computes.
-    Raises: StorageError; the files that were there stay.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of this.
+        dtype: dtype in which the run computes.
+    Raises: StorageError; existing checkpoints stay.
     """
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     remove_unfinished(folder)
-    for leftover in folder.glob(".*.tmp"):  # as earlier versions called theirs
+    for leftover in folder.glob(".*.tmp"):  # temporary files of earlier versions
         leftover.unlink()
     save_tensors(tensors, folder / _name(step), step=step, dtype=dtype)
+    # only after the new one is on disk: there must always be one to resume from
     for old in steps_kept(run)[:-keep]:
         if keep_every is None or old % keep_every:
             (folder / _name(old)).unlink()
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int, dtype: str | None = None) -> None:
-    """Write a safetensors file whole or not at all.
+    """Write a safetensors file atomically.
 
     Raises: StorageError.
     """
@@ -127,28 +134,31 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int, dtype:
     try:
         with replacing(path) as unfinished:
             save_file(contiguous, unfinished, metadata=facts)
+            # safetensors creates files that only their owner can read
             share(unfinished)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path} cannot be written: {error}; free some space and go on with --resume") from error
 
 
 def steps_kept(run: Path) -> list[int]:
-    """Steps that there are checkpoints of, in order."""
+    """Return the steps of the existing checkpoints, in ascending order."""
     return sorted(int(path.stem) for path in (run / FOLDER).glob("[0-9]*.safetensors"))
 
 
 def load_checkpoint(run: Path, state: Trainables, *, step: int, dtype: str) -> None:
-    """Restore the state after `step` updates.
+    """Restore the state after `step` optimizer steps.
 
-    Raises: RunError if it is missing, damaged, of another model, or was made in another arithmetic.
+    Raises: RunError if the checkpoint is missing, damaged, of another model, or made in another dtype.
     """
     path = run / FOLDER / _name(step)
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata()
         tensors = load_file(path)
+        # before anything is copied, so that a damaged file leaves no half-loaded model
         if checksum(tensors, step) != facts.get(CHECKSUM):
             raise RuntimeError("it fails its checksum")
+        # `--dtype auto` may resolve to another dtype on this machine, which would be another run
         if (made_in := facts.get(DTYPE)) != dtype:
             raise RunError(
                 f"{run} was trained in {made_in} so far, and --dtype auto is {dtype} here; go on with it on a machine "
@@ -164,7 +174,7 @@ def load_checkpoint(run: Path, state: Trainables, *, step: int, dtype: str) -> N
 
 
 def checksum(tensors: Mapping[str, Tensor], step: int) -> str:
-    """CRC-32 over the step, names, types, shapes and bytes, in eight hexadecimal digits."""
+    """Return the CRC-32 of the step, names, dtypes, shapes and bytes, as eight hexadecimal digits."""
     crc = zlib.crc32(str(step).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""The flags of `eupe train`."""
+"""The options of `eupe train`."""
 
 from __future__ import annotations
 
@@ -16,79 +16,80 @@ from eupe.train.schedule import LR_SCALINGS
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The flags of `eupe train`; defaults stand here and nowhere else."""
+    """The options of `eupe train`; their defaults are defined only here."""
 
     targets: tuple[Where, ...]
     """Stores: folders, `s3://...` or `gs://...`."""
     student: str = ""
-    """A timm architecture; that of the run in `init` where not given."""
+    """A timm architecture; by default that of the run in `init`."""
     out: Path
     init: Path | None = None
-    """A finished run to go on from (student and heads), or weights of such a model."""
+    """A finished run to start from (student and heads), or a weights file for such a model."""
     mix: tuple[str, ...] = ()
-    """`SHARE:STORE[,STORE...]`: a corpus of its own batches, with stores of the same teachers in the same order."""
+    """`SHARE:STORE[,STORE...]`: a corpus with its own batches, from stores of the same teachers in the same order."""
     corpus: Where | None = None
-    """Where the pictures of `targets` are now; the place noted in the first store where not given."""
+    """Current location of the pictures of `targets`; by default the one recorded in the first store."""
     size: tuple[int, ...] = ()
-    """Sides of the student's input in pixels, one drawn for each step; the first store's first where not given."""
+    """Sides of the student's input in pixels, one drawn for each step; by default the first store's first size."""
     target_size: tuple[int, ...] = ()
-    """Sizes of the stores, one drawn for each step and store; where not given, each store's nearest to `size`."""
+    """Feature sizes, one drawn for each step and store; by default each store's nearest to the first of `size`."""
     epochs: float | None = None
     steps: int | None = None
-    """Give one of the two; one epoch where neither is given."""
+    """At most one of `epochs` and `steps` may be given; one epoch by default."""
     batch_size: int = 128
-    """Views per update, over all workers."""
+    """Views per optimizer step, over all workers."""
     accumulate: int = 1
-    """Pieces in which a worker takes its share of a batch."""
+    """Number of microbatches into which a worker splits its share of a batch."""
     lr: float = 1e-3
     lr_scaling: str | None = None
-    """`sqrt`: the peak is `lr` times 4 sqrt(batch_size / 1024); `lr` itself where not given."""
+    """`sqrt`: the peak rate is `lr` times 4 sqrt(batch_size / 1024); by default it is `lr`."""
     weight_decay: float = 1e-4
     warmup: float = 0.05
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps during which the learning rate rises."""
     clip: float | None = None
-    """Greatest norm of the gradient."""
+    """Maximum norm of the gradient; no clipping by default."""
     ema: float | None = None
-    """Decay of the moving average of all weights that is validated and exported in place of the weights."""
+    """Decay of a moving average of the weights, which is validated and exported instead of them."""
     head_width: int = 3072
     """Hidden width of the adapter heads (the paper: 1536 for the proxy, 3072 for students)."""
     weight: tuple[str, ...] = ()
-    """`TARGET=W` or `TARGET/KIND=W`: factors of the losses, 1 where not given."""
+    """`TARGET=W` or `TARGET/KIND=W`: factors of the losses; 1 by default."""
     normalise: str = "standard"
-    """standard, phi-s or none."""
+    """`standard`, `phi-s` or `none`."""
     drop: float = 0.0
-    """Probability that a target, other than the one with the greatest loss, does not count for a view."""
+    """Probability of dropping a target's loss for a view; a view's largest loss is never dropped."""
     views: str = "all"
-    """What an epoch is: all views of every picture, or one of each, cycled or drawn."""
+    """Views in an epoch: `all` of each picture, or one of each, in turn (`cycle`) or at random (`draw`)."""
     photometric: str = "none"
-    """`eupe` recolours the views of the student alone, anew at each step."""
+    """`eupe` recolours the student's views alone, differently at each step."""
     holdout: float = 0.1
-    """Share of the pictures that validation sees and training never does."""
+    """Share of the pictures that are used for validation and never for training."""
     dtype: str = "auto"
     seed: int = 0
     num_workers: int = 1
     ray_address: str | None = None
     shard: bool = False
-    """Weights, gradients and optimiser are spread over the workers (FSDP2)."""
+    """Shard weights, gradients and optimizer state over the workers (FSDP2)."""
     compile: bool = False
     sync_batch_norm: bool = False
-    """Batch norms take their means over the views of all workers; only on GPUs."""
+    """Let batch norms take their means over the views of all workers; only on GPUs."""
     rope_rescale: float | None = None
-    """R: in training, coordinates of a rotary position embedding are scaled by a random factor from 1/R to R."""
+    """R: in training, scale the coordinates of a rotary position embedding by a random factor from 1/R to R."""
     recompute: bool = False
-    """Activations are computed again for the gradient in place of being kept."""
+    """Recompute activations in the backward pass instead of keeping them."""
     checkpoint_every: int = 500
     validate_every: int = 500
     log_every: int = 10
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = None
-    """Checkpoints of multiples of so many steps stay for good."""
+    """Also keep checkpoints whose step is a multiple of this."""
     wandb: str | None = None
-    """Project of Weights & Biases that is told, too."""
+    """Project of Weights & Biases to log to."""
     resume: bool = False
 
     def __post_init__(self) -> None:
+        # first, because NaN passes some of the range checks
         if wrong := self._not_finite():
             raise ConfigError("; ".join(wrong))
         wrong = [*self._below_one(), *self._out_of_range()]
@@ -111,6 +112,7 @@ class TrainConfig:
         ):
             if value not in known:
                 wrong.append(f"{option} {value!r} is unknown; give {', '.join(known)}")
+        # only once the counts are known to be valid: 0 workers would divide by zero
         if not wrong and self.batch_size % (self.num_workers * self.accumulate):
             wrong.append(
                 f"--batch-size {self.batch_size} does not divide among {self.num_workers} workers in "
@@ -167,14 +169,18 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MixedIn:
-    """One `--mix`, parsed."""
+    """One `--mix` option, parsed."""
 
     share: float
     stores: tuple[str, ...]
 
 
 def parse_mix(words: Sequence[str], *, num_targets: int) -> tuple[MixedIn, ...]:
-    """Raises: ConfigError."""
+    """Parse the `--mix` options.
+
+    Raises: ConfigError if one is malformed or names another number of stores than `num_targets`, or if the shares leave
+        nothing for the targets.
+    """
     parsed = []
     for word in words:
         share, _, stores = word.partition(":")

@@ -1,4 +1,4 @@
-"""The student with its heads: from a batch to its losses."""
+"""The student with its heads, which turns a batch into losses."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from eupe.train.normalise import Normaliser, normalisers
 from eupe.train.targets import TargetSet
 
 Predictions = list[tuple[Tensor | None, Tensor | None]]
-"""Per target: summary [B, Ds] and dense [B, h, w, D], normalised, dense on the student's grid."""
+"""Per target: summary [B, Ds] and dense [B, h, w, D], both normalised, dense on the student's grid."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Of a batch of B views."""
+    """Losses of one batch of B views."""
 
     total: Tensor
-    """float32 scalar: weighted, summed over targets and kinds, mean over views; carries the gradient."""
+    """float32 scalar with gradient: weighted losses, summed over targets and kinds, averaged over views."""
     each: list[dict[str, Tensor]]
-    """Per target and kind of token, mean over views, not weighted, without gradient."""
+    """Per target and kind of token: the mean over views, not weighted, without gradient."""
 
 
 class Distiller(nn.Module):
@@ -39,9 +39,10 @@ class Distiller(nn.Module):
     def __init__(
         self, card: RunCard, encoder: Encoder, norms: list[dict[int, dict[str, Normaliser]]], *, dtype: torch.dtype
     ) -> None:
-        """
+        """Build the heads for a student and the targets of a card.
+
         Args:
-            norms: per target, size of its input and kind of token.
+            norms: normalisers per target, by input size and kind of token.
         """
         super().__init__()
         self.encoder = encoder
@@ -57,18 +58,18 @@ class Distiller(nn.Module):
 
     @property
     def kinds(self) -> list[list[str]]:
-        """Per target, the kinds of token that it has."""
+        """Return, per target, the kinds of token that it has."""
         return [list(weights) for weights in self._weights]
 
     def predict(self, pixels_u8_BSSC: Tensor) -> Predictions:
-        """Every target's tokens, predicted from views."""
+        """Predict every target's tokens from views."""
         card = self.encoder.card
         with autocast(self.dtype, pixels_u8_BSSC.device):
             tokens = self.encoder(normalise(pixels_u8_BSSC, card.mean, card.std))
             return [head(tokens) for head in self.heads]
 
     def forward(self, batch: Batch) -> Losses:
-        """The losses of a batch on this device."""
+        """Compute the losses of a batch on this device."""
         per_view = [
             target_losses(prediction, target, norms[target.size])
             for prediction, target, norms in zip(self.predict(batch.pixels), batch.targets, self.norms, strict=True)
@@ -86,13 +87,15 @@ class Distiller(nn.Module):
 
     def _kept(self, losses_TB: Tensor, request: Request) -> Tensor:
         config, (num_targets, num_views) = self._config, losses_TB.shape
+        # drawn for the whole batch, so that the split over workers and microbatches does not matter
         mine = slice(request.first, request.first + num_views)
         drawn = draws(config["seed"], request.step, num_targets, mine, config["batch_size"])
         return keep_teachers(losses_TB, drawn.to(losses_TB.device), drop=config["drop"])
 
 
 def build_distiller(card: RunCard, targets: TargetSet, device: torch.device) -> Distiller:
-    """Student and heads as at step 0, in evaluation mode; seeds torch's generators with the run's seed."""
+    """Build student and heads as at step 0, in evaluation mode; seed torch's generators with the run's seed."""
+    # every worker must draw the same weights: FSDP2 does not broadcast them
     torch.manual_seed(card.config["seed"])
     encoder = build_encoder(card.config["student"], size=card.size)
     norms = [
@@ -109,7 +112,10 @@ def build_distiller(card: RunCard, targets: TargetSet, device: torch.device) -> 
 def target_losses(
     prediction: tuple[Tensor | None, Tensor | None], target: TargetBatch, norms: dict[str, Normaliser]
 ) -> dict[str, Tensor]:
-    """The paper's losses for one target, on normalised features and the larger of the two grids: float32 [B] each."""
+    """Return the paper's losses for one target, float32 [B] each.
+
+    They are computed on normalised features, dense ones on the larger of the two grids.
+    """
     summary, dense = prediction
     losses: dict[str, Tensor] = {}
     if summary is not None and target.summary is not None:

@@ -1,4 +1,4 @@
-"""Several workers in one process group, started and started again by Ray Train: all that training knows of Ray."""
+"""Training in several workers of one process group, started and restarted by Ray Train; only this module uses Ray."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from eupe.train.stream import open_corpora
 from eupe.train.world import World
 
 RESTARTS = 10
-"""Of the workers, before a run that loses them gives up; each goes on from the newest checkpoint."""
+"""Restarts of the workers before a run gives up; each resumes from the newest checkpoint."""
 POLL_S = 0.5
 RAY_FOLDER = ".ray-train"
-"""Of Ray Train's own files in a run's directory; made for each training, and removed."""
+"""Folder of Ray Train's own files in a run's directory; made for each training and removed afterwards."""
 AGREED = (IncompleteError, TrainingError)
-"""Errors that all workers come to at the same step."""
+"""Errors that all workers raise at the same step."""
 
 
 class _Desk:
-    """Where the first worker and the driver leave word for each other."""
+    """A Ray actor through which the workers and the driver exchange messages."""
 
     def __init__(self) -> None:
         self.told: list[tuple[int, TrainStatus]] = []
@@ -46,7 +46,7 @@ class _Desk:
         return self.stop_asked
 
     def end(self, outcome: list[TrainReport] | EupeError) -> None:
-        """What a worker found wrong goes before what all of them came to."""
+        """Record the outcome; one worker's own error takes precedence over an error that all workers raise."""
         if self.outcome is None or isinstance(self.outcome, AGREED):
             self.outcome = outcome
 
@@ -64,11 +64,11 @@ class _Desk:
 def train_on_ray(
     configs: Sequence[TrainConfig], cards: Sequence[RunCard], on_status: Callable[[int, TrainStatus], None]
 ) -> list[TrainReport]:
-    """`train_as_worker` in `num_workers` processes, each with a share of every batch.
+    """Run `train_as_worker` in `num_workers` processes, each with a share of every batch.
 
-    The runs' directories, stores and pictures must be the same files for all of them.
+    The paths of the runs, stores and pictures must lead to the same files in all processes.
 
-    Raises: ConfigError if the cluster does not answer or has no room; TrainingError if workers keep dying; else as
+    Raises: ConfigError if the cluster does not answer or has no room; TrainingError if workers keep dying; otherwise as
         `train_as_worker`.
     """
     try:
@@ -79,6 +79,7 @@ def train_on_ray(
         raise ConfigError(f"--num-workers needs Ray Train: pip install 'eupe[cluster]' ({error})") from error
     config = configs[0]
     with _ray(config) as use_gpu:
+        # it reserves no CPU: the cluster may have just one per worker
         desk = ray.remote(num_cpus=0)(_Desk).remote()
         trainer = TorchTrainer(
             _work,
@@ -113,7 +114,7 @@ def train_on_ray(
 
 
 def _fit(trainer: Any, problem: list[Exception]) -> None:
-    """In a thread, where Ray Train leaves signals alone."""
+    """Run Ray Train in a thread, where it installs no signal handlers."""
     try:
         trainer.fit()
     except Exception as error:
@@ -125,12 +126,13 @@ def _first_line(problem: list[Exception]) -> str:
 
 
 def _work(told: dict[str, Any]) -> None:
-    """What Ray Train runs in every worker."""
+    """Train in one worker; Ray Train runs this function in every worker process."""
     import ray
     import ray.train
     from ray.train.torch import get_device
 
     configs, cards, desk = told["configs"], told["cards"], told["desk"]
+    # Ray has restarted the workers; an error already recorded for the user would only occur again
     if isinstance(ray.get(desk.result.remote()), EupeError):
         return
     context = ray.train.get_context()
@@ -146,6 +148,7 @@ def _work(told: dict[str, Any]) -> None:
         desk.tell.remote(place, status)
 
     if world.leads:
+        # the other workers learn of it in `World.any`
         threading.Thread(target=listen, daemon=True).start()
     try:
         outcome: list[TrainReport] | EupeError = train_as_worker(
@@ -153,9 +156,10 @@ def _work(told: dict[str, Any]) -> None:
         )
     except Exception as error:
         if (told_error := _for_the_user(error)) is not None:
+            # wait until it is recorded, because this process may be killed as soon as it raises
             ray.get(desk.end.remote(told_error))
         if not isinstance(error, AGREED):
-            raise  # so that workers that wait for this one are ended, too
+            raise  # so that Ray also ends the workers that wait for this one
         return
     finally:
         ended.set()
@@ -164,7 +168,7 @@ def _work(told: dict[str, Any]) -> None:
 
 
 def _for_the_user(error: Exception) -> EupeError | None:
-    """What starting anew would not mend; None for what may be another worker's death."""
+    """Return an error that a restart would not fix; None if the cause may be another worker's death."""
     if is_out_of_memory(error):
         words = next(iter(str(error).splitlines()), "")
         return TrainingError(f"a worker is out of memory ({words}); give more --accumulate, --recompute or --shard")
@@ -172,7 +176,7 @@ def _for_the_user(error: Exception) -> EupeError | None:
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
-    """As workers see it, whose working directory is another."""
+    """Return the config with absolute paths, because workers run in another directory."""
     mixes = parse_mix(config.mix, num_targets=len(config.targets))
     return replace(
         config,
@@ -191,9 +195,9 @@ def _place(path: Where) -> str:
 
 @contextmanager
 def _ray(config: TrainConfig) -> Iterator[bool]:
-    """Ray, started or joined; whether workers get a GPU each.
+    """Start or join Ray; yield whether each worker gets a GPU.
 
-    Raises: ConfigError.
+    Raises: ConfigError if Ray does not start or answer, or has too few GPUs or CPUs.
     """
     import ray
 

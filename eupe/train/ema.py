@@ -11,24 +11,26 @@ from torch.distributed.tensor import DTensor
 
 
 class Ema:
-    """Averages, in float32, of every floating parameter and buffer (the running statistics of BatchNorm, too)."""
+    """Averages, in float32, of every floating-point parameter and buffer, including BatchNorm's running statistics."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        """Begins with the module's values as they are."""
+        """Start from the module's current values."""
         self.decay = decay
+        # the module's live tensors, so that `update` and `applied` see and set its current values
         state = module.state_dict(keep_vars=True)
         self._values = {name: value.detach() for name, value in state.items() if value.is_floating_point()}
         self._averages = {name: value.float().clone() for name, value in self._values.items()}
+        # torch._foreach functions do not take sharded and whole tensors together
         spread = {name for name, value in self._values.items() if isinstance(value, DTensor)}
         self._alike = [sorted(names) for names in (spread, self._values.keys() - spread) if names]
 
     def update(self, step: int | None = None) -> None:
-        """average = decay * average + (1 - decay) * value.
+        """Update the averages: average = decay * average + (1 - decay) * value.
 
         Args:
-            step: of the update, from 0 on, by which the decay rises: (1 + step) / (10 + step), at most `decay`. So the
-                random values of the beginning are forgotten at once, where a fixed 0.9999 would keep a third of them
-                for 10,000 steps. Source: TensorFlow's ExponentialMovingAverage, `num_updates`. None for a fixed decay.
+            step: number of the update, from 0; the decay rises with it as (1 + step) / (10 + step), up to `decay`. The
+                random initial values are then forgotten at once, while a fixed 0.9999 keeps a third of them for 10,000
+                steps. None for a fixed decay. Source: `num_updates` of TensorFlow's ExponentialMovingAverage.
         """
         decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
         for names in self._alike:
@@ -37,7 +39,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module has its averages; afterwards its own values again, to the bit."""
+        """Put the averages into the module for a while; afterwards its own values are back, bit for bit."""
         own = {name: value.clone() for name, value in self._values.items()}
         _copy(self._averages, self._values)
         try:
@@ -46,7 +48,7 @@ class Ema:
             _copy(own, self._values)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by the module's names."""
+        """Return the averages by the module's names."""
         return dict(self._averages)
 
 

@@ -1,4 +1,4 @@
-"""Adapter heads: from the student's width to each teacher's. Thrown away after training."""
+"""Adapter heads, from the student's width to each teacher's; not part of the exported student."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from eupe.tokens import Tokens
 
 
 class AdapterHead(nn.Sequential):
-    """Linear (no bias), LayerNorm, GELU, linear (no bias): [..., in_dim] to [..., out_dim].
+    """A head from [..., in_dim] to [..., out_dim]: linear (no bias), LayerNorm, GELU, linear (no bias).
 
     Source: EUPE, arXiv 2603.22387, adapter heads; hidden width 1536 for the proxy, 3072 for students.
     """
@@ -23,16 +23,16 @@ class AdapterHead(nn.Sequential):
 
 
 class TargetHeads(nn.Module):
-    """One head for the summary and one for the dense tokens of one target; a width of 0 leaves that head out."""
+    """The heads of one target, one for the summary and one for dense tokens; a width of 0 leaves that head out."""
 
     def __init__(self, student: tuple[int, int], target: tuple[int, int], hidden_dim: int) -> None:
-        """`student` and `target` are (summary width, dense width)."""
+        """Build the heads; `student` and `target` are (summary width, dense width)."""
         super().__init__()
         self.summary = AdapterHead(student[0], hidden_dim, target[0]) if target[0] else None
         self.dense = AdapterHead(student[1], hidden_dim, target[1]) if target[1] else None
 
     def forward(self, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
-        """Predicted summary [B, Ds] and dense [B, h, w, D] of the target, on the student's grid."""
+        """Predict the target's summary [B, Ds] and dense tokens [B, h, w, D], on the student's grid."""
         summary = None if self.summary is None else self.summary(tokens.summary)
         dense = None if self.dense is None else self.dense(tokens.dense)
         return summary, dense

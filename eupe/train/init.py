@@ -1,4 +1,4 @@
-"""Where a student starts from: a finished run, or weights in timm's names."""
+"""The start of a student: from a finished run, or from weights with timm's names."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ LEAST_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class InitReport:
-    """What a student has from elsewhere."""
+    """The weights that a student started from, and what was left over."""
 
     source: str
     num_tensors: int
-    """Tensors that came over."""
+    """Number of tensors that were copied."""
     share: float
-    """Share of the parameters that came over: of the encoder's, and where the source is a run of the heads', too."""
+    """Copied share of the parameters: of the encoder's, and if the source is a run, of the heads' as well."""
     fresh: tuple[str, ...]
-    """Tensors of the encoder (`reg_token`) and whole heads (`heads.0.summary`) that are as they were initialised."""
+    """Tensors of the encoder (`reg_token`) and whole heads (`heads.0.summary`) that keep their initialisation."""
     unused: tuple[str, ...]
-    """Tensors and heads of the source for which there was no place, by the source's names."""
+    """Tensors and heads of the source that were not used, by the source's names."""
 
     def __str__(self) -> str:
-        """One line, with up to five names of each kind."""
+        """Return one line, with up to five names of each kind."""
         words = f"{self.num_tensors} tensors ({self.share:.1%} of the parameters) from {self.source}"
         for kind, names in (("fresh", self.fresh), ("unused", self.unused)):
             if names:
@@ -52,9 +52,9 @@ def init_from_run(
 ) -> InitReport:
     """Start where a finished run ended, as the paper's third stage does (EUPE, arXiv 2603.22387).
 
-    The student's weights come over exactly; a learned table of positions is resampled to another input size as timm
-    does on loading. A head comes over where the run has one of the same shapes for the same teacher; the n-th target
-    of a teacher takes the run's n-th, or the run's last where there are fewer.
+    The student's weights are copied exactly, except that a learned position table is resampled to another input size as
+    timm does on loading. A head is copied if the run has one of the same shapes for the same teacher; the n-th target
+    of a teacher takes the run's n-th, or the run's last if it has fewer.
 
     Args:
         encoder: of the architecture that the run trained; its input size may differ.
@@ -76,6 +76,7 @@ def init_from_run(
         if name in ours and source in theirs and not any(find_misfits(ours[name], theirs[source]).values())
     }
     try:
+        # all files are read and heads chosen by now, so a refusal here leaves everything unchanged
         load_state_dict_strictly(encoder.model, student, source=str(run / WEIGHTS_FILE))
     except TeacherError as error:
         raise RunError(f"a run at {encoder.card.size} px cannot start from {run}: {error}") from error
@@ -92,13 +93,13 @@ def init_from_run(
 
 
 def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
-    """Start from the trunk of another model: every tensor of the same name and shape comes over, the rest stays.
+    """Start from the trunk of another model: copy tensors of the same name and shape, leave the others as they are.
 
-    Patch embeddings of another patch size and learned tables of positions for another grid are resampled as timm does
-    on loading.
+    Patch embeddings of another patch size and learned position tables for another grid are resampled as timm does on
+    loading.
 
     Args:
-        path: a file in timm's names, as safetensors or as torch.save writes it, whatever wraps the tensors.
+        path: a file with timm's names, as safetensors or as torch.save writes it, whatever wraps the tensors.
     Raises: TeacherError if the file cannot be read, or fills less than half of the parameters; then nothing has
         changed.
     """
@@ -124,7 +125,7 @@ def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
 
 
 def fitted(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """The tensors with patch embedding and positions resampled where only the patch or the grid differs."""
+    """Return the tensors with patch embedding and positions resampled if only the patch or the grid differs."""
     resampled, places = dict(state), model.state_dict()
     if PATCHES in state and PATCHES in places:
         patches, wanted = state[PATCHES], places[PATCHES].shape
@@ -139,7 +140,7 @@ def fitted(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def _check_same_model(run: Path, encoder: Encoder) -> None:
-    """Raises: RunError naming what differs beside the input size."""
+    """Raise RunError if the two models differ in anything but their input size."""
     got, expected = (card.to_json() | {"size": None} for card in (load_card(run), encoder.card))
     if different := [f"{key}: got {got[key]}, expected {expected[key]}" for key in got if got[key] != expected[key]]:
         raise RunError(
@@ -148,7 +149,7 @@ def _check_same_model(run: Path, encoder: Encoder) -> None:
 
 
 def _same_teachers(targets: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """For each target whose teacher the run knows, the run's target that its heads come from."""
+    """Return, for each target whose teacher the run knows, the run's target whose heads it takes."""
     places: dict[str, list[int]] = {}
     for j, target in enumerate(known):
         places.setdefault(target["teacher"], []).append(j)
@@ -161,7 +162,7 @@ def _same_teachers(targets: Sequence[Mapping[str, Any]], known: Sequence[Mapping
 
 
 def _heads(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """`0.summary.3.weight` of a run's file as `3.weight` of head `0.summary`."""
+    """Group a run's tensors by head: `0.summary.3.weight` becomes `3.weight` of head `0.summary`."""
     heads: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         number, kind, tensor = name.split(".", 2)
@@ -178,7 +179,10 @@ def _num_parameters(module: nn.Module) -> int:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Raises: RunError if there is no such file, or it is not safetensors."""
+    """Read a safetensors file.
+
+    Raises: RunError if there is no such file, or it is not safetensors.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

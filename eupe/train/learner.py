@@ -1,4 +1,4 @@
-"""One student while it is trained: model, optimiser, average, and what is kept of them."""
+"""One student in training: its model, optimizer and average, and the files that are written of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from eupe.train.world import World, forget_gathered, gradients_kept_local, whole
 
 @dataclass
 class _Step:
-    """What the pieces of one step add up to."""
+    """Sums over the microbatches of one step."""
 
     loss: Tensor | float = 0.0
     each: dict[str, Tensor] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class _Step:
 
 
 class Learner:
-    """A student, and all that training changes of it."""
+    """A student with everything that training changes of it."""
 
     def __init__(
         self, config: TrainConfig, card: RunCard, targets: TargetSet, *, world: World, device: torch.device
@@ -56,6 +56,7 @@ class Learner:
         self.initialised: InitReport | None = None
         if config.init is not None:
             self.initialised = self._initialise(config.init)
+        # before DDP, which expects a gradient for every trainable parameter, and before the optimizer
         freeze_unused(self.distiller)
         if config.rope_rescale is not None:
             rescale_rope(self.distiller.encoder.model, config.rope_rescale)
@@ -64,8 +65,10 @@ class Learner:
         if config.recompute:
             recompute_activations(self.distiller)
         if config.compile:
+            # in place: a wrapper would change the names of the tensors in checkpoints
             self.distiller.encoder.compile()
         self._model = world.spread(self.distiller, shard=config.shard)
+        # after sharding, which replaces the parameters by sharded ones
         self.optimizer = adamw(self.distiller, card)
         self.ema = None if config.ema is None else Ema(self.distiller, config.ema)
         self._names = target_names(card.targets)
@@ -74,13 +77,13 @@ class Learner:
 
     @property
     def state(self) -> Trainables:
-        """What a checkpoint holds."""
+        """Return what a checkpoint holds."""
         return Trainables(self.distiller, self.optimizer, self.ema)
 
     def resume(self, step: int) -> None:
-        """Go on as after `step` updates; later checkpoints are forgotten.
+        """Continue from the state after `step` optimizer steps; later checkpoints are removed.
 
-        Raises: RunError if its checkpoint is damaged or of another model.
+        Raises: RunError if the checkpoint is damaged or of another model.
         """
         if step:
             load_checkpoint(self.config.out, self.state, step=step, dtype=self._dtype)
@@ -88,14 +91,19 @@ class Learner:
             forget_after(self.config.out, step)
 
     def learn(self, batch: Batch, *, piece: int) -> None:
-        """Add the gradients of one piece of a step.
+        """Add the gradients of one microbatch.
 
-        Random numbers are a function of seed, step, piece and worker, so nothing of them needs to be kept.
+        Random numbers are a function of seed, step, microbatch and worker, so no generator state is saved for a resume.
+
+        Args:
+            piece: number of the microbatch within its step.
         """
         pieces, step = self.config.accumulate, batch.request.step
         _seed(self.card.config["seed"], step, piece, self.world.rank)
+        # the forward pass, too: DDP decides in it whether the backward pass averages gradients
         with gradients_kept_local(self._model, local=piece < pieces - 1):
             losses = self._model(batch)
+            # microbatches are of equal size, so this adds up to the gradient of the mean over all views
             torch.autograd.backward(losses.total / pieces)
         self._step.loss += losses.total.detach() / pieces
         self._step.keys.update(batch.keys)
@@ -104,15 +112,17 @@ class Learner:
                 self._step.each[f"{name}/{kind}"] = self._step.each.get(f"{name}/{kind}", 0) + value / pieces
 
     def update(self, step: int) -> Progress:
-        """Make the update that the pieces ask for.
+        """Make an optimizer step with the gradients of all microbatches.
 
-        Raises: TrainingError before it if the loss or the gradient is not finite.
+        Raises: TrainingError before the step if the loss or the gradient is not finite.
         """
         done, self._step = self._step, _Step()
         assert isinstance(done.loss, Tensor)
+        # loss and norm are the same on all workers, so either all of them stop below or none does
         loss = self.world.mean(done.loss)
         parameters = [p for p in self.distiller.parameters() if p.grad is not None]
         norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        # before the optimizer step, so that weights and checkpoints stay finite
         self._require_finite(loss, norm, step, done.keys)
         if self.config.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
@@ -126,16 +136,17 @@ class Learner:
         return Progress(loss, done.each, rate, norm)
 
     def rate(self, step: int) -> float:
-        """The learning rate of an update."""
+        """Return the learning rate of a step."""
         config, total = self.card.config, self.card.total_steps
         peak = peak_rate(config["lr"], scaling=config.get("lr_scaling"), batch_size=config["batch_size"])
         return learning_rate(step, peak=peak, warmup_steps=round(config["warmup"] * total), total_steps=total)
 
     def save(self, step: int) -> None:
-        """Leave a checkpoint; every worker must, and the first writes.
+        """Write a checkpoint; every worker must call this, and the main process writes.
 
         Raises: StorageError.
         """
+        # on every worker: sharded tensors are gathered by a collective operation
         tensors = self.state.tensors(keep=self.world.leads)
         if self.world.leads:
             run, config = self.config.out, self.config
@@ -143,18 +154,19 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The weights that are judged and exported are in place."""
+        """Put the weights to validate and export into the model: the averages if there are any."""
         with nullcontext() if self.ema is None else self.ema.applied():
             yield
+            # FSDP2 kept the weights that it gathered here; the next training step needs its own
             forget_gathered(self.distiller)
 
     def export(self, step: int, gains: Gains) -> None:
-        """Leave the student on its own, and beside it its heads, and what undoes the normalisation of their targets.
+        """Write the student alone, its heads, and the tensors that undo the normalisation of their targets.
 
-        Every worker must, and the first writes.
+        Every worker must call this, and the main process writes.
 
         Args:
-            gains: of these heads.
+            gains: fitted for these heads.
         """
         encoder, heads = self.distiller.encoder, self.distiller.heads
         with self.averaged():
@@ -172,6 +184,7 @@ class Learner:
         return init_from_weights(source, self.distiller.encoder)
 
     def _require_finite(self, loss: Tensor, norm: Tensor, step: int, keys: set[str]) -> None:
+        # one test of the sum, which waits for the GPU once
         if not torch.isfinite(loss + norm):
             raise TrainingError(
                 f"the loss of step {step} of {self.config.out} is {loss.item()}, its gradient's norm {norm.item()}, so "
@@ -182,18 +195,18 @@ class Learner:
 
 @dataclass(frozen=True)
 class Progress:
-    """What one update tells."""
+    """The results of one optimizer step."""
 
     loss: Tensor
     """Mean over workers."""
     each: dict[str, Tensor]
-    """By target and kind, of this worker's views."""
+    """Losses by target and kind, of this worker's views."""
     learning_rate: float
     gradient_norm: Tensor
-    """Before it is clipped."""
+    """Norm before clipping."""
 
     def status(self, step: int, total_steps: int, rates: Rates) -> TrainStatus:
-        """The same in numbers, which waits for a GPU."""
+        """Return the results as numbers; reading them waits for the GPU."""
         return TrainStatus(
             **vars(rates),
             step=step,
@@ -210,9 +223,9 @@ def _seed(*numbers: int) -> None:
 
 
 def freeze_unused(distiller: Distiller) -> None:
-    """Take parameters that no loss depends on out of training, such as an attention pool where no target has a summary.
+    """Freeze parameters that no loss depends on, such as an attention pool if no target has a summary.
 
-    They would have no gradient to share among workers, and no state in a checkpoint.
+    They would have no gradient to average over workers, and no optimizer state to put into a checkpoint.
     """
     kinds = {kind for kinds in distiller.kinds for kind in kinds}
     card = distiller.encoder.card
@@ -221,6 +234,7 @@ def freeze_unused(distiller: Distiller) -> None:
     with built_on_meta():
         model = build_encoder(card.arch, size=card.size).train()
     with torch.device("meta"):
+        # on the meta device a backward pass costs nothing and shows which parameters get a gradient
         tokens = vars(model(torch.zeros(2, 3, card.size, card.size)))
         torch.autograd.backward([tokens[kind].sum() for kind in sorted(kinds)])
     unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
@@ -229,7 +243,9 @@ def freeze_unused(distiller: Distiller) -> None:
 
 
 def adamw(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices and on class, register and position tokens, not on vectors (bias, norm, scale).
+    """Build AdamW with weight decay for all parameters but biases, norms and scales.
+
+    It applies to matrices and to class, register and position tokens, that is, to parameters of more than one axis.
 
     Source: the parameter groups of DINOv2 and DINOv3, which decay all but biases, norms and LayerScale.
     """
@@ -242,9 +258,9 @@ def adamw(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return a model whose batch norms take their means over the views of all workers (timm's conversion).
+    """Return the model with batch norms that take their means over the views of all workers (timm's conversion).
 
-    Raises: ConfigError where PyTorch has no such layer.
+    Raises: ConfigError if PyTorch has no such layer for the device.
     """
     if device.type != "cuda":
         raise ConfigError(f"--sync-batch-norm is for GPUs, as PyTorch has it for no {device.type}; leave it out")
@@ -253,7 +269,10 @@ def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def recompute_activations(distiller: Distiller) -> None:
-    """Raises: ConfigError if the student's class does not know how."""
+    """Make the student recompute activations in the backward pass instead of keeping them.
+
+    Raises: ConfigError if its class cannot, or if it has batch norms.
+    """
     model = distiller.encoder.model
     if has_batch_norm(model):
         raise ConfigError(

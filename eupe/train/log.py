@@ -1,4 +1,4 @@
-"""How a run is going: rates, `metrics.jsonl`, pictures, TensorBoard, Weights & Biases."""
+"""The log of a run: rates, `metrics.jsonl`, pictures, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ WANDB_FILE = "wandb_id"
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a run goes."""
+    """The speed of a run."""
 
     images_per_s: float
-    """Of all workers."""
+    """Images per second, over all workers."""
     data_wait: float
-    """Share of the time that was spent waiting for data."""
+    """Share of the time spent waiting for data."""
 
 
 @dataclass(frozen=True)
 class TrainStatus(Rates):
-    """Where a run stands; rates are those since the last report."""
+    """The progress of a run at a step; rates are those since the last report."""
 
     step: int
     total_steps: int
     loss: float
     losses: dict[str, float]
-    """Per target and kind of token, `dinov2-s/dense`, not weighted."""
+    """Per target and kind of token (`dinov2-s/dense`), not weighted."""
     learning_rate: float
     gradient_norm: float
-    """Before it is clipped."""
+    """Norm before clipping."""
 
     def words(self) -> str:
-        """For a line of progress: the loss, each target's, the rates."""
+        """Return the text of a progress line: the loss, each target's loss, the rates."""
         sums: dict[str, float] = {}
         for name, value in self.losses.items():
             target = name.rpartition("/")[0]
@@ -61,7 +61,7 @@ class TrainStatus(Rates):
 
 
 class Meter:
-    """Time spent on steps, and the share of it spent waiting for data."""
+    """A clock for training: time spent on steps, and the share of it spent waiting for data."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -70,7 +70,7 @@ class Meter:
         self._images = self._images_before = 0
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; how long each is waited for is counted."""
+        """Yield the same batches, and measure how long each is waited for."""
         while True:
             asked = time.monotonic()
             batch = next(batches, None)
@@ -81,7 +81,7 @@ class Meter:
             yield batch
 
     def rates(self) -> Rates:
-        """Since the last call, at the end of a step."""
+        """Return the rates since the last call; to be called at the end of a step."""
         now = time.monotonic()
         elapsed = now - self._last
         rates = Rates((self._images - self._images_before) / elapsed, (self._waited - self._waited_before) / elapsed)
@@ -89,19 +89,23 @@ class Meter:
         return rates
 
     def totals(self) -> tuple[float, Rates]:
-        """Seconds, and rates, since the start."""
+        """Return the seconds and the rates since the start."""
         seconds = time.monotonic() - self._began
         return seconds, Rates(self._images / seconds, self._waited / seconds)
 
 
 class RunLog:
-    """`metrics.jsonl`, `pictures/`, TensorBoard and, where asked, W&B; lines of steps to be done again are dropped."""
+    """The log files of a run: `metrics.jsonl`, `pictures/`, TensorBoard and, if requested, Weights & Biases."""
 
     def __init__(self, config: TrainConfig, card: RunCard, first_step: int) -> None:
-        """Raises: ConfigError if Weights & Biases is asked for and cannot be had."""
+        """Open the log of a run that starts or resumes after `first_step` steps; lines of later steps are dropped.
+
+        Raises: ConfigError if Weights & Biases is requested but not available.
+        """
         self._run = run = config.out
         self._path = run / METRICS_FILE
         if self._path.exists():
+            # a killed run may have logged steps after its last checkpoint; they are repeated and logged again
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
             write_file(self._path, "".join(f"{line}\n" for line in kept))
         self._wandb = None if config.wandb is None else _WandbRun(run, config.wandb, card)
@@ -118,7 +122,7 @@ class RunLog:
             self._wandb.finish(failed=kind is not None)
 
     def step(self, status: TrainStatus) -> None:
-        """Note where the run stands."""
+        """Log the status of a step."""
         values = {name: value for name, value in vars(status).items() if name != "total_steps"}
         self._line(values)
         scalars = {**values.pop("losses"), **values}
@@ -126,6 +130,7 @@ class RunLog:
         self._scalars(status.step, scalars)
 
     def validation(self, step: int, validation: dict[str, dict[str, dict[str, float]]]) -> None:
+        """Log the result of a validation."""
         self._line({"step": step, "validation": validation})
         scalars = {
             f"validation/{target}/{kind}": measures["normalised"]
@@ -135,7 +140,7 @@ class RunLog:
         self._scalars(step, scalars)
 
     def picture(self, step: int, picture: Image.Image) -> None:
-        """Keep what the student makes of some views after so many steps."""
+        """Save a picture of the student's predictions for some views at a step."""
         path = self._run / PICTURES / f"{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as unfinished:
@@ -146,6 +151,7 @@ class RunLog:
 
     def _line(self, values: dict[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
+        # a kill then loses no step that has been logged
         self._file.flush()
 
     def _scalars(self, step: int, scalars: dict[str, float]) -> None:
@@ -156,13 +162,17 @@ class RunLog:
 
 
 class _WandbRun:
-    """A run of Weights & Biases, the same one after `--resume`; what it has of steps that are done again stays."""
+    """A run of Weights & Biases, the same one after `--resume`; its entries for steps that are repeated stay."""
 
     def __init__(self, run: Path, project: str, card: RunCard) -> None:
-        """Raises: ConfigError."""
+        """Start or resume the run.
+
+        Raises: ConfigError if Weights & Biases is not installed or refuses.
+        """
         self._wandb = require_wandb()
         path = run / WANDB_FILE
         if not path.exists():
+            # kept in the run's directory, so that a resumed run continues the same W&B run
             write_file(path, secrets.token_hex(4))
         try:
             self._run = self._wandb.init(
@@ -192,9 +202,9 @@ class _WandbRun:
 
 
 def require_wandb() -> Any:
-    """The package.
+    """Return the `wandb` package.
 
-    Raises: ConfigError if it is not installed; a mere folder `wandb`, which Python would import, is not it.
+    Raises: ConfigError if it is not installed; a mere folder `wandb`, which Python would import, does not count.
     """
     try:
         from wandb import init  # noqa: F401
@@ -206,7 +216,7 @@ def require_wandb() -> Any:
 
 
 def _step_of(line: str) -> float:
-    """The step that a line tells of; beyond all steps for one that a full disk or a kill cut short."""
+    """Return the step of a log line; infinity for a line that a full disk or a kill cut short."""
     try:
         return int(json.loads(line)["step"])
     except ValueError:

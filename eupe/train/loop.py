@@ -1,4 +1,4 @@
-"""The training run: read it from top to bottom."""
+"""The training run; read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -60,41 +60,41 @@ GAIN_VIEWS = 256
 JUDGED_AT_ONCE = 32
 
 Validation = dict[str, dict[str, dict[str, float]]]
-"""Target, kind of token, measure (see `eupe.train.validate.Cosines`)."""
+"""Values by target, kind of token and measure (see `eupe.train.validate.Cosines`)."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What a validation found."""
+    """The results of a validation."""
 
     cosines: Validation
     gains: Gains
-    """With which the heads' predictions were compared with raw features."""
+    """Factors with which predictions were scaled before they were compared with raw features."""
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """How a run ended."""
+    """The outcome of a run."""
 
     run: str
     cached: bool
-    """It was finished already."""
+    """Whether the run was finished already."""
     steps: int
     pictures: int
-    """Of `--targets`, in every one of them."""
+    """Number of pictures that all of `--targets` have."""
     left_out: dict[str, int]
-    """Per store, its pictures that were not: they failed in it, or another store lacks them."""
+    """Per store, the number of its pictures that were not used: they failed in it, or another store lacks them."""
     seconds: float
     images_per_s: float
     data_wait: float
-    """These three since the run was started, or last resumed."""
+    """`seconds`, `images_per_s` and `data_wait` count from the start or the last resume."""
     validation: Validation
 
 
 def train(config: TrainConfig, *, on_status: Callable[[TrainStatus], None] = lambda status: None) -> TrainReport:
     """Distil stores into a student.
 
-    Raises: an EupeError for whatever the user can mend; TrainingError before an update with a non-finite loss.
+    Raises: an EupeError for anything that the user can fix; TrainingError before an update with a non-finite loss.
     """
     return train_together([config], on_status=lambda _, status: on_status(status))[0]
 
@@ -105,12 +105,12 @@ def train_together(
     on_status: Callable[[int, TrainStatus], None] = lambda i, status: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> list[TrainReport]:
-    """Distil stores into several students that read one stream: each becomes what it would have become alone.
+    """Distil stores into several students that share one stream; each becomes what it would have become alone.
 
     Args:
-        on_status: told the student's place among the configs, and where it stands.
-        on_note: told, before the first step, what the user may not have meant; see `eupe.train.card.advice`.
-    Raises: as `train`; ConfigError if the students ask for different streams.
+        on_status: called with a student's index among the configs, and its status.
+        on_note: called before the first step with what the user may not have intended; see `eupe.train.card.advice`.
+    Raises: as `train`; ConfigError if the students need different streams.
     """
     _require_one_stream(configs)
     with Holder("train") as holder:
@@ -123,7 +123,7 @@ def _trained(
     on_status: Callable[[int, TrainStatus], None],
     on_note: Callable[[str], None],
 ) -> list[TrainReport]:
-    """See `train_together`."""
+    """Return the reports of all runs: stored ones of finished runs, new ones of the others; see `train_together`."""
     if any(config.wandb is not None for config in configs):
         require_wandb()
     corpora = open_corpora(configs[0])
@@ -138,9 +138,11 @@ def _trained(
     unfinished = [i for i, report in enumerate(reports) if report is None]
     if unfinished:
         for corpus in corpora:
+            # before anything is written, so that a mistake leaves no run behind
             corpus.check_views()
         for i in unfinished:
             holder.hold(Place.of(configs[i].out))
+            # again, now under the lock: another process may have begun or finished the run meanwhile
             if _recognise(configs[i], cards[i]) is not None:
                 raise RunError(f"{configs[i].out} was finished by another `eupe train` just now; run the same again")
             _begin(configs[i], cards[i])
@@ -180,7 +182,7 @@ def train_as_worker(
     on_status: Callable[[int, TrainStatus], None],
     stop_asked: Callable[[], bool],
 ) -> list[TrainReport]:
-    """What every worker does: all steps that are left, then validation and export.
+    """Train in one worker: all steps that are left, then validation and export.
 
     Raises: as `train`.
     """
@@ -214,9 +216,10 @@ class Worker:
     def __init__(
         self, learners: Sequence[Learner], corpora: Sequence[TargetSet], logs: Sequence[RunLog], device: torch.device
     ) -> None:
-        """
+        """Choose the views to validate, and load those that pictures show.
+
         Args:
-            logs: one for each learner; none where another process leads.
+            logs: one for each learner; none outside the main process.
         """
         self.learners = learners
         self.corpora = corpora
@@ -230,10 +233,10 @@ class Worker:
     def run(
         self, first_step: int, on_status: Callable[[int, TrainStatus], None], stop_asked: Callable[[], bool]
     ) -> Meter:
-        """Every step from the first on.
+        """Run every step from the first one on.
 
-        Raises: TrainingError before an update that is not finite; IncompleteError, with a checkpoint, where asked to
-            stop; StorageError, CorpusError, PartCorruptError.
+        Raises: TrainingError before an update that is not finite; IncompleteError, with a checkpoint, if asked to stop;
+            StorageError, CorpusError, PartCorruptError.
         """
         config, card, world = self.learners[0].config, self.learners[0].card, self.learners[0].world
         requests = training_requests(card, self.corpora, world, first_step=first_step, pieces=config.accumulate)
@@ -242,6 +245,7 @@ class Worker:
         for step in range(first_step, card.total_steps):
             for piece in range(config.accumulate):
                 batch = next(batches)
+                # all students learn from the batch while it is loaded, so it is read and decoded once
                 for learner in self.learners:
                     learner.learn(batch, piece=piece)
             progress = [learner.update(step) for learner in self.learners]
@@ -252,8 +256,10 @@ class Worker:
                     status = progress[i].status(done, card.total_steps, rates)
                     log.step(status)
                     on_status(i, status)
+            # the last step is validated in `train_as_worker`, for the report
             if done % config.validate_every == 0 and not last:
                 self.validate(done)
+            # only one worker may hear of the request, but all must stop after the same step
             stopping = world.any(stop_asked(), self.device) and not last
             if done % config.checkpoint_every == 0 or last or stopping:
                 for learner in self.learners:
@@ -263,9 +269,13 @@ class Worker:
         return meter
 
     def validate(self, step: int) -> list[Judged]:
-        """On held-out views of the first corpus, at the first sizes; every worker does the same, the first notes it."""
+        """Validate on held-out views of the first corpus, at the first sizes.
+
+        Every worker does the same, because a student may be sharded over them; the main process logs it.
+        """
         found = []
         for i, learner in enumerate(self.learners):
+            # the averages are in place for validation only; training continues with the weights
             with learner.averaged():
                 found.append(self._judge(learner))
                 maps = dense_maps(learner.distiller, self._shown, target_names(learner.card.targets), self.device)
@@ -276,7 +286,7 @@ class Worker:
         return found
 
     def finish(self, learner: Learner, seconds: float, rates: Rates, found: Judged) -> TrainReport:
-        """Leave the student, and the report that marks the run as finished."""
+        """Write the student, and then the report, which marks the run as finished."""
         learner.export(learner.card.total_steps, found.gains)
         report = TrainReport(
             run=str(learner.config.out),
@@ -292,6 +302,7 @@ class Worker:
         if self.logs:
             if learner.initialised is not None:
                 _write_json(learner.config.out / INIT_FILE, asdict(learner.initialised))
+            # last, because it marks the run as finished
             _write_json(learner.config.out / REPORT_FILE, asdict(report))
         return report
 
@@ -311,28 +322,29 @@ class Worker:
 
 
 def judged(card: RunCard, views: Views) -> Iterator[Request]:
-    """All of the views as they come, at the first sizes, so many at once that any GPU that trains has room for them."""
+    """Yield requests for all of the views, in order, at the first sizes; small enough for any GPU that trains."""
     sizes = tuple(sizes[0] for sizes in card.target_sizes)
     for start in range(0, len(views), JUDGED_AT_ONCE):
         yield Request(views=views[start : start + JUDGED_AT_ONCE], size=card.size, target_sizes=sizes)
 
 
 def training_sample(targets: TargetSet) -> Views:
-    """The training views from which gains are fitted."""
+    """Return the training views from which gains are fitted."""
     return spread(targets.views_of(~targets.held_out), GAIN_VIEWS)
 
 
 def spread(views: Views, limit: int) -> Views:
-    """At most `limit` of the views, evenly chosen."""
+    """Return at most `limit` of the views, evenly spaced."""
     return views if len(views) <= limit else views[np.linspace(0, len(views) - 1, limit).astype(np.int64)]
 
 
 def _common_step(runs: Sequence[Path]) -> int:
-    """The newest step that all runs have a checkpoint of; 0 where none has any.
+    """Return the newest step of which all runs have a checkpoint; 0 if none has any.
 
-    Raises: RunError if some have, but none that all have.
+    Raises: RunError if some have checkpoints, but none of a common step.
     """
     kept = [set(steps_kept(run)) for run in runs]
+    # a kill between the saves of two students leaves their newest checkpoints at different steps
     common = set.intersection(*kept)
     if not common and any(kept):
         raise RunError(
@@ -342,7 +354,7 @@ def _common_step(runs: Sequence[Path]) -> int:
 
 
 def _require_one_stream(configs: Sequence[TrainConfig]) -> None:
-    """Raises: ConfigError."""
+    """Raise ConfigError if the configs need different streams, or could not be resumed together."""
     if len({config.out.absolute() for config in configs}) < len(configs):
         raise ConfigError("give each student an --out of its own")
     if len(configs) > 1 and configs[0].keep == 1:
@@ -355,7 +367,7 @@ def _require_one_stream(configs: Sequence[TrainConfig]) -> None:
 
 
 def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
-    """The report of a finished run; None for one to be trained.
+    """Return the report of a finished run; None for a run that is to be trained.
 
     Raises: RunError if the directory holds another run, or an unfinished one and `--resume` was not given.
     """
@@ -376,7 +388,7 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
             f"{run} holds a {CONFIG_FILE} or {REPORT_FILE} that is no training run's; give another --out"
         ) from error
     if report is None and not (run / METRICS_FILE).exists() and not steps_kept(run):
-        return None  # something was wrong before its first step
+        return None  # an earlier attempt failed before its first step; start over
     if different := kept.differences(card):
         raise RunError(
             f"{run} holds another run ({'; '.join(different)}); give another --out, or the options it was made with"
@@ -389,7 +401,7 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
 
 
 def _begin(config: TrainConfig, card: RunCard) -> None:
-    """Make the run's directory and leave its card there, and the options that it was made with.
+    """Create the run's directory, and write its card and options there.
 
     Raises: StorageError.
     """

@@ -13,7 +13,7 @@ SMOOTH_L1_WEIGHT = 0.1
 
 
 def summary_loss(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
-    """1 - cosine of each view.
+    """Return 1 - cosine of each view.
 
     Args:
         student_BD: head output, any float dtype; receives the gradient.
@@ -24,7 +24,7 @@ def summary_loss(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
 
 
 def dense_loss(student_BhwD: Tensor, teacher_BhwD: Tensor) -> Tensor:
-    """0.9 (1 - cosine) + 0.1 smooth-L1 (transition at 1) of each view, mean over its cells.
+    """Return 0.9 (1 - cosine) + 0.1 smooth-L1 (transition at 1) of each view, averaged over its cells.
 
     Args: as for `summary_loss`, on the same grid.
     Returns: float32 [B].
@@ -35,7 +35,7 @@ def dense_loss(student_BhwD: Tensor, teacher_BhwD: Tensor) -> Tensor:
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine over the last axis, float32.
+    """Return 1 - cosine over the last axis, float32.
 
     Raises: ValueError if the shapes differ.
     """
@@ -45,7 +45,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def match_grids(student_BhwD: Tensor, teacher_BhwD: Tensor) -> tuple[Tensor, Tensor]:
-    """Resize the smaller of two square grids to the larger, bicubic; float32 where resized."""
+    """Resize the smaller of two square grids to the larger, bicubic; a resized grid is float32."""
     student, teacher = student_BhwD.shape[1], teacher_BhwD.shape[1]
     if student < teacher:
         return resize_grid(student_BhwD, teacher), teacher_BhwD
@@ -55,7 +55,7 @@ def match_grids(student_BhwD: Tensor, teacher_BhwD: Tensor) -> tuple[Tensor, Ten
 
 
 def resize_grid(tokens_BhwD: Tensor, side: int) -> Tensor:
-    """Bicubic interpolation of a token grid to `side` x `side` cells, float32 [B, side, side, D]."""
+    """Resize a token grid to `side` x `side` cells by bicubic interpolation, float32 [B, side, side, D]."""
     channels_first = tokens_BhwD.movedim(-1, 1).float()
     resized = F.interpolate(channels_first, size=(side, side), mode="bicubic", align_corners=False)
     return resized.movedim(1, -1)

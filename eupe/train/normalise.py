@@ -1,4 +1,4 @@
-"""From features as a teacher gives them to features as the loss sees them, and back."""
+"""Normalisation of features: from a teacher's values to those in the loss, and back."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ from eupe.train.batch import TargetTokens
 STANDARD, PHI_S, NONE = "standard", "phi-s", "none"
 NORMALISATIONS = (STANDARD, PHI_S, NONE)
 LEAST_STD = 1e-3
-"""Of the median channel's standard deviation. A channel that varies less is divided by this in place of its own: what
-varies so little is mostly the rounding of fp16 or int8, which unit variance would make a target like any other."""
+"""Least scale of a channel, as a share of the median channel's standard deviation.
+
+What varies less is mostly the rounding of fp16 or int8; scaled to unit variance it would be a target like any other.
+"""
 SAME_LENGTH = 1e-6
-"""Components of an eigenvector whose lengths differ by a smaller share are equal."""
+"""Relative difference in length below which components of an eigenvector count as equal."""
 
 SYLVESTER = np.array([[1.0, 1.0], [1.0, -1.0]])
 TURNED = np.array([[1.0, -1.0], [-1.0, -1.0]])
-"""Hadamard matrices of order 2, of which larger ones are made."""
+"""Matrices of order 2 with entries of +-1, from which larger Hadamard matrices are built."""
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """One kind of token of one target: y = R (x - centre) / scale, and back."""
+    """The normalisation of one kind of token of one target: y = R (x - centre) / scale, and its inverse."""
 
     mean: Tensor
-    """float32 [D], the teacher's, whatever is subtracted."""
+    """float32 [D]: the teacher's mean, whether or not it is subtracted."""
     centre: Tensor
     scale: Tensor
-    """float32 [D]"""
+    """`centre` and `scale`: float32 [D]."""
     rotation: Tensor | None = None
     """R: orthogonal, float32 [D, D]; None for no rotation."""
 
     def __call__(self, tokens: TargetTokens | Tensor) -> Tensor:
-        """Stored tokens, or [..., D] as the teacher gave them, to float32 as the loss sees them."""
+        """Normalise stored tokens, or the teacher's [..., D], to float32 as the loss uses them."""
         if isinstance(tokens, TargetTokens):
             scaled = tokens.standardised(self.centre, self.scale)
         else:
@@ -49,7 +51,7 @@ class Normaliser:
         return scaled if self.rotation is None else _linear_fp32(scaled, self.rotation)
 
     def inverse(self, normalised: Tensor) -> Tensor:
-        """A head's output [..., D] as the teacher would have said it, float32."""
+        """Return a head's output [..., D] in the teacher's own space, float32."""
         scaled = normalised.float()
         if self.rotation is not None:
             scaled = _linear_fp32(scaled, self.rotation.T)
@@ -57,7 +59,7 @@ class Normaliser:
 
 
 def _linear_fp32(tokens: Tensor, matrix_DD: Tensor) -> Tensor:
-    """Each token [..., D] times a matrix, in float32 within autocast, too: these are targets, not activations."""
+    """Multiply each token [..., D] by a matrix in float32, even within autocast: these are targets, not activations."""
     with torch.autocast(tokens.device.type, enabled=False):
         return F.linear(tokens, matrix_DD)
 
@@ -65,13 +67,13 @@ def _linear_fp32(tokens: Tensor, matrix_DD: Tensor) -> Tensor:
 def normalisers(
     store: Store, size: int, device: torch.device, how: str, *, floored: bool = True
 ) -> dict[str, Normaliser]:
-    """By kind of token, from a store's statistics at a size.
+    """Build the normalisers of a store's features at one size, by kind of token.
 
     Args:
         how: `standard`, each channel minus its mean, over its standard deviation (1 for a channel that never changes);
-            `phi-s`, see `phi_s`; `none`, as the teacher gives them.
-        floored: `LEAST_STD` holds for `standard`; it did not in runs of the first method.
-    Raises: ConfigError if `how` is another word, or `phi-s` cannot take a width; StoreError, PartCorruptError.
+            `phi-s`, see `phi_s`; `none`, the teacher's values as they are.
+        floored: whether `LEAST_STD` applies to `standard`; it does not in runs of method 1.
+    Raises: ConfigError if `how` is unknown, or `phi-s` does not support a width; StoreError, PartCorruptError.
     """
     made = {}
     for kind in store.spec.tokens:
@@ -100,16 +102,16 @@ def _float32(values: NDArray[np.float64], device: torch.device) -> Tensor:
 
 
 def phi_s(covariance: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """PHI Standardization: alpha and R = H U^T, so that alpha R (x - mean) has unit variance in every channel.
+    """Compute PHI Standardization: alpha and R = H U^T, so that alpha R (x - mean) has unit variance in every channel.
 
-    One scale for all directions: distances keep their ratios, and angles about the mean stay, which per-channel
-    standardisation changes. U are the eigenvectors by falling eigenvalue, each with the first of its longest components
-    positive, so that the same statistics give the same rotation. Eigenvectors that share an eigenvalue (such as 0,
-    where there are fewer tokens than channels) are as LAPACK gives them. Float64 throughout.
+    One scale serves all directions, so ratios of distances and angles about the mean are preserved; per-channel
+    standardisation changes them. U holds the eigenvectors by descending eigenvalue; the first of each one's longest
+    components is made positive, so that the same statistics give the same rotation. Eigenvectors that share an
+    eigenvalue (such as 0, if there are fewer tokens than channels) are as LAPACK returns them. Everything is float64.
 
     Args:
         covariance: [D, D].
-    Returns: alpha, 1 / sqrt(mean eigenvalue), or 1 if nothing changes at all; and R, orthogonal, [D, D].
+    Returns: alpha, 1 / sqrt(mean eigenvalue), or 1 if nothing varies at all; and R, orthogonal, [D, D].
     Raises: ConfigError if no Hadamard matrix H of order D is known here.
     Source: Ranzinger et al., "PHI-S: Distribution Balancing for Label-Free Multi-Teacher Distillation",
         arXiv 2410.01680.
@@ -125,11 +127,11 @@ def phi_s(covariance: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
 
 
 def hadamard(order: int) -> NDArray[np.float64]:
-    """An orthogonal matrix [order, order] whose entries are all +-1/sqrt(order).
+    """Return an orthogonal matrix [order, order] whose entries are all +-1/sqrt(order).
 
-    Sylvester's doubling as far as it goes, of 1 or of one of Paley's two constructions over a prime field. That serves
-    every width of the registry; prime powers and other constructions are left out, so orders such as 52 and 584 are not
-    known.
+    It is built by Sylvester's doubling, starting from 1 or from one of Paley's two constructions over a prime field.
+    This covers every width in the registry. Prime powers and other constructions are left out, so orders such as 52 and
+    584 are not known.
 
     Raises: ConfigError for an order that is not known.
     Source: Paley, "On orthogonal matrices" (1933).
@@ -142,9 +144,10 @@ def hadamard(order: int) -> NDArray[np.float64]:
 
 
 def _signs(order: int) -> NDArray[np.float64] | None:
-    """A matrix of +-1 with orthogonal rows; None if there is none or none is known.
+    """Return a matrix of +-1 with orthogonal rows; None if there is none or none is known.
 
-    Paley's second construction wants a prime that is 1 modulo 4; of one that is 3, the first has made half the order.
+    Paley's second construction needs a prime that is 1 modulo 4. If it is 3 modulo 4, the first construction has
+    already served half the order.
     """
     if order == 1:
         return np.ones((1, 1))
@@ -159,7 +162,7 @@ def _signs(order: int) -> NDArray[np.float64] | None:
 
 
 def _bordered(prime: int, left: int) -> NDArray[np.float64]:
-    """Paley's core, whether i - j is a square modulo a prime (+1, -1; 0 on the diagonal), below a row of 1."""
+    """Return Paley's core below a row of 1: +1 where i - j is a square modulo a prime, else -1; 0 on the diagonal."""
     square = np.full(prime, -1.0)
     square[np.arange(1, prime) ** 2 % prime] = 1
     square[0] = 0

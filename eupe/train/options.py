@@ -1,6 +1,6 @@
-"""Options of `eupe train` from a file: a recipe's presets, a run's own, or one that a user wrote.
+"""Options of `eupe train` from a file: a recipe's presets, a run's own options, or a file that a user wrote.
 
-A file is YAML: the flags without their dashes, each with its value, or a list of values where the flag may be repeated.
+A file is YAML: the flags without their dashes, each with its value, or a list of values if the flag may be repeated.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def train_configs(
     outs: Sequence[Path],
     resume: bool,
 ) -> list[TrainConfig]:
-    """One config for each `--out`.
+    """Return one config for each `--out`.
 
-    Raises: ConfigError.
+    Raises: ConfigError if the numbers of `--out`, `--student` and `--init` do not fit, or an option cannot work.
     """
     options = train_options(recipe=recipe, config=config, flags=flags, init=bool(inits))
     if not outs:
@@ -67,12 +67,13 @@ def train_configs(
 
 
 def train_options(*, recipe: str | None, config: Path | None, flags: Mapping[str, Any], init: bool = False) -> Options:
-    """What a run is asked for: flags over the file's options, these over the recipe's.
+    """Return the requested options: flags override the file's options, which override the recipe's.
 
     Args:
-        flags: None, or an empty list, for one that was not given.
-        init: where the student starts from was given.
-    Raises: ConfigError for an unknown recipe, or naming every option of a file that is unknown or cannot be so.
+        flags: by name; None or an empty list for one that was not given.
+        init: whether `--init` was given.
+    Raises: ConfigError for an unknown recipe, for stage 3 without `--init`, or naming every option of a file that is
+        unknown or has an impossible value.
     """
     options: Options = {}
     if recipe is not None:
@@ -90,8 +91,9 @@ def train_options(*, recipe: str | None, config: Path | None, flags: Mapping[str
 
 @contextmanager
 def origins_told(*, recipe: str | None, config: Path | None, flags: Mapping[str, Any]) -> Iterator[None]:
-    """A mistake in an option that was not typed says where it is from; the arguments are those of `train_options`.
+    """Add to a ConfigError the source, file or recipe, of each option in it that the user did not type.
 
+    Args: those of `train_options`.
     Raises: ConfigError.
     """
     try:
@@ -116,9 +118,9 @@ def _stage(recipe: str) -> Path:
 
 
 def read_options(path: Path) -> Options:
-    """A file's options, with the types that TrainConfig has.
+    """Read a file's options, converted to the types of TrainConfig.
 
-    Raises: ConfigError.
+    Raises: ConfigError if the file is missing or is not YAML, or an option is unknown or has an impossible value.
     """
     try:
         plain = parse_yaml(path.read_text())
@@ -147,7 +149,7 @@ def read_options(path: Path) -> Options:
 
 
 def write_options(config: TrainConfig, card: RunCard, path: Path) -> None:
-    """Every option that a run has, as it was resolved, for `--config`."""
+    """Write every option of a run, as it was resolved, to a file for `--config`."""
     resolved = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_IN_FILES}
     resolved |= {name: card.config[name] for name in ("student", "size")}
     resolved |= {"steps": card.total_steps, "epochs": None}
@@ -156,7 +158,7 @@ def write_options(config: TrainConfig, card: RunCard, path: Path) -> None:
 
 
 def _override(options: Options, stronger: Options) -> None:
-    """A duration given in one way replaces one that was given in the other."""
+    """Override options; a duration given as `steps` also replaces one given as `epochs`, and the reverse."""
     if stronger.keys() & {"steps", "epochs"}:
         options.pop("steps", None)
         options.pop("epochs", None)
@@ -164,13 +166,17 @@ def _override(options: Options, stronger: Options) -> None:
 
 
 def _typed(kind: Any, value: Any) -> Any:
-    """Raises: TypeError, ValueError."""
+    """Convert a value from YAML to a field's type.
+
+    Raises: TypeError, ValueError if it does not fit.
+    """
     if isinstance(kind, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
         return None if value is None else _typed(str if str in kinds else kinds[0], value)
     if typing.get_origin(kind) is tuple:
         (item, _) = typing.get_args(kind)
         return tuple(_typed(item, each) for each in (value if isinstance(value, list) else [value]))
+    # a bool is an int in Python: without this test, `true` would pass as the number 1
     if kind is bool or isinstance(value, bool):
         if kind is not bool or not isinstance(value, bool):
             raise TypeError

@@ -1,4 +1,4 @@
-"""Random numbers and random orders as functions of a key: nothing is drawn in sequence, nothing is kept."""
+"""Random numbers and random orders as functions of a key; nothing is drawn in sequence and nothing is stored."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Ints = int | NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 ROUNDS = 20
-"""With 12, permutations of six things are measurably not uniform."""
+"""Feistel rounds; with 12, permutations of six elements are measurably not uniform."""
 
 
 def key_of(*numbers: int) -> Words:
-    """uint64 [1] that depends on every number and their order; each in [0, 2^64)."""
+    """Return a key, uint64 [1], that depends on every number and their order; each number is in [0, 2^64)."""
     key = np.zeros(1, np.uint64)
     for number in numbers:
         key = random_words(key, number)
@@ -21,7 +21,7 @@ def key_of(*numbers: int) -> Words:
 
 
 def random_words(key: Words, counter: Words | Ints) -> Words:
-    """The `counter`-th output, from 0, of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) seeded with `key`.
+    """Return output number `counter`, from 0, of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) seeded with `key`.
 
     Args:
         key: uint64 [1] or [N].
@@ -35,22 +35,23 @@ def random_words(key: Words, counter: Words | Ints) -> Words:
 
 
 def below(bound: Words | int, random: Words) -> Words:
-    """Random words as numbers in [0, bound), uniform as far as `bound` is small against 2^32."""
+    """Return random words as numbers in [0, bound), nearly uniform if `bound` is small compared with 2^32."""
     half = np.uint64(32)
+    # 32 random bits times a bound below 2^32 do not overflow 64 bits
     scaled: Words = (random >> half) * np.asarray(bound, np.uint64)
     return scaled >> half
 
 
 def permute(index: NDArray[np.int64], size: Ints, key: Words) -> NDArray[np.int64]:
-    """Where a random permutation of [0, size) takes each index, in O(1) each and without a table.
+    """Return where a random permutation of [0, size) maps each index, in O(1) each and without a table.
 
-    A Feistel network on [0, a) x [0, b), of which a * b is at least `size` and hardly more; what falls outside is
-    taken on until it is inside.
+    A Feistel network permutes [0, a) x [0, b), where a * b is at least `size` and hardly more. A result outside of
+    [0, size) is permuted again until it is inside.
 
     Args:
         index: int64 [N], each in [0, size).
         size: at least 1; one, or [N]: each index has its own permutation.
-        key: uint64 [1] or [N]: which permutation.
+        key: uint64 [1] or [N]: selects the permutation.
     Returns: int64 [N].
     Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, methods 2 and 3; deviations:
         SplitMix64 as the round function and more rounds, for uniformity, not secrecy.
@@ -63,7 +64,7 @@ def permute(index: NDArray[np.int64], size: Ints, key: Words) -> NDArray[np.int6
 
 
 def _feistel(index: Words, size: Words, key: Words) -> Words:
-    """A permutation of [0, a * b), all [N], with a just above the square root of `size`."""
+    """Permute [0, a * b), where a is just above the square root of `size`; all arguments are [N]."""
     a = np.sqrt(size).astype(np.uint64) + 1
     b = (size + a - 1) // a
     right, left = np.divmod(index, a)

@@ -1,4 +1,4 @@
-"""What a student's dense tokens look like beside the targets: held-out views, and both maps as PCA colours.
+"""Pictures of a student's dense tokens beside the targets: held-out views, and both maps in PCA colours.
 
 Shapes: P views, S pixels, h w cells, D width.
 """
@@ -29,7 +29,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class DenseMaps:
-    """Of one target, normalised, float32 on one grid: [P, h, w, D] each."""
+    """Dense maps of one target, normalised, on one grid: float32 [P, h, w, D] each."""
 
     stored: NDArray[np.float32]
     predicted: NDArray[np.float32]
@@ -38,9 +38,10 @@ class DenseMaps:
 def dense_maps(
     distiller: Distiller, batches: Sequence[Batch], names: Sequence[str], device: torch.device
 ) -> dict[str, DenseMaps]:
-    """By name, every target that has dense tokens, and what the student makes of it.
+    """Return the stored and the predicted maps of every target that has dense tokens, by name.
 
-    Every worker must ask, as the student may be spread over them. Leaves the modules in the mode they were in.
+    Every worker must call this, because the student may be sharded. Afterwards the modules are in their
+    previous mode again.
     """
     found: dict[str, list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = {}
     for i, kind, predicted, stored, norm in pairs(distiller, batches, device):
@@ -50,7 +51,7 @@ def dense_maps(
 
 
 def draw_maps(batches: Sequence[Batch], maps: Mapping[str, DenseMaps]) -> Image.Image:
-    """A row for each view: the view, then each target's map and the student's, in the colours of the target's tokens.
+    """Draw a row for each view: the view, then each target's map and the student's, in colours fitted to the target.
 
     The three components, and the scores that are drawn as black and white, are the target's; a student that predicts
     it exactly has the same colours.

@@ -1,4 +1,4 @@
-"""What a finished run's heads say, in the teachers' own words: no store and no teacher is opened.
+"""A finished run's heads as predictors of the teachers' features; no store and no teacher is opened.
 
 Shapes: B pictures, h w cells of the student's grid, D width of a token.
 """
@@ -27,7 +27,7 @@ from eupe.train.validate import Gains
 
 
 class KindPredictor(nn.Module):
-    """One kind of token of one target: `norm.inverse(gain * head(token))`."""
+    """A predictor of one kind of token of one target: `norm.inverse(gain * head(token))`."""
 
     mean: Tensor
     centre: Tensor
@@ -36,10 +36,11 @@ class KindPredictor(nn.Module):
     gain: Tensor
 
     def __init__(self, widths: tuple[int, int, int], *, rotated: bool) -> None:
-        """
+        """Build the head, and buffers for its normalisation that are to be loaded.
+
         Args:
             widths: of the student's token, of the head's hidden layer, of the target's token.
-            rotated: whether the loss saw the target rotated.
+            rotated: whether the target was rotated for the loss.
         """
         super().__init__()
         width = widths[2]
@@ -52,38 +53,40 @@ class KindPredictor(nn.Module):
 
     @property
     def norm(self) -> Normaliser:
-        """What the loss saw the target through."""
+        """Return the normalisation of the target in the loss."""
         return Normaliser(mean=self.mean, centre=self.centre, scale=self.scale, rotation=self.rotation)
 
     def draw_anew(self) -> None:
-        """A head of random weights, always the same, in place of the one that was learnt."""
+        """Replace the learned head by one with random weights, which are always the same."""
+        # the caller's random numbers stay what they were
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.head = AdapterHead(*self.widths).eval()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The student's tokens [..., width] to the teacher's [..., D], float32."""
+        """Map the student's tokens [..., width] to the teacher's [..., D], float32."""
         return self.norm.inverse(self.gain * self.head(tokens))
 
 
 class TargetPredictor(nn.Module):
-    """The heads of one target: from what the student says to what its teacher would have said."""
+    """The heads of one target, which map the student's tokens to the teacher's."""
 
     def __init__(
         self, name: str, target: Mapping[str, Any], student: Mapping[str, int], head_width: int, rotated: Sequence[str]
     ) -> None:
-        """
+        """Build the predictors of a target, without loading them.
+
         Args:
             name: see `target_names`.
             target: as in `RunCard.targets`.
             student: the width of each kind of token.
-            rotated: the kinds that the loss saw rotated.
+            rotated: the kinds that were rotated for the loss.
         """
         super().__init__()
         self.name = name
         self.teacher: str = target["teacher"]
         self.widths: dict[str, int] = {kind: target[f"{kind}_dim"] for kind in KINDS if target[f"{kind}_dim"]}
-        """Of the teacher's tokens, by kind; a kind that the store does not hold is left out."""
+        """Widths of the teacher's tokens by kind; kinds that the store does not hold are left out."""
         self.kinds = nn.ModuleDict(
             {
                 kind: KindPredictor((student[kind], head_width, width), rotated=kind in rotated)
@@ -92,16 +95,17 @@ class TargetPredictor(nn.Module):
         )
 
     def forward(self, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
-        """Summary [B, Ds] and dense [B, h, w, D] as the teacher would have given them, on the student's grid."""
+        """Return summary [B, Ds] and dense [B, h, w, D] in the teacher's own space, on the student's grid."""
         said = {kind: predictor(getattr(tokens, kind)) for kind, predictor in self.kinds.items()}
         summary, dense = (said.get(kind) for kind in KINDS)
         return summary, dense
 
 
 def load_predictors(run: Path) -> list[TargetPredictor]:
-    """The heads of a finished run, on the CPU, in evaluation mode, in the order of its targets.
+    """Load the heads of a finished run, on the CPU, in evaluation mode, in the order of its targets.
 
-    Raises: RunError if the run is not finished, is older than this file of its, or its files do not fit each other.
+    Raises: RunError if the run is not finished, was finished by a version that wrote no norms, or its files do not fit
+        each other.
     """
     card, student = finished_card(run), load_card(run)
     heads, norms = _read(run / HEADS_FILE), _read(run / NORMS_FILE)
@@ -122,7 +126,9 @@ def load_predictors(run: Path) -> list[TargetPredictor]:
 
 
 def norm_tensors(norms: Sequence[Mapping[str, Normaliser]], gains: Gains) -> dict[str, Tensor]:
-    """What undoes the normalisation of heads: `TARGET_NUMBER.KIND.` and `mean`, `centre`, `scale`, `rotation`, `gain`.
+    """Return the tensors that undo the normalisation of the heads' targets.
+
+    They are named `TARGET_NUMBER.KIND.NAME`, where NAME is `mean`, `centre`, `scale`, `rotation` or `gain`.
 
     Args:
         norms: per target, by kind of token.
@@ -137,13 +143,16 @@ def norm_tensors(norms: Sequence[Mapping[str, Normaliser]], gains: Gains) -> dic
 
 
 def _of(tensors: Mapping[str, Tensor], target: int) -> dict[tuple[str, str], Tensor]:
-    """Those of one target, by kind and name."""
+    """Return the tensors of one target, by kind and name."""
     parts = {name: name.split(".", 2) for name in tensors}
     return {(kind, rest): tensors[name] for name, (number, kind, rest) in parts.items() if number == str(target)}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Raises: RunError."""
+    """Read a safetensors file of a run.
+
+    Raises: RunError if it is missing or cannot be read.
+    """
     if not path.exists():
         run = path.parent
         raise RunError(

@@ -1,6 +1,6 @@
-"""Which views a training step sees: a pure function of (seed, step, rank) that keeps no list of views.
+"""The views of each training step: a pure function of (seed, step, rank) that stores no list of views.
 
-The order of an epoch is a keyed bijection, evaluated only where a batch asks for it.
+The order of an epoch is a keyed permutation, evaluated only at the positions that a batch needs.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from eupe.errors import ConfigError
 from eupe.train.permutation import below, key_of, permute, random_words
 
 Views = NDArray[np.int64]
-"""[B, 2]: place of a sample in the join, and number of the view."""
+"""[B, 2]: index of a sample in the join, and number of its view."""
 
 VIEW_ORDERS = ("all", "cycle", "draw")
 
 MIX_BLOCK = 100
-"""Steps in which every corpus of a mix gets its share."""
+"""Number of steps in which every corpus of a mix gets its share."""
 
 _PARTS, _WINDOWS, _DRAWS, _TURNS = range(4)
-"""What a key is for."""
+"""Purposes of keys, which set the random numbers of one seed apart."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sampler:
-    """Batches of one corpus: every epoch in another order, its last partial batch left out."""
+    """Batches of one corpus; every epoch has another order and leaves out its last partial batch."""
 
     samples: NDArray[np.int64]
-    """[samples], distinct: places of the training samples in the join."""
+    """[samples], distinct: indices of the training samples in the join."""
     num_views: int
     """Stored views per sample."""
     seed: int
     views: str = "all"
-    """`all`: an epoch is every view of every sample. `cycle`: every sample in one view, another in each of `num_views`
-    epochs. `draw`: every sample in one view, drawn anew each epoch."""
+    """`all`: an epoch has every view of every sample. `cycle`: it has one view of every sample, a different one in each
+    of `num_views` epochs. `draw`: it has one view of every sample, drawn again for each epoch."""
     parts: NDArray[np.int64] | None = None
-    """[samples], non-decreasing: the part of the store that each sample lies in. Where given, an epoch goes through
-    the parts in a random order, `window` at a time; otherwise it is one permutation of everything."""
+    """[samples], non-decreasing: the store part that each sample is in. If given, an epoch goes through the parts in
+    random order, `window` at a time; otherwise it is one permutation of everything."""
     window: int = 8
-    """Parts whose views are mixed."""
+    """Number of parts whose views are shuffled together."""
     _memo: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises: ConfigError."""
+        """Raise ConfigError for arguments that cannot work."""
         if len(self.samples) == 0:
             raise ConfigError("there is no sample to train on")
         _require("the number of views", self.num_views, at_least=1)
@@ -65,7 +65,7 @@ class Sampler:
             raise ConfigError("the samples must be in the order of their parts; sort them by part")
 
     def __len__(self) -> int:
-        """Views per epoch."""
+        """Return the number of views in an epoch."""
         return len(self.samples) * self._views_per_sample
 
     @property
@@ -73,7 +73,7 @@ class Sampler:
         return self.num_views if self.views == "all" else 1
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Whole batches per epoch.
+        """Return the number of whole batches in an epoch.
 
         Raises: ConfigError if there is none.
         """
@@ -85,10 +85,10 @@ class Sampler:
         return len(self) // batch_size
 
     def batch(self, step: int, *, batch_size: int, rank: int = 0, world: int = 1) -> Views:
-        """A rank's share of a step's batch: rows of the global batch, which is the same for any number of ranks.
+        """Return a rank's share of a step's batch: rows of the global batch, which is the same for any number of ranks.
 
         Args:
-            step: 0-based, going on over epochs.
+            step: 0-based, counted over all epochs.
             batch_size: of the global batch.
         Returns: int64 [batch_size / world, 2].
         Raises: ConfigError if the batch does not divide by `world`, or exceeds an epoch.
@@ -106,17 +106,19 @@ class Sampler:
         return self._views_at(np.arange(first, first + share), epoch)
 
     def _views_at(self, positions: NDArray[np.int64], epoch: int) -> Views:
-        """[B, 2]: the views at [B] positions of an epoch."""
+        """Return the views at positions [B] of an epoch, [B, 2]."""
         order, edges = self._part_order(epoch)
         window_edges = np.append(edges[: -1 : self.window], edges[-1])
         window = np.searchsorted(window_edges, positions, side="right") - 1
         begin = window_edges[window]
+        # views are shuffled within their window only, so that a batch reads from few parts
         keys = random_words(key_of(self.seed, _WINDOWS, epoch), window)
         shuffled = begin + permute(positions - begin, window_edges[window + 1] - begin, keys)
         slot = np.searchsorted(edges, shuffled, side="right") - 1
         sample, number = np.divmod(shuffled - edges[slot], self._views_per_sample)
         samples = self.samples[self._part_starts[order[slot]] + sample]
         if self.views == "cycle":
+            # samples start at different views, so that a batch mixes the numbers of views
             number = (samples + epoch) % self.num_views
         elif self.views == "draw":
             drawn = random_words(key_of(self.seed, _DRAWS, epoch), samples)
@@ -125,14 +127,14 @@ class Sampler:
 
     @cached_property
     def _part_starts(self) -> NDArray[np.int64]:
-        """[parts + 1]: where each part begins among the samples, and their number."""
+        """Return where each part begins among the samples, and their number at the end, [parts + 1]."""
         if self.parts is None:
             return np.array([0, len(self.samples)])
         changes = np.flatnonzero(self.parts[1:] != self.parts[:-1]) + 1
         return np.concatenate([[0], changes, [len(self.samples)]])
 
     def _part_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The parts in an epoch's order, and [parts + 1] the views before each. The last epoch's is kept."""
+        """Return the parts in an epoch's order, and the views before each, [parts + 1]; the last epoch's are cached."""
         if (known := self._memo.get(epoch)) is None:
             counts = np.diff(self._part_starts)
             order = permute(np.arange(len(counts)), len(counts), key_of(self.seed, _PARTS, epoch))
@@ -144,16 +146,16 @@ class Sampler:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mix:
-    """Corpora that take turns, each batch from one of them (EUPE paper: 10% of the batches are ImageNet's)."""
+    """Corpora that take turns; each batch is from one of them (EUPE paper: 10% of the batches are ImageNet's)."""
 
     samplers: tuple[Sampler, ...]
     shares: tuple[float, ...]
-    """Of the batches, per corpus; above 0, together 1. Each block of `MIX_BLOCK` steps holds them in a random order, as
-    exactly as whole batches allow; what one block rounds away comes in a later one."""
+    """Each corpus's share of the batches; above 0, together 1. Each block of `MIX_BLOCK` steps holds them in random
+    order, as exactly as whole batches allow; a later block makes up for what rounding left out."""
     seed: int
 
     def __post_init__(self) -> None:
-        """Raises: ConfigError."""
+        """Raise ConfigError for corpora, shares or a seed that cannot work."""
         _require_seed(self.seed)
         if not self.samplers or len(self.samplers) != len(self.shares):
             raise ConfigError(f"each corpus needs a share: got {len(self.shares)} for {len(self.samplers)} corpora")
@@ -164,14 +166,15 @@ class Mix:
             raise ConfigError(f"the shares of a mix must sum to 1, got {given}, which is {sum(self.shares):g}")
 
     def batch(self, step: int, *, batch_size: int, rank: int = 0, world: int = 1) -> tuple[int, Views]:
-        """Which corpus a step takes, and the rank's share of that corpus's next batch, see `Sampler.batch`."""
+        """Return the corpus of a step, and the rank's share of that corpus's next batch; see `Sampler.batch`."""
+        # a corpus smaller than a batch is refused at the first step, not at that corpus's first turn
         for sampler in self.samplers:
             sampler.steps_per_epoch(batch_size)
         corpus, own_step = self.turn(step)
         return corpus, self.samplers[corpus].batch(own_step, batch_size=batch_size, rank=rank, world=world)
 
     def turn(self, step: int) -> tuple[int, int]:
-        """Which corpus a step takes, and how many batches that corpus gave before."""
+        """Return the corpus of a step, and the number of batches that this corpus gave before."""
         _require("the step", step, at_least=0)
         block, place = divmod(step, MIX_BLOCK)
         before, after = self._turns_before(block * MIX_BLOCK), self._turns_before((block + 1) * MIX_BLOCK)
@@ -181,9 +184,10 @@ class Mix:
         return corpus, before[corpus] + int((turns[:place] == corpus).sum())
 
     def _turns_before(self, step: int) -> list[int]:
-        """Turns of each corpus before the first step of a block.
+        """Return the number of turns of each corpus before the first step of a block.
 
-        Each takes its part of what those before it left, rounded: such counts never fall as the steps go on.
+        Each corpus takes its share of what the ones before it left, rounded; such counts never fall from one block to
+        the next.
         """
         turns, left, share_left = [], step, sum(self._fractions)
         for share in self._fractions:
@@ -193,13 +197,13 @@ class Mix:
 
     @cached_property
     def _fractions(self) -> tuple[Fraction, ...]:
-        """The shares as they are written: 0.1 is a tenth."""
+        """Return the shares as exact fractions of their decimal form: 0.1 is a tenth."""
         return tuple(Fraction(repr(float(share))) for share in self.shares)
 
 
-@lru_cache(maxsize=4)  # step by step it is the same block, a hundred times over
+@lru_cache(maxsize=4)  # a hundred steps in a row use the same block
 def _block_order(seed: int, block: int) -> NDArray[np.int64]:
-    """Return the order in which a block's steps are handed out, int64 [MIX_BLOCK]."""
+    """Return the order in which a block's steps are given to the corpora, int64 [MIX_BLOCK]."""
     return permute(np.arange(MIX_BLOCK), MIX_BLOCK, key_of(seed, _TURNS, block))
 
 

@@ -19,15 +19,16 @@ from eupe.train.world import World
 
 PREFETCH_BATCHES = 3
 SIZES = 0x512E5
-"""Sets the draw of sizes apart from others of the same seed."""
+"""Constant that sets the draws of sizes apart from other draws with the same seed."""
 
 
 def open_corpora(config: TrainConfig) -> list[TargetSet]:
-    """The targets, then the corpora mixed in.
+    """Open the targets, then the mixed-in corpora.
 
     Raises: StoreError, ConfigError, CorpusError.
     """
     mixes = parse_mix(config.mix, num_targets=len(config.targets))
+    # a run that was begun under an older method keeps that method's held-out pictures
     by = holdout_by(begun_method(config.out))
     named = [*config.targets, *(() if config.corpus is None else (config.corpus,))]
     return [
@@ -40,7 +41,7 @@ def open_corpora(config: TrainConfig) -> list[TargetSet]:
 
 
 def mix_of(card: RunCard, corpora: Sequence[TargetSet]) -> Mix:
-    """Which corpus, and which of its views, each step takes."""
+    """Build the mix that decides which corpus, and which of its views, each step takes."""
     shares = [float(mixed["share"]) for mixed in card.mix]
     seed = card.config["seed"]
     samplers = tuple(
@@ -59,7 +60,7 @@ def mix_of(card: RunCard, corpora: Sequence[TargetSet]) -> Mix:
 def training_requests(
     card: RunCard, corpora: Sequence[TargetSet], world: World, *, first_step: int, pieces: int
 ) -> Iterator[Request]:
-    """What one worker trains on from a step to the end, each step in so many pieces."""
+    """Yield what one worker trains on from a step to the end, each step in `pieces` microbatches."""
     mix, config = mix_of(card, corpora), card.config
     for step in range(first_step, card.total_steps):
         corpus, views = mix.batch(step, batch_size=config["batch_size"], rank=world.rank, world=world.size)
@@ -80,18 +81,20 @@ def training_requests(
 
 
 def draw_sizes(seed: int, step: int, choices: Sequence[Sequence[int]]) -> list[int]:
-    """One of each choice, independently and alike on every worker."""
+    """Draw one of each choice, independently of each other and the same on every worker."""
     generator = np.random.Generator(np.random.Philox(key=[seed ^ SIZES, step]))
     return [sizes[int(generator.integers(len(sizes)))] for sizes in choices]
 
 
 def stream(corpora: Sequence[TargetSet], requests: Iterable[Request], device: torch.device) -> Iterator[Batch]:
-    """Batches in order, on a device, loaded and copied ahead of their use.
+    """Yield batches in order, on a device, loaded and copied ahead of their use.
 
     Raises (while iterating): as `TargetSet.load` does.
     """
     threads = max(corpus.corpus_root.threads(os.cpu_count() or 1) for corpus in corpora)
+    # a stream of its own, so that copies overlap with training
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    # two pools, because loaders wait for decoders: in a single one they could take all threads
     with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(PREFETCH_BATCHES) as loaders:
 
         def load(request: Request) -> tuple[Batch, torch.cuda.Event | None]:
@@ -101,6 +104,7 @@ def stream(corpora: Sequence[TargetSet], requests: Iterable[Request], device: to
             with torch.cuda.stream(copies):
                 return batch.pinned().to(device), copies.record_event()
 
+        # one less ahead, because the batch in use is one of PREFETCH_BATCHES
         for batch, copied in map_ahead(loaders, load, requests, ahead=PREFETCH_BATCHES - 1):
             if copied is not None:
                 _hand_over(batch, copied, torch.cuda.current_stream(device))
@@ -108,7 +112,8 @@ def stream(corpora: Sequence[TargetSet], requests: Iterable[Request], device: to
 
 
 def _hand_over(batch: Batch, copied: torch.cuda.Event, user: torch.cuda.Stream) -> None:
-    """Make a stream wait for a copy, and its memory stay until that stream has used it."""
+    """Make a stream wait for a copy, and keep the copy's memory until that stream has used it."""
     user.wait_event(copied)
     for tensor in batch.tensors():
+        # it belongs to the copy stream, which could reuse its memory while `user` still reads it
         tensor.record_stream(user)

@@ -1,4 +1,4 @@
-"""Stores of the same views of the same pictures, joined by key, with the pictures beside them."""
+"""Stores of the same views of the same pictures, joined by key, together with the pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from eupe.train.sampling import Views
 CHECKED_VIEWS = 16
 
 HoldoutBy = Literal["content", "key"]
-"""What decides whether a picture is held out: its bytes, whatever their name, or the name, as in the first runs."""
+"""The basis for holding out a picture: its content, under whatever key, or its key, as in runs of method 1."""
 
 
 class TargetSet:
@@ -51,18 +51,18 @@ class TargetSet:
         self.stores = tuple(stores)
         self.corpus_root = corpus_root
         self.corpus_given = corpus_given
-        """The pictures are decoded even where a store keeps the views."""
+        """Whether pictures are decoded even if a store keeps the views' pixels."""
         self.num_views = stores[0].spec.num_views
         self._joined = _join(stores)
         words = holdout_words(self._joined.select(["key", "sha256"]).to_pylist(), holdout_by)
         self.held_out = np.array([is_held_out(word, holdout) for word in words])
         """bool [samples]: never trained on."""
         self.left_out = {str(store.path): store.samples.num_rows - self.num_joined for store in stores}
-        """Per store, its samples that are not trained on: they failed in it, or another store lacks them."""
+        """Per store, the number of samples that are not used: they failed in it, or another store lacks them."""
 
     @property
     def num_joined(self) -> int:
-        """Samples that every store has valid features of."""
+        """Return the number of samples that every store has valid features of."""
         return int(self._joined.num_rows)
 
     @cached_property
@@ -77,7 +77,7 @@ class TargetSet:
 
     @cached_property
     def _rows(self) -> NDArray[np.int64]:
-        """[stores, samples]: each sample's row in each store."""
+        """Return each sample's row in each store, [stores, samples]."""
         return np.stack([self._joined[f"row{i}"].to_numpy() for i in range(len(self.stores))])
 
     @cached_property
@@ -89,22 +89,22 @@ class TargetSet:
 
     @cached_property
     def training(self) -> NDArray[np.int64]:
-        """Places of the samples that are trained on."""
+        """Return the indices of the training samples."""
         return np.flatnonzero(~self.held_out)
 
     @cached_property
     def training_parts(self) -> NDArray[np.int64] | None:
-        """The first store's part of each sample in `training`; None where its reads need no nearness."""
+        """Return the first store's part of each training sample; None on a local disk, where any order reads well."""
         store = self.stores[0]
         return None if store.path.is_local else self._rows[0][self.training] // store.spec.samples_per_part
 
     def views_of(self, samples: NDArray[np.bool_]) -> Views:
-        """All views of the samples that a mask picks, in order."""
+        """Return all views of the samples that a mask selects, in order."""
         picked = np.flatnonzero(samples)
         return np.stack([np.repeat(picked, self.num_views), np.tile(np.arange(self.num_views), len(picked))], axis=1)
 
     def read_image(self, sample: int) -> Image.Image:
-        """The upright picture of a sample.
+        """Read the upright picture of a sample.
 
         Raises: CorpusError if it is gone or no longer readable; StorageError if an object store does not serve it.
         """
@@ -118,12 +118,13 @@ class TargetSet:
             ) from error
 
     def load(self, request: Request, *, pool: ThreadPoolExecutor) -> Batch:
-        """Read features and render the views.
+        """Read the features of a request and render its views.
 
         Raises: CorpusError, PartCorruptError, and ConfigError if two stores disagree on a view's crop.
         """
         samples, numbers = request.views[:, 0], request.views[:, 1]
         sizes = request.target_sizes or tuple(store.spec.sizes[0] for store in self.stores)
+        # begun first, so that features are read while pictures are decoded
         pending = [
             store.read_async(rows[samples].tolist(), numbers.tolist(), size=size)
             for store, rows, size in zip(self.stores, self._rows, sizes, strict=True)
@@ -147,7 +148,7 @@ class TargetSet:
         return Batch(request, pixels, targets, keys)
 
     def _pixel_store(self, size: int) -> int | None:
-        """Which store keeps the views at a size; None where they come from the pictures."""
+        """Return the index of a store that keeps the views' pixels at a size; None if pictures are decoded."""
         if self.corpus_given:
             return None
         keeping = (i for i, s in enumerate(self.stores) if s.spec.pixels and size in s.spec.sizes)
@@ -159,7 +160,7 @@ class TargetSet:
         return self.stores[i].read_pixels_async(self._rows[i, views[:, 0]].tolist(), views[:, 1].tolist(), size=size)
 
     def require_pictures(self, *sizes: int) -> None:
-        """Raises: CorpusError if views of a size can be had neither from a store nor from the pictures."""
+        """Raise CorpusError if views of a size are neither in a store nor can be made from the pictures."""
         root = self.corpus_root
         lacking = [size for size in sizes if self._pixel_store(size) is None]
         if not lacking or not root.is_local or root.local.is_dir():
@@ -170,7 +171,7 @@ class TargetSet:
         raise CorpusError(f"{words}the corpus folder {root} does not exist{advice}")
 
     def require_same_views(self, features: Sequence[StoredFeatures], samples: NDArray[np.int64]) -> None:
-        """Raises: ConfigError if what the stores hold of some samples is of other views in one than in the first."""
+        """Raise ConfigError if a store holds other views of some samples than the first store does."""
         for store, other in zip(self.stores[1:], features[1:], strict=True):
             if (i := features[0].first_difference(other)) is not None:
                 key = self.keys[int(samples[i])]
@@ -179,7 +180,7 @@ class TargetSet:
                 )
 
     def check_views(self) -> None:
-        """Replay a sample of views and compare them, pixel for pixel, with what the teachers saw.
+        """Render some of the views again and compare them, pixel for pixel, with what the teachers saw.
 
         Raises: CorpusError if one differs: another picture under the same name, or another decoder.
         """
@@ -202,7 +203,7 @@ class TargetSet:
 
 
 def _student_colours(request: Request, key: str, view: int) -> Photometric:
-    """Draw the colours in which the student sees a view at one step."""
+    """Draw the student's colours for a view at one step."""
     assert request.colours_seed is not None
     whose = f"student {view} " if request.colours_by_view else "student "
     return draw_colours(request.colours_seed, key, request.step, whose=whose)
@@ -223,9 +224,10 @@ def open_targets(
     """Open stores for training.
 
     Args:
-        corpus: where the pictures are now; the place noted in the first store where not given.
-        named: other places that the user has named, in whose buckets these pictures may be, too.
-        holdout: share of the pictures kept out of training, by a hash of their content, or of their keys.
+        corpus: current location of the pictures; by default the one recorded in the first store.
+        named: other locations that the user has named, in whose buckets these pictures may be as well.
+        holdout: share of the pictures kept out of training.
+        holdout_by: whether a hash of a picture's content or of its key decides.
     Raises: StoreError, ConfigError, CorpusError.
     """
     stores = open_stores(paths)
@@ -237,7 +239,7 @@ def open_targets(
 
 
 def open_stores(paths: Sequence[Where]) -> list[Store]:
-    """Finished stores of views that were drawn alike.
+    """Open finished stores whose views were drawn alike.
 
     Raises: StoreError; ConfigError if one has other views than the first.
     """
@@ -259,7 +261,7 @@ def _views_words(store: Store) -> str:
 
 
 def _join(stores: Sequence[Store]) -> pa.Table:
-    """`key`, `sha256`, `label` and `row0`, `row1`, ... of the samples that are valid in every store.
+    """Return the samples that are valid in every store: their `key`, `sha256`, `label`, and rows `row0`, `row1`, ...
 
     Raises: ConfigError if the stores share no sample, or hold different pictures under one key.
     """
@@ -287,7 +289,7 @@ def _join(stores: Sequence[Store]) -> pa.Table:
 
 
 def _why_apart(first: Store, other: Store) -> str:
-    """Say why two stores share no key, with a key of each."""
+    """Return why two stores share no key, with a key of each."""
     roots = f"{first.spec.corpus['root']} against {other.spec.corpus['root']}"
     if moved := moved_keys(first.valid, other.valid):
         return (
@@ -302,11 +304,11 @@ def _why_apart(first: Store, other: Store) -> str:
 
 
 def moved_keys(first: pa.Table, other: pa.Table) -> str | None:
-    """Say by which leading folders the keys of the same pictures differ, as they do where two roots were indexed.
+    """Return by which leading folders the keys of the same pictures differ, as they do if two roots were indexed.
 
     Args:
-        first, other: with `key` and `sha256`.
-    Returns: None where hardly any picture is in both, or most of those have the same key.
+        first, other: tables with `key` and `sha256`.
+    Returns: None if no picture has the same file name in both, or most of those that do have the same key.
     """
     places = pc.index_in(first["sha256"], value_set=other["sha256"].combine_chunks())
     found = pc.is_valid(places)
@@ -321,7 +323,7 @@ def moved_keys(first: pa.Table, other: pa.Table) -> str | None:
 
 
 def _leading_folders(key: str, other: str) -> tuple[str, str] | None:
-    """Where two keys end alike, the folders ahead of that; None where not even the names are the same."""
+    """Return the folders ahead of the ending that two keys share; None if not even their names are the same."""
     ours, theirs = key.split("/"), other.split("/")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()
@@ -332,11 +334,11 @@ def _leading_folders(key: str, other: str) -> tuple[str, str] | None:
 
 
 def holdout_words(samples: Iterable[Mapping[str, Any]], by: HoldoutBy) -> list[str]:
-    """Return what `is_held_out` is asked about samples, which have `key` and `sha256`; without a hash it is the key."""
+    """Return each sample's word for `is_held_out`: its `sha256`, or its `key` if `by` says so or there is no hash."""
     return [str((by == "content" and sample["sha256"]) or sample["key"]) for sample in samples]
 
 
 def is_held_out(word: str, share: float) -> bool:
-    """Tell whether a picture is kept out of training: by one word of it alone, so every run keeps out the same."""
+    """Return whether a picture is kept out of training; its word alone decides, so every run keeps out the same."""
     digest = hashlib.blake2b(b"held out\0" + word.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < share * 2**64

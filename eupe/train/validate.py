@@ -1,4 +1,4 @@
-"""How well a student predicts targets that it never trained on."""
+"""Validation: how well a student predicts targets that it never trained on."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from eupe.train.normalise import Normaliser
 
 @dataclass
 class Cosines:
-    """Sums over held-out views of one kind of token of one target."""
+    """Sums over held-out views, for one kind of token of one target."""
 
     normalised: float = 0.0
-    """Cosine in the loss's space: 0 for the mean-feature predictor, by construction (not with normalisation `none`)."""
+    """Cosine in the loss's space; the mean feature has 0 by construction (not with normalisation `none`)."""
     raw: float = 0.0
-    """Cosine between features as the teacher gives them, the prediction scaled by its gain."""
+    """Cosine between features as the teacher gives them, with the prediction scaled by its gain."""
     mean_raw: float = 0.0
-    """The same for the predictor that always says the store's mean."""
+    """The same for a predictor that always returns the store's mean."""
     views: int = 0
 
     def add(self, predicted: Tensor, stored: Tensor, norm: Normaliser, gain: float) -> None:
-        """Both [B, ..., D] on one grid; `predicted` normalised, `stored` raw."""
+        """Add B views; both tensors are [B, ..., D] on one grid, `predicted` normalised and `stored` raw."""
         num_views = len(stored)
         self.views += num_views
         self.normalised += num_views * _mean_cosine(predicted, norm(stored))
@@ -37,7 +37,7 @@ class Cosines:
         self.mean_raw += num_views * _mean_cosine(norm.mean.expand_as(stored), stored)
 
     def means(self) -> dict[str, float]:
-        """Averages over the views."""
+        """Return the averages over the views."""
         return {name: getattr(self, name) / self.views for name in ("normalised", "raw", "mean_raw")}
 
 
@@ -46,13 +46,13 @@ def _mean_cosine(a: Tensor, b: Tensor) -> float:
 
 
 Gains = list[dict[str, float]]
-"""Per target and kind of token."""
+"""Factors of the predictions, per target and kind of token."""
 
 
 def fit_gains(distiller: Distiller, batches: Iterable[Batch], device: torch.device) -> Gains:
-    """The factors by which predictions come nearest to the normalised targets, by least squares over training views.
+    """Fit the factors that bring predictions nearest to the normalised targets, by least squares over training views.
 
-    A head that learns by cosine gives a direction, but no length of its own; undoing the normalisation needs one.
+    A head that is trained by cosine predicts a direction, but no length; undoing the normalisation needs one.
     """
     dots: list[dict[str, float]] = [dict.fromkeys(kinds, 0.0) for kinds in distiller.kinds]
     squares: list[dict[str, float]] = [dict.fromkeys(kinds, 0.0) for kinds in distiller.kinds]
@@ -70,11 +70,11 @@ def held_out_cosines(
     *,
     on_tokens: Callable[[int, str, Tensor, Tensor], None] | None = None,
 ) -> list[dict[str, Cosines]]:
-    """Per target and kind of token, over all batches.
+    """Return the cosines per target and kind of token, summed over all batches.
 
     Args:
-        on_tokens: called per batch, target and kind with the predicted tokens as the teacher would give them, and the
-            stored ones, on one grid.
+        on_tokens: called per batch, target and kind with the predicted tokens in the teacher's own space and the stored
+            ones, on one grid.
     """
     totals: list[dict[str, Cosines]] = [{kind: Cosines() for kind in kinds} for kinds in distiller.kinds]
     for i, kind, predicted, stored, norm in pairs(distiller, batches, device):
@@ -89,9 +89,9 @@ def held_out_cosines(
 def pairs(
     distiller: Distiller, batches: Iterable[Batch], device: torch.device
 ) -> Iterator[tuple[int, str, Tensor, Tensor, Normaliser]]:
-    """Target, kind, prediction (normalised) and stored features (raw), float32 on one grid, and their normaliser.
+    """Yield target, kind, prediction (normalised) and stored features (raw), float32 on one grid, and their normaliser.
 
-    Leaves the modules in the mode they were in.
+    Afterwards the modules are in their previous mode again.
     """
     was_training = distiller.training
     distiller.eval()

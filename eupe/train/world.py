@@ -1,4 +1,4 @@
-"""The workers of a run, and what they tell each other."""
+"""The workers of a run, and the communication between them."""
 
 from __future__ import annotations
 
@@ -20,44 +20,47 @@ from eupe.train.distiller import Distiller
 
 @dataclass(frozen=True)
 class World:
-    """One worker among `size`, which are in one process group where there is more than one."""
+    """One worker among `size`; if there is more than one, they form a process group."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this worker writes what a run keeps."""
+        """Return whether this is the main process, which writes the run's files."""
         return self.rank == 0
 
     def spread(self, distiller: Distiller, *, shard: bool) -> nn.Module:
-        """The module as every worker runs it: gradients become the mean over workers.
+        """Return the module as every worker runs it; gradients become the mean over workers.
 
         Args:
-            shard: parameters are spread over the workers and gathered block by block (FSDP2); to be called before the
-                optimiser is made.
+            shard: whether to shard parameters over the workers and gather them block by block (FSDP2); the optimizer
+                must be built afterwards.
         """
         if self.size == 1:
             return distiller
         if not shard:
             return DistributedDataParallel(distiller)
         mesh = init_device_mesh(next(distiller.parameters()).device.type, (self.size,))
+        # each block on its own, so that only one of them is gathered at a time
         for block in _blocks(distiller.encoder.model):
             fully_shard(block, mesh=mesh)
         fully_shard(distiller, mesh=mesh)
+        # validation calls `predict` itself, and FSDP2 gathers parameters only for methods that it knows
         register_fsdp_forward_method(distiller, "predict")
         return distiller
 
     def mean(self, value: Tensor) -> Tensor:
-        """Over workers; not finite where one of them is not."""
+        """Return the mean of a value over workers; it is not finite if one worker's value is not."""
         if self.size > 1:
+            # all_reduce works in place
             value = value.clone()
             dist.all_reduce(value)
             value /= self.size
         return value
 
     def agree(self, words: str) -> bool:
-        """Whether all workers say the same."""
+        """Return whether all workers pass the same words."""
         said: list[Any] = [words]
         if self.size > 1:
             said *= self.size
@@ -65,7 +68,7 @@ class World:
         return len(set(said)) == 1
 
     def any(self, asked: bool, device: torch.device) -> bool:
-        """Whether one of the workers says so."""
+        """Return whether `asked` is true on any worker."""
         if self.size == 1:
             return asked
         flag = torch.tensor(float(asked), device=device)
@@ -74,32 +77,32 @@ class World:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """What a model is made of in sequence: a ViT's blocks, a CNN's stages."""
+    """Return the blocks that a model runs in sequence: a ViT's blocks, a CNN's stages."""
     series = [child for child in model.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
     return [block for child in series for block in child if any(True for _ in block.parameters())]
 
 
 def forget_gathered(module: nn.Module) -> None:
-    """Free what a forward pass without a backward pass gathered, which the next one would take for current (FSDP2)."""
+    """Free what a forward pass without a backward pass gathered; the next one would take it for current (FSDP2)."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be spread over workers; every one of them must ask."""
+    """Return all of a tensor that may be sharded; every worker must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, place: Tensor) -> Tensor:
-    """A whole tensor, spread as `place` is."""
+    """Return a whole tensor, sharded as `place` is."""
     tensor = tensor.to(place.device)
     return distribute_tensor(tensor, place.device_mesh, place.placements) if isinstance(place, DTensor) else tensor
 
 
 @contextmanager
 def gradients_kept_local(module: nn.Module, *, local: bool) -> Iterator[None]:
-    """Gradients of a piece that is not the last of its step stay with their worker."""
+    """Skip averaging gradients over workers if `local`, as for every microbatch but the last of a step."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(not local)
     with module.no_sync() if local and isinstance(module, DistributedDataParallel) else nullcontext():
