@@ -129,12 +129,13 @@ def _caption(schema: pa.Schema, above: Path) -> Path | None:
 
 def picture_kind(schema: pa.Schema) -> Literal["bytes", "paths"] | None:
     """Return whether a table holds pictures as bytes or as paths, in whichever column; None if it holds none."""
+    candidates = list(_candidates(schema))
     try:
-        stored, _ = _found(list(_candidates(schema)), schema, Place("/"))
+        stored, _ = _found(candidates, schema, Place("/"))
     except NoPicturesError:
         return None
-    except CorpusError:
-        return "bytes"  # several columns qualify: `columns_of` will ask the user to choose
+    except CorpusError:  # several columns qualify: `columns_of` will ask the user to choose
+        return "bytes" if any(candidate.has_bytes for candidate in candidates) else "paths"
     return "paths" if stored is None else "bytes"
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from containers import png
+from containers import make_tar, png
 from making import make_corpus
 
 from eupe.corpus import table_files, tables
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.index import index_folder, open_corpus
-from eupe.corpus.left_out import NO_PICTURE
+from eupe.corpus.left_out import NO_PICTURE, NO_TABLE
 from eupe.corpus.pictures import insides, read_picture
 from eupe.corpus.resumable import make_index
 from eupe.corpus.tables import table_rows
@@ -85,6 +85,14 @@ NESTED = pa.array([{"image": image, "id": i} for i, image in enumerate(STRUCTS)]
 def test_bytes_are_found_whatever_their_type_and_name(tmp_path: Path, columns: dict[str, Any]) -> None:
     rows = opened(table(tmp_path / "x.parquet", **columns))
     assert {key: row["data"] for key, row in rows.items()} == {f"{i:08d}": data for i, data in enumerate(BYTES)}
+
+
+def test_a_table_beside_tars_that_names_files_twice_is_counted(tmp_path: Path) -> None:
+    """Two columns of paths are not clear, but they are no pictures beside tars."""
+    make_tar(tmp_path / "0.tar", {"a.png": BYTES[0]})
+    table(tmp_path / "0.parquet", path=["a.png"], file_name=["a.png"])
+    corpus = open_corpus(tmp_path)
+    assert len(corpus) == 1 and corpus.left_out == {NO_TABLE: 1}
 
 
 @pytest.mark.parametrize("images", [[STRUCTS[:2], [], STRUCTS[2:], None], [BYTES[:2], None, BYTES[2:], []]])
