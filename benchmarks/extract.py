@@ -56,12 +56,12 @@ from demo.assets import prepare_assets
 from eupe.corpus.index import Corpus, write_index
 from eupe.corpus.views import ViewSpec
 from eupe.device import autocast, compute_dtype, dtype_name, pick_device
-from eupe.extract.actors import STRETCHES_IN_FLIGHT
+from eupe.extract.actors import UNITS_IN_FLIGHT
 from eupe.extract.count import counter
 from eupe.extract.forward import fastest_batch
 from eupe.extract.job import ExtractConfig, extract
 from eupe.extract.load import Loader
-from eupe.extract.plan import part_task, plan_stretches, store_spec
+from eupe.extract.plan import part_task, plan_work_units, store_spec
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import Computer, Worker
 from eupe.store.writer import Part, StoreWriter, create_store
@@ -158,17 +158,17 @@ def computer_of(source: Source, teacher: Teacher, corpus: Corpus, batch: int) ->
 
 
 def work(computers: list[Computer], corpus: Corpus, folder: Path) -> Took:
-    """Run a worker in this process, with STRETCHES_IN_FLIGHT stretches at once."""
+    """Run a worker in this process, with UNITS_IN_FLIGHT work units at once."""
     stores = [fresh(folder / f"{i}.zarr") for i in range(len(computers))]
     specs = [computer.spec for computer in computers]
     for store, spec in zip(stores, specs, strict=True):
         create_store(store, spec)
     worker = Worker(computers, stores)
-    stretches = plan_stretches(specs, corpus.samples, [set() for _ in specs])
+    units = plan_work_units(specs, corpus.samples, [set() for _ in specs])
 
     def run() -> None:
-        with ThreadPoolExecutor(STRETCHES_IN_FLIGHT) as pool:
-            failed = sum(pool.map(worker.run, stretches))
+        with ThreadPoolExecutor(UNITS_IN_FLIGHT) as pool:
+            failed = sum(pool.map(worker.run, units))
         assert failed == 0
 
     return Took.by(len(corpus) * computers[0].views.num_views, run)

@@ -29,10 +29,10 @@ from benchmarks.making import peak_mb, repeated_corpus
 from demo.assets import prepare_assets
 from eupe.corpus.index import Corpus, write_index
 from eupe.device import compute_dtype, pick_device
-from eupe.extract.actors import DEFAULT_BATCH, STRETCHES_IN_FLIGHT
+from eupe.extract.actors import DEFAULT_BATCH, UNITS_IN_FLIGHT
 from eupe.extract.config import ExtractConfig
 from eupe.extract.job import extract
-from eupe.extract.plan import Stretch, part_task
+from eupe.extract.plan import WorkUnit, part_task
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import Computer, Worker
 from eupe.store.layout import bytes_per_view
@@ -101,18 +101,18 @@ def full_parts(folder: Path, num_parts: int) -> list[float]:
     before = peak_mb()
     make_parts(computer, corpus, folder, num_parts)
     one_part = spec.samples_per_part * spec.num_views * bytes_per_view(spec.grids, teacher.spec.dense_dim, 0)
-    decoded = STRETCHES_IN_FLIGHT * computer.samples_ahead * spec.num_views * 3 * DINOV2.size**2
+    decoded = UNITS_IN_FLIGHT * computer.samples_ahead * spec.num_views * 3 * DINOV2.size**2
     coded = 2 * (os.cpu_count() or 1) * VECTORS_PER_JOB * 2 * teacher.spec.dense_dim
     return [before, peak_mb(), one_part / 1e6, (decoded + coded) / 1e6]
 
 
 def make_parts(computer: Computer, corpus: Corpus, folder: Path, num_parts: int) -> None:
-    """Make the first parts of a store, STRETCHES_IN_FLIGHT at once, as an actor does."""
+    """Make the first parts of a store, UNITS_IN_FLIGHT at once, as an actor does."""
     create_store(store := fresh(folder / "worker.zarr"), computer.spec)
     worker = Worker([computer], [store])
-    stretches = [Stretch(((0, part_task(computer.spec, corpus.samples, part)),)) for part in range(num_parts)]
-    with ThreadPoolExecutor(STRETCHES_IN_FLIGHT) as pool:
-        assert sum(pool.map(worker.run, stretches)) == 0
+    units = [WorkUnit(((0, part_task(computer.spec, corpus.samples, part)),)) for part in range(num_parts)]
+    with ThreadPoolExecutor(UNITS_IN_FLIGHT) as pool:
+        assert sum(pool.map(worker.run, units)) == 0
 
 
 CHILDREN = {"job": whole_job, "full": full_parts}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eupe.extract.actors import ExtractActor, Whereabouts, this_process
-from eupe.extract.plan import PartTask, Stretch
+from eupe.extract.plan import PartTask, WorkUnit
 from eupe.place import Place
 from eupe.store.layout import StoreSpec
 from eupe.store.writer import Part, Row, StoreWriter
@@ -20,15 +20,15 @@ SIZE = 64
 class NullActor(ExtractActor):
     """A worker without a teacher: every sample's summary is zero."""
 
-    def try_forward(self, i: int, spec: StoreSpec, task: PartTask, *, careful: bool) -> dict[str, Any]:
+    def try_forward(self, i: int, spec: StoreSpec, task: PartTask, *, isolate: bool) -> dict[str, Any]:
         return {"batch_size": 1}
 
     def prepare(self, targets: Sequence[tuple[int, Place]]) -> Whereabouts:
         self._writer = StoreWriter(targets[0][1], threads=1)
         return Whereabouts(socket.gethostname(), this_process())
 
-    def run(self, stretch: Stretch, killers: Mapping[str, str], careful: bool) -> int:
-        ((_, task),) = stretch.tasks
+    def run(self, unit: WorkUnit, crashing: Mapping[str, str], isolate: bool) -> int:
+        ((_, task),) = unit.tasks
         n = len(task.samples)
         rows = [Row(sample.key, sample.sha256, sample.label, SIZE, SIZE) for sample in task.samples]
         (path,) = self._writer.spec.feature_paths

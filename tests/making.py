@@ -13,7 +13,7 @@ from eupe.corpus.awkward import picture as picture
 from eupe.corpus.index import index_bytes, index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.extract.calibrate import candidates, measure, sample_task, settle
-from eupe.extract.plan import plan_stretches, store_spec
+from eupe.extract.plan import plan_work_units, store_spec
 from eupe.extract.worker import Computer, Worker
 from eupe.place import Place
 from eupe.store import Store
@@ -90,8 +90,8 @@ def make_store(
     create_store(path, plan)
     Place.of(path).create(segment_name(0), index_bytes(index))
     worker = Worker([computer], [path])
-    for stretch in plan_stretches([plan], index.samples, done=[()]):
-        worker.run(stretch)
+    for unit in plan_work_units([plan], index.samples, done=[()]):
+        worker.run(unit)
     return finish_store(path)
 
 

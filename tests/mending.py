@@ -14,7 +14,7 @@ from eupe.corpus.index import Corpus, index_bytes, index_folder
 from eupe.extract.config import ExtractConfig
 from eupe.extract.dispatch import Status
 from eupe.extract.job import stored_index
-from eupe.extract.plan import plan_stretches
+from eupe.extract.plan import plan_work_units
 from eupe.extract.worker import Computer, Worker
 from eupe.place import Place
 from eupe.store import Store, open_store
@@ -96,9 +96,9 @@ class Crew:
         root = Place.of(config.corpus or spec.corpus["root"])
         computer = Computer(loaded, spec, corpus_root=root, views=config.views, batch_size=config.batch_size or BATCH)
         worker = Worker([computer], [store.path])
-        for stretch in plan_stretches([spec], stored_index(store).samples, [committed_parts(store.path)]):
-            worker.run(stretch)
-            self.made += [task.index for _, task in stretch.tasks]
+        for unit in plan_work_units([spec], stored_index(store).samples, [committed_parts(store.path)]):
+            worker.run(unit)
+            self.made += [task.index for _, task in unit.tasks]
         return 1.0
 
 

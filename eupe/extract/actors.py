@@ -25,9 +25,9 @@ from eupe.errors import ConfigError, CorpusError, EupeError, TeacherError, Worke
 from eupe.extract.calibrate import Measured, candidates, measure, require_features, sample_task
 from eupe.extract.config import ExtractConfig
 from eupe.extract.forward import cosine_to_fp32, fastest_batch
-from eupe.extract.isolate import find_killers
+from eupe.extract.isolate import find_crashing
 from eupe.extract.load import StuckError
-from eupe.extract.plan import PartTask, Stretch
+from eupe.extract.plan import PartTask, WorkUnit
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import Computer, Worker
 from eupe.place import Place
@@ -37,8 +37,8 @@ from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
 from eupe.teachers.weights import own_weights
 
-STRETCHES_IN_FLIGHT = 2
-"""Stretches per worker: one uses the teachers while the other is written."""
+UNITS_IN_FLIGHT = 2
+"""Work units per worker: one uses the teachers while the other is written."""
 MAX_LOADS = 3
 """Failed loads in a row, after which a worker is given up."""
 DEFAULT_BATCH = 16
@@ -127,12 +127,12 @@ class JobActors:
         task = sample_task(spec, self._corpus)
         actor = self.handles[0]
         try:
-            return get_loaded(getattr(actor, method).remote(teacher, spec, task, careful=False))
+            return get_loaded(getattr(actor, method).remote(teacher, spec, task, isolate=False))
         except WorkerDiedError:
             pass
         except StuckError:
             ray.kill(actor, no_restart=False)
-        return self._ask(method, teacher, spec, task, careful=True)
+        return self._ask(method, teacher, spec, task, isolate=True)
 
     def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
         """Ask the first actor; if its process dies, retry in the next process, for `MAX_LOADS` attempts in all."""
@@ -173,7 +173,7 @@ class JobActors:
         self.handles.extend(new)
         return new
 
-    def dismiss(self, actor: Any) -> None:
+    def stop(self, actor: Any) -> None:
         """Kill an actor for good, which frees its CPUs and GPUs."""
         self.handles.remove(actor)
         ray.kill(actor)
@@ -187,7 +187,7 @@ class JobActors:
             num_cpus=self._num_cpus,
             num_gpus=self._num_gpus,
             max_restarts=-1,  # a worker whose node is taken waits for another that has room
-            max_concurrency=STRETCHES_IN_FLIGHT + 1,  # one thread more, so that `progress` answers beside the work
+            max_concurrency=UNITS_IN_FLIGHT + 1,  # one thread more, so that `progress` answers beside the work
         )
         return actor.remote(self.configs, self._teachers, self._corpus.root, self._num_cpus)
 
@@ -305,22 +305,22 @@ class ExtractActor:
         with self._loading:
             return weights_digest(self._teacher(i).module)
 
-    def measure(self, i: int, spec: StoreSpec, task: PartTask, *, careful: bool) -> Measured:
+    def measure(self, i: int, spec: StoreSpec, task: PartTask, *, isolate: bool) -> Measured:
         """Measure the candidate precisions on the features of a task.
 
         Args:
-            careful: a picture of the task may have killed a process: leave out those that kill.
+            isolate: a picture of the task may have killed a process: leave out those that kill.
         """
         with self._loading:
-            task = self._without_killers(task, spec) if careful else task
+            task = self._without_crashing(task, spec) if isolate else task
             part = self._computer(i, spec).compute(task)
             require_features(spec, part)
             return measure(spec, part.features, candidates(spec, self._configs[i].fidelity))
 
-    def try_forward(self, i: int, spec: StoreSpec, task: PartTask, *, careful: bool) -> dict[str, Any]:
-        """Choose the batch size, and measure the cosine to float32; `careful` as in `measure`."""
+    def try_forward(self, i: int, spec: StoreSpec, task: PartTask, *, isolate: bool) -> dict[str, Any]:
+        """Choose the batch size, and measure the cosine to float32; `isolate` as in `measure`."""
         with self._loading:
-            task = self._without_killers(task, spec) if careful else task
+            task = self._without_crashing(task, spec) if isolate else task
             teacher, asked = self._teacher(i), self._configs[i].batch_size
             noted: dict[str, Any] = {"batch_size": asked or fastest_batch(teacher, spec.sizes)}
             if teacher.dtype != torch.float32:
@@ -331,9 +331,9 @@ class ExtractActor:
                 torch.cuda.empty_cache()  # workers that share the device need what the largest batch took
             return noted
 
-    def _without_killers(self, task: PartTask, spec: StoreSpec) -> PartTask:
-        killers = find_killers(task.samples, self._corpus_root, self._configs[0].views, spec.sizes)
-        return replace(task, samples=tuple(sample for sample in task.samples if sample.key not in killers))
+    def _without_crashing(self, task: PartTask, spec: StoreSpec) -> PartTask:
+        crashing = find_crashing(task.samples, self._corpus_root, self._configs[0].views, spec.sizes)
+        return replace(task, samples=tuple(sample for sample in task.samples if sample.key not in crashing))
 
     def _some_views(self, computer: Computer, task: PartTask) -> torch.Tensor:
         """Return some rendered views at the first size, uint8 [at most COMPARED_VIEWS, S, S, 3]."""
@@ -357,10 +357,10 @@ class ExtractActor:
                 self._worker = Worker(computers, [store for _, store in targets])
         return Whereabouts(socket.gethostname(), this_process())
 
-    def run(self, stretch: Stretch, killers: Mapping[str, str], careful: bool) -> int:
-        """Compute and commit a stretch; see `Worker.run`."""
+    def run(self, unit: WorkUnit, crashing: Mapping[str, str], isolate: bool) -> int:
+        """Compute and commit a work unit; see `Worker.run`."""
         assert self._worker is not None
-        return self._worker.run(stretch, killers=killers, careful=careful)
+        return self._worker.run(unit, crashing=crashing, isolate=isolate)
 
     def progress(self) -> tuple[int, int]:
         """Return the views done and the samples failed of the work in progress."""

@@ -20,7 +20,7 @@ import ray
 from eupe.errors import EupeError, IncompleteError, OutageError, WorkerDiedError
 from eupe.extract.actors import (
     MAX_LOADS,
-    STRETCHES_IN_FLIGHT,
+    UNITS_IN_FLIGHT,
     JobActors,
     Process,
     Whereabouts,
@@ -30,7 +30,7 @@ from eupe.extract.actors import (
 )
 from eupe.extract.isolate import ENDLESS
 from eupe.extract.load import PICTURE_SECONDS, StuckError
-from eupe.extract.plan import PartTask, Stretch, plan_stretches
+from eupe.extract.plan import PartTask, WorkUnit, plan_work_units
 from eupe.stopping import stop_signals
 from eupe.store import Store
 from eupe.store.layout import part_name
@@ -40,7 +40,7 @@ POLL_SECONDS = 0.5
 GROW_SECONDS = 30.0
 """Interval between checks for new room in the cluster."""
 MAX_DEATHS = 5
-"""Number of workers that one stretch may cost before it is given up."""
+"""Number of workers that one work unit may cost before it is given up."""
 OUTAGE_SECONDS = 900.0
 """Longest outage of the storage that is waited out."""
 OUTAGE_PAUSES = (2.0, 5.0, 10.0, 30.0, 60.0)
@@ -71,24 +71,24 @@ class Status:
 
 
 @dataclass
-class Work:
-    """A stretch and its history; times are of the monotonic clock."""
+class QueuedUnit:
+    """A work unit and its history; times are of the monotonic clock."""
 
-    stretch: Stretch
+    unit: WorkUnit
     deaths: int = 0
     """Number of workers that died or failed on it."""
     outage_since: float | None = None
     num_outages: int = 0
     not_before: float = 0.0
     """Earliest time of the next attempt."""
-    killers: dict[str, str] = field(default_factory=dict)
+    crashing: dict[str, str] = field(default_factory=dict)
     """Pictures that must not be decoded again, key to reason."""
     reason: str = ""
     """Reason of the last failure."""
 
 
 @dataclass
-class Hand:
+class WorkerHandle:
     """A worker, as the driver sees it; times are of the monotonic clock."""
 
     actor: Any
@@ -96,12 +96,12 @@ class Hand:
     ready: bool = False
     """True while its teachers are loaded."""
     failed_loads: int = 0
-    condemned: Process | None = None
+    killed: Process | None = None
     """The process that was killed on purpose, until its replacement is ready."""
     load_at: float | None = None
     """Time of the next attempt to load, after an outage of the storage."""
     outage_since: float | None = None
-    running: dict[Any, Work] = field(default_factory=dict)
+    running: dict[Any, QueuedUnit] = field(default_factory=dict)
     views: int = 0
     """Views done of the work in progress."""
     failed: int = 0
@@ -127,13 +127,13 @@ class Dispatch:
         specs = [store.spec for store in stores.values()]
         self._num_views = specs[0].num_views
         done = [committed_parts(place) for place in self._places]
-        self._todo = plan_stretches(specs, samples, done)
-        self._again: list[Work] = []
+        self._todo = plan_work_units(specs, samples, done)
+        self._requeued: list[QueuedUnit] = []
         self.given_up: list[str] = []
-        """Reasons, one for each stretch that was given up."""
-        self._hands: list[Hand] = []
-        self._coming: dict[Any, Hand] = {}
-        self._loading: dict[Any, Hand] = {}
+        """Reasons, one for each work unit that was given up."""
+        self._workers: list[WorkerHandle] = []
+        self._starting: dict[Any, WorkerHandle] = {}
+        self._loading: dict[Any, WorkerHandle] = {}
         self.total = sum(spec.num_samples for spec in specs) * self._num_views
         self.before = self._num_views * sum(
             rows.stop - rows.start
@@ -144,7 +144,7 @@ class Dispatch:
         self._committed: Counter[str] = Counter()
         """Views by node, committed by this job."""
         self._failed: Counter[str] = Counter()
-        """Failed samples by node, in stretches that are done."""
+        """Failed samples by node, in work units that are done."""
         self._asked_at = 0.0
         self._any_was_ready = False
         self.began = time.monotonic()
@@ -156,12 +156,12 @@ class Dispatch:
         Raises: an EupeError that would stop every other part, too.
         """
         for actor in self._actors.handles:
-            self._hire(actor)
+            self._start_worker(actor)
         grown = time.monotonic()
         while True:
-            for hand in self._hands:
-                self._hand_out(hand, stop_asked)
-            running = {reference: hand for hand in self._hands for reference in hand.running}
+            for worker in self._workers:
+                self._fill_slots(worker, stop_asked)
+            running = {reference: worker for worker in self._workers for reference in worker.running}
             if not running and (stop_asked() or not self._has_work()):
                 return
             self._wait(running)
@@ -171,40 +171,40 @@ class Dispatch:
             if time.monotonic() - grown > GROW_SECONDS:
                 grown = time.monotonic()
                 for actor in self._actors.grow():
-                    self._hire(actor)
+                    self._start_worker(actor)
 
-    def _wait(self, running: Mapping[Any, Hand]) -> None:
+    def _wait(self, running: Mapping[Any, WorkerHandle]) -> None:
         """Wait for the next event, for at most `POLL_SECONDS`, and handle it."""
-        waited_for = [*running, *self._coming, *self._loading]
+        waited_for = [*running, *self._starting, *self._loading]
         if not waited_for:
             time.sleep(POLL_SECONDS)  # everything waits for the end of an outage: do not spin
             return
         for reference in ray.wait(waited_for, timeout=POLL_SECONDS)[0]:
-            if reference in self._coming:
-                self._begin_load(self._coming.pop(reference), reference)
+            if reference in self._starting:
+                self._begin_load(self._starting.pop(reference), reference)
             elif reference in self._loading:
-                self._welcome(self._loading.pop(reference), reference)
+                self._on_ready(self._loading.pop(reference), reference)
             else:
                 self._settle(running[reference], reference)
 
     def _load_after_outages(self) -> None:
-        for hand in self._hands:
-            if hand.load_at is not None and hand.load_at <= time.monotonic():
-                hand.load_at = None
-                self._load(hand)
+        for worker in self._workers:
+            if worker.load_at is not None and worker.load_at <= time.monotonic():
+                worker.load_at = None
+                self._load(worker)
 
-    def _hire(self, actor: Any) -> None:
-        hand = Hand(actor)
-        self._hands.append(hand)
-        self._load(hand)
+    def _start_worker(self, actor: Any) -> None:
+        worker = WorkerHandle(actor)
+        self._workers.append(worker)
+        self._load(worker)
 
-    def _load(self, hand: Hand) -> None:
+    def _load(self, worker: WorkerHandle) -> None:
         """Load the worker's teachers once its process is up."""
-        hand.ready = False
-        hand.views = hand.failed = 0
-        self._coming[when_there(hand.actor)] = hand
+        worker.ready = False
+        worker.views = worker.failed = 0
+        self._starting[when_there(worker.actor)] = worker
 
-    def _begin_load(self, hand: Hand, reference: Any) -> None:
+    def _begin_load(self, worker: WorkerHandle, reference: Any) -> None:
         """Start to load the teachers in a process that is up.
 
         Raises: WorkerDiedError if the last worker is given up.
@@ -212,15 +212,15 @@ class Dispatch:
         try:
             process: Process = get_loaded(reference)
         except WorkerDiedError as error:
-            self._note_failed_load(hand, error)
+            self._note_failed_load(worker, error)
             return
-        if process == hand.condemned:  # ray.kill does not wait: this is still the old process
+        if process == worker.killed:  # ray.kill does not wait: this is still the old process
             time.sleep(POLL_SECONDS)
-            self._load(hand)
+            self._load(worker)
             return
-        self._loading[hand.actor.prepare.remote(self._targets)] = hand
+        self._loading[worker.actor.prepare.remote(self._targets)] = worker
 
-    def _welcome(self, hand: Hand, reference: Any) -> None:
+    def _on_ready(self, worker: WorkerHandle, reference: Any) -> None:
         """Take up a worker whose teachers are loaded, or plan another attempt.
 
         Raises: the error if no worker has ever loaded its teachers; afterwards an error counts against this worker.
@@ -230,143 +230,143 @@ class Dispatch:
             where: Whereabouts = get_loaded(reference)
         except OutageError as error:
             now = time.monotonic()
-            hand.outage_since = hand.outage_since or now
-            if now - hand.outage_since > OUTAGE_SECONDS:
+            worker.outage_since = worker.outage_since or now
+            if now - worker.outage_since > OUTAGE_SECONDS:
                 raise error
-            hand.load_at = now + OUTAGE_PAUSES[-1]
+            worker.load_at = now + OUTAGE_PAUSES[-1]
             return
         except EupeError as error:
             # before any worker has loaded, an error is taken for the user's mistake; a death may be bad luck
             if not self._any_was_ready and not isinstance(error, WorkerDiedError):
                 raise
-            self._note_failed_load(hand, error)
+            self._note_failed_load(worker, error)
             return
         if not self._any_was_ready:
             self._any_was_ready = True
             self.began = time.monotonic()  # the reported rate leaves out the start of Ray and the first load
-        hand.where, hand.ready, hand.failed_loads, hand.condemned, hand.outage_since = where, True, 0, None, None
+        worker.where, worker.ready, worker.failed_loads, worker.killed, worker.outage_since = where, True, 0, None, None
 
-    def _note_failed_load(self, hand: Hand, error: EupeError) -> None:
+    def _note_failed_load(self, worker: WorkerHandle, error: EupeError) -> None:
         """Let the worker load again, or dismiss it after `MAX_LOADS` failures in a row.
 
         Raises: the error if no worker is left.
         """
-        hand.failed_loads += 1
-        if hand.failed_loads < MAX_LOADS:
-            self._load(hand)
+        worker.failed_loads += 1
+        if worker.failed_loads < MAX_LOADS:
+            self._load(worker)
             return
-        self._hands.remove(hand)
-        self._actors.dismiss(hand.actor)
-        if not self._hands:
+        self._workers.remove(worker)
+        self._actors.stop(worker.actor)
+        if not self._workers:
             raise error
 
     def _has_work(self) -> bool:
-        if self._again:
+        if self._requeued:
             return True
         upcoming = next(self._todo, None)
         if upcoming is None:
             return False
-        self._again.append(Work(upcoming))  # keep it: `next` took it out of the generator
+        self._requeued.append(QueuedUnit(upcoming))  # keep it: `next` took it out of the generator
         return True
 
-    def _hand_out(self, hand: Hand, stop_asked: Callable[[], bool]) -> None:
+    def _fill_slots(self, worker: WorkerHandle, stop_asked: Callable[[], bool]) -> None:
         """Fill a worker's free slots.
 
-        Work that killed a worker goes only to an idle one, so that no other work is blamed.
+        QueuedUnit that killed a worker goes only to an idle one, so that no other work is blamed.
         """
-        while hand.ready and len(hand.running) < STRETCHES_IN_FLIGHT and not stop_asked():
-            if any(work.deaths for work in hand.running.values()):  # suspect work runs alone
+        while worker.ready and len(worker.running) < UNITS_IN_FLIGHT and not stop_asked():
+            if any(queued.deaths for queued in worker.running.values()):  # suspect work runs alone
                 return
-            work = self._next(idle=not hand.running)
-            if work is None:
+            queued = self._next(idle=not worker.running)
+            if queued is None:
                 return
-            careful = work.deaths > 0
-            hand.running[hand.actor.run.remote(work.stretch, work.killers, careful)] = work
+            isolate = queued.deaths > 0
+            worker.running[worker.actor.run.remote(queued.unit, queued.crashing, isolate)] = queued
 
-    def _next(self, *, idle: bool) -> Work | None:
+    def _next(self, *, idle: bool) -> QueuedUnit | None:
         """Return the next work for a worker, or None if there is nothing for it now."""
         now = time.monotonic()
-        due = [work for work in self._again if work.not_before <= now]
-        suspect = next((work for work in due if work.deaths), None)
+        due = [queued for queued in self._requeued if queued.not_before <= now]
+        suspect = next((queued for queued in due if queued.deaths), None)
         if suspect is not None and not idle:
             return None  # let this worker become idle: with new work all the time, none would ever take the suspect
         if due:
-            work = suspect or due[0]
-            self._again.remove(work)
-            return work
+            queued = suspect or due[0]
+            self._requeued.remove(queued)
+            return queued
         upcoming = next(self._todo, None)
-        return None if upcoming is None else Work(upcoming)
+        return None if upcoming is None else QueuedUnit(upcoming)
 
-    def _settle(self, hand: Hand, reference: Any) -> None:
-        """Handle the end of a stretch: committed, failed, or lost with its worker.
+    def _settle(self, worker: WorkerHandle, reference: Any) -> None:
+        """Handle the end of a work unit: committed, failed, or lost with its worker.
 
         Raises: the worker's EupeError, which would stop every other part, too.
         """
-        work = hand.running.pop(reference)
-        assert hand.where is not None
+        queued = worker.running.pop(reference)
+        assert worker.where is not None
         try:
-            self._failed[hand.where.node] += ray.get(reference)
+            self._failed[worker.where.node] += ray.get(reference)
         except ray.exceptions.RayTaskError as error:  # the worker is alive and raised
-            self._failed_with(hand, work, error.cause)
+            self._failed_with(worker, queued, error.cause)
         except ray.exceptions.RayError as error:  # the worker died
-            if hand.condemned is None:  # otherwise `_replace` killed it, and this work may be innocent
-                work.deaths += 1
-                work.reason = f"the worker died: {cause_of(error)}"
-            work.outage_since, work.num_outages = None, 0
-            if hand.ready:  # False if the other stretch of this worker was settled first
-                self._load(hand)
-            self._redo(hand, work)
+            if worker.killed is None:  # otherwise `_replace` killed it, and this work may be innocent
+                queued.deaths += 1
+                queued.reason = f"the worker died: {cause_of(error)}"
+            queued.outage_since, queued.num_outages = None, 0
+            if worker.ready:  # False if the other work unit of this worker was settled first
+                self._load(worker)
+            self._requeue(worker, queued)
         else:
-            self._note_committed(hand.where.node, work.stretch)
+            self._note_committed(worker.where.node, queued.unit)
 
-    def _failed_with(self, hand: Hand, work: Work, cause: Any) -> None:
-        """Requeue a stretch that raised: later after an outage, in a new process after anything unexpected.
+    def _failed_with(self, worker: WorkerHandle, queued: QueuedUnit, cause: Any) -> None:
+        """Requeue a work unit that raised: later after an outage, in a new process after anything unexpected.
 
         Raises: an EupeError, which a retry would meet again; OutageError after `OUTAGE_SECONDS`.
         """
         if isinstance(cause, OutageError):
             now = time.monotonic()
-            work.outage_since = work.outage_since or now
-            if now - work.outage_since > OUTAGE_SECONDS:
+            queued.outage_since = queued.outage_since or now
+            if now - queued.outage_since > OUTAGE_SECONDS:
                 raise cause
-            work.not_before = now + OUTAGE_PAUSES[min(work.num_outages, len(OUTAGE_PAUSES) - 1)]
-            work.num_outages += 1
-            work.reason = str(cause)
-            self._redo(hand, work)
+            queued.not_before = now + OUTAGE_PAUSES[min(queued.num_outages, len(OUTAGE_PAUSES) - 1)]
+            queued.num_outages += 1
+            queued.reason = str(cause)
+            self._requeue(worker, queued)
             return
         if isinstance(cause, EupeError):
             raise cause
-        work.deaths += 1
-        work.outage_since, work.num_outages = None, 0
+        queued.deaths += 1
+        queued.outage_since, queued.num_outages = None, 0
         if isinstance(cause, StuckError):
-            work.killers[cause.key] = f"{ENDLESS} ({PICTURE_SECONDS:g} s)"
-            work.reason = f"{cause.key}: {ENDLESS}"
+            queued.crashing[cause.key] = f"{ENDLESS} ({PICTURE_SECONDS:g} s)"
+            queued.reason = f"{cause.key}: {ENDLESS}"
         else:
-            work.reason = f"{type(cause).__name__}: {cause}"
-        self._replace(hand)
-        self._redo(hand, work)
+            queued.reason = f"{type(cause).__name__}: {cause}"
+        self._replace(worker)
+        self._requeue(worker, queued)
 
-    def _replace(self, hand: Hand) -> None:
+    def _replace(self, worker: WorkerHandle) -> None:
         """Kill a worker's process, so that Ray starts another; a process that has failed gets no more work."""
-        assert hand.where is not None
-        if hand.condemned is None and hand.ready:
-            hand.condemned = hand.where.process
-            ray.kill(hand.actor, no_restart=False)
-            self._load(hand)
+        assert worker.where is not None
+        if worker.killed is None and worker.ready:
+            worker.killed = worker.where.process
+            ray.kill(worker.actor, no_restart=False)
+            self._load(worker)
 
-    def _redo(self, hand: Hand, work: Work) -> None:
+    def _requeue(self, worker: WorkerHandle, queued: QueuedUnit) -> None:
         """Requeue the parts that are not committed; give up after `MAX_DEATHS`."""
-        assert hand.where is not None
+        assert worker.where is not None
         # only the store knows: a worker may have committed some parts before it died
-        missing = tuple((store, task) for store, task in work.stretch.tasks if not self._is_committed(store, task))
-        done = tuple(pair for pair in work.stretch.tasks if pair not in missing)
-        self._note_committed(hand.where.node, Stretch(done))
+        missing = tuple((store, task) for store, task in queued.unit.tasks if not self._is_committed(store, task))
+        done = tuple(pair for pair in queued.unit.tasks if pair not in missing)
+        self._note_committed(worker.where.node, WorkUnit(done))
         if not missing:
             return
-        if work.deaths >= MAX_DEATHS:
-            self.given_up.append(f"{work.reason}, {work.deaths} times")
+        if queued.deaths >= MAX_DEATHS:
+            self.given_up.append(f"{queued.reason}, {queued.deaths} times")
             return
-        self._again.append(replace(work, stretch=Stretch(missing)))
+        self._requeued.append(replace(queued, unit=WorkUnit(missing)))
 
     def _is_committed(self, store: int, task: PartTask) -> bool:
         """Return whether a part is committed; False in an outage, where at worst a part is made twice."""
@@ -375,8 +375,8 @@ class Dispatch:
         except OutageError:
             return False
 
-    def _note_committed(self, node: str, stretch: Stretch) -> None:
-        self._committed[node] += self._num_views * sum(len(task.samples) for _, task in stretch.tasks)
+    def _note_committed(self, node: str, unit: WorkUnit) -> None:
+        self._committed[node] += self._num_views * sum(len(task.samples) for _, task in unit.tasks)
 
     def _ask_progress(self) -> None:
         """Poll the workers' progress, and replace those that have been silent for `SILENT_SECONDS`."""
@@ -384,47 +384,47 @@ class Dispatch:
         if now - self._asked_at < POLL_SECONDS:
             return
         self._asked_at = now
-        for hand in self._hands:
-            if not hand.ready:
+        for worker in self._workers:
+            if not worker.ready:
                 continue
-            if hand.asked is None:
-                hand.asked, hand.asked_at = hand.actor.progress.remote(), now
+            if worker.asked is None:
+                worker.asked, worker.asked_at = worker.actor.progress.remote(), now
                 continue
-            if not ray.wait([hand.asked], timeout=0)[0]:
-                if now - hand.asked_at > SILENT_SECONDS and hand.running:
-                    for work in hand.running.values():  # nothing tells which of them is stuck
-                        work.deaths += 1
-                        work.reason = f"the worker did not answer for {SILENT_SECONDS:g} s"
-                    self._replace(hand)
+            if not ray.wait([worker.asked], timeout=0)[0]:
+                if now - worker.asked_at > SILENT_SECONDS and worker.running:
+                    for queued in worker.running.values():  # nothing tells which of them is stuck
+                        queued.deaths += 1
+                        queued.reason = f"the worker did not answer for {SILENT_SECONDS:g} s"
+                    self._replace(worker)
                 continue
             try:
-                hand.views, hand.failed = ray.get(hand.asked)
+                worker.views, worker.failed = ray.get(worker.asked)
             except ray.exceptions.RayError:
-                hand.views = hand.failed = 0
-            hand.asked = None
+                worker.views = worker.failed = 0
+            worker.asked = None
 
     def _status(self) -> Status:
         seconds = max(time.monotonic() - self.began, 1e-9)
         committed = sum(self._committed.values())
-        under_way = sum(hand.views for hand in self._hands)
+        under_way = sum(worker.views for worker in self._workers)
         return Status(
-            "extracting" if any(hand.where for hand in self._hands) else "loading teacher",
+            "extracting" if any(worker.where for worker in self._workers) else "loading teacher",
             min(self.before + committed + under_way, self.total),  # `under_way` lags: it may hold what is committed
             self.total,
-            sum(self._failed.values()) + sum(hand.failed for hand in self._hands),
+            sum(self._failed.values()) + sum(worker.failed for worker in self._workers),
             tuple(self._node_status(node, host, seconds) for node, host in self._nodes().items()),
         )
 
     def _nodes(self) -> dict[str, str]:
         """Return node to host, sorted by host."""
-        places = {hand.where for hand in self._hands if hand.where is not None}
+        places = {worker.where for worker in self._workers if worker.where is not None}
         return {where.node: where.host for where in sorted(places, key=lambda where: (where.host, where.node))}
 
     def _node_status(self, node: str, host: str, seconds: float) -> NodeStatus:
-        here = [hand for hand in self._hands if hand.where is not None and hand.where.node == node]
-        views = self._committed[node] + sum(hand.views for hand in here)
-        failed = self._failed[node] + sum(hand.failed for hand in here)
-        return NodeStatus(host, sum(hand.ready for hand in here), views / seconds, failed)
+        here = [worker for worker in self._workers if worker.where is not None and worker.where.node == node]
+        views = self._committed[node] + sum(worker.views for worker in here)
+        failed = self._failed[node] + sum(worker.failed for worker in here)
+        return NodeStatus(host, sum(worker.ready for worker in here), views / seconds, failed)
 
 
 def run_parts(

@@ -34,7 +34,7 @@ START_SECONDS = 300.0
 ENDLESS = "its decoder does not come to an end"
 
 
-def find_killers(samples: Sequence[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]) -> dict[str, str]:
+def find_crashing(samples: Sequence[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]) -> dict[str, str]:
     """Find the pictures that no process survives; return key to reason.
 
     A picture is suspected when a child dies on it, and confirmed when a second child dies on it alone. A picture that
@@ -47,13 +47,13 @@ def find_killers(samples: Sequence[Sample], root: Place, views: ViewSpec, sizes:
     count = min(len(samples), num_cores(), load.MAX_DECODE_THREADS)
     slices = [samples[i * len(samples) // count : (i + 1) * len(samples) // count] for i in range(count)]
     with ThreadPoolExecutor(count) as pool:
-        found = pool.map(lambda some: _killers_of(list(some), root, views, sizes), slices)
-        return {key: reason for killers in found for key, reason in killers.items()}
+        found = pool.map(lambda some: _crashing_in(list(some), root, views, sizes), slices)
+        return {key: reason for crashing in found for key, reason in crashing.items()}
 
 
-def _killers_of(samples: list[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]) -> dict[str, str]:
-    """Find the killers among some pictures with one child after another."""
-    killers: dict[str, str] = {}
+def _crashing_in(samples: list[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]) -> dict[str, str]:
+    """Find the crashing samples among some with one child after another."""
+    crashing: dict[str, str] = {}
     while samples:
         named, reason = _run_child(samples, root, views, sizes)
         if reason is None:
@@ -65,9 +65,9 @@ def _killers_of(samples: list[Sample], root: Place, views: ViewSpec, sizes: Sequ
         if in_time:  # the child may have been killed for another reason: try this picture alone
             _, reason = _run_child([accused], root, views, sizes)
         if reason is not None:
-            killers[accused.key] = reason
+            crashing[accused.key] = reason
         samples = samples[named + 1 :]
-    return killers
+    return crashing
 
 
 def _run_child(

@@ -105,23 +105,23 @@ class Loader:
         self._pool = ThreadPoolExecutor(root.threads(min(MAX_DECODE_THREADS, cores)))
 
     def load(
-        self, samples: Sequence[Sample], *, killers: Mapping[str, str] | None = None, one_by_one: bool = False
+        self, samples: Sequence[Sample], *, crashing: Mapping[str, str] | None = None, one_by_one: bool = False
     ) -> Iterator[LoadedSample]:
         """Start to decode the first samples at once; return an iterator over all of them, in order.
 
         Args:
-            killers: pictures that must not be decoded here, key to reason.
+            crashing: pictures that must not be decoded here, key to reason.
             one_by_one: hold one picture in memory at a time, for pictures that together are too large.
         Raises (while iterating): StorageError; StuckError.
         """
-        load = self._load if not killers else partial(self._load_others, killers)
+        load = self._load if not crashing else partial(self._load_others, crashing)
         loaded = map_ahead(self._pool, load, samples, ahead=1 if one_by_one else self._ahead, patience=PICTURE_SECONDS)
         return _watched(samples, loaded)
 
-    def _load_others(self, killers: Mapping[str, str], sample: Sample) -> LoadedSample:
-        """Load a sample, or fail it unread if it is one of the killers."""
-        if sample.key in killers:
-            return failed_sample(sample, self._views, killers[sample.key])
+    def _load_others(self, crashing: Mapping[str, str], sample: Sample) -> LoadedSample:
+        """Load a sample, or fail it unread if it is one of the crashing ones."""
+        if sample.key in crashing:
+            return failed_sample(sample, self._views, crashing[sample.key])
         return self._load(sample)
 
 

@@ -58,7 +58,7 @@ class PartTask:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class WorkUnit:
     """Consecutive samples and the parts of one or more stores that need them: each picture is decoded once."""
 
     tasks: tuple[tuple[int, PartTask], ...]
@@ -195,11 +195,11 @@ def part_task(spec: StoreSpec, samples: pa.Table, part: int) -> PartTask:
     return PartTask(part, tuple(samples_of(samples.slice(rows.start, rows.stop - rows.start))), rows.start)
 
 
-def plan_stretches(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence[Iterable[int]]) -> Iterator[Stretch]:
+def plan_work_units(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence[Iterable[int]]) -> Iterator[WorkUnit]:
     """Yield the missing parts of several stores of the same samples, in order; parts that share samples go together.
 
-    If stores were extended at different times, their parts overlap like shingles. A stretch then ends once it is as
-    long as the largest part, and a few samples are in two stretches.
+    If stores were extended at different times, their parts overlap like shingles. A work unit then ends once it is as
+    long as the largest part, and a few samples are in two work units.
 
     Args:
         samples: the index of all samples.
@@ -216,20 +216,20 @@ def plan_stretches(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence
     group: list[tuple[int, int]] = []
     start = end = 0
     for rows, store, part in missing:
-        # `end`: no overlap; `start + longest`: overlaps must not chain all parts into one stretch
+        # `end`: no overlap; `start + longest`: overlaps must not chain all parts into one work unit
         if group and rows.start >= min(end, start + longest):
-            yield _stretch(specs, samples, group)
+            yield _work_unit(specs, samples, group)
             group = []
         if not group:
             start = rows.start
         group.append((store, part))
         end = max(end, rows.stop)
     if group:
-        yield _stretch(specs, samples, group)
+        yield _work_unit(specs, samples, group)
 
 
-def _stretch(specs: Sequence[StoreSpec], samples: pa.Table, parts: Sequence[tuple[int, int]]) -> Stretch:
-    return Stretch(tuple((store, part_task(specs[store], samples, part)) for store, part in parts))
+def _work_unit(specs: Sequence[StoreSpec], samples: pa.Table, parts: Sequence[tuple[int, int]]) -> WorkUnit:
+    return WorkUnit(tuple((store, part_task(specs[store], samples, part)) for store, part in parts))
 
 
 def samples_of(rows: pa.Table) -> list[Sample]:

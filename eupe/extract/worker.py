@@ -21,9 +21,9 @@ from eupe.corpus.photometric import Photometric
 from eupe.corpus.views import ViewSpec
 from eupe.extract.count import counter
 from eupe.extract.forward import Forward, Halves, Pending
-from eupe.extract.isolate import find_killers
+from eupe.extract.isolate import find_crashing
 from eupe.extract.load import LoadedSample, Loader
-from eupe.extract.plan import PartTask, Sample, Stretch, installed_versions
+from eupe.extract.plan import PartTask, Sample, WorkUnit, installed_versions
 from eupe.place import Place, Where
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
 from eupe.store.reader import NOT_FINITE
@@ -139,9 +139,9 @@ class Progress:
         with self._lock:
             self._counts[store, making.index] = making.views_done, making.buffers.num_failed
 
-    def forget(self, stretch: Stretch) -> None:
+    def forget(self, unit: WorkUnit) -> None:
         with self._lock:
-            for store, task in stretch.tasks:
+            for store, task in unit.tasks:
                 self._counts.pop((store, task.index), None)
 
     @property
@@ -154,8 +154,8 @@ class Progress:
 class Worker:
     """Computers that share the decoded pictures, and the stores to write to.
 
-    Two stretches may run at once, in two threads: while the parts of one are compressed and written, the other uses the
-    teachers, and its first pictures are decoded before its turn comes.
+    Two work units may run at once, in two threads: while the parts of one are compressed and written, the other uses
+    the teachers, and its first pictures are decoded before its turn comes.
     """
 
     def __init__(self, computers: Sequence[Computer], stores: Sequence[Where]) -> None:
@@ -180,45 +180,45 @@ class Worker:
         self._committing: list[Future[None] | None] = [None] * len(computers)
         self._commit_turns = [threading.Lock() for _ in computers]
 
-    def run(self, stretch: Stretch, *, killers: Mapping[str, str] | None = None, careful: bool = False) -> int:
-        """Compute and commit the parts of a stretch.
+    def run(self, unit: WorkUnit, *, crashing: Mapping[str, str] | None = None, isolate: bool = False) -> int:
+        """Compute and commit the parts of a work unit.
 
         Args:
-            killers: pictures that must not be decoded here, key to reason.
-            careful: a process died of this stretch: first find the pictures that may have killed it, then hold only one
-                picture in memory at a time.
+            crashing: pictures that must not be decoded here, key to reason.
+            isolate: a process died of this work unit: first find the pictures that may have killed it, then hold only
+                one picture in memory at a time.
         Returns: the number of samples without features, summed over the stores.
         Raises: StorageError if a part cannot be written; StuckError.
         """
-        known = dict(killers or {})
-        placed = stretch.samples
+        known = dict(crashing or {})
+        placed = unit.samples
         samples = [sample for _, sample in placed]
-        if careful:
+        if isolate:
             first = self._computers[0]
             others = [sample for sample in samples if sample.key not in known]
             with self._searching:
-                known |= find_killers(others, first.root, first.views, self._sizes)
-        loaded = self._loader.load(samples, killers=known, one_by_one=careful)  # decodes before the turn comes
+                known |= find_crashing(others, first.root, first.views, self._sizes)
+        loaded = self._loader.load(samples, crashing=known, one_by_one=isolate)  # decodes before the turn comes
         try:
             with self._turn:
-                commits, ended = self._compute(stretch, zip(placed, loaded, strict=True))
-            # after the turn: the next stretch keeps the device busy while the last batches arrive and are written
+                commits, ended = self._compute(unit, zip(placed, loaded, strict=True))
+            # after the turn: the next work unit keeps the device busy while the last batches arrive and are written
             commits += [self._commit(store, making) for store, making in ended.items()]
             for commit, _ in commits:
                 commit.result()
             return sum(num_failed for _, num_failed in commits)
         finally:
-            self.progress.forget(stretch)
+            self.progress.forget(unit)
 
     def _compute(
-        self, stretch: Stretch, samples: Iterable[tuple[tuple[int, Sample], LoadedSample]]
+        self, unit: WorkUnit, samples: Iterable[tuple[tuple[int, Sample], LoadedSample]]
     ) -> tuple[list[tuple[Future[None], int]], dict[int, PartInMaking]]:
         """Return the commits that have started, and each store's last part, whose batches may still run."""
         commits = []
         making: dict[int, PartInMaking] = {}
         ended: dict[int, PartInMaking] = {}
         for (place, _), sample in samples:
-            for store, task in stretch.tasks:
+            for store, task in unit.tasks:
                 if not task.start <= place < task.stop:
                     continue
                 if place == task.start:
@@ -242,7 +242,7 @@ class Worker:
         self.progress.note(store, making)
         with self._commit_turns[store]:
             if (before := self._committing[store]) is not None:
-                before.exception()  # waits, and leaves an error to the stretch that the part belongs to
+                before.exception()  # waits, and leaves an error to the work unit that the part belongs to
             commit = self._commits.submit(self._writers[store].commit, part)
             self._committing[store] = commit
         return commit, making.buffers.num_failed

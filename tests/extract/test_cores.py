@@ -20,7 +20,7 @@ from eupe.extract import actors, audit, calibrate, load, worker
 from eupe.extract.actors import ExtractActor, Node, place_workers
 from eupe.extract.calibrate import sample_task
 from eupe.extract.config import ExtractConfig
-from eupe.extract.plan import plan_stretches, store_spec
+from eupe.extract.plan import plan_work_units, store_spec
 from eupe.place import Place
 from eupe.store import Store
 from eupe.store.layout import StoreSpec
@@ -109,12 +109,12 @@ def test_a_worker_computes_on_the_cpus_that_it_was_given(
     )
     actor = in_another_thread(ExtractActor, [config], [resolve_teacher(TINY_TEACHER)], index.root, num_cpus)
     task = sample_task(plan, index)
-    forward = in_another_thread(actor.try_forward, 0, plan, task, careful=False)
+    forward = in_another_thread(actor.try_forward, 0, plan, task, isolate=False)
     create_store(tmp_path / "s.zarr", plan := replace(plan, forward=forward))
     seen = Observed(monkeypatch)
     in_another_thread(actor.prepare, [(0, Place.of(tmp_path / "s.zarr"))])
-    for stretch in plan_stretches([plan], index.samples, [()]):
-        assert in_another_thread(actor.run, stretch, {}, False) == 0
+    for unit in plan_work_units([plan], index.samples, [()]):
+        assert in_another_thread(actor.run, unit, {}, False) == 0
     assert (len(seen.threads), seen.at_once, seen.torch_threads) == (num_cpus, num_cpus, {1})
     assert 1 <= len(seen.decoders) <= num_cpus
     torch.set_num_threads(before)

@@ -11,7 +11,7 @@ from planting import planted_environment, poison
 
 from eupe.corpus.index import index_folder
 from eupe.extract import isolate, load
-from eupe.extract.isolate import find_killers
+from eupe.extract.isolate import find_crashing
 from eupe.extract.load import LoadedSample, Loader, StuckError
 from eupe.extract.plan import Sample, samples_of
 from eupe.store import Store
@@ -25,23 +25,23 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_corpus(tmp_path / "corpus", count=9)
 
 
-def test_every_killer_is_found_and_nothing_else(corpus: Path) -> None:
+def test_every_crashing_sample_is_found_and_nothing_else(corpus: Path) -> None:
     poison(corpus / "class0/0000.png", "segfault")
     poison(corpus / "class2/0005.png", "endless")
     poison(corpus / "class2/0008.png", "greedy")
     (corpus / "class1/0004.png").write_bytes(b"not a picture")
     index = index_folder(corpus)
-    found = find_killers(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE])
+    found = find_crashing(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE])
     assert set(found) == {"class0/0000.png", "class2/0005.png", "class2/0008.png"}
     assert "SIGSEGV" in found["class0/0000.png"]
     assert "does not come to an end" in found["class2/0005.png"]
     assert "SIGKILL" in found["class2/0008.png"]
 
 
-def test_whole_pictures_are_no_killers(corpus: Path) -> None:
+def test_whole_pictures_are_no_crashing_samples(corpus: Path) -> None:
     index = index_folder(corpus)
-    assert find_killers(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE]) == {}
-    assert find_killers([], index.root, TWO_CROPS, [TINY_SIZE]) == {}
+    assert find_crashing(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE]) == {}
+    assert find_crashing([], index.root, TWO_CROPS, [TINY_SIZE]) == {}
 
 
 def test_a_child_that_is_slow_to_start_is_given_time(
@@ -55,17 +55,17 @@ def test_a_child_that_is_slow_to_start_is_given_time(
     monkeypatch.setattr(load, "PICTURE_SECONDS", 0.9)
     index = index_folder(corpus)
     samples = samples_of(index.samples)[:2]
-    assert find_killers(samples, index.root, TWO_CROPS, [TINY_SIZE]) == {}
+    assert find_crashing(samples, index.root, TWO_CROPS, [TINY_SIZE]) == {}
     monkeypatch.setattr(isolate, "START_SECONDS", 0.5)
     with pytest.raises(RuntimeError, match=r"names no picture in 0\.5 s"):
-        find_killers(samples, index.root, TWO_CROPS, [TINY_SIZE])
+        find_crashing(samples, index.root, TWO_CROPS, [TINY_SIZE])
 
 
 def test_a_child_that_cannot_start_is_not_blamed_on_a_picture(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = index_folder(corpus)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="cannot start"):
-        find_killers(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE])
+        find_crashing(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE])
 
 
 def test_a_picture_without_end_is_named(corpus: Path, monkeypatch: pytest.MonkeyPatch, tiny_store: Store) -> None:
@@ -99,5 +99,5 @@ def test_a_picture_is_not_condemned_for_what_came_from_outside(corpus: Path, mon
     monkeypatch.setattr(isolate, "_run_child", ended_once)
     poison(corpus / "class2/0005.png", "segfault")
     index = index_folder(corpus)
-    assert set(find_killers(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE])) == {"class2/0005.png"}
+    assert set(find_crashing(samples_of(index.samples), index.root, TWO_CROPS, [TINY_SIZE])) == {"class2/0005.png"}
     assert len(ended) == 1

@@ -15,7 +15,7 @@ from making import TINY_SIZE, TWO_CROPS, make_store, random_weights
 
 from eupe.corpus.index import index_folder
 from eupe.extract import load
-from eupe.extract.plan import plan_stretches, store_spec
+from eupe.extract.plan import plan_work_units, store_spec
 from eupe.extract.worker import Computer, Worker
 from eupe.store import Store, open_store
 from eupe.store.layout import StoreSpec
@@ -52,21 +52,21 @@ def spec_of(segments: list[int], per_part: int) -> StoreSpec:
     exponents=st.lists(st.integers(0, 5), min_size=1, max_size=3),
     data=st.data(),
 )
-def test_every_missing_part_is_in_one_stretch_and_no_sample_in_two(
+def test_every_missing_part_is_in_one_work_unit_and_no_sample_in_two(
     segments: list[int], exponents: list[int], data: st.DataObject
 ) -> None:
     specs = [spec_of(segments, 1 << exponent) for exponent in exponents]
     done = [data.draw(st.sets(st.integers(0, spec.num_parts - 1))) for spec in specs]
     keys = [f"{i:03d}" for i in range(sum(segments))]
     samples = pa.table({"key": keys, "sha256": keys, "label": keys})
-    stretches = list(plan_stretches(specs, samples, done))
-    made = Counter((store, task.index) for stretch in stretches for store, task in stretch.tasks)
+    units = list(plan_work_units(specs, samples, done))
+    made = Counter((store, task.index) for unit in units for store, task in unit.tasks)
     wanted = {(i, part) for i, spec in enumerate(specs) for part in set(range(spec.num_parts)) - done[i]}
     assert set(made) == wanted and set(made.values()) <= {1}
-    places = [place for stretch in stretches for place, _ in stretch.samples]
-    assert places == sorted(set(places)), "in order, and no picture is decoded for two stretches"
-    for stretch in stretches:
-        for store, task in stretch.tasks:
+    places = [place for unit in units for place, _ in unit.samples]
+    assert places == sorted(set(places)), "in order, and no picture is decoded for two work units"
+    for unit in units:
+        for store, task in unit.tasks:
             rows = specs[store].part_samples(task.index)
             assert [sample.key for sample in task.samples] == keys[rows]
             assert (task.start, task.stop) == (rows.start, rows.stop)
@@ -108,10 +108,10 @@ def test_parts_of_different_sizes_share_one_decoding(
         teacher = load_teacher(card, weights=weights, **options)
         computers.append(Computer(teacher, spec, corpus_root=index.root, views=TWO_CROPS, batch_size=8))
     worker = Worker(computers, places)
-    stretches = list(plan_stretches([c.spec for c in computers], index.samples, [(), ()]))
-    assert [len(stretch.tasks) for stretch in stretches] == [5] * 4
-    for stretch in stretches:
-        worker.run(stretch)
+    units = list(plan_work_units([c.spec for c in computers], index.samples, [(), ()]))
+    assert [len(unit.tasks) for unit in units] == [5] * 4
+    for unit in units:
+        worker.run(unit)
     assert set(decoded.values()) == {1} and len(decoded) == len(index)
     for i, (name, weights, size) in enumerate(asked):
         monkeypatch.setattr("eupe.extract.plan.samples_per_part", lambda *_, i=i: 8 << 2 * i)
@@ -170,18 +170,18 @@ def test_what_cannot_share_a_pass_is_refused(tmp_path: Path, tiny_corpus: Path, 
     segments=st.lists(st.integers(1, 60), min_size=2, max_size=3),
     exponents=st.tuples(st.integers(0, 4), st.integers(0, 4)),
 )
-def test_stores_extended_at_different_times_share_short_stretches(
+def test_stores_extended_at_different_times_share_short_work_units(
     segments: list[int], exponents: tuple[int, int]
 ) -> None:
-    """Their parts overlap like shingles, which must not make one stretch of all."""
+    """Their parts overlap like shingles, which must not make one work unit of all."""
     specs = [spec_of(segments, 1 << exponents[0]), spec_of([sum(segments)], 1 << exponents[1])]
     keys = [f"{i:03d}" for i in range(sum(segments))]
     samples = pa.table({"key": keys, "sha256": keys, "label": keys})
-    stretches = list(plan_stretches(specs, samples, [(), ()]))
-    made = Counter((store, task.index) for stretch in stretches for store, task in stretch.tasks)
+    units = list(plan_work_units(specs, samples, [(), ()]))
+    made = Counter((store, task.index) for unit in units for store, task in unit.tasks)
     assert set(made) == {(i, part) for i, spec in enumerate(specs) for part in range(spec.num_parts)}
     assert set(made.values()) == {1}
-    for stretch in stretches:
-        places = [place for place, _ in stretch.samples]
+    for unit in units:
+        places = [place for place, _ in unit.samples]
         assert places == list(range(places[0], places[-1] + 1))
         assert len(places) < 2 * max(1 << exponent for exponent in exponents)

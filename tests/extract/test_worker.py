@@ -25,7 +25,7 @@ from eupe.corpus.views import ViewSpec
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, IncompleteError, TeacherError
 from eupe.extract.calibrate import require_features
-from eupe.extract.plan import plan_stretches, store_spec
+from eupe.extract.plan import plan_work_units, store_spec
 from eupe.extract.worker import Computer, Worker
 from eupe.store import Store, open_store
 from eupe.store.writer import Part, Row, create_store, finish_store
@@ -174,7 +174,7 @@ def test_a_picture_changed_since_it_was_indexed_is_refused(tmp_path: Path, tiny_
         [Computer(loaded, plan, corpus_root=index.root, views=CENTER, batch_size=2)],
         [tmp_path / "s.zarr"],
     )
-    assert sum(worker.run(stretch) for stretch in plan_stretches([plan], index.samples, [()])) == 1
+    assert sum(worker.run(unit) for unit in plan_work_units([plan], index.samples, [()])) == 1
     rows = finish_store(tmp_path / "s.zarr").samples.to_pylist()
     assert [row["error"] for row in rows if row["status"] != "ok"] == ["the file has changed since it was indexed"]
 
@@ -207,7 +207,7 @@ def test_overflow_is_clipped_and_counted_and_nan_fails_the_sample(tmp_path: Path
         [Computer(Broken(), plan, corpus_root=index.root, views=CENTER, batch_size=8)],  # type: ignore[arg-type]
         [tmp_path / "s.zarr"],
     )
-    worker.run(next(plan_stretches([plan], index.samples, [()])))
+    worker.run(next(plan_work_units([plan], index.samples, [()])))
     store = finish_store(tmp_path / "s.zarr")
     info = json.loads(run_eupe("store", "info", store.path, "--json").out)
     assert info["clipped_values"] == 4 * 4 * 64
@@ -233,8 +233,8 @@ def test_every_row_equals_its_single_picture_result(
         [Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)],
         [tmp_path / "s.zarr"],
     )
-    for stretch in plan_stretches([plan], index.samples, [()]):
-        worker.run(stretch)
+    for unit in plan_work_units([plan], index.samples, [()]):
+        worker.run(unit)
     rows, numbers = np.repeat(np.arange(24), 2).tolist(), [0, 1] * 24
     ours, theirs = finish_store(tmp_path / "s.zarr").read(rows, numbers), tiny_store.read(rows, numbers)
     assert np.array_equal(ours.boxes, theirs.boxes)
@@ -375,8 +375,8 @@ def store_of(folder: Path, teacher: Any, dtype: str = "fp32") -> Store:
     create_store(folder / "s.zarr", plan)
     computer = Computer(teacher, plan, corpus_root=index.root, views=CENTER, batch_size=8)
     worker = Worker([computer], [folder / "s.zarr"])
-    for stretch in plan_stretches([plan], index.samples, [()]):
-        worker.run(stretch)
+    for unit in plan_work_units([plan], index.samples, [()]):
+        worker.run(unit)
     return finish_store(folder / "s.zarr")
 
 

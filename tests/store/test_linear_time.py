@@ -10,7 +10,7 @@ from store_cases import make_case, make_spec, write_store
 
 from eupe.corpus import index as index_module
 from eupe.corpus.index import Corpus, open_corpus
-from eupe.extract.plan import plan_parts, plan_stretches
+from eupe.extract.plan import plan_parts, plan_work_units
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.catalogue import describe
@@ -86,8 +86,8 @@ def test_planning_goes_through_the_committed_parts_once(segments: list[int]) -> 
     done = Once(range(spec.num_parts - 2))
     left = [spec.num_parts - 2, spec.num_parts - 1]
     assert [task.index for task in plan_parts(spec, samples, done)] == left
-    stretches = list(plan_stretches([spec, spec], samples, [done, done]))
-    assert {task.index for stretch in stretches for _, task in stretch.tasks} == {
+    units = list(plan_work_units([spec, spec], samples, [done, done]))
+    assert {task.index for unit in units for _, task in unit.tasks} == {
         spec.num_parts - 2,
         spec.num_parts - 1,
     }

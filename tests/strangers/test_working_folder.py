@@ -38,7 +38,7 @@ def test_the_process_that_looks_for_killers_imports_nothing_of_it(
     tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from eupe.corpus.views import ViewSpec
-    from eupe.extract.isolate import find_killers
+    from eupe.extract.isolate import find_crashing
     from eupe.extract.plan import Sample
     from eupe.place import Place
 
@@ -46,7 +46,7 @@ def test_the_process_that_looks_for_killers_imports_nothing_of_it(
     monkeypatch.chdir(tmp_path)
     key = next(str(file.relative_to(tiny_corpus)) for file in sorted(tiny_corpus.rglob("*.png")))
     samples = [Sample(key=key, sha256=None, label=None)]
-    assert find_killers(samples, Place.of(tiny_corpus), ViewSpec(policy="center"), (64,)) == {}
+    assert find_crashing(samples, Place.of(tiny_corpus), ViewSpec(policy="center"), (64,)) == {}
     assert not executed.exists()
 
 

@@ -35,7 +35,9 @@ def ledger(out: Path) -> dict[str, Any]:
     return dict(json.loads(output))
 
 
-def test_killers_are_rows_with_reasons_and_later_pictures_like_others(tmp_path: Path, tiny_weights: Path) -> None:
+def test_crashing_samples_are_rows_with_reasons_and_others_are_unharmed(
+    tmp_path: Path, tiny_weights: Path
+) -> None:
     corpus = make_corpus(tmp_path / "corpus", count=40)
     for key, how in DEADLY.items():
         poison(corpus / key, how)
@@ -64,7 +66,7 @@ def test_killers_are_rows_with_reasons_and_later_pictures_like_others(tmp_path: 
     assert_same_store(out, store_files(whole.path.local))
 
 
-def test_killers_among_the_pictures_that_a_teacher_is_tried_on(tmp_path: Path, tiny_weights: Path) -> None:
+def test_crashing_samples_among_the_pictures_that_a_teacher_is_tried_on(tmp_path: Path, tiny_weights: Path) -> None:
     """They cost neither the measured precision nor the arithmetic's; the sample holds the whole corpus."""
     corpus = make_corpus(tmp_path / "corpus", count=6)
     poison(corpus / "class0/0000.png", "segfault")
@@ -79,7 +81,7 @@ def test_killers_among_the_pictures_that_a_teacher_is_tried_on(tmp_path: Path, t
 
 
 @pytest.mark.parametrize("hows", [("segfault", "greedy", "segfault", "endless", "greedy"), ("endless",)])
-def test_a_corpus_of_nothing_but_killers_comes_to_an_end(
+def test_a_corpus_of_nothing_but_crashing_samples_comes_to_an_end(
     hows: tuple[str, ...], tmp_path: Path, tiny_weights: Path
 ) -> None:
     """Without features there is no store to finish, and the reasons are on record."""
