@@ -63,7 +63,7 @@ from eupe.extract.job import ExtractConfig, extract
 from eupe.extract.load import Loader
 from eupe.extract.plan import part_task, plan_work_units, store_spec
 from eupe.extract.process import prepare_process
-from eupe.extract.worker import Computer, Worker
+from eupe.extract.worker import PartExtractor, Worker
 from eupe.store.writer import Part, StoreWriter, create_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, file_digest, load_teacher
@@ -144,7 +144,7 @@ def corpus_for(given: Given, views_per_s: float, seconds: float) -> Corpus:
     return repeated_corpus(ASSETS / "photos", given.folder / "pictures", count)
 
 
-def computer_of(source: Source, teacher: Teacher, corpus: Corpus, batch: int) -> Computer:
+def computer_of(source: Source, teacher: Teacher, corpus: Corpus, batch: int) -> PartExtractor:
     spec = store_spec(
         teacher.spec,
         corpus,
@@ -154,16 +154,16 @@ def computer_of(source: Source, teacher: Teacher, corpus: Corpus, batch: int) ->
         weights_sha256=file_digest(ASSETS / source.weights),
         dtype=dtype_name(teacher.dtype),
     )
-    return Computer(teacher, spec, corpus_root=corpus.root, views=VIEWS, batch_size=batch)
+    return PartExtractor(teacher, spec, corpus_root=corpus.root, views=VIEWS, batch_size=batch)
 
 
-def work(computers: list[Computer], corpus: Corpus, folder: Path) -> Took:
+def work(extractors: list[PartExtractor], corpus: Corpus, folder: Path) -> Took:
     """Run a worker in this process, with UNITS_IN_FLIGHT work units at once."""
-    stores = [fresh(folder / f"{i}.zarr") for i in range(len(computers))]
-    specs = [computer.spec for computer in computers]
+    stores = [fresh(folder / f"{i}.zarr") for i in range(len(extractors))]
+    specs = [extractor.spec for extractor in extractors]
     for store, spec in zip(stores, specs, strict=True):
         create_store(store, spec)
-    worker = Worker(computers, stores)
+    worker = Worker(extractors, stores)
     units = plan_work_units(specs, corpus.samples, [set() for _ in specs])
 
     def run() -> None:
@@ -171,7 +171,7 @@ def work(computers: list[Computer], corpus: Corpus, folder: Path) -> Took:
             failed = sum(pool.map(worker.run, units))
         assert failed == 0
 
-    return Took.by(len(corpus) * computers[0].views.num_views, run)
+    return Took.by(len(corpus) * extractors[0].views.num_views, run)
 
 
 def job(given: Given, source: Source, corpus: Corpus, batch: int) -> Took:
@@ -198,13 +198,13 @@ def job(given: Given, source: Source, corpus: Corpus, batch: int) -> Took:
 class Stages:
     """The stages of an extraction, each run alone on the machine over the first pictures of a corpus."""
 
-    def __init__(self, computer: Computer, corpus: Corpus, folder: Path) -> None:
-        self._computer, self._folder = computer, folder
-        spec = computer.spec
+    def __init__(self, extractor: PartExtractor, corpus: Corpus, folder: Path) -> None:
+        self._extractor, self._folder = extractor, folder
+        spec = extractor.spec
         parts = range(max(1, round(STAGE_SHARE * spec.num_parts)))
         tasks = [part_task(spec, corpus.samples, part) for part in parts]
         self._samples = [sample for task in tasks for sample in task.samples]
-        self._parts: list[Part] = [computer.compute(task) for task in tasks]
+        self._parts: list[Part] = [extractor.compute(task) for task in tasks]
         self._views = len(self._samples) * spec.num_views
 
     def decode(self) -> Took:
@@ -217,8 +217,8 @@ class Stages:
         The faster of the two counts.
         """
         views = [{s: v[k] for s, v in sample.views.items()} for sample in self._load() for k in range(VIEWS.num_views)]
-        forward, size = self._computer.forward, self._computer.forward.batch_size
-        (side,) = self._computer.spec.sizes
+        forward, size = self._extractor.forward, self._extractor.forward.batch_size
+        (side,) = self._extractor.spec.sizes
         batches = [views[i : i + size] for i in range(0, len(views), size)]
 
         def side_by_side() -> None:
@@ -233,13 +233,13 @@ class Stages:
 
     def encode(self) -> Took:
         """Encode, compute statistics, compress and write, part by part, with a thread per core."""
-        create_store(path := fresh(self._folder / "stages.zarr"), self._computer.spec)
-        writer = StoreWriter(path, count=counter(self._computer.device))
+        create_store(path := fresh(self._folder / "stages.zarr"), self._extractor.spec)
+        writer = StoreWriter(path, count=counter(self._extractor.device))
         return Took.by(self._views, lambda: [writer.commit(part) for part in self._parts])
 
     def _load(self) -> Iterator[Any]:
-        computer = self._computer
-        loader = Loader(computer.root, VIEWS, [computer.spec], ahead=computer.samples_ahead, cores=computer.cores)
+        extractor = self._extractor
+        loader = Loader(extractor.root, VIEWS, [extractor.spec], ahead=extractor.samples_ahead, cores=extractor.cores)
         return loader.load(self._samples)
 
 
@@ -248,11 +248,11 @@ def measure_ideal(given: Given) -> None:
     teacher = loaded(DINOV2, given.torch_dtype)
     batch = fastest_batch(teacher, (DINOV2.size,))
     corpus = corpus_for(given, rate_of(teacher, DINOV2.size, batch), given.seconds)
-    computer = computer_of(DINOV2, teacher, corpus, batch)
-    stages = Stages(computer, corpus, given.folder)
+    extractor = computer_of(DINOV2, teacher, corpus, batch)
+    stages = Stages(extractor, corpus, given.folder)
     print(
         f"{dtype_name(teacher.dtype)}, batches of {batch}; {len(corpus)} pictures of {VIEWS.num_views} views, "
-        f"{computer.spec.num_parts} parts of {computer.spec.samples_per_part}\n",
+        f"{extractor.spec.num_parts} parts of {extractor.spec.samples_per_part}\n",
         flush=True,
     )
     found = interleaved(
@@ -260,7 +260,7 @@ def measure_ideal(given: Given) -> None:
             "decode": stages.decode,
             "forward": stages.forward,
             "encode": stages.encode,
-            "worker": partial(work, [computer], corpus, given.folder),
+            "worker": partial(work, [extractor], corpus, given.folder),
             "job": partial(job, given, DINOV2, corpus, batch),
         },
         given.repeats,
@@ -385,12 +385,12 @@ def measure_peers(given: Given) -> None:
     model = model.to(pick_device())
     batch = fastest_batch(teacher, (DINOV2.size,))
     corpus = corpus_for(given, rate_of(teacher, DINOV2.size, batch), given.seconds)
-    computer = computer_of(DINOV2, teacher, corpus, batch)
+    extractor = computer_of(DINOV2, teacher, corpus, batch)
     slow = rate_of(replace(teacher, dtype=torch.float32), DINOV2.size, batch)
     counts = {teacher.dtype: len(corpus), torch.float32: max(8, round(given.seconds * slow / VIEWS.num_views))}
     print(f"batches of {batch}; {len(corpus)} pictures of {VIEWS.num_views} views\n", flush=True)
     measures: dict[str, Callable[[], Took]] = {
-        f"eupe, {dtype_name(teacher.dtype)}": partial(work, [computer], corpus, given.folder)
+        f"eupe, {dtype_name(teacher.dtype)}": partial(work, [extractor], corpus, given.folder)
     }
     for dtype, count in counts.items():
         pictures = Pictures(corpus, min(count, len(corpus)))
@@ -421,13 +421,13 @@ def measure_together(given: Given) -> None:
     teachers = [loaded(source, given.torch_dtype) for source in sources]
     batches = [fastest_batch(teacher, (source.size,)) for source, teacher in zip(sources, teachers, strict=True)]
     corpus = corpus_for(given, rate_of(teachers[0], DINOV2.size, batches[0]), given.seconds)
-    computers = [computer_of(*one, corpus, batch) for *one, batch in zip(sources, teachers, batches, strict=True)]
+    extractors = [computer_of(*one, corpus, batch) for *one, batch in zip(sources, teachers, batches, strict=True)]
     print(f"{dtype_name(teachers[0].dtype)}; {len(corpus)} pictures of {VIEWS.num_views} views\n", flush=True)
     alone = {
-        source.teacher: partial(work, [computer], corpus, given.folder / source.weights.replace("/", "-"))
-        for source, computer in zip(sources, computers, strict=True)
+        source.teacher: partial(work, [extractor], corpus, given.folder / source.weights.replace("/", "-"))
+        for source, extractor in zip(sources, extractors, strict=True)
     }
-    both = partial(work, computers, corpus, given.folder / "together")
+    both = partial(work, extractors, corpus, given.folder / "together")
     found = interleaved({**alone, "both in one pass": both}, given.repeats)
     print_times(found)
     rounds = zip(*(found[name] for name in alone), strict=True)

@@ -17,7 +17,7 @@ from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.device import pick_device
 from eupe.extract.plan import PartTask, samples_of, store_spec
-from eupe.extract.worker import Computer
+from eupe.extract.worker import PartExtractor
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import file_digest, load_teacher
 
@@ -62,8 +62,8 @@ def make_features(name: str, folder: Path) -> tuple[Path, Path]:
         dtype="bf16",
     )
     loaded = load_teacher(teacher, weights=weights, device=device, dtype=torch.bfloat16, sizes=spec.sizes)
-    computer = Computer(loaded, spec, corpus_root=corpus.root, views=VIEWS, batch_size=16)
-    features = computer.compute(PartTask(0, tuple(samples_of(corpus.samples)))).features
+    extractor = PartExtractor(loaded, spec, corpus_root=corpus.root, views=VIEWS, batch_size=16)
+    features = extractor.compute(PartTask(0, tuple(samples_of(corpus.samples)))).features
     folder.mkdir(parents=True, exist_ok=True)
     for file, kind in ((dense_file, "dense"), (summary_file, "summary")):
         values = features[f"{source.size}/{kind}"]

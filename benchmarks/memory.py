@@ -34,7 +34,7 @@ from eupe.extract.config import ExtractConfig
 from eupe.extract.job import extract
 from eupe.extract.plan import WorkUnit, part_task
 from eupe.extract.process import prepare_process
-from eupe.extract.worker import Computer, Worker
+from eupe.extract.worker import PartExtractor, Worker
 from eupe.store.layout import bytes_per_view
 from eupe.store.writer import VECTORS_PER_JOB, create_store
 
@@ -92,25 +92,25 @@ def full_parts(folder: Path, num_parts: int) -> list[float]:
     """Return a worker's peak memory before and after full parts, and the bytes of one part and of the queues, in MB."""
     teacher = loaded(DINOV2, compute_dtype("auto", pick_device()))
     corpus = repeated_corpus(ASSETS / "photos", folder / "pictures", CORPUS_OF_FULL_PARTS)
-    computer = computer_of(DINOV2, teacher, corpus, DEFAULT_BATCH)
-    spec = computer.spec
+    extractor = computer_of(DINOV2, teacher, corpus, DEFAULT_BATCH)
+    spec = extractor.spec
     small = replace(spec, samples_per_part=SMALL_PART)
     make_parts(
-        Computer(teacher, small, corpus_root=corpus.root, views=VIEWS, batch_size=DEFAULT_BATCH), corpus, folder, 4
+        PartExtractor(teacher, small, corpus_root=corpus.root, views=VIEWS, batch_size=DEFAULT_BATCH), corpus, folder, 4
     )
     before = peak_mb()
-    make_parts(computer, corpus, folder, num_parts)
+    make_parts(extractor, corpus, folder, num_parts)
     one_part = spec.samples_per_part * spec.num_views * bytes_per_view(spec.grids, teacher.spec.dense_dim, 0)
-    decoded = UNITS_IN_FLIGHT * computer.samples_ahead * spec.num_views * 3 * DINOV2.size**2
+    decoded = UNITS_IN_FLIGHT * extractor.samples_ahead * spec.num_views * 3 * DINOV2.size**2
     coded = 2 * (os.cpu_count() or 1) * VECTORS_PER_JOB * 2 * teacher.spec.dense_dim
     return [before, peak_mb(), one_part / 1e6, (decoded + coded) / 1e6]
 
 
-def make_parts(computer: Computer, corpus: Corpus, folder: Path, num_parts: int) -> None:
+def make_parts(extractor: PartExtractor, corpus: Corpus, folder: Path, num_parts: int) -> None:
     """Make the first parts of a store, UNITS_IN_FLIGHT at once, as an actor does."""
-    create_store(store := fresh(folder / "worker.zarr"), computer.spec)
-    worker = Worker([computer], [store])
-    units = [WorkUnit(((0, part_task(computer.spec, corpus.samples, part)),)) for part in range(num_parts)]
+    create_store(store := fresh(folder / "worker.zarr"), extractor.spec)
+    worker = Worker([extractor], [store])
+    units = [WorkUnit(((0, part_task(extractor.spec, corpus.samples, part)),)) for part in range(num_parts)]
     with ThreadPoolExecutor(UNITS_IN_FLIGHT) as pool:
         assert sum(pool.map(worker.run, units)) == 0
 

@@ -21,7 +21,7 @@ from eupe.device import pick_device
 from eupe.evaluate.agreement import agreement
 from eupe.extract.calibrate import measure, settle
 from eupe.extract.plan import plan_parts, store_spec
-from eupe.extract.worker import Computer
+from eupe.extract.worker import PartExtractor
 from eupe.store.layout import KINDS
 from eupe.store.writer import StoreWriter, create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
@@ -58,8 +58,8 @@ def make_stores(folder: Path) -> dict[str, Path]:
             pixels=True,
         )
         made[precision] = replace(spec, samples_per_part=128)
-    computer = Computer(loaded, made["fp16"], corpus_root=corpus.root, views=VIEWS, batch_size=16)
-    parts = [computer.compute(task) for task in plan_parts(made["fp16"], corpus.samples, done=())]
+    extractor = PartExtractor(loaded, made["fp16"], corpus_root=corpus.root, views=VIEWS, batch_size=16)
+    parts = [extractor.compute(task) for task in plan_parts(made["fp16"], corpus.samples, done=())]
     tried = measure(made["int8"], parts[0].features, dict.fromkeys(KINDS, ("int8",)))
     made["int8"] = settle(made["int8"], tried, None)
     for precision, spec in made.items():

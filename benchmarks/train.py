@@ -48,7 +48,7 @@ from eupe.corpus.views import ViewSpec, render_view
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.extract.forward import fastest_batch
 from eupe.extract.plan import store_spec
-from eupe.extract.worker import Computer
+from eupe.extract.worker import PartExtractor
 from eupe.store import open_store
 from eupe.store.layout import KINDS
 from eupe.store.writer import finish_store
@@ -129,7 +129,7 @@ def repeated(given: Given) -> Corpus:
     return repeated_corpus(ASSETS / "photos", given.folder / "pictures", given.pictures)
 
 
-def computer_of(teacher: Teacher, corpus: Corpus, size: int, views: ViewSpec) -> Computer:
+def computer_of(teacher: Teacher, corpus: Corpus, size: int, views: ViewSpec) -> PartExtractor:
     spec = store_spec(
         teacher.spec,
         corpus,
@@ -140,12 +140,12 @@ def computer_of(teacher: Teacher, corpus: Corpus, size: int, views: ViewSpec) ->
         dtype=dtype_name(teacher.dtype),
     )
     batch = fastest_batch(teacher, (size,))
-    return Computer(teacher, spec, corpus_root=corpus.root, views=views, batch_size=batch)
+    return PartExtractor(teacher, spec, corpus_root=corpus.root, views=views, batch_size=batch)
 
 
-def store_of(computer: Computer, corpus: Corpus, folder: Path) -> Path:
+def store_of(extractor: PartExtractor, corpus: Corpus, folder: Path) -> Path:
     """Make a finished store and return its path."""
-    work([computer], corpus, folder)
+    work([extractor], corpus, folder)
     return finish_store(folder / "0.zarr").path.local
 
 
@@ -350,13 +350,13 @@ def measure_online(given: Given) -> None:
 
 def compare_online(given: Given, teacher: Teacher, size: int) -> None:
     corpus = repeated(given)
-    computer = computer_of(teacher, corpus, size, VIEWS)
-    run = Run(config_of(given, store_of(computer, corpus, given.folder / f"{size}"), size))
-    by_step = OnlineTeacher(teacher, size, batch_size=computer.forward.batch_size)
+    extractor = computer_of(teacher, corpus, size, VIEWS)
+    run = Run(config_of(given, store_of(extractor, corpus, given.folder / f"{size}"), size))
+    by_step = OnlineTeacher(teacher, size, batch_size=extractor.forward.batch_size)
     print(f"\n{describe(given, size, teacher)}; the teacher computes in {dtype_name(teacher.dtype)}\n", flush=True)
     found = interleaved(
         {
-            "extraction": partial(work, [computer], corpus, given.folder / "again"),
+            "extraction": partial(work, [extractor], corpus, given.folder / "again"),
             "cached": partial(run.timed, run.cached, given.steps),
             "online": partial(run.timed, partial(run.online, by_step), given.steps),
         },
@@ -402,9 +402,9 @@ def measure_quality(given: Given) -> None:
     whole, (size,) = index_folder(ASSETS / "photos"), given.sizes
     corpus = Corpus(whole.root, whole.samples.slice(0, given.pictures))
     teacher = loaded(SMALL, teacher_side(size))
-    computer = computer_of(teacher, corpus, size, of_student.VIEWS)
-    store = store_of(computer, corpus, given.folder)
-    by_step = OnlineTeacher(teacher, size, batch_size=computer.forward.batch_size)
+    extractor = computer_of(teacher, corpus, size, of_student.VIEWS)
+    store = store_of(extractor, corpus, given.folder)
+    by_step = OnlineTeacher(teacher, size, batch_size=extractor.forward.batch_size)
     print(
         f"\n{given.student} at {size} px, {given.steps} steps of {given.batch_size} views at {of_student.LR:g}, "
         f"float32; {SMALL} in {dtype_name(teacher.dtype)}; {len(corpus)} pictures of {of_student.VIEWS.num_views} "

@@ -14,7 +14,7 @@ from eupe.corpus.index import index_bytes, index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.extract.calibrate import candidates, measure, sample_task, settle
 from eupe.extract.plan import plan_work_units, store_spec
-from eupe.extract.worker import Computer, Worker
+from eupe.extract.worker import PartExtractor, Worker
 from eupe.place import Place
 from eupe.store import Store
 from eupe.store.layout import segment_name
@@ -82,14 +82,14 @@ def make_store(
     plan = replace(plan, forward={"batch_size": batch_size})
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     loaded = load_teacher(spec, weights=weights, device=torch.device("cpu"), dtype=torch_dtype, sizes=sizes)
-    computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)
+    extractor = PartExtractor(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)
     if precision != "fp16" or fidelity is not None:
-        features = computer.compute(sample_task(plan, index)).features
+        features = extractor.compute(sample_task(plan, index)).features
         plan = settle(plan, measure(plan, features, candidates(plan, fidelity)), fidelity)
-        computer = Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)
+        extractor = PartExtractor(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)
     create_store(path, plan)
     Place.of(path).create(segment_name(0), index_bytes(index))
-    worker = Worker([computer], [path])
+    worker = Worker([extractor], [path])
     for unit in plan_work_units([plan], index.samples, done=[()]):
         worker.run(unit)
     return finish_store(path)

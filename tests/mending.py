@@ -15,7 +15,7 @@ from eupe.extract.config import ExtractConfig
 from eupe.extract.dispatch import Status
 from eupe.extract.job import stored_index
 from eupe.extract.plan import plan_work_units
-from eupe.extract.worker import Computer, Worker
+from eupe.extract.worker import PartExtractor, Worker
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.layout import segment_name
@@ -94,8 +94,10 @@ class Crew:
             sizes=spec.sizes,
         )
         root = Place.of(config.corpus or spec.corpus["root"])
-        computer = Computer(loaded, spec, corpus_root=root, views=config.views, batch_size=config.batch_size or BATCH)
-        worker = Worker([computer], [store.path])
+        extractor = PartExtractor(
+            loaded, spec, corpus_root=root, views=config.views, batch_size=config.batch_size or BATCH
+        )
+        worker = Worker([extractor], [store.path])
         for unit in plan_work_units([spec], stored_index(store).samples, [committed_parts(store.path)]):
             worker.run(unit)
             self.made += [task.index for _, task in unit.tasks]

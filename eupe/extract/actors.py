@@ -29,7 +29,7 @@ from eupe.extract.isolate import find_crashing
 from eupe.extract.load import StuckError
 from eupe.extract.plan import PartTask, WorkUnit
 from eupe.extract.process import prepare_process
-from eupe.extract.worker import Computer, Worker
+from eupe.extract.worker import PartExtractor, Worker
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.layout import StoreSpec
@@ -278,8 +278,8 @@ class ExtractActor:
             )
         return self._loaded[i]
 
-    def _computer(self, i: int, spec: StoreSpec) -> Computer:
-        """Build the computer of a teacher.
+    def _extractor(self, i: int, spec: StoreSpec) -> PartExtractor:
+        """Build the part extractor of a teacher.
 
         Raises: CorpusError if this host does not see the pictures; ConfigError if it would compute in another dtype.
         """
@@ -292,7 +292,7 @@ class ExtractActor:
         if arithmetic != agreed:  # `auto` may mean another dtype on this machine
             raise ConfigError(f"worker on {host} would compute in {arithmetic}, the store is {agreed}; give --dtype")
         batch_size = config.batch_size or spec.forward.get("batch_size", DEFAULT_BATCH)
-        return Computer(
+        return PartExtractor(
             teacher,
             spec,
             corpus_root=self._corpus_root,
@@ -313,7 +313,7 @@ class ExtractActor:
         """
         with self._loading:
             task = self._without_crashing(task, spec) if isolate else task
-            part = self._computer(i, spec).compute(task)
+            part = self._extractor(i, spec).compute(task)
             require_features(spec, part)
             return measure(spec, part.features, candidates(spec, self._configs[i].fidelity))
 
@@ -324,7 +324,7 @@ class ExtractActor:
             teacher, asked = self._teacher(i), self._configs[i].batch_size
             noted: dict[str, Any] = {"batch_size": asked or fastest_batch(teacher, spec.sizes)}
             if teacher.dtype != torch.float32:
-                pixels = self._some_views(self._computer(i, spec), task)
+                pixels = self._some_views(self._extractor(i, spec), task)
                 if cosines := cosine_to_fp32(teacher, pixels):
                     noted["cosine_to_fp32"] = cosines
             if teacher.device.type == "cuda":
@@ -335,10 +335,10 @@ class ExtractActor:
         crashing = find_crashing(task.samples, self._corpus_root, self._configs[0].views, spec.sizes)
         return replace(task, samples=tuple(sample for sample in task.samples if sample.key not in crashing))
 
-    def _some_views(self, computer: Computer, task: PartTask) -> torch.Tensor:
+    def _some_views(self, extractor: PartExtractor, task: PartTask) -> torch.Tensor:
         """Return some rendered views at the first size, uint8 [at most COMPARED_VIEWS, S, S, 3]."""
-        size = computer.spec.sizes[0]
-        loaded = computer.load_ahead(task.samples[:COMPARED_VIEWS])
+        size = extractor.spec.sizes[0]
+        loaded = extractor.load_ahead(task.samples[:COMPARED_VIEWS])
         views = [view for sample in loaded if sample.row.error is None for view in sample.views[size]]
         return torch.from_numpy(np.array(views[:COMPARED_VIEWS]))
 
@@ -353,8 +353,8 @@ class ExtractActor:
         """
         with self._loading:
             if self._worker is None:
-                computers = [self._computer(i, open_store(store).spec) for i, store in targets]
-                self._worker = Worker(computers, [store for _, store in targets])
+                extractors = [self._extractor(i, open_store(store).spec) for i, store in targets]
+                self._worker = Worker(extractors, [store for _, store in targets])
         return Whereabouts(socket.gethostname(), this_process())
 
     def run(self, unit: WorkUnit, crashing: Mapping[str, str], isolate: bool) -> int:

@@ -29,7 +29,7 @@ from eupe.extract.recipe import (
     stored_teacher,
     weights_file,
 )
-from eupe.extract.worker import Computer
+from eupe.extract.worker import PartExtractor
 from eupe.place import Where
 from eupe.store import Store, open_store
 from eupe.store.places import with_places
@@ -124,11 +124,13 @@ def audit(config: AuditConfig, *, progress: Progress = lambda done, of: None) ->
     at_once = max(COMPARED_AT_ONCE, cores)
     # on a CPU there is a batch on each core
     batch_size = at_once if teacher.device.type == "cuda" else -(-at_once // cores)
-    computer = Computer(teacher, store.spec, corpus_root=pictures, views=views, batch_size=batch_size, cores=cores)
+    extractor = PartExtractor(
+        teacher, store.spec, corpus_root=pictures, views=views, batch_size=batch_size, cores=cores
+    )
     batches: list[Compared] = []
     done = 0
     for rows in _batches(store, picked, at_once):
-        batches.append(_compare(store, stats, computer, rows))
+        batches.append(_compare(store, stats, extractor, rows))
         done += len(rows)
         progress(done * store.spec.num_views, len(picked) * store.spec.num_views)
     return AuditReport(
@@ -213,11 +215,11 @@ class Compared:
 def _compare(
     store: Store,
     stats: Mapping[str, ChannelStats],
-    computer: Computer,
+    extractor: PartExtractor,
     picked: pa.Table,
 ) -> Compared:
     """Compute some samples again and compare all their tokens with the stored ones."""
-    part = computer.compute(PartTask(0, tuple(samples_of(picked))))
+    part = extractor.compute(PartTask(0, tuple(samples_of(picked))))
     _require_features(store, part)
     k = store.spec.num_views
     rows, views = np.repeat(picked["row"].to_numpy(), k).tolist(), np.tile(np.arange(k), len(picked)).tolist()

@@ -38,7 +38,7 @@ from eupe.extract.job import (
 from eupe.extract.load import LoadedSample, Loader
 from eupe.extract.plan import PartTask, require_common_sizes, shape_of
 from eupe.extract.process import prepare_process
-from eupe.extract.worker import Computer, PartInMaking
+from eupe.extract.worker import PartBuilder, PartExtractor
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, arrays, bytes_per_view, differences, samples_per_part
@@ -538,43 +538,43 @@ def _timed_part(
 ) -> tuple[Part, float, float]:
     """Return the sample's features, the seconds of decoding, and those of the forward passes."""
     batch_size = config.batch_size or fastest_batch(teacher, spec.sizes)
-    computer = Computer(teacher, spec, corpus_root=root, views=config.views, batch_size=batch_size)
+    extractor = PartExtractor(teacher, spec, corpus_root=root, views=config.views, batch_size=batch_size)
     began = time.perf_counter()
-    samples = list(computer.load_ahead(task.samples))
+    samples = list(extractor.load_ahead(task.samples))
     decode_s = time.perf_counter() - began
-    _computed(computer, task, samples[: -(-batch_size // spec.num_views)])  # the first batch on a device is slow
+    _computed(extractor, task, samples[: -(-batch_size // spec.num_views)])  # the first batch on a device is slow
     began = time.perf_counter()
-    part = _computed(computer, task, samples)
+    part = _computed(extractor, task, samples)
     forward_s = time.perf_counter() - began
     num_views = len(samples) * spec.num_views
     # too few views for a batch on each core, which the extraction itself will have
-    if num_views < min(batch_size * computer.forward.batches_at_once, spec.num_samples * spec.num_views):
-        forward_s = num_views * _seconds_a_view_on_all_cores(computer, samples)
+    if num_views < min(batch_size * extractor.forward.batches_at_once, spec.num_samples * spec.num_views):
+        forward_s = num_views * _seconds_a_view_on_all_cores(extractor, samples)
     return part, decode_s, forward_s
 
 
-def _seconds_a_view_on_all_cores(computer: Computer, samples: Sequence[LoadedSample]) -> float:
+def _seconds_a_view_on_all_cores(extractor: PartExtractor, samples: Sequence[LoadedSample]) -> float:
     """Return seconds per view with a full batch on every core, as in a job; views repeat if there are too few."""
-    size, count = computer.forward.batch_size, computer.forward.batches_at_once
+    size, count = extractor.forward.batch_size, extractor.forward.batches_at_once
     views = [
-        {side: sample.views[side][k] for side in computer.spec.sizes}
+        {side: sample.views[side][k] for side in extractor.spec.sizes}
         for sample in samples
         if sample.row.error is None
-        for k in range(computer.spec.num_views)
+        for k in range(extractor.spec.num_views)
     ]
     endless = cycle(views)
     batches = [list(islice(endless, size)) for _ in range(count if views else 0)]
     began = time.perf_counter()
-    for pending in [computer.forward.begin(batch) for batch in batches]:
+    for pending in [extractor.forward.begin(batch) for batch in batches]:
         pending.wait()
     return (time.perf_counter() - began) / (size * count)
 
 
-def _computed(computer: Computer, task: PartTask, samples: Sequence[LoadedSample]) -> Part:
-    making = PartInMaking(computer, task)
+def _computed(extractor: PartExtractor, task: PartTask, samples: Sequence[LoadedSample]) -> Part:
+    builder = PartBuilder(extractor, task)
     for sample in samples:
-        making.add(sample)
-    return making.finish()
+        builder.add(sample)
+    return builder.finish()
 
 
 def _timed_store(spec: StoreSpec, teacher: Teacher, part: Part) -> tuple[int, float, float]:

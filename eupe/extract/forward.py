@@ -30,7 +30,7 @@ TRIAL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Halves:
+class Fp16Tokens:
     """The float16 tokens of one array for some views of a batch; the copy from the device may still be in progress."""
 
     path: str
@@ -44,7 +44,7 @@ class Halves:
 class Pending(Protocol):
     """A batch in progress on the device."""
 
-    def wait(self) -> list[Halves]:
+    def wait(self) -> list[Fp16Tokens]:
         """Return the tokens once they are in the host's memory."""
 
 
@@ -52,21 +52,21 @@ class Pending(Protocol):
 class OnGpu:
     """A batch on the GPU; `done` comes after its last copy to the host."""
 
-    halves: list[Halves]
+    fp16_tokens: list[Fp16Tokens]
     done: torch.cuda.Event
 
-    def wait(self) -> list[Halves]:
+    def wait(self) -> list[Fp16Tokens]:
         self.done.synchronize()
-        return self.halves
+        return self.fp16_tokens
 
 
 @dataclass(frozen=True)
 class OnCpu:
     """A batch on one of the CPU's cores."""
 
-    future: Future[list[Halves]]
+    future: Future[list[Fp16Tokens]]
 
-    def wait(self) -> list[Halves]:
+    def wait(self) -> list[Fp16Tokens]:
         return self.future.result()
 
 
@@ -98,27 +98,27 @@ class Forward:
         """
         if self._cores is not None:
             return OnCpu(self._cores.submit(self._tokens, views))
-        halves = self._tokens(views)
+        fp16_tokens = self._tokens(views)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self.teacher.device))  # the stream that the copies are queued on
-        return OnGpu(halves, done)
+        return OnGpu(fp16_tokens, done)
 
-    def _tokens(self, views: Sequence[dict[int, NDArray[np.uint8]]]) -> list[Halves]:
-        halves: list[Halves] = []
+    def _tokens(self, views: Sequence[dict[int, NDArray[np.uint8]]]) -> list[Fp16Tokens]:
+        fp16_tokens: list[Fp16Tokens] = []
         for size, grid in zip(self._spec.sizes, self._spec.grids, strict=True):
             pixels = torch.from_numpy(np.stack([view[size] for view in views]))
             # only a copy from pinned memory to the GPU runs without the host waiting
-            halves += self._pieces(pixels.pin_memory() if self._on_gpu else pixels, size, grid)
-        return halves
+            fp16_tokens += self._pieces(pixels.pin_memory() if self._on_gpu else pixels, size, grid)
+        return fp16_tokens
 
-    def _pieces(self, pixels: Tensor, size: int, grid: int) -> list[Halves]:
+    def _pieces(self, pixels: Tensor, size: int, grid: int) -> list[Fp16Tokens]:
         """Return the tokens of pixels [B, S, S, 3], in pieces that fit into memory."""
-        halves: list[Halves] = []
+        fp16_tokens: list[Fp16Tokens] = []
         start = 0
         while start < len(pixels):
             piece = pixels[start : start + self.batch_size]
             try:
-                halves += self._halves(piece, start, size, grid)
+                fp16_tokens += self._fp16_tokens(piece, start, size, grid)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -134,16 +134,16 @@ class Forward:
             self.batch_size = -(-len(piece) // 2)
             if self._on_gpu:
                 torch.cuda.empty_cache()
-        return halves
+        return fp16_tokens
 
-    def _halves(self, pixels: Tensor, start: int, size: int, grid: int) -> list[Halves]:
+    def _fp16_tokens(self, pixels: Tensor, start: int, size: int, grid: int) -> list[Fp16Tokens]:
         tokens = self.teacher(pixels)
-        halves = []
+        fp16_tokens = []
         for kind in self._spec.tokens:
             values = tokens.summary if kind == SUMMARY else pool_cells(tokens.dense, grid)
             assert values is not None
-            halves.append(Halves(feature_path(size, kind), start, *map(_to_host, _as_halves(values))))
-        return halves
+            fp16_tokens.append(Fp16Tokens(feature_path(size, kind), start, *map(_to_host, _to_fp16(values))))
+        return fp16_tokens
 
 
 def single_threads(count: int) -> ThreadPoolExecutor:
@@ -179,7 +179,7 @@ def pool_cells(dense_BhwD: Tensor, grid: int) -> Tensor:
     return pooled.movedim(1, -1)
 
 
-def _as_halves(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _to_fp16(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens as float16, and the numbers of clipped and of non-finite values.
 
     Values beyond float16's range are clipped; values that are not finite become NaN.

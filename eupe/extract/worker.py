@@ -20,7 +20,7 @@ from eupe.cores import num_cores
 from eupe.corpus.photometric import Photometric
 from eupe.corpus.views import ViewSpec
 from eupe.extract.count import counter
-from eupe.extract.forward import Forward, Halves, Pending
+from eupe.extract.forward import Forward, Fp16Tokens, Pending
 from eupe.extract.isolate import find_crashing
 from eupe.extract.load import LoadedSample, Loader
 from eupe.extract.plan import PartTask, Sample, WorkUnit, installed_versions
@@ -31,7 +31,7 @@ from eupe.store.writer import Part, Row, StoreWriter
 from eupe.teachers.teacher import Teacher
 
 
-class Computer:
+class PartExtractor:
     """A teacher and its source of pictures: computes the content of parts, and writes nothing."""
 
     def __init__(
@@ -67,10 +67,10 @@ class Computer:
 
     def compute(self, task: PartTask) -> Part:
         """Compute a part without writing it: a pure function of the spec, the corpus and the part's number."""
-        making = PartInMaking(self, task)
+        builder = PartBuilder(self, task)
         for sample in self.load_ahead(task.samples):
-            making.add(sample)
-        return making.finish()
+            builder.add(sample)
+        return builder.finish()
 
     def load_ahead(self, samples: Sequence[Sample]) -> Iterator[LoadedSample]:
         """Yield rendered samples in order, decoded by a pool at most two batches ahead."""
@@ -78,18 +78,18 @@ class Computer:
         return loader.load(samples)
 
 
-class PartInMaking:
+class PartBuilder:
     """A part under construction: takes samples one by one, in order, and passes them to the teacher in batches.
 
     The result of a batch is fetched only after the next batches have started, so that the device always has work.
     """
 
-    def __init__(self, computer: Computer, task: PartTask) -> None:
+    def __init__(self, extractor: PartExtractor, task: PartTask) -> None:
         self.index = task.index
-        self.buffers = PartBuffers(computer.spec, task)
+        self.buffers = PartBuffers(extractor.spec, task)
         self.views_done = 0
-        self._forward = computer.forward
-        self._size = computer.forward.batch_size
+        self._forward = extractor.forward
+        self._size = extractor.forward.batch_size
         self._batch: list[RenderedView] = []
         self._pending: deque[tuple[list[RenderedView], Pending]] = deque()
 
@@ -123,8 +123,8 @@ class PartInMaking:
         """Fetch the oldest batches, and leave only `but` of them pending."""
         while len(self._pending) > but:
             views, pending = self._pending.popleft()
-            for halves in pending.wait():
-                self.buffers.put(views[halves.start : halves.start + len(halves.tokens)], halves)
+            for fp16_tokens in pending.wait():
+                self.buffers.put(views[fp16_tokens.start : fp16_tokens.start + len(fp16_tokens.tokens)], fp16_tokens)
             self.views_done += len(views)
 
 
@@ -135,9 +135,9 @@ class Progress:
         self._counts: dict[tuple[int, int], tuple[int, int]] = {}
         self._lock = threading.Lock()
 
-    def note(self, store: int, making: PartInMaking) -> None:
+    def note(self, store: int, builder: PartBuilder) -> None:
         with self._lock:
-            self._counts[store, making.index] = making.views_done, making.buffers.num_failed
+            self._counts[store, builder.index] = builder.views_done, builder.buffers.num_failed
 
     def forget(self, unit: WorkUnit) -> None:
         with self._lock:
@@ -152,33 +152,33 @@ class Progress:
 
 
 class Worker:
-    """Computers that share the decoded pictures, and the stores to write to.
+    """Part extractors that share the decoded pictures, and the stores to write to.
 
     Two work units may run at once, in two threads: while the parts of one are compressed and written, the other uses
     the teachers, and its first pictures are decoded before its turn comes.
     """
 
-    def __init__(self, computers: Sequence[Computer], stores: Sequence[Where]) -> None:
+    def __init__(self, extractors: Sequence[PartExtractor], stores: Sequence[Where]) -> None:
         """Open the stores for writing.
 
         Args:
-            stores: one for each computer.
+            stores: one for each extractor.
         """
         self.progress = Progress()
-        self._computers = computers
+        self._extractors = extractors
         self._writers = [
-            StoreWriter(store, threads=computer.cores, count=counter(computer.device))
-            for computer, store in zip(computers, stores, strict=True)
+            StoreWriter(store, threads=extractor.cores, count=counter(extractor.device))
+            for extractor, store in zip(extractors, stores, strict=True)
         ]
-        self._sizes = sorted({size for computer in computers for size in computer.spec.sizes})
-        first = computers[0]
-        ahead = max(computer.samples_ahead for computer in computers)
-        specs = [computer.spec for computer in computers]
+        self._sizes = sorted({size for extractor in extractors for size in extractor.spec.sizes})
+        first = extractors[0]
+        ahead = max(extractor.samples_ahead for extractor in extractors)
+        specs = [extractor.spec for extractor in extractors]
         self._loader = Loader(first.root, first.views, specs, ahead=ahead, cores=first.cores)
         self._turn, self._searching = threading.Lock(), threading.Lock()
-        self._commits = ThreadPoolExecutor(len(computers))
-        self._committing: list[Future[None] | None] = [None] * len(computers)
-        self._commit_turns = [threading.Lock() for _ in computers]
+        self._commits = ThreadPoolExecutor(len(extractors))
+        self._committing: list[Future[None] | None] = [None] * len(extractors)
+        self._commit_turns = [threading.Lock() for _ in extractors]
 
     def run(self, unit: WorkUnit, *, crashing: Mapping[str, str] | None = None, isolate: bool = False) -> int:
         """Compute and commit the parts of a work unit.
@@ -194,7 +194,7 @@ class Worker:
         placed = unit.samples
         samples = [sample for _, sample in placed]
         if isolate:
-            first = self._computers[0]
+            first = self._extractors[0]
             others = [sample for sample in samples if sample.key not in known]
             with self._searching:
                 known |= find_crashing(others, first.root, first.views, self._sizes)
@@ -203,7 +203,7 @@ class Worker:
             with self._turn:
                 commits, ended = self._compute(unit, zip(placed, loaded, strict=True))
             # after the turn: the next work unit keeps the device busy while the last batches arrive and are written
-            commits += [self._commit(store, making) for store, making in ended.items()]
+            commits += [self._commit(store, builder) for store, builder in ended.items()]
             for commit, _ in commits:
                 commit.result()
             return sum(num_failed for _, num_failed in commits)
@@ -212,40 +212,40 @@ class Worker:
 
     def _compute(
         self, unit: WorkUnit, samples: Iterable[tuple[tuple[int, Sample], LoadedSample]]
-    ) -> tuple[list[tuple[Future[None], int]], dict[int, PartInMaking]]:
+    ) -> tuple[list[tuple[Future[None], int]], dict[int, PartBuilder]]:
         """Return the commits that have started, and each store's last part, whose batches may still run."""
         commits = []
-        making: dict[int, PartInMaking] = {}
-        ended: dict[int, PartInMaking] = {}
+        builder: dict[int, PartBuilder] = {}
+        ended: dict[int, PartBuilder] = {}
         for (place, _), sample in samples:
             for store, task in unit.tasks:
                 if not task.start <= place < task.stop:
                     continue
                 if place == task.start:
-                    making[store] = PartInMaking(self._computers[store], task)
-                making[store].add(sample)
-                self.progress.note(store, making[store])
+                    builder[store] = PartBuilder(self._extractors[store], task)
+                builder[store].add(sample)
+                self.progress.note(store, builder[store])
                 if place + 1 == task.stop:
                     # finish a part only when the next one ends: by then it is computed, and the device has other work
                     if store in ended:
                         commits.append(self._commit(store, ended.pop(store)))
-                    ended[store] = making.pop(store)
+                    ended[store] = builder.pop(store)
                     ended[store].flush()
         return commits, ended
 
-    def _commit(self, store: int, making: PartInMaking) -> tuple[Future[None], int]:
+    def _commit(self, store: int, builder: PartBuilder) -> tuple[Future[None], int]:
         """Finish a part and start to write it; return the commit and the number of failed samples.
 
         The write starts after that of the store's previous part, so that only one finished part waits in memory.
         """
-        part = making.finish()
-        self.progress.note(store, making)
+        part = builder.finish()
+        self.progress.note(store, builder)
         with self._commit_turns[store]:
             if (before := self._committing[store]) is not None:
                 before.exception()  # waits, and leaves an error to the work unit that the part belongs to
             commit = self._commits.submit(self._writers[store].commit, part)
             self._committing[store] = commit
-        return commit, making.buffers.num_failed
+        return commit, builder.buffers.num_failed
 
 
 @dataclass(frozen=True)
@@ -300,12 +300,12 @@ class PartBuffers:
             RenderedView(i, k, {size: sample.views[size][k] for size in self._sizes}) for k in range(len(sample.flips))
         ]
 
-    def put(self, batch: Sequence[RenderedView], halves: Halves) -> None:
+    def put(self, batch: Sequence[RenderedView], fp16_tokens: Fp16Tokens) -> None:
         """Store the tokens of some views."""
-        self._num_clipped += int(halves.num_clipped)
-        self._num_nonfinite += int(halves.num_nonfinite)
+        self._num_clipped += int(fp16_tokens.num_clipped)
+        self._num_nonfinite += int(fp16_tokens.num_nonfinite)
         rows, views = [v.sample for v in batch], [v.view for v in batch]
-        self._features[halves.path][rows, views] = halves.tokens.numpy()
+        self._features[fp16_tokens.path][rows, views] = fp16_tokens.tokens.numpy()
 
     def part(self) -> Part:
         """Return the finished part; a sample with any non-finite feature fails as a whole."""

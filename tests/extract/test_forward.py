@@ -75,9 +75,9 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(teacher: Teacher, tiny
     theirs = Forward(teacher, tiny_store.spec, batch_size=16, cores=2).begin(asked).wait()
     assert [other.start for other in theirs] == [0, 0]
     for other in theirs:
-        mine = [halves for halves in ours if halves.path == other.path]
-        assert [halves.start for halves in mine] == list(range(0, 13, 2))
-        tokens = torch.cat([halves.tokens for halves in mine])
+        mine = [fp16_tokens for fp16_tokens in ours if fp16_tokens.path == other.path]
+        assert [fp16_tokens.start for fp16_tokens in mine] == list(range(0, 13, 2))
+        tokens = torch.cat([fp16_tokens.tokens for fp16_tokens in mine])
         assert tokens.shape == other.tokens.shape
         assert torch.allclose(tokens.float(), other.tokens.float(), atol=2e-2)
     tried = len(cramped.batches)

@@ -16,7 +16,7 @@ from making import TINY_SIZE, TWO_CROPS, make_store, random_weights
 from eupe.corpus.index import index_folder
 from eupe.extract import load
 from eupe.extract.plan import plan_work_units, store_spec
-from eupe.extract.worker import Computer, Worker
+from eupe.extract.worker import PartExtractor, Worker
 from eupe.store import Store, open_store
 from eupe.store.layout import StoreSpec
 from eupe.store.writer import create_store, finish_store
@@ -88,7 +88,7 @@ def test_parts_of_different_sizes_share_one_decoding(
         return real(sample, *args, **named)
 
     monkeypatch.setattr(load, "load_sample", counted)
-    computers, places = [], []
+    extractors, places = [], []
     asked = (("timm:test_vit", tiny_weights, TINY_SIZE), (OTHER, other_weights, OTHER_SIZE))
     for i, (name, weights, size) in enumerate(asked):
         monkeypatch.setattr("eupe.extract.plan.samples_per_part", lambda *_, i=i: 8 << 2 * i)
@@ -106,9 +106,9 @@ def test_parts_of_different_sizes_share_one_decoding(
         create_store(places[i], spec)
         options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "sizes": (size,)}
         teacher = load_teacher(card, weights=weights, **options)
-        computers.append(Computer(teacher, spec, corpus_root=index.root, views=TWO_CROPS, batch_size=8))
-    worker = Worker(computers, places)
-    units = list(plan_work_units([c.spec for c in computers], index.samples, [(), ()]))
+        extractors.append(PartExtractor(teacher, spec, corpus_root=index.root, views=TWO_CROPS, batch_size=8))
+    worker = Worker(extractors, places)
+    units = list(plan_work_units([c.spec for c in extractors], index.samples, [(), ()]))
     assert [len(unit.tasks) for unit in units] == [5] * 4
     for unit in units:
         worker.run(unit)

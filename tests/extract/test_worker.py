@@ -26,7 +26,7 @@ from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, IncompleteError, TeacherError
 from eupe.extract.calibrate import require_features
 from eupe.extract.plan import plan_work_units, store_spec
-from eupe.extract.worker import Computer, Worker
+from eupe.extract.worker import PartExtractor, Worker
 from eupe.store import Store, open_store
 from eupe.store.writer import Part, Row, create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
@@ -171,7 +171,7 @@ def test_a_picture_changed_since_it_was_indexed_is_refused(tmp_path: Path, tiny_
     create_store(tmp_path / "s.zarr", plan)
     loaded = load_teacher(spec, weights=tiny_weights, device=torch.device("cpu"), dtype=torch.float32, sizes=(64,))
     worker = Worker(
-        [Computer(loaded, plan, corpus_root=index.root, views=CENTER, batch_size=2)],
+        [PartExtractor(loaded, plan, corpus_root=index.root, views=CENTER, batch_size=2)],
         [tmp_path / "s.zarr"],
     )
     assert sum(worker.run(unit) for unit in plan_work_units([plan], index.samples, [()])) == 1
@@ -204,7 +204,7 @@ def test_overflow_is_clipped_and_counted_and_nan_fails_the_sample(tmp_path: Path
     )
     create_store(tmp_path / "s.zarr", plan)
     worker = Worker(
-        [Computer(Broken(), plan, corpus_root=index.root, views=CENTER, batch_size=8)],  # type: ignore[arg-type]
+        [PartExtractor(Broken(), plan, corpus_root=index.root, views=CENTER, batch_size=8)],  # type: ignore[arg-type]
         [tmp_path / "s.zarr"],
     )
     worker.run(next(plan_work_units([plan], index.samples, [()])))
@@ -230,7 +230,7 @@ def test_every_row_equals_its_single_picture_result(
     loaded = load_teacher(spec, weights=tiny_weights, device=torch.device("cpu"), dtype=torch.float32, sizes=(64,))
     views = ViewSpec(policy="rrc", num_views=2)
     worker = Worker(
-        [Computer(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)],
+        [PartExtractor(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)],
         [tmp_path / "s.zarr"],
     )
     for unit in plan_work_units([plan], index.samples, [()]):
@@ -373,8 +373,8 @@ def store_of(folder: Path, teacher: Any, dtype: str = "fp32") -> Store:
         dtype=dtype,
     )
     create_store(folder / "s.zarr", plan)
-    computer = Computer(teacher, plan, corpus_root=index.root, views=CENTER, batch_size=8)
-    worker = Worker([computer], [folder / "s.zarr"])
+    extractor = PartExtractor(teacher, plan, corpus_root=index.root, views=CENTER, batch_size=8)
+    worker = Worker([extractor], [folder / "s.zarr"])
     for unit in plan_work_units([plan], index.samples, [()]):
         worker.run(unit)
     return finish_store(folder / "s.zarr")

@@ -35,9 +35,7 @@ def ledger(out: Path) -> dict[str, Any]:
     return dict(json.loads(output))
 
 
-def test_crashing_samples_are_rows_with_reasons_and_others_are_unharmed(
-    tmp_path: Path, tiny_weights: Path
-) -> None:
+def test_crashing_samples_are_rows_with_reasons_and_others_are_unharmed(tmp_path: Path, tiny_weights: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus", count=40)
     for key, how in DEADLY.items():
         poison(corpus / key, how)
