@@ -57,13 +57,13 @@ from eupe.teachers.teacher import Teacher, load_teacher
 from eupe.train.batch import Batch, Request
 from eupe.train.card import RunCard, resolve
 from eupe.train.config import TrainConfig
-from eupe.train.learner import Learner
+from eupe.train.trainer import Learner
 from eupe.train.log import Meter, TrainStatus
 from eupe.train.loop import judged, train, training_sample
 from eupe.train.stream import PREFETCH_BATCHES, open_corpora, stream, training_requests
 from eupe.train.targets import TargetSet
 from eupe.train.validate import fit_gains, held_out_cosines
-from eupe.train.world import World
+from eupe.train.parallel import World
 
 VIEWS = ViewSpec(policy="rrc", num_views=4)
 SMALL, LARGE = "dinov2-s", "dinov2-l"

@@ -29,7 +29,7 @@ from eupe.store.layout import SUMMARY
 from eupe.tokens import Tokens
 from eupe.train.batch import Batch
 from eupe.train.card import target_names
-from eupe.train.distiller import Distiller
+from eupe.train.model import Distiller
 from eupe.train.loop import judged, training_sample
 from eupe.train.losses import match_grids
 from eupe.train.sampling import Views

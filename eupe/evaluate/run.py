@@ -19,7 +19,7 @@ from eupe.place import Where
 from eupe.train.card import CONFIG_FILE, HEADS_FILE, RunCard, finished_card, holdout_by, method_of, store_fingerprint
 from eupe.train.card import is_run as is_run
 from eupe.train.card import read_card as read_card
-from eupe.train.distiller import Distiller, build_distiller
+from eupe.train.model import Distiller, build_distiller
 from eupe.train.targets import TargetSet, holdout_words, is_held_out, open_targets
 
 DECISIVE = ("student", "size", "head_width", "seed", "dtype", "normalise", "target_size", "holdout")

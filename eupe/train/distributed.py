@@ -20,7 +20,7 @@ from eupe.train.config import TrainConfig, parse_mix
 from eupe.train.log import TrainStatus
 from eupe.train.loop import TrainReport, train_as_worker
 from eupe.train.stream import open_corpora
-from eupe.train.world import World
+from eupe.train.parallel import World
 
 RESTARTS = 10
 """Restarts of the workers before a run gives up; each resumes from the newest checkpoint."""

@@ -26,7 +26,7 @@ from eupe.train.batch import Batch, Request
 from eupe.train.card import CONFIG_FILE, REPORT_FILE, RunCard, advice, method_of, resolve, target_names
 from eupe.train.checkpoint import steps_kept
 from eupe.train.config import TrainConfig
-from eupe.train.learner import Learner
+from eupe.train.trainer import Learner
 from eupe.train.log import METRICS_FILE, Meter, Rates, RunLog, TrainStatus, require_wandb
 from eupe.train.options import OPTIONS_FILE, write_options
 from eupe.train.pictures import SHOWN_VIEWS, dense_maps, draw_maps
@@ -34,7 +34,7 @@ from eupe.train.sampling import Views
 from eupe.train.stream import open_corpora, stream, training_requests
 from eupe.train.targets import TargetSet
 from eupe.train.validate import Gains, fit_gains, held_out_cosines
-from eupe.train.world import World
+from eupe.train.parallel import World
 
 INIT_FILE = "init.json"
 OWN = frozenset(

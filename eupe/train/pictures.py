@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from eupe.pca import fit_pca
 from eupe.store.layout import DENSE
 from eupe.train.batch import Batch
-from eupe.train.distiller import Distiller
+from eupe.train.model import Distiller
 from eupe.train.validate import pairs
 
 SHOWN_VIEWS = 4

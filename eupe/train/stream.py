@@ -15,7 +15,7 @@ from eupe.train.card import RunCard, begun_method, holdout_by, method_of
 from eupe.train.config import TrainConfig, parse_mix
 from eupe.train.sampling import Mix, Sampler
 from eupe.train.targets import TargetSet, open_targets
-from eupe.train.world import World
+from eupe.train.parallel import World
 
 PREFETCH_BATCHES = 3
 SIZES = 0x512E5

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.batch import Batch
-from eupe.train.distiller import Distiller
+from eupe.train.model import Distiller
 from eupe.train.losses import match_grids
 from eupe.train.normalise import Normaliser
 

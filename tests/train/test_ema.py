@@ -12,9 +12,9 @@ from eupe.train.card import resolve
 from eupe.train.checkpoint import load_checkpoint, save_checkpoint
 from eupe.train.config import TrainConfig
 from eupe.train.ema import Ema
-from eupe.train.learner import Learner
+from eupe.train.trainer import Learner
 from eupe.train.stream import open_corpora
-from eupe.train.world import World
+from eupe.train.parallel import World
 
 CPU = torch.device("cpu")
 

@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_named(config: TrainConfig) -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_update(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eupe.train import distiller
+    from eupe.train import model
 
     calls = []
 

@@ -25,11 +25,11 @@ from eupe.tokens import normalise
 from eupe.train.batch import Request
 from eupe.train.card import METHOD, MOST_PASSES, advice, read_card, resolve
 from eupe.train.config import TrainConfig
-from eupe.train.learner import Learner, synchronised
+from eupe.train.trainer import Learner, synchronised
 from eupe.train.loop import train, train_together
 from eupe.train.stream import open_corpora
 from eupe.train.targets import is_held_out, open_targets
-from eupe.train.world import World
+from eupe.train.parallel import World
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from eupe.store import Store
 from eupe.train.batch import Batch
 from eupe.train.card import RunCard, resolve
 from eupe.train.config import TrainConfig
-from eupe.train.distiller import Distiller, build_distiller
+from eupe.train.model import Distiller, build_distiller
 from eupe.train.loop import train, train_together
 from eupe.train.stream import draw_sizes, open_corpora, stream, training_requests
-from eupe.train.world import World
+from eupe.train.parallel import World
 
 CPU = torch.device("cpu")
 VIEWS = ViewSpec(policy="rrc", num_views=2)
@@ -332,7 +332,7 @@ def test_a_student_whose_pool_no_target_needs_goes_on_after_a_stop(
 def test_a_gradient_that_is_not_finite_stops_before_the_update(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eupe.train import learner
+    from eupe.train import trainer
 
     adamw = learner.adamw
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from eupe.train.distiller import Distiller
+from eupe.train.model import Distiller
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from eupe.train.batch import Batch
 from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, method_of, target_names
 from eupe.train.checkpoint import Trainables, forget_after, load_checkpoint, on_cpu, save_checkpoint, save_tensors
 from eupe.train.config import TrainConfig
-from eupe.train.distiller import Distiller, build_distiller
+from eupe.train.model import Distiller, build_distiller
 from eupe.train.ema import Ema
 from eupe.train.init import InitReport, init_from_run, init_from_weights
 from eupe.train.log import Rates, TrainStatus
@@ -30,7 +30,7 @@ from eupe.train.predict import norm_tensors
 from eupe.train.schedule import learning_rate, peak_rate
 from eupe.train.targets import TargetSet
 from eupe.train.validate import Gains
-from eupe.train.world import World, forget_gathered, gradients_kept_local, whole
+from eupe.train.parallel import World, forget_gathered, gradients_kept_local, whole
 
 
 @dataclass
