@@ -18,9 +18,8 @@ from eupe.cores import num_cores
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.extract.forward import single_threads
 from eupe.teachers.teacher import Teacher
-from eupe.train.batch import Batch, Request, TargetBatch, TargetTokens
 from eupe.train.stream import stream
-from eupe.train.targets import TargetSet
+from eupe.train.targets import Batch, Request, TargetBatch, TargetSet, TargetTokens
 
 
 class PicturesAlone(TargetSet):

@@ -49,7 +49,7 @@ from eupe.store.shard import CRC_BYTES, zarr_codec
 from eupe.store.stats import Counted
 from eupe.store.verify import verify
 from eupe.store.writer import StoreWriter, create_store
-from eupe.train.batch import TargetTokens
+from eupe.train.targets import TargetTokens
 
 BATCH, IN_FLIGHT, SECONDS, REPEATS = 64, 6, 0.8, 9
 THREADS = os.cpu_count() or 1

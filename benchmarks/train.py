@@ -4,7 +4,7 @@ python -m benchmarks.train {wait,loader,online,quality,memory} --folder SCRATCH 
 
 The pictures are real photographs with four crops each, repeated under other keys where more are needed. The teacher is
 DINOv2-S at the student's size, rounded down to a multiple of its patch of 14. The store in SCRATCH is compressed;
-pictures are decoded when they are needed. Steps use the trainer's own requests, stream, learner and meter, without logs
+pictures are decoded when they are needed. Steps use the trainer's own requests, stream, trainer and meter, without logs
 and checkpoints.
 
 `wait` compares steps on cached targets with the same steps on batches in memory.
@@ -54,16 +54,15 @@ from eupe.store.layout import KINDS
 from eupe.store.writer import finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, load_teacher
-from eupe.train.batch import Batch, Request
 from eupe.train.card import RunCard, resolve
 from eupe.train.config import TrainConfig
-from eupe.train.trainer import Learner
-from eupe.train.log import Meter, TrainStatus
+from eupe.train.log import TrainStatus
 from eupe.train.loop import judged, train, training_sample
-from eupe.train.stream import PREFETCH_BATCHES, open_corpora, stream, training_requests
-from eupe.train.targets import TargetSet
-from eupe.train.validate import fit_gains, held_out_cosines
 from eupe.train.parallel import World
+from eupe.train.stream import PREFETCH_BATCHES, Meter, open_corpora, stream, training_requests
+from eupe.train.targets import Batch, Request, TargetSet
+from eupe.train.trainer import Trainer
+from eupe.train.validate import fit_gains, held_out_cosines
 
 VIEWS = ViewSpec(policy="rrc", num_views=4)
 SMALL, LARGE = "dinov2-s", "dinov2-l"
@@ -163,11 +162,11 @@ class Run:
         self.corpora: list[TargetSet] = open_corpora(config)
         self.card: RunCard = resolve(config, self.corpora)
         self.device = pick_device()
-        self.learner = Learner(config, self.card, self.corpora[0], world=World(), device=self.device)
+        self.trainer = Trainer(config, self.card, self.corpora[0], world=World(), device=self.device)
         self._first = 0
 
     def requests(self, first_step: int) -> Iterator[Request]:
-        return training_requests(self.card, self.corpora, World(), first_step=first_step, pieces=1)
+        return training_requests(self.card, self.corpora, World(), first_step=first_step, num_microbatches=1)
 
     def cached(self, first_step: int = 0) -> Iterator[Batch]:
         return stream(self.corpora, self.requests(first_step), self.device)
@@ -183,15 +182,15 @@ class Run:
         pictures = PicturesAlone.of(self.corpora[0], holdout=self.config.holdout)
         return online_stream(pictures, teacher, self.requests(first_step), self.device)
 
-    def learn(self, batch: Batch) -> None:
+    def forward_backward(self, batch: Batch) -> None:
         """Take one step."""
-        self.learner.learn(batch, piece=0)
-        self.learner.update(batch.request.step)
+        self.trainer.forward_backward(batch, microbatch=0)
+        self.trainer.optimizer_step(batch.request.step)
 
     def timed(self, batches: Callable[[int], Iterator[Batch]], steps: int) -> Steps:
         """Take and time steps on batches that no earlier call has used."""
         first, self._first = self._first, self._first + steps + WARM_UP
-        return timed(batches(first), self.learn, steps)
+        return timed(batches(first), self.forward_backward, steps)
 
 
 def timed(batches: Iterator[Batch], use: Callable[[Batch], object], steps: int) -> Steps:
@@ -431,15 +430,15 @@ def agreement_of(given: Given, store: Path, size: int, seed: int, teacher: Onlin
     recipe: dict[str, Any] = {"steps": given.steps, "lr": of_student.LR, "warmup": 0.1, "dtype": "fp32", "seed": seed}
     run = Run(config_of(given, store, size, holdout=of_student.HOLDOUT, **recipe))
     for batch in run.cached() if teacher is None else run.online(teacher):
-        run.learn(batch)
+        run.forward_backward(batch)
     (targets,) = run.corpora
 
     def batches(views: Any) -> Iterator[Batch]:
         return stream([targets], judged(run.card, views), run.device)
 
-    gains = fit_gains(run.learner.distiller, batches(training_sample(targets)), run.device)
+    gains = fit_gains(run.trainer.distiller, batches(training_sample(targets)), run.device)
     held_out = batches(targets.views_of(targets.held_out))
-    (kinds,) = held_out_cosines(run.learner.distiller, held_out, run.device, gains)
+    (kinds,) = held_out_cosines(run.trainer.distiller, held_out, run.device, gains)
     means = [kinds[kind].means() for kind in KINDS]
     return [each[space] for each in means for space in ("raw", "normalised")]
 

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 
 @contextmanager
@@ -17,6 +18,7 @@ def stop_signals(*numbers: signal.Signals) -> Iterator[Callable[[], bool]]:
     returns False.
     """
     asked: list[int] = []
+    stop_asked = partial(bool, asked)
 
     def note(number: int, frame: object) -> None:
         if asked:
@@ -25,12 +27,12 @@ def stop_signals(*numbers: signal.Signals) -> Iterator[Callable[[], bool]]:
 
     # Python lets only the main thread set handlers
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield stop_asked
         return
     heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in heard}
     try:
-        yield lambda: bool(asked)
+        yield stop_asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

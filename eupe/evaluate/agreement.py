@@ -27,13 +27,13 @@ from eupe.evaluate.run import Run, open_run, read_card
 from eupe.place import Where
 from eupe.store.layout import SUMMARY
 from eupe.tokens import Tokens
-from eupe.train.batch import Batch
 from eupe.train.card import target_names
-from eupe.train.model import Distiller
 from eupe.train.loop import judged, training_sample
 from eupe.train.losses import match_grids
+from eupe.train.model import Distiller
 from eupe.train.sampling import Views
 from eupe.train.stream import stream
+from eupe.train.targets import Batch
 from eupe.train.validate import fit_gains, held_out_cosines
 
 MOST_TOKENS = 2**15

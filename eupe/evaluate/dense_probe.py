@@ -28,7 +28,7 @@ from eupe.device import pick_device
 from eupe.errors import ConfigError, CorpusError, TrainingError
 from eupe.evaluate.layouts import Mapped
 from eupe.evaluate.seen import Seen
-from eupe.train.schedule import learning_rate
+from eupe.train.trainer import learning_rate
 
 Truth = NDArray[Any]
 ReadTruth = Callable[[int], Truth]

@@ -31,7 +31,7 @@ from eupe.device import pick_device
 from eupe.errors import ConfigError, TrainingError
 from eupe.evaluate.components import PLACE, Features
 from eupe.evaluate.dense_probe import drawn
-from eupe.train.schedule import learning_rate
+from eupe.train.trainer import learning_rate
 
 WIDTH, HIDDEN = 64, 128
 IMPOSSIBLE = -1e9

@@ -27,7 +27,7 @@ from eupe.errors import ConfigError, PartCorruptError, StoreError
 from eupe.kinds import RUN_FILES
 from eupe.place import Place
 from eupe.reading import parse_json
-from eupe.store.handles import Array, open_array, read_result
+from eupe.store.backends import Array, LocalViews, open_array, read_result
 from eupe.store.layout import (
     ATTRIBUTE,
     DENSE,
@@ -40,7 +40,6 @@ from eupe.store.layout import (
     part_name,
     statistics_shapes,
 )
-from eupe.store.local import LocalViews
 from eupe.store.precision import FP16_MAX, Calibration, decode
 from eupe.store.stats import Moments, norm_bin_edges, norm_histogram
 

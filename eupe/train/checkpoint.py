@@ -21,8 +21,7 @@ from torch import Tensor
 from eupe.errors import RunError, StorageError
 from eupe.files import remove_unfinished, replacing
 from eupe.share import share
-from eupe.train.model import Distiller
-from eupe.train.ema import Ema
+from eupe.train.model import Distiller, Ema
 from eupe.train.parallel import placed_like, whole
 
 FOLDER = "checkpoints"

@@ -11,7 +11,8 @@ from eupe.errors import ConfigError
 from eupe.place import Place, Where
 from eupe.train.normalise import NORMALISATIONS
 from eupe.train.sampling import VIEW_ORDERS
-from eupe.train.schedule import LR_SCALINGS
+
+LR_SCALINGS = ("sqrt",)
 
 
 @dataclass(frozen=True, kw_only=True)

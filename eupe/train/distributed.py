@@ -19,8 +19,8 @@ from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig, parse_mix
 from eupe.train.log import TrainStatus
 from eupe.train.loop import TrainReport, train_as_worker
-from eupe.train.stream import open_corpora
 from eupe.train.parallel import World
+from eupe.train.stream import open_corpora
 
 RESTARTS = 10
 """Restarts of the workers before a run gives up; each resumes from the newest checkpoint."""
@@ -147,7 +147,7 @@ def _work(told: dict[str, Any]) -> None:
     def tell(place: int, status: TrainStatus) -> None:
         desk.tell.remote(place, status)
 
-    if world.leads:
+    if world.is_main_process:
         # the other workers learn of it in `World.any`
         threading.Thread(target=listen, daemon=True).start()
     try:
@@ -163,7 +163,7 @@ def _work(told: dict[str, Any]) -> None:
         return
     finally:
         ended.set()
-    if world.leads:
+    if world.is_main_process:
         ray.get(desk.end.remote(outcome))
 
 

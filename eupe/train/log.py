@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import secrets
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from eupe.errors import ConfigError
 from eupe.files import replacing, write_file
-from eupe.train.batch import Batch
 from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
 
@@ -58,40 +55,6 @@ class TrainStatus(Rates):
         each = [f"{target} {value:.3f}" for target, value in sums.items()] if len(sums) > 1 else []
         rates = f"{self.images_per_s:.0f} img/s", f"data-wait {self.data_wait:.1%}"
         return "  ".join((f"loss {self.loss:.3f}", *each, *rates))
-
-
-class Meter:
-    """A clock for training: time spent on steps, and the share of it spent waiting for data."""
-
-    def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
-        self._began = self._last = time.monotonic()
-        self._waited = self._waited_before = 0.0
-        self._images = self._images_before = 0
-
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the same batches, and measure how long each is waited for."""
-        while True:
-            asked = time.monotonic()
-            batch = next(batches, None)
-            self._waited += time.monotonic() - asked
-            if batch is None:
-                return
-            self._images += len(batch.keys) * self._world_size
-            yield batch
-
-    def rates(self) -> Rates:
-        """Return the rates since the last call; to be called at the end of a step."""
-        now = time.monotonic()
-        elapsed = now - self._last
-        rates = Rates((self._images - self._images_before) / elapsed, (self._waited - self._waited_before) / elapsed)
-        self._last, self._waited_before, self._images_before = now, self._waited, self._images
-        return rates
-
-    def totals(self) -> tuple[float, Rates]:
-        """Return the seconds and the rates since the start."""
-        seconds = time.monotonic() - self._began
-        return seconds, Rates(self._images / seconds, self._waited / seconds)
 
 
 class RunLog:

@@ -22,19 +22,18 @@ from eupe.locks import LOCK
 from eupe.place import Place
 from eupe.reading import read_json
 from eupe.stopping import stop_signals
-from eupe.train.batch import Batch, Request
 from eupe.train.card import CONFIG_FILE, REPORT_FILE, RunCard, advice, method_of, resolve, target_names
 from eupe.train.checkpoint import steps_kept
 from eupe.train.config import TrainConfig
-from eupe.train.trainer import Learner
-from eupe.train.log import METRICS_FILE, Meter, Rates, RunLog, TrainStatus, require_wandb
+from eupe.train.log import METRICS_FILE, Rates, RunLog, TrainStatus, require_wandb
 from eupe.train.options import OPTIONS_FILE, write_options
+from eupe.train.parallel import World
 from eupe.train.pictures import SHOWN_VIEWS, dense_maps, draw_maps
 from eupe.train.sampling import Views
-from eupe.train.stream import open_corpora, stream, training_requests
-from eupe.train.targets import TargetSet
+from eupe.train.stream import Meter, open_corpora, stream, training_requests
+from eupe.train.targets import Batch, Request, TargetSet
+from eupe.train.trainer import Trainer
 from eupe.train.validate import Gains, fit_gains, held_out_cosines
-from eupe.train.parallel import World
 
 INIT_FILE = "init.json"
 OWN = frozenset(
@@ -186,8 +185,8 @@ def train_as_worker(
 
     Raises: as `train`.
     """
-    learners = [
-        Learner(config, card, corpora[0], world=world, device=device)
+    trainers = [
+        Trainer(config, card, corpora[0], world=world, device=device)
         for config, card in zip(configs, cards, strict=True)
     ]
     first_step = _common_step([config.out for config in configs])
@@ -195,13 +194,17 @@ def train_as_worker(
         raise RunError(f"workers see different things in {configs[0].out}; --out must be one folder for all of them")
     try:
         with ExitStack() as stack:
-            logs = [stack.enter_context(RunLog(each.config, each.card, first_step)) for each in learners if world.leads]
-            worker = Worker(learners, corpora, logs, device)
-            for learner in learners:
-                learner.resume(first_step)
-            seconds, rates = worker.run(first_step, on_status, stop_asked).totals()
-            found = worker.validate(cards[0].total_steps)
-        return [worker.finish(learner, seconds, rates, each) for learner, each in zip(learners, found, strict=True)]
+            logs = [
+                stack.enter_context(RunLog(each.config, each.card, first_step))
+                for each in trainers
+                if world.is_main_process
+            ]
+            loop = TrainLoop(trainers, corpora, logs, device)
+            for trainer in trainers:
+                trainer.resume(first_step)
+            seconds, rates = loop.run(first_step, on_status, stop_asked).totals()
+            found = loop.validate(cards[0].total_steps)
+        return [loop.finish(trainer, seconds, rates, each) for trainer, each in zip(trainers, found, strict=True)]
     except EupeError:
         raise
     except OSError as error:
@@ -210,25 +213,25 @@ def train_as_worker(
         ) from error
 
 
-class Worker:
-    """Learners that share a stream, in one process."""
+class TrainLoop:
+    """The steps of one worker: students that share a stream, each with its trainer."""
 
     def __init__(
-        self, learners: Sequence[Learner], corpora: Sequence[TargetSet], logs: Sequence[RunLog], device: torch.device
+        self, trainers: Sequence[Trainer], corpora: Sequence[TargetSet], logs: Sequence[RunLog], device: torch.device
     ) -> None:
         """Choose the views to validate, and load those that pictures show.
 
         Args:
-            logs: one for each learner; none outside the main process.
+            logs: one for each trainer; none outside the main process.
         """
-        self.learners = learners
+        self.trainers = trainers
         self.corpora = corpora
         self.logs = logs
         self.device = device
-        card, targets = learners[0].card, corpora[0]
+        card, targets = trainers[0].card, corpora[0]
         held_out = targets.views_of(targets.held_out)
-        self._judged = spread(held_out, VALIDATION_VIEWS)
-        self._shown = list(stream([targets], judged(card, spread(held_out, SHOWN_VIEWS)), device))
+        self._judged = evenly_spaced(held_out, VALIDATION_VIEWS)
+        self._shown = list(stream([targets], judged(card, evenly_spaced(held_out, SHOWN_VIEWS)), device))
 
     def run(
         self, first_step: int, on_status: Callable[[int, TrainStatus], None], stop_asked: Callable[[], bool]
@@ -238,17 +241,19 @@ class Worker:
         Raises: TrainingError before an update that is not finite; IncompleteError, with a checkpoint, if asked to stop;
             StorageError, CorpusError, PartCorruptError.
         """
-        config, card, world = self.learners[0].config, self.learners[0].card, self.learners[0].world
-        requests = training_requests(card, self.corpora, world, first_step=first_step, pieces=config.accumulate)
+        config, card, world = self.trainers[0].config, self.trainers[0].card, self.trainers[0].world
+        requests = training_requests(
+            card, self.corpora, world, first_step=first_step, num_microbatches=config.accumulate
+        )
         meter = Meter(world.size)
         batches = meter.waiting(stream(self.corpora, requests, self.device))
         for step in range(first_step, card.total_steps):
-            for piece in range(config.accumulate):
+            for microbatch in range(config.accumulate):
                 batch = next(batches)
                 # all students learn from the batch while it is loaded, so it is read and decoded once
-                for learner in self.learners:
-                    learner.learn(batch, piece=piece)
-            progress = [learner.update(step) for learner in self.learners]
+                for trainer in self.trainers:
+                    trainer.forward_backward(batch, microbatch=microbatch)
+            progress = [trainer.optimizer_step(step) for trainer in self.trainers]
             done, last = step + 1, step + 1 == card.total_steps
             if done % config.log_every == 0 or last:
                 rates = meter.rates()
@@ -262,8 +267,8 @@ class Worker:
             # only one worker may hear of the request, but all must stop after the same step
             stopping = world.any(stop_asked(), self.device) and not last
             if done % config.checkpoint_every == 0 or last or stopping:
-                for learner in self.learners:
-                    learner.save(done)
+                for trainer in self.trainers:
+                    trainer.save(done)
             if stopping:
                 raise IncompleteError(f"stopped after step {done} of {card.total_steps}; go on with --resume")
         return meter
@@ -274,24 +279,24 @@ class Worker:
         Every worker does the same, because a student may be sharded over them; the main process logs it.
         """
         found = []
-        for i, learner in enumerate(self.learners):
+        for i, trainer in enumerate(self.trainers):
             # the averages are in place for validation only; training continues with the weights
-            with learner.averaged():
-                found.append(self._judge(learner))
-                maps = dense_maps(learner.distiller, self._shown, target_names(learner.card.targets), self.device)
+            with trainer.averaged():
+                found.append(self._judge(trainer))
+                maps = dense_maps(trainer.distiller, self._shown, target_names(trainer.card.targets), self.device)
             for log in self.logs[i : i + 1]:
                 log.validation(step, found[-1].cosines)
                 if maps:
                     log.picture(step, draw_maps(self._shown, maps))
         return found
 
-    def finish(self, learner: Learner, seconds: float, rates: Rates, found: Judged) -> TrainReport:
+    def finish(self, trainer: Trainer, seconds: float, rates: Rates, found: Judged) -> TrainReport:
         """Write the student, and then the report, which marks the run as finished."""
-        learner.export(learner.card.total_steps, found.gains)
+        trainer.export(trainer.card.total_steps, found.gains)
         report = TrainReport(
-            run=str(learner.config.out),
+            run=str(trainer.config.out),
             cached=False,
-            steps=learner.card.total_steps,
+            steps=trainer.card.total_steps,
             pictures=self.corpora[0].num_joined,
             left_out=self.corpora[0].left_out,
             seconds=seconds,
@@ -300,14 +305,14 @@ class Worker:
             validation=found.cosines,
         )
         if self.logs:
-            if learner.initialised is not None:
-                _write_json(learner.config.out / INIT_FILE, asdict(learner.initialised))
+            if trainer.initialised is not None:
+                _write_json(trainer.config.out / INIT_FILE, asdict(trainer.initialised))
             # last, because it marks the run as finished
-            _write_json(learner.config.out / REPORT_FILE, asdict(report))
+            _write_json(trainer.config.out / REPORT_FILE, asdict(report))
         return report
 
-    def _judge(self, learner: Learner) -> Judged:
-        card, targets, distiller = learner.card, self.corpora[0], learner.distiller
+    def _judge(self, trainer: Trainer) -> Judged:
+        card, targets, distiller = trainer.card, self.corpora[0], trainer.distiller
 
         def batches(views: Views) -> Iterator[Batch]:
             return stream([targets], judged(card, views), self.device)
@@ -330,10 +335,10 @@ def judged(card: RunCard, views: Views) -> Iterator[Request]:
 
 def training_sample(targets: TargetSet) -> Views:
     """Return the training views from which gains are fitted."""
-    return spread(targets.views_of(~targets.held_out), GAIN_VIEWS)
+    return evenly_spaced(targets.views_of(~targets.held_out), GAIN_VIEWS)
 
 
-def spread(views: Views, limit: int) -> Views:
+def evenly_spaced(views: Views, limit: int) -> Views:
     """Return at most `limit` of the views, evenly spaced."""
     return views if len(views) <= limit else views[np.linspace(0, len(views) - 1, limit).astype(np.int64)]
 

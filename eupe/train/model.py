@@ -1,23 +1,55 @@
-"""The student with its heads, which turns a batch into losses."""
+"""The student with its heads, which turns a batch into losses, and the average of its weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from eupe.device import autocast, compute_dtype
 from eupe.encoder import Encoder, build_encoder
 from eupe.store.layout import DENSE, SUMMARY
-from eupe.tokens import normalise
-from eupe.train.batch import Batch, Request, TargetBatch
+from eupe.tokens import Tokens, normalise
 from eupe.train.card import RunCard, loss_weights, method_of
-from eupe.train.dropping import draws, keep_teachers
-from eupe.train.heads import TargetHeads
-from eupe.train.losses import dense_loss, match_grids, summary_loss
+from eupe.train.losses import dense_loss, draws, keep_teachers, match_grids, summary_loss
 from eupe.train.normalise import Normaliser, normalisers
-from eupe.train.targets import TargetSet
+from eupe.train.targets import Batch, Request, TargetBatch, TargetSet
+
+
+class AdapterHead(nn.Sequential):
+    """A head from [..., in_dim] to [..., out_dim]: linear (no bias), LayerNorm, GELU, linear (no bias).
+
+    Source: EUPE, arXiv 2603.22387, adapter heads; hidden width 1536 for the proxy, 3072 for students.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__(
+            nn.Linear(in_dim, hidden_dim, bias=False),
+            nn.LayerNorm(hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, out_dim, bias=False),
+        )
+
+
+class TargetHeads(nn.Module):
+    """The heads of one target, one for the summary and one for dense tokens; a width of 0 leaves that head out."""
+
+    def __init__(self, student: tuple[int, int], target: tuple[int, int], hidden_dim: int) -> None:
+        """Build the heads; `student` and `target` are (summary width, dense width)."""
+        super().__init__()
+        self.summary = AdapterHead(student[0], hidden_dim, target[0]) if target[0] else None
+        self.dense = AdapterHead(student[1], hidden_dim, target[1]) if target[1] else None
+
+    def forward(self, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
+        """Predict the target's summary [B, Ds] and dense tokens [B, h, w, D], on the student's grid."""
+        summary = None if self.summary is None else self.summary(tokens.summary)
+        dense = None if self.dense is None else self.dense(tokens.dense)
+        return summary, dense
+
 
 Predictions = list[tuple[Tensor | None, Tensor | None]]
 """Per target: summary [B, Ds] and dense [B, h, w, D], both normalised, dense on the student's grid."""
@@ -123,3 +155,50 @@ def target_losses(
     if dense is not None and target.dense is not None:
         losses[DENSE] = dense_loss(*match_grids(dense, norms[DENSE](target.dense)))
     return losses
+
+
+class Ema:
+    """Averages, in float32, of every floating-point parameter and buffer, including BatchNorm's running statistics."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        """Start from the module's current values."""
+        self.decay = decay
+        # the module's live tensors, so that `update` and `applied` see and set its current values
+        state = module.state_dict(keep_vars=True)
+        self._values = {name: value.detach() for name, value in state.items() if value.is_floating_point()}
+        self._averages = {name: value.float().clone() for name, value in self._values.items()}
+        # torch._foreach functions do not take sharded and whole tensors together
+        spread = {name for name, value in self._values.items() if isinstance(value, DTensor)}
+        self._alike = [sorted(names) for names in (spread, self._values.keys() - spread) if names]
+
+    def update(self, step: int | None = None) -> None:
+        """Update the averages: average = decay * average + (1 - decay) * value.
+
+        Args:
+            step: number of the update, from 0; the decay rises with it as (1 + step) / (10 + step), up to `decay`. The
+                random initial values are then forgotten at once, while a fixed 0.9999 keeps a third of them for 10,000
+                steps. None for a fixed decay. Source: `num_updates` of TensorFlow's ExponentialMovingAverage.
+        """
+        decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
+        for names in self._alike:
+            averages = [self._averages[name] for name in names]
+            torch._foreach_lerp_(averages, [self._values[name].float() for name in names], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the averages into the module for a while; afterwards its own values are back, bit for bit."""
+        own = {name: value.clone() for name, value in self._values.items()}
+        _copy(self._averages, self._values)
+        try:
+            yield
+        finally:
+            _copy(own, self._values)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the averages by the module's names."""
+        return dict(self._averages)
+
+
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, value in source.items():
+        target[name].copy_(value)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eupe.errors import ConfigError
 from eupe.store import Store
-from eupe.train.batch import TargetTokens
+from eupe.train.targets import TargetTokens
 
 STANDARD, PHI_S, NONE = "standard", "phi-s", "none"
 NORMALISATIONS = (STANDARD, PHI_S, NONE)

@@ -26,11 +26,11 @@ class World:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Return whether this is the main process, which writes the run's files."""
         return self.rank == 0
 
-    def spread(self, distiller: Distiller, *, shard: bool) -> nn.Module:
+    def parallelize(self, distiller: Distiller, *, shard: bool) -> nn.Module:
         """Return the module as every worker runs it; gradients become the mean over workers.
 
         Args:

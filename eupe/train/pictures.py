@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eupe.pca import fit_pca
 from eupe.store.layout import DENSE
-from eupe.train.batch import Batch
 from eupe.train.model import Distiller
+from eupe.train.targets import Batch
 from eupe.train.validate import pairs
 
 SHOWN_VIEWS = 4

@@ -21,7 +21,7 @@ from eupe.meta import built_on_meta
 from eupe.store.layout import KINDS
 from eupe.tokens import Tokens
 from eupe.train.card import HEADS_FILE, NORMS_FILE, REPORT_FILE, finished_card, target_names
-from eupe.train.heads import AdapterHead
+from eupe.train.model import AdapterHead
 from eupe.train.normalise import Normaliser
 from eupe.train.validate import Gains
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,12 +11,12 @@ import numpy as np
 import torch
 
 from eupe.ahead import map_ahead
-from eupe.train.batch import Batch, Request
 from eupe.train.card import RunCard, begun_method, holdout_by, method_of
 from eupe.train.config import TrainConfig, parse_mix
-from eupe.train.sampling import Mix, Sampler
-from eupe.train.targets import TargetSet, open_targets
+from eupe.train.log import Rates
 from eupe.train.parallel import World
+from eupe.train.sampling import Mix, Sampler
+from eupe.train.targets import Batch, Request, TargetSet, open_targets
 
 PREFETCH_BATCHES = 3
 SIZES = 0x512E5
@@ -58,15 +59,15 @@ def mix_of(card: RunCard, corpora: Sequence[TargetSet]) -> Mix:
 
 
 def training_requests(
-    card: RunCard, corpora: Sequence[TargetSet], world: World, *, first_step: int, pieces: int
+    card: RunCard, corpora: Sequence[TargetSet], world: World, *, first_step: int, num_microbatches: int
 ) -> Iterator[Request]:
-    """Yield what one worker trains on from a step to the end, each step in `pieces` microbatches."""
+    """Yield what one worker trains on from a step to the end, each step in `num_microbatches` microbatches."""
     mix, config = mix_of(card, corpora), card.config
+    choices, colours_by_view = [config["size"], *card.target_sizes], method_of(card) > 1
     for step in range(first_step, card.total_steps):
         corpus, views = mix.batch(step, batch_size=config["batch_size"], rank=world.rank, world=world.size)
-        choices = [config["size"], *card.target_sizes]
         size, *target_sizes = draw_sizes(config["seed"], step, choices)
-        length = len(views) // pieces
+        length = len(views) // num_microbatches
         for start in range(0, len(views), length):
             yield Request(
                 views=views[start : start + length],
@@ -76,7 +77,7 @@ def training_requests(
                 step=step,
                 first=world.rank * len(views) + start,
                 colours_seed=config["seed"] if config["photometric"] == "eupe" else None,
-                colours_by_view=method_of(card) > 1,
+                colours_by_view=colours_by_view,
             )
 
 
@@ -117,3 +118,37 @@ def _hand_over(batch: Batch, copied: torch.cuda.Event, user: torch.cuda.Stream) 
     for tensor in batch.tensors():
         # it belongs to the copy stream, which could reuse its memory while `user` still reads it
         tensor.record_stream(user)
+
+
+class Meter:
+    """A clock for training: time spent on steps, and the share of it spent waiting for data."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._began = self._last = time.monotonic()
+        self._waited = self._waited_before = 0.0
+        self._images = self._images_before = 0
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the same batches, and measure how long each is waited for."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - asked
+            if batch is None:
+                return
+            self._images += len(batch.keys) * self._world_size
+            yield batch
+
+    def rates(self) -> Rates:
+        """Return the rates since the last call; to be called at the end of a step."""
+        now = time.monotonic()
+        elapsed = now - self._last
+        rates = Rates((self._images - self._images_before) / elapsed, (self._waited - self._waited_before) / elapsed)
+        self._last, self._waited_before, self._images_before = now, self._waited, self._images
+        return rates
+
+    def totals(self) -> tuple[float, Rates]:
+        """Return the seconds and the rates since the start."""
+        seconds = time.monotonic() - self._began
+        return seconds, Rates(self._images / seconds, self._waited / seconds)

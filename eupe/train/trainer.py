@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,19 +19,16 @@ from eupe.encoder import build_encoder, has_batch_norm, rescale_rope, save_encod
 from eupe.errors import ConfigError, TrainingError
 from eupe.meta import built_on_meta
 from eupe.store.layout import KINDS
-from eupe.train.batch import Batch
 from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, method_of, target_names
 from eupe.train.checkpoint import Trainables, forget_after, load_checkpoint, on_cpu, save_checkpoint, save_tensors
 from eupe.train.config import TrainConfig
-from eupe.train.model import Distiller, build_distiller
-from eupe.train.ema import Ema
 from eupe.train.init import InitReport, init_from_run, init_from_weights
 from eupe.train.log import Rates, TrainStatus
-from eupe.train.predict import norm_tensors
-from eupe.train.schedule import learning_rate, peak_rate
-from eupe.train.targets import TargetSet
-from eupe.train.validate import Gains
+from eupe.train.model import Distiller, Ema, build_distiller
 from eupe.train.parallel import World, forget_gathered, gradients_kept_local, whole
+from eupe.train.predict import norm_tensors
+from eupe.train.targets import Batch, TargetSet
+from eupe.train.validate import Gains
 
 
 @dataclass
@@ -42,8 +40,8 @@ class _Step:
     keys: set[str] = field(default_factory=set)
 
 
-class Learner:
-    """A student with everything that training changes of it."""
+class Trainer:
+    """A student with everything that training changes, and its training step."""
 
     def __init__(
         self, config: TrainConfig, card: RunCard, targets: TargetSet, *, world: World, device: torch.device
@@ -67,10 +65,11 @@ class Learner:
         if config.compile:
             # in place: a wrapper would change the names of the tensors in checkpoints
             self.distiller.encoder.compile()
-        self._model = world.spread(self.distiller, shard=config.shard)
+        self._model = world.parallelize(self.distiller, shard=config.shard)
         # after sharding, which replaces the parameters by sharded ones
         self.optimizer = adamw(self.distiller, card)
         self.ema = None if config.ema is None else Ema(self.distiller, config.ema)
+        self._ema_rises = method_of(card) > 1
         self._names = target_names(card.targets)
         self._step = _Step()
         self._dtype = dtype_name(self.distiller.dtype)
@@ -87,31 +86,31 @@ class Learner:
         """
         if step:
             load_checkpoint(self.config.out, self.state, step=step, dtype=self._dtype)
-        if self.world.leads:
+        if self.world.is_main_process:
             forget_after(self.config.out, step)
 
-    def learn(self, batch: Batch, *, piece: int) -> None:
+    def forward_backward(self, batch: Batch, *, microbatch: int) -> None:
         """Add the gradients of one microbatch.
 
         Random numbers are a function of seed, step, microbatch and worker, so no generator state is saved for a resume.
 
         Args:
-            piece: number of the microbatch within its step.
+            microbatch: number of the microbatch within its step.
         """
-        pieces, step = self.config.accumulate, batch.request.step
-        _seed(self.card.config["seed"], step, piece, self.world.rank)
+        num_microbatches, step = self.config.accumulate, batch.request.step
+        _seed(self.card.config["seed"], step, microbatch, self.world.rank)
         # the forward pass, too: DDP decides in it whether the backward pass averages gradients
-        with gradients_kept_local(self._model, local=piece < pieces - 1):
+        with gradients_kept_local(self._model, local=microbatch < num_microbatches - 1):
             losses = self._model(batch)
             # microbatches are of equal size, so this adds up to the gradient of the mean over all views
-            torch.autograd.backward(losses.total / pieces)
-        self._step.loss += losses.total.detach() / pieces
+            torch.autograd.backward(losses.total / num_microbatches)
+        self._step.loss += losses.total.detach() / num_microbatches
         self._step.keys.update(batch.keys)
         for name, kinds in zip(self._names, losses.each, strict=True):
             for kind, value in kinds.items():
-                self._step.each[f"{name}/{kind}"] = self._step.each.get(f"{name}/{kind}", 0) + value / pieces
+                self._step.each[f"{name}/{kind}"] = self._step.each.get(f"{name}/{kind}", 0) + value / num_microbatches
 
-    def update(self, step: int) -> Progress:
+    def optimizer_step(self, step: int) -> Progress:
         """Make an optimizer step with the gradients of all microbatches.
 
         Raises: TrainingError before the step if the loss or the gradient is not finite.
@@ -132,7 +131,7 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(step if method_of(self.card) > 1 else None)
+            self.ema.update(step if self._ema_rises else None)
         return Progress(loss, done.each, rate, norm)
 
     def rate(self, step: int) -> float:
@@ -147,8 +146,8 @@ class Learner:
         Raises: StorageError.
         """
         # on every worker: sharded tensors are gathered by a collective operation
-        tensors = self.state.tensors(keep=self.world.leads)
-        if self.world.leads:
+        tensors = self.state.tensors(keep=self.world.is_main_process)
+        if self.world.is_main_process:
             run, config = self.config.out, self.config
             save_checkpoint(run, tensors, step=step, keep=config.keep, keep_every=config.keep_every, dtype=self._dtype)
 
@@ -170,8 +169,10 @@ class Learner:
         """
         encoder, heads = self.distiller.encoder, self.distiller.heads
         with self.averaged():
-            weights, of_heads = (on_cpu(each.state_dict(), keep=self.world.leads) for each in (encoder.model, heads))
-            if self.world.leads:
+            weights, of_heads = (
+                on_cpu(each.state_dict(), keep=self.world.is_main_process) for each in (encoder.model, heads)
+            )
+            if self.world.is_main_process:
                 save_encoder(encoder, self.config.out, weights=weights)
                 save_tensors(of_heads, self.config.out / HEADS_FILE, step=step)
                 judged_at = (sizes[0] for sizes in self.card.target_sizes)
@@ -285,3 +286,26 @@ def recompute_activations(distiller: Distiller) -> None:
         raise ConfigError(
             f"--recompute: timm cannot recompute the activations of {distiller.encoder.card.arch}; leave it out"
         ) from error
+
+
+def peak_rate(lr: float, *, scaling: str | None, batch_size: int) -> float:
+    """Return the peak of the learning rate.
+
+    Args:
+        scaling: `sqrt` if `lr` is a base rate for a batch of 64; None to take `lr` as it is.
+    Source: `scaling_rule: sqrt_wrt_1024` of DINOv3's and EUPE's released configurations.
+    """
+    return lr if scaling is None else lr * 4 * math.sqrt(batch_size / 1024)
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Return the learning rate: linear warm-up to `peak`, then half a cosine to 0 at `total_steps`.
+
+    Args:
+        step: 0-based; the update about to be made.
+    """
+    if step < warmup_steps:
+        # step + 1, so that the first step has a rate above 0
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eupe.store.layout import DENSE, SUMMARY
-from eupe.train.batch import Batch
-from eupe.train.model import Distiller
 from eupe.train.losses import match_grids
+from eupe.train.model import Distiller
 from eupe.train.normalise import Normaliser
+from eupe.train.targets import Batch
 
 
 @dataclass

@@ -64,7 +64,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Chain:
     views, sizes = ViewSpec(policy="rrc", num_views=2), (CLIP_SIZE,)
     teacher = make_store(folder / "t.zarr", tiny_corpus, weights, teacher=CLIP, views=views, sizes=sizes).path
 
-    def learn(name: str, *targets: Any, **options: Any) -> Path:
+    def forward_backward(name: str, *targets: Any, **options: Any) -> Path:
         config = TrainConfig(
             targets=targets,
             student=TINY_STUDENT,
@@ -81,7 +81,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Chain:
         train(config)
         return config.out
 
-    proxy = learn("proxy", teacher)
+    proxy = forward_backward("proxy", teacher)
     of_proxy = make_store(
         folder / "p.zarr", tiny_corpus, proxy / "student.safetensors", teacher=str(proxy), views=views, sizes=sizes
     ).path
@@ -90,7 +90,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Chain:
         Path(str(teacher)),
         proxy,
         Path(str(of_proxy)),
-        student := learn("student", of_proxy, normalise="phi-s"),
+        student := forward_backward("student", of_proxy, normalise="phi-s"),
         side_by_side(folder / "both", student, proxy),
     )
 

@@ -27,7 +27,7 @@ from eupe.teachers.teacher import load_teacher
 from eupe.teachers.verify import compare
 from eupe.tokens import normalise
 from eupe.train.card import RunCard, target_names
-from eupe.train.heads import TargetHeads
+from eupe.train.model import TargetHeads
 from eupe.train.normalise import Normaliser
 from eupe.train.predict import norm_tensors
 

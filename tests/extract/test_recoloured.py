@@ -28,8 +28,7 @@ from eupe.store.catalogue import describe
 from eupe.store.dataset import StoreDataset
 from eupe.store.verify import verify
 from eupe.store.writer import Part, Row, StoreWriter
-from eupe.train.batch import Request
-from eupe.train.targets import TargetSet, open_targets
+from eupe.train.targets import Request, TargetSet, open_targets
 
 VIEWS = ViewSpec(policy="rrc", num_views=2, photometric="eupe")
 SIZES = (64, 96)

@@ -15,10 +15,9 @@ from store_cases import CODED, Case, make_case, make_spec, write_store
 
 from eupe.errors import PartCorruptError
 from eupe.place import Place
-from eupe.store import local, open_store
-from eupe.store.handles import Array
+from eupe.store import backends, open_store
+from eupe.store.backends import Array, LocalViews
 from eupe.store.layout import arrays
-from eupe.store.local import LocalViews
 from eupe.store.shard import crc32c, object_key, shard_blocks
 
 DENSE = "32/dense"
@@ -62,7 +61,7 @@ def test_few_files_stay_open_and_all_are_closed(stored: tuple[Case, Path]) -> No
     views = views_of(path)
     for _ in range(2):
         views.begin(list(range(90)), [0] * 90).result()
-    assert 0 < open_files(path) <= local.OPEN_SHARDS < 90
+    assert 0 < open_files(path) <= backends.OPEN_SHARDS < 90
     del views
     assert open_files(path) == 0
 
@@ -70,7 +69,7 @@ def test_few_files_stay_open_and_all_are_closed(stored: tuple[Case, Path]) -> No
 def test_a_file_is_not_closed_while_it_is_read(stored: tuple[Case, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """One open shard at a time, many threads: each evicts what the others read."""
     _, path = stored
-    monkeypatch.setattr(local, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(backends, "OPEN_SHARDS", 1)
     views = views_of(path)
     expected = np.asarray(zarr.open_array(path / DENSE, mode="r"))[:, 1]
 

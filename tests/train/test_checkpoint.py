@@ -25,7 +25,7 @@ from eupe.train.checkpoint import (
     save_tensors,
     steps_kept,
 )
-from eupe.train.ema import Ema
+from eupe.train.model import Ema
 
 
 class Student(nn.Module):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eupe.train.dropping import draws, keep_teachers
+from eupe.train.losses import draws, keep_teachers
 
 
 def slow_mask(losses: Tensor, uniform: Tensor, drop: float) -> list[list[float]]:

@@ -11,10 +11,10 @@ from eupe.store import Store
 from eupe.train.card import resolve
 from eupe.train.checkpoint import load_checkpoint, save_checkpoint
 from eupe.train.config import TrainConfig
-from eupe.train.ema import Ema
-from eupe.train.trainer import Learner
-from eupe.train.stream import open_corpora
+from eupe.train.model import Ema
 from eupe.train.parallel import World
+from eupe.train.stream import open_corpora
+from eupe.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -112,7 +112,7 @@ def test_averages_go_through_a_checkpoint_to_the_bit(tiny_store: Store, tmp_path
     )
     corpora = open_corpora(config)
     card = resolve(config, corpora)
-    saved, loaded = (Learner(config, card, corpora[0], world=World(), device=CPU) for _ in range(2))
+    saved, loaded = (Trainer(config, card, corpora[0], world=World(), device=CPU) for _ in range(2))
     assert saved.ema is not None and loaded.ema is not None
     with torch.no_grad():
         for value in saved.distiller.state_dict().values():

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from eupe.tokens import Tokens
-from eupe.train.heads import AdapterHead, TargetHeads
-from eupe.train.schedule import learning_rate, peak_rate
+from eupe.train.model import AdapterHead, TargetHeads
+from eupe.train.trainer import learning_rate, peak_rate
 
 
 def test_a_head_is_linear_norm_gelu_linear() -> None:

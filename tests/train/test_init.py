@@ -19,9 +19,9 @@ from eupe.errors import RunError, TeacherError
 from eupe.evaluate.run import open_run
 from eupe.store import Store
 from eupe.train.config import TrainConfig
-from eupe.train.heads import TargetHeads
 from eupe.train.init import InitReport, init_from_run, init_from_weights
 from eupe.train.loop import train
+from eupe.train.model import TargetHeads
 
 WIDTH = 16
 KINDS = ("summary", "dense")

@@ -16,11 +16,12 @@ from PIL import Image
 from eupe.errors import ConfigError
 from eupe.store import Store
 from eupe.train import log as log_module
-from eupe.train.batch import Batch, Request
 from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
-from eupe.train.log import Meter, Rates, RunLog, TrainStatus
+from eupe.train.log import Rates, RunLog, TrainStatus
 from eupe.train.loop import train
+from eupe.train.stream import Meter
+from eupe.train.targets import Batch, Request
 
 
 @pytest.fixture

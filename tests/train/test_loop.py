@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
         calls.append(1)
         return args[0].sum(dim=1) * (math.nan if len(calls) > 7 else 0.0)
 
-    monkeypatch.setattr(distiller, "summary_loss", poisoned)
+    monkeypatch.setattr(model, "summary_loss", poisoned)
     with pytest.raises(TrainingError, match=r"loss of step 7 of .* is nan.*class\d/"):
         train(config)
     saved = load_file(checkpoint(config.out))

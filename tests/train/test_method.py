@@ -22,14 +22,13 @@ from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, RunError
 from eupe.store import Store
 from eupe.tokens import normalise
-from eupe.train.batch import Request
 from eupe.train.card import METHOD, MOST_PASSES, advice, read_card, resolve
 from eupe.train.config import TrainConfig
-from eupe.train.trainer import Learner, synchronised
 from eupe.train.loop import train, train_together
-from eupe.train.stream import open_corpora
-from eupe.train.targets import is_held_out, open_targets
 from eupe.train.parallel import World
+from eupe.train.stream import open_corpora
+from eupe.train.targets import Request, is_held_out, open_targets
+from eupe.train.trainer import Trainer, synchronised
 
 
 @pytest.fixture
@@ -198,10 +197,10 @@ def test_rotary_coordinates_are_scaled_in_training_alone(config: TrainConfig) ->
 
     def said(factor: float | None, *, training: bool) -> Any:
         one = replace(config, rope_rescale=factor)
-        learner = Learner(one, resolve(one, corpora), corpora[0], world=World(), device=torch.device("cpu"))
+        trainer = Trainer(one, resolve(one, corpora), corpora[0], world=World(), device=torch.device("cpu"))
         torch.manual_seed(1)
         with torch.no_grad():
-            return learner.distiller.train(training).encoder(normalise(pixels, (0.5,) * 3, (0.5,) * 3)).dense
+            return trainer.distiller.train(training).encoder(normalise(pixels, (0.5,) * 3, (0.5,) * 3)).dense
 
     plain = said(None, training=True)
     assert torch.equal(said(None, training=False), plain) and torch.equal(said(2.0, training=False), plain)

@@ -15,9 +15,8 @@ from threadpoolctl import threadpool_limits
 from eupe.errors import ConfigError
 from eupe.store import Store
 from eupe.teachers.registry import REGISTRY
-from eupe.train.batch import Request, TargetTokens
 from eupe.train.normalise import LEAST_STD, NORMALISATIONS, hadamard, normalisers, phi_s
-from eupe.train.targets import open_targets
+from eupe.train.targets import Request, TargetTokens, open_targets
 
 CPU = torch.device("cpu")
 SIZES = (64, 32)

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from uniform import assert_uniform
 
-from eupe.train.permutation import below, key_of, permute, random_words
+from eupe.train.sampling import below, key_of, permute, random_words
 
 
 def many_keys(count: int) -> NDArray[np.uint64]:

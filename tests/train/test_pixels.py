@@ -12,10 +12,9 @@ from making import TINY_STUDENT, make_corpus, make_store, picture
 
 from eupe.errors import CorpusError, StoreError
 from eupe.store import Store
-from eupe.train.batch import Request
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
-from eupe.train.targets import TargetSet, open_targets
+from eupe.train.targets import Request, TargetSet, open_targets
 
 
 @pytest.fixture

@@ -19,12 +19,12 @@ from eupe.errors import RunError
 from eupe.evaluate.run import Run, open_run
 from eupe.store import Store
 from eupe.tokens import normalise
-from eupe.train.batch import Batch
 from eupe.train.config import TrainConfig
 from eupe.train.loop import judged, train, training_sample
 from eupe.train.predict import load_predictors
 from eupe.train.sampling import Views
 from eupe.train.stream import stream
+from eupe.train.targets import Batch
 from eupe.train.validate import fit_gains, held_out_cosines, pairs
 
 

@@ -14,13 +14,13 @@ from eupe.corpus.photometric import apply_photometric
 from eupe.corpus.views import ViewSpec, draw_colours, render_view
 from eupe.errors import ConfigError, RunError, TrainingError
 from eupe.store import Store
-from eupe.train.batch import Batch
 from eupe.train.card import RunCard, resolve
 from eupe.train.config import TrainConfig
-from eupe.train.model import Distiller, build_distiller
 from eupe.train.loop import train, train_together
-from eupe.train.stream import draw_sizes, open_corpora, stream, training_requests
+from eupe.train.model import Distiller, build_distiller
 from eupe.train.parallel import World
+from eupe.train.stream import draw_sizes, open_corpora, stream, training_requests
+from eupe.train.targets import Batch
 
 CPU = torch.device("cpu")
 VIEWS = ViewSpec(policy="rrc", num_views=2)
@@ -52,7 +52,7 @@ def config(pyramid: Store, tmp_path: Path) -> TrainConfig:
 def batches_of(config: TrainConfig, *, world: World | None = None) -> list[Batch]:
     corpora = open_corpora(config)
     card = resolve(config, corpora)
-    requests = training_requests(card, corpora, world or World(), first_step=0, pieces=config.accumulate)
+    requests = training_requests(card, corpora, world or World(), first_step=0, num_microbatches=config.accumulate)
     return list(stream(corpora, requests, CPU))
 
 
@@ -334,7 +334,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
 ) -> None:
     from eupe.train import trainer
 
-    adamw = learner.adamw
+    adamw = trainer.adamw
 
     def poisoned(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
         steps = iter(range(100))
@@ -342,7 +342,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
         weight.register_hook(lambda gradient: gradient * (torch.inf if next(steps) == 3 else 1))
         return adamw(distiller, card)
 
-    monkeypatch.setattr(learner, "adamw", poisoned)
+    monkeypatch.setattr(trainer, "adamw", poisoned)
     with pytest.raises(TrainingError, match=r"its gradient's norm (inf|nan), so nothing was updated"):
         train(replace(config, checkpoint_every=1))
     saved = load_file(config.out / "checkpoints" / "00000003.safetensors")

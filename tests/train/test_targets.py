@@ -16,8 +16,7 @@ from eupe.evaluate.conflict import conflict
 from eupe.store import Store
 from eupe.store.precision import Calibration, decode, encode
 from eupe.store.reader import Tokens
-from eupe.train.batch import Request, TargetTokens
-from eupe.train.targets import TargetSet, is_held_out, moved_keys, open_targets
+from eupe.train.targets import Request, TargetSet, TargetTokens, is_held_out, moved_keys, open_targets
 
 
 def load(targets: TargetSet, views: Sequence[tuple[int, int]], size: int = 64):  # type: ignore[no-untyped-def]
