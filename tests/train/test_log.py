@@ -15,7 +15,7 @@ from PIL import Image
 
 from eupe.errors import ConfigError
 from eupe.store import Store
-from eupe.train import log as log_module
+from eupe.train import stream as stream_module
 from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
 from eupe.train.log import Rates, RunLog, TrainStatus
@@ -73,7 +73,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(log_module, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(stream_module, "time", types.SimpleNamespace(monotonic=lambda: self.now))
 
     def batches(self, waits: list[float], sizes: list[int]) -> Iterator[Batch]:
         for wait, size in zip(waits, sizes, strict=True):
