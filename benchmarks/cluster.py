@@ -37,7 +37,7 @@ def cluster_of(nodes: int) -> Iterator[str]:
     """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < nodes:
-        raise SystemExit(f"{nodes} nodes need a core each, this machine lets us use {len(cores)}")
+        raise SystemExit(f"{nodes} nodes need one core each, but this machine lets us use only {len(cores)}")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         for _ in range(nodes - 1):
@@ -83,7 +83,7 @@ def views_per_s(folder: Path, nodes: int, *, views: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--views", type=int, default=16, help="Crops of each of 130 photographs.")
+    parser.add_argument("--views", type=int, default=16, help="Number of crops of each of 130 photographs.")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     prepare_assets(ASSETS)

@@ -120,7 +120,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--profile", action="store_true", help="Where the time goes; makes it slower.")
+    parser.add_argument(
+        "--profile", action="store_true", help="Also print where the time goes, which makes the run slower."
+    )
     given = parser.parse_args()
     folder = given.folder.absolute() / "driver"
     shutil.rmtree(folder, ignore_errors=True)

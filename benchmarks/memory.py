@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="Scratch space.")
     parser.add_argument("--views", type=int, nargs="+", default=[1000, 10_000, 100_000])
-    parser.add_argument("--parts", type=int, default=6, help="Of full size.")
+    parser.add_argument("--parts", type=int, default=6, help="Number of parts of full size.")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     folder = given.folder.absolute() / "memory"
@@ -160,7 +160,7 @@ def main() -> None:
         return
     prepare_assets(ASSETS)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("eupe", "torch", "ray"))
-    print(f"memory: {os.cpu_count()} cores; {libraries}; torch computes by {torch.get_num_threads()} threads\n")
+    print(f"memory: {os.cpu_count()} cores; {libraries}; torch computes with {torch.get_num_threads()} threads\n")
     print_claims(given.folder.absolute(), sorted(given.views), given.parts)
     shutil.rmtree(folder)
 

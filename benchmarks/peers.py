@@ -378,9 +378,9 @@ def _share(folder: Path, features: Array) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", type=Path, required=True, help="a .npy file of float16 [N, 16, 16, 384]")
-    parser.add_argument("--folder", type=Path, required=True, help="scratch space for 18 copies of the features")
-    parser.add_argument("--batches", type=int, default=16, help="timed in each round")
+    parser.add_argument("--features", type=Path, required=True, help="A .npy file of float16 [N, 16, 16, 384].")
+    parser.add_argument("--folder", type=Path, required=True, help="Scratch space for 18 copies of the features.")
+    parser.add_argument("--batches", type=int, default=16, help="Number of batches that are timed in each round.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="*", choices=list(PEERS), default=list(PEERS))
     args = parser.parse_args()

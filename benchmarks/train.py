@@ -342,7 +342,7 @@ def measure_online(given: Given) -> None:
     """Compare extraction and cached training with a teacher in every step."""
     for size in given.sizes:
         if size != teacher_side(size):
-            raise SystemExit(f"teacher and student are given the same pixels: --size {size} is no multiple of 14")
+            raise SystemExit(f"teacher and student get the same pixels: --size {size} is not a multiple of 14")
         for name in given.teachers:
             compare_online(given, loaded(name, size), size)
 
@@ -507,14 +507,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measure", choices=DEFAULTS)
     parser.add_argument("--folder", type=Path, required=True, help="Scratch space.")
-    parser.add_argument("--size", type=int, nargs="+", dest="sizes", help="Sides of the student's input, one by one.")
-    parser.add_argument("--teachers", nargs="+", default=(SMALL, LARGE), choices=(SMALL, LARGE), help="Of `online`.")
+    parser.add_argument(
+        "--size", type=int, nargs="+", dest="sizes", help="Sides of the student's input, measured one by one."
+    )
+    parser.add_argument(
+        "--teachers", nargs="+", default=(SMALL, LARGE), choices=(SMALL, LARGE), help="Teachers of `online`."
+    )
     parser.add_argument("--student")
     parser.add_argument("--head-width", type=int)
-    parser.add_argument("--pictures", type=int, help="Photographs, repeated; `quality` takes each at most once.")
+    parser.add_argument(
+        "--pictures", type=int, help="Number of pictures: photographs, repeated; `quality` takes each at most once."
+    )
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--steps", type=int, help="Timed at a time; of `quality`, of a run.")
-    parser.add_argument("--repeats", type=int, help="Of `quality`: seeds.")
+    parser.add_argument(
+        "--steps", type=int, help="Number of steps that are timed together; for `quality`, those of a run."
+    )
+    parser.add_argument("--repeats", type=int, help="Number of rounds; for `quality`, of seeds.")
     words = vars(parser.parse_args())
     measure, defaults = DEFAULTS[words.pop("measure")]
     given = Given(**{**defaults, **{name: value for name, value in words.items() if value is not None}})

@@ -358,7 +358,7 @@ def _describe(folder: Path) -> str:
 def main() -> int:
     """Prepare the assets and return the exit status: 0 if done, 2 for a problem that the user can solve."""
     parser = argparse.ArgumentParser(description="Prepare the demo's weights and pictures.")
-    parser.add_argument("--out", type=Path, default=Path("assets"), help="folder to fill (default: assets)")
+    parser.add_argument("--out", type=Path, default=Path("assets"), help="Folder to fill. Default: assets.")
     out: Path = parser.parse_args().out
     try:
         prepare_assets(out)

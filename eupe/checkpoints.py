@@ -53,9 +53,9 @@ ADAPTER_NAME = re.compile(r"(^|\.)(lora_\w+|ia3_\w+|oft_\w+|hada_\w+)(\.|$)")
 """Parts of the names of tensors that adapter libraries create."""
 MERGE = (
     "merge it first: PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(NEW), then give NEW, "
-    "or move it out of the folder to have the model without it"
+    "or move it out of the folder to use the model without it"
 )
-ALONE = "save the one that you mean in a file of its own"
+ALONE = "save the one that you mean in a separate file"
 _HEADS = {
     b"version https://git-lfs": "is a git-LFS pointer, not the weights it stands for; fetch them with `git lfs pull`",
     b"<!doctype": "is a web page, not weights; download the file itself",
@@ -73,7 +73,7 @@ def read_checkpoint(
     fitting: Mapping[str, Any] | None = None,
     whole: bool = False,
     partly: bool = False,
-    remedy: str = "say which by --weights-key",
+    remedy: str = "choose one with --weights-key",
 ) -> dict[str, Tensor]:
     """Read the tensors of one model from a weights file, or from all weights files of one format in a directory.
 
@@ -211,7 +211,7 @@ def _require_weights_file(file: Path) -> None:
         if start.lstrip().lower().startswith(head):
             raise TeacherError(f"{file} {said}")
     if start[:2] != b"PK" and start[:1] != b"\x80":  # torch.save's zip archive, or the pickle that it was before 1.6
-        raise TeacherError(f"{file} is not a weights file: neither safetensors nor what torch.save writes")
+        raise TeacherError(f"{file} is not a weights file: neither safetensors nor written by torch.save")
 
 
 def _read_file(file: Path) -> dict[str, dict[str, Tensor]]:
@@ -223,7 +223,7 @@ def _read_file(file: Path) -> dict[str, dict[str, Tensor]]:
         raise TeacherError(_unreadable(file, error)) from error
     tables = dict(_tables(_load(file), ()))
     if not tables:
-        raise TeacherError(f"{file} is not a state dict: it holds something else than named tensors")
+        raise TeacherError(f"{file} is not a state dict: it does not hold named tensors")
     return tables
 
 
@@ -253,9 +253,9 @@ def _unreadable(file: Path, error: Exception) -> str:
     words = " ".join(str(error).split())
     if objects := _objects(file, words):
         return (
-            f"{file} holds Python objects beside its tensors ({', '.join(objects)}), and to unpickle them could run "
-            "any code; if you trust the file, save its tensors alone: torch.save(torch.load(OLD, "
-            "weights_only=False)['model'], NEW), or whatever the key is"
+            f"{file} holds Python objects as well as tensors ({', '.join(objects)}), and unpickling them could run "
+            "any code; if you trust the file, save only its tensors: torch.save(torch.load(OLD, "
+            "weights_only=False)['model'], NEW), with the file's own key"
         )
     if "TorchScript" in words:
         return f"{file} is a TorchScript program; save its tensors: torch.save(torch.jit.load(OLD).state_dict(), NEW)"
@@ -264,7 +264,7 @@ def _unreadable(file: Path, error: Exception) -> str:
         r"incomplete|not fully covered|central directory|EOF|Ran out of input|truncated|corrupt", words, re.I
     )
     hint = "; it is cut short or damaged: download or save it again" if cut or not words else ""
-    return f"{file} is not a weights file that can be read ({short or type(error).__name__}){hint}"
+    return f"{file} cannot be read as a weights file ({short or type(error).__name__}){hint}"
 
 
 def _objects(file: Path, words: str) -> list[str]:
@@ -335,7 +335,7 @@ def _under(tables: Mapping[str, Mapping[str, Tensor]], key: str, path: Path) -> 
             return {"": found}
     there = sorted({*filter(None, tables), *(name.partition(".")[0] for name in tables.get("", {}) if "." in name)})
     raise TeacherError(
-        f"{path} has no tensors under --weights-key {key}; there are {', '.join(there[:12]) or 'no keys'}"
+        f"{path} has no tensors under --weights-key {key}; available keys: {', '.join(there[:12]) or 'none'}"
     )
 
 

@@ -61,13 +61,13 @@ class _NameOrVerb(TyperGroup):
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=eupe.__doc__)
 teachers_app = typer.Typer(cls=_NameOrVerb, subcommand_metavar="[NAME] | COMMAND [ARGS]...")
-store_app = typer.Typer(no_args_is_help=True, help="Look into a store.")
+store_app = typer.Typer(no_args_is_help=True, help="Inspect, check and repair stores.")
 app.add_typer(teachers_app, name="teachers")
 app.add_typer(eval_app, name="eval")
 app.add_typer(store_app, name="store")
 
 NAMED_DUPLICATES = 5
-PRECISIONS = "bitround:B is fp16 rounded to B bits of mantissa, which compresses better; int8 is one byte a channel"
+PRECISIONS = "bitround:B is fp16 rounded to B bits of mantissa, which compresses better; int8 is one byte per channel"
 NEAR_FP32 = 0.999
 """Least cosine between tokens in another dtype and in fp32 that needs no warning."""
 
@@ -82,40 +82,47 @@ CorpusPath = Annotated[
 WeightsKey = Annotated[str | None, typer.Option(help=WEIGHTS_KEY)]
 WeightsOfEach = Annotated[
     list[str] | None,
-    typer.Option("--weights", help="Local weights in place of the hub's. One a teacher; 'hub' for one without."),
+    typer.Option("--weights", help="Local weights instead of the hub's. One per teacher; 'hub' for a teacher without."),
 ]
 KeyOfEach = Annotated[
     list[str] | None,
-    typer.Option("--weights-key", help=f"{WEIGHTS_KEY} One a teacher; 'auto' for one without."),
+    typer.Option("--weights-key", help=f"{WEIGHTS_KEY} One per teacher; 'auto' for a teacher without."),
 ]
-Sizes = Annotated[list[int] | None, typer.Option(help="Side of the teacher's input in pixels; may be given again.")]
+Sizes = Annotated[list[int] | None, typer.Option(help="Side of the teacher's input in pixels. May be repeated.")]
 Views = Annotated[str, typer.Option(help="center, squash, or rrc:K for K random resized crops per picture.")]
 PhotometricKind = Annotated[
-    str, typer.Option("--photometric", help="eupe: each view jittered in colour, greyed, blurred, solarised; or none.")
+    str,
+    typer.Option(
+        "--photometric", help="eupe: random colour jitter, greyscale, blur and solarisation of each view; or none."
+    ),
 ]
 TokenKinds = Annotated[str, typer.Option(help="summary, dense, or both.")]
-Grid = Annotated[int | None, typer.Option(help="Pool dense maps to G x G cells.")]
+Grid = Annotated[int | None, typer.Option(help="G: pool dense maps to G x G cells.")]
 Scale = Annotated[
-    str | None, typer.Option(help="MIN,MAX: a random crop's share of the picture's area; 0.08,1 by itself.")
+    str | None, typer.Option(help="MIN,MAX: a random crop's share of the picture's area. Default: 0.08,1.")
 ]
-Ratio = Annotated[
-    str | None, typer.Option(help="MIN,MAX: a random crop's width over its height; 3/4 to 4/3 by itself.")
-]
+Ratio = Annotated[str | None, typer.Option(help="MIN,MAX: a random crop's width over its height. Default: 3/4 to 4/3.")]
 FidelityWanted = Annotated[
-    float | None, typer.Option(help="In place of --precision: the cheapest that keeps 95% of tokens at this cosine.")
+    float | None,
+    typer.Option(help="Instead of --precision: the cheapest one that keeps 95% of tokens at this cosine or above."),
 ]
-Pixels = Annotated[bool, typer.Option("--pixels", help="Keep the views too: trains without the corpus.")]
-Limit = Annotated[int | None, typer.Option(help="Only the first pictures.")]
+Pixels = Annotated[bool, typer.Option("--pixels", help="Also store the views' pixels, to train without the corpus.")]
+Limit = Annotated[int | None, typer.Option(help="Number of pictures to take, the first ones of the corpus.")]
 Include = Annotated[
-    list[str] | None, typer.Option(help="Only pictures whose key matches: 'train/*'. May be given again.")
+    list[str] | None, typer.Option(help="Take only pictures whose key matches, such as 'train/*'. May be repeated.")
 ]
-Exclude = Annotated[list[str] | None, typer.Option(help="No picture whose key matches: '*.gif'. May be given again.")]
-Shuffle = Annotated[bool, typer.Option("--shuffle", help="Pictures in random order; with --limit a sample.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Leave out pictures whose key matches, such as '*.gif'. May be repeated.")
+]
+Shuffle = Annotated[
+    bool, typer.Option("--shuffle", help="Take the pictures in random order; with --limit, a random sample.")
+]
 StoredWeights = Annotated[
     Path | None, typer.Option("--weights", help="Local weights: the file that the store was made with.")
 ]
 StoredTeacher = Annotated[
-    str | None, typer.Option("--teacher", help="The teacher's name or place now; else the one noted in the store.")
+    str | None,
+    typer.Option("--teacher", help="The teacher's current name or path. Default: the one recorded in the store."),
 ]
 
 
@@ -177,9 +184,9 @@ def teachers(context: typer.Context) -> None:
 
 @teachers_app.command("show", hidden=True)
 def teachers_show(
-    name: Annotated[str, typer.Argument(help="A teacher.")],
+    name: Annotated[str, typer.Argument(help="The teacher.")],
     weights: Annotated[
-        Path | None, typer.Option(help="Local weights, whose own files may say of mean and std.")
+        Path | None, typer.Option(help="Local weights; files next to them may give the mean and std.")
     ] = None,
 ) -> None:
     """Show the card of one teacher."""
@@ -193,12 +200,12 @@ def teachers_show(
 @teachers_app.command("verify")
 def teachers_verify(
     teacher: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A teacher; every row of the registry where not given.")
+        str | None, typer.Argument(metavar="[NAME]", help="A teacher. Default: every row of the registry.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Local weights; else random ones.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local weights. Default: random ones.")] = None,
     weights_key: WeightsKey = None,
     dtype: Annotated[
-        str, typer.Option(help="Another arithmetic, bf16 say, whose tokens are compared with those of fp32.")
+        str, typer.Option(help="Another dtype, such as bf16, whose tokens are compared with those in fp32.")
     ] = "fp32",
     as_json: Json = False,
 ) -> None:
@@ -210,7 +217,7 @@ def teachers_verify(
     from eupe.teachers.verify import LEAST, require_agreement, verify_teachers
 
     if weights is not None and teacher is None:
-        raise ConfigError("--weights are those of one teacher; give its NAME, too")
+        raise ConfigError("--weights belong to one teacher; give its NAME, too")
     require_weights_of_key(weights, weights_key)
     arithmetic = compute_dtype(dtype, torch.device("cpu"))
     with report_progress(err, "teachers", quiet=as_json) as progress:
@@ -237,7 +244,8 @@ def teachers_verify(
         show(table)
         if arithmetic != torch.float32:
             out.print(
-                f"{rounded}: the adapter's own tokens in {rounded} against those in fp32, on the CPU", soft_wrap=True
+                f"{rounded}: the adapter's own tokens in {rounded} compared with those in fp32, on the CPU",
+                soft_wrap=True,
             )
         for c in comparisons:
             if c.failure is not None:
@@ -247,8 +255,8 @@ def teachers_verify(
         pictures = max(c.num_pictures for c in comparisons)
         out.print(
             f"{len(comparisons)} teachers ({builds['full']} full, {builds['narrow']} narrow{failed}) on "
-            f"{pictures} awkward pictures each; full is the whole model, narrow one of the same architecture with two "
-            "thin blocks, as rows of large models are checked unless asked for by NAME",
+            f"{pictures} awkward pictures each; full is the whole model, narrow has the same architecture with two "
+            "thin blocks: large models are checked in this way unless requested by NAME",
             soft_wrap=True,
         )
     require_agreement(comparisons)
@@ -307,10 +315,10 @@ def _print_notes(notes: Sequence[str]) -> None:
 
 @app.command()
 def scenes(
-    out_path: Annotated[Path, typer.Option("--out", help="The folder to make.")],
-    pictures: Annotated[int, typer.Option(help="Of each task.")] = 300,
+    out_path: Annotated[Path, typer.Option("--out", help="The folder to create.")],
+    pictures: Annotated[int, typer.Option(help="Number of pictures of each task.")] = 300,
     size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 224,
-    seed: Annotated[int, typer.Option(help="Decides all that is random about the scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random scenes.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Render pictures with exact labels, masks, depth, correspondences, captions and questions."""
@@ -322,7 +330,7 @@ def scenes(
         report = make_scenes(config, progress=lambda done, of: progress.update("rendering", done, of))
     finish(dataclasses.asdict(report), as_json)
     if report.cached and not as_json:
-        out.print("nothing to do: these scenes are there already")
+        out.print("nothing to do: these scenes already exist")
 
 
 @app.command()
@@ -330,14 +338,14 @@ def extract(
     teacher: Annotated[
         list[str],
         typer.Option(
-            help="Registry name, timm:ARCH, hf:REPO_OR_DIR, open_clip:ARCH[@TAG], or a run's directory. Given again: "
-            "several in one pass, each picture decoded once."
+            help="Registry name, timm:ARCH, hf:REPO_OR_DIR, open_clip:ARCH or open_clip:ARCH@TAG, or a run's directory."
+            " May be repeated: several teachers in one pass, each picture decoded once."
         ),
     ],
     corpus: CorpusPath,
     out_path: Annotated[
         list[str] | None,
-        typer.Option("--out", help="The store, also s3:// or gs://; store/TEACHER.zarr where not given. One each."),
+        typer.Option("--out", help="The store, also s3:// or gs://; one per teacher. Default: store/TEACHER.zarr."),
     ] = None,
     weights: WeightsOfEach = None,
     weights_key: KeyOfEach = None,
@@ -348,19 +356,21 @@ def extract(
     photometric: PhotometricKind = "none",
     tokens: TokenKinds = "summary,dense",
     precision: Annotated[
-        str, typer.Option(help="fp16, bitround:B, int8, or one for each kind: dense=int8,summary=fp16.")
+        str, typer.Option(help="Stored precision: fp16, bitround:B, int8, or one per kind: dense=int8,summary=fp16.")
     ] = "fp16",
     fidelity: FidelityWanted = None,
     grid: Grid = None,
     pixels: Pixels = False,
-    dtype: Annotated[str, typer.Option(help="The teacher's arithmetic: auto, fp32, bf16, fp16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="The teacher's dtype: auto, fp32, bf16 or fp16.")] = "auto",
     batch_size: Annotated[
-        int | None, typer.Option(help="Views per forward pass; the fastest is found by itself.")
+        int | None, typer.Option(help="Views per forward pass. Default: the fastest, found by trial.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray actors, one teacher each; one per GPU by itself.")] = None,
-    gpus_per_worker: Annotated[float | None, typer.Option(help="The GPUs shared evenly where not given.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of Ray actors, each with all teachers. Default: one per GPU.")
+    ] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(help="GPUs per worker. Default: an even share.")] = None,
     ray_address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (auto, ray://...); else this machine.")
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (auto, ray://...). Default: this machine.")
     ] = None,
     limit: Limit = None,
     include: Include = None,
@@ -369,9 +379,9 @@ def extract(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     shuffle: Shuffle = False,
-    seed: Annotated[int, typer.Option(help="Decides all that is random about the views, and the order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random views and of the order of pictures.")] = 0,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Make parts again that hold pictures without features.")
+        bool, typer.Option("--retry-failed", help="Recompute the parts that hold pictures without features.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -420,7 +430,7 @@ def extract(
             _print_notes(notes)
         if report.failures and not as_json:
             kinds = "; ".join(f"{count} x {reason}" for reason, count in report.failures.items())
-            mend = "; once they can be read, the same command with --retry-failed makes them"
+            mend = "; once they can be read, the same command with --retry-failed computes them"
             err.print(
                 f"{report.num_failed} pictures have no features: {escaped(kinds)}. `eupe store info {report.store} "
                 f"--json` names them{mend if report.num_failed > report.num_not_finite else ''}",
@@ -443,9 +453,9 @@ def warn_of_clipping(store: str, count: int, arrays: Sequence[str]) -> None:
     if count:
         err.print(
             f"[yellow]warning:[/] {escaped(store)}: {count:,} values of {' and '.join(arrays)} are beyond 65,504, the "
-            "largest of fp16, and stored as that, in every precision and with every --dtype; a student learns the "
-            "smaller value. A few tokens of such size do little harm; many (see `eupe store stats`) come of a damaged "
-            "checkpoint or of another normalisation of the pictures",
+            "largest value of fp16, and stored as that, in every precision and with every --dtype; a student learns "
+            "the smaller value. A few such tokens do little harm; many (see `eupe store stats`) mean a damaged "
+            "checkpoint or another normalisation of the pictures",
             soft_wrap=True,
         )
 
@@ -458,8 +468,9 @@ def require_finite_features(reports: Sequence[ExtractReport]) -> None:
     if bad := [report for report in reports if report.num_not_finite]:
         stores = ", ".join(f"{report.num_not_finite} in {report.store}" for report in bad)
         raise IncompleteError(
-            f"the teacher's features are not finite (NaN, or beyond its arithmetic) for some pictures: {stores}; these "
-            f"have no features there, `eupe store info --json` names them; {what_to_do(open_store(bad[0].store).spec)}"
+            f"the teacher's features are not finite (NaN, or beyond the range of its dtype) for some pictures: "
+            f"{stores}; these have no features there, `eupe store info --json` names them; "
+            f"{what_to_do(open_store(bad[0].store).spec)}"
         )
 
 
@@ -468,8 +479,8 @@ def _warn_of_rounding(report: ExtractReport) -> None:
     if rough := {kind: cosine for kind, cosine in cosines.items() if cosine < NEAR_FP32}:
         words = ", ".join(f"{kind} {cosine:.4f}" for kind, cosine in rough.items())
         err.print(
-            f"[yellow]warning:[/] {escaped(report.store)}: this teacher's tokens are not near those in fp32 (least "
-            f"cosine over a few pictures: {words}); --dtype fp32 is exact, and slower",
+            f"[yellow]warning:[/] {escaped(report.store)}: this teacher's tokens differ from those in fp32 (least "
+            f"cosine over a few pictures: {words}); --dtype fp32 is exact, but slower",
             soft_wrap=True,
         )
 
@@ -517,14 +528,19 @@ def _show_status(progress: Reporter, status: Status) -> None:
 
 @app.command()
 def plan(
-    teacher: Annotated[list[str], typer.Option(help="As extract takes it. Given again: several in one pass.")],
-    corpus: Annotated[str | None, typer.Option(help="Measure on some of these pictures: as extract takes it.")] = None,
+    teacher: Annotated[list[str], typer.Option(help="Same as for extract. May be repeated: several in one pass.")],
+    corpus: Annotated[
+        str | None, typer.Option(help="Measure on some pictures of this corpus, given as for extract.")
+    ] = None,
     num_images: Annotated[
-        int | None, typer.Option(help="In place of --corpus: so many pictures, on paper, without weights.")
+        int | None, typer.Option(help="Instead of --corpus: estimate for this many pictures on paper, without weights.")
     ] = None,
     out_path: Annotated[
         list[str] | None,
-        typer.Option("--out", help="Where the store is to lie; its disk must have the space. One each; on paper, one."),
+        typer.Option(
+            "--out",
+            help="Where the store will be; its disk must have enough space. One per teacher; on paper, only one.",
+        ),
     ] = None,
     weights: WeightsOfEach = None,
     weights_key: KeyOfEach = None,
@@ -532,16 +548,18 @@ def plan(
     views: Views = "center",
     scale: Scale = None,
     ratio: Ratio = None,
-    photometric: Annotated[str | None, typer.Option(help="As extract takes it. Default none.")] = None,
+    photometric: Annotated[str | None, typer.Option(help="Same as for extract. Default: none.")] = None,
     tokens: TokenKinds = "summary,dense",
-    precision: Annotated[str, typer.Option(help="As extract takes it.")] = "fp16",
+    precision: Annotated[str, typer.Option(help="Same as for extract.")] = "fp16",
     fidelity: FidelityWanted = None,
     grid: Grid = None,
     pixels: Pixels = False,
-    dtype: Annotated[str | None, typer.Option(help="The teacher's arithmetic. Default auto.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Views per forward pass; the fastest is found.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="The teacher's dtype. Default: auto.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Views per forward pass. Default: the fastest, found by trial.")
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="How many workers like this process share the work. Default 1.")
+        int | None, typer.Option(help="Number of workers like this process that share the work. Default: 1.")
     ] = None,
     limit: Limit = None,
     include: Include = None,
@@ -550,10 +568,12 @@ def plan(
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
     shuffle: Shuffle = False,
-    seed: Annotated[int | None, typer.Option(help="Decides the random crops and the order. Default 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the random crops and of the order of pictures. Default: 0.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate an extraction's bytes, hours, bandwidth and precisions, measured on a few pictures or on paper."""
+    """Estimate an extraction's bytes, hours, bandwidth and precisions: measured on a few pictures, or on paper."""
     from eupe.corpus.choice import Choice
     from eupe.corpus.views import parse_views
     from eupe.extract.config import ExtractConfig
@@ -561,7 +581,7 @@ def plan(
     from eupe.progress import report_progress
 
     if (corpus is None) == (num_images is None):
-        raise ConfigError("give --corpus to measure on its pictures, or --num-images for a plan on paper")
+        raise ConfigError("give --corpus to measure on its pictures, or --num-images for an estimate on paper")
     only_measured = {
         "--photometric": photometric,
         "--weights": weights,
@@ -583,7 +603,9 @@ def plan(
         "--seed": seed,
     }
     if num_images is not None and (idle := [name for name, value in only_measured.items() if value is not None]):
-        raise ConfigError(f"{idle[0]} has no meaning on paper; leave it out, or give --corpus for --num-images")
+        raise ConfigError(
+            f"{idle[0]} has no effect with --num-images; leave it out, or give --corpus instead of --num-images"
+        )
     wanted: dict[str, Any] = {
         "sizes": tuple(sorted(set(size or []))),
         "views": parse_views(views, seed=seed or 0, scale=scale, ratio=ratio, photometric=photometric or "none"),
@@ -593,7 +615,7 @@ def plan(
     }
     if num_images is not None:
         if len(out_path or ()) > 1:
-            raise ConfigError("--out says on paper where all the stores are to lie; give it once")
+            raise ConfigError("with --num-images, --out says where all the stores will be; give it once")
         place = out_path[0] if out_path else None
         on_paper = estimate_on_paper(PaperConfig(teachers=tuple(teacher), num_images=num_images, out=place, **wanted))
         if as_json:
@@ -642,9 +664,9 @@ def _print_plan(plan: Estimate, *, given: bool) -> None:
         "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views",
         "mean and std are those of": plan.normalised_by,
         "bytes per view": f"{amount(plan.bytes_per_view)} ({precision}; raw fp16 {amount(plan.raw_bytes_per_view)})",
-        "bytes in all": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} on the way there",
+        "bytes in all": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} while it runs",
         **_room_of(plan, given=given),
-        **({"held there already": amount(plan.held_bytes)} if plan.held_bytes else {}),
+        **({"already stored": amount(plan.held_bytes)} if plan.held_bytes else {}),
         **_times_of(plan),
     }
     table = Table("array", "precision", "share of fp16", "in all", "cosine p5", "mean", box=None)
@@ -669,11 +691,11 @@ def _print_plans(plan: JointEstimate, *, given: bool) -> None:
         "each picture decoded once",
         "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views of each teacher",
         "bytes per view": f"{amount(plan.bytes_per_view)} of all teachers",
-        "bytes in all": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} on the way there",
+        "bytes in all": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} while it runs",
     }
     for t in plan.teachers:
         facts |= _room_of(t, given=given)
-    facts |= {"held there already": amount(plan.held_bytes)} if plan.held_bytes else {}
+    facts |= {"already stored": amount(plan.held_bytes)} if plan.held_bytes else {}
     finish(facts | _times_of(plan), False)
     each = Table("teacher", "views measured", "bytes per view", "in all", "forward/s", "time alone", box=None)
     choices = Table("teacher", "array", "precision", "share of fp16", "in all", "cosine p5", "mean", box=None)
@@ -692,8 +714,8 @@ def _print_plans(plan: JointEstimate, *, given: bool) -> None:
 def _room_of(plan: Estimate, *, given: bool) -> dict[str, str]:
     from eupe.progress import amount
 
-    free = "not asked (no local disk)" if plan.free_bytes is None else amount(plan.free_bytes)
-    return {f"free at {plan.out}{'' if given else ', where the store lies without --out'}": free}
+    free = "not known (not a local disk)" if plan.free_bytes is None else amount(plan.free_bytes)
+    return {f"free at {plan.out}{'' if given else ', where the store will be without --out'}": free}
 
 
 def _times_of(plan: Estimate | JointEstimate) -> dict[str, str]:
@@ -701,7 +723,7 @@ def _times_of(plan: Estimate | JointEstimate) -> dict[str, str]:
     from eupe.progress import amount, duration
 
     r = plan.rates
-    even = "never: reading is no faster" if plan.break_even_epochs is None else f"{plan.break_even_epochs:.2f} epochs"
+    even = "never: reading is not faster" if plan.break_even_epochs is None else f"{plan.break_even_epochs:.2f} epochs"
     return {
         "views/s, each alone": f"decode {r.decode:.4g}, forward {r.forward:.4g}, encode {r.encode:.4g}, "
         f"read {r.read:.4g}",
@@ -725,10 +747,10 @@ def _print_paper(plan: PaperEstimate) -> None:
     from eupe.progress import amount
 
     facts = {
-        "on paper": "nothing was measured; bytes are those of raw fp16 by nominal shares",
+        "on paper": "nothing was measured; bytes are those of raw fp16 times nominal shares",
         "work": f"{plan.num_images:,} pictures, {plan.num_views:,} views of each teacher",
-        f"bytes in all, {plan.precision}": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} on the "
-        "way there",
+        f"bytes in all, {plan.precision}": f"{amount(plan.need.stored)}, and at most {amount(plan.need.peak)} while it "
+        "runs",
     }
     if plan.free_bytes is not None:
         facts["free"] = amount(plan.free_bytes)
@@ -798,7 +820,9 @@ def store_info(path: str, as_json: Json = False) -> None:
 @store_app.command("stats")
 def store_stats(
     path: str,
-    out_path: Annotated[Path | None, typer.Option("--out", help="Also draw them on this page (.html).")] = None,
+    out_path: Annotated[
+        Path | None, typer.Option("--out", help="Also draw the statistics on this page (.html).")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -850,12 +874,12 @@ def store_verify(path: str, as_json: Json = False) -> None:
         for damage in report.damages:
             out.print(escaped(str(damage)), soft_wrap=True)
         for name in report.strays:
-            out.print(f"{escaped(name)} belongs to no part of the store and does no harm", soft_wrap=True)
+            out.print(f"{escaped(name)} belongs to no part of the store, and does no harm", soft_wrap=True)
         out.print(f"{report.num_objects} objects, {report.num_bytes / 1e6:.1f} MB read", soft_wrap=True)
     if not report.whole:
         raise IncompleteError(
             f"{report.store} is not whole: {len(report.missing)} of {report.num_parts} parts are missing, "
-            f"{len(report.damages)} objects are damaged; `eupe store repair {report.store}` makes them anew"
+            f"{len(report.damages)} objects are damaged; `eupe store repair {report.store}` recomputes them"
         )
     if not as_json:
         out.print(f"{report.store} is whole", soft_wrap=True)
@@ -869,16 +893,18 @@ def store_repair(
     weights_key: WeightsKey = None,
     teacher: StoredTeacher = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Views per forward pass; the fastest is found by itself.")
+        int | None, typer.Option(help="Views per forward pass. Default: the fastest, found by trial.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray actors, one teacher each; one per GPU by itself.")] = None,
-    gpus_per_worker: Annotated[float | None, typer.Option(help="The GPUs shared evenly where not given.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of Ray actors, each with the teacher. Default: one per GPU.")
+    ] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(help="GPUs per worker. Default: an even share.")] = None,
     ray_address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (auto, ray://...); else this machine.")
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (auto, ray://...). Default: this machine.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute again what is damaged or missing in a store, and nothing else."""
+    """Recompute what is damaged or missing in a store, and nothing else."""
     from eupe.extract.repair import RepairConfig, repair
     from eupe.progress import report_progress
 
@@ -905,18 +931,18 @@ def store_repair(
 @store_app.command("audit")
 def store_audit(
     path: str,
-    samples: Annotated[int, typer.Option(help="How many pictures to compute again.")] = 32,
+    samples: Annotated[int, typer.Option(help="Number of pictures to recompute.")] = 32,
     corpus: PicturesPath = None,
     weights: StoredWeights = None,
     weights_key: WeightsKey = None,
     teacher: StoredTeacher = None,
     dtype: Annotated[
-        str | None, typer.Option(help="auto, fp32, bf16, fp16; else the arithmetic that the store was made in.")
+        str | None, typer.Option(help="auto, fp32, bf16 or fp16. Default: the dtype that the store was made in.")
     ] = None,
-    least: Annotated[float, typer.Option(help="What the 5th percentile of the cosines must reach.")] = 0.999,
+    least: Annotated[float, typer.Option(help="Least 5th percentile of the cosines that is accepted.")] = 0.999,
     as_json: Json = False,
 ) -> None:
-    """Compute some pictures again with the store's teacher and compare; exit with code 1 if features have drifted."""
+    """Recompute some pictures with the store's teacher and compare; exit with code 1 if features have drifted."""
     from eupe.extract.audit import AuditConfig, audit, require_agreement
     from eupe.progress import report_progress
 
@@ -944,7 +970,7 @@ def store_audit(
                 table.add_row(d.path, d.precision, str(d.num_tokens), name, *numbers)
         show(table)
         out.print(
-            f"{report.num_views} views of {report.num_samples} pictures, {report.changed_views} with other pixels; "
+            f"{report.num_views} views of {report.num_samples} pictures, {report.changed_views} with changed pixels; "
             f"stored in {report.stored_dtype}, computed in {report.computed_dtype}",
             soft_wrap=True,
         )
@@ -954,106 +980,129 @@ def store_audit(
 @app.command()
 def train(
     targets: Annotated[
-        list[str] | None, typer.Option(help="A store to learn from, also s3:// or gs://; may be given again.")
+        list[str] | None, typer.Option(help="A store to learn from, also s3:// or gs://. May be repeated.")
     ] = None,
     student: Annotated[
         list[str] | None,
         typer.Option(
-            help="Any timm ViT or CNN, named without a pretrained tag; given again, another student of the same "
-            "stream, with an --out for each."
+            help="Any timm ViT or CNN, named without a pretrained tag. May be repeated: several students on "
+            "the same stream, with one --out for each."
         ),
     ] = None,
-    out_path: Annotated[list[Path] | None, typer.Option("--out", help="The run's directory.")] = None,
+    out_path: Annotated[list[Path] | None, typer.Option("--out", help="The run's directory; one per student.")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="stage1, stage2 or stage3: the paper's settings, which flags override.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Options from a YAML file, as each run has in its options.yaml.")
+        Path | None, typer.Option(help="YAML file of options, such as the options.yaml of a run.")
     ] = None,
     init: Annotated[
         list[Path] | None,
-        typer.Option(help="A finished run to go on from, or a file of weights of such a model; one per student."),
+        typer.Option(help="A finished run to start from, or a weights file of such a model; one per student."),
     ] = None,
     mix: Annotated[
         list[str] | None,
-        typer.Option(help="SHARE:STORE[,STORE...]: another corpus, and the share of the steps that are its own."),
+        typer.Option(help="SHARE:STORE[,STORE...]: another corpus, and the share of the steps that train on it."),
     ] = None,
     corpus: PicturesPath = None,
     size: Annotated[
         list[int] | None,
-        typer.Option(help="Side of the student's input, several: one drawn per step; the first store's by default."),
+        typer.Option(
+            help="Side of the student's input in pixels; of several, one is drawn per step. Default: the first store's."
+        ),
     ] = None,
     target_size: Annotated[
         list[int] | None,
         typer.Option(
-            help="Size of the targets, several: one drawn per step; by default each store's nearest to --size."
+            help="Size of the targets; of several, one is drawn per step. Default: each store's nearest to --size."
         ),
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over all training views (one where neither is given).")
+        float | None, typer.Option(help="Passes over all training views. Default: 1, unless --steps is given.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates, in place of --epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Views per update, over all workers. Default 128.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of updates, instead of --epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Views per update, over all workers. Default: 128.")] = None,
     accumulate: Annotated[
-        int | None, typer.Option(help="Pieces in which a worker takes its share of a batch. Default 1.")
+        int | None, typer.Option(help="Number of pieces into which a worker splits its share of a batch. Default: 1.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW. Default 1e-3.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW. Default: 1e-3.")] = None,
     lr_scaling: Annotated[
-        str | None, typer.Option(help="sqrt: --lr is a base rate; the peak is 4 sqrt(batch size / 1024) times it.")
+        str | None, typer.Option(help="sqrt: the peak learning rate is --lr times 4 sqrt(batch size / 1024).")
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Default 1e-4.")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps. Default 0.05.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Greatest norm of the gradient; not clipped by default.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of AdamW. Default: 1e-4.")] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Share of the steps in which the learning rate rises. Default: 0.05.")
+    ] = None,
+    clip: Annotated[float | None, typer.Option(help="Maximum norm of the gradient. Default: no clipping.")] = None,
     ema: Annotated[
         float | None,
-        typer.Option(help="Decay of an average of the weights that is judged and exported in their place."),
+        typer.Option(help="Decay of a moving average of the weights, which is validated and exported instead of them."),
     ] = None,
-    head_width: Annotated[int | None, typer.Option(help="Hidden width of the adapter heads. Default 3072.")] = None,
+    head_width: Annotated[int | None, typer.Option(help="Hidden width of the adapter heads. Default: 3072.")] = None,
     weight: Annotated[
-        list[str] | None, typer.Option(help="TARGET=W or TARGET/KIND=W (dinov2-s/dense=2): a loss's factor.")
+        list[str] | None,
+        typer.Option(help="TARGET=W or TARGET/KIND=W (dinov2-s/dense=2): factor of a loss. Default: 1."),
     ] = None,
-    normalise: Annotated[str | None, typer.Option(help="standard, phi-s or none. Default standard.")] = None,
+    normalise: Annotated[
+        str | None, typer.Option(help="Normalisation of the targets: standard, phi-s or none. Default: standard.")
+    ] = None,
     drop: Annotated[
-        float | None, typer.Option(help="Probability that a target that is not the worst counts for nothing in a view.")
+        float | None,
+        typer.Option(
+            help="Probability of dropping a target's loss for a view; the largest is never dropped. Default: 0."
+        ),
     ] = None,
     views: Annotated[
-        str | None, typer.Option(help="An epoch is all views, or one per picture: cycle or draw. Default all.")
+        str | None,
+        typer.Option(
+            help="Views of a picture in an epoch: all, or one, in turn (cycle) or at random (draw). Default: all."
+        ),
     ] = None,
     photometric: Annotated[
-        str | None, typer.Option(help="eupe: recolour what the student sees, anew at each step. Default none.")
+        str | None, typer.Option(help="eupe: recolour the student's views, differently at each step. Default: none.")
     ] = None,
-    holdout: Annotated[float | None, typer.Option(help="Share of pictures kept for validation. Default 0.1.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16. Default auto.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Default 0.")] = None,
+    holdout: Annotated[
+        float | None, typer.Option(help="Share of the pictures kept for validation. Default: 0.1.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the training: auto, fp32 or bf16. Default: auto.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the training. Default: 0.")] = None,
     num_workers: Annotated[
-        int | None, typer.Option(help="Processes that share each batch, a GPU each where there are any. Default 1.")
+        int | None,
+        typer.Option(help="Number of processes that share each batch, one per GPU if there are any. Default: 1."),
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="The cluster of --num-workers; this machine by default.")
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="The Ray cluster of --num-workers. Default: this machine.")
     ] = None,
     shard: Annotated[
-        bool | None, typer.Option("--shard/--no-shard", help="Spread weights and optimiser over the workers (FSDP2).")
+        bool | None,
+        typer.Option("--shard/--no-shard", help="Shard weights and optimiser state over the workers (FSDP2)."),
     ] = None,
     sync_batch_norm: Annotated[
         bool | None,
-        typer.Option("--sync-batch-norm/--no-sync-batch-norm", help="Batch norms see all workers' views (GPUs only)."),
+        typer.Option(
+            "--sync-batch-norm/--no-sync-batch-norm", help="Compute batch norms over all workers' views (GPUs only)."
+        ),
     ] = None,
     rope_rescale: Annotated[
         float | None,
-        typer.Option(help="R: scale rotary coordinates at random from 1/R to R in training; the lineage's is 2."),
+        typer.Option(
+            help="R: in training, scale rotary coordinates by a random factor from 1/R to R; DINOv3 and EUPE use 2."
+        ),
     ] = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile the student.")] = None,
     recompute: Annotated[
         bool | None,
-        typer.Option("--recompute/--no-recompute", help="Recompute activations for the gradient, which saves memory."),
+        typer.Option(
+            "--recompute/--no-recompute", help="Recompute activations in the backward pass, which saves memory."
+        ),
     ] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,
-    validate_every: Annotated[int | None, typer.Option(help="Steps. Default 500.")] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps. Default 10.")] = None,
-    keep: Annotated[int | None, typer.Option(help="Newest checkpoints that stay. Default 2.")] = None,
-    keep_every: Annotated[int | None, typer.Option(help="Checkpoints at multiples of so many steps stay, too.")] = None,
-    wandb: Annotated[str | None, typer.Option(help="Project of Weights & Biases to log to.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 500.")] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between validations. Default: 500.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps between entries of the log. Default: 10.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Number of newest checkpoints to keep. Default: 2.")] = None,
+    keep_every: Annotated[int | None, typer.Option(help="N: also keep the checkpoint of every N-th step.")] = None,
+    wandb: Annotated[str | None, typer.Option(help="Weights & Biases project to log to.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
     """Distil cached targets into students; no teacher is loaded."""
@@ -1128,24 +1177,25 @@ def train(
     for report in reports:
         finish(dataclasses.asdict(report), as_json)
         if not as_json and report.cached:
-            out.print("nothing to do: this run is finished already")
+            out.print("nothing to do: this run is already finished")
 
 
 @app.command("export")
 def export_run(
     run: Annotated[Path, typer.Argument(help="A finished training run.")],
     form: Annotated[str, typer.Option("--format", help="timm, hf (the Transformers library), onnx or executorch.")],
-    out_path: Annotated[Path, typer.Option("--out", help="The directory to make.")],
-    size: Annotated[int | None, typer.Option(help="Side of the input in pixels; the run's own by default.")] = None,
+    out_path: Annotated[Path, typer.Option("--out", help="The directory to create.")],
+    size: Annotated[int | None, typer.Option(help="Side of the input in pixels. Default: the run's.")] = None,
     heads: Annotated[
-        list[str] | None, typer.Option(help="all, or a target whose features are given, too. May be given again.")
+        list[str] | None,
+        typer.Option(help="all, or a target: also export the features that its head predicts. May be repeated."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Of an onnx graph: fp32, fp16 or int8.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Precision of an ONNX graph: fp32, fp16 or int8.")] = "fp32",
     calibrate: Annotated[
-        str | None, typer.Option(help="Pictures that int8's ranges are taken from; made-up ones where not given.")
+        str | None, typer.Option(help="Pictures from which the ranges of int8 are taken. Default: made-up ones.")
     ] = None,
     dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="An onnx graph for any size that the patch divides.")
+        bool, typer.Option("--dynamic-size", help="Make an ONNX graph for any size that is a multiple of the patch.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -1168,15 +1218,16 @@ def export_run(
 
 @app.command("run")
 def run_recipe(
-    recipe: Annotated[str, typer.Argument(help="A recipe's file (.yaml), or the name of one that comes with eupe.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe file (.yaml), or the name of a recipe that comes with eupe.")],
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="NAME=VALUE in place of the recipe's; out=DIR is where all goes. May be given again."
+            "--set",
+            help="NAME=VALUE: override a setting of the recipe; out=DIR is the folder of all outputs. May be repeated.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what is wrong, what is done, and what the rest costs.")
+        bool, typer.Option("--dry-run", help="Only print what is wrong, what is already done, and what the rest costs.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -1208,13 +1259,14 @@ def viz(
     items: Annotated[list[str], typer.Argument(help="Stores, training runs, teachers, or `pixels`: one column each.")],
     images: Annotated[str, typer.Option(help="Folder of pictures, or an index.")],
     out_path: Annotated[Path, typer.Option("--out", help="The page (.html) or figure (.png) to write.")],
-    limit: Annotated[int, typer.Option(help="How many pictures.")] = 8,
+    limit: Annotated[int, typer.Option(help="Number of pictures.")] = 8,
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
     foreground: Annotated[
-        bool, typer.Option("--foreground", help="Colour the foreground alone, found by a model's first component.")
+        bool,
+        typer.Option("--foreground", help="Colour only the foreground, which is found by a model's first component."),
     ] = False,
-    cell: Annotated[int | None, typer.Option(help="Side of a figure's cells in pixels; 224 by itself.")] = None,
+    cell: Annotated[int | None, typer.Option(help="Side of a figure's cells in pixels. Default: 224.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

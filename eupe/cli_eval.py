@@ -43,54 +43,57 @@ eval_app = typer.Typer(no_args_is_help=True, help="Judge stores, runs and teache
 
 Subjects = Annotated[
     list[str],
-    typer.Argument(help="Stores, training runs, teachers, or `pixels`, which is no encoder at all: a row each."),
+    typer.Argument(help="Stores, training runs, teachers, or `pixels`, a baseline without an encoder: one row each."),
 ]
-Untrained = Annotated[
-    bool, typer.Option("--untrained", help="Beside every run and teacher, the same with random weights.")
-]
+Untrained = Annotated[bool, typer.Option("--untrained", help="Also judge every run and teacher with random weights.")]
 Results = Annotated[
-    Path | None, typer.Option(help="Append the results to this file (.jsonl), too; a run keeps its own.")
+    Path | None, typer.Option(help="Also append the results to this file (.jsonl); a run keeps its own, too.")
 ]
 Size = Annotated[
     int | None,
-    typer.Option(min=1, help="Side of what encoders see, in pixels; what their patch leaves of it is taken."),
+    typer.Option(min=1, help="Side of the encoder's input in pixels, rounded down to a multiple of its patch."),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first pictures of each split.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Number of pictures to take from each split, the first ones.")]
 Neighbours = Annotated[
     int | None,
-    typer.Option(help="Neighbours of the mutual-neighbour measure; 10, or all where there are fewer, by itself."),
+    typer.Option(help="Number of neighbours of the mutual-neighbour measure. Default: 10, or all if there are fewer."),
 ]
 Scratch = Annotated[
     Path | None,
-    typer.Option(help="Folder of a file that holds the dense tokens, which is gone afterwards; memory by itself."),
+    typer.Option(help="Folder for a temporary file that holds the dense tokens. Default: they are held in memory."),
 ]
-Steps = Annotated[int | None, typer.Option(help="Updates of the head; the paper's number by default.")]
-BatchSize = Annotated[int | None, typer.Option(help="Views per update of the head. Default 16.")]
-Rate = Annotated[float | None, typer.Option(help="Peak learning rate of the head; the paper's by default.")]
+Steps = Annotated[int | None, typer.Option(help="Number of updates of the head. Default: that of the paper.")]
+BatchSize = Annotated[int | None, typer.Option(help="Views per update of the head. Default: 16.")]
+Rate = Annotated[float | None, typer.Option(help="Peak learning rate of the head. Default: that of the paper.")]
 Seed = Annotated[
-    int, typer.Option(min=0, max=2**32 - 1, help="Of the head's first weights, and of the order of views.")
+    int, typer.Option(min=0, max=2**32 - 1, help="Seed of the head's initial weights and of the order of views.")
 ]
 TextWeights = Annotated[
     Path | None,
-    typer.Option(help="open_clip's checkpoint of the whole model, or its directory; the hub's where not given."),
+    typer.Option(help="open_clip checkpoint of the whole model, or its directory. Default: from the hub."),
 ]
 Text = Annotated[
     str | None,
     typer.Option(
-        help="A file of `eupe eval text`, or the teacher whose text tower is to run; the one that subjects lead to "
-        "where not given."
+        help="A file from `eupe eval text`, or the teacher whose text tower to run. Default: the teacher that "
+        "subjects lead to."
     ),
 ]
 Space = Annotated[
     str | None,
-    typer.Option("--space", help="Whose text space, where a run's heads lead to several; or the way to it."),
+    typer.Option(
+        "--space",
+        help="The teacher whose text space to use if a run's heads lead to several; or the targets on the way to it.",
+    ),
 ]
 ClassNames = Annotated[
     Path | None,
-    typer.Option(help="A name a line, in the folders' order (by number where all are integers), or FOLDER<TAB>NAME."),
+    typer.Option(
+        help="File with one name per line, in the folders' order (by number if all are integers), or FOLDER<TAB>NAME."
+    ),
 ]
 Templates = Annotated[
-    Path | None, typer.Option(help="A template a line, `{}` for the name; `a photo of a {}.` where not given.")
+    Path | None, typer.Option(help="File with one template per line, `{}` for the name. Default: `a photo of a {}.`")
 ]
 
 
@@ -102,7 +105,7 @@ def eval_agreement(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Measure cosine, CKA and common neighbours of a run with every target, on held-out pictures."""
+    """Measure cosine, CKA and common neighbours between a run and each of its targets, on held-out pictures."""
     from eupe.evaluate.agreement import agreement, agreement_results
     from eupe.evaluate.result import keep_results, require_place
 
@@ -139,13 +142,13 @@ def eval_agreement(
 
 @eval_app.command("conflict")
 def eval_conflict(
-    stores: Annotated[list[str], typer.Argument(help="Two stores or more, of the same views of the same pictures.")],
-    limit: Annotated[int, typer.Option(help="Views of each pair, at most; spread over the pictures.")] = 2000,
+    stores: Annotated[list[str], typer.Argument(help="Two or more stores of the same views of the same pictures.")],
+    limit: Annotated[int, typer.Option(help="Maximum number of views per pair, spread over the pictures.")] = 2000,
     k: Neighbours = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Compare teachers before training, from caches alone: CKA, common neighbours, how well each predicts the other."""
+    """Compare teachers before training, from stores alone: CKA, common neighbours, how well each predicts the other."""
     from eupe.evaluate.conflict import conflict, conflict_results
     from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.verdict import JUDGED, MEASURED
@@ -177,11 +180,11 @@ def eval_conflict(
 def eval_latency(
     subjects: Annotated[list[str], typer.Argument(help="Runs, teachers, or timm:ARCH; no weights are loaded.")],
     size: Annotated[
-        list[int] | None, typer.Option(help="Side of the input in pixels; 256 and 512 where none is given.")
+        list[int] | None, typer.Option(help="Side of the input in pixels. May be repeated. Default: 256 and 512.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures in a pass; the time is that of one.")] = 1,
-    threads: Annotated[int | None, typer.Option(help="Cores to compute on; all of them where not given.")] = None,
-    repeats: Annotated[int, typer.Option(help="Passes that are timed.")] = 30,
+    batch_size: Annotated[int, typer.Option(help="Pictures per pass; the time is given per picture.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Number of cores to compute on. Default: all.")] = None,
+    repeats: Annotated[int, typer.Option(help="Number of passes that are timed.")] = 30,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -214,7 +217,7 @@ def eval_latency(
     show(table)
     how = found[0].protocol
     out.print(
-        f"{escaped(str(how['cpu']))}, {how['threads']} threads, {how['dtype']}, batches of {how['batch_size']}, ms a "
+        f"{escaped(str(how['cpu']))}, {how['threads']} threads, {how['dtype']}, batches of {how['batch_size']}, ms per "
         f"picture as the median of {how['repeats']} passes, torch {how['torch']}; a multiply-add (MAC) is two FLOPs",
         soft_wrap=True,
     )
@@ -226,11 +229,11 @@ def eval_knn(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Labelled pictures: train/CLASS and val/CLASS, or one corpus of any kind, each picture then judged by "
-            "all others. A store's own labels where not given."
+            help="Labelled pictures: train/CLASS and val/CLASS, or one corpus of any kind, where each picture is "
+            "judged by all others. Default: a store's own labels."
         ),
     ] = None,
-    k: Annotated[int, typer.Option(help="Neighbours that vote.")] = 10,
+    k: Annotated[int, typer.Option(help="Number of neighbours that vote.")] = 10,
     metric: Annotated[str, typer.Option(help="l2 or cosine.")] = "l2",
     image_key: ImageKey = None,
     image_column: ImageColumn = None,
@@ -260,12 +263,15 @@ def eval_linear(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Labelled pictures: train/CLASS and val/CLASS, or one corpus of any kind, a fifth of which is then "
-            "judged. A store's own labels where not given."
+            help="Labelled pictures: train/CLASS and val/CLASS, or one corpus of any kind, of which a fifth is judged. "
+            "Default: a store's own labels."
         ),
     ] = None,
     penalty: Annotated[
-        list[float] | None, typer.Option(help="Of the weights; the best of several, 1e-6 to 100 by default.")
+        list[float] | None,
+        typer.Option(
+            help="Penalty on the weights; the best of several is used. May be repeated. Default: 1e-6 to 100."
+        ),
     ] = None,
     image_key: ImageKey = None,
     image_column: ImageColumn = None,
@@ -295,19 +301,19 @@ def eval_segment(
     data: Annotated[
         Path,
         typer.Option(
-            help="images/{training,validation} with annotations/ (ADE20K), or images/{train,val} with masks/."
+            help="Folder with images/{training,validation} and annotations/ (ADE20K), or images/{train,val} and masks/."
         ),
     ],
     mask_values: Annotated[
         str | None,
         typer.Option(
-            help="Values in masks of classes 0, 1, ..., such as 0,255, or colours: '#000000,#ff0000'. Class numbers by "
-            "default."
+            help="Mask values of classes 0, 1, ..., such as 0,255, or colours: '#000000,#ff0000'. Default: the class "
+            "numbers."
         ),
     ] = None,
     mask_ignore: Annotated[
         str | None,
-        typer.Option(help="Values, or colours, of no class; 255 with masks/ and 0 with annotations/ by default."),
+        typer.Option(help="Mask values or colours that mean no class. Default: 255 with masks/, 0 with annotations/."),
     ] = None,
     size: Size = None,
     steps: Steps = None,
@@ -340,14 +346,17 @@ def eval_segment(
 def eval_depth(
     subjects: Subjects,
     data: Annotated[
-        Path, typer.Option(help="nyu_train.txt and nyu_test.txt (NYUv2), or images/{train,val} with depth/{train,val}.")
+        Path,
+        typer.Option(
+            help="Folder with nyu_train.txt and nyu_test.txt (NYUv2), or images/{train,val} and depth/{train,val}."
+        ),
     ],
-    max_depth: Annotated[float, typer.Option(help="Metres, beyond which nothing counts.")] = 10.0,
+    max_depth: Annotated[float, typer.Option(help="Greatest depth in metres that is judged.")] = 10.0,
     depth_unit: Annotated[
         str | None,
         typer.Option(
-            help="What a step of the maps is: m, cm, mm, metres (1/256 for KITTI, 10/255), or NUMBER/disparity. "
-            "Millimetres in 16-bit pictures, metres in floats and .npy by default."
+            help="Unit of the depth maps: m, cm, mm, a number of metres (1/256 for KITTI, 10/255), or NUMBER/disparity."
+            " Default: mm for 16-bit pictures, m for floats and .npy."
         ),
     ] = None,
     size: Size = None,
@@ -389,10 +398,15 @@ def eval_depth(
 @eval_app.command("correspond")
 def eval_correspond(
     subjects: Subjects,
-    data: Annotated[Path, typer.Option(help="JPEGImages, PairAnnotation/test and Layout/large/test.txt (SPair-71k).")],
-    alpha: Annotated[float, typer.Option(help="Share of the target's box within which a point is found.")] = 0.1,
+    data: Annotated[
+        Path, typer.Option(help="Folder with JPEGImages, PairAnnotation/test and Layout/large/test.txt (SPair-71k).")
+    ],
+    alpha: Annotated[
+        float,
+        typer.Option(help="Greatest distance of a correct match, as a share of the longer side of the target's box."),
+    ] = 0.1,
     size: Size = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of pairs to take, the first ones.")] = None,
     scratch: Scratch = None,
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
@@ -412,9 +426,11 @@ def eval_correspond(
 @eval_app.command("text")
 def eval_text(
     tower: Annotated[str, typer.Argument(help="A teacher with a text space: clip-*-proj, pe-core-*-proj, siglip*.")],
-    output: Annotated[Path, typer.Option("--out", help="Where embeddings are kept (.safetensors).")],
+    output: Annotated[Path, typer.Option("--out", help="The file of embeddings to write (.safetensors).")],
     classes: ClassNames = None,
-    captions: Annotated[Path | None, typer.Option(help="COCO's folder, whose captions are embedded instead.")] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="COCO's folder: embed its captions instead of class names.")
+    ] = None,
     templates: Templates = None,
     text_weights: TextWeights = None,
     overwrite: Overwrite = False,
@@ -443,12 +459,12 @@ def eval_text(
 @eval_app.command("zeroshot")
 def eval_zeroshot(
     subjects: Subjects,
-    data: Annotated[str, typer.Option(help="Labelled pictures: val/CLASS beside train/CLASS, or one corpus.")],
+    data: Annotated[str, typer.Option(help="Labelled pictures: val/CLASS next to train/CLASS, or one corpus.")],
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="A name a line, in the folders' order (by number where all are integers), or FOLDER<TAB>NAME; the "
-            "folders' own names where not given."
+            help="File with one name per line, in the folders' order (by number if all are integers), or "
+            "FOLDER<TAB>NAME. Default: the folders' names."
         ),
     ] = None,
     templates: Templates = None,
@@ -483,12 +499,14 @@ def eval_zeroshot(
 @eval_app.command("retrieval")
 def eval_retrieval(
     subjects: Subjects,
-    data: Annotated[Path, typer.Option(help="captions_val2017.json, or that in annotations/, and val2017/ (COCO).")],
+    data: Annotated[
+        Path, typer.Option(help="Folder with captions_val2017.json, also in annotations/, and val2017/ (COCO).")
+    ],
     text: Text = None,
     text_weights: TextWeights = None,
     space: Space = None,
     size: Size = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pictures.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of pictures to take, the first ones.")] = None,
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
     untrained: Untrained = False,
@@ -511,10 +529,15 @@ def eval_retrieval(
 @eval_app.command("vqa")
 def eval_vqa(
     subjects: Subjects,
-    data: Annotated[Path, typer.Option(help="questions.json (image, split, kind, question, answer) and the pictures.")],
-    steps: Annotated[int | None, typer.Option(help="Of the readout; 600 by default.")] = None,
+    data: Annotated[
+        Path, typer.Option(help="Folder with questions.json (image, split, kind, question, answer) and the pictures.")
+    ],
+    steps: Annotated[int | None, typer.Option(help="Number of updates of the readout. Default: 600.")] = None,
     dropout: Annotated[
-        list[float] | None, typer.Option(help="Of the readout; the best of several, 0.3 and 0.5 by default.")
+        list[float] | None,
+        typer.Option(
+            help="Dropout of the readout; the best of several is used. May be repeated. Default: 0.3 and 0.5."
+        ),
     ] = None,
     size: Size = None,
     weights: LocalWeights = None,
@@ -523,7 +546,10 @@ def eval_vqa(
     results: Results = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how well a small attention readout of frozen features answers questions. A probe, no language model."""
+    """Measure how well a small attention readout of frozen features answers questions.
+
+    It is a probe, not a language model.
+    """
     from eupe.evaluate.vqa import DROPOUTS, FITTING, vqa
 
     fitting = FITTING if steps is None else dataclasses.replace(FITTING, steps=steps)
@@ -537,20 +563,21 @@ def eval_vqa(
 @eval_app.command("report")
 def eval_report(
     judged: Annotated[
-        list[Path], typer.Argument(help="Training runs that were judged, and files of results (.jsonl) of anything.")
+        list[Path], typer.Argument(help="Training runs that were judged, and files of results (.jsonl).")
     ],
     out_path: Annotated[
-        Path | None, typer.Option("--out", help="A page (.html) or Markdown (.md) to write; else the table is printed.")
+        Path | None,
+        typer.Option("--out", help="The page (.html) or Markdown file (.md) to write. Default: print the table."),
     ] = None,
     images: Annotated[
-        str | None, typer.Option(help="Folder of pictures, or an index, of which the page shows the runs' maps.")
+        str | None, typer.Option(help="Folder of pictures, or an index, for which the page shows the runs' maps.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="How many of these pictures.")] = 6,
-    title: Annotated[str, typer.Option(help="Of the page.")] = "Models, side by side",
+    limit: Annotated[int, typer.Option(help="Number of these pictures to show.")] = 6,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Models, side by side",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Report models by tasks on a page, in Markdown or as a table; results of different protocols are kept apart."""
+    """Compare models by task on a page, in Markdown or as a table; results of different protocols are kept apart."""
     from eupe.pages.report_write import write_report
 
     report = write_report(judged, out=out_path, images=images, limit=limit, title=title, overwrite=overwrite)
@@ -628,8 +655,8 @@ def _judge(
                     raise
                 words_of = str(error).splitlines() or [type(error).__name__]
                 raise ConfigError(
-                    f"there is not enough memory to judge {subject.name} so ({words_of[0]}); give a "
-                    "smaller --size, --batch-size or --limit, as far as the task has them"
+                    f"there is not enough memory to judge {subject.name} in this way ({words_of[0]}); give a "
+                    "smaller --size, --batch-size or --limit, if the task has them"
                 ) from error
             keep_results(found[-1:], results)
     if as_json:

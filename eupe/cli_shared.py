@@ -30,33 +30,41 @@ err = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the file at --out, though nothing in it says that eupe made it.")
+    bool, typer.Option("--overwrite", help="Replace the file at --out even if nothing in it shows that eupe made it.")
 ]
 PicturesPath = Annotated[
     str | None,
-    typer.Option("--corpus", help="Where the pictures are now; else the place noted in the store."),
+    typer.Option("--corpus", help="Where the pictures are now. Default: the location recorded in the store."),
 ]
 ImageKey = Annotated[
     str | None,
     typer.Option(
         "--image-key",
-        help="Of tars whose samples hold several pictures: which to take, by its name after the first dot, as "
-        "input.jpg; '*' takes each by itself.",
+        help="For tars whose samples hold several pictures: the picture to take, by its name after the first dot, such "
+        "as input.jpg; '*' takes each as its own sample.",
     ),
 ]
 ImageColumn = Annotated[
-    str | None, typer.Option("--image-column", help="Of tables: the column of pictures; STRUCT.CHILD inside a struct.")
+    str | None,
+    typer.Option("--image-column", help="For tables: the picture column; STRUCT.CHILD for a field of a struct."),
 ]
 LabelColumn = Annotated[
     str | None,
-    typer.Option("--label-column", help="Of tables and metadata files: the column of labels; of tars the .json's."),
+    typer.Option(
+        "--label-column",
+        help="For tables and metadata files: the label column; for tars: the entry of the .json files.",
+    ),
 ]
 LocalWeights = Annotated[list[str] | None, typer.Option("--weights", help="TEACHER=PATH: local weights of a teacher.")]
 LocalKeys = Annotated[
     list[str] | None,
-    typer.Option("--weights-key", help="TEACHER=KEY: where in a file of several models its weights are: teacher, ema."),
+    typer.Option(
+        "--weights-key", help="TEACHER=KEY: the key of its weights in a file of several models, such as teacher or ema."
+    ),
 ]
-WEIGHTS_KEY = "Where in a file of several models its weights are: teacher, ema; found by itself if only one place fits."
+WEIGHTS_KEY = (
+    "Key of the weights in a file of several models (teacher, ema). Default: found automatically if only one fits."
+)
 
 
 def local_weights(words: list[str] | None, subjects: Sequence[str]) -> dict[str, Path]:
@@ -89,7 +97,7 @@ def local_keys(words: list[str] | None) -> dict[str, str]:
 def require_weights_of_key(weights: Path | None, key: str | None) -> None:
     """Raise ConfigError if there is a key but no weights file."""
     if key is not None and weights is None:
-        raise ConfigError(f"--weights-key {key} is of no file; give --weights, too")
+        raise ConfigError(f"--weights-key {key} needs a weights file; give --weights, too")
 
 
 def escaped(text: str) -> str:

@@ -45,8 +45,8 @@ def start_ray(num_cpus: int) -> None:
             ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder), **QUIET)
     except Exception as error:  # of many types; all mean that Ray did not start
         raise ConfigError(
-            f"Ray cannot start on this machine, with its files in {folder}: {_first_line(error)}; name another short, "
-            "writable folder in RAY_TMPDIR"
+            f"Ray cannot start on this machine, with its files in {folder}: {_first_line(error)}; set RAY_TMPDIR to "
+            "another short, writable folder"
         ) from error
 
 
@@ -72,8 +72,8 @@ def scratch_folder() -> Path:
             return folder
     longest = LONGEST_SOCKET - OF_A_SESSION - len("/ray")
     raise ConfigError(
-        f"Ray finds no folder for its files: {', '.join(map(str, bases))} cannot be written, or are too long for the "
-        f"path of a socket; name a folder of at most {longest} characters in RAY_TMPDIR"
+        f"Ray finds no folder for its files: {', '.join(map(str, bases))} cannot be written, or are too long for a "
+        f"socket path; set RAY_TMPDIR to a folder of at most {longest} characters"
     )
 
 
@@ -109,7 +109,7 @@ def join_ray(address: str, *, hello_seconds: float = HELLO_SECONDS) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray cluster answers at --ray-address {address} (or RAY_ADDRESS): {_first_line(error)}; start one, or "
-            "leave the option out and unset RAY_ADDRESS to work on this machine alone"
+            "omit the option and unset RAY_ADDRESS to use this machine alone"
         ) from error
 
 
@@ -167,12 +167,12 @@ def _require_hello(connection: socket.socket, seconds: float) -> None:
         while len(said) < FRAME_HEAD:
             connection.settimeout(max(0.01, until - time.monotonic()))
             if not (more := connection.recv(FRAME_HEAD - len(said))):
-                raise ConnectionError("what listens there ends the connection, so it is no Ray, or not yet")
+                raise ConnectionError("the server there closes the connection, so it is not Ray, or is still starting")
             said += more
     except TimeoutError:
-        raise TimeoutError(f"what listens there has said nothing for {seconds:g} s, so it is no Ray") from None
+        raise TimeoutError(f"the server there has sent nothing for {seconds:g} s, so it is not Ray") from None
     if said[3] != SETTINGS:
-        raise ValueError(f"what listens there is no Ray: it says {said!r}")
+        raise ValueError(f"the server there is not Ray: it sends {said!r}")
 
 
 def _first_line(error: Exception) -> str:

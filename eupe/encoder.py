@@ -79,15 +79,17 @@ class EncoderCard:
             wrong kind.
         """
         if not isinstance(card, Mapping):
-            raise ConfigError(f"an encoder card is an object, not {type(card).__name__}")
+            raise ConfigError(f"an encoder card must be an object, not {type(card).__name__}")
         names = {field.name for field in dataclasses.fields(cls)}
         if wrong := sorted(names ^ set(card)):
-            raise ConfigError(f"an encoder card has fields missing or unknown: {', '.join(wrong)}")
+            raise ConfigError(f"an encoder card has missing or unknown fields: {', '.join(wrong)}")
         if card["summary"] not in get_args(SummaryKind) or card["dense"] not in get_args(DenseKind):
             raise ConfigError(f"an encoder card has unknown kinds: {card['summary']!r}, {card['dense']!r}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
         if wrong := [name for name, value in values.items() if not _is_of_its_kind(name, value)]:
-            raise ConfigError(f"an encoder card has {', '.join(f'{name} {card[name]!r}' for name in wrong)}")
+            raise ConfigError(
+                f"an encoder card has invalid fields: {', '.join(f'{name} {card[name]!r}' for name in wrong)}"
+            )
         return cls(**values)
 
 
@@ -192,11 +194,11 @@ def _try_student(arch: str, sizes: tuple[int, ...], views: int) -> None:
 def _why_not_trained(arch: str, first: int, size: int, error: Exception) -> str:
     if "more than 1 value per channel" in str(error):
         return (
-            f"{arch} cannot learn from one view of {size} px at a time, as its batch norms have one value per channel; "
-            "give each worker two views or more: a greater --batch-size, or fewer --num-workers or --accumulate"
+            f"{arch} cannot be trained on one view of {size} px at a time, because its batch norms get one value per "
+            "channel; give each worker two views or more: a larger --batch-size, or fewer --num-workers or --accumulate"
         )
     if size != first:
-        return f"{arch} laid out for {first} px does not take {size} px, too ({_brief(error)}); give one --size"
+        return f"{arch} built for {first} px does not also take {size} px ({_brief(error)}); give one --size"
     return f"{arch} cannot be trained at {size} px ({_brief(error)}); give another --student"
 
 
@@ -252,7 +254,7 @@ def _tried(arch: str, size: int, patch: int) -> tuple[Any, Tokens]:
         raise _SizeError(f"timm's model does not take it ({_brief(error)})") from error
     got, want = tuple(tokens.dense.shape[1:3]), size // patch
     if got != (want, want):
-        raise _SizeError(f"it gives a {got[0]}x{got[1]} map, not the {want}x{want} that its stride of {patch} promises")
+        raise _SizeError(f"it gives a {got[0]}x{got[1]} map, not the {want}x{want} that its stride of {patch} implies")
     return model, tokens
 
 
@@ -266,7 +268,11 @@ def _other_sizes(arch: str, size: int, own: int, patch: int) -> str:
     near_ones = [each for each in (below, below + patch) if each != size and _takes(arch, each, patch)]
     if near_ones:
         return f"use {' or '.join(map(str, near_ones))}"
-    return f"use its own, {own}" if takes_own else "no size next to it works, nor its own; use another architecture"
+    return (
+        f"use its own size, {own}"
+        if takes_own
+        else "the nearest sizes and its own do not work either; use another architecture"
+    )
 
 
 def _takes(arch: str, size: int, patch: int) -> bool:
@@ -324,14 +330,14 @@ def _config_of_directory(folder: Path) -> Any:
     from timm.models._hub import load_model_config_from_path
 
     if not (folder / "config.json").is_file():
-        what = "has no config.json, so is not laid out as timm does" if folder.is_dir() else "does not exist"
-        raise ConfigError(f"{folder} {what}; give a folder of timm's save_for_hf, or of `eupe export --format timm`")
+        what = "has no config.json, so it is not in timm's layout" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"{folder} {what}; give a folder made by timm's save_for_hf or `eupe export --format timm`")
     try:
         own, arch, _ = load_model_config_from_path(folder)
         config = resolve_pretrained_cfg(arch, own)
     except Exception as error:
         words = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{folder / 'config.json'} cannot be read as timm does ({words[:200]})") from error
+        raise ConfigError(f"{folder / 'config.json'} cannot be read by timm ({words[:200]})") from error
     if not timm.is_model(arch):
         raise ConfigError(
             f"{folder / 'config.json'}: timm has no architecture {arch!r}{near(arch, timm.list_models())}"
@@ -441,7 +447,7 @@ def load_encoder(directory: Path) -> Encoder:
         with torch.random.fork_rng(devices=[]):
             encoder = build_encoder(card.arch, size=card.size)
         if encoder.card != card:
-            raise ConfigError(f"the installed timm {timm.__version__} builds another {card.arch}: {encoder.card}")
+            raise ConfigError(f"the installed timm {timm.__version__} builds a different {card.arch}: {encoder.card}")
         load_state_dict_strictly(encoder.model, weights, source=str(directory / WEIGHTS_FILE))
     except (ConfigError, TeacherError) as error:
         raise RunError(f"the student in {directory} cannot be rebuilt: {error}") from error
@@ -546,5 +552,7 @@ def _is_norm(module: object) -> bool:
 def _patch(model: Any, arch: str) -> int:
     """Return the pixels per dense cell, from the model's own table of stages."""
     if not getattr(model, "feature_info", None):
-        raise ConfigError(f"{arch} has no table of stages, so neither patch tokens nor a feature map to learn from")
+        raise ConfigError(
+            f"{arch} has no table of stages, so it has neither patch tokens nor a feature map to learn from"
+        )
     return int(model.feature_info[-1]["reduction"])

@@ -65,8 +65,8 @@ class Holder:
         for lease in self._leases:
             if lease.lost:
                 raise IncompleteError(
-                    f"another process writes to {lease.place} by now, since this one could not renew its hold on it; "
-                    "the parts that were committed are whole"
+                    f"another process now writes to {lease.place}, because this one could not renew its lease on it; "
+                    "the parts that were committed are intact"
                 )
 
 

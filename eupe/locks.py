@@ -33,7 +33,7 @@ def lock_file(path: Path, *, verb: str, of: Path) -> int:
     Raises: ConfigError if another process holds it, or it is a link or a file that eupe did not write; OSError.
     """
     if path.is_symlink():
-        raise ConfigError(f"{path}, by which eupe locks {of}, is a link; remove it")
+        raise ConfigError(f"{path}, which eupe uses to lock {of}, is a link; remove it")
     while True:
         # O_NOFOLLOW: a link may have appeared since the check
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -49,7 +49,7 @@ def lock_file(path: Path, *, verb: str, of: Path) -> int:
             # a file without our note is not ours, and truncating would empty it
             if (found := os.pread(descriptor, 4096, 0)) and _holder(found) is None:
                 os.close(descriptor)
-                raise ConfigError(f"{path}, by which eupe locks {of}, was not written by eupe; move it away")
+                raise ConfigError(f"{path}, which eupe uses to lock {of}, was not written by eupe; move it away")
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder_note(verb)).encode(), 0)
             return descriptor
@@ -73,8 +73,8 @@ def _holder(note: bytes) -> str | None:
 
 def is_held(of: object, note: bytes) -> str:
     """Return the message that a place is held, and by whom, from the holder's note."""
-    who = _holder(note) or "a process that has not said who it is"
-    return f"{of} is being written by {who}; wait for its end, or stop it, and run the same command again"
+    who = _holder(note) or "an unidentified process"
+    return f"{of} is being written by {who}; wait until it ends, or stop it, and run the same command again"
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def unfinished(out: Path, *, verb: str) -> Iterator[Path]:
     lock = lock_file(lock_path, verb=verb, of=out)
     try:
         if folder.is_symlink():
-            raise ConfigError(f"{folder}, where {out} is to be made, is a link; remove it, and run the same again")
+            raise ConfigError(f"{folder}, in which {out} is made, is a link; remove it and run the same command again")
         shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
         folder.mkdir()
         try:

@@ -46,20 +46,20 @@ def _required(place: Place, out: Where, is_ours: Callable[[Place], bool], read: 
     """
     if place.is_local and place.local.is_symlink():
         if not place.local.exists():
-            raise ConfigError(f"--out {out} is a link to nothing; name another, or remove it")
+            raise ConfigError(f"--out {out} is a broken link; name another file, or remove it")
         place = place.resolved()
     if any(place == source or _is_same(place, source) for source in read):
-        raise ConfigError(f"--out {out} is what is to be read; name another file")
+        raise ConfigError(f"--out {out} is one of the inputs; name another file")
     if place.is_local and place.local.is_dir():
         raise ConfigError(f"--out {out} is a folder; name a file in it")
     if place.is_local and place.local.exists() and not place.local.is_file():
         raise ConfigError(f"--out {out} is a pipe or a device; name a file")
     if place.parent.exists(place.name) and not _bears_mark(place, is_ours):
         if any(place.url.startswith(f"{source.resolved().url.rstrip('/')}/") for source in read):
-            raise ConfigError(f"--out {out} lies in what is to be read, and is not of eupe's making; name another file")
+            raise ConfigError(f"--out {out} is inside one of the inputs and was not made by eupe; name another file")
         if not overwrite:
             raise ConfigError(
-                f"--out {out} is there, and nothing in it says that eupe made it; name another, or replace it with "
+                f"--out {out} exists, and nothing in it shows that eupe made it; name another file, or replace it with "
                 "--overwrite"
             )
     return place

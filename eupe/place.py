@@ -118,7 +118,7 @@ class Place:
         """
         parent = self.url.rpartition("/")[0]
         if not self.is_local and "://" not in parent:
-            raise ConfigError(f"{self} is a bucket; name something in it")
+            raise ConfigError(f"{self} is a bucket; give a path in it")
         return Place(parent or "/")
 
     @property
@@ -168,7 +168,7 @@ class Place:
         """
         data = self.read_range(name, 0, DOCUMENT_BYTES + 1)
         if len(data) > DOCUMENT_BYTES:
-            raise StorageError(f"{self / name} has more than {DOCUMENT_BYTES} bytes, so it is no metadata of a store")
+            raise StorageError(f"{self / name} has more than {DOCUMENT_BYTES} bytes, so it is not metadata of a store")
         return data
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
@@ -442,8 +442,8 @@ def storage_error(error: Exception, where: Place | Path, verb: str = "written") 
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or "No space left" in text or "RESOURCE_EXHAUSTED" in text or "quota" in text:
         return StorageError(
-            f"no space left while writing {where}; the parts committed before are whole: free some space and run the "
-            "same command again"
+            f"no space left while writing {where}; the parts committed before are intact: free some space and run "
+            "the same command again"
         )
     outages = OUTAGES | {errno.EIO} if verb == "written" else OUTAGES
     code = error.errno if isinstance(error, OSError) else OS_ERROR.search(text)
@@ -466,10 +466,10 @@ def _server_words(text: str) -> str:
     if "NoSuchBucket" in text:
         return "the bucket does not exist"
     if REFUSED.search(text):
-        return f"the server refuses access ({said}); check the credentials and what they allow"
+        return f"the server refuses access ({said}); check the credentials and their permissions"
     if UNANSWERED.search(text):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         server = f"the server {without_password(endpoint)}" if endpoint else "the server"
         fault = "does not answer" if "CURL error" in text else "keeps failing"
-        return f"{server} {fault} ({said}); once it serves, run the same command again"
+        return f"{server} {fault} ({said}); once it answers, run the same command again"
     return said

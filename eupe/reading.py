@@ -40,12 +40,12 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
     try:
         value = yaml.load(text, Loader=loader)
         if _num_values(value, {}) > MOST_VALUES:
-            raise ValueError(f"its aliases make more than {MOST_VALUES} values of it")
+            raise ValueError(f"its aliases expand to more than {MOST_VALUES} values")
         return value
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
-        raise ValueError("it is nested too deeply, or holds itself") from error
+        raise ValueError("it is nested too deeply, or contains itself") from error
 
 
 def _num_values(value: Any, known: dict[int, int]) -> int:

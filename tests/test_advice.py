@@ -63,7 +63,7 @@ TRAIN = ("train", "--targets", "store/a.zarr", "--out", "r")
     ("words", "said"),
     [
         (("train", "--targets", "runs/tiny", "--student", "test_vit", "--out", "r"), "tiny is a training run, not a"),
-        (("store", "verify", "runs/tiny"), "cache what its student says with `eupe extract --teacher"),
+        (("store", "verify", "runs/tiny"), "cache its student's features with `eupe extract --teacher"),
         (
             ("eval", "knn", "runs/tinny", "--data", "pics"),
             "error: there is no directory runs/tinny; did you mean runs/t",
@@ -74,19 +74,19 @@ TRAIN = ("train", "--targets", "store/a.zarr", "--out", "r")
         (("eval", "agreement", "store/a.zarr"), "store/a.zarr is not a training run: it is a store"),
         (("export", "store/a.zarr", "--format", "timm", "--out", "x"), "is not a training run: it is a store"),
         (("eval", "agreement", "runs/none"), "runs/none is not a training run: there is no such directory"),
-        ((*TRAIN, "--recipe", "stage1"), "views there are to train on (--batch-size is from --recipe stage1)"),
+        ((*TRAIN, "--recipe", "stage1"), "training views (--batch-size is from --recipe stage1)"),
         (
             (*TRAIN, "--recipe", "stage1", "--config", "proxy.yaml"),
-            "--batch-size 4096 exceeds the 46 views there are to train on (--batch-size is from --config proxy.yaml)",
+            "--batch-size 4096 exceeds the 46 training views (--batch-size is from --config proxy.yaml)",
         ),
-        ((*TRAIN, "--config", "none.yaml"), "there is no file none.yaml"),
+        ((*TRAIN, "--config", "none.yaml"), "--config none.yaml does not exist"),
         (
             ("extract", "--teacher", "dinov2", "--teacher", "efficientnet-lite0", "--corpus", "pics", "--size", "320"),
-            "14 px (dinov2-s), 32 px (efficientnet-lite0); give --size 224 or --size 448, or extract them one by one",
+            "14 px (dinov2-s), 32 px (efficientnet-lite0); give --size 224 or --size 448, or extract them separately",
         ),
         (
             ("plan", "--teacher", "dinov2", "--teacher", "dinov3-s", "--num-images", "9", "--size", "100"),
-            "14 px (dinov2-s), 16 px (dinov3-s); give --size 112, or extract them one by one",
+            "14 px (dinov2-s), 16 px (dinov3-s); give --size 112, or extract them separately",
         ),
         ((*EXTRACT, "--precision", "int4"), "precision 'int4' is unknown"),
         ((*EXTRACT, "--dtype", "fp12"), "--dtype fp12 is unknown"),
@@ -101,7 +101,7 @@ TRAIN = ("train", "--targets", "store/a.zarr", "--out", "r")
         ((*EXTRACT, "--weights", "w.safetensors", "--ray-address", "auto"), "no Ray cluster answers"),
         (
             ("extract", "--teacher", "dinov2", "--corpus", "pics", "--weights", "w.safetensors"),
-            "w.safetensors has no config.json beside it, and the configuration of facebook/dinov2-small cannot be",
+            "w.safetensors has no config.json next to it, and the configuration of facebook/dinov2-small cannot be",
         ),
         (
             ("eval", "knn", "store/a.zarr", "dinov2", "pixels", "--weights", "w.safetensors", "--data", "pics"),
@@ -120,7 +120,7 @@ def test_a_mistake_says_what_to_do_before_any_picture_is_read(
 
 def test_an_option_that_was_typed_is_not_said_to_be_from_a_file(here: Path, run_eupe: Run) -> None:
     told = run_eupe(*TRAIN, "--recipe", "stage1", "--config", "proxy.yaml", "--batch-size", "8192").err
-    assert told.endswith("--batch-size 8192 exceeds the 46 views there are to train on\n")
+    assert told.endswith("--batch-size 8192 exceeds the 46 training views\n")
 
 
 def test_without_a_hub_the_cache_alone_is_asked_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_without_a_hub_the_cache_alone_is_asked_and_at_once(monkeypatch: pytest.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     began = time.monotonic()
-    with pytest.raises(TeacherError, match=r"127\.0\.0\.1:9 does not answer, and the cache here lacks it"):
+    with pytest.raises(TeacherError, match=r"127\.0\.0\.1:9 does not answer, and the local cache does not have it"):
         describe("hf:nobody/nothing")
     assert time.monotonic() - began < 10
     assert not huggingface_hub.constants.HF_HUB_OFFLINE

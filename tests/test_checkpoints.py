@@ -101,7 +101,7 @@ def test_several_models_are_asked_about(
     names = state if fitting else None
     if fitting:
         with pytest.raises(
-            TeacherError, match=f"several models, under {keys[0]} and {keys[1]}; say which by --weights"
+            TeacherError, match=f"several models, under {keys[0]} and {keys[1]}; choose one with --weights"
         ):
             read_checkpoint(path, fitting=names)
     for key, want in zip(keys, (state, moved(state)), strict=True):
@@ -132,7 +132,7 @@ NO_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "answer": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a server's answer"),
     "JSON": (b'{"error": "Repository not found"}', "a JSON document"),
     "empty": (b"", "is empty"),
-    "text": (b"these are no weights", "neither safetensors nor what torch.save writes"),
+    "text": (b"these are no weights", "neither safetensors nor written by torch.save"),
 }
 
 
@@ -164,7 +164,7 @@ def test_other_objects_are_refused_in_a_sentence(
     with pytest.raises(TeacherError, match=said) as error:
         read_checkpoint(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert "save its tensors alone" in str(error.value) or "state dict" in str(error.value)
+    assert "save only its tensors" in str(error.value) or "state dict" in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
@@ -199,7 +199,7 @@ def test_a_student_starts_from_wrapped_weights(wrap: str, state: State, tmp_path
     assert report.share == 1 and not report.fresh
     assert torch.equal(encoder.model.state_dict()["norm.weight"], state["norm.weight"])
     torch.save({"model": state, "model_ema": moved(state)}, path)
-    with pytest.raises(TeacherError, match="model_ema; save the one that you mean in a file of its own"):
+    with pytest.raises(TeacherError, match="model_ema; save the one that you mean in a separate file"):
         init_from_weights(path, encoder)
 
 

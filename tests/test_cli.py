@@ -56,7 +56,7 @@ def sentence(outcome: Any) -> str:
         ),
         (["train", "--targets", "empty", "--student", "test_vit", "--out", "r"], 2, "is not a feature store"),
         (["eval", "agreement", "empty"], 2, "is not a training run"),
-        (["eval", "knn", "nowhere"], 2, "is no store"),
+        (["eval", "knn", "nowhere"], 2, "is not a store"),
         (["store", "info", "empty"], 2, "is not a feature store"),
         (["index", "--corpus", "pictures", "--out", "index.csv"], 2, "must end in .parquet"),
         (["teachers", "nobody"], 2, "nobody"),
@@ -231,7 +231,7 @@ def test_a_family_and_its_options_through_the_command_line(tiny_store: Store, tm
     assert config["size"] == [32, 64] and config["weight"]["timm:test_vit/dense"] == 2 and config["views"] == "cycle"
     assert config["clip"] == 1.0 and config["ema"] == 0.9 and config["student"] == "test_vit2"
     again = run_eupe("train", "--config", tmp_path / "a" / "options.yaml", "--out", tmp_path / "a")
-    assert again.code == 0 and "finished already" in again.out
+    assert again.code == 0 and "already finished" in again.out
     third = ["--init", tmp_path / "a", "--out", tmp_path / "third", "--steps", 1]
     assert run_eupe(*words[:7], "--head-width", 16, "--holdout", 0.3, *third).code == 0
 
@@ -259,6 +259,6 @@ def test_a_plan_says_short_times_in_seconds_and_whose_place_it_asked(
     assert outcome.code == 0, outcome.err
     lines = dict(line.split(": ", 1) for line in outcome.out.splitlines() if ": " in line)
     assert lines["time, 1 worker like this"].endswith(" s")
-    assert any(name.endswith("timm-test_vit.zarr, where the store lies without --out") for name in lines)
+    assert any(name.endswith("timm-test_vit.zarr, where the store will be without --out") for name in lines)
     given = run_eupe(*words, "--out", tmp_path / "s.zarr").out
     assert f"free at {tmp_path}/s.zarr: " in given and "bitround:B is fp16 rounded to B bits" in given

@@ -44,7 +44,7 @@ def test_ray_lies_where_its_sockets_can_be(short: Path, tmp_path: Path, monkeypa
 
 def test_no_folder_at_all_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_can_be_used", lambda folder: False)
-    with pytest.raises(ConfigError, match=r"finds no folder .*of at most 37 characters in RAY_TMPDIR"):
+    with pytest.raises(ConfigError, match=r"finds no folder .*set RAY_TMPDIR to a folder of at most 37 characters"):
         scratch_folder()
 
 
@@ -53,7 +53,9 @@ def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("the raylet died\nand more")
 
     monkeypatch.setattr("ray.init", refuse)
-    with pytest.raises(ConfigError, match=r"Ray cannot start on this machine.*: the raylet died; name another"):
+    with pytest.raises(
+        ConfigError, match=r"Ray cannot start on this machine.*: the raylet died; set RAY_TMPDIR to another"
+    ):
         start_ray(1)
 
 
@@ -68,7 +70,7 @@ def test_a_cluster_that_is_gone_is_a_sentence(form: str, monkeypatch: pytest.Mon
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setattr(cluster, "_found_by_ray", lambda: f"127.0.0.1:{port}")
-    with pytest.raises(ConfigError, match=r"no Ray cluster answers at --ray-address .*leave the option out"):
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers at --ray-address .*omit the option"):
         join_ray(form.format(port))
 
 
@@ -92,11 +94,11 @@ def test_a_cluster_that_answers_is_joined_and_other_words_refused(monkeypatch: p
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (None, "has said nothing for 0.2 s, so it is no Ray"),
-        (b"", "ends the connection, so it is no Ray, or not yet"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no Ray: it says b'HTTP/1.1 '"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", "is no Ray: it says b'SSH-2.0-O'"),
-        (b"SSH", "ends the connection"),
+        (None, "has sent nothing for 0.2 s, so it is not Ray"),
+        (b"", "closes the connection, so it is not Ray, or is still starting"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not Ray: it sends b'HTTP/1.1 '"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "is not Ray: it sends b'SSH-2.0-O'"),
+        (b"SSH", "closes the connection"),
     ],
 )
 def test_what_listens_but_is_no_ray_is_a_sentence(
@@ -109,9 +111,7 @@ def test_what_listens_but_is_no_ray_is_a_sentence(
         monkeypatch.setattr(cluster, "_found_by_ray", lambda: f"127.0.0.1:{port}")
         if answer is not None:
             pool.submit(say, server, answer)
-        with pytest.raises(
-            ConfigError, match=f"no Ray cluster answers at --ray-address .*{said}.*leave the option out"
-        ):
+        with pytest.raises(ConfigError, match=f"no Ray cluster answers at --ray-address .*{said}.*omit the option"):
             join_ray(form.format(port), hello_seconds=0.2 if answer is None else 15)
 
 

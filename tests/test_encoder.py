@@ -197,12 +197,16 @@ def test_model_without_a_grid_is_refused() -> None:
         pytest.param(
             "jx_nest_tiny",
             64,
-            r"timm's model does not take it \(AssertionError: .*\); use its own, 224",
+            r"timm's model does not take it \(AssertionError: .*\); use its own size, 224",
             marks=pytest.mark.filterwarnings("ignore:Mapping deprecated"),
         ),
         ("deit_tiny_patch16_224", 250, "its patch is 16 pixels and must divide the size; use 240 or 256"),
-        ("crossvit_tiny_240", 64, ".* must divide the size; no size next to it works, nor its own; use another"),
-        ("inception_v3", 96, "it gives a 1x1 map, not the 3x3 .*; no size next to it works"),
+        (
+            "crossvit_tiny_240",
+            64,
+            ".* must divide the size; the nearest sizes and its own do not work either; use another",
+        ),
+        ("inception_v3", 96, "it gives a 1x1 map, not the 3x3 .*; the nearest sizes and its own do not work"),
     ],
 )
 def test_sizes_that_are_advised_work(arch: str, size: int, words: str) -> None:
@@ -216,9 +220,14 @@ def test_sizes_that_are_advised_work(arch: str, size: int, words: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "sizes", "views", "words"),
     [
-        ("test_efficientnet", [32], 1, "test_efficientnet cannot learn from one view of 32 px at a time, .* two views"),
-        ("efficientvit_m0", [64], 1, "cannot learn from one view of 64 px at a time"),
-        ("test_vit_relpos", [64, 80], 8, "laid out for 64 px does not take 80 px, too .*; give one --size"),
+        (
+            "test_efficientnet",
+            [32],
+            1,
+            "test_efficientnet cannot be trained on one view of 32 px at a time, .* two views",
+        ),
+        ("efficientvit_m0", [64], 1, "cannot be trained on one view of 64 px at a time"),
+        ("test_vit_relpos", [64, 80], 8, "built for 64 px does not also take 80 px .*; give one --size"),
     ],
 )
 def test_what_cannot_be_trained_is_told_before_it_is_built(arch: str, sizes: list[int], views: int, words: str) -> None:

@@ -57,7 +57,7 @@ def test_a_second_is_told_who_holds_it_since_when(tmp_path: Path) -> None:
     with held(tmp_path, "store repair") as other, Holder("extract") as holder, pytest.raises(ConfigError) as refusal:
         holder.hold(Place.of(tmp_path))
     said = f"{tmp_path} is being written by `eupe store repair`, process {other.pid} on {socket.gethostname()}, since "
-    assert re.match(re.escape(said) + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d .*; wait for its end", str(refusal.value))
+    assert re.match(re.escape(said) + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d .*; wait until it ends", str(refusal.value))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, None])
@@ -178,7 +178,7 @@ def test_one_whose_lease_was_taken_over_is_told_and_leaves_it(s3: S3Server) -> N
         first.hold(place)
         place.write(LEASE, b'{"verb": "extract", "process": 1, "host": "other", "since": "now", "holder": "another"}')
         time.sleep(1.0)
-        with pytest.raises(IncompleteError, match="another process writes to s3://"):
+        with pytest.raises(IncompleteError, match="another process now writes to s3://"):
             first.require_held()
     assert b"another" in place.read(LEASE)
 

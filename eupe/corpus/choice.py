@@ -55,7 +55,7 @@ class Choice:
         """
         choice = cls(**parse_json(data)) if data else cls()
         if not all(isinstance(value, str) for value in choice.given().values()):
-            raise TypeError("what was chosen is not in words")
+            raise TypeError("the recorded choice is not text")
         return choice
 
 

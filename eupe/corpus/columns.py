@@ -208,9 +208,9 @@ def _found(
     if named:
         return None, named[0]
     raise NoPicturesError(
-        f"table {where} has no column of pictures among {_some(schema.names)}; it takes a struct with bytes "
-        f"(Hugging Face's Image), a binary column ({', '.join(BINARY_COLUMNS)}) or one of paths "
-        f"({', '.join(PATH_COLUMNS)}), or what --image-column names"
+        f"table {where} has no picture column among {_some(schema.names)}; expected a struct with bytes "
+        f"(Hugging Face's Image), a binary column ({', '.join(BINARY_COLUMNS)}), a column of paths "
+        f"({', '.join(PATH_COLUMNS)}), or the column named by --image-column"
     )
 
 
@@ -222,9 +222,7 @@ def _only(found: Sequence[PictureColumn], where: Place) -> PictureColumn:
     images = [column for column in found if column.name == "image"]
     if len(found) > 1 and not images:
         names = ", ".join(column.name for column in found)
-        raise CorpusError(
-            f"table {where} has several columns of pictures, {names}; choose one of them by --image-column"
-        )
+        raise CorpusError(f"table {where} has several picture columns, {names}; choose one with --image-column")
     return (images or found)[0]
 
 
@@ -239,7 +237,7 @@ def _named(candidates: Sequence[PictureColumn], name: str, schema: pa.Schema, wh
     telling = [c.name for c in candidates if c.has_bytes] or schema.names
     if (kind := _type_at(schema, _split(name, schema))) is not None:
         raise CorpusError(
-            f"column {name} of table {where} holds {kind}, which is no picture; --image-column may be {_some(telling)}"
+            f"column {name} of table {where} holds {kind}, not pictures; --image-column may be {_some(telling)}"
         )
     raise CorpusError(f"table {where} has no column {name}; --image-column may be {_some(telling)}")
 
@@ -258,7 +256,7 @@ def _label(schema: pa.Schema, above: Path, where: Place, choice: Choice) -> tupl
             raise CorpusError(f"table {where} has no column {name}; --label-column may be {_some(_labels_in(schema))}")
         if not _is_label(kind):
             raise CorpusError(
-                f"column {name} of table {where} holds {kind}, which is no label; --label-column may be "
+                f"column {name} of table {where} holds {kind}, not labels; --label-column may be "
                 f"{_some(_labels_in(schema))}"
             )
         return LabelColumn(path, kind, _class_names(schema, path)), ()
@@ -266,7 +264,7 @@ def _label(schema: pa.Schema, above: Path, where: Place, choice: Choice) -> tupl
     usable = [(path, kind) for path, kind in there if _is_label(kind)]
     if not usable:
         return None, tuple(
-            f"column {'.'.join(path)} holds {kind}, which is no label, so none was taken; --label-column chooses"
+            f"column {'.'.join(path)} holds {kind}, not labels, so none were taken; choose another with --label-column"
             for path, kind in there[:1]
             if not pa.types.is_null(kind)
         )
@@ -278,7 +276,7 @@ def _label(schema: pa.Schema, above: Path, where: Place, choice: Choice) -> tupl
 def _note(what: str, taken: str, others: Sequence[str], option: str) -> tuple[str, ...]:
     if not others:
         return ()
-    return (f"{what} are those of column {taken}; there is also {_some(others)}: {option} chooses",)
+    return (f"{what} are taken from column {taken}; there is also {_some(others)}: choose with {option}",)
 
 
 def _paths(names: Sequence[str], above: Path) -> list[Path]:

@@ -220,8 +220,8 @@ def chosen_index(found: Source) -> Corpus:
     corpus = read_index(found.root / found.files[0])
     if found.choice not in (AS_FOUND, corpus.choice):
         raise CorpusError(
-            f"index {found.root / found.files[0]} was made {corpus.choice.told()}; {found.choice.words()} chooses when "
-            "pictures are indexed, so give it to `eupe index`, or leave it out here"
+            f"index {found.root / found.files[0]} was made {corpus.choice.told()}; {found.choice.words()} has "
+            "an effect only when pictures are indexed, so give it to `eupe index`, or omit it here"
         )
     return corpus.pick(include=found.patterns.include, exclude=found.patterns.exclude)
 
@@ -417,7 +417,7 @@ def index_from_bytes(data: bytes, where: str) -> Corpus:
         notes = parse_json(metadata.get(NOTES_KEY, b"[]"))
         choice = Choice.from_bytes(metadata.get(CHOICE_KEY, b""))
         if not all(type(count) is int for count in left_out.values()) or not all(isinstance(n, str) for n in notes):
-            raise ValueError("what it says of its pictures is not in words and counts")
+            raise ValueError("its notes are not text or its counts are not integers")
         _require_places(table)
     except (ValueError, TypeError, AttributeError, ConfigError) as error:
         raise CorpusError(f"index {where} is damaged ({error}); index the pictures again") from error
@@ -433,12 +433,12 @@ def _require_places(samples: pa.Table) -> None:
         column = samples[name] if name in samples.schema.names else pa.nulls(0, pa.int64())
         ends = pc.min_max(column).as_py()
         if (ends["min"] or 0) < 0 or (ends["max"] or 0) > MAX_PLACE:
-            raise ValueError(f"{name} is {ends['min']} to {ends['max']}")
+            raise ValueError(f"{name} is out of range: {ends['min']} to {ends['max']}")
     if (
         "file" in samples.schema.names
         and pc.any(pc.xor(samples["file"].is_valid(), samples["start"].is_valid())).as_py()
     ):
-        raise ValueError("a picture has a file and no place in it, or a place in no file")
+        raise ValueError("a picture has a file but no position in it, or a position but no file")
 
 
 def _require_below(root: Place, samples: pa.Table, where: str) -> None:
@@ -478,6 +478,6 @@ def read_index(path: Where) -> Corpus:
         raise CorpusError(f"index {error}; make it with `eupe index`") from error
     if corpus.root.is_local and not corpus.root.local.is_dir():
         raise CorpusError(
-            f"index {path} points to the folder {corpus.root}, which does not exist; index its new place again"
+            f"index {path} points to the folder {corpus.root}, which does not exist; index its new location"
         )
     return corpus

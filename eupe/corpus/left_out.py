@@ -103,7 +103,7 @@ def told(left_out: LeftOut) -> str:
         return "0"
     words = [_told(group, kinds) for group, kinds in groups.items()]
     if HEIC & groups.get(NOT_READ, Counter()).keys():
-        words.append("HEIC is read where pillow-heif is installed")
+        words.append("install pillow-heif to read HEIC")
     return f"{sum(left_out.values())} ({'; '.join(words)})"
 
 

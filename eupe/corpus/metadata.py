@@ -70,14 +70,14 @@ class Metadata:
         self._untold = 0
         folders = Counter(posixpath.dirname(name) for name in names)
         if twice := [folder for folder, count in folders.items() if count > 1]:
-            raise CorpusError(f"{root / twice[0]} holds more than one of {', '.join(FILES)}; leave one of them there")
+            raise CorpusError(f"{root / twice[0]} holds more than one of {', '.join(FILES)}; keep only one of them")
         read = (self._read(name) for name in names)
         # Deepest folders first, so that the nearest file comes first.
         self._files = sorted((file for file in read if file is not None), key=lambda file: -len(file.folder))
         if choice.label_column is not None and not self._files:
             raise CorpusError(
-                f"--label-column {choice.label_column} has no meaning here: no metadata file tells of the pictures of "
-                f"{root}, whose labels are their folders; leave it out"
+                f"--label-column {choice.label_column} has no effect: {root} has no usable metadata file, and its "
+                "labels are the folder names; omit it"
             )
 
     def told(self, rows: Sequence[Row]) -> list[Row]:
@@ -108,9 +108,9 @@ class Metadata:
             missing = np.flatnonzero(~file.seen)
             if len(missing):
                 first = file.words["key"][int(missing[0])].as_py()
-                notes.append(f"{len(missing)} files that {file.name} names are not there, the first is {first}")
+                notes.append(f"{len(missing)} files listed in {file.name} are missing, the first is {first}")
         if self._untold:
-            notes.append(f"{self._untold} pictures have no label, for no metadata file names them")
+            notes.append(f"{self._untold} pictures have no label, because no metadata file lists them")
         return tuple(notes)
 
     def _read(self, name: str) -> _File | None:
@@ -127,7 +127,7 @@ class Metadata:
         except (OSError, ValueError, csv.Error, RecursionError, pa.ArrowException) as error:
             raise CorpusError(f"{self._root / name} cannot be read: {error}") from error
         if rows is None:
-            self._notes.append(f"{name} has no column {NAME_COLUMN}, so that no label or caption was taken from it")
+            self._notes.append(f"{name} has no column {NAME_COLUMN}, so no label or caption was taken from it")
             return None
         labelled, told = rows
         words: dict[str, tuple[str | None, str | None]] = {}
@@ -138,7 +138,7 @@ class Metadata:
             if key is not None:
                 words.setdefault(key, (label, caption))
         if elsewhere:
-            self._notes.append(f"{elsewhere} rows of {name} name no file of the corpus's folder")
+            self._notes.append(f"{elsewhere} rows of {name} do not name a file in the corpus folder")
         columns = [list(words), [label for label, _ in words.values()], [caption for _, caption in words.values()]]
         arrays = [pa.array(column, pa.string()) for column in columns]
         folder = posixpath.join(posixpath.dirname(name), "")
@@ -203,8 +203,8 @@ class Metadata:
         there = [wanted] if wanted else [column for column in LABELS if column in columns]
         if len(there) > 1:
             self._notes.append(
-                f"labels are those of column {there[0]} of {name}; there is also {', '.join(there[1:])}: "
-                "--label-column chooses"
+                f"labels are taken from column {there[0]} of {name}; there is also {', '.join(there[1:])}: choose with "
+                "--label-column"
             )
         return there[0] if there else None
 
@@ -224,7 +224,7 @@ class Metadata:
         if all(NUMBER.fullmatch(word) for word in words):
             odd = next(word for word in sorted(words) if not WHOLE.fullmatch(word))
             self._notes.append(
-                f"column {label} of {name} holds numbers such as {odd}, which are no classes, so no label was taken"
+                f"column {label} of {name} holds numbers such as {odd}, which are not classes, so no label was taken"
             )
             return lambda value: None
         return _word
@@ -240,7 +240,7 @@ class Metadata:
             broken += not isinstance(row, dict)
             if isinstance(row, dict) and row:
                 yield row
-        note = f"{broken} lines of {name} are no JSON objects, and are left out"
+        note = f"{broken} lines of {name} are not JSON objects, and are left out"
         if broken and note not in self._notes:  # each file is read more than once
             self._notes.append(note)
 

@@ -23,7 +23,7 @@ def read_own_table(data: bytes) -> pa.Table:
     """
     about = pq.read_metadata(pa.BufferReader(data))
     if about.num_rows > len(data):  # each row has its own key, of a byte at least
-        raise ValueError(f"it says that it has {about.num_rows} rows in {len(data)} bytes")
+        raise ValueError(f"it claims to have {about.num_rows} rows in {len(data)} bytes")
     schema = about.schema.to_arrow_schema()
     words = [field.name for field in schema if pa.types.is_string(field.type)]
     # As dictionaries, a repeated text is in memory once until its total length is known.
@@ -31,7 +31,7 @@ def read_own_table(data: bytes) -> pa.Table:
     plain = table.select([name for name in table.schema.names if name not in words])
     lengths = [_num_bytes(table[name]) for name in words]
     if max([plain.nbytes, *lengths], default=0) > TIMES_LONGER * len(data) + FREE_BYTES:
-        raise ValueError(f"it says more than {len(data)} bytes of a table of ours can")
+        raise ValueError(f"it expands to more than a table of eupe with {len(data)} bytes can")
     columns = [table[name].cast(pa.string()) if name in words else table[name] for name in table.schema.names]
     table = pa.table(columns, schema=schema)
     table.validate(full=True)

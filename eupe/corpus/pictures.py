@@ -118,4 +118,4 @@ def _require_root(root: Place) -> None:
     A single picture may have been removed, but if all are missing, their disk probably is.
     """
     if root.is_local and not (root.local.is_dir() and any(root.local.iterdir())):
-        raise OutageError(f"{root} is gone from {socket.gethostname()}, or empty; mount it again")
+        raise OutageError(f"{root} is missing or empty on {socket.gethostname()}; mount it again")

@@ -131,9 +131,7 @@ def require_meaning(found: Source) -> None:
     }
     for option, (value, kind, meant) in idle.items():
         if value is not None and found.kind not in (kind, "index"):
-            raise CorpusError(
-                f"{option} {value} is for {meant}, and {found.root} holds {NAMED[found.kind]}; leave it out"
-            )
+            raise CorpusError(f"{option} {value} is for {meant}, but {found.root} holds {NAMED[found.kind]}; omit it")
 
 
 def corpus_root(words: Where) -> Place:
@@ -183,8 +181,8 @@ def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
     tars = [name for name in files["tars"] if not _is_gzipped(name)]
     if num_pictures and tars:
         raise CorpusError(
-            f"corpus {root} holds {num_pictures} pictures and {len(tars)} tars ({tars[0]}); put them in folders of "
-            "their own, or name the tars: 'FOLDER/{000..099}.tar'"
+            f"corpus {root} holds {num_pictures} pictures and {len(tars)} tars ({tars[0]}); put them in separate "
+            "folders, or name the tars: 'FOLDER/{000..099}.tar'"
         )
     if num_pictures:
         left_out.update([METADATA for _ in metadata] + [not_read(name) for name in files["tars"] + files["tables"]])
@@ -196,7 +194,7 @@ def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
     taken = [name for name, reason in tables.items() if reason is None]
     if files["tars"] and taken:
         raise CorpusError(
-            f"corpus {root} holds tars ({files['tars'][0]}) and tables ({taken[0]}); name one kind of them"
+            f"corpus {root} holds tars ({files['tars'][0]}) and tables ({taken[0]}); name the files of one kind"
         )
     left_out.update(METADATA for name in metadata if not name.endswith(TABLE))
     unclear = [name for name, reason in tables.items() if reason == NO_TABLE]
@@ -224,8 +222,8 @@ def _saved(root: Place, states: Sequence[str], names: Sequence[str]) -> list[str
     if arrows and len(arrows) < len(names):
         other = next(name for name in names if not _is_arrow(name))
         raise CorpusError(
-            f"corpus {root} holds Arrow ({arrows[0]}) and Parquet ({other}), maybe of the same pictures; name one kind "
-            f"of them: 'FOLDER/{{a,b}}{TABLE}'"
+            f"corpus {root} holds Arrow ({arrows[0]}) and Parquet ({other}), perhaps of the same pictures; name the "
+            f"files of one kind: 'FOLDER/{{a,b}}{TABLE}'"
         )
     if not arrows:
         return list(names)
@@ -238,14 +236,14 @@ def _saved(root: Place, states: Sequence[str], names: Sequence[str]) -> list[str
             mapped = about.get("_indices_data_files")
             listed += [posixpath.join(folder, file["filename"]) for file in about["_data_files"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorpusError(f"{root / state} does not list the files of a data set of `datasets`: {error}") from error
+            raise CorpusError(f"{root / state} is not a valid file list of a `datasets` data set: {error}") from error
         if mapped:
             raise CorpusError(
-                f"{root / state} selects rows by a list of their own, as `datasets` did before 2.0; write it again: "
+                f"{root / state} selects rows through a separate list, as `datasets` did before 2.0; save it again: "
                 f"load_from_disk({str(root / folder)!r}).flatten_indices().save_to_disk(...)"
             )
     if missing := [name for name in listed if name not in names]:
-        raise CorpusError(f"{root / missing[0]} is missing, which {SAVED_STATE} beside it lists; fetch it again")
+        raise CorpusError(f"{root / missing[0]}, listed in {SAVED_STATE} next to it, is missing; fetch it again")
     return [
         name
         for name in arrows
@@ -281,7 +279,7 @@ def _is_gzipped(name: str) -> bool:
 
 def _require_utf8(root: Place) -> None:
     if not root.is_utf8:
-        raise CorpusError(f"corpus {root}: the folder's name is not UTF-8 and cannot be written down; rename it")
+        raise CorpusError(f"corpus {root}: the folder's name is not UTF-8 and cannot be stored; rename it")
 
 
 def _of_files(root: Place, names: Sequence[str]) -> Source:
@@ -292,7 +290,7 @@ def _of_files(root: Place, names: Sequence[str]) -> Source:
     for name in names:
         if _is_gzipped(name):
             raise CorpusError(
-                f"{root / name} is gzipped, so that no picture in it can be found by its place; gunzip it first"
+                f"{root / name} is gzipped, so pictures in it cannot be read by their offset; gunzip it first"
             )
     kinds = {_kind_of(name) for name in names}
     if kinds == {"tables"} and len(names) == 1 and _index_or_missing(root, names[0]):

@@ -76,8 +76,8 @@ class ArrowTable:
         where = root / name
         if not root.is_local:
             raise CorpusError(
-                f"{where} is Arrow, which is read from a disk only; copy it there, or write the data set with "
-                "`to_parquet` and put that into the bucket"
+                f"{where} is an Arrow file, which can be read from a local disk only; copy it to one, or write the "
+                "data set with `to_parquet` and upload that"
             )
         with root.open(name) as file:
             magic = file.read(len(FILE_MAGIC))

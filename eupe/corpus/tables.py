@@ -187,7 +187,7 @@ def _files_or_stored(root: Place, name: str, table: TableFile, columns: Columns)
     key = None if first is None else place_key(root, name, first)
     there = key is not None and (_is_there(root, key) if root.is_local else root.exists(key))
     taken, other = (columns.files, columns.stored) if there else (columns.stored, columns.files)
-    return taken, f"pictures are those of column {taken.name}; there is also {other.name}: --image-column chooses"
+    return taken, f"pictures are taken from column {taken.name}; there is also {other.name}: choose with --image-column"
 
 
 def _read(
@@ -278,8 +278,8 @@ class Words:
         """Yield the notes for the user; they are complete once all rows have been read."""
         if self._fraction is not None and self._column is not None:
             yield (
-                f"column {self._column.name} of table {where} holds numbers such as {self._fraction:g}, which are no "
-                "classes, so no label was taken; --label-column chooses"
+                f"column {self._column.name} of table {where} holds numbers such as {self._fraction:g}, which are not "
+                "classes, so no label was taken; choose another with --label-column"
             )
         for fault, count in self._faults.items():
             yield f"{count} labels and captions of table {where} {fault}, and are left out"
@@ -325,7 +325,7 @@ def _require_files(root: Place, name: str, rows: Sequence[Row], odd_path: str | 
     where = root / name
     if not rows and odd_path is not None:
         raise CorpusError(
-            f"table {where} names pictures on the web, such as {odd_path}; download them, with img2dataset for one"
+            f"table {where} names pictures on the web, such as {odd_path}; download them, for example with img2dataset"
             if odd_path.startswith(WEB_ADDRESS)
             else f"table {where} names {odd_path}, which does not lie below {root}; give paths relative to the table's "
             "folder"
@@ -333,8 +333,8 @@ def _require_files(root: Place, name: str, rows: Sequence[Row], odd_path: str | 
     files = [row["key"] for row in rows if row.get("file") is None and row.get("sha256") is None]
     if files and len(files) == len(rows) and root.is_local and not any(_is_there(root, key) for key in files):
         raise CorpusError(
-            f"none of the {len(files)} files that table {where} names is there, the first is {root / files[0]}; put "
-            "them there, or give paths relative to the table's folder"
+            f"none of the {len(files)} files that table {where} names exists, the first is {root / files[0]}; add "
+            "them, or give paths relative to the table's folder"
         )
 
 

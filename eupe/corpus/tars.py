@@ -158,7 +158,7 @@ def _label_and_caption(words: _Words | None, folder: str | None) -> Row:
 
 def _broken(tar: _Tar, whole: int, reason: object) -> CorpusError:
     return CorpusError(
-        f"{tar.where} is truncated or damaged ({reason}), after {whole} whole samples; make or fetch it again"
+        f"{tar.where} is truncated or damaged ({reason}), after {whole} complete samples; make or fetch it again"
     )
 
 
@@ -168,9 +168,7 @@ def _scan(file: BinaryIO, tar: _Tar, take: Callable[[tarfile.TarInfo], None]) ->
     Raises: CorpusError if it is gzipped, has a sparse member, or breaks off; then with the number of whole samples.
     """
     if file.read(len(GZIP)) == GZIP:
-        raise CorpusError(
-            f"{tar.where} is gzipped, so that no picture in it can be found by its place; gunzip it first"
-        )
+        raise CorpusError(f"{tar.where} is gzipped, so pictures in it cannot be read by their offset; gunzip it first")
     broken: BaseException | None = None
     last: str | None = None
     end = 0
@@ -381,8 +379,8 @@ def _chosen(tar: _Tar) -> list[tuple[_Picture, str]]:
         else:
             first, second = list(pictures.values())[:2]
             raise CorpusError(
-                f"one sample has two pictures, {tar.name}/{first.path} and {tar.name}/{second.path}; choose by "
-                f"--image-key {_keys(kinds, single)}, or take each by itself: --image-key '{EVERY_KEY}'"
+                f"one sample has two pictures, {tar.name}/{first.path} and {tar.name}/{second.path}; choose one with "
+                f"--image-key {_keys(kinds, single)}, or take each as its own sample with --image-key '{EVERY_KEY}'"
             )
     taken += [(picture, sample) for sample, key, picture in alone if key.lower() not in beside]
     _count_others(tar, taken, single, kinds)
@@ -468,8 +466,8 @@ def _require_label_entry(tar: _Tar) -> None:
     wanted = tar.choice.label_column
     if wanted is None or wanted in tar.entries:
         return
-    there = f"they have {', '.join(tar.entries)}" if tar.entries else "there is none that could be read"
-    raise CorpusError(f"--label-column {wanted} is in no .json of {tar.where}; {there}")
+    there = f"they have {', '.join(tar.entries)}" if tar.entries else "none could be read"
+    raise CorpusError(f"--label-column {wanted} is not in any .json of {tar.where}; {there}")
 
 
 def _left_out(tar: _Tar, taken: Set[str]) -> dict[str, int]:
@@ -484,4 +482,6 @@ def _notes(tar: _Tar) -> tuple[str, ...]:
     there = [name for name in LABELS if name in tar.entries]
     if len(there) < 2 or tar.choice.label_column is not None:
         return ()
-    return (f"labels are `{there[0]}` of each .json, or what it has of {', '.join(there[1:])}; --label-column chooses",)
+    return (
+        f"labels are taken from `{there[0]}` of each .json, or else {', '.join(there[1:])}; choose with --label-column",
+    )

@@ -85,7 +85,7 @@ class ViewSpec:
         if not known or spec.to_json() != dict(plain):
             raise ConfigError(
                 f"the stored views (policy {spec.policy}, photometric {spec.photometric}, kernel "
-                f"{plain.get('kernel')}) cannot be drawn by this version of eupe; use the one that made them"
+                f"{plain.get('kernel')}) cannot be drawn by this version of eupe; use the version that made them"
             )
         return spec
 
@@ -108,7 +108,7 @@ def parse_views(
     if not match:
         for name, words in (("scale", scale), ("ratio", ratio)):
             if words is not None:
-                raise ConfigError(f"--{name} belongs to random crops; --views {text} draws none")
+                raise ConfigError(f"--{name} is for random crops only; --views {text} draws none")
         return ViewSpec(policy="squash" if text == "squash" else "center", seed=seed, photometric=colours)
     spec = ViewSpec(policy="rrc", num_views=int(match[1]), seed=seed, photometric=colours)
     if scale is not None:
@@ -128,9 +128,9 @@ def _range(option: str, words: str, *, most: float) -> tuple[float, float]:
         if not 0 < low <= high <= most:
             raise ValueError
     except ValueError as error:
-        limit = "" if math.isinf(most) else f" and MAX at most {most:g}"
+        limit = "" if math.isinf(most) else f" and at most {most:g}"
         raise ConfigError(
-            f"{option} takes MIN,MAX with MIN above 0, MAX no smaller{limit} ({option} 0.25,1); got {words!r}"
+            f"{option} takes MIN,MAX with MIN above 0 and MAX at least MIN{limit} ({option} 0.25,1); got {words!r}"
         ) from error
     return low, high
 

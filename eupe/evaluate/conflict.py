@@ -92,7 +92,7 @@ def conflict(
         not fit; StoreError, PartCorruptError.
     """
     if len(paths) < 2:
-        raise ConfigError(f"a comparison takes two stores or more, got {', '.join(map(str, paths)) or 'none'}")
+        raise ConfigError(f"a comparison needs at least two stores, got {', '.join(map(str, paths)) or 'none'}")
     if neighbours is not None and neighbours < 1:
         raise ConfigError(f"--k must be at least 1, got {neighbours}")
     if limit < LEAST_PICTURES:

@@ -175,8 +175,8 @@ def require_same_sides(mapped: Mapped, i: int, truth: Truth) -> Truth:
     width, height = mapped.pictures.sides(i)
     if truth.shape != (height, width):
         raise CorpusError(
-            f"{mapped.maps[i]} has {truth.shape[1]}x{truth.shape[0]} pixels, its picture {mapped.pictures.keys[i]} "
-            f"{width}x{height}; they must be the same"
+            f"{mapped.maps[i]} has {truth.shape[1]}x{truth.shape[0]} pixels, but its picture "
+            f"{mapped.pictures.keys[i]} has {width}x{height}; they must be the same"
         )
     return truth
 

@@ -100,8 +100,9 @@ def depth(
     for split, found in ranges.items():
         if not found.num_judged:
             raise CorpusError(
-                f"the depth maps of the {split} split of {data} hold nothing between {MIN_M:g} and {max_m:g} m, but "
-                f"{found.told}; --depth-unit says what a step is, --max-depth how far is judged"
+                f"the depth maps of the {split} split of {data} hold nothing between {MIN_M:g} and {max_m:g} m "
+                f"(found: {found.told}); --depth-unit sets the metres of one step, --max-depth the greatest depth "
+                "that counts"
             )
     chosen = subject.size(size, usual=SIZE)
     seen_val, seen_train = (  # the larger split last: if it does not fit in memory, only a short pass is lost
@@ -188,10 +189,12 @@ class Range:
     def told(self) -> str:
         """Return the range in words, so that a wrong unit is noticed."""
         if not self.known:
-            return "without any depth"
+            return "no known depth"
         least, greatest, median = map(_short, (self.least_m, self.greatest_m, self.median_m))
         metres = f"{least} to {greatest} m, median {median} m"
-        return f"{metres}, known of {self.known:.0%} of the pixels, of which {self.beyond:.0%} lie too far to be judged"
+        return (
+            f"{metres}, known for {self.known:.0%} of the pixels; {self.beyond:.0%} of these are too far to be judged"
+        )
 
 
 def _short(metres: float) -> str:

@@ -75,10 +75,10 @@ def summaries_of(subject: Subject, data: Where | None, *, size: int | None, choi
     """
     if data is None:
         if not isinstance(subject, StoreSubject):
-            raise ConfigError(f"{subject.name} is no store: give the labelled pictures to judge it on with --data")
+            raise ConfigError(f"{subject.name} is not a store; give labelled pictures to evaluate it on with --data")
         if choice != AS_FOUND:
             raise ConfigError(
-                f"{choice.words()} chooses among the labels or pictures of --data, and there is no --data"
+                f"{choice.words()} chooses among the labels or pictures of --data, but no --data is given"
             )
         chosen, path = subject.size(size), str(subject.store.path)
         splits = corpus_splits(subject.labelled(), path)

@@ -57,7 +57,7 @@ class Timing:
             )
         cores = os.cpu_count() or 1
         if self.threads is not None and not 1 <= self.threads <= cores:
-            raise ConfigError(f"--threads must lie between 1 and the {cores} cores of this machine, got {self.threads}")
+            raise ConfigError(f"--threads must be between 1 and the {cores} cores of this machine, got {self.threads}")
 
 
 def latency(
@@ -76,7 +76,7 @@ def latency(
         teacher = subject.store.spec.teacher["name"]
         raise ConfigError(f"{subject.name} is a store, which has no model to time; give its teacher, {teacher}")
     if not isinstance(subject, EncoderSubject):
-        raise ConfigError(f"{subject.name} is no encoder, so it has no cost; give a run, a teacher or timm:ARCH")
+        raise ConfigError(f"{subject.name} is not an encoder, so it has no latency; give a run, a teacher or timm:ARCH")
     if not sizes or min(sizes) < 1:
         raise ConfigError(f"--size must be at least 1 px, got {', '.join(map(str, sizes)) or 'none'}")
     results = []

@@ -137,7 +137,7 @@ def class_names(data: Path) -> tuple[str, ...] | None:
     lines = _lines(listed) if listed == own else [line.split("\t")[-1] for line in _lines(listed)[1:]]
     names = tuple(line.strip() for line in lines if line.strip())
     if not names:
-        raise CorpusError(f"{listed} names no classes; give a name a line, or remove it")
+        raise CorpusError(f"{listed} names no classes; write one name per line, or remove the file")
     return names
 
 
@@ -151,7 +151,7 @@ def depth_split(data: Path, split: Split) -> Mapped:
         return _paired(data, "depth", split, (".png", ".npy", ".tif", ".tiff"), 0)
     listed = data / NYU_LISTS[split]
     if not listed.exists():
-        raise CorpusError(f"{listed} is missing beside {NYU_LISTS['train']}; NYUv2's lists are both needed")
+        raise CorpusError(f"{listed} is missing next to {NYU_LISTS['train']}; NYUv2 needs both lists")
     keys, maps = [], []
     for number, line in enumerate(_lines(listed), start=1):
         words = line.split()
@@ -198,15 +198,16 @@ def _point_pair(data: Path, name: str, places: dict[str, int]) -> PointPair:
         source, target = (np.array(plain[side], dtype=np.float64).reshape(-1, 2) for side in ("src_kps", "trg_kps"))
         x0, y0, x1, y1 = map(float, plain["trg_bndbox"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CorpusError(f"{path} is no annotation of SPair-71k's: {type(error).__name__}: {error}") from error
+        raise CorpusError(f"{path} is not an annotation of SPair-71k: {type(error).__name__}: {error}") from error
     if len(source) != len(target) or not len(source):
         raise CorpusError(
-            f"{path} has {len(source)} source and {len(target)} target points; both need as many, and some"
+            f"{path} has {len(source)} source and {len(target)} target points; it needs the same "
+            "number of both, at least one"
         )
     if not np.isfinite([*source.flat, *target.flat, x0, y0, x1, y1]).all():
         raise CorpusError(f"{path} has points or a trg_bndbox that are not all finite numbers; correct it")
     if x1 <= x0 or y1 <= y0:
-        raise CorpusError(f"{path} has a trg_bndbox of {x0:g}, {y0:g}, {x1:g}, {y1:g}, which is no box; correct it")
+        raise CorpusError(f"{path} has a trg_bndbox of {x0:g}, {y0:g}, {x1:g}, {y1:g}, which is not a box; correct it")
     # A picture of several pairs gets one index, so that it is encoded once.
     first, second = (places.setdefault(key, len(places)) for key in keys)
     return PointPair(first, second, category, source, target, (x0, y0, x1, y1))
@@ -232,18 +233,20 @@ def caption_split(data: Path, *, limit: int | None = None) -> Captioned:
         captions: dict[Any, list[str]] = {i: [] for i, _ in images}
         homeless = [(i, image) for i, image, _ in said if image not in captions]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{listed} is no list of captions of COCO's: {type(error).__name__}: {error}") from error
+        raise CorpusError(f"{listed} is not a list of COCO captions: {type(error).__name__}: {error}") from error
     if repeated:
         raise CorpusError(f"{listed} has {repeated[0][0]} {repeated[0][1]} more than once")
     if homeless:
-        raise CorpusError(f"caption {homeless[0][0]} of {listed} is of picture {homeless[0][1]}, which is not listed")
+        raise CorpusError(
+            f"caption {homeless[0][0]} of {listed} belongs to picture {homeless[0][1]}, which is not listed"
+        )
     for _, image, caption in said:
         captions[image].append(caption)
     kept = images[:limit]
     if not kept:
         raise CorpusError(f"{listed} lists no pictures")
     if silent := [name for i, name in kept if not captions[i]]:
-        raise CorpusError(f"{listed} has no caption of {silent[0]} ({len(silent)} of {len(kept)} pictures have none)")
+        raise CorpusError(f"{listed} has no caption for {silent[0]} ({len(silent)} of {len(kept)} pictures have none)")
     keys = tuple(f"{COCO_PICTURES}/{name}" for _, name in kept)
     _require_files([data / key for key in keys], listed)
     own = [(place, caption) for place, (i, _) in enumerate(kept) for caption in captions[i]]
@@ -257,7 +260,7 @@ def _word(value: Any) -> str:
     Raises: TypeError if it is not a string; ValueError if it is empty.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no string")
+        raise TypeError(f"{value!r} is not a string")
     if not value.strip():
         raise ValueError("an empty string")
     return value.strip()
@@ -275,7 +278,7 @@ def question_set(data: Path) -> tuple[Pictures, list[Question]]:
     except (OSError, ValueError) as error:
         raise CorpusError(f"{listed} cannot be read: {error}") from error
     if not isinstance(plain, list) or not plain:
-        raise CorpusError(f"{listed} is no list of questions, or an empty one")
+        raise CorpusError(f"{listed} is not a list of questions, or is empty")
     places: dict[str, int] = {}
     questions = [_question(each, number, listed, places) for number, each in enumerate(plain)]
     keys = tuple(places)
@@ -355,8 +358,8 @@ def read_depth(path: Path, unit: DepthUnit | None = None) -> NDArray[np.float32]
         raise CorpusError(f"depth map {path} has shape {values.shape}, not height x width")
     if unit is None and not is_array and values.dtype.itemsize == 1:
         raise CorpusError(
-            f"depth map {path} has 8 bits, which are no millimetres; give --depth-unit, the metres of one step (10/255 "
-            "where 255 is 10 m); relative depth has none"
+            f"depth map {path} has 8 bits, which are not millimetres; give --depth-unit, the metres of one step "
+            "(10/255 if 255 is 10 m); relative depth has no unit"
         )
     known = values.astype(np.float32)
     if unit is None:
@@ -385,8 +388,8 @@ def stated_unit(data: Path, given: DepthUnit | None, maps: Sequence[Path]) -> De
     usual = (data / NYU_LISTS["train"]).exists() or (data.parent / SCENES_CARD).exists()
     if values.dtype.kind in "iu" and values.dtype.itemsize > 1 and not usual:
         raise CorpusError(
-            f"depth map {path} holds whole numbers up to {values.max():,}, and nothing says what a step of one is; "
-            "give --depth-unit (mm, cm, 1/256 as KITTI has it, or the metres of one step), or write it to "
+            f"depth map {path} holds whole numbers up to {values.max():,}, and nothing states the depth of one step; "
+            "give --depth-unit (mm, cm, 1/256 as in KITTI, or the metres of one step), or write it to "
             f"{data / UNIT_FILE}"
         )
     return None
@@ -453,12 +456,12 @@ def _beside(picture: Path, there: Sequence[Path], maps: Path, suffixes: Sequence
         if found := next((path for path in there if path.suffix.lower() == suffix), None):
             return found
     if lossy := next((path for path in there if path.suffix.lower() in LOSSY), None):
-        raise CorpusError(f"{lossy} is a map of truth with lossy compression, which changes values; save it as PNG")
+        raise CorpusError(f"{lossy} is a ground-truth map with lossy compression, which changes values; save it as PNG")
     held = sorted(path.name for path in maps.iterdir())
     first, *others = suffixes
     raise CorpusError(
         f"picture {picture} has no {picture.stem}{first} (or {', '.join(others)}) in {maps}, which holds "
-        f"{', '.join(held[:3]) or 'nothing'}; give the maps the pictures' names"
+        f"{', '.join(held[:3]) or 'nothing'}; name each map after its picture"
     )
 
 
@@ -486,8 +489,8 @@ def _split_folders(data: Path, kind: str, split: Split) -> tuple[str, Path, Path
             return role, outside[0] / "images", outside[0] / kind
     there = [f"{word}/{path.name}" for word in ("images", kind) for path in _subfolders(data / word)]
     raise CorpusError(
-        f"{data / kind} has no folder {' or '.join(wanted)} that {data / 'images'} has, too; the {split} split belongs "
-        f"there (found {', '.join(there[:NAMED]) or 'no folder'})"
+        f"{data / kind} and {data / 'images'} do not both have a folder {' or '.join(wanted)}; the {split} split "
+        f"belongs there (found {', '.join(there[:NAMED]) or 'no folder'})"
     )
 
 
@@ -501,7 +504,7 @@ def _subfolders(parent: Path) -> list[Path]:
 
 def _only(data: Path, kinds: Sequence[str], wanted: str) -> str:
     if not data.is_dir():
-        raise CorpusError(f"{data} is no folder; --data takes a data set in its standard layout")
+        raise CorpusError(f"{data} is not a folder; --data takes a data set in its standard layout")
     splits = [folder for folder in _subfolders(data) if split_role(folder.name)]
     for kind in kinds:
         if any((folder / kind).is_dir() for folder in (data, *splits)):

@@ -78,14 +78,16 @@ def read_code(values: str | None, ignored: str | None) -> MaskCode:
             numbers[name] = tuple(int(word[1:], 16) if colours else int(word) for word in each)
         except ValueError:
             raise ConfigError(
-                f"{name} takes whole numbers up to {GREATEST}, or colours like #ff0000, with commas between, got "
+                f"{name} takes whole numbers up to {GREATEST}, or colours like #ff0000, separated by commas, got "
                 f"{given[name]}"
             ) from None
     both = [value for each in numbers.values() for value in each]
     if len(set(both)) < len(both):
-        raise ConfigError(f"{' and '.join(numbers)} name a value twice; a value is one class, or none")
+        raise ConfigError(f"{' and '.join(numbers)} name a value twice; a value is one class, or no class")
     if len(numbers.get("--mask-values", (0, 1))) < 2:
-        raise ConfigError(f"--mask-values {values} is one class; give at least two, those of classes 0, 1, ...")
+        raise ConfigError(
+            f"--mask-values {values} is one class; give at least two values, of classes 0, 1, ... in order"
+        )
     return MaskCode(numbers.get("--mask-values"), numbers.get("--mask-ignore"), colours)
 
 
@@ -116,8 +118,8 @@ class Classes:
         if unknown.any():
             (word,) = self.code.words([int(found[unknown][0])])
             raise CorpusError(
-                f"mask {path} holds class {word}; there are {self.count}, {self.told}; --mask-values and --mask-ignore "
-                "say what else values may mean"
+                f"mask {path} holds class {word}, but there are {self.count} classes ({self.told}); --mask-values and "
+                "--mask-ignore give values another meaning"
             )
         return labels
 
@@ -163,7 +165,7 @@ def find_classes(
     if code.values is not None:
         if names not in (None, len(code.values)):
             raise ConfigError(
-                f"--mask-values gives {len(code.values)} classes, and {data} names {names}; they must agree"
+                f"--mask-values gives {len(code.values)} classes, but {data} names {names}; both must be the same"
             )
         classes = Classes(code.values, ignored, code)
     elif code.colours:
@@ -172,7 +174,7 @@ def find_classes(
         if not kept and whole:
             raise CorpusError(
                 f"the masks of {data} hold no class at all, only {_some(code.words(found))}, which stands for none; "
-                "--mask-values and --mask-ignore say what else values may mean"
+                "--mask-values and --mask-ignore give values another meaning"
             )
         count = names or kept[-1] - offset + 1
         if kept:
@@ -180,8 +182,8 @@ def find_classes(
         classes = Classes(tuple(range(offset, offset + count)), ignored, code)
     if whole and len(set(kept) & set(classes.values)) < 2:
         raise ConfigError(
-            f"{held}, of which {_some(code.words(kept)) or 'nothing'} is a class and "
-            f"{_some(code.words(ignored)) or 'nothing'} stands for none, so that there is nothing to tell apart; "
+            f"{held}; of these, {_some(code.words(kept)) or 'nothing'} is a class and "
+            f"{_some(code.words(ignored)) or 'nothing'} stands for none, so there is nothing to tell apart; "
             f"{advice} for the others"
         )
     return classes
@@ -193,13 +195,15 @@ def _require_clear(
     """Raise ConfigError if the values are unlikely to be class numbers."""
     nothing, names, code, found = layout
     if kept[0] < 0:
-        raise ConfigError(f"{held}, and class numbers begin at 0; {advice} for the others")
+        raise ConfigError(f"{held}, but class numbers start at 0; {advice} for the others")
     if code.ignored is None and nothing == 255 and nothing in found and kept[-1] > nothing:
-        raise ConfigError(f"{held}, among which 255 may be a class or none; give --mask-ignore with the value of none")
+        raise ConfigError(f"{held}; 255 may be a class or no class; give the value for no class with --mask-ignore")
     # where most numbers below the largest are missing, values are not numbers: 0 and 1000 are two classes, not 1,001
     is_sparse = 2 * len(kept) < count and (nothing != 0 or kept[-1] > 255)
     if names is None and count > 2 and is_sparse and len(kept) > 1:
-        raise ConfigError(f"{held}, which as class numbers would be {count:,} classes; {advice} for the others")
+        raise ConfigError(
+            f"{held}, which would be {count:,} classes if they were class numbers; {advice} for the others"
+        )
 
 
 def values_in(masks: Sequence[Path], *, colours: bool, data: Path) -> tuple[int, ...]:
@@ -212,10 +216,12 @@ def values_in(masks: Sequence[Path], *, colours: bool, data: Path) -> tuple[int,
     if found := sorted({value for kind, part in parts if kind for value in part}):
         words = MaskCode(colours=True).words(found)
         if len(found) > MANY_COLOURS:
-            raise ConfigError(f"the masks of {data} hold {len(found):,} colours, which are no classes; give masks")
+            raise ConfigError(
+                f"the masks of {data} hold {len(found):,} colours, too many to be classes; give masks, not pictures"
+            )
         raise ConfigError(
-            f"the masks of {data} hold {len(found)} colours ({_some(words)}), no class numbers; give those of classes "
-            f"0, 1, ... as --mask-values '{_listed(words)}', and --mask-ignore for the others"
+            f"the masks of {data} hold {len(found)} colours ({_some(words)}), not class numbers; give those of "
+            f"classes 0, 1, ... as --mask-values '{_listed(words)}', and the others as --mask-ignore"
         )
     return tuple(sorted({value for _, part in parts for value in part}))
 
@@ -247,7 +253,7 @@ def read_mask(path: Path, *, colours: bool = False) -> NDArray[np.int32]:
     values = _array(path) if path.suffix.lower() == ".npy" else _picture(path, colours=colours)
     if values.ndim == 3 and values.shape[-1] in (2, 4):
         if (values[..., -1] != 255).any():
-            raise CorpusError(f"mask {path} is transparent in places, which is no class; save it without alpha")
+            raise CorpusError(f"mask {path} is transparent in places, which is not a class; save it without alpha")
         values = values[..., :-1]
     if values.ndim == 3 and values.shape[-1] == 3 and colours:
         red, green, blue = (values[..., i].astype(np.int32) for i in range(3))
@@ -255,16 +261,16 @@ def read_mask(path: Path, *, colours: bool = False) -> NDArray[np.int32]:
     # a mask that was saved as grey RGB has three equal channels, and is still a mask
     if values.ndim == 3 and (values != values[..., :1]).any():
         raise _ColouredError(
-            f"mask {path} has {values.shape[-1]} channels that differ, which are colours; --mask-values takes them"
+            f"mask {path} has {values.shape[-1]} channels that differ, so it holds colours; give them as --mask-values"
         )
     values = values[..., 0] if values.ndim == 3 else values
     if values.ndim != 2:
         raise CorpusError(f"mask {path} has shape {values.shape}, not height x width")
     if values.dtype.kind not in "biuf" or (values.dtype.kind == "f" and (values != np.floor(values)).any()):
-        raise CorpusError(f"mask {path} holds values of type {values.dtype} that are no whole numbers")
+        raise CorpusError(f"mask {path} holds values of type {values.dtype} that are not whole numbers")
     limits = np.iinfo(np.int32)
     if values.size and (values.min() < limits.min or values.max() > limits.max):
-        raise CorpusError(f"mask {path} holds {values.max()}, which is beyond all class numbers")
+        raise CorpusError(f"mask {path} holds {values.max()}, which is out of range for class numbers")
     return values.astype(np.int32)
 
 
@@ -279,10 +285,12 @@ def _picture(path: Path, *, colours: bool) -> NDArray[Any]:
             raise CorpusError(f"mask {path} is a JPEG, which changes values at edges; save masks as PNG")
         # Pillow would reduce such a PNG (bit depth 16; colour types 2, 4, 6) to 8 bits without an error
         if data[:4] == b"\x89PNG" and len(data) > 25 and data[24] == 16 and data[25] in (2, 4, 6):
-            raise CorpusError(f"mask {path} has 16 bits in each of several channels; save it with 8, or with one")
+            raise CorpusError(
+                f"mask {path} has 16 bits in each of several channels; save it with 8 bits, or with one channel"
+            )
         with Image.open(io.BytesIO(data), formats=("PNG", "TIFF", "BMP")) as image:
             if getattr(image, "n_frames", 1) > 1:
-                raise CorpusError(f"mask {path} has several pictures in one file; give one")
+                raise CorpusError(f"mask {path} has several pictures in one file; save one")
             if not colours or image.mode in ("RGB", "RGBA"):
                 return np.asarray(image)
             has_alpha = "transparency" in image.info or image.mode in ("LA", "PA")

@@ -70,8 +70,8 @@ class PairedStores:
             )
         if targets.num_joined < LEAST_PICTURES:
             raise ConfigError(
-                f"{names} have {targets.num_joined} pictures in common; a comparison takes {LEAST_PICTURES}, and "
-                "hundreds to say much"
+                f"{names} have {targets.num_joined} pictures in common; a comparison needs {LEAST_PICTURES}, "
+                "and hundreds to be informative"
             )
         views = spread_views(targets.num_joined, targets.num_views, limit)
         return cls(targets, kinds, views, _folds(targets.keys, np.unique(views[:, 0])))

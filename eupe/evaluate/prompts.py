@@ -112,20 +112,20 @@ def _require_order(names: Sequence[str], folders: Sequence[str], data: str) -> N
     what = f"{len(names)} class names and {len(folders)} folders in {data}"
     if len(names) != len(folders):
         raise ConfigError(
-            f"there are {what}, and no name is that of a folder ({_some(names)} against {_some(folders)}); give one "
-            "name for each, or lines of FOLDER<TAB>NAME"
+            f"there are {what}, and no name matches a folder ({_some(names)} against {_some(folders)}); give one name "
+            "per folder, or lines of FOLDER<TAB>NAME"
         )
     if {name.split()[0].rstrip(",:;") for name in names} == set(folders):
         raise ConfigError(
-            f"the lines of class names begin with the folders' ({names[0]!r}), which are part of no name; put a tab "
-            "after the folder's: FOLDER<TAB>NAME"
+            f"the lines of class names begin with folders ({names[0]!r}), which are not part of the names; put a tab "
+            "after the folder: FOLDER<TAB>NAME"
         )
     by_number = sorted(folders, key=lambda folder: [(int(d or 0), w) for d, w in re.findall(r"(\d*)(\D*)", folder)])
     if not all(INTEGER.fullmatch(folder) for folder in folders) and by_number != list(folders):
         first = next(i for i, pair in enumerate(zip(by_number, folders, strict=True)) if pair[0] != pair[1])
         raise ConfigError(
-            f"there are {what}, and their order is not clear: number {first + 1} is {folders[first]} by characters and "
-            f"{by_number[first]} by number; give lines of FOLDER<TAB>NAME"
+            f"there are {what}, and their order is not clear: number {first + 1} is {folders[first]} if sorted "
+            f"as text and {by_number[first]} if sorted by number; give lines of FOLDER<TAB>NAME"
         )
 
 

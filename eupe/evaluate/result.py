@@ -62,16 +62,16 @@ class Result:
         words = (result.task, result.subject, result.kind)
         parts = (result.scores, result.protocol, result.data)
         if not isinstance(result.notes, list) or not all(isinstance(note, str) for note in result.notes):
-            raise TypeError("its notes are not all words")
+            raise TypeError("its notes are not all strings")
         if not all(isinstance(word, str) for word in words) or not all(isinstance(part, dict) for part in parts):
-            raise TypeError("task, subject and kind are not all words, or scores, protocol and data not all objects")
+            raise TypeError("task, subject and kind are not all strings, or scores, protocol and data not all objects")
         if type(result.untrained) is not bool or type(result.lower_is_better) is not bool:
             raise TypeError("untrained and lower_is_better are not both true or false")
         # not isinstance, which takes a bool for an int
         if not result.scores or not all(type(score) in (int, float) for score in result.scores.values()):
             raise TypeError("its scores are not numbers")
         if "\0" in result.subject:
-            raise TypeError("its subject is no name of anything")
+            raise TypeError("its subject is not a valid name")
         for score in result.scores.values():
             float(score)
         return result
@@ -107,14 +107,12 @@ def require_place(results: Path | None, runs: Iterable[str] = ()) -> None:
     """
     for run in runs:
         if results is None and not os.access(run, os.W_OK):
-            raise ConfigError(f"run {run} may not be written, where its results are kept; give --results FILE.jsonl")
+            raise ConfigError(f"run {run} is not writable, so it cannot keep its results; give --results FILE.jsonl")
     if results is not None and (results.is_dir() or not results.absolute().parent.is_dir()):
-        what = "is a folder" if results.is_dir() else "lies in no folder that is there"
+        what = "is a folder" if results.is_dir() else "is in a folder that does not exist"
         raise ConfigError(f"--results {results} {what}; give a file of results (.jsonl)")
     if results is not None and results.is_file() and not _holds_results(results):
-        raise ConfigError(
-            f"--results {results} is there and holds no results, to which one could be added; name another"
-        )
+        raise ConfigError(f"--results {results} exists but is not a file of results; choose another name")
 
 
 def _holds_results(file: Path) -> bool:
@@ -160,7 +158,9 @@ def read_results(path: Path) -> list[Result]:
             where = f"line {number} of {place}"
             results.append(Result.from_json(parse_json(line)))
     except (OSError, ValueError, TypeError, OverflowError) as error:
-        raise RunError(f"{where} holds no results of evaluations ({error}); remove it, or judge again") from error
+        raise RunError(
+            f"{where} holds no valid result of an evaluation ({error}); remove it, or evaluate again"
+        ) from error
     return results
 
 

@@ -51,8 +51,8 @@ def retrieval(
     """
     if texts.templates != AS_IT_IS:
         raise ConfigError(
-            f"{texts.path} holds names in templates, not captions; embed them with `eupe eval text {texts.teacher} "
-            f"--captions {data}`"
+            f"{texts.path} holds class names in templates, not captions; embed captions with `eupe eval text "
+            f"{texts.teacher} --captions {data}`"
         )
     way = choose_way(subject, teacher or texts.teacher)
     split = caption_split(data, limit=limit)

@@ -66,7 +66,9 @@ def holdout(path: Path) -> float:
     """
     share = read_card(path).config.get("holdout")
     if not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise RunError(f"run {path} has a {CONFIG_FILE} whose holdout is {share!r}, no share from 0 to 1; restore it")
+        raise RunError(
+            f"run {path} has a {CONFIG_FILE} whose holdout is {share!r}, not a share from 0 to 1; restore it"
+        )
     return float(share)
 
 
@@ -80,12 +82,14 @@ def open_run(path: Path, *, corpus: Where | None = None) -> Run:
     lacking = [name for name in DECISIVE if name not in card.config]
     lacking += [name for target in card.targets for name in ("path", "fingerprint") if name not in target]
     if lacking:
-        raise RunError(f"run {path} has a {CONFIG_FILE} without {', '.join(lacking)}; restore it, or train anew")
+        raise RunError(f"run {path} has a {CONFIG_FILE} without {', '.join(lacking)}; restore it, or train again")
     stores = [target["path"] for target in card.targets]
     targets = open_targets(stores, corpus=corpus, holdout=holdout(path), holdout_by=holdout_by(method_of(card)))
     for store, target in zip(targets.stores, card.targets, strict=True):
         if store_fingerprint(store) != target["fingerprint"]:
-            raise RunError(f"{store.path} is not the store that {path} learned from: it was made anew, otherwise")
+            raise RunError(
+                f"{store.path} is not the store that {path} learned from; it was made again, with other contents"
+            )
     targets.check_views()
     device = pick_device()
     encoder = load_encoder(path)

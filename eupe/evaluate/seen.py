@@ -123,7 +123,7 @@ def encoded(encode: Encode, views_u8_VSSC: NDArray[np.uint8], *, of: str) -> Tok
         if len(views_u8_VSSC) == 1:
             size = views_u8_VSSC.shape[1]
             raise ConfigError(
-                f"the device has no memory for {of} and one view of {size} px; give a smaller --size"
+                f"the device has too little memory for {of} and one view of {size} px; give a smaller --size"
             ) from error
     # outside of `except`, where the error's traceback would keep the failed batch in the device's memory
     half = len(views_u8_VSSC) // 2
@@ -138,7 +138,7 @@ def require_finite(tokens: Tensor, of: str) -> Tensor:
     Raises: ConfigError otherwise.
     """
     if not torch.isfinite(tokens).all():
-        raise ConfigError(f"{of} gives tokens that are no finite numbers, or too large for fp16, so nothing is judged")
+        raise ConfigError(f"{of} gives tokens that are not finite, or too large for fp16; it cannot be evaluated")
     return tokens
 
 
@@ -156,16 +156,16 @@ def room_for(shape: tuple[int, ...], scratch: Path | None, *, of: str) -> Tensor
         free = free_bytes()
         if num_bytes > MEMORY_SHARE * free:
             raise ConfigError(
-                f"{what}, more than {MEMORY_SHARE:.0%} of the {free / 1e9:.1f} GB of memory that are free; give "
-                "--scratch a folder that has room for them, a smaller --size, or --limit"
+                f"{what}, more than {MEMORY_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory; give "
+                "--scratch a folder with room for them, a smaller --size, or --limit"
             )
         return torch.empty(shape, dtype=torch.float16)
     if not scratch.is_dir():
-        raise ConfigError(f"--scratch {scratch} is no folder")
+        raise ConfigError(f"--scratch {scratch} is not a folder")
     try:
         free = shutil.disk_usage(scratch).free
         if num_bytes > free:
-            raise StorageError(f"{what}, and --scratch {scratch} has {free / 1e9:.1f} GB; give a folder with more room")
+            raise StorageError(f"{what}, but --scratch {scratch} has {free / 1e9:.1f} GB; give a folder with more room")
         with tempfile.TemporaryFile(dir=scratch) as file:
             _reserve(file.fileno(), num_bytes)
             # the mapping keeps the file, which has no name, alive after it is closed

@@ -145,7 +145,7 @@ def labelled_splits(data: Where, taken: Taken = AS_FOUND) -> Splits:
     root = place.local
     if (root / "images").is_dir() and (maps := [m for m in MAPS if (root / m).is_dir()]):
         raise ConfigError(
-            f"{data} holds pictures with {maps[0]}, which are no labels; give pictures in one folder per class"
+            f"{data} holds pictures with {maps[0]}, which are not labels; give pictures in one folder per class"
         )
     inner = _inside_wrappers(root)
     has_list = any((folder / name).is_file() for folder in (root, inner) for name in METADATA)
@@ -308,8 +308,8 @@ def _require_no_lone_split(samples: Sequence[Sample], tops: Sequence[str], where
         one = Path(where, lone[0])
         alone = f", or give one as --data {one}" if one.is_dir() else ""
         raise ConfigError(
-            f"{where} holds {_some([f'{name}/' for name in tops])}, which are not a training split and one to judge; "
-            f"call them train and val{alone}"
+            f"{where} holds {_some([f'{name}/' for name in tops])}, which are not a training and an evaluation split; "
+            f"name them train and val{alone}"
         )
 
 
@@ -413,8 +413,8 @@ def require_several(part: Labelled, data: str) -> tuple[str, ...]:
     classes = order_labels(part.labels)
     if len(classes) < 2:
         raise ConfigError(
-            f"all {len(part)} labelled pictures of {_of(part, data)} are of one class, {classes[0]}, so that there is "
-            "nothing to tell apart; put the pictures of each class in a folder of its own"
+            f"all {len(part)} labelled pictures of {_of(part, data)} are of one class, {classes[0]}, so there is "
+            "nothing to tell apart; put the pictures of each class in their own folder"
         )
     return classes
 
@@ -424,13 +424,13 @@ def require_classes(judged: Labelled, bank: Labelled | None, data: str) -> None:
     learnt = require_several(bank or judged, data)
     if not set(judged.labels) & set(learnt):
         raise ConfigError(
-            f"no class of {_of(judged, data)} ({_some(order_labels(judged.labels))}) is one that there is to judge by "
+            f"no class of {_of(judged, data)} ({_some(order_labels(judged.labels))}) is among those it is judged by "
             f"({_some(learnt)}); the folders of both must have the same names"
         )
     if bank is None and max(Counter(judged.labels).values()) < 2:
         raise ConfigError(
-            f"each of the {len(learnt)} classes of {_of(judged, data)} has one picture, so that no other is of its "
-            "class; give more pictures of each"
+            f"each of the {len(learnt)} classes of {_of(judged, data)} has only one picture, so no other picture has "
+            "the same class; give more pictures of each"
         )
 
 
@@ -505,9 +505,9 @@ def _seen_before(judged: Labelled, bank: Labelled | None) -> Iterator[str]:
     least = 1 if bank is not None else 2  # without a bank, each picture is counted once itself
     twice = [i for i, digest in enumerate(judged.digests) if digest is not None and known[digest] >= least]
     if twice:
-        where = "more than once there" if bank is None else f"in {bank.name}, too"
+        where = "among themselves" if bank is None else f"in {bank.name}"
         keys = [judged.pictures.keys[i] for i in twice]
-        yield f"byte for byte {where}: {_pictures(len(twice))} of those judged ({_some(keys, 1)})"
+        yield f"with an exact copy {where}: {_pictures(len(twice))} of those judged ({_some(keys, 1)})"
 
 
 def _some(words: Iterable[str], most: int = NAMED) -> str:

@@ -93,7 +93,8 @@ class StoreSubject:
         if missing:
             raise StoreError(
                 f"{self.store.path} has features of {len(pictures) - len(missing)} of the {len(pictures)} pictures of "
-                f"{pictures.root}, not of {pictures.keys[missing[0]]}; extract them into it, or judge its teacher"
+                f"{pictures.root}, but not of {pictures.keys[missing[0]]}; extract the rest into it, "
+                "or evaluate its teacher"
             )
         found = [row for row in rows if row is not None]
         return self._read(np.arange(len(pictures)), found, kinds=kinds, size=size, scratch=scratch)
@@ -186,7 +187,7 @@ class EncoderSubject:
     def require(self, kind: str) -> None:
         """Raise ConfigError if the encoder has no tokens of a kind."""
         if kind == SUMMARY and self.spec.summary == "none":
-            raise ConfigError(f"{self.name} has no summary; judge its dense tokens")
+            raise ConfigError(f"{self.name} has no summary; evaluate its dense tokens")
 
     def look(
         self, pictures: Pictures, *, kinds: Sequence[str], size: int, cut: Cut, scratch: Path | None = None
@@ -346,7 +347,7 @@ def open_subjects(
             opened.append(dataclasses.replace(subject, untrained=True))
     teachers = {subject.name for subject in opened if subject.kind == "teacher"}
     if misplaced := sorted(set(weights) - teachers):
-        raise ConfigError(f"weights are given for {misplaced[0]}, which is no teacher among {', '.join(words)}")
+        raise ConfigError(f"weights are given for {misplaced[0]}, which is not a teacher among {', '.join(words)}")
     return opened
 
 
@@ -365,4 +366,4 @@ def _open(word: str, weights: Path | None, key: str | None) -> Subject:
     except TeacherError as error:
         if "/" in word and not path.exists():
             raise ConfigError(str(error)) from error
-        raise ConfigError(f"{word} is no store (no zarr.json), run or teacher: {error}") from error
+        raise ConfigError(f"{word} is not a store (no zarr.json), a run or a teacher: {error}") from error

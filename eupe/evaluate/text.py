@@ -61,7 +61,9 @@ class Texts:
         """
         places = {name: i for i, name in enumerate(self.classes.names)}
         if missing := [name for name in names if name not in places]:
-            raise ConfigError(f"{path} has no embedding of {missing[0]!r} ({len(missing)} of {len(names)} are missing)")
+            raise ConfigError(
+                f"{path} has no embedding for {missing[0]!r} ({len(missing)} of {len(names)} are missing)"
+            )
         return self.embeddings[[places[name] for name in names]]
 
     @property
@@ -97,14 +99,14 @@ class TextSource:
         """
         if self.teacher is not None and ALIASES.get(self.teacher, self.teacher) != spec.name:
             raise ConfigError(
-                f"--text {self.path or self.teacher} is in the space of {self.teacher}, where --space leads to that "
+                f"--text {self.path or self.teacher} is in the space of {self.teacher}, but --space leads to that "
                 f"of {spec.name}; leave one of them out"
             )
         if self.cached is not None:
             if self.cached.embeddings.shape[1] != spec.summary_dim:
                 raise ConfigError(
-                    f"the embeddings in {self.path} are {self.cached.embeddings.shape[1]} wide, those of {spec.name} "
-                    f"{spec.summary_dim}; make the file again with `eupe eval text {spec.name}`"
+                    f"the embeddings in {self.path} are {self.cached.embeddings.shape[1]} wide, but those of "
+                    f"{spec.name} are {spec.summary_dim} wide; make the file again with `eupe eval text {spec.name}`"
                 )
             return self.cached
         key = (spec.name, classes)
@@ -132,7 +134,7 @@ def open_source(
     if word is not None and (Path(word).is_file() or Path(word).suffix == ".safetensors"):
         given = {"--classes": classes, "--templates": templates, "--text-weights": weights}
         if decided := [option for option, value in given.items() if value is not None]:
-            raise ConfigError(f"{word} is embedded already, so {decided[0]} changes nothing; leave it out")
+            raise ConfigError(f"{word} already holds embeddings, so {decided[0]} changes nothing; leave it out")
         texts = load_texts(Path(word))
         return TextSource(texts.classes, texts.templates, texts.teacher, cached=texts, path=word)
     return TextSource(
@@ -163,7 +165,7 @@ def cache_texts(
         CorpusError, TeacherError, StorageError.
     """
     if (classes is None) == (captions is None):
-        raise ConfigError("give either --classes or --captions: what is to be embedded")
+        raise ConfigError("give either --classes or --captions, the texts to embed")
     if captions is not None and templates is not None:
         raise ConfigError("captions are embedded as they are; leave --templates out")
     # `out` is checked before the slow work
@@ -234,7 +236,7 @@ def load_texts(path: Path) -> Texts:
         classes = Classes(tuple(plain["names"]), None if folders is None else tuple(folders))
         embeddings = tensors[EMBEDDINGS]
         if embeddings.ndim != 2 or len(embeddings) != len(classes.names):
-            raise ValueError(f"{tuple(embeddings.shape)} embeddings of {len(classes.names)} names")
+            raise ValueError(f"{tuple(embeddings.shape)} embeddings for {len(classes.names)} names")
         scale, bias = (float(tensors[name]) for name in (SCALE, BIAS))
         return Texts(plain["teacher"], classes, tuple(plain["templates"]), embeddings.float(), scale, bias)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -71,7 +71,7 @@ def ways_to_text(subject: Subject) -> tuple[list[Way], list[str]]:
     Raises: RunError if the subject is an unfinished run.
     """
     if isinstance(subject, PixelSubject):
-        return [], ["raw pixels are no teacher's words"]
+        return [], ["raw pixels do not come from a teacher"]
     spec = subject.spec if isinstance(subject, EncoderSubject) else TeacherSpec.from_json(subject.store.spec.teacher)
     return _ways(spec, (), ())
 
@@ -144,6 +144,6 @@ def _require_unchanged(run: Path, weights_sha256: str | None, *, of: str) -> Non
     """
     if weights_sha256 is not None and file_digest(run / WEIGHTS_FILE) != weights_sha256:
         raise RunError(
-            f"run {run} was trained anew since {of} learned from it, so that its heads no longer fit; extract it and "
-            "train again, or put back what it was"
+            f"run {run} was retrained after {of} learned from it, so its heads no longer fit; extract it and "
+            "train again, or restore the earlier run"
         )

@@ -112,7 +112,8 @@ def why_no_text(spec: TeacherSpec) -> str:
     """Return why a teacher has no text tower, and which teacher to use instead if there is one."""
     if f"{spec.name}-proj" in REGISTRY:
         return (
-            f"the summary of {spec.name} is ahead of the projection to the text space, {spec.name}-proj has it behind"
+            f"the summary of {spec.name} is taken before the projection to the text space, that of {spec.name}-proj "
+            "after it"
         )
     return f"{spec.name} has no text space"
 
@@ -127,7 +128,7 @@ def load_tower(spec: TeacherSpec, *, weights: Path | None = None) -> TextTower:
     """
     model_name = text_model(spec)
     if model_name is None:
-        raise TeacherError(f"{why_no_text(spec)}; text towers belong to clip-*-proj, pe-core-*-proj and siglip*")
+        raise TeacherError(f"{why_no_text(spec)}; only clip-*-proj, pe-core-*-proj and siglip* have text towers")
     arch, _, tag = model_name.partition("@")
     tokenize = _tokenizer(spec, arch, weights)
     model = _from_hub(spec, arch, tag) if weights is None else _from_file(arch, weights)
@@ -159,7 +160,7 @@ def _from_file(arch: str, weights: Path) -> Any:
     state = read_checkpoint(_whole_model_file(weights), fitting=model.state_dict(), whole=True, remedy=ALONE)
     if any(name.startswith("text_model.") for name in state):
         raise TeacherError(
-            f"{weights} has transformers' names for its weights; give open_clip's checkpoint of the same model"
+            f"{weights} names its weights as transformers does; give open_clip's checkpoint of the same model"
         )
     load_state_dict_strictly(model, _text_state(model, state), source=str(weights))
     return model
@@ -212,7 +213,7 @@ def _tokenizer(spec: TeacherSpec, arch: str, weights: Path | None) -> Callable[[
     except Exception as error:
         where = text.get("hf_tokenizer_name")
         raise TeacherError(
-            f"the tokenizer of {spec.name} ({where}) cannot be had ({brief(error)}); give --text-weights DIR with "
-            f"{TOKENIZER_FILES[0]} beside the weights"
+            f"the tokenizer of {spec.name} ({where}) cannot be loaded ({brief(error)}); give --text-weights DIR "
+            f"with {TOKENIZER_FILES[0]} next to the weights"
         ) from error
     return made

@@ -24,13 +24,14 @@ CLIP_LIKE = ("clip", "siglip", "pe-core", "pe_core")
 
 MEASURED = (
     "Measured: linear CKA (unbiased; 1 is the same space up to a rotation and a scale, 0 is nothing in common), R² of "
-    "ridge regression on pictures that it was not fitted to, neighbours that summaries have in common."
+    "ridge regression on pictures that it was not fitted to, and neighbours that summaries have in common."
 )
 JUDGED = (
     f"Judged: redundant is R² of at least {PREDICTABLE:g} both ways, contained one way; unclear is fewer than "
-    f"{PICTURES} pictures, or {SAMPLES_PER_CHANNEL} training samples a channel; may fight is CKA below {UNLIKE:g} with "
-    f"R² below {UNPREDICTABLE:g} both ways; complementary is all else. These thresholds are for orientation. That two "
-    "CLIP-like teachers fight is the finding of the EUPE paper (arXiv 2603.22387), and not measured here."
+    f"{PICTURES} pictures, or {SAMPLES_PER_CHANNEL} training samples per channel; may fight is CKA below {UNLIKE:g} "
+    f"with R² below {UNPREDICTABLE:g} both ways; complementary is everything else. These thresholds are for "
+    "orientation. That two CLIP-like teachers fight is the finding of the EUPE paper (arXiv 2603.22387), and is not "
+    "measured here."
 )
 
 

@@ -217,6 +217,6 @@ def _require_room(dense_PhwD: Tensor) -> None:
     if wanted > MEMORY_SHARE * free:
         raise ConfigError(
             f"the features of {len(dense_PhwD)} pictures take {wanted / 1e9:.1f} GB to be read out, more than "
-            f"{MEMORY_SHARE:.0%} of the {free / 1e9:.1f} GB of memory that are free; give a smaller --size, or ask "
+            f"{MEMORY_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory; give a smaller --size, or ask "
             "about fewer pictures"
         )

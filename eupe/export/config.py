@@ -46,6 +46,6 @@ class ExportConfig:
             raise ConfigError(f"--size must be at least 1 pixel, got {self.size}")
         idle = {"--precision": self.precision != FP32, "--dynamic-size": self.dynamic_size}
         if self.format != ONNX and (given := [name for name, is_given in idle.items() if is_given]):
-            raise ConfigError(f"{given[0]} is for --format {ONNX}; a model of --format {self.format} has no need of it")
+            raise ConfigError(f"{given[0]} is only for --format {ONNX}; --format {self.format} does not support it")
         if self.calibrate is not None and self.precision != INT8:
-            raise ConfigError(f"--calibrate is for --precision {INT8}; {self.precision} has no ranges to find")
+            raise ConfigError(f"--calibrate is only for --precision {INT8}; {self.precision} needs no calibration")

@@ -22,7 +22,7 @@ def require_packages() -> None:
             import executorch.exir
             import executorch.runtime  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"--format executorch needs it: pip install 'eupe[executorch]' ({error})") from error
+        raise ConfigError(f"--format executorch needs ExecuTorch: pip install 'eupe[executorch]' ({error})") from error
 
 
 def write(source: Source, config: ExportConfig, folder: Path) -> Written:
@@ -44,7 +44,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
             f"{arch} cannot be lowered for ExecuTorch ({brief_root(error)}); use --format onnx"
         ) from error
     (folder / PROGRAM_FILE).write_bytes(program.buffer)
-    return Written("an ExecuTorch program (XNNPACK, one picture)", ("A batch is one picture.",))
+    return Written("an ExecuTorch program (XNNPACK, one picture)", ("The batch size is always 1.",))
 
 
 def reopen(source: Source, folder: Path) -> Says:

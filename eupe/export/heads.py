@@ -26,7 +26,7 @@ def chosen(predictors: Sequence[TargetPredictor], names: Sequence[str]) -> list[
     known = [predictor.name for predictor in predictors]
     if unknown := [name for name in names if name not in (ALL, *known)]:
         there = ", ".join([ALL, *known])
-        raise ConfigError(f"--heads {unknown[0]} names no target of the run{near(unknown[0], known)}; give {there}")
+        raise ConfigError(f"--heads {unknown[0]} is not a target of the run{near(unknown[0], known)}; give {there}")
     return [predictor for predictor in predictors if ALL in names or predictor.name in names]
 
 

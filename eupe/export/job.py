@@ -125,7 +125,7 @@ def _written(source: Source, config: ExportConfig, folder: Path) -> Written:
     except Exception as error:  # libraries raise many types of exceptions
         raise ConfigError(
             f"{config.run} cannot be written as --format {config.format} in {config.precision} ({brief(error)}), so "
-            "nothing was left; try another format or precision"
+            "nothing was exported; try another format or precision"
         ) from error
 
 
@@ -155,7 +155,7 @@ def _held_against_the_run(source: Source, config: ExportConfig, folder: Path, wh
         raise
     except Exception as error:  # libraries raise many types of exceptions
         raise ConformanceError(
-            f"{what} cannot be loaded again and asked ({brief(error)}), so nothing was left"
+            f"{what} cannot be reloaded and run ({brief(error)}), so the export was removed"
         ) from error
     require_sameness(proof, config.precision, what)
     return proof
@@ -197,18 +197,20 @@ def _recognise(out: Path, asked: dict[str, Any]) -> ExportReport | None:
         report = ExportReport(**{**kept["report"], "out": str(out), "cached": True})
         damaged = [name for name, size in kept["files"].items() if _size(out / name) != size]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"--out {out} holds something that is no export; give another, or remove it") from None
+        raise ConfigError(
+            f"--out {out} already exists and is not an export; give another --out, or remove it"
+        ) from None
     if not is_this:
-        raise ConfigError(f"--out {out} holds another export; give another, or remove it")
+        raise ConfigError(f"--out {out} holds another export; give another --out, or remove it")
     if damaged:
         raise ConfigError(
-            f"--out {out} holds this export, but its {damaged[0]} is gone or not as long as it was; remove {out}, and "
+            f"--out {out} holds this export, but its {damaged[0]} is missing or has changed in size; remove {out} and "
             "export again"
         )
     if asked["precision"] == INT8 and not onnx_files.holds_int8(out):
         raise ConfigError(
-            f"--out {out} holds an export that is called int8 and has float32 weights, as an earlier eupe left those "
-            f"of CNNs; remove {out}, and export again"
+            f"--out {out} holds an export that is called int8 but has float32 weights, as an earlier eupe wrote them "
+            f"for CNNs; remove {out} and export again"
         )
     return report
 

@@ -53,17 +53,17 @@ def write_card(source: Source, config: ExportConfig, written: Written, proof: Pr
         f"# {config.out.absolute().name}\n",
         _about(source, written.kind),
         "## Use\n",
-        "`DIR` is this directory, `PICTURE` a picture's file.\n",
+        "`DIR` is this directory, `PICTURE` the path of a picture.\n",
         f"```python\n{snippet(source, config)}```\n",
         _preparation(source),
         *(f"{note}\n" for note in written.notes),
-        "## The same model\n",
+        "## Verification\n",
         _proof(proof, config.precision),
         "## Teachers and licences\n",
         _licences(origins),
         "## Training\n",
         _training(source),
-        "## Measured\n",
+        "## Results\n",
         _measured(source.run),
         "## Versions\n",
         _versions(source),
@@ -86,31 +86,31 @@ def _preparation(source: Source) -> str:
     card = source.encoder.card
     mean, std = (", ".join(f"{x:g}" for x in values) for values in (card.mean, card.std))
     return (
-        f"Pictures: RGB, the square in the middle, resized to {card.size} px (bicubic, antialiased), divided by 255, "
-        f"minus ({mean}), over ({std}); float32, channels first.\n"
+        f"Input: RGB, the square in the middle, resized to {card.size} px (bicubic, antialiased), divided by 255, "
+        f"minus ({mean}), divided by ({std}); float32, channels first.\n"
     )
 
 
 def _proof(proof: Proof, precision: str) -> str:
-    wanted = "stated, not promised" if precision == INT8 else f"at least {LEAST[precision]:g}"
+    wanted = "reported, not guaranteed" if precision == INT8 else f"at least {LEAST[precision]:g}"
     rows = [
         (f"`{name}`", f"{found.least:.6f}", f"{found.mean:.6f}", f"{found.stretched:.2%}")
         for name, found in proof.outputs.items()
     ]
     sizes = ", ".join(f"{height} x {width}" for height, width in proof.sizes)
     return (
-        f"Loaded again after it was written and asked, beside the trained student, about {proof.num_pictures} varied "
-        f"pictures ({sizes} px) in batches of several sizes. Cosine of every token, {wanted}:\n\n"
+        f"The export was reloaded after it was written and run, as was the trained student, on {proof.num_pictures} "
+        f"varied pictures ({sizes} px) in batches of several sizes. Cosine of every token, {wanted}:\n\n"
         + _table(("output", "least cosine", "mean cosine", "length off by"), rows)
-        + f"\nOne picture takes {proof.exported_ms:.1f} ms, and {proof.torch_ms:.1f} ms in PyTorch (median, this "
-        "machine's CPU).\n"
+        + f"\nOne picture takes {proof.exported_ms:.1f} ms, and {proof.torch_ms:.1f} ms in PyTorch (median, on the CPU "
+        "of the machine that exported it).\n"
     )
 
 
 def _licences(origins: Sequence[Origin]) -> str:
     rows = [(origin.name, origin.licence, origin.way) for origin in origins]
     return (
-        "The weights were made by learning from these models' features; their licences bind whoever uses them.\n\n"
+        "The weights were trained on the features of these models, whose licences bind anyone who uses the weights.\n\n"
         + _table(("learned from", "licence", "through"), rows)
     )
 
@@ -133,7 +133,7 @@ def _training(source: Source) -> str:
 
 def _measured(run: Path) -> str:
     held_out = _held_out(run / REPORT_FILE)
-    text = "On pictures kept out of training, between what the heads say and the teachers' features:\n\n" + _table(
+    text = "On held-out pictures, between the outputs of the heads and the teachers' features:\n\n" + _table(
         ("target", "cosine", "of the mean feature", "in the loss's space"), held_out
     )
     rows = [_evaluation(result) for result in newest(read_results(run))]
@@ -164,12 +164,12 @@ def _held_out(report: Path) -> list[tuple[str, str, str, str]]:
             for kind, scores in kinds.items()
         ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{report} is no report of a training run: {type(error).__name__}: {error}") from error
+        raise RunError(f"{report} is not a report of a training run: {type(error).__name__}: {error}") from error
 
 
 def _versions(source: Source) -> str:
     trained: Mapping[str, str] = source.card.versions
-    said = ", ".join(f"{name} {version}" for name, version in trained.items()) or "not noted"
+    said = ", ".join(f"{name} {version}" for name, version in trained.items()) or "unknown versions"
     return f"Trained with {said}; exported with eupe {eupe.__version__}, timm {timm.__version__}.\n"
 
 

@@ -88,7 +88,7 @@ def _require_other_sizes(source: Source) -> None:
             encoder(torch.zeros(1, 3, rows, columns, device="meta"))
         except Exception as error:  # libraries raise many types of exceptions
             raise ConfigError(
-                f"--dynamic-size does not work for {card.arch}, which takes one size alone "
+                f"--dynamic-size does not work for {card.arch}, which takes only one size "
                 f"({brief_root(error)}); leave --dynamic-size out"
             ) from error
 

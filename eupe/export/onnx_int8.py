@@ -53,8 +53,8 @@ def quantise(path: Path, source: Source, ask: Callable[[Path], Says], calibrate:
     quantise_weights(prepared, ways[WEIGHTS])
     if (share := _share(ways[WEIGHTS], prepared)) > LARGEST_SIZE:
         raise ConfigError(
-            f"--precision int8 would leave most of {source.encoder.card.arch} at {source.size} px as it is, with "
-            f"{share:.0%} of float32's bytes; use --precision fp16 or fp32"
+            f"--precision int8 would leave most of {source.encoder.card.arch} at {source.size} px in float32, with "
+            f"{share:.0%} of the bytes of the float32 graph; use --precision fp16 or fp32"
         )
     ranging, choosing = _pictures(source, calibrate)
     _quantise_arithmetic(prepared, ways[DYNAMIC], ways[STATIC], _Reader(_batches(source, ranging)))
@@ -68,10 +68,11 @@ def quantise(path: Path, source: Source, ask: Callable[[Path], Says], calibrate:
     said = ", ".join(
         f"{way} {found[way].least:.4f}" if way in found else f"{way} leaves most weights in float32" for way in ways
     )
-    on = "made-up pictures" if calibrate is None else f"{len(choosing)} of your pictures"
+    on = "generated pictures" if calibrate is None else f"{len(choosing)} of your pictures"
     return (
-        f"int8: of the ways to quantise, {best} was kept (least cosine on {on} for choosing: {said}); the graph has "
-        f"{sizes[best]:.0%} of float32's bytes{', and computes in float32' if best == WEIGHTS else ''}."
+        f"int8: of the methods to quantise, {best} was kept (least cosine on {on} for selection: {said}); the "
+        f"graph has {sizes[best]:.0%} of the bytes of the float32 graph"
+        f"{', and computes in float32' if best == WEIGHTS else ''}."
     )
 
 
@@ -140,7 +141,7 @@ def _pictures(source: Source, calibrate: Where | None) -> tuple[NDArray[np.uint8
         return ranging, choosing
     own = some_pictures(calibrate, size, most=MOST)
     if len(own) < 2:
-        raise CorpusError(f"--calibrate {calibrate} has one picture; give two or more, some hundred are best")
+        raise CorpusError(f"--calibrate {calibrate} has only one picture; give at least two, at best a few hundred")
     return own[::2], own[1::2]
 
 

@@ -114,7 +114,8 @@ def _laid_out(trained: Encoder, size: int, config: ExportConfig) -> Encoder:
             torch.testing.assert_close(encoder(pixels).dense, trained(pixels).dense, rtol=1e-3, atol=1e-3)
     except (AssertionError, RuntimeError, ValueError, TeacherError) as error:
         raise ConfigError(
-            f"--size {size} does not work for {arch}, which {run} has for {own} px ({brief(error)}); leave --size out"
+            f"--size {size} does not work for {arch}, which was trained at {own} px in {run} ({brief(error)}); leave "
+            "--size out"
         ) from error
     return encoder
 

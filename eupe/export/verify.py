@@ -92,16 +92,16 @@ def require_sameness(proof: Proof, precision: str, what: str) -> None:
     """Raise ConformanceError, naming the outputs, if any differ too much from the run's."""
     least, stretched, astray = LEAST[precision], MOST_STRETCHED[precision], MOST_ASTRAY[precision]
     wrong = [
-        f"{name} (least cosine {found.least:.6f}, length off by {found.stretched:.2%}, astray by {found.astray:.2%})"
+        f"{name} (least cosine {found.least:.6f}, length off by {found.stretched:.2%}, error {found.astray:.2%})"
         for name, found in proof.outputs.items()
         # `not` around all of it, so that NaN fails
         if not (found.least >= least and found.stretched <= stretched and found.astray <= astray)
     ]
     if wrong:
         raise ConformanceError(
-            f"{what}, loaded again, says something else than its run of {proof.num_pictures} pictures, so nothing was "
-            f"left: {', '.join(wrong)}; wanted are cosines of {least:g}, lengths within {stretched:.0%}, and errors "
-            f"within {astray:.0%} of what differs between pictures"
+            f"{what} was reloaded, and its outputs for {proof.num_pictures} pictures differ from its run's, so the "
+            f"export was removed: {', '.join(wrong)}; required are cosines of at least {least:g}, lengths within "
+            f"{stretched:.0%}, and errors within {astray:.0%} of the differences between pictures"
         )
 
 
@@ -112,7 +112,9 @@ def compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> dict[str, 
     """
     shapes, theirs = ({name: tuple(value.shape) for name, value in outputs.items()} for outputs in (want, got))
     if shapes != theirs:
-        raise ConformanceError(f"an export gives {theirs}, and its run {shapes}")
+        raise ConformanceError(
+            f"the outputs of an export have other names or shapes than its run's: got {theirs}, expected {shapes}"
+        )
     return {name: _likeness(value.double(), got[name].double()) for name, value in want.items()}
 
 

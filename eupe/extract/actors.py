@@ -242,8 +242,8 @@ def place_workers(nodes: Sequence[Node], workers: int | None, gpus_per_worker: f
         if sum(places(node, cpus) for node in nodes) >= num_workers:
             return num_workers, cpus, num_gpus
     raise ConfigError(
-        f"{num_workers} workers with {num_gpus:g} GPUs each do not fit the {len(nodes)} nodes with "
-        f"{sum(node.cpus for node in nodes)} CPUs and {total_gpus:g} GPUs that Ray has; give fewer --workers or "
+        f"{num_workers} workers with {num_gpus:g} GPUs each do not fit on the {len(nodes)} nodes of Ray, which have "
+        f"{sum(node.cpus for node in nodes)} CPUs and {total_gpus:g} GPUs in total; lower --workers or "
         "--gpus-per-worker"
     )
 
@@ -286,11 +286,15 @@ class ExtractActor:
         host = socket.gethostname()
         if self._corpus_root.is_local and not self._corpus_root.local.is_dir():
             # otherwise every picture would be recorded as unreadable
-            raise CorpusError(f"worker on {host} does not see the corpus folder {self._corpus_root}; share it there")
+            raise CorpusError(
+                f"the worker on {host} cannot see the corpus folder {self._corpus_root}; make it available there"
+            )
         teacher, config = self._teacher(i), self._configs[i]
         arithmetic, agreed = dtype_name(teacher.dtype), spec.teacher["dtype"]
         if arithmetic != agreed:  # `auto` may mean another dtype on this machine
-            raise ConfigError(f"worker on {host} would compute in {arithmetic}, the store is {agreed}; give --dtype")
+            raise ConfigError(
+                f"the worker on {host} would compute in {arithmetic}, but the store's dtype is {agreed}; give --dtype"
+            )
         batch_size = config.batch_size or spec.forward.get("batch_size", DEFAULT_BATCH)
         return PartExtractor(
             teacher,

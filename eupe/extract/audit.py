@@ -151,9 +151,10 @@ def require_agreement(report: AuditReport, least: float) -> None:
     if drifted:
         worst = min(drifted, key=lambda drift: drift.standardised.p5)
         raise DriftError(
-            f"{report.store} is not what its teacher gives here: the 5th percentile of the cosines of {worst.path} is "
-            f"{worst.standardised.p5:.6f}, asked for at least {least:g} (stored in {report.stored_dtype}, computed in "
-            f"{report.computed_dtype}, {report.changed_views} of {report.num_views} views have other pixels)"
+            f"{report.store} differs from what its teacher computes here: the 5th percentile of the cosines of "
+            f"{worst.path} is {worst.standardised.p5:.6f}, but at least {least:g} is required (stored in "
+            f"{report.stored_dtype}, computed in {report.computed_dtype}, {report.changed_views} of "
+            f"{report.num_views} views have different pixels)"
         )
 
 
@@ -241,7 +242,7 @@ def _require_features(store: Store, part: Part) -> None:
     """Raise CorpusError if a sample that has features in the store failed now."""
     failed = [row for row in part.rows if row.error is not None]
     if failed:
-        raise CorpusError(f"{failed[0].key} has features in {store.path}, but now: {failed[0].error}")
+        raise CorpusError(f"{failed[0].key} has features in {store.path}, but fails now: {failed[0].error}")
 
 
 def _vectors(tokens: NDArray[Any]) -> NDArray[np.float64]:

@@ -45,8 +45,10 @@ def require_features(spec: StoreSpec, part: Part) -> None:
     if len(errors) < len(part.rows):
         return
     if any(error.startswith(NOT_FINITE) for error in errors):
-        raise TeacherError(f"{spec.teacher['name']}: of all pictures that were tried {NOT_FINITE}; {what_to_do(spec)}")
-    raise ConfigError("none of the pictures that the precision is measured on can be read; see `eupe index`")
+        raise TeacherError(
+            f"{spec.teacher['name']}: for all pictures that were tried, {NOT_FINITE}; {what_to_do(spec)}"
+        )
+    raise ConfigError("none of the pictures on which the precision is measured can be read; see `eupe index`")
 
 
 def measure(

@@ -456,7 +456,7 @@ def run_parts(
             reason = next(iter(dispatch.given_up), "no reason was recorded")
             raise IncompleteError(
                 f"{len(missing)} of {store.spec.num_parts} parts are missing from {store.path} (first reason: "
-                f"{reason}); the others are committed: run the same command again to go on"
+                f"{reason}); the others are committed: run the same command again to continue"
             )
     return float(dispatch.total - dispatch.before) / seconds
 
@@ -472,4 +472,4 @@ def _interruptible(stores: Iterable[Store]) -> Iterator[None]:
 
 def _stopped(stores: Iterable[Store]) -> IncompleteError:
     done = [f"{len(store.committed_parts())} of {store.spec.num_parts} parts of {store.path}" for store in stores]
-    return IncompleteError(f"stopped: {', '.join(done)} are committed; run the same command again to go on")
+    return IncompleteError(f"stopped: {', '.join(done)} are committed; run the same command again to continue")

@@ -263,8 +263,8 @@ def stored_bytes_per_view(teacher: TeacherSpec, grid: int, precision: Mapping[st
     """
     if unknown := set(precision.values()) - set(NOMINAL_SHARES):
         raise ConfigError(
-            f"--precision {sorted(unknown)[0]} has no nominal share on paper; give {', '.join(NOMINAL_SHARES)}, or "
-            "--corpus to measure it"
+            f"--precision {sorted(unknown)[0]} has no nominal share for a plan on paper; give one of "
+            f"{', '.join(NOMINAL_SHARES)}, or --corpus to measure it"
         )
     dims = {SUMMARY: (0, teacher.summary_dim), DENSE: (teacher.dense_dim, 0)}
     raw = {kind: bytes_per_view((grid,), *dims[kind]) for kind in precision}
@@ -336,7 +336,7 @@ def require_room(need: Need, free: int | None, where: str, *, held: int = 0) -> 
         held: bytes of `need` that are on the disk already.
     """
     if free is not None and need.peak - held > free:
-        there = f", {held / 1e9:,.4g} GB of it there already" if held else ""
+        there = f", of which {held / 1e9:,.4g} GB are already there" if held else ""
         raise ConfigError(
             f"--out {where} has {free / 1e9:,.4g} GB free, and the features take {need.peak / 1e9:,.4g} GB while they "
             f"are made ({need.stored / 1e9:,.4g} GB when finished{there}); give another --out, a cheaper --precision, "
@@ -470,7 +470,7 @@ def _full_disk_in_words() -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             f"the sample cannot be written to the temporary folder ({error.__cause__ or error}); free some space "
-            "there, or name a folder on another disk in TMPDIR"
+            "there, or set TMPDIR to a folder on another disk"
         ) from error
 
 

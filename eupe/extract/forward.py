@@ -124,8 +124,8 @@ class Forward:
                     raise
                 if len(piece) == 1:
                     raise TeacherError(
-                        f"{self.teacher.spec.name} does not fit a single view of {size} px into the memory of "
-                        f"{self.teacher.device}; give a smaller --size, or a device with more memory"
+                        f"{self.teacher.spec.name} runs out of memory on {self.teacher.device} with a single view of "
+                        f"{size} px; give a smaller --size, or use a device with more memory"
                     ) from error
             else:
                 start += len(piece)

@@ -59,7 +59,7 @@ def _crashing_in(samples: list[Sample], root: Place, views: ViewSpec, sizes: Seq
         if reason is None:
             break
         if named is None:
-            raise RuntimeError(f"the process that looks for pictures that kill cannot start: {reason}")
+            raise RuntimeError(f"the process that searches for crashing pictures cannot start: {reason}")
         accused = samples[named]
         in_time = not reason.startswith(ENDLESS)
         if in_time:  # the child may have been killed for another reason: try this picture alone
@@ -97,7 +97,7 @@ def _run_child(
         code = child.wait()
     if not in_time:
         if named is None:
-            return None, f"it names no picture in {START_SECONDS:g} s"
+            return None, f"it named no picture within {START_SECONDS:g} s"
         return named, f"{ENDLESS} ({load.PICTURE_SECONDS:g} s)"
     if code == 0:
         return named, None

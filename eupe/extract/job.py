@@ -198,7 +198,7 @@ def _require_one_pass(configs: Sequence[ExtractConfig]) -> None:
     for config in configs[1:]:
         for field in fields(ExtractConfig):
             if field.name not in OF_ONE_TEACHER and getattr(config, field.name) != getattr(configs[0], field.name):
-                raise ConfigError(f"teachers in one pass share {field.name}; extract them one after the other")
+                raise ConfigError(f"teachers in one pass must have the same {field.name}; extract them separately")
     places = [str(place_of_store(config)) for config in configs]
     if twice := {place for place in places if places.count(place) > 1}:
         raise ConfigError(f"{twice.pop()} cannot hold the features of two teachers; give an --out for each --teacher")
@@ -247,8 +247,8 @@ def _common_index(stores: Sequence[Store]) -> pa.Table:
     for store, index in zip(stores[1:], indexes[1:], strict=True):
         if not index["key"].equals(indexes[0]["key"]):
             raise ConfigError(
-                f"{stores[0].path} and {store.path} were extended at different times, so their samples stand in "
-                "different orders; extract one teacher after the other"
+                f"{stores[0].path} and {store.path} were extended at different times, so their samples are in "
+                "different orders; extract the teachers separately"
             )
     return indexes[0]
 
@@ -322,13 +322,13 @@ def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:
     if config.weights is not None:
         require_weights(teacher, config.weights)
     elif config.weights_key is not None:
-        raise ConfigError(f"--weights-key {config.weights_key} is of no file; give --weights, too")
+        raise ConfigError(f"--weights-key {config.weights_key} needs a weights file; give --weights, too")
     elif teacher.backend in ("hf", "timm") and teacher.place.is_dir():
         require_readable(teacher.place)
     if config.fidelity is not None and not 0 < config.fidelity < 1:
-        raise ConfigError(f"--fidelity must lie between 0 and 1, got {config.fidelity:g}")
+        raise ConfigError(f"--fidelity must be between 0 and 1, got {config.fidelity:g}")
     if config.fidelity is not None and config.precision != "fp16":
-        raise ConfigError("--fidelity chooses the precision by itself; leave out --precision")
+        raise ConfigError("--fidelity sets the precision automatically; remove --precision")
     return teacher.at(teacher.place.absolute()) if teacher.place.exists() else teacher
 
 
@@ -367,8 +367,8 @@ def require_same_choice(store: Store, corpus: Corpus) -> None:
     if stored.choice != corpus.choice:
         now = corpus.choice.words() or "no such option"
         raise ConfigError(
-            f"{store.path} was made {stored.choice.told()}, and now {now} was given, which may take other pictures or "
-            "labels; give what it was made with, or another --out"
+            f"{store.path} was made {stored.choice.told()}, but now {now} was given, which may select other pictures "
+            "or labels; give the original options, or another --out"
         )
 
 
@@ -408,8 +408,8 @@ def _extend(store: Store, spec: StoreSpec, corpus: Corpus) -> Store:
             f"{len(keys)} {word} ({some_keys(keys)})" for keys, word in ((lost, "gone"), (changed, "changed")) if keys
         ]
         raise StoreError(
-            f"{store.path} cannot be extended: of the pictures of {corpus.root} that it was made from, "
-            f"{' and '.join(what)}; put them back, or give another --out"
+            f"{store.path} cannot be extended, because pictures in {corpus.root} that it was made from are gone or "
+            f"have changed: {' and '.join(what)}; restore them, or give another --out"
         )
     new_samples = corpus.samples.filter(pc.is_in(corpus.samples["key"], pa.array(sorted(gained))))
     added = replace(corpus, samples=new_samples)

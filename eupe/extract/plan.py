@@ -156,9 +156,9 @@ def require_common_sizes(teachers: Sequence[TeacherSpec], sizes: Sequence[int]) 
             below = size // common * common
             good = " or ".join(f"--size {s}" for s in (below, below + common) if s)
             raise ConfigError(
-                f"--size {size} does not suit all of these teachers, which take multiples of "
+                f"--size {size} does not work for all of these teachers, which take multiples of "
                 f"{', '.join(f'{patch} px ({name})' for name, patch in patches.items())}; give {good}, or extract them "
-                "one by one, each at a size of its own"
+                "separately, each at its own size"
             )
 
 

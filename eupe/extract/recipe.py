@@ -35,7 +35,9 @@ def stored_teacher(store: Store, given: str | None, weights: Path | None = None)
     if place.exists():
         return card.at(place.absolute())
     if place.is_absolute():
-        raise TeacherError(f"the teacher that made {store.path} is gone from {place}; name its new place by --teacher")
+        raise TeacherError(
+            f"the teacher that made {store.path} is no longer at {place}; give its new location with --teacher"
+        )
     return card
 
 
@@ -59,13 +61,13 @@ def require_same_teacher(store: Store, teacher: TeacherSpec, weights_sha256: str
     if different and stored["weights_sha256"] != weights_sha256:
         raise TeacherError(
             f"{store.path} was made with weights of {stored['name']} whose SHA-256 is "
-            f"{stored['weights_sha256']}, these have {weights_sha256}; give the file that it was made with by "
-            "--weights, and the same --weights-key"
+            f"{stored['weights_sha256']}, but these have {weights_sha256}; give the original file with --weights, and "
+            "the same --weights-key"
         )
     if different:
         raise SpecMismatchError(
-            f"{store.path} was made by another teacher than {teacher.name} ({'; '.join(different)}); give that one by "
-            "--teacher"
+            f"{store.path} was made by a different teacher than {teacher.name} ({'; '.join(different)}); give the "
+            "original teacher with --teacher"
         )
 
 
@@ -76,7 +78,7 @@ def require_arithmetic(store: Store) -> None:
         compute_dtype(dtype, pick_device())
     except ConfigError as error:
         raise ConfigError(
-            f"{store.path} was computed in {dtype}, which this machine cannot; use one with a GPU"
+            f"{store.path} was computed in {dtype}, which this machine does not support; use one with a GPU"
         ) from error
 
 
@@ -89,7 +91,7 @@ def stored_pictures(store: Store, given: Where | None) -> Place:
     """
     root = store.corpus_root() if given is None else corpus_root(given)
     if root.is_local and not root.local.is_dir():
-        raise CorpusError(f"the pictures of {store.path} are not in {root}; name their folder by --corpus")
+        raise CorpusError(f"the pictures of {store.path} are not in {root}; give their folder with --corpus")
     return root
 
 
@@ -100,7 +102,7 @@ def require_unchanged(root: Place, samples: Iterable[Sample]) -> None:
     if changed:
         raise CorpusError(
             f"{len(changed)} pictures in {root} are gone or have changed since they were indexed "
-            f"({some_keys(changed)}); put them back, or name the folder that holds them by --corpus"
+            f"({some_keys(changed)}); restore them, or give the folder that holds them with --corpus"
         )
 
 

@@ -158,7 +158,8 @@ def _repaired(config: RepairConfig, place: Place, open_crew: OpenCrew, on_status
         after = _verified(place, "verifying again", on_status)
         if not after.whole:
             raise IncompleteError(
-                f"{place} is still damaged after its repair ({after.damages[0]}); if its storage is sound, run it again"
+                f"{place} is still damaged after its repair ({after.damages[0]}); if its storage works, run the "
+                "repair again"
             )
         found = after
     seconds = time.monotonic() - began
@@ -199,9 +200,9 @@ def _restore_index(store: Store, found: VerifyReport, corpus: Where | None, on_s
         segments = _segments(store, bad, pictures.samples)
     except CorpusError as error:
         raise CorpusError(
-            f"{store.path / damages[0].what} {damages[0].reason}, and the commit files repeat it only in part, so it "
-            f"takes the pictures to make it again: {error}; until then the store can be read, but neither repaired "
-            "nor extended"
+            f"{store.path / damages[0].what} {damages[0].reason}, and the commit files hold only part of its content, "
+            f"so the pictures are needed to make it again: {error}; until then the store can be read, but not repaired "
+            "or extended"
         ) from error
     for segment in bad:
         index = replace(pictures, root=Place.of(store.spec.corpus["root"]), samples=segments[segment])
@@ -234,7 +235,7 @@ def _segments(store: Store, bad: Sequence[int], pictures: pa.Table) -> list[pa.T
     segments |= {segment: _listed(pictures, names) for segment, names in enumerate(keys) if names is not None}
     unknown = [segment for segment in bad if segment not in segments]
     if len(unknown) > 1:  # nothing tells which of the remaining pictures belong to which segment
-        raise CorpusError(f"{len(unknown)} segments of the index and commit files of their parts are damaged")
+        raise CorpusError(f"{len(unknown)} segments of the index are damaged, and so are commit files of their parts")
     if unknown:
         taken = [key for segment in segments.values() for key in segment["key"].to_pylist()]
         left = pictures.filter(pc.invert(pc.is_in(pictures["key"], pa.array(taken, pa.string()))))["key"].to_pylist()
@@ -244,8 +245,8 @@ def _segments(store: Store, bad: Sequence[int], pictures: pa.Table) -> list[pa.T
     made = fingerprint(whole)
     if made != store.spec.corpus["fingerprint"]:
         raise CorpusError(
-            f"those found have fingerprint {made}, the store was made of {store.spec.corpus['fingerprint']}; put the "
-            "pictures back that were there, or name their folder by --corpus"
+            f"the pictures found have fingerprint {made}, but the store was made from pictures with fingerprint "
+            f"{store.spec.corpus['fingerprint']}; restore the original pictures, or give their folder with --corpus"
         )
     return tables
 

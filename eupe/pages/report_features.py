@@ -34,11 +34,11 @@ def difference(result: Result, usual: Mapping[str, Any]) -> str:
     theirs = [_said(name, value) for name, value in others.items() if own.get(name) != value]
     if not ours and not theirs:
         return ""
-    return f"{', '.join(ours) or 'nothing of the kind'}, the others {', '.join(theirs) or 'nothing of the kind'}"
+    return f"{', '.join(ours) or 'no such setting'}; the others: {', '.join(theirs) or 'no such setting'}"
 
 
 def _said(name: str, value: Any) -> str:
-    return {"size": f"{value} px", "num_views": f"{value} views a picture", "views": f"a store's {value} views"}.get(
+    return {"size": f"{value} px", "num_views": f"{value} views per picture", "views": f"a store's {value} views"}.get(
         name, f"{name} {value}"
     )
 

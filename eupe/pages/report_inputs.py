@@ -36,13 +36,15 @@ def _read(place: Path) -> list[Result]:
         raise ConfigError(f"{place} does not exist; give training runs, or files of results (.jsonl)")
     if place.is_dir():
         if not is_run(place):
-            raise ConfigError(f"{place} is a folder but no training run; give runs, or files of results (.jsonl)")
+            raise ConfigError(f"{place} is a folder but not a training run; give runs, or files of results (.jsonl)")
         if not (place / CARD_FILE).is_file():
-            raise RunError(f"run {place} is not finished; finish it with `eupe train ... --resume`, then judge it")
+            raise RunError(f"run {place} is not finished; finish it with `eupe train ... --resume`, then evaluate it")
     results = read_results(place)
     if not results:
-        what = f"run {place} has not been judged" if place.is_dir() else f"{place} holds no results"
-        raise ConfigError(f"{what}; `eupe eval knn`, say, leaves them in a run's {EVALUATIONS_FILE} and with --results")
+        what = f"run {place} has not been evaluated" if place.is_dir() else f"{place} holds no results"
+        raise ConfigError(
+            f"{what}; for example, `eupe eval knn` writes some to a run's {EVALUATIONS_FILE} and to --results FILE"
+        )
     return results
 
 

@@ -57,7 +57,7 @@ def draw_maps(runs: Mapping[str, Path], images: Where, *, limit: int) -> Maps:
     if limit < 1:
         raise ConfigError(f"--limit must be at least 1, got {limit}")
     if not runs:
-        raise ConfigError("--images shows maps of training runs, and none of those that were judged is here")
+        raise ConfigError("--images shows maps of training runs, but none of the evaluated runs is here")
     corpus = open_corpus(images)
     samples = corpus.samples.select(["key", "label", "sha256"]).to_pylist()
     known = [

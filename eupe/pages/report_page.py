@@ -116,7 +116,7 @@ def _legend(merged: Merged) -> str:
     legends = [f'<b class="best">bold</b> {BEST_LEGEND}'] if any(cell.best for cell in cells) else []
     legends += [f'<span class="flag">{AHEAD}</span> {AHEAD_LEGEND}'] if any(cell.ahead for cell in cells) else []
     legends += [f"<sup>{letter}</sup> {MARK_LEGEND}: {escape(words)}" for letter, words in merged.marks.items()]
-    legends.append("Another data set, or another protocol, is another column; see the details below.")
+    legends.append("Each data set and each protocol has its own column; see the details below.")
     return "".join(f"<p>{legend}</p>" for legend in legends)
 
 
@@ -129,7 +129,7 @@ def _charts(merged: Merged, named: Sequence[Head]) -> str:
         if column.task == LATENCY or best is None or len(spots := _spots(merged, column, best)) < FEWEST_SPOTS:
             continue
         cost = named[merged.columns.index(best)]
-        x_label = f"ms a picture at {cost.data}" + "".join(f", {word}" for word in cost.apart)
+        x_label = f"ms per picture at {cost.data}" + "".join(f", {word}" for word in cost.apart)
         what = ", ".join(word for word in (head.task, head.data, *head.apart) if word)
         label = f"{what} over {x_label}"
         chart = svg_scatter(
@@ -138,7 +138,7 @@ def _charts(merged: Merged, named: Sequence[Head]) -> str:
         drawn.append(f"<figure><h3>{escape(what)}</h3>{chart}</figure>")
     if not drawn:
         return ""
-    note = "The line joins the models that no other one beats in time or quality without losing in the other."
+    note = "The line joins the models that no other model beats in time or quality without being worse in the other."
     return (
         f'<section><h2>Quality and time</h2><p class="note">{note}</p>\n'
         f'<div class="charts">{"".join(drawn[:MOST_CHARTS])}</div></section>'
@@ -174,8 +174,8 @@ def _maps(maps: Maps) -> str:
         ]
         body.append(f'<h3>{what}{tag}</h3><div class="cells">{"".join(cells)}</div>')
     note = (
-        "Three leading principal components of a run's patch tokens as red, green and blue; a run has one projection "
-        "for all pictures, so compare down a column. All saw the centre of each picture."
+        "The three leading principal components of a run's patch tokens as red, green and blue; a run has one "
+        "projection for all pictures, so compare down a column. All runs saw the centre of each picture."
     )
     return (
         f'<section class="maps"><h2>Dense features</h2><p class="note">{note}</p>\n<div class="cells names">'

@@ -15,12 +15,12 @@ from eupe.pages.report_words import ABSENT, Head, measure_title, number, said
 from eupe.store.layout import KINDS
 
 AGREEMENT_NOTE = """<p>On pictures that were held out of the run's training. <i>Normalised</i>: mean cosine in the
-loss's space, where always saying the teacher's mean feature scores about 0. <i>Cosine</i>, <i>mean feature</i>: of raw
-features, and what that constant answer scores. <i>CKA</i>: unbiased linear CKA of what the heads predict;
-<i>own CKA</i>: of the student's own tokens. <i>Neighbours</i>: share of the nearest views that summaries have in
-common.</p>"""
-LICENCE_NOTE = """<p>As runs and stores note them; what they allow for a model that learned from such weights is not
-said here.</p>"""
+loss's space, where always predicting the teacher's mean feature scores about 0. <i>Cosine</i>: mean cosine of raw
+features; <i>mean feature</i>: the score of that constant prediction. <i>CKA</i>: unbiased linear CKA of what the heads
+predict; <i>own CKA</i>: of the student's own tokens. <i>Neighbours</i>: share of the nearest views that summaries have
+in common.</p>"""
+LICENCE_NOTE = """<p>As recorded in runs and stores; what they allow for a model that learned from such weights is
+not stated here.</p>"""
 AGREEMENT_MEASURES = {
     "normalised": "normalised",
     "cosine": "cosine",
@@ -141,7 +141,7 @@ def licence_section(licences: Sequence[Licence]) -> str:
         for each in licences
     )
     table = _table(["model", "teacher", "through", "licence"], f"<tbody>{body}</tbody>", LICENCE_NOTE)
-    return f'<section class="licences"><h2>Licences of the weights that taught</h2>\n{table}</section>'
+    return f'<section class="licences"><h2>Licences of the weights that models learned from</h2>\n{table}</section>'
 
 
 def _table(names: Sequence[str], body: str, caption: str) -> str:

@@ -25,12 +25,12 @@ TASKS = {
     "agreement": "Agreement with targets",
     "conflict": "Teachers against each other",
 }
-MEASURES = {"miou": "mIoU", "rmse": "RMSE", "pck": "PCK", "ms": "ms a picture"}
+MEASURES = {"miou": "mIoU", "rmse": "RMSE", "pck": "PCK", "ms": "ms per picture"}
 ABSENT = "–"
 BASELINES = "baselines"
-BEST_LEGEND = "the best of the models that may be compared"
-AHEAD_LEGEND = "a baseline that is ahead of all of them"
-MARK_LEGEND = "other features than the column's, compared with none"
+BEST_LEGEND = "the best of the comparable models"
+AHEAD_LEGEND = "a baseline that is better than all of them"
+MARK_LEGEND = "other features than the column's, so not compared"
 AHEAD = "▲"
 
 

@@ -90,11 +90,9 @@ def _norms(token: TokenSummary, title: str) -> str:
 
 def _stds(token: TokenSummary, title: str) -> str:
     alive = np.sort(token.std[token.std > 0])[::-1]
-    drawn = _falling_line(
-        alive, f"Standard deviation of the channels: {title}", "std", "channel, from the most varying one"
-    )
+    drawn = _falling_line(alive, f"Standard deviation of the channels: {title}", "std", "channel, most varying first")
     dead = len(token.std) - len(alive)
-    return _figure("Standard deviation by channel", drawn, f"Not drawn: {dead} that never change." if dead else "")
+    return _figure("Standard deviation by channel", drawn, f"Not drawn: constant channels ({dead})." if dead else "")
 
 
 def _spectrum(token: TokenSummary, title: str) -> str:

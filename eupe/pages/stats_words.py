@@ -76,7 +76,7 @@ def token_facts(token: TokenSummary) -> Facts:
         facts.insert(2, ("cosine to the teacher, mean / 5th percentile", cosines))
     if token.kind == DENSE:
         share = f"{token.outlier_share:.3%}" if token.outlier_share else "none"
-        facts += [("outlier tokens‡", share), ("most outliers in (share of views)", outlier_place(token))]
+        facts += [("outlier tokens‡", share), ("cell with most outliers (share of views)", outlier_place(token))]
     return facts
 
 
@@ -97,7 +97,7 @@ def outlier_place(token: TokenSummary) -> str:
 
 
 NOTES = (
-    "* from a histogram in quarter octaves, the mean within 9%.",
+    "* from a histogram in quarter octaves; the mean is accurate to 9%.",
     "† participation ratio of the covariance's eigenvalues, (Σλ)² / Σλ².",
     f"‡ norm above {OUTLIER_RATIO:g} times the median of the token's view; rows and columns count from 0.",
 )

@@ -133,8 +133,8 @@ def _pictures_in_common(corpus: Corpus, stores: Sequence[StoreSubject], runs: Se
         found = [row for row in rows if row["key"] in subject.places]
         if not found:
             raise ConfigError(
-                f"store {subject.store.path} has features of none of the {len(rows)} pictures of {corpus.root} "
-                f"that could be shown (one is {rows[0]['key']}, the store has {next(iter(subject.places), 'none')}); "
+                f"store {subject.store.path} has no features of any of the {len(rows)} pictures of {corpus.root} "
+                f"that could be shown (one is {rows[0]['key']}; the store has {next(iter(subject.places), 'none')}); "
                 "give --images the pictures that every store was extracted from"
             )
         rows = found

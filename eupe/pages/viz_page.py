@@ -62,18 +62,18 @@ def render_page(
     )
 
 
-FOREGROUND_LEGEND = """<li>Only <b>foreground</b> is in colour: the first component of all of a model's tokens is cut in
-two at its mean, the side that is commoner along the pictures' borders is background and left blank, and the colours
-are the components of the rest alone.</li>"""
+FOREGROUND_LEGEND = """<li>Only the <b>foreground</b> is in colour: the first component of all of a model's tokens is
+split at its mean; the side that is more common along the pictures' borders is background and left blank, and the
+colours show the components of the other tokens only.</li>"""
 
-HELD_OUT_LEGEND = '<li><span class="tag">held out</span> never trained on by any run shown here</li>'
+HELD_OUT_LEGEND = '<li><span class="tag">held out</span> not used for training by any run shown here</li>'
 
 SIMILARITY_LEGEND = """<li class="scripted"><b>Click a patch</b> of any picture or map (or go there with Tab and the
 arrow keys, and press Enter) to see how similar every model finds the picture's other patches to it: the cosine of their
-features, {ramp} from the least similar patch of a map to the patch itself.</li>"""
+features, coloured {ramp} from the least similar patch of a map to the patch itself.</li>"""
 
-NO_SIMILARITY_LEGEND = f"""<li>So many maps leave no room for features ({MAX_TEXT_BYTES / 1e6:.0f} MB at most), by which
-patches could be compared: show fewer pictures.</li>"""
+NO_SIMILARITY_LEGEND = f"""<li>There are too many maps to embed the features ({MAX_TEXT_BYTES / 1e6:.0f} MB at most)
+that patches are compared by: show fewer pictures.</li>"""
 
 
 def _asked_for_foreground(colours: Colours) -> bool:

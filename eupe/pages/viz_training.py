@@ -51,10 +51,10 @@ def _outcome_row(row: Cosine) -> str:
 
 
 OUTCOME_TABLE = """<div class="scroll"><table>
-<caption>Cosine between what the finished student predicts and what the teacher said, on held-out pictures.
-<i>Normalised</i>: channels standardised as in the loss, where always saying the teacher's mean feature
+<caption>Cosine between the finished student's predictions and the teacher's features, on held-out pictures.
+<i>Normalised</i>: channels standardised as in the loss, where always predicting the teacher's mean feature
 scores about 0.
-<i>Mean feature</i>: what that constant answer scores on the raw features.</caption>
+<i>Mean feature</i>: the score of that constant prediction on the raw features.</caption>
 <thead><tr><th scope="col">target</th><th scope="col">tokens</th>
 <th scope="col">normalised</th><th scope="col">raw</th><th scope="col">mean feature</th>
 <th scope="col">raw − mean feature</th></tr></thead>

@@ -62,7 +62,7 @@ def run_steps(
                 one.step.name, one.step.verb.name, one.state == "done", kept["seconds"], output, kept["report"]
             )
             if stop_asked() and one is not planned[-1]:
-                raise IncompleteError(f"stopped after step {one.step.name}; the same command goes on")
+                raise IncompleteError(f"stopped after step {one.step.name}; run the same command to resume")
 
 
 def _run(
@@ -86,10 +86,10 @@ def _run(
         code = _wait(child, stop_asked)
     seconds = time.monotonic() - began
     if code and stop_asked():
-        raise IncompleteError(f"stopped in step {one.step.name}; the same command goes on")
+        raise IncompleteError(f"stopped in step {one.step.name}; run the same command to resume")
     if code:
         how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
-        error = StepError(f"step {one.step.name} ended {how}; the same command goes on there once that is mended")
+        error = StepError(f"step {one.step.name} ended {how}; fix the cause, then run the same command to resume there")
         error.exit_code = max(code, 1)
         raise error
     kept = {"command": command, "content": one.content, "seconds": seconds, "report": _read(printed, one.step.name)}
@@ -119,7 +119,7 @@ def _read(printed: Path, step: str) -> Any:
     try:
         return json.loads(printed.read_text())
     except ValueError as error:
-        raise StepError(f"step {step} printed no JSON report ({error}); it is in {printed}") from error
+        raise StepError(f"step {step} printed no JSON report ({error}); its output is in {printed}") from error
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def _alone(out: Path) -> Iterator[int]:
         (out / REPORTS).mkdir(parents=True, exist_ok=True)
         lock = lock_file(out / LOCK, verb="run", of=out)
     except OSError as error:
-        raise StorageError(f"the pipeline's directory {out} cannot be made: {error}") from error
+        raise StorageError(f"the pipeline's directory {out} cannot be created: {error}") from error
     try:
         yield lock
     finally:

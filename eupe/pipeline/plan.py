@@ -26,32 +26,32 @@ PICTURES = ("corpus", "images", "data", "calibrate")
 
 INDIFFERENT: Mapping[str, Mapping[str, str]] = {
     "": {
-        "workers": "how the work is shared out",
-        "gpus-per-worker": "how the work is shared out",
+        "workers": "how the work is divided",
+        "gpus-per-worker": "how the work is divided",
         "ray-address": "where the work is done",
         "out": "named after the key",
-        "results": "one more place for what is told",
-        "scratch": "where features lie while they are judged",
+        "results": "one more file for the results",
+        "scratch": "where features are stored during an evaluation",
     },
     "extract": {
-        "batch-size": "changes rounding only; a store takes it for the same content, too",
-        "retry-failed": "repairs what is there",
+        "batch-size": "changes rounding only; stores ignore it as well",
+        "retry-failed": "repairs the existing store",
     },
     "train": {
-        "corpus": "where the pictures are now; which they are, the stores say",
+        "corpus": "current location of the pictures; the stores say which pictures they are",
         "checkpoint-every": "how much is lost when a run is killed",
         "keep": "which checkpoints stay",
         "keep-every": "which checkpoints stay",
-        "validate-every": "what is told on the way",
-        "log-every": "what is told on the way",
-        "wandb": "what is told on the way",
-        "num-workers": "how the work is shared out; changes rounding, and what a batch norm sees",
-        "shard": "how the work is shared out; changes rounding only",
-        "accumulate": "how the work is shared out; changes rounding, and what a batch norm sees",
-        "recompute": "memory against time",
+        "validate-every": "what is reported during training",
+        "log-every": "what is reported during training",
+        "wandb": "what is reported during training",
+        "num-workers": "how the work is divided; changes rounding, and what a batch norm sees",
+        "shard": "how the work is divided; changes rounding only",
+        "accumulate": "how the work is divided; changes rounding, and what a batch norm sees",
+        "recompute": "trades time for memory",
         "compile": "how fast it is; changes rounding only",
     },
-    "eval agreement": {"corpus": "where the pictures are now; which they are, the stores say"},
+    "eval agreement": {"corpus": "current location of the pictures; the stores say which pictures they are"},
 }
 """Options that do not affect a step's result and are left out of its key, by verb ("" for all verbs), with the reason.
 Any other option counts."""

@@ -64,7 +64,7 @@ class Problems:
         """Raise ConfigError with all mistakes, one per line, if there are any."""
         if self.found:
             count = "1 mistake" if len(self.found) == 1 else f"{len(self.found)} mistakes"
-            raise ConfigError("\n  ".join([f"{recipe} has {count}, nothing was run:", *self.found]))
+            raise ConfigError("\n  ".join([f"{recipe} has {count}, so nothing was run:", *self.found]))
 
 
 def shipped_names() -> list[str]:
@@ -114,7 +114,7 @@ def parse_recipe(path: str, text: str, settings: Mapping[str, Any], problems: Pr
     """
     plain = _load(path, text)
     for key in plain.keys() - set(TOP):
-        problems.add(str(key), f"is not a part of a recipe; those are {', '.join(TOP)}")
+        problems.add(str(key), f"is not a key of a recipe; the keys are {', '.join(TOP)}")
     values = _named_values(plain.get("let"), settings, problems)
     out = settings.get("out", _put_in(plain.get("out"), "out", values, problems))
     if not isinstance(out, str) or not out or "://" in out:
@@ -149,7 +149,7 @@ class _Strict(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         if twice := [key for key in keys if isinstance(key, str) and keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -161,7 +161,7 @@ def _named_values(let: Any, settings: Mapping[str, Any], problems: Problems) -> 
     for name, value in (let or {}).items():
         values[str(name)] = settings.get(name, _put_in(value, f"let.{name}", values, problems))
         if values[str(name)] is None:
-            problems.add(f"let.{name}", f"has no value of its own; give --set {name}=...")
+            problems.add(f"let.{name}", f"has no default value; give --set {name}=...")
             values[str(name)] = f"${{{name}}}"  # so that its uses are not reported, too
     for name in settings.keys() - values.keys() - {"out", NUM_IMAGES}:
         problems.add(f"--set {name}", f"is not among the recipe's named values: {', '.join(['out', *values])}")
@@ -173,7 +173,7 @@ def _named_values(let: Any, settings: Mapping[str, Any], problems: Problems) -> 
 def _step(name: Any, body: Any, values: Mapping[str, Any], problems: Problems) -> RawStep | None:
     where = f"steps.{_as_written(str(name))}"
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        problems.add(where, "a step's name has letters, digits, '-', '_' and '.' only")
+        problems.add(where, "a step's name may contain only letters, digits, '-', '_' and '.'")
         return None
     if not isinstance(body, dict) or len(body) != 1:
         problems.add(where, "must be one verb with its options: {VERB: {OPTION: VALUE, ...}}")
@@ -194,7 +194,7 @@ def _put_in(value: Any, where: str, values: Mapping[str, Any], problems: Problem
         return value
     names = _HELD.findall(value)
     if unknown := [name for name in names if name not in values]:
-        problems.add(where, f"${{{unknown[0]}}} has no value at that place; name it under `let`, above its use")
+        problems.add(where, f"${{{unknown[0]}}} has no value here; define it under `let`, above its use")
         return _as_written(value)
     if whole := _HELD.fullmatch(value):
         return values[whole[1]]

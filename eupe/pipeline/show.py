@@ -16,7 +16,7 @@ from eupe.pipeline.execute import Result
 from eupe.pipeline.prepare import Prepared
 from eupe.printing import print_table
 from eupe.progress import amount
-from eupe.train.card import MOST_PASSES
+from eupe.train.card import MOST_PASSES, passes_note
 
 HEADLINES: Mapping[str, Sequence[str]] = {
     "extract": ("num_views", "stored_bytes", "num_failed"),
@@ -33,7 +33,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     """Print the state, cost and command of each step."""
     if prepared.recipe.about:
         console.print(prepared.recipe.about, soft_wrap=True, markup=False)
-    table = Table("step", "state", "on paper", box=None)
+    table = Table("step", "state", "estimate", box=None)
     for one, cost in zip(prepared.steps, prepared.costs, strict=True):
         table.add_row(escape(one.step.name), one.state, cost_words(cost))
     print_table(console, table)
@@ -45,21 +45,17 @@ def show_plan(prepared: Prepared, console: Console) -> None:
     if stored:
         known = sum(number for number in stored if number is not None)
         unknown = f" and {stored.count(None)} of unknown size" if None in stored else ""
-        console.print(f"stores in all: {amount(known)}{unknown}, on paper: nothing was measured", soft_wrap=True)
+        console.print(f"all stores: {amount(known)}{unknown}, estimated: nothing was measured", soft_wrap=True)
     for one, cost in zip(prepared.steps, prepared.costs, strict=True):
         if isinstance(cost, TrainCost) and cost.passes is not None and cost.passes > MOST_PASSES:
-            console.print(
-                f"{one.step.name} sees each stored view more than {MOST_PASSES} times, which teaches little that is "
-                "new: extract with more views (rrc:K), or train less",
-                soft_wrap=True,
-                markup=False,
-            )
+            note = passes_note(f"{one.step.name}: each stored view", cost.passes)
+            console.print(note, soft_wrap=True, markup=False)
     missing: dict[str, list[str]] = {}
     for one in prepared.steps:
         for words in one.missing:
             missing.setdefault(words, []).append(one.step.name)
     for words, steps in missing.items():
-        console.print(f"not there yet, for {', '.join(steps)}: {words}", soft_wrap=True, markup=False)
+        console.print(f"missing, but needed by {', '.join(steps)}: {words}", soft_wrap=True, markup=False)
 
 
 def cost_words(cost: Cost | None) -> str:
@@ -68,15 +64,15 @@ def cost_words(cost: Cost | None) -> str:
         return ""
     if isinstance(cost, StoreCost):
         most = "at most " if cost.at_most else ""
-        per_view = f"{most}{amount(cost.bytes_per_view)} a view"
+        per_view = f"{most}{amount(cost.bytes_per_view)} per view"
         if cost.num_images is None or cost.num_bytes is None:
-            return f"{per_view}; pictures not counted: --set num-images=N"
+            return f"{per_view}; pictures not counted: give --set num-images=N"
         views = f"{cost.views_per_image} view{'s' * (cost.views_per_image > 1)}"
         return f"{cost.num_images:,} pictures x {views}, {per_view}, {amount(cost.num_bytes)}"
     if cost.num_bytes is None:
-        return f"{amount(cost.bytes_per_view)} a view; steps or batch not known here"
+        return f"{amount(cost.bytes_per_view)} per view; number of steps or batch size unknown"
     words = f"{cost.steps:,} steps x {cost.batch_size:,} = {cost.num_views:,} views, {amount(cost.num_bytes)} read"
-    return words if cost.passes is None else f"{words}, each stored view about {cost.passes:,.0f} times"
+    return words if cost.passes is None else f"{words}, each stored view seen about {cost.passes:,.0f} times"
 
 
 def show_results(results: Sequence[Result], console: Console, *, reports: Path) -> None:
@@ -92,7 +88,7 @@ def show_results(results: Sequence[Result], console: Console, *, reports: Path) 
         said = ", ".join(headline(result, steps))
         table.add_row(escape(result.step), took, escape(said), escape(result.output or ""))
     print_table(console, table)
-    console.print(f"all numbers of each step: {reports}", soft_wrap=True, markup=False)
+    console.print(f"full reports of all steps: {reports}", soft_wrap=True, markup=False)
 
 
 def headline(result: Result, steps: Mapping[str, str]) -> list[str]:

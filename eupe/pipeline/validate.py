@@ -83,7 +83,7 @@ def check_steps(recipe: Recipe, verbs: Mapping[str, Verb], problems: Problems) -
     cycles = _cycles(recipe.steps)
     for raw in recipe.steps:
         if raw.verb not in verbs:
-            problems.add(raw.where(), f"is not a verb of a step{_near(raw.verb, verbs)}")
+            problems.add(raw.where(), f"is not a verb for a step{_near(raw.verb, verbs)}")
             continue
         names = _Names(raw, list(steps), makes, cycles)
         verb = verbs[raw.verb]
@@ -92,7 +92,7 @@ def check_steps(recipe: Recipe, verbs: Mapping[str, Verb], problems: Problems) -
             if key not in verb.options:
                 problems.add(raw.where(key), f"is not an option of eupe {verb.name}{_near(key, verb.options)}")
             elif key in GIVEN and raw.verb in (GIVEN[key] or (raw.verb,)):
-                problems.add(raw.where(key), "is given by the pipeline itself; leave it out")
+                problems.add(raw.where(key), "is set by the pipeline; leave it out")
             elif (words := _words(verb, verb.options[key], value, names, problems)) is not None:
                 options[key] = words
         for option in verb.options.values():
@@ -124,9 +124,9 @@ class _Names:
         if word == self.raw.name:
             return EupeError(f"{word!r} is this step itself")
         if word in self.cycles and self.raw.name in self.cycles:
-            return EupeError(f"{word!r} waits for this step in turn: {self.cycles[self.raw.name]}")
+            return EupeError(f"{word!r} itself needs this step: {self.cycles[self.raw.name]}")
         if word in self.earlier:
-            return EupeError(f"step {word!r} makes a {self.makes[word] or 'report'}, and this takes a {kinds}")
+            return EupeError(f"step {word!r} makes a {self.makes[word] or 'report'}, but this option takes a {kinds}")
         if word in self.makes:
             return EupeError(f"{word!r} is a later step; put it above this one")
         near = _near(word, [name for name in self.earlier if self.makes[name] in takes])
@@ -138,7 +138,7 @@ def _outside(option: str, word: str) -> str | None:
     if "://" in word or (option, word) == ("subjects", PIXELS) or (option != "teacher" and Path(word).exists()):
         return None
     if option not in ("teacher", "items", "subjects"):
-        return f"{word} does not exist, either"
+        return f"there is no file or folder {word}, either"
     try:
         resolve_teacher(word)
     except EupeError as error:
@@ -151,14 +151,14 @@ def _words(verb: Verb, option: Option, value: Any, names: _Names, problems: Prob
     where = names.raw.where(option.name)
     if option.flag:
         if not isinstance(value, bool):
-            problems.add(where, f"is a flag: true or false, got {value!r}")
+            problems.add(where, f"is a flag that takes true or false, got {value!r}")
         word = option.word if value is True else option.negative
         return None if word is None else (word,)
     values = value if isinstance(value, list) else [value]
     if isinstance(value, list) and not option.multiple:
         problems.add(where, f"takes one value, got a list of {len(value)}")
     elif option.name == "teacher" and len(values) > 1:
-        problems.add(where, "takes one teacher a step, so that each has a key of its own; write a step for each")
+        problems.add(where, "takes one teacher per step, so that each has its own key; write a step for each")
     elif not values or any(isinstance(item, bool | dict | list | None) for item in values):
         problems.add(where, f"takes text or a number, got {value!r}")
     elif (complaint := verb.complaint(option, [str(item) for item in values])) is not None:

@@ -90,10 +90,10 @@ def _checked(config: ScenesConfig) -> Request:
     if config.pictures < FEWEST:
         raise ConfigError(
             f"--pictures {config.pictures} is too few: give {FEWEST} or more, so that each of the {len(CATEGORIES)} "
-            "categories has a picture to train on and one to be judged on"
+            "categories has a picture to train on and one to evaluate on"
         )
     if not low <= config.size <= high:
-        raise ConfigError(f"--size {config.size} is no side of these pictures; give {low} to {high} pixels")
+        raise ConfigError(f"--size {config.size} is not a valid picture size; give {low} to {high} pixels")
     if config.seed < 0:
         raise ConfigError(f"--seed {config.seed} is negative; give 0 or more")
     return Request(pictures=config.pictures, size=config.size, seed=config.seed)
@@ -111,11 +111,13 @@ def _finished(out: Path, request: Request) -> Mapping[str, Mapping[str, int]] | 
         stored = card["request"]
         counts: Mapping[str, Mapping[str, int]] = card["counts"]
         asked = _identity(request)
-        different = [f"{k} {stored.get(k)} there, {v} asked for" for k, v in asked.items() if stored.get(k) != v]
+        different = [f"{k} {stored.get(k)} there, {v} requested" for k, v in asked.items() if stored.get(k) != v]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{out} holds something that is no folder of scenes; give another --out") from error
+        raise ConfigError(f"{out} exists and is not a folder of scenes; give another --out") from error
     if different:
-        raise ConfigError(f"{out} holds other scenes ({'; '.join(different)}); give another --out, or delete it")
+        raise ConfigError(
+            f"{out} holds other scenes ({'; '.join(different)}); give another --out, or delete this folder"
+        )
     return counts
 
 
@@ -132,7 +134,9 @@ def _fill(folder: Path, request: Request, processes: int, progress: Progress) ->
             drawn[layout].append(result)
             progress(done + 1, len(jobs))
             if stop_asked():
-                raise IncompleteError("stopped before all scenes were made, and nothing was kept; run the same again")
+                raise IncompleteError(
+                    "stopped before all scenes were made, and nothing was kept; run the same command again"
+                )
     counts = {layout: LAYOUTS[layout].finish(folder, request, drawn[layout]) for layout in LAYOUTS}
     card = {"request": _identity(request), "categories": CATEGORIES, "classes": CLASSES, "counts": counts}
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
@@ -153,8 +157,8 @@ def _drawn(
             yield from map_ahead(pool, work, jobs, ahead=4 * processes)
         except BrokenProcessPool as error:
             raise IncompleteError(
-                "a process that rendered scenes died, perhaps for want of memory, and nothing was kept; run the same "
-                "again"
+                "a process that rendered scenes died, perhaps because memory ran out, and nothing was kept; run the "
+                "same command again"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

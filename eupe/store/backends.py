@@ -68,7 +68,7 @@ class Array:
         """
         handle = open_array(store, layout.path, layout.shape)
         if handle.dtype.name != layout.dtype or handle.chunk_layout.read_chunk.shape != layout.chunk:
-            raise _damaged(store, f"{layout.path} is not made of {layout.dtype} in chunks of {list(layout.chunk)}")
+            raise _damaged(store, f"{layout.path} is not an array of {layout.dtype} in chunks of {list(layout.chunk)}")
         return cls(handle if layout.order is None else handle.transpose(layout.order))
 
     def begin(self, rows: Sequence[int], views: Sequence[int]) -> Reading:
@@ -107,8 +107,8 @@ def read_result(future: Any, store: Place) -> Any:
 
 def _damaged(store: Place, reason: object) -> PartCorruptError:
     return PartCorruptError(
-        f"{store} has damaged or missing features: {reason}; `eupe store verify {store}` names the parts, "
-        f"`eupe store repair {store}` makes them again"
+        f"{store} has damaged or missing features: {reason}; run `eupe store verify {store}` to list the parts, "
+        f"`eupe store repair {store}` to extract them again"
     )
 
 
@@ -202,7 +202,7 @@ class _Shard:
             raise ValueError(f"chunk {place} of {self._path} was never written")
         # before `pread` allocates: an untrusted index may have a valid checksum and any numbers
         if length > self._longest or offset + length > self._end:
-            raise ValueError(f"chunk {place} of {self._path} does not lie in it, by its index")
+            raise ValueError(f"chunk {place} of {self._path} lies outside it, according to its index")
         # not mmap: a disk that fails in mid-read would end the process by SIGBUS
         return os.pread(self._file, length, offset)
 

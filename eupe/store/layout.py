@@ -193,31 +193,31 @@ def _impossible(spec: StoreSpec) -> Iterator[str]:
             return
     for name, value in (("samples_per_part", spec.samples_per_part), ("views.num_views", spec.views.get("num_views"))):
         if not _is_count(value):
-            yield f"{name} is {value!r:.80}, not a count"
+            yield f"{name} is {value!r:.80}, not a positive integer"
     for name, values in (
         ("sizes", spec.sizes),
         ("grids", spec.grids),
         ("corpus.segments", spec.corpus.get("segments")),
     ):
         if not isinstance(values, list | tuple) or not values or not all(map(_is_count, values)):
-            yield f"{name} is {values!r:.80}, not a list of counts"
+            yield f"{name} is {values!r:.80}, not a list of positive integers"
             return
     if len(spec.sizes) != len(spec.grids) or len(set(spec.sizes)) < len(spec.sizes):
-        yield f"sizes {spec.sizes} and grids {spec.grids} are not of each other"
+        yield f"sizes {spec.sizes} and grids {spec.grids} do not match"
     if not isinstance(spec.tokens, tuple) or spec.tokens not in (KINDS, KINDS[:1], KINDS[1:], KINDS[::-1]):
         yield f"tokens is {spec.tokens!r:.80}, not summary, dense or both"
         return
     for kind in spec.tokens:
         dim = spec.teacher.get(f"{kind}_dim")
         if not _is_count(dim) or int(dim or 0) > MAX_CHANNELS:
-            yield f"teacher.{kind}_dim is {dim!r:.80}, not a count of channels"
+            yield f"teacher.{kind}_dim is {dim!r:.80}, not a valid number of channels"
         if not isinstance(spec.precision.get(kind), str):
-            yield f"precision.{kind} is {spec.precision.get(kind)!r:.80}, not a word"
+            yield f"precision.{kind} is {spec.precision.get(kind)!r:.80}, not a string"
     words = {f"corpus.{name}": spec.corpus.get(name) for name in ("root", "fingerprint")}
     words["teacher.name"] = spec.teacher.get("name")
     for name, value in words.items():
         if not isinstance(value, str):
-            yield f"{name} is {value!r:.80}, not a word"
+            yield f"{name} is {value!r:.80}, not a string"
     if not isinstance(spec.pixels, bool):
         yield f"pixels is {spec.pixels!r:.80}, not true or false"
 
@@ -239,14 +239,14 @@ def _too_large(spec: StoreSpec) -> Iterator[str]:
         if (spec.precision[kind] == INT8) != (path in spec.calibration):
             yield f"calibration and precision of {path} contradict each other"
         elif path in spec.calibration and not is_calibration(spec.calibration[path], spec.teacher[f"{kind}_dim"]):
-            yield f"calibration of {path} is not one of its channels"
+            yield f"calibration of {path} does not fit its channels"
 
 
 def differences(stored: StoreSpec, asked: StoreSpec) -> list[str]:
     """Return the differences between two specs, one phrase each; empty for a cache hit."""
     old, new = _flat(stored.identity()), _flat(asked.identity())
     return [
-        f"{name}: stored {old.get(name, 'nothing')}, asked {new.get(name, 'nothing')}"
+        f"{name}: stored {old.get(name, 'nothing')}, requested {new.get(name, 'nothing')}"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]

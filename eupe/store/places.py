@@ -51,6 +51,6 @@ def _places(store: Store, name: str) -> pa.Table | None:
         return None
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CorpusError(
-            f"{store.path / name}, which tells where the pictures are, cannot be read: {error}; "
-            f"`eupe store repair {store.path}` makes it anew"
+            f"{store.path / name}, which records where the pictures are, cannot be read: {error}; "
+            f"run `eupe store repair {store.path}` to make it again"
         ) from error

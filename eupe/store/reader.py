@@ -250,7 +250,7 @@ class Store:
             return {}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PartCorruptError(
-                f"{self.path / STATS / ROOT_DOCUMENT} is damaged ({error}); `eupe store repair {self.path}` mends it"
+                f"{self.path / STATS / ROOT_DOCUMENT} is damaged ({error}); run `eupe store repair {self.path}`"
             ) from error
         return totals
 
@@ -265,7 +265,7 @@ class Store:
         # an untrusted store must not send requests with the reader's credentials to a bucket of its choice
         if root.bucket not in ("", self.path.bucket, *(place.bucket for place in named)):
             raise ConfigError(
-                f"{self.path} notes that its pictures are in {root}; if you mean to read that bucket, say so by "
+                f"{self.path} records that its pictures are in {root}; to allow reading that bucket, give "
                 f"--corpus {root}"
             )
         return root
@@ -362,7 +362,7 @@ class Store:
         try:
             return [self._places[key] for key in keys]
         except KeyError as error:
-            raise StoreError(f"{self.path} has no features of {error}; `eupe store info` lists what failed") from error
+            raise StoreError(f"{self.path} has no features of {error}; `eupe store info` lists the failures") from error
 
     def items(self, *, size: int | None = None) -> Iterator[tuple[str, Features]]:
         """Yield every key with the features of its views, [K, ...], in row order.
@@ -394,8 +394,8 @@ class Store:
         table = read_part(self.path, part)
         if table.num_rows != rows.stop - rows.start:
             raise PartCorruptError(
-                f"{self.path / 'parts' / part_name(part)} has {table.num_rows} rows, the store's layout asks for "
-                f"{rows.stop - rows.start}; `eupe store repair {self.path}` makes it anew"
+                f"{self.path / 'parts' / part_name(part)} has {table.num_rows} rows, but the store's layout requires "
+                f"{rows.stop - rows.start}; run `eupe store repair {self.path}` to extract it again"
             )
         return _with_rows(table, rows.start)
 
@@ -430,7 +430,7 @@ class Store:
         if not self.finished:
             raise StoreError(
                 f"{self.path} is not finished: {len(self.missing_parts())} of {self.spec.num_parts} parts are missing; "
-                "run its `eupe extract` again to go on"
+                "run its `eupe extract` again to resume"
             )
 
     def statistic(self, path: str) -> Any:
@@ -549,8 +549,8 @@ def open_store(path: str | Path | Place) -> Store:
     except FileNotFoundError as error:
         if place.is_local and any(place.exists(name) for name in RUN_FILES):
             raise StoreError(
-                f"{place} is a training run, not a store; cache what its student says with "
-                f"`eupe extract --teacher {place} --corpus PICTURES`, and give the store that this makes"
+                f"{place} is a training run, not a store; cache its student's features with "
+                f"`eupe extract --teacher {place} --corpus PICTURES`, and give the resulting store"
             ) from error
         there = place.local.exists() if place.is_local else bool(place.list())
         what = f"is not a feature store (no {ROOT_DOCUMENT})" if there else "does not exist"
@@ -594,7 +594,7 @@ def read_part(place: Place, part: int) -> pa.Table:
         return table
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise PartCorruptError(
-            f"{place / name} is damaged ({error}); `eupe store repair {place}` makes the part anew"
+            f"{place / name} is damaged ({error}); run `eupe store repair {place}` to extract the part again"
         ) from error
 
 
@@ -603,7 +603,7 @@ def _require_samples(table: pa.Table) -> None:
     status = table["status"]
     odd = pc.not_equal(pc.is_valid(table["error"]), pc.equal(status, "failed"))
     if not pc.all(pc.is_in(status, pa.array(["ok", "failed"])), min_count=0).as_py() or pc.any(odd).as_py():
-        raise ValueError("its samples are not each ok, or failed with a reason")
+        raise ValueError("one of its samples is neither ok nor failed with a reason")
 
 
 def _require_facts(facts: Any) -> None:
@@ -614,7 +614,7 @@ def _require_facts(facts: Any) -> None:
     words = [recorded["crc32"] for recorded in facts["objects"].values()]
     words += facts["versions"].values()
     if not all(type(value) is int and value >= 0 for value in whole) or not all(isinstance(w, str) for w in words):
-        raise ValueError("what it records of itself is not counts and checksums")
+        raise ValueError("its record does not consist of counts and checksums")
 
 
 def encode_part(table: pa.Table) -> bytes:

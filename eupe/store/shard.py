@@ -96,7 +96,7 @@ def decode_chunk(data: bytes, layout: ArrayLayout) -> NDArray:  # type: ignore[t
     Raises: ValueError if it is not a Blosc frame of this array's shape.
     """
     if not is_frame_of(data[:-CRC_BYTES], math.prod(layout.chunk) * np.dtype(layout.dtype).itemsize):
-        raise ValueError(f"a chunk of {layout.path} is no frame of its shape")
+        raise ValueError(f"a chunk of {layout.path} is not a frame of its shape")
     values = np.frombuffer(blosc.decompress(data[:-CRC_BYTES]), np.dtype(layout.dtype).newbyteorder("<"))
     return values.reshape(layout.chunk)
 

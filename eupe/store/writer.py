@@ -120,7 +120,7 @@ def require_same_spec(store: Store, spec: StoreSpec) -> None:
     """Raise SpecMismatchError listing the differences if the store was made to another spec."""
     if different := differences(store.spec, spec):
         raise SpecMismatchError(
-            f"{store.path} holds features made to another specification ({'; '.join(different)}); "
+            f"{store.path} holds features of another specification ({'; '.join(different)}); "
             "give another --out, or the options it was made with"
         )
 
@@ -377,13 +377,13 @@ def _write_statistics(store: Store) -> None:
 
 def without_features(store: Store) -> StoreError | IncompleteError:
     """Return the error for a store in which no sample has features."""
-    see = f"`eupe store info {store.path} --json` names them"
+    see = f"`eupe store info {store.path} --json` lists them"
     if not store.num_not_finite:
         return StoreError(f"{store.path}: no picture of the corpus could be read; {see}")
     unreadable = len(store.failed) - store.num_not_finite
     others = f", and {unreadable} could not be read" if unreadable else ""
     return IncompleteError(
-        f"{store.path}: no picture has features: of {store.num_not_finite} pictures {NOT_FINITE}{others} ({see}); "
+        f"{store.path}: no picture has features: for {store.num_not_finite} pictures {NOT_FINITE}{others} ({see}); "
         f"{what_to_do(store.spec)}"
     )
 

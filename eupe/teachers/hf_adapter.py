@@ -249,7 +249,7 @@ def _vision_config(source: str, weights: Path | None = None) -> Any:
             name, revision = at_revision(source)
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:
-        lone = f"{weights} has no config.json beside it, and " if weights is not None else ""
+        lone = f"{weights} has no config.json next to it, and " if weights is not None else ""
         raise TeacherError(
             f"{lone}the configuration of {source} cannot be fetched from the hub ({brief(error)}); "
             f"give a directory that holds config.json and model.safetensors, as --weights DIR or hf:DIR"
@@ -257,15 +257,15 @@ def _vision_config(source: str, weights: Path | None = None) -> Any:
     if config.model_type.startswith("siglip2"):
         raise TeacherError(
             f"{source} is a NaFlex SigLIP2, whose grid varies with the picture; "
-            f"use a fixed-resolution one (siglip2-b-256, say)"
+            f"use a fixed-resolution one (for example siglip2-b-256)"
         )
     config = getattr(config, "vision_config", config)
     if config.model_type not in FAMILIES:
         raise TeacherError(
-            f"{source} is of model type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
+            f"{source} has model type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
         )
     if (channels := getattr(config, "num_channels", 3)) != 3:
-        raise TeacherError(f"{source} takes pictures of {channels} channels; eupe's views are RGB, so have 3")
+        raise TeacherError(f"{source} takes pictures with {channels} channels, but eupe's views have 3 (RGB)")
     return config
 
 
@@ -315,10 +315,12 @@ def _check_fits(spec: TeacherSpec, config: Any, source: str) -> None:
         "dense": family.dense,
     }
     wrong = [
-        f"{name} {value} for {getattr(spec, name)}" for name, value in have.items() if value != getattr(spec, name)
+        f"{name} {value} instead of {getattr(spec, name)}"
+        for name, value in have.items()
+        if value != getattr(spec, name)
     ]
     if wrong:
-        raise TeacherError(f"{source} holds another model than {spec.name}: {', '.join(wrong)}")
+        raise TeacherError(f"{source} holds a different model than {spec.name}: {', '.join(wrong)}")
 
 
 def _from_state_dict(
@@ -375,5 +377,5 @@ def _side(config: Any, name: str) -> int:
     sides = {*value} if isinstance(value, list | tuple) else {value}
     (side,) = sides if len(sides) == 1 else (None,)
     if not isinstance(side, int) or side < 1:
-        raise TeacherError(f"the configuration has {name} {value!r}; it takes a number, or two equal ones")
+        raise TeacherError(f"the configuration has {name} {value!r}; expected a number, or two equal ones")
     return side

@@ -66,7 +66,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
     _settings(arch, tag)
     if weights is None:
         if not open_clip.list_pretrained_tags_by_model(arch):
-            raise TeacherError(f"open_clip publishes no weights of {arch}; give your own by --weights PATH")
+            raise TeacherError(f"open_clip publishes no weights of {arch}; give your own with --weights PATH")
         with hub_errors(spec), quiet_open_clip():
             visual = open_clip.create_model(arch, pretrained=tag or None, require_pretrained=True).visual
         if "timm_model_name" in vision:
@@ -155,7 +155,7 @@ def _settings(arch: str, tag: str) -> dict[str, Any]:
     if tag and wants != has:
         right = f"{arch}-quickgelu" if wants else arch.removesuffix("-quickgelu")
         raise TeacherError(
-            f"the weights {tag} were trained with {'QuickGELU' if wants else 'GELU'} and {arch} has "
+            f"the weights {tag} were trained with {'QuickGELU' if wants else 'GELU'}, but {arch} has "
             f"{'QuickGELU' if has else 'GELU'}; use open_clip:{right}@{tag}"
         )
     return settings
@@ -182,8 +182,8 @@ def _check_native_tower(name: str, vision: dict[str, Any]) -> None:
     odd = [key for key in ("attentional_pool", "final_ln_after_pool") if vision.get(key)]
     if isinstance(vision["layers"], list) or odd or vision.get("pool_type", "tok") != "tok":
         raise TeacherError(
-            f"the vision tower of {name} gives no normed patch tokens beside a class token; supported are open_clip's "
-            f"ViTs with a class token, and timm trunks"
+            f"the vision tower of {name} does not return both a class token and normalised patch tokens; supported are "
+            f"open_clip's ViTs with a class token, and timm trunks"
         )
 
 

@@ -281,13 +281,15 @@ def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tens
     if spec.dense == "last_stage" and hasattr(model, "conv_stem"):
         return model.blocks(model.bn1(model.conv_stem(x))).flatten(2).mT, model(x)
     if not hasattr(model, "forward_intermediates"):
-        raise TeacherError(f"timm's {spec.model} has no second path to verify {spec.name} against")
+        raise TeacherError(f"timm's {spec.model} has no second forward path to verify {spec.name} against")
     options = {"return_prefix_tokens": True} if spec.prefix_tokens else {}
     norm = spec.dense != "last_stage"
     try:
         (last,) = model.forward_intermediates(x, indices=1, norm=norm, intermediates_only=True, **options)
     except TypeError as error:
-        raise TeacherError(f"timm's {spec.model} has no second path to verify {spec.name} against: {error}") from error
+        raise TeacherError(
+            f"timm's {spec.model} has no second forward path to verify {spec.name} against: {error}"
+        ) from error
     feature_map, prefix = last if spec.prefix_tokens else (last, None)
     dense = feature_map.flatten(2).mT
     match spec.summary:

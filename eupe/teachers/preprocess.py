@@ -114,8 +114,8 @@ def of_processor(source: str) -> Normalisation | None:
         if (plain := _plainly_said(settings, name)) is not None:
             return plain  # for example with a processor class of the repository's own
         raise TeacherError(
-            f"{where} cannot be read by transformers' AutoImageProcessor ({brief(error)}); give it an "
-            "image_processor_type of the library's, or image_mean and image_std of three numbers"
+            f"{where} cannot be read by transformers' AutoImageProcessor ({brief(error)}); set "
+            "image_processor_type to one of the library's, or image_mean and image_std to three numbers each"
         ) from error
     return _checked(_attributes(processor, where, name), lambda probe: processed(processor, probe), where)
 
@@ -134,7 +134,7 @@ def processor_settings(source: str) -> tuple[dict[str, Any] | None, str]:
     if hidden:
         raise TeacherError(
             f"{source.rstrip('/')}/{NESTED_FILE} has image_mean under {hidden[0]!r}, where transformers' "
-            f"AutoImageProcessor does not look; put those settings into a {PROCESSOR_FILE}"
+            f"AutoImageProcessor does not look; put these settings into a {PROCESSOR_FILE}"
         )
     return None, PROCESSOR_FILE
 
@@ -189,7 +189,7 @@ def _of_timm(spec: TeacherSpec, folder: Path) -> Normalisation | None:
         own, arch, args = load_model_config_from_path(folder)
         resolved = resolve_data_config(pretrained_cfg=resolve_pretrained_cfg(arch, own).to_dict())
     except Exception as error:
-        raise TeacherError(f"{file} cannot be read as timm does ({type(error).__name__}: {brief(error)})") from error
+        raise TeacherError(f"timm cannot read {file} ({type(error).__name__}: {brief(error)})") from error
     if spec.backend == "timm" and not spec.is_local_dir:
         _check_architecture(spec, arch, args, file)
     return Normalisation(*_triples(resolved["mean"], resolved["std"], file), TIMM_FILE)
@@ -204,9 +204,9 @@ def _check_architecture(spec: TeacherSpec, arch: str, args: Mapping[str, Any], f
     if arch not in (wanted, spec.architecture) or odd:
         found = f"{arch} with {', '.join(f'{k}={v}' for k, v in odd.items())}" if odd else arch
         raise TeacherError(
-            f"{file} says that the weights beside it are of {found}, and the teacher {spec.name} is "
-            f"{spec.architecture}; give --teacher timm:local-dir:{file.parent}, or move weights of another model to a "
-            "folder of their own"
+            f"{file} says that the weights next to it are of {found}, but the teacher {spec.name} is "
+            f"{spec.architecture}; give --teacher timm:local-dir:{file.parent}, or keep the weights of different "
+            "models in separate folders"
         )
 
 
@@ -223,7 +223,7 @@ def _of_open_clip(spec: TeacherSpec, folder: Path) -> Normalisation | None:
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     if not isinstance(plain.get("model_cfg"), Mapping):
-        raise TeacherError(f"{file} has no model_cfg, so open_clip cannot read it; write it as open_clip does")
+        raise TeacherError(f"{file} has no model_cfg, so open_clip cannot read it; write it in open_clip's format")
     if spec.backend == "open_clip":
         _check_model_cfg(spec, plain["model_cfg"], open_clip.get_model_config(spec.architecture), file)
     merged = merge_preprocess_dict(PreprocessCfg(), plain.get("preprocess_cfg") or {})
@@ -237,10 +237,10 @@ def _check_model_cfg(spec: TeacherSpec, found: Mapping[str, Any], wanted: Mappin
     theirs, ours = found.get("vision_cfg") or {}, wanted["vision_cfg"]
     for name in ("act_kwargs", "norm_kwargs", "pool_type", "final_ln_after_pool", "no_ln_pre"):
         pairs[name] = (theirs.get(name) or None, ours.get(name) or None)
-    if different := [f"{name} {got} for {want}" for name, (got, want) in pairs.items() if got != want]:
+    if different := [f"{name} {got} instead of {want}" for name, (got, want) in pairs.items() if got != want]:
         raise TeacherError(
-            f"{file} describes another model than {spec.name}: {', '.join(different)}; give the teacher whose "
-            "architecture it is, or move weights of another model to a folder of their own"
+            f"{file} describes a different model than {spec.name}: {', '.join(different)}; give the teacher that has "
+            "this architecture, or keep the weights of different models in separate folders"
         )
 
 
@@ -309,12 +309,12 @@ def _checked(found: Normalisation, library: Callable[[Any], Any], where: str) ->
         theirs = np.asarray(library(probe))
     except Exception as error:
         raise TeacherError(
-            f"transformers refuses a picture with the settings of {where} ({brief(error)}); correct them"
+            f"transformers rejects a picture with the settings in {where} ({brief(error)}); correct these settings"
         ) from error
     if theirs.shape != ours.shape or not np.allclose(theirs, ours, rtol=0, atol=TOLERANCE * max(1.0, np.ptp(ours))):
         raise TeacherError(
-            f"{where} prepares pictures by more than a mean and std for each channel of RGB, which is all that eupe "
-            "does to a view; features of this model cannot be had with it"
+            f"{where} does more to pictures than subtract a mean and divide by a std per RGB channel, which is all "
+            "that eupe does; eupe cannot extract features of this model with it"
         )
     return found
 
@@ -331,7 +331,8 @@ def _triples(mean: Any, std: Any, where: object) -> tuple[Triple, Triple]:
         numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v) for v in values)
         if len(values) != 3 or not numbers or (name == "std" and min(values) <= 0):
             raise TeacherError(
-                f"{where} has {name} {value!r}; it takes one number, or three of red, green and blue, above 0 for a std"
+                f"{where} has {name} {value!r}; expected one number, or three for red, green and blue (a std must be "
+                "above 0)"
             )
         made.append(values)
     return made[0], made[1]
@@ -378,7 +379,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         plain = read_json(file)
     except (OSError, ValueError) as error:
-        raise TeacherError(f"{file} is not JSON that can be read ({brief(error)})") from error
+        raise TeacherError(f"{file} cannot be read as JSON ({brief(error)})") from error
     if not isinstance(plain, dict):
         raise TeacherError(f"{file} is not a JSON object")
     return plain

@@ -54,13 +54,13 @@ def _described(adapter: str, name: str) -> TeacherSpec:
 def _unknown(name: str) -> str:
     path = Path(name)
     if "/" in name and not os.path.exists(name):  # noqa: PTH110 - a Path raises where a name is too long
-        return f"{no_directory(path)}; for a model of the hub write hf:{name}"
+        return f"{no_directory(path)}; for a model on the hub, write hf:{name}"
     if path.is_dir():
         if any((path / file).is_file() for file in RUN_FILES):
             return f"run {name} is not finished: it has no {CARD_FILE}; finish it with `eupe train ... --resume`"
         return (
-            f"{name} is a directory without {CARD_FILE}, so not a training run; "
-            f"for a Hugging Face model directory write hf:{name}"
+            f"{name} is not a training run, because it has no {CARD_FILE}; "
+            f"for a Hugging Face model directory, write hf:{name}"
         )
     near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], n=3)
     hint = f"did you mean {', '.join(near)}? " if near else ""

@@ -92,7 +92,7 @@ class TeacherSpec:
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in plain]:
-            raise TeacherError(f"a teacher's card lacks {', '.join(missing)}; give the teacher by its name")
+            raise TeacherError(f"a teacher's card has no {', '.join(missing)}; give the teacher by its name")
         fields: dict[str, Any] = {k: tuple(plain[k]) if isinstance(plain[k], list) else plain[k] for k in names}
         return cls(**fields)
 

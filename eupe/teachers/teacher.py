@@ -121,7 +121,7 @@ def _frozen(module: nn.Module) -> nn.Module:
     module.eval().requires_grad_(False)
     training = [name for name, part in module.named_modules() if part.training]
     if training:
-        raise TeacherError(f"{len(training)} parts of the teacher stay in training mode ({', '.join(training[:3])})")
+        raise TeacherError(f"{len(training)} modules of the teacher stay in training mode ({', '.join(training[:3])})")
     return module
 
 
@@ -131,6 +131,6 @@ def _check_shapes(tokens: Tokens, spec: TeacherSpec, batch: int, grid: int) -> N
     want_dense = (batch, grid, grid, spec.dense_dim)
     if summary != want_summary or tuple(tokens.dense.shape) != want_dense:
         raise TeacherError(
-            f"{spec.name} gave summary {summary} and dense {tuple(tokens.dense.shape)}, "
-            f"where its spec promises {want_summary} and {want_dense}"
+            f"{spec.name} returned summary {summary} and dense {tuple(tokens.dense.shape)}, "
+            f"but its spec says {want_summary} and {want_dense}"
         )

@@ -113,8 +113,8 @@ def require_agreement(comparisons: list[Comparison]) -> None:
     wrong = [comparison.teacher for comparison in comparisons if not comparison.agrees]
     if wrong:
         raise ConformanceError(
-            f"{len(wrong)} of {len(comparisons)} teachers give other tokens than their library's own forward pass, at "
-            f"a cosine below {LEAST:g}, or none at all: {', '.join(wrong)}"
+            f"{len(wrong)} of {len(comparisons)} teachers give different tokens than their library's own forward pass "
+            f"(a cosine below {LEAST:g}), or none at all: {', '.join(wrong)}"
         )
 
 
@@ -192,7 +192,7 @@ def _saved(module: nn.Module) -> Iterator[Path]:
         except (OSError, SafetensorError) as error:
             raise StorageError(
                 f"random weights cannot be written to a temporary folder in {place} ({brief(error)}); "
-                "free space there or set TMPDIR to another place"
+                "free some space there, or set TMPDIR to another folder"
             ) from error
         yield saved
 

@@ -96,7 +96,7 @@ def hub_or_offline(source: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConnectionError(f"{constants.ENDPOINT} does not answer, and the cache here lacks it") from error
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer, and the local cache does not have it") from error
     finally:
         constants.HF_HUB_OFFLINE = False
 

@@ -98,10 +98,10 @@ class RunCard:
         if not isinstance(card.config, dict) or not isinstance(card.versions, dict):
             raise TypeError("config and versions are not both objects")
         if type(card.total_steps) is not int:
-            raise TypeError("total_steps is no whole number")
+            raise TypeError("total_steps is not a whole number")
         targets = [*card.targets, *_mixed_in(card)]
         if not all(isinstance(target[word], str) for target in targets for word in ("teacher", "licence")):
-            raise TypeError("a target's teacher or licence is no word")
+            raise TypeError("a target's teacher or licence is not a string")
         return card
 
     @property
@@ -128,11 +128,13 @@ class RunCard:
             was, now = stores(self), stores(other)
             if [store["fingerprint"] for store in was] != [store["fingerprint"] for store in now]:
                 places = [", ".join(store["path"] for store in stores) or "none" for stores in (was, now)]
-                phrases.append(f"{what}: was {places[0]}, now {places[1]}, or stores made anew")
+                phrases.append(
+                    f"{what}: was {places[0]}, now {places[1]}, or the stores were re-extracted with different settings"
+                )
         if [mixed["share"] for mixed in self.mix] != [mixed["share"] for mixed in other.mix]:
-            phrases.append("the shares of --mix")
+            phrases.append("the shares of --mix differ")
         if self.pictures != other.pictures and len(self.pictures) == len(other.pictures):
-            phrases.append("the pictures that all targets have are others (a store was repaired, or extended)")
+            phrases.append("the set of pictures that all targets have differs (a store was repaired or extended)")
         return phrases
 
 
@@ -248,7 +250,7 @@ def method_of(card: RunCard) -> int:
     version = card.config.get(METHOD, 1)
     if version not in range(1, NEWEST_METHOD + 1):
         raise RunError(
-            f"{CONFIG_FILE} says {METHOD} {version!r}, and this eupe knows 1 to {NEWEST_METHOD}; update eupe"
+            f"{CONFIG_FILE} says {METHOD} {version!r}, but this eupe knows only 1 to {NEWEST_METHOD}; update eupe"
         )
     return int(version)
 
@@ -263,8 +265,8 @@ def _require_plain_colours(corpora: Sequence[TargetSet]) -> None:
     for store in (store for corpus in corpora for store in corpus.stores):
         if store.spec.photometric:
             raise ConfigError(
-                f"the views of {store.path} were recoloured when they were extracted, and the student sees "
-                "them so; leave --photometric out of training"
+                f"the views of {store.path} were already recoloured when they were extracted, and the student sees "
+                "these colours; leave --photometric out of training"
             )
 
 
@@ -274,7 +276,7 @@ def _batch_norm_views(config: TrainConfig) -> int:
     Raises: ConfigError if the workers' running statistics would differ.
     """
     if config.shard:
-        raise ConfigError("--shard would leave each worker running statistics of its own in batch norms; leave it out")
+        raise ConfigError("with --shard each worker would keep its own running statistics of batch norms; leave it out")
     workers = 1 if config.sync_batch_norm else config.num_workers
     return config.batch_size // (workers * config.accumulate)
 
@@ -290,7 +292,7 @@ def advice(config: TrainConfig, card: RunCard, corpora: Sequence[TargetSet]) -> 
     for target, sizes in zip(card.targets, card.target_sizes, strict=True):
         if not config.target_size and list(sizes) != [card.size]:
             notes.append(
-                f"{target['path']} has no features at the student's {card.size} px; it learns from those at "
+                f"{target['path']} has no features at the student's {card.size} px; the student learns from those at "
                 f"{sizes[0]} px"
             )
     if config.rope_rescale is not None and not has_rope(on_paper(card.config["student"])):
@@ -300,21 +302,27 @@ def advice(config: TrainConfig, card: RunCard, corpora: Sequence[TargetSet]) -> 
         fewer = before.config.get("holdout", 0) < card.config["holdout"]
         if fewer or holdout_by(method_of(before)) != holdout_by(method_of(card)):
             notes.append(
-                f"{config.init} kept other pictures out of training, so it may have learned from some that are held "
-                "out here, and what is measured on these would be too good"
+                f"{config.init} held out other pictures, so it may have been trained on some that are held out here, "
+                "and what is measured on them may be too good"
             )
     shares = [1 - sum(mixed["share"] for mixed in card.mix), *(mixed["share"] for mixed in card.mix)]
     for corpus, share in zip(corpora, shares, strict=True):
         times = passes(card.total_steps * config.batch_size * share, len(corpus.training) * corpus.num_views)
-        words = f"each stored view of {corpus.stores[0].path} will be seen about {times:,.0f} times"
-        more = f"; more than {MOST_PASSES} teach little that is new: extract with more views (rrc:K), or train less"
-        notes.append(words + (more if times > MOST_PASSES else ""))
+        notes.append(passes_note(f"each stored view of {corpus.stores[0].path}", times))
     return notes
 
 
 def passes(num_seen: float, num_stored: int) -> float:
     """Return how often training sees each stored view, at least 1."""
     return max(1.0, num_seen / max(1, num_stored))
+
+
+def passes_note(views: str, times: float) -> str:
+    """Return how often training sees some views, with what to do if that is too often."""
+    note = f"{views} will be seen about {times:,.0f} times"
+    if times > MOST_PASSES:
+        note += f"; more than {MOST_PASSES} times teaches little new: extract with more views (rrc:K), or train less"
+    return note
 
 
 def require_bare_student(config: TrainConfig) -> None:
@@ -331,7 +339,7 @@ def require_bare_student(config: TrainConfig) -> None:
             return
     raise ConfigError(
         f"--student {config.student} names pretrained weights ({tag}), but a student starts from random ones; give "
-        f"--student {arch}, or these weights as a file, too, with --init"
+        f"--student {arch}, or also give these weights as a file with --init"
     )
 
 
@@ -339,9 +347,9 @@ def _require_same_teacher(store: Store, first: Store) -> None:
     """Raise ConfigError unless a mixed-in store has the teacher and tokens of the first corpus's store."""
     if store.spec.teacher != first.spec.teacher or store.spec.tokens != first.spec.tokens:
         raise ConfigError(
-            f"--mix: {store.path} holds {'+'.join(store.spec.tokens)} of {store.spec.teacher['name']}, in whose place "
-            f"--targets has {first.path} with {'+'.join(first.spec.tokens)} of {first.spec.teacher['name']}, or other "
-            "weights of it; give stores of the same teachers in the same order"
+            f"--mix: {store.path} holds {'+'.join(store.spec.tokens)} of {store.spec.teacher['name']}, but the store "
+            f"at the same position of --targets, {first.path}, holds {'+'.join(first.spec.tokens)} of "
+            f"{first.spec.teacher['name']}, or the weights differ; give stores of the same teachers in the same order"
         )
 
 
@@ -363,10 +371,10 @@ def _total_steps(config: TrainConfig, corpora: Sequence[TargetSet], mixes: Seque
         num_train = len(corpus.training) * (corpus.num_views if config.views == "all" else 1)
         if not corpus.held_out.any():
             raise ConfigError(
-                f"--holdout {config.holdout:g} keeps out none of the {corpus.num_joined} pictures; give a larger share"
+                f"--holdout {config.holdout:g} holds out none of the {corpus.num_joined} pictures; give a larger share"
             )
         if config.batch_size > num_train:
-            raise ConfigError(f"--batch-size {config.batch_size} exceeds the {num_train} views there are to train on")
+            raise ConfigError(f"--batch-size {config.batch_size} exceeds the {num_train} training views")
     first = len(corpora[0].training) * (corpora[0].num_views if config.views == "all" else 1)
     # batches of mixed-in corpora come on top of those of the first corpus
     per_epoch = first // config.batch_size / (1 - sum(mixed.share for mixed in mixes))
@@ -379,7 +387,7 @@ def _run(init: Path | None) -> Path:
     Raises: ConfigError if it is not a folder.
     """
     if init is None or not init.is_dir():
-        raise ConfigError(f"--init {init} is no training run, so give --student, too")
+        raise ConfigError(f"--init {init} is not a training run, so give --student as well")
     return init
 
 
@@ -444,10 +452,10 @@ def parse_weights(words: Sequence[str], targets: Sequence[Mapping[str, Any]]) ->
             raise ConfigError(f"--weight takes TARGET=W or TARGET/KIND=W with W at least 0, got {word!r}")
         if not chosen:
             known = ", ".join([*names, *weights])
-            raise ConfigError(f"--weight {word!r} names no target{near(name, list(weights))}; there are {known}")
+            raise ConfigError(f"--weight {word!r} names no target{near(name, list(weights))}; the targets are {known}")
         weights.update(dict.fromkeys(chosen, factor))
     if not any(weights.values()):
-        raise ConfigError("--weight leaves no loss to learn from; give one of them a weight above 0")
+        raise ConfigError("--weight sets every loss to 0; give at least one of them a weight above 0")
     return weights
 
 

@@ -55,7 +55,7 @@ class Trainables:
         with torch.no_grad():
             for name, place in places.items():
                 if place.shape != tensors[name].shape:
-                    raise RuntimeError(f"{name} is {tuple(tensors[name].shape)}, not {tuple(place.shape)}")
+                    raise RuntimeError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(place.shape)}")
                 place.copy_(placed_like(tensors[name], place))
 
     def _places(self) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int, dtype:
             # safetensors creates files that only their owner can read
             share(unfinished)
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path} cannot be written: {error}; free some space and go on with --resume") from error
+        raise StorageError(f"{path} cannot be written: {error}; free some space and resume with --resume") from error
 
 
 def steps_kept(run: Path) -> list[int]:
@@ -160,15 +160,15 @@ def load_checkpoint(run: Path, state: Trainables, *, step: int, dtype: str) -> N
         # `--dtype auto` may resolve to another dtype on this machine, which would be another run
         if (made_in := facts.get(DTYPE)) != dtype:
             raise RunError(
-                f"{run} was trained in {made_in} so far, and --dtype auto is {dtype} here; go on with it on a machine "
-                f"that computes in {made_in}, or begin another run with --dtype given"
+                f"{run} has been trained in {made_in} so far, but --dtype auto is {dtype} here; resume it on a machine "
+                f"that computes in {made_in}, or start another run with an explicit --dtype"
             )
         state.load(tensors)
     except RunError:
         raise
     except (SafetensorError, RuntimeError, OSError) as error:
         raise RunError(
-            f"checkpoint {path} cannot be resumed: {error}; remove it to go on from the one before"
+            f"checkpoint {path} cannot be resumed: {error}; remove it to resume from the previous one"
         ) from error
 
 

@@ -101,11 +101,11 @@ class TrainConfig:
         if not self.targets:
             wrong.append("give at least one store with --targets")
         if not self.student and self.init is None:
-            wrong.append("give --student, or a run to go on from with --init")
+            wrong.append("give --student, or a run to start from with --init")
         if self.lr_scaling not in (None, *LR_SCALINGS):
             wrong.append(f"--lr-scaling {self.lr_scaling!r} is unknown; give {', '.join(LR_SCALINGS)}, or leave it out")
         if self.dtype == "fp16":
-            wrong.append("--dtype fp16 would lose gradients that are not scaled; use bf16, fp32 or auto")
+            wrong.append("--dtype fp16 would lose small gradients, because they are not scaled; use bf16, fp32 or auto")
         for option, value, known in (
             ("--normalise", self.normalise, NORMALISATIONS),
             ("--views", self.views, VIEW_ORDERS),
@@ -116,8 +116,8 @@ class TrainConfig:
         # only once the counts are known to be valid: 0 workers would divide by zero
         if not wrong and self.batch_size % (self.num_workers * self.accumulate):
             wrong.append(
-                f"--batch-size {self.batch_size} does not divide among {self.num_workers} workers in "
-                f"{self.accumulate} pieces; give a multiple of {self.num_workers * self.accumulate}"
+                f"--batch-size {self.batch_size} is not divisible by the number of workers x microbatches "
+                f"({self.num_workers} x {self.accumulate}); give a multiple of {self.num_workers * self.accumulate}"
             )
         if self.shard and self.num_workers == 1:
             wrong.append("--shard spreads the model over workers; give --num-workers above 1")
@@ -152,7 +152,7 @@ class TrainConfig:
         if not 0 <= self.drop < 1:
             wrong.append(f"--drop must be at least 0 and below 1, got {self.drop:g}")
         if self.drop and len(self.targets) == 1:
-            wrong.append("--drop leaves out targets, never the last; give several --targets")
+            wrong.append("--drop never drops the only target; give several --targets")
         if not 0 <= self.seed < 2**63:
             wrong.append(f"--seed must be at least 0 and below 2^63, got {self.seed}")
         if self.weight_decay < 0:
@@ -194,9 +194,9 @@ def parse_mix(words: Sequence[str], *, num_targets: int) -> tuple[MixedIn, ...]:
         if len(mixed.stores) != num_targets:
             raise ConfigError(
                 f"--mix {word!r} names {len(mixed.stores)} stores, but there are {num_targets} --targets; "
-                "every corpus needs one of each teacher, in the same order"
+                "every corpus needs one store of each teacher, in the same order"
             )
         parsed.append(mixed)
     if sum(mixed.share for mixed in parsed) >= 1:
-        raise ConfigError("the shares of --mix leave nothing for --targets; together they must be below 1")
+        raise ConfigError("the shares of --mix leave nothing for --targets; their sum must be below 1")
     return tuple(parsed)

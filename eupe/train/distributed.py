@@ -107,8 +107,8 @@ def train_on_ray(
             raise outcome
         if outcome is None:
             raise TrainingError(
-                f"run {config.out} lost its workers more than {RESTARTS} times, at last by: {_first_line(problem)}; "
-                "go on with --resume"
+                f"run {config.out} lost its workers more than {RESTARTS} times (last error: {_first_line(problem)}); "
+                "resume it with --resume"
             )
         return outcome
 
@@ -122,7 +122,7 @@ def _fit(trainer: Any, problem: list[Exception]) -> None:
 
 
 def _first_line(problem: list[Exception]) -> str:
-    return next(iter(str(problem[0]).splitlines()), "an error without words") if problem else "no error at all"
+    return next(iter(str(problem[0]).splitlines()), "one without a message") if problem else "none"
 
 
 def _work(told: dict[str, Any]) -> None:
@@ -171,7 +171,7 @@ def _for_the_user(error: Exception) -> EupeError | None:
     """Return an error that a restart would not fix; None if the cause may be another worker's death."""
     if is_out_of_memory(error):
         words = next(iter(str(error).splitlines()), "")
-        return TrainingError(f"a worker is out of memory ({words}); give more --accumulate, --recompute or --shard")
+        return TrainingError(f"a worker is out of memory ({words}); raise --accumulate, or give --recompute or --shard")
     return error if isinstance(error, EupeError) else None
 
 
@@ -212,8 +212,8 @@ def _ray(config: TrainConfig) -> Iterator[bool]:
         kind = "GPU" if resources.get("GPU", 0) else "CPU"
         if resources.get(kind, 0) < config.num_workers:
             raise ConfigError(
-                f"--num-workers {config.num_workers} asks for a {kind} each, and there are {resources.get(kind, 0):g}; "
-                "give fewer"
+                f"--num-workers {config.num_workers} needs a {kind} per worker, but there are only "
+                f"{resources.get(kind, 0):g}; give fewer"
             )
         yield kind == "GPU"
     finally:

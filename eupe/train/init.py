@@ -112,7 +112,8 @@ def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
     if share < LEAST_SHARE:
         raise TeacherError(
             f"the weights in {path} fill {share:.1%} of {encoder.card.arch}, less than {LEAST_SHARE:.0%}: "
-            f"{describe_misfits(find_misfits(model, state))}; give a model of the same widths in timm's names"
+            f"{describe_misfits(find_misfits(model, state))}; give weights of a model of the same widths, with "
+            "timm's tensor names"
         )
     model.load_state_dict(fitting, strict=False)
     return InitReport(
@@ -144,7 +145,7 @@ def _check_same_model(run: Path, encoder: Encoder) -> None:
     got, expected = (card.to_json() | {"size": None} for card in (load_card(run), encoder.card))
     if different := [f"{key}: got {got[key]}, expected {expected[key]}" for key in got if got[key] != expected[key]]:
         raise RunError(
-            f"the student of {run} is another model ({'; '.join(different)}); give its --student, or another run"
+            f"the student of {run} is a different model ({'; '.join(different)}); give its --student, or another run"
         )
 
 
@@ -186,4 +187,4 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} is not a safetensors file that can be read ({error})") from error
+        raise RunError(f"{path} cannot be read as a safetensors file ({error})") from error

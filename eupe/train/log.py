@@ -151,7 +151,7 @@ class _WandbRun:
         except self._wandb.Error as error:
             reason = str(error).rstrip(".")
             raise ConfigError(
-                f"--wandb {project} cannot be logged to: {reason}; with WANDB_MODE=offline it is kept for `wandb sync`"
+                f"cannot log to --wandb {project}: {reason}; set WANDB_MODE=offline to keep the log for `wandb sync`"
             ) from error
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:

@@ -129,7 +129,8 @@ def _trained(
     cards = [resolve(config, corpora) for config in configs]
     if len(set(map(method_of, cards))) > 1:
         raise RunError(
-            "these runs were begun by different versions of eupe, which hold out other pictures; resume them one by one"
+            "these runs were started by different versions of eupe, which hold out different pictures; resume them one "
+            "by one"
         )
     for corpus in corpora:
         corpus.require_pictures(*cards[0].config["size"])
@@ -143,7 +144,9 @@ def _trained(
             holder.hold(Place.of(configs[i].out))
             # again, now under the lock: another process may have begun or finished the run meanwhile
             if _recognise(configs[i], cards[i]) is not None:
-                raise RunError(f"{configs[i].out} was finished by another `eupe train` just now; run the same again")
+                raise RunError(
+                    f"{configs[i].out} was finished just now by another `eupe train`; run the same command again"
+                )
             _begin(configs[i], cards[i])
         for note in dict.fromkeys(note for i in unfinished for note in advice(configs[i], cards[i], corpora)):
             on_note(note)
@@ -191,7 +194,9 @@ def train_as_worker(
     ]
     first_step = _common_step([config.out for config in configs])
     if not world.agree(f"{first_step} {[card.to_json() for card in cards]}"):
-        raise RunError(f"workers see different things in {configs[0].out}; --out must be one folder for all of them")
+        raise RunError(
+            f"workers see different contents in {configs[0].out}; --out must be a folder that all workers share"
+        )
     try:
         with ExitStack() as stack:
             logs = [
@@ -209,7 +214,8 @@ def train_as_worker(
         raise
     except OSError as error:
         raise StorageError(
-            f"run {configs[0].out} stopped: {error}; go on with --resume when there is space and all that it reads"
+            f"run {configs[0].out} stopped: {error}; resume it with --resume once there is space on disk and all its "
+            "inputs can be read"
         ) from error
 
 
@@ -270,7 +276,7 @@ class TrainLoop:
                 for trainer in self.trainers:
                     trainer.save(done)
             if stopping:
-                raise IncompleteError(f"stopped after step {done} of {card.total_steps}; go on with --resume")
+                raise IncompleteError(f"stopped after step {done} of {card.total_steps}; resume with --resume")
         return meter
 
     def validate(self, step: int) -> list[Judged]:
@@ -353,7 +359,8 @@ def _common_step(runs: Sequence[Path]) -> int:
     common = set.intersection(*kept)
     if not common and any(kept):
         raise RunError(
-            f"{', '.join(map(str, runs))} have no checkpoint of the same step; resume them one by one, or give others"
+            f"{', '.join(map(str, runs))} have no checkpoint of the same step; resume them one by one, or give other "
+            "runs"
         )
     return max(common, default=0)
 
@@ -361,14 +368,14 @@ def _common_step(runs: Sequence[Path]) -> int:
 def _require_one_stream(configs: Sequence[TrainConfig]) -> None:
     """Raise ConfigError if the configs need different streams, or could not be resumed together."""
     if len({config.out.absolute() for config in configs}) < len(configs):
-        raise ConfigError("give each student an --out of its own")
+        raise ConfigError("give each student its own --out")
     if len(configs) > 1 and configs[0].keep == 1:
-        raise ConfigError("--keep 1 could leave students without a checkpoint of the same step; give 2 or more")
+        raise ConfigError("with --keep 1 the students may have no checkpoint of the same step; give 2 or more")
     for other in configs[1:]:
         for field in dataclasses.fields(TrainConfig):
             ours, theirs = getattr(configs[0], field.name), getattr(other, field.name)
             if ours != theirs and field.name not in OWN:
-                raise ConfigError(f"students of one stream cannot differ in {field.name}: {ours} and {theirs}")
+                raise ConfigError(f"students that share a stream cannot differ in {field.name}: {ours} and {theirs}")
 
 
 def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
@@ -379,9 +386,9 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
     run = config.out
     if not (run / CONFIG_FILE).exists():
         if config.resume:
-            raise RunError(f"--resume: there is no run in {run}; leave --resume out to start it")
+            raise RunError(f"--resume: there is no run in {run}; leave --resume out to start one")
         if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
-            raise RunError(f"{run} holds something that is no training run; give another --out")
+            raise RunError(f"{run} already exists and is not a training run; give another --out")
         return None
     try:
         kept = RunCard.from_json(read_json(run / CONFIG_FILE))
@@ -390,18 +397,18 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
             report = TrainReport(**{**read_json(run / REPORT_FILE), "cached": True})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(
-            f"{run} holds a {CONFIG_FILE} or {REPORT_FILE} that is no training run's; give another --out"
+            f"{run} holds a {CONFIG_FILE} or {REPORT_FILE} that is not from a training run; give another --out"
         ) from error
     if report is None and not (run / METRICS_FILE).exists() and not steps_kept(run):
         return None  # an earlier attempt failed before its first step; start over
     if different := kept.differences(card):
         raise RunError(
-            f"{run} holds another run ({'; '.join(different)}); give another --out, or the options it was made with"
+            f"{run} holds another run ({'; '.join(different)}); give another --out, or the options of that run"
         )
     if report is not None:
         return report
     if not config.resume:
-        raise RunError(f"{run} holds this run unfinished; go on with --resume, or give another --out")
+        raise RunError(f"{run} holds this run, unfinished; resume it with --resume, or give another --out")
     return None
 
 

@@ -139,7 +139,9 @@ def hadamard(order: int) -> NDArray[np.float64]:
     signs = _signs(order)
     if signs is None:
         others = " or ".join(how for how in NORMALISATIONS if how != PHI_S)
-        raise ConfigError(f"{PHI_S} knows no Hadamard matrix for a width of {order}; normalise by {others}")
+        raise ConfigError(
+            f"{PHI_S} does not support a width of {order}: no Hadamard matrix of that order is known; use {others}"
+        )
     return signs / math.sqrt(order)
 
 

@@ -52,7 +52,7 @@ def train_configs(
     for option, given in (("--student", students), ("--init", inits)):
         if given and len(given) != len(outs):
             raise ConfigError(
-                f"{option} was given {len(given)} times, --out {len(outs)} times; give one for each student"
+                f"{option} was given {len(given)} times, but --out {len(outs)} times; give one for each student"
             )
     if len(outs) > 1 and not students and not inits:
         raise ConfigError(f"--out was given {len(outs)} times; give a --student for each")
@@ -85,7 +85,7 @@ def train_options(*, recipe: str | None, config: Path | None, flags: Mapping[str
     given = {name: value for name, value in flags.items() if value is not None and value != []}
     _override(options, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     if recipe == "stage3" and not init and options.get("init") is None:
-        raise ConfigError("--recipe stage3 goes on from a student of stage 2; give its run with --init")
+        raise ConfigError("--recipe stage3 continues from a student of stage 2; give its run with --init")
     return options
 
 
@@ -125,19 +125,17 @@ def read_options(path: Path) -> Options:
     try:
         plain = parse_yaml(path.read_text())
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"there is no file {path}, as --config names it; a run keeps its own in {OPTIONS_FILE}"
-        ) from error
+        raise ConfigError(f"--config {path} does not exist; a run stores its own options in {OPTIONS_FILE}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
     if not isinstance(plain, dict):
-        raise ConfigError(f"--config {path} must hold options, like `batch-size: 128`")
+        raise ConfigError(f"--config {path} must contain options, such as `batch-size: 128`")
     kinds = typing.get_type_hints(TrainConfig)
     known = {name.replace("_", "-"): name for name in kinds if name not in NOT_IN_FILES}
     options, wrong = {}, []
     for key, value in plain.items():
         if key not in known:
-            wrong.append(f"{key} is no option{near(str(key), list(known))}")
+            wrong.append(f"{key} is not an option{near(str(key), list(known))}")
             continue
         try:
             options[known[key]] = _typed(kinds[known[key]], value)

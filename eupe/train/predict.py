@@ -156,10 +156,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         run = path.parent
         raise RunError(
-            f"run {run} has no {path.name}, which turns what its heads say into features of its teachers: an older "
-            f"eupe finished it; remove {run / REPORT_FILE} and finish it again with `eupe train ... --resume`"
+            f"run {run} has no {path.name}, which turns the outputs of its heads into features of its teachers: an "
+            f"older eupe finished it; remove {run / REPORT_FILE} and finish it again with `eupe train ... --resume`"
         )
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} is not a safetensors file that can be read ({error})") from error
+        raise RunError(f"{path} cannot be read as a safetensors file ({error})") from error

@@ -178,7 +178,7 @@ class Sampler:
         if rank >= world:
             raise ConfigError(f"the rank must be below the number of ranks, {world}, got {rank}")
         if batch_size % world:
-            raise ConfigError(f"a batch of {batch_size} does not divide by {world} ranks; give a multiple of {world}")
+            raise ConfigError(f"a batch of {batch_size} is not divisible by {world} ranks; give a multiple of {world}")
         share = batch_size // world
         first = place * batch_size + rank * share
         return self._views_at(np.arange(first, first + share), epoch)
@@ -239,9 +239,9 @@ class Mix:
             raise ConfigError(f"each corpus needs a share: got {len(self.shares)} for {len(self.samplers)} corpora")
         given = ", ".join(f"{share:g}" for share in self.shares)
         if not all(share > 0 for share in self.shares):
-            raise ConfigError(f"the shares of a mix must be above 0, got {given}; leave out a corpus that has none")
+            raise ConfigError(f"the shares of a mix must be above 0, got {given}; leave out a corpus with a share of 0")
         if abs(sum(self.shares) - 1) > 1e-6:
-            raise ConfigError(f"the shares of a mix must sum to 1, got {given}, which is {sum(self.shares):g}")
+            raise ConfigError(f"the shares of a mix must sum to 1, got {given}, whose sum is {sum(self.shares):g}")
 
     def batch(self, step: int, *, batch_size: int, rank: int = 0, world: int = 1) -> tuple[int, Views]:
         """Return the corpus of a step, and the rank's share of that corpus's next batch; see `Sampler.batch`."""

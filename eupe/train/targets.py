@@ -253,8 +253,8 @@ class TargetSet:
             return decode_image(read_picture(self.corpus_root, key, self._inside(sample)))
         except CorpusError as error:
             raise CorpusError(
-                f"picture {key} of corpus {self.corpus_root} had features made but cannot be read now: {error}; "
-                "put it back, or give the corpus's new place with --corpus"
+                f"picture {key} of corpus {self.corpus_root} has stored features, but cannot be read now: {error}; "
+                "put it back, or give the new location of the corpus with --corpus"
             ) from error
 
     def load(self, request: Request, *, pool: ThreadPoolExecutor) -> Batch:
@@ -307,7 +307,9 @@ class TargetSet:
             return
         kept = sorted({side for store in self.stores if store.spec.pixels for side in store.spec.sizes})
         words = f"the stores keep pixels at {', '.join(map(str, kept))} px, not at {lacking[0]}, and " if kept else ""
-        advice = f"; give --size {kept[0]}, or its place with --corpus" if kept else "; give its place with --corpus"
+        advice = (
+            f"; give --size {kept[0]}, or its location with --corpus" if kept else "; give its location with --corpus"
+        )
         raise CorpusError(f"{words}the corpus folder {root} does not exist{advice}")
 
     def require_same_views(self, features: Sequence[StoredFeatures], samples: NDArray[np.int64]) -> None:
@@ -337,8 +339,9 @@ class TargetSet:
                 if view_digest(view) != int(digest):
                     raise CorpusError(
                         f"a view of {self.keys[int(sample)]} is not the one that the teacher of {store.path} saw: the "
-                        "picture has changed, or another Pillow decodes it (the store was made with "
-                        f"{store.spec.versions.get('pillow')}, this is {PIL.__version__}); restore it, or extract again"
+                        "picture has changed, or another version of Pillow decodes it (the store was made with "
+                        f"{store.spec.versions.get('pillow')}, this is {PIL.__version__}); restore the picture or the "
+                        "version, or extract again"
                     )
 
 
@@ -388,7 +391,7 @@ def open_stores(paths: Sequence[Where]) -> list[Store]:
         store.require_finished()
         if store.spec.views != stores[0].spec.views:
             raise ConfigError(
-                f"{stores[0].path} and {store.path} hold different views ({_views_words(stores[0])} against "
+                f"{stores[0].path} and {store.path} hold different views ({_views_words(stores[0])} and "
                 f"{_views_words(store)}); extract both with the same --views, --photometric and --seed"
             )
     return stores
@@ -419,8 +422,8 @@ def _join(stores: Sequence[Store]) -> pa.Table:
             key = joined.filter(pc.invert(same))["key"][0].as_py()
             moved = moved_keys(stores[0].valid, store.valid)
             raise ConfigError(
-                f"{stores[0].path} and {store.path} are targets of different corpora: {key} is another picture in each"
-                + (f", and {moved}; extract both from the same --corpus" if moved else "")
+                f"{stores[0].path} and {store.path} are targets of different corpora: {key} is a different picture in "
+                "each" + (f", and {moved}; extract both from the same --corpus" if moved else "")
             )
         joined = joined.append_column(f"row{i}", other["row"])
     if joined.num_rows == 0:
@@ -430,16 +433,16 @@ def _join(stores: Sequence[Store]) -> pa.Table:
 
 def _why_apart(first: Store, other: Store) -> str:
     """Return why two stores share no key, with a key of each."""
-    roots = f"{first.spec.corpus['root']} against {other.spec.corpus['root']}"
+    roots = f"{first.spec.corpus['root']} and {other.spec.corpus['root']}"
     if moved := moved_keys(first.valid, other.valid):
         return (
-            f"{first.path} and {other.path} share no picture's key: {moved}, as their --corpus did ({roots}); extract "
-            "one of them again with the other's --corpus"
+            f"{first.path} and {other.path} have no picture key in common: {moved}, because they were extracted with "
+            f"different --corpus roots ({roots}); extract one of them again with the other's --corpus"
         )
     keys = [next(iter(store.valid["key"].to_pylist()), "none") for store in (first, other)]
     return (
-        f"{first.path} and {other.path} are targets of different corpora: they share no picture's key (one is "
-        f"{keys[0]} in the first, one is {keys[1]} in the second; {roots}); extract both from the same --corpus"
+        f"{first.path} and {other.path} are targets of different corpora: they have no picture key in common (a "
+        f"key of the first is {keys[0]}, one of the second is {keys[1]}; {roots}); extract both from the same --corpus"
     )
 
 
@@ -458,8 +461,8 @@ def moved_keys(first: pa.Table, other: pa.Table) -> str | None:
     if not most or most[0][0] == ("", ""):
         return None
     key, twin = next(pair for leads, pair in moves if leads == most[0][0])
-    words = " against ".join(folder or "none" for folder in most[0][0])
-    return f"the same picture is {key} in the first and {twin} in the second, so leading folders differ ({words})"
+    words = " and ".join(folder or "none" for folder in most[0][0])
+    return f"the same picture is {key} in the first and {twin} in the second, so the leading folders differ ({words})"
 
 
 def _leading_folders(key: str, other: str) -> tuple[str, str] | None:

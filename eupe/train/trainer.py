@@ -188,9 +188,9 @@ class Trainer:
         # one test of the sum, which waits for the GPU once
         if not torch.isfinite(loss + norm):
             raise TrainingError(
-                f"the loss of step {step} of {self.config.out} is {loss.item()}, its gradient's norm {norm.item()}, so "
-                f"nothing was updated; its pictures are {', '.join(sorted(keys)[:5])}, ...; a lower --lr, --clip, or "
-                "--dtype fp32 may help, with another --out"
+                f"the loss of step {step} of {self.config.out} is {loss.item()}, and the norm of its gradient is "
+                f"{norm.item()}, so nothing was updated; its pictures are {', '.join(sorted(keys)[:5])}, ...; a lower "
+                "--lr, --clip or --dtype fp32 may help, in a new run with another --out"
             )
 
 
@@ -264,7 +264,9 @@ def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
     Raises: ConfigError if PyTorch has no such layer for the device.
     """
     if device.type != "cuda":
-        raise ConfigError(f"--sync-batch-norm is for GPUs, as PyTorch has it for no {device.type}; leave it out")
+        raise ConfigError(
+            f"--sync-batch-norm is only for GPUs, as PyTorch does not have it for {device.type}; leave it out"
+        )
     converted: nn.Module = convert_sync_batchnorm(model)
     return converted
 

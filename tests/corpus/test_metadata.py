@@ -73,9 +73,9 @@ def test_what_metadata_lacks_and_what_it_names_in_vain_is_said(folder: Path, nam
     write(folder / name, [*rows, {"file_name": "../x.png", "label": 3.0}])
     assert words(folder) == {"0.png": ("1", None), "1.png": (None, None), "2.png": (None, None), "3.png": (None, None)}
     assert open_corpus(folder).notes == (
-        f"1 rows of {name} name no file of the corpus's folder",
-        f"2 files that {name} names are not there, the first is images/8.png",
-        "2 pictures have no label, for no metadata file names them",
+        f"1 rows of {name} do not name a file in the corpus folder",
+        f"2 files listed in {name} are missing, the first is images/8.png",
+        "2 pictures have no label, because no metadata file lists them",
     )
 
 
@@ -93,7 +93,7 @@ def test_the_nearest_metadata_counts_and_one_without_labels_leaves_the_folders(f
     write(folder / "metadata.jsonl", [{"name": "images/0.png", "label": "one"}])
     assert words(folder)["0.png"] == ("images", None)
     assert open_corpus(folder).notes[0] == (
-        "metadata.jsonl has no column file_name, so that no label or caption was taken from it"
+        "metadata.jsonl has no column file_name, so no label or caption was taken from it"
     )
 
 
@@ -109,8 +109,8 @@ def test_odd_lines_cost_themselves(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text('{"file_name": "images/0.png", "label": 0.5}\n{"file\n[1]\n\n' + "[" * 10**5)
     assert words(folder)["0.png"] == (None, None)
     assert open_corpus(folder).notes[:2] == (
-        "3 lines of metadata.jsonl are no JSON objects, and are left out",
-        "column label of metadata.jsonl holds numbers such as 0.5, which are no classes, so no label was taken",
+        "3 lines of metadata.jsonl are not JSON objects, and are left out",
+        "column label of metadata.jsonl holds numbers such as 0.5, which are not classes, so no label was taken",
     )
     (folder / "metadata.jsonl").rename(folder / "metadata.parquet")
     with pytest.raises(CorpusError, match=r"metadata\.parquet cannot be read as Parquet"):
@@ -130,9 +130,9 @@ def test_a_choice_that_means_nothing_is_refused(folder: Path, tmp_path: Path) ->
     tar = make_tar(tmp_path / "x.tar", {"a.png": png(1)})
     pq.write_table(pa.table({"image": [png(1)]}), table := tmp_path / "x.parquet")
     for source, choice, sentence in (
-        (folder, Choice(image_key="jpg"), "--image-key jpg is for tars .* holds pictures as files; leave it out"),
+        (folder, Choice(image_key="jpg"), "--image-key jpg is for tars .* holds pictures as files; omit it"),
         (folder, Choice(image_column="x"), "--image-column x is for tables, and .* holds pictures as files"),
-        (folder, Choice(label_column="x"), "--label-column x has no meaning here: no metadata file tells"),
+        (folder, Choice(label_column="x"), "--label-column x has no effect: .* has no usable metadata file"),
         (tar, Choice(image_column="x"), "--image-column x is for tables, and .* holds tars"),
         (table, Choice(image_key="x"), "--image-key x is for tars .* holds tables"),
     ):

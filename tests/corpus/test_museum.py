@@ -270,7 +270,7 @@ def test_tars_are_taken_out_of_what_img2dataset_writes(tmp_path: Path) -> None:
 
 def test_a_table_without_pictures_among_others_is_counted(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(CorpusError, match="has no column of pictures among url"):
+    with pytest.raises(CorpusError, match="has no picture column among url"):
         open_corpus(tmp_path)
     pq.write_table(pa.table({"image": [png(1), None]}), tmp_path / "b.parquet")
     corpus = open_corpus(tmp_path)
@@ -334,6 +334,6 @@ def test_what_is_told_is_one_line() -> None:
         "19 (1 broken links; 18 files of kinds that are not read: .psd 2, .a 1, .b 1, .c 1, .d 1, .e 1, .f 1, .g 1, "
         ".h 1, .i 1, .j 1, .k 1, 5 other kinds 5)"
     )
-    assert "3 files of kinds that are not read: .heic 2, .psd 1; HEIC is read where pillow-heif" in told(
+    assert "3 files of kinds that are not read: .heic 2, .psd 1; install pillow-heif to read HEIC" in told(
         {"files of kinds that are not read: .psd": 1, "files of kinds that are not read: .heic": 2}
     )

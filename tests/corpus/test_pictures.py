@@ -30,7 +30,7 @@ def test_one_that_is_gone_is_its_own_fault_all_of_them_are_the_disks(tmp_path: P
     for there in (False, True):
         if there:
             corpus.mkdir()  # as an empty mount point
-        with pytest.raises(OutageError, match="or empty; mount it again"):
+        with pytest.raises(OutageError, match=r"is missing or empty on .*; mount it again"):
             read_picture(root, "class1/0001.png")
         with pytest.raises(OutageError):
             read_picture(root, "x.tar/0.png", Inside("x.tar", 0, 4))

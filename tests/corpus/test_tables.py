@@ -116,16 +116,16 @@ def test_paths_name_files_below_the_tables_folder(tmp_path: Path) -> None:
     write(folder / "long.parquet", [*rows, {"file_name": "x" * 9000, "label": 9}], schema)
     assert open_corpus(folder / "long.parquet").samples["sha256"].null_count == 1
     write(folder / "gone.parquet", [{"file_name": f"gone/{i}.png", "label": i} for i in range(3)], schema)
-    with pytest.raises(CorpusError, match=r"none of the 3 files that table .* names is there, the first is .*gone/0"):
+    with pytest.raises(CorpusError, match=r"none of the 3 files that table .* names exists, the first is .*gone/0"):
         open_corpus(folder / "gone.parquet")
 
 
 def test_a_table_without_pictures_or_with_too_many_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "x.parquet", [{"key": "a"}], pa.schema([("key", pa.string())]))
-    with pytest.raises(CorpusError, match=r"x\.parquet has no column of pictures among key"):
+    with pytest.raises(CorpusError, match=r"x\.parquet has no picture column among key"):
         open_corpus(tmp_path / "x.parquet")
     write(tmp_path / "x.parquet", [{"a": {"bytes": b""}}], pa.schema([("a", IMAGE), ("b", IMAGE)]))
-    with pytest.raises(CorpusError, match=r"several columns of pictures, a, b"):
+    with pytest.raises(CorpusError, match=r"several picture columns, a, b"):
         open_corpus(tmp_path / "x.parquet")
     hugging_face(tmp_path / "x.parquet", 9)
     data = bytearray((tmp_path / "x.parquet").read_bytes())

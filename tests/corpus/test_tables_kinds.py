@@ -110,7 +110,7 @@ def test_a_column_of_pictures_is_chosen(tmp_path: Path, monkeypatch: pytest.Monk
     path = table(tmp_path / "x.parquet", image=pa.array(STRUCTS, IMAGE), mask=pa.array(OTHERS, IMAGE), sample=NESTED)
     plain = opened(path)
     assert [row["data"] for row in plain.values()] == BYTES and next(iter(plain)) == "00000000"
-    assert "pictures are those of column image; there is also mask" in str(open_corpus(path).notes)
+    assert "pictures are taken from column image; there is also mask" in str(open_corpus(path).notes)
     assert opened(path, Choice(image_column="image")) == plain
     masks = opened(path, Choice(image_column="mask"))
     assert next(iter(masks)) == "00000000@mask" and [row["data"] for row in masks.values()] == [
@@ -123,10 +123,10 @@ def test_a_column_of_pictures_is_chosen(tmp_path: Path, monkeypatch: pytest.Monk
     ), "hashes of another column do not vouch for this one"
     with pytest.raises(CorpusError, match=r"has no column nope; --image-column may be image, mask, sample\.image$"):
         open_corpus(path, choice=Choice(image_column="nope"))
-    with pytest.raises(CorpusError, match=r"column sample\.id of table .* holds int64, which is no picture"):
+    with pytest.raises(CorpusError, match=r"column sample\.id of table .* holds int64, not pictures"):
         open_corpus(path, choice=Choice(image_column="sample.id"))
     table(path, left=pa.array(STRUCTS, IMAGE), right=pa.array(OTHERS, IMAGE))
-    with pytest.raises(CorpusError, match=r"several columns of pictures, left, right; choose one .* --image-column"):
+    with pytest.raises(CorpusError, match=r"several picture columns, left, right; choose one .* --image-column"):
         open_corpus(path)
     assert [row["data"] for row in opened(path, Choice(image_column="right")).values()] == [o["bytes"] for o in OTHERS]
 
@@ -169,20 +169,20 @@ def test_a_column_of_labels_is_chosen_and_said(tmp_path: Path) -> None:
     pq.write_table(made, path := tmp_path / "x.parquet")
     assert [row["label"] for row in opened(path).values()] == list("abcde")
     assert open_corpus(path).notes == (
-        "labels are those of column fine_label; there is also coarse_label: --label-column chooses",
+        "labels are taken from column fine_label; there is also coarse_label: choose with --label-column",
     )
     chosen = opened(path, Choice(label_column="coarse_label"))
     assert [row["label"] for row in chosen.values()] == ["animal", "plant", "animal", "plant", None]
     with pytest.raises(CorpusError, match=r"has no column breed; --label-column may be fine_label, coarse_label"):
         open_corpus(path, choice=Choice(label_column="breed"))
-    with pytest.raises(CorpusError, match=r"column many of table .* holds list.* which is no label"):
+    with pytest.raises(CorpusError, match=r"column many of table .* holds list.* not labels"):
         open_corpus(path, choice=Choice(label_column="many"))
 
 
 def test_what_is_no_label_is_said(tmp_path: Path) -> None:
     path = table(tmp_path / "x.parquet", image=BYTES, label=[0.25, 1.0, 2.0, 3.0, None])
     assert [row["label"] for row in opened(path).values()] == [None] * 5
-    assert "holds numbers such as 0.25, which are no classes" in str(open_corpus(path).notes)
+    assert "holds numbers such as 0.25, which are not classes" in str(open_corpus(path).notes)
     table(path, image=BYTES, labels=[[1, 2]] * 5)
     assert "column labels holds list" in str(open_corpus(path).notes)
     odd = pa.array([b"caf\xe9", b"ok", b"ok", b"ok", None]).view(pa.string())
@@ -336,10 +336,12 @@ def test_a_folder_of_save_to_disk_opens_as_it_is(tmp_path: Path) -> None:
         .equals(corpus.samples["sha256"][2:])
     )
     (whole / "train" / "data-00001-of-00002.arrow").unlink()
-    with pytest.raises(CorpusError, match=r"data-00001-of-00002\.arrow is missing, which state\.json beside it lists"):
+    with pytest.raises(CorpusError, match=r"data-00001-of-00002\.arrow, listed in state\.json next to it, is missing"):
         open_corpus(whole)
     pq.write_table(pa.table({"image": BYTES}), whole / "x.parquet")
-    with pytest.raises(CorpusError, match=r"holds Arrow \(test/data-.*\) and Parquet \(x\.parquet\).*name one kind"):
+    with pytest.raises(
+        CorpusError, match=r"holds Arrow \(test/data-.*\) and Parquet \(x\.parquet\).*name the files of one kind"
+    ):
         open_corpus(whole)
 
 

@@ -137,7 +137,7 @@ def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     ends = {member.offset_data + member.size: i for i, member in enumerate(members, 1)}
     for length in sorted({0, 100, 512, *(m.offset + d for m in members for d in (0, 1, 512, 700)), *ends}):
         (tmp_path / "x.tar").write_bytes(whole[:length])
-        with pytest.raises(CorpusError, match=r"x\.tar is truncated or damaged .*, after \d whole samples") as error:
+        with pytest.raises(CorpusError, match=r"x\.tar is truncated or damaged .*, after \d complete samples") as error:
             open_corpus(tmp_path / "x.tar")
         told = int(str(error.value).split("after ")[1].split()[0])
         padded, complete = (sum(-(-end // b) * b <= length for end in ends) for b in (tarfile.BLOCKSIZE, 1))
@@ -145,7 +145,7 @@ def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     damaged = bytearray(whole)
     damaged[members[4].offset : members[4].offset + 512] = b"\x07" * 512
     (tmp_path / "x.tar").write_bytes(damaged)
-    with pytest.raises(CorpusError, match="after 2 whole samples"):
+    with pytest.raises(CorpusError, match="after 2 complete samples"):
         open_corpus(tmp_path / "x.tar")
 
 

@@ -130,8 +130,10 @@ def test_an_entry_of_json_is_chosen_as_the_label(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "x.tar", members("0.jpg", "0.json"))
     assert labels(path) == {"0.jpg": "x"} and labels(path, Choice(label_column="class")) == {"0.jpg": "3"}
     assert "there is also" not in str(open_corpus(path, choice=Choice(label_column="class")).notes)
-    assert "labels are `label` of each .json, or what it has of class" in str(open_corpus(path).notes)
-    with pytest.raises(CorpusError, match=r"--label-column breed is in no \.json of .*x\.tar; they have label, class"):
+    assert "labels are taken from `label` of each .json, or else class" in str(open_corpus(path).notes)
+    with pytest.raises(
+        CorpusError, match=r"--label-column breed is not in any \.json of .*x\.tar; they have label, class"
+    ):
         open_corpus(path, choice=Choice(label_column="breed"))
 
 
@@ -197,7 +199,7 @@ def test_a_choice_is_part_of_the_index_and_the_command_line(tmp_path: Path, run_
     path, out = make_tar(tmp_path / "x.tar", TWO_KINDS), tmp_path / "i.parquet"
     command = ("index", "--corpus", path, "--out", out)
     outcome = run_eupe(*command)
-    assert outcome.code == 2 and "choose by --image-key jpg (3 pictures), png (3 pictures)" in outcome.err
+    assert outcome.code == 2 and "choose one with --image-key jpg (3 pictures), png (3 pictures)" in outcome.err
     outcome = run_eupe(*command, "--image-key", "png")
     assert outcome.code == 0 and "note: labels are `label` of each .json" in outcome.out, outcome.err
     index = read_index(out)
@@ -207,7 +209,8 @@ def test_a_choice_is_part_of_the_index_and_the_command_line(tmp_path: Path, run_
     assert read_index(out).samples["label"].to_pylist() == ["3"] * 3
     again = run_eupe("index", "--corpus", out, "--out", tmp_path / "j.parquet", "--image-key", "png")
     assert (
-        again.code == 2 and "was made with --image-key jpg --label-column class; --image-key png chooses" in again.err
+        again.code == 2
+        and "was made with --image-key jpg --label-column class; --image-key png has an effect only when" in again.err
     )
 
 

@@ -142,7 +142,7 @@ def test_a_range_that_cannot_be_is_one_sentence(words: str) -> None:
 
 @pytest.mark.parametrize("views", ["center", "squash"])
 def test_ranges_without_random_crops_are_refused(views: str) -> None:
-    with pytest.raises(ConfigError, match=f"--ratio belongs to random crops; --views {views} draws none"):
+    with pytest.raises(ConfigError, match=f"--ratio is for random crops only; --views {views} draws none"):
         parse_views(views, seed=0, ratio="1,2")
 
 

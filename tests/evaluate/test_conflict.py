@@ -218,7 +218,7 @@ class TestChoices:
 class TestRefusals:
     def test_other_views(self, first: Store, tmp_path: Path) -> None:
         store = plant_store(tmp_path / "s.zarr", KEYS, features(0), views_seed=1)
-        with pytest.raises(ConfigError, match=r"hold different views .*seed 0 against .*seed 1"):
+        with pytest.raises(ConfigError, match=r"hold different views .*seed 0 and .*seed 1"):
             conflict([first.path, store.path])
 
     def test_a_view_that_turns_out_to_be_another(self, first: Store, tmp_path: Path) -> None:
@@ -229,10 +229,10 @@ class TestRefusals:
     def test_no_picture_in_common_or_too_few(self, first: Store, tmp_path: Path) -> None:
         others = [f"other{i}.png" for i in range(NUM)]
         store = plant_store(tmp_path / "s.zarr", others, features(0))
-        with pytest.raises(ConfigError, match="share no picture's key"):
+        with pytest.raises(ConfigError, match="have no picture key in common"):
             conflict([first.path, store.path])
         few = plant_store(tmp_path / "few.zarr", [*KEYS[:9], *others[9:]], features(0))
-        with pytest.raises(ConfigError, match="have 9 pictures in common; a comparison takes 10"):
+        with pytest.raises(ConfigError, match="have 9 pictures in common; a comparison needs 10"):
             conflict([first.path, few.path])
 
     def test_no_kind_in_common(self, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["first"], "takes two stores or more, got"),
+            (["first"], "needs at least two stores, got"),
             (["first", "first", "--limit", "9"], "--limit must be at least 10 views, got 9"),
             (["first", "first", "--k", "0"], "--k must be at least 1, got 0"),
             (["first", "first", "--k", "100000"], "--k 100000 does not fit "),

@@ -97,7 +97,7 @@ def test_what_is_no_spair_gets_a_sentence(tmp_path: Path, tiny_weights: Path) ->
     with pytest.raises(CorpusError, match="1 source and 3 target points"):
         correspond(subject, data=data)
     annotation.write_text("{}")
-    with pytest.raises(CorpusError, match="no annotation of SPair-71k's"):
+    with pytest.raises(CorpusError, match="not an annotation of SPair-71k"):
         correspond(subject, data=data)
     (data / "Layout" / "large" / "test.txt").write_text("\n")
     with pytest.raises(CorpusError, match="lists no pairs"):

@@ -227,7 +227,7 @@ def test_whole_numbers_are_read_in_a_unit_that_is_stated_or_not_at_all(
     (data / "depth-unit.txt").write_text("fathoms")
     refused(run_eupe(*words), "--depth-unit takes")
     (data / "depth-unit.txt").unlink()
-    refused(run_eupe(*words), "whole numbers up to 6,000, and nothing says what a step of one is; give --depth-unit")
+    refused(run_eupe(*words), "whole numbers up to 6,000, and nothing states the depth of one step; give --depth-unit")
     (given,) = json.loads(run_eupe(*words, "--depth-unit", "mm", "--json").out)["results"]
     assert given["scores"] == json.loads(by_file.out)["results"][0]["scores"]
     (tmp_path / "scenes.json").write_text("{}")  # scenes that were rendered before they said so
@@ -250,7 +250,7 @@ def test_the_range_is_told_so_that_a_wrong_unit_is_seen(tmp_path: Path, run_eupe
     words = ["eval", "depth", "pixels", "--data", data, "--size", 48, "--steps", 2]
     out = run_eupe(*words).out
     assert "judged: 3 pictures of images/val, by 8 of images/train\n" in out
-    told = "1 to 6 m, median 2.5 m, known of 92% of the pixels, of which 0% lie too far to be judged"
+    told = "1 to 6 m, median 2.5 m, known for 92% of the pixels; 0% of these are too far to be judged"
     assert f"depth of images/train, read as mm (--depth-unit): {told}" in out
     (plain,), (given,), (tenth,) = (
         json.loads(run_eupe(*words, *more, "--json").out)["results"]
@@ -261,5 +261,5 @@ def test_the_range_is_told_so_that_a_wrong_unit_is_seen(tmp_path: Path, run_eupe
     assert "0.1 to 0.6 m, median 0.25 m" in tenth["notes"][1]
     refused = run_eupe(*words, "--depth-unit", "m")
     assert refused.code == 2 and refused.err.count("\n") == 1
-    assert "hold nothing between 0.001 and 10 m, but 1,000 to 6,000 m, median 2,500 m" in refused.err
-    assert "--depth-unit says what a step is" in refused.err
+    assert "hold nothing between 0.001 and 10 m (found: 1,000 to 6,000 m, median 2,500 m" in refused.err
+    assert "--depth-unit sets the metres of one step" in refused.err

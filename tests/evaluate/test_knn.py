@@ -161,9 +161,9 @@ def test_what_cannot_be_judged_is_refused(
         knn(subject_of(tiny_store.path), metric="dot")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no features at 32 px, only at 64"):
         knn(subject_of(tiny_store.path), size=32)
-    with pytest.raises(ConfigError, match="pixels is no store: give the labelled pictures"):
+    with pytest.raises(ConfigError, match="pixels is not a store; give labelled pictures"):
         knn(subject_of("pixels"))
-    with pytest.raises(ConfigError, match="holds pictures with annotations, which are no labels"):
+    with pytest.raises(ConfigError, match="holds pictures with annotations, which are not labels"):
         knn(subject_of("pixels"), data=ade20k(tmp_path / "ade"))
     flat = make_corpus(tmp_path / "c", count=3) / "class0"
     store = make_store(tmp_path / "s.zarr", flat, tiny_weights)

@@ -148,12 +148,12 @@ def test_what_has_no_cost_is_refused(tiny_store: Store) -> None:
     store, pixels, vit = open_subjects([str(tiny_store.path), "pixels", "timm:test_vit"], {})
     with pytest.raises(ConfigError, match="is a store, which has no model to time; give its teacher, timm:test_vit"):
         latency(store)
-    with pytest.raises(ConfigError, match="pixels is no encoder"):
+    with pytest.raises(ConfigError, match="pixels is not an encoder"):
         latency(pixels)
     with pytest.raises(ConfigError, match="--size must be at least 1 px, got 0"):
         latency(vit, sizes=[0])
     with pytest.raises(ConfigError, match="--batch-size and --repeats must be at least 1, got 0 and 30"):
         Timing(batch_size=0)
     cores = os.cpu_count() or 1
-    with pytest.raises(ConfigError, match=f"--threads must lie between 1 and the {cores} cores"):
+    with pytest.raises(ConfigError, match=f"--threads must be between 1 and the {cores} cores"):
         Timing(threads=cores + 1)

@@ -102,7 +102,7 @@ def test_lists_of_classes_without_any(tmp_path: Path, run_eupe: Run) -> None:
     data = ade20k(tmp_path)
     (data / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n")
     said = ("eval", "segment", "pixels", "--data", data, "--size", 48, "--steps", 1)
-    refused(run_eupe(*said), "objectInfo150.txt names no classes; give a name a line, or remove it")
+    refused(run_eupe(*said), "objectInfo150.txt names no classes; write one name per line, or remove the file")
     (data / "classes.txt").write_text("\n \n")
     refused(run_eupe(*said), "classes.txt names no classes")
 
@@ -119,10 +119,10 @@ def test_a_list_of_nyus_without_any_depth(tmp_path: Path, run_eupe: Run) -> None
         ({"src_kps": [[40, 24], [None, 24], [40, 40]]}, "points or a trg_bndbox that are not all finite"),
         ({"trg_kps": [[40, 24], [float("nan"), 24], [40, 40]]}, "points or a trg_bndbox that are not all finite"),
         ({"trg_bndbox": [0, 0, float("inf"), 64]}, "points or a trg_bndbox that are not all finite"),
-        ({"trg_bndbox": [10, 0, 10, 64]}, "has a trg_bndbox of 10, 0, 10, 64, which is no box"),
-        ({"trg_bndbox": [0, 64, 64, 0]}, "has a trg_bndbox of 0, 64, 64, 0, which is no box"),
-        ({"trg_bndbox": [0, 0, 64, 10**400]}, "no annotation of SPair-71k's: OverflowError"),
-        ({"category": 3}, "no annotation of SPair-71k's: TypeError: 3 is no string"),
+        ({"trg_bndbox": [10, 0, 10, 64]}, "has a trg_bndbox of 10, 0, 10, 64, which is not a box"),
+        ({"trg_bndbox": [0, 64, 64, 0]}, "has a trg_bndbox of 0, 64, 64, 0, which is not a box"),
+        ({"trg_bndbox": [0, 0, 64, 10**400]}, "not an annotation of SPair-71k: OverflowError"),
+        ({"category": 3}, "not an annotation of SPair-71k: TypeError: 3 is not a string"),
         ({"trg_imname": "b" * 300}, "names 1 files that are missing"),
     ],
 )

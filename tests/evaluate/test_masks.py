@@ -91,22 +91,24 @@ def refused(path: Path, array: NDArray[Any], words: str, **options: Any) -> None
 def test_values_that_may_mean_several_things_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.png"
     binary = np.where(VALUES == 1, 255, 0).astype(np.uint8)
-    refused(path, binary, "hold 0, 255, of which 0 is a class and 255 stands for none.*--mask-values 0,255")
-    refused(path, binary, "hold 0, 255, of which 255 is a class and 0 stands for none.*--mask-values 0,255", nothing=0)
-    refused(path, binary, "of which 0 is a class", names=2)
+    refused(path, binary, "hold 0, 255; of these, 0 is a class and 255 stands for none.*--mask-values 0,255")
+    refused(path, binary, "hold 0, 255; of these, 255 is a class and 0 stands for none.*--mask-values 0,255", nothing=0)
+    refused(path, binary, "of these, 0 is a class", names=2)
     wide = (VALUES == 1).astype(np.uint16) * 1000
-    refused(path, wide, "hold 0, 1000, which as class numbers would be 1,001 classes; .* --mask-values 0,1000")
-    refused(path, np.where(VALUES == 2, 65535, VALUES.astype(np.uint16)), "hold 0, 1, 65535, which as class numbers")
+    refused(path, wide, "hold 0, 1000, which would be 1,001 classes if they .*; .* --mask-values 0,1000")
+    refused(
+        path, np.where(VALUES == 2, 65535, VALUES.astype(np.uint16)), "hold 0, 1, 65535, which would be .* if they were"
+    )
     ids = np.arange(300, dtype=np.uint16)[None]
-    refused(path, ids, "among which 255 may be a class or none; give --mask-ignore")
+    refused(path, ids, "; 255 may be a class or no class; give .* with --mask-ignore")
     refused(path, COLOURS[VALUES], "hold 3 colours .*--mask-values '#000000,#008040,#800000'")
     photo = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
-    refused(path, photo, "colours, which are no classes")
+    refused(path, photo, "colours, too many to be classes")
     refused(path, VALUES * 0 + 255, "hold no class at all, only 255")
-    refused(path, VALUES * 0 + 3, "of which 3 is a class", names=4)
-    refused(path, VALUES, "--mask-values gives 2 classes, and d names 3", code=read_code("0,1", None), names=3)
-    refused(tmp_path / "m.tiff", VALUES.astype(np.int32) - 1, "hold -1, 0, 1, and class numbers begin at 0")
-    refused(tmp_path / "f.tiff", VALUES / np.float32(2), "values of type float32 that are no whole numbers")
+    refused(path, VALUES * 0 + 3, "of these, 3 is a class", names=4)
+    refused(path, VALUES, "--mask-values gives 2 classes, but d names 3", code=read_code("0,1", None), names=3)
+    refused(tmp_path / "m.tiff", VALUES.astype(np.int32) - 1, "hold -1, 0, 1, but class numbers start at 0")
+    refused(tmp_path / "f.tiff", VALUES / np.float32(2), "values of type float32 that are not whole numbers")
     see_through = np.dstack([COLOURS[VALUES], VALUES * 100])
     refused(path, see_through, "is transparent in places")
 
@@ -126,7 +128,7 @@ def test_what_options_say_is_what_is_read(tmp_path: Path) -> None:
     assert read(none, None, "65535") == read(none, "0,1", "65535") == [[0, 1, NOTHING]]
     assert read(np.arange(300, dtype=np.uint16)[None], None, "0") == [[NOTHING, *range(1, 300)]]
     assert read(np.array([[0, 15, 255]], dtype=np.uint8), "0,15", None) == [[0, 1, NOTHING]]
-    with pytest.raises(CorpusError, match=r"m\.png holds class 7; there are 2, 0, 255; --mask-values"):
+    with pytest.raises(CorpusError, match=r"m\.png holds class 7, but there are 2 classes \(0, 255\); --mask-values"):
         read(np.array([[0, 255, 7]], dtype=np.uint8), "0,255", None)
 
 
@@ -164,7 +166,7 @@ def test_masks_that_lose_values_or_are_several_are_refused(tmp_path: Path) -> No
     path = data / "masks" / "train" / "1.png"
     Image.open(path).save(path.with_suffix(".jpg"))
     path.unlink()
-    with pytest.raises(CorpusError, match=r"1\.jpg is a map of truth with lossy compression"):
+    with pytest.raises(CorpusError, match=r"1\.jpg is a ground-truth map with lossy compression"):
         mask_split(data, "train")
     path.with_suffix(".jpg").rename(path.with_name("1_mask.png"))
     with pytest.raises(CorpusError, match=r"has no 1\.png .*which holds 0\.png, 1_mask\.png, 2\.png"):
@@ -199,7 +201,7 @@ def test_splits_of_masks_however_they_are_called(train: str, val: str, tmp_path:
     assert [len(mapped.maps) for mapped in found] == [2, 1]
     assert found[1].protocol == ({"split": "test"} if "test" in val else {})
     (tmp_path / "d" / val.split()[0]).rename(tmp_path / "d" / "images_of_tomorrow")
-    with pytest.raises(CorpusError, match="has no folder val or test"):
+    with pytest.raises(CorpusError, match="do not both have a folder val or test"):
         mask_split(tmp_path / "d", "val")
 
 

@@ -137,7 +137,7 @@ def test_captions_are_cached_by_the_command_line(
     assert (outcome.code, outcome.out) == (2, "")
     assert "(1 of 24 are missing)" in " ".join(outcome.err.split())
     save_texts(embed_texts(tower, Classes(few)), out)
-    assert "holds names in templates, not captions" in " ".join(run_eupe(*words, "--text", out).err.split())
+    assert "holds class names in templates, not captions" in " ".join(run_eupe(*words, "--text", out).err.split())
 
 
 def test_a_store_is_searched_if_it_has_one_view_of_each_picture(
@@ -200,15 +200,15 @@ def edited(plain: dict[str, Any], change: str) -> Any:
     [
         ("twice", "has picture 98 more than once"),
         ("caption twice", r"has caption \d+ more than once"),
-        ("homeless", "is of picture 7, which is not listed"),
-        ("silent", r"has no caption of 004.png \(1 of 12 pictures have none\)"),
+        ("homeless", "belongs to picture 7, which is not listed"),
+        ("silent", r"has no caption for 004.png \(1 of 12 pictures have none\)"),
         ("gone", r"names 1 files that are missing; the first is .*gone.png"),
         ("empty", "lists no pictures"),
-        ("no name", "is no list of captions of COCO's: KeyError: 'file_name'"),
-        ("no words", "is no list of captions of COCO's: ValueError: an empty string"),
-        ("numbers", "is no list of captions of COCO's: TypeError: 5 is no string"),
-        ("odd id", "is no list of captions of COCO's: TypeError"),
-        ("list", "is no list of captions of COCO's: TypeError"),
+        ("no name", "is not a list of COCO captions: KeyError: 'file_name'"),
+        ("no words", "is not a list of COCO captions: ValueError: an empty string"),
+        ("numbers", "is not a list of COCO captions: TypeError: 5 is not a string"),
+        ("odd id", "is not a list of COCO captions: TypeError"),
+        ("list", "is not a list of COCO captions: TypeError"),
     ],
 )
 def test_lists_of_captions_gone_wrong_are_refused(change: str, said: str, coco: Path) -> None:
@@ -224,5 +224,5 @@ def test_a_folder_that_is_not_coco_is_refused(tmp_path: Path) -> None:
     ):
         caption_split(make_corpus(tmp_path, count=1))
     (tmp_path / "captions_val2017.json").write_text("{")
-    with pytest.raises(CorpusError, match="is no list of captions of COCO's: JSONDecodeError"):
+    with pytest.raises(CorpusError, match="is not a list of COCO captions: JSONDecodeError"):
         caption_split(tmp_path)

@@ -178,7 +178,7 @@ def test_masks_that_cannot_be_true_get_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(error, match=words):
             segment(pixels_subject(), data=data, size=SIDE, training=FAST)
 
-    refused(tmp_path / "nothing", CorpusError, "is no folder")
+    refused(tmp_path / "nothing", CorpusError, "is not a folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", CorpusError, "holds no masks")
     data = ade20k(tmp_path / "missing")
@@ -186,10 +186,10 @@ def test_masks_that_cannot_be_true_get_a_sentence(tmp_path: Path) -> None:
     refused(data, CorpusError, r"2\.png has no 2\.png \(or \.tif")
     data = ade20k(tmp_path / "sides")
     save(np.ones((10, 20), dtype=np.uint8), data / "annotations" / "validation" / "100.png")
-    refused(data, CorpusError, "has 20x10 pixels, its picture images/validation/100.png 48x48")
+    refused(data, CorpusError, "has 20x10 pixels, but its picture images/validation/100.png has 48x48")
     data = ade20k(tmp_path / "range")
     (data / "classes.txt").write_text("red\ngreen\n")
-    refused(data, CorpusError, "holds class 3; there are 2, 1 to 2, and 0 for none")
+    refused(data, CorpusError, r"holds class 3, but there are 2 classes \(1 to 2, and 0 for none\)")
     data = ade20k(tmp_path / "colours")
     save(blocks(0)[0], data / "annotations" / "training" / "0.png")
     refused(data, ConfigError, "hold 3 colours")
@@ -210,7 +210,7 @@ def test_masks_that_cannot_be_true_are_found_before_anything_is_computed(
     data = ade20k(tmp_path)
     save(np.full((48, 48), 9, dtype=np.uint8), data / "annotations" / "validation" / "102.png")
     monkeypatch.setattr(PixelSubject, "encode", lambda *_, **__: pytest.fail("views were encoded"))
-    with pytest.raises(CorpusError, match=r"102\.png holds class 9; there are 3"):
+    with pytest.raises(CorpusError, match=r"102\.png holds class 9, but there are 3"):
         segment(pixels_subject(), data=data, size=SIDE, training=FAST)
 
 

@@ -110,7 +110,7 @@ def test_half_of_a_pair_of_splits_is_refused(folders: tuple[str, ...], tmp_path:
     for name in folders:
         put(tmp_path, name, each=1)
     listed = ", ".join(f"{name}/" for name in sorted(folders))
-    with pytest.raises(ConfigError, match=f"holds {listed}, which are not a training split and one to judge"):
+    with pytest.raises(ConfigError, match=f"holds {listed}, which are not a training and an evaluation split"):
         labelled_splits(tmp_path)
 
 
@@ -229,10 +229,10 @@ def test_name_i_is_class_i() -> None:
 @pytest.mark.parametrize(
     ("names", "labels", "said"),
     [
-        (["a", "b", "c"], ["0", "1"], "3 class names and 2 folders in d, and no name is that of a folder"),
-        (["a", "b", "c"], ["x1", "x2", "x10"], "order is not clear: number 2 is x10 by characters and x2 by number"),
-        (["n1 tench, fish", "n0 crane"], ["n0", "n1"], "lines of class names begin with the folders'"),
-        (["1: one", "0: zero"], ["0", "1"], "put a tab after the folder's"),
+        (["a", "b", "c"], ["0", "1"], "3 class names and 2 folders in d, and no name matches a folder"),
+        (["a", "b", "c"], ["x1", "x2", "x10"], "order is not clear: number 2 is x10 if sorted as text and x2 if"),
+        (["n1 tench, fish", "n0 crane"], ["n0", "n1"], "lines of class names begin with folders"),
+        (["1: one", "0: zero"], ["0", "1"], "put a tab after the folder:"),
     ],
 )
 def test_names_whose_order_is_not_clear_are_refused(names: list[str], labels: list[str], said: str) -> None:
@@ -247,15 +247,15 @@ def test_one_class_is_refused_by_every_task(task: str, tmp_path: Path, run_eupe:
     for folder in ("one", "half"):
         refused = run_eupe("eval", task, "pixels", "--data", tmp_path / folder, "--size", 16)
         assert refused.code == 2 and refused.err.count("\n") == 1
-        assert "of one class" in refused.err and "put the pictures of each class in a folder of its own" in refused.err
+        assert "of one class" in refused.err and "put the pictures of each class in their own folder" in refused.err
 
 
 def test_classes_that_have_nothing_in_common_are_refused(tmp_path: Path) -> None:
     splits = labelled_splits(put(put(tmp_path / "a", "train", ["a", "b"]), "val", ["c"]))
-    with pytest.raises(ConfigError, match=r"no class of val/ of d \(c\) is one that there is to judge by \(a, b\)"):
+    with pytest.raises(ConfigError, match=r"no class of val/ of d \(c\) is among those it is judged by \(a, b\)"):
         require_classes(splits.val, splits.train, "d")
     lone = labelled_splits(put(tmp_path / "b", ".", each=1))
-    with pytest.raises(ConfigError, match="each of the 3 classes of d has one picture"):
+    with pytest.raises(ConfigError, match="each of the 3 classes of d has only one picture"):
         require_classes(lone.val, lone.train, "d")
 
 
@@ -270,7 +270,7 @@ def test_what_is_odd_about_the_data_is_told(tmp_path: Path, run_eupe: Run) -> No
         "judged: 8 pictures of val/, by 4 pictures of train/; 5 classes (a, b, cat, dog, owl)",
         "left out: 1 picture of val/ without a label",
         "counted as wrong: 7 pictures of classes that train/ lacks (cat, dog, owl)",
-        "byte for byte in train/, too: 1 picture of those judged (cat/copy.png)",
+        "with an exact copy in train/: 1 picture of those judged (cat/copy.png)",
     ):
         assert said in out
     put(put(tmp_path / "lone", ".", ["a", "b"]), ".", ["c"], each=1)
@@ -279,7 +279,7 @@ def test_what_is_odd_about_the_data_is_told(tmp_path: Path, run_eupe: Run) -> No
     assert tell_protocol(splits.val, splits.train) == (
         "judged: 6 pictures, each by all the others (leave one out); 3 classes (a, b, c)",
         "counted as wrong: 1 picture without another of their class (c)",
-        "byte for byte more than once there: 3 pictures of those judged (a/0.png, and 2 more)",
+        "with an exact copy among themselves: 3 pictures of those judged (a/0.png, and 2 more)",
     )
 
 

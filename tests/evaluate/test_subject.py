@@ -100,7 +100,7 @@ def test_both_kinds_of_token_come_of_one_pass(tmp_path: Path, tiny_weights: Path
 def test_what_is_nobody_gets_a_sentence(tmp_path: Path, tiny_store: Store) -> None:
     with pytest.raises(ConfigError, match="name at least one store, training run or teacher"):
         open_subjects([], {})
-    with pytest.raises(ConfigError, match="no-such is no store"):
+    with pytest.raises(ConfigError, match="no-such is not a store"):
         open_subjects(["no-such"], {})
     with pytest.raises(ConfigError, match="weights are given for dinov2"):
         open_subjects([str(tiny_store.path)], {"dinov2": tmp_path})
@@ -140,12 +140,12 @@ def test_scratch_holds_what_memory_would_and_leaves_nothing(
     assert held is not None and expected is not None and torch.equal(held, expected)
     assert any(str(scratch) in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert not list(scratch.iterdir()), "the file has no name, so it is gone with the process"
-    with pytest.raises(ConfigError, match=r"--scratch .*nowhere is no folder"):
+    with pytest.raises(ConfigError, match=r"--scratch .*nowhere is not a folder"):
         subject.look(pictures, kinds=["dense"], size=64, cut=windows, scratch=tmp_path / "nowhere")
 
 
 def test_a_full_disk_is_found_out_before_the_first_step(tmp_path: Path, tiny_weights: Path) -> None:
-    with pytest.raises(StorageError, match=r"take 1000000\.0 GB, and --scratch .* has .* GB"):
+    with pytest.raises(StorageError, match=r"take 1000000\.0 GB, but --scratch .* has .* GB"):
         seen_module.room_for((10**9, 10, 10, 5000), tmp_path, of="x")
 
 
@@ -155,7 +155,7 @@ def test_tokens_that_are_no_numbers_in_fp16_are_refused(tmp_path: Path, tiny_wei
     def encode(views: Any) -> Tokens:
         return Tokens(summary=None, dense=torch.full((len(views), 2, 2, 3), 70_000.0))
 
-    with pytest.raises(ConfigError, match="x gives tokens that are no finite numbers, or too large for fp16"):
+    with pytest.raises(ConfigError, match="x gives tokens that are not finite, or too large for fp16"):
         seen_module.look_at(pictures, encode, kinds=["dense"], size=32, cut=centre, cells=(2, 3), scratch=None, of="x")
 
 
@@ -184,7 +184,7 @@ def test_results_are_appended_to_their_run_and_read_again(tmp_path: Path) -> Non
     assert newest([mine, result(), better]) == [better, result()]
     assert newest([mine, result(subject=str(run), kind="run", untrained=True)])[1].name == f"{run}, untrained"
     other.write_text("{}\n")
-    with pytest.raises(RunError, match="holds no results"):
+    with pytest.raises(RunError, match="holds no valid result"):
         read_results(other)
     with pytest.raises(StorageError, match="cannot be appended"):
         keep_results([mine], tmp_path / "no" / "where.jsonl")
@@ -231,7 +231,7 @@ def test_tokens_are_the_same_in_the_batches_that_a_device_has_room_for(tmp_path:
     got, expected = seen_module.encoded(encode, views, of="x"), PixelSubject().encode(views, size=32)
     assert got.summary is not None and expected.summary is not None
     assert torch.equal(got.summary, expected.summary) and torch.equal(got.dense, expected.dense)
-    with pytest.raises(ConfigError, match="no memory for x and one view of 32 px; give a smaller --size"):
+    with pytest.raises(ConfigError, match="too little memory for x and one view of 32 px; give a smaller --size"):
         seen_module.encoded(lambda some: encode(some, most=0), views, of="x")
     with pytest.raises(RuntimeError, match="something else"):
         seen_module.encoded(lambda some: exec('raise RuntimeError("something else")'), views, of="x")  # type: ignore[arg-type,return-value]
@@ -248,11 +248,12 @@ def test_a_task_that_runs_out_of_memory_is_one_sentence(
 
     monkeypatch.setattr("eupe.evaluate.knn.accuracy", bare)
     words = ("eval", "knn", "pixels", "--data", make_corpus(tmp_path, count=12), "--k", 1)
-    assert "to judge pixels so (MemoryError)" in run_eupe(*words).err
+    assert "to judge pixels in this way (MemoryError)" in run_eupe(*words).err
     monkeypatch.setattr("eupe.evaluate.knn.accuracy", exhausted)
     outcome = run_eupe(*words)
     assert outcome.code == 2
-    assert outcome.err.startswith("error: there is not enough memory to judge pixels so (CUDA out of memory. Tried")
+    start = "error: there is not enough memory to judge pixels in this way (CUDA out of memory. Tried"
+    assert outcome.err.startswith(start)
 
 
 @pytest.mark.parametrize(("groups", "expected"), [({}, 8_000), ({"": (6_000, 1_000, 500)}, 5_500)])
@@ -286,7 +287,7 @@ def test_a_student_that_says_no_numbers_is_not_judged(tmp_path: Path, run_eupe: 
     (tmp_path / "run" / "config.json").write_text(json.dumps(plain))
     corpus = make_corpus(tmp_path / "c", count=12)
     outcome = run_eupe("eval", "knn", tmp_path / "run", "--data", corpus, "--k", 1, "--size", 32)
-    assert outcome.code == 2 and "gives tokens that are no finite numbers" in outcome.err
+    assert outcome.code == 2 and "gives tokens that are not finite" in outcome.err
 
 
 def test_a_store_that_is_being_made_is_not_judged(tmp_path: Path, tiny_corpus: Path, tiny_weights: Path) -> None:
@@ -320,7 +321,7 @@ def test_a_colleague_s_run_is_judged_into_a_file_of_one_s_own(tmp_path: Path, mo
     monkeypatch.setattr("eupe.evaluate.result.os.access", lambda place, mode: str(place) != str(run))
     keep_results([own], tmp_path / "mine.jsonl")
     assert read_results(tmp_path / "mine.jsonl") == [own] and not list(run.iterdir())
-    with pytest.raises(ConfigError, match=r"run .*run may not be written, .* give --results"):
+    with pytest.raises(ConfigError, match=r"run .*run is not writable, .* give --results"):
         require_place(None, [str(run)])
     require_place(tmp_path / "mine.jsonl", [str(run)])
 

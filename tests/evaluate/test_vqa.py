@@ -139,7 +139,7 @@ def test_the_readout_on_the_command_line(scenes: Path, run_eupe: Callable[..., A
     assert (dropped["scores"]["dropout"], dropped["protocol"]["size"]) == (0.9, 224)
     assert "dropout" not in dropped["protocol"]
     help_text = " ".join(run_eupe("eval", "vqa", "--help").out.split())
-    assert "A probe, no language model" in help_text
+    assert "It is a probe, not a language model." in help_text
 
 
 def test_the_dropout_is_chosen_by_pictures_that_are_kept_aside(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,14 +194,14 @@ def first(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("questions", "said"),
     [
-        ([], "is no list of questions, or an empty one"),
-        ({"a": 1}, "is no list of questions, or an empty one"),
+        ([], "is not a list of questions, or is empty"),
+        ({"a": 1}, "is not a list of questions, or is empty"),
         ([first(), 5], "question 1 of .* cannot be used: TypeError"),
-        ([first(image=None)], "question 0 of .* cannot be used: TypeError: None is no string"),
+        ([first(image=None)], "question 0 of .* cannot be used: TypeError: None is not a string"),
         ([{"image": "0.png"}], "question 0 of .* cannot be used: KeyError: 'split'"),
         ([first(split="test")], "split 'test' is neither train nor val"),
         ([first(question="?!")], r"'\?!' has no words"),
-        ([first(answer=True)], "TypeError: True is no string"),
+        ([first(answer=True)], "TypeError: True is not a string"),
         ([first(answer=" ")], "an empty string"),
         ([first(), first(split="val")], "asks about 0.png in both splits"),
         ([first()], "has no colour questions in the val split"),

@@ -246,7 +246,7 @@ def test_a_proxy_that_was_trained_anew_since_leads_nowhere(chain: Chain, tiny_co
     try:
         save_file(changed, weights, metadata={"format": "pt"})
         for word in (chain.student, chain.proxy_store):
-            with pytest.raises(RunError, match=f"proxy was trained anew since {re.escape(str(word))} learned from it"):
+            with pytest.raises(RunError, match=f"proxy was retrained after {re.escape(str(word))} learned from it"):
                 zeroshot(subject_of(word), data=tiny_corpus, texts=texts)
         zeroshot(subject_of(chain.proxy), data=tiny_corpus, texts=texts)
     finally:
@@ -265,10 +265,10 @@ def test_the_way_is_the_one_that_is_asked_for(chain: Chain) -> None:
 
 
 def test_what_leads_nowhere_is_told_why(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="pixels leads to no text space: raw pixels are no teacher's words"):
+    with pytest.raises(ConfigError, match="pixels leads to no text space: raw pixels do not come from a teacher"):
         choose_way(subject_of("pixels"), None)
     with pytest.raises(
-        ConfigError, match=r"the summary of clip-b16 is ahead of the projection .* clip-b16-proj has it"
+        ConfigError, match=r"the summary of clip-b16 is taken before the projection .* that of clip-b16-proj after"
     ):
         choose_way(subject_of("clip-b16"), CLIP)
     run = tmp_path / "run"
@@ -278,7 +278,7 @@ def test_what_leads_nowhere_is_told_why(chain: Chain, tmp_path: Path, monkeypatc
     card = json.loads((chain.student / "config.json").read_text())
     (target,) = card["targets"]
     for changed, said in (
-        ({"teacher": "clip-b16"}, "clip-b16-proj has it behind"),
+        ({"teacher": "clip-b16"}, "that of clip-b16-proj after it"),
         ({"teacher": "dinov2-s"}, "dinov2-s has no text space"),
         ({"teacher": "hf:somewhere/else"}, "hf:somewhere/else has no text space"),
         ({"teacher": "runs/gone"}, "there is no run runs/gone any more"),
@@ -340,7 +340,7 @@ def test_one_class_is_refused_and_integers_are_in_order(
     chain: Chain, tmp_path: Path, tiny_corpus: Path, run_eupe: Callable[..., Any]
 ) -> None:
     """Name i of a list is class i: each folder's own picture, embedded, stands in for the text of its name."""
-    with pytest.raises(ConfigError, match="are of one class, class0, so that there is nothing to tell apart"):
+    with pytest.raises(ConfigError, match="are of one class, class0, so there is nothing to tell apart"):
         zeroshot(subject_of(CLIP, chain.weights), data=make_corpus(tmp_path / "one", classes=1), texts=TextSource())
     pictures = sorted(tiny_corpus.rglob("*.png"))[:12]
     for i, path in enumerate(pictures):

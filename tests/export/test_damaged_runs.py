@@ -62,14 +62,14 @@ def refused(outcome: Any, *said: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("3", "an encoder card is an object, not int"),
+        ("3", "an encoder card must be an object, not int"),
         (DEEP, "it is nested too deeply"),
-        ({"size": "a"}, "an encoder card has size 'a'"),
-        ({"size": 0}, "an encoder card has size 0"),
-        ({"arch": 3, "patch": "x"}, "an encoder card has arch 3, patch 'x'"),
-        ({"summary_dim": -1}, "an encoder card has summary_dim -1"),
-        ({"mean": [0.5, 0.5]}, "an encoder card has mean [0.5, 0.5]"),
-        ({"std": [0.5, 0.5, None]}, "an encoder card has std [0.5, 0.5, None]"),
+        ({"size": "a"}, "an encoder card has invalid fields: size 'a'"),
+        ({"size": 0}, "an encoder card has invalid fields: size 0"),
+        ({"arch": 3, "patch": "x"}, "an encoder card has invalid fields: arch 3, patch 'x'"),
+        ({"summary_dim": -1}, "an encoder card has invalid fields: summary_dim -1"),
+        ({"mean": [0.5, 0.5]}, "an encoder card has invalid fields: mean [0.5, 0.5]"),
+        ({"std": [0.5, 0.5, None]}, "an encoder card has invalid fields: std [0.5, 0.5, None]"),
         ({"dense": ["normed"]}, "an encoder card has unknown kinds"),
     ],
 )
@@ -88,7 +88,7 @@ def test_reports_of_runs_that_are_none(text: str, spoilt: Callable[..., Path], t
     damaged = spoilt("report.json", text)
     refused(
         run_eupe("export", damaged, "--format", "timm", "--out", tmp_path / "out"),
-        f"{damaged / 'report.json'} is no report of a training run: ",
+        f"{damaged / 'report.json'} is not a report of a training run: ",
     )
     assert not (tmp_path / "out").exists()
     with pytest.raises(RunError, match=r"has a damaged metrics\.jsonl or report\.json"):
@@ -133,11 +133,13 @@ def test_a_run_that_does_not_say_what_it_held_out(
         run_eupe("viz", silent, "--images", pictures, "--out", out), f"run {silent} has a config.json whose holdout"
     )
     (silent / "evaluations.jsonl").write_text(json.dumps({**LINE, "kind": "run", "subject": str(silent)}) + "\n")
-    refused(run_eupe("eval", "report", silent, "--out", out, "--images", pictures), "whose holdout is None, no share")
+    refused(
+        run_eupe("eval", "report", silent, "--out", out, "--images", pictures), "whose holdout is None, not a share"
+    )
     refused(run_eupe("eval", "agreement", silent), f"run {silent} has a config.json without ", "holdout")
     for share in ("0.1", 2, -0.5, [0.1]):
         card["config"]["holdout"] = share
-        with pytest.raises(RunError, match="no share from 0 to 1"):
+        with pytest.raises(RunError, match="not a share from 0 to 1"):
             holdout(spoilt("config.json", json.dumps(card)))
     card["config"]["holdout"] = 0.25
     assert holdout(spoilt("config.json", json.dumps(card))) == 0.25
@@ -153,12 +155,12 @@ def test_a_run_that_does_not_say_what_it_held_out(
         ({"lower_is_better": "yes"}, "untrained and lower_is_better are not both true or false"),
         ({"scores": {"accuracy": 10**400}}, "int too large to convert to float"),
         ({"scores": {"accuracy": True}}, "its scores are not numbers"),
-        ({"kind": "run", "subject": "runs/\0"}, "its subject is no name of anything"),
+        ({"kind": "run", "subject": "runs/\0"}, "its subject is not a valid name"),
     ],
 )
 def test_results_of_other_types_are_refused(change: dict[str, Any], said: str, tmp_path: Path, run_eupe: Run) -> None:
     (tmp_path / "r.jsonl").write_text(json.dumps({**LINE, **change}) + "\n")
-    refused(run_eupe("eval", "report", tmp_path / "r.jsonl"), "line 1 of", "r.jsonl holds no results", said)
+    refused(run_eupe("eval", "report", tmp_path / "r.jsonl"), "line 1 of", "r.jsonl holds no valid result", said)
     (tmp_path / "r.jsonl").write_text(DEEP)
     refused(run_eupe("eval", "report", tmp_path / "r.jsonl"), "it is nested too deeply")
 

@@ -105,7 +105,7 @@ def test_the_card_says_what_a_hub_and_a_reader_ask_for(tmp_path: Path) -> None:
 def test_evaluations_that_cannot_be_read_stop_an_export(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", ARCH)
     (run / "evaluations.jsonl").write_text('{"task"')
-    with pytest.raises(RunError, match=r"evaluations.jsonl holds no results of evaluations"):
+    with pytest.raises(RunError, match=r"evaluations.jsonl holds no valid result of an evaluation"):
         export_of(run)
     assert not run.with_name("run-out").exists()
 

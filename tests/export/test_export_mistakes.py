@@ -39,10 +39,10 @@ def refused(run_eupe: Run, out: Path, *words: object) -> str:
     [
         (["--format", "tim"], "--format tim is unknown; did you mean timm?; use timm, hf, onnx, executorch"),
         (["--format", "timm", "--size", 65], "its patch is 16 pixels and must divide the size; use 64 or 80"),
-        (["--format", "timm", "--heads", "dino"], "--heads dino names no target of the run; "),
-        (["--format", "timm", "--precision", "fp16"], "--precision is for --format onnx"),
-        (["--format", "hf", "--dynamic-size"], "--dynamic-size is for --format onnx"),
-        (["--format", "onnx", "--calibrate", "photos"], "--calibrate is for --precision int8"),
+        (["--format", "timm", "--heads", "dino"], "--heads dino is not a target of the run; "),
+        (["--format", "timm", "--precision", "fp16"], "--precision is only for --format onnx"),
+        (["--format", "hf", "--dynamic-size"], "--dynamic-size is only for --format onnx"),
+        (["--format", "onnx", "--calibrate", "photos"], "--calibrate is only for --precision int8"),
         (["--format", "timm", "--size", 0], "--size must be at least 1 pixel, got 0"),
         (["--format", "timm", "--size", -16], "--size must be at least 1 pixel, got -16"),
         (["--format", "onnx", "--precision", "fp8"], "--precision fp8 is unknown; use fp32, fp16, int8"),
@@ -65,7 +65,7 @@ def test_a_dynamic_size_is_refused_before_anything_is_traced(
     run = finished_run(tmp_path / "run", "test_vit_relpos", targets=())
     monkeypatch.delattr("torch.onnx.export")
     said = refused(run_eupe, tmp_path / "out", run, "--format", "onnx", "--dynamic-size")
-    assert "--dynamic-size does not work for test_vit_relpos, which takes one size alone (" in said
+    assert "--dynamic-size does not work for test_vit_relpos, which takes only one size (" in said
     assert said.endswith("; leave --dynamic-size out")
 
 
@@ -86,9 +86,9 @@ def test_a_place_that_holds_something_else(run: Path, tmp_path: Path, run_eupe: 
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     said = refused(run_eupe, other, run, "--format", "timm")
-    assert f"--out {other} holds something that is no export; give another, or remove it" in said
+    assert f"--out {other} already exists and is not an export; give another --out, or remove it" in said
     said = refused(run_eupe, other / "notes.txt", run, "--format", "timm")
-    assert "holds something that is no export" in said
+    assert "already exists and is not an export" in said
 
 
 def test_the_same_export_is_a_cache_hit_and_another_is_refused(run: Path, tmp_path: Path, run_eupe: Run) -> None:
@@ -114,7 +114,7 @@ def test_the_same_export_is_a_cache_hit_and_another_is_refused(run: Path, tmp_pa
     [
         ("onnx", "onnxruntime", "--format onnx needs more packages: pip install 'eupe[export]'"),
         ("onnx", "onnxscript", "--format onnx needs more packages: pip install 'eupe[export]'"),
-        ("executorch", "executorch.exir", "--format executorch needs it: pip install 'eupe[executorch]'"),
+        ("executorch", "executorch.exir", "--format executorch needs ExecuTorch: pip install 'eupe[executorch]'"),
     ],
 )
 def test_packages_that_are_missing(
@@ -156,15 +156,15 @@ def test_an_export_whose_files_are_gone_is_no_cache_hit(run: Path, tmp_path: Pat
     whole = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(whole[:-1])
     said = refused(run_eupe, out, *words)
-    assert "its model.safetensors is gone or not as long as it was; remove" in said and "export again" in said
+    assert "its model.safetensors is missing or has changed in size; remove" in said and "export again" in said
     (out / "model.safetensors").write_bytes(whole)
     (out / "README.md").unlink()
-    assert "its README.md is gone or not as long as it was" in refused(run_eupe, out, *words)
+    assert "its README.md is missing or has changed in size" in refused(run_eupe, out, *words)
     record = json.loads((out / "export.json").read_text())
     (out / "export.json").write_text(json.dumps({**record, "files": 3}))
-    assert "holds something that is no export" in refused(run_eupe, out, *words)
+    assert "already exists and is not an export" in refused(run_eupe, out, *words)
     (out / "export.json").write_text("[" * 200_000)
-    assert "holds something that is no export" in refused(run_eupe, out, *words)
+    assert "already exists and is not an export" in refused(run_eupe, out, *words)
 
 
 def test_two_exports_to_one_place_do_not_mix(run: Path, tmp_path: Path, run_eupe: Run) -> None:
@@ -173,7 +173,7 @@ def test_two_exports_to_one_place_do_not_mix(run: Path, tmp_path: Path, run_eupe
     (busy / "model.safetensors").write_bytes(b"half")
     other = lock_file(tmp_path / f".out{LOCK}", verb="export", of=tmp_path / "out")
     said = refused(run_eupe, tmp_path / "out", run, "--format", "timm")
-    assert f"out is being written by `eupe export`, process {os.getpid()}" in said and "wait for its end" in said
+    assert f"out is being written by `eupe export`, process {os.getpid()}" in said and "wait until it ends" in said
     assert (busy / "model.safetensors").read_bytes() == b"half"
     os.close(other)
     assert run_eupe("export", run, "--format", "timm", "--out", tmp_path / "out").code == 0

@@ -178,7 +178,7 @@ def test_what_is_called_int8_has_its_weights_in_int8(arch: str, graphs: Exports,
     assert len(kinds) > 10 and sum(kept == "INT8" for _, kept in kinds) >= 0.9 * len(kinds)
     num_bytes = 4 * sum(parameter.numel() for parameter in load_encoder(graphs.run(arch)).parameters())
     assert size_of(out) < 0.45 * num_bytes
-    assert "of float32's bytes" in report.notes[0] and report.outputs["dense"]["least"] < 1
+    assert "of the bytes of the float32 graph" in report.notes[0] and report.outputs["dense"]["least"] < 1
 
 
 def test_weights_in_int8_are_rounded_for_each_output(tmp_path: Path) -> None:
@@ -229,7 +229,8 @@ def test_a_graph_that_int8_would_hardly_shrink_is_refused(graphs: Exports, tmp_p
         onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), tmp_path / "a"
     )
     source = open_source(ExportConfig(run=graphs.run(CONVNEXT), out=tmp_path / "out", format="onnx"))
-    words = rf"leave most of {CONVNEXT} at {SIZE} px as it is, with 7\d% of float32's bytes; use --precision fp16"
+    share = r"with 7\d% of the bytes of the float32 graph"
+    words = f"leave most of {CONVNEXT} at {SIZE} px in float32, {share}; use --precision fp16"
     with pytest.raises(ConfigError, match=words):
         quantise(tmp_path / "a", source, lambda graph: pytest.fail("is asked"), None)
 
@@ -240,7 +241,7 @@ def test_what_was_called_int8_and_is_not_is_no_cache_hit(graphs: Exports, tmp_pa
     record["asked"]["precision"] = "int8"
     (out / "export.json").write_text(json.dumps(record))
     config = ExportConfig(run=graphs.run(CONVNEXT), out=out, format="onnx", heads=("all",), precision="int8")
-    with pytest.raises(ConfigError, match=r"called int8 and has float32 weights, .* remove"):
+    with pytest.raises(ConfigError, match=r"called int8 but has float32 weights, .* remove"):
         export(config)
 
 
@@ -254,7 +255,7 @@ def test_ranges_are_those_of_the_pictures_that_are_given(
     outcome = run_eupe(*words)
     assert outcome.code == 0, outcome.err
     (note,) = json.loads(outcome.out)["notes"]
-    kept, told = re.search(r"(\w+) was kept \(least cosine on 4 of your pictures for choosing: (.*)\)", note).groups()  # type: ignore[union-attr]
+    kept, told = re.search(r"(\w+) was kept \(least cosine on 4 of your pictures for selection: (.*)\)", note).groups()  # type: ignore[union-attr]
     card = load_encoder(run).card
     images = [Image.open(path).convert("RGB") for path in sorted(folder.rglob("*.png"))[1::2]]
     views = [render_view(each, centre(*each.size)[0], card.size) for each in images]
@@ -272,7 +273,7 @@ def test_calibration_needs_two_pictures(graphs: Exports, tmp_path: Path) -> None
     config = ExportConfig(
         run=graphs.run("test_vit"), out=tmp_path / "out", format="onnx", precision="int8", calibrate=folder
     )
-    with pytest.raises(CorpusError, match="has one picture; give two or more"):
+    with pytest.raises(CorpusError, match="has only one picture; give at least two"):
         export(config)
     assert not config.out.exists()
 

@@ -129,12 +129,12 @@ def test_what_an_audit_takes_must_be_there(tmp_path: Path, tiny_weights: Path) -
     corpus = make_corpus(tmp_path / "c", count=6)
     store = make_store(tmp_path / "s.zarr", corpus, tiny_weights)
     other = random_weights("test_vit", tmp_path / "other.safetensors", seed=5)
-    refused(store, TeacherError, "give the file that it was made with by --weights", weights=other)
-    refused(store, EupeError, "made by another teacher", weights=tiny_weights, teacher="timm:test_vit2")
+    refused(store, TeacherError, "give the original file with --weights", weights=other)
+    refused(store, EupeError, "made by a different teacher", weights=tiny_weights, teacher="timm:test_vit2")
     refused(store, ConfigError, "--samples must be at least 1", weights=tiny_weights, samples=0)
     refused(store, ConfigError, "--dtype fp8 is unknown", weights=tiny_weights, dtype="fp8")
     shutil.move(corpus, tmp_path / "moved")
-    refused(store, CorpusError, "name their folder by --corpus", weights=tiny_weights)
+    refused(store, CorpusError, "give their folder with --corpus", weights=tiny_weights)
     moved = AuditConfig(store=store.path, weights=tiny_weights, corpus=tmp_path / "moved")
     assert audit(moved).changed_views == 0
     picture(99).save(tmp_path / "moved" / "class0" / "0000.png")
@@ -158,7 +158,7 @@ def test_the_verb_prints_a_table_and_leaves_with_1_on_drift(
     assert [line.split()[3] for line in outcome.out.splitlines()[1:5]] == ["standardised", "plain"] * 2
     drifted = run_eupe(*words, "--dtype", "bf16", "--least", "0.99999", "--json")
     assert drifted.code == 1
-    assert "is not what its teacher gives here" in " ".join(drifted.err.split())
+    assert "differs from what its teacher computes here" in " ".join(drifted.err.split())
     report = json.loads(drifted.out)
     assert (report["num_samples"], report["computed_dtype"]) == (5, "bf16")
     assert run_eupe(*words, "--dtype", "bf16", "--least", "0.9").code == 0

@@ -87,7 +87,7 @@ def test_parts_and_the_index_are_made_anew(container: Path, tiny_weights: Path, 
     for name in names:
         store.path.delete(name)
     moved = container.rename(tmp_path / "moved")
-    with pytest.raises(CorpusError, match="name their folder by --corpus"):
+    with pytest.raises(CorpusError, match="give their folder with --corpus"):
         repair(RepairConfig(store=store.path, weights=tiny_weights), open_crew=Crews())
     repair(RepairConfig(store=store.path, weights=tiny_weights, corpus=moved, batch_size=8), open_crew=Crews())
     assert verify(store.path).whole
@@ -103,11 +103,11 @@ def test_a_store_goes_on_only_with_what_was_chosen_for_it(
     corpus = open_corpus(folder)
     require_same_choice(store, corpus)
     chosen = replace(corpus, choice=Choice(label_column="cls"))
-    with pytest.raises(ConfigError, match="was made without such an option, and now --label-column cls was given"):
+    with pytest.raises(ConfigError, match="was made without such an option, but now --label-column cls was given"):
         require_same_choice(store, chosen)
     store.path.write(segment_name(0), index_bytes(chosen))
     require_same_choice(store, chosen)
-    with pytest.raises(ConfigError, match="was made with --label-column cls, and now no such option was given"):
+    with pytest.raises(ConfigError, match="was made with --label-column cls, but now no such option was given"):
         require_same_choice(store, corpus)
 
 

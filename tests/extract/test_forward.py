@@ -106,7 +106,7 @@ def test_on_a_cpu_every_batch_has_one_core(teacher: Teacher, tiny_store: Store) 
 
 def test_no_room_for_one_view_is_a_sentence(tiny_store: Store) -> None:
     forward = Forward(Cramped(room=0), tiny_store.spec, batch_size=4, cores=2)  # type: ignore[arg-type]
-    with pytest.raises(TeacherError, match="does not fit a single view of 64 px into the memory of cpu"):
+    with pytest.raises(TeacherError, match="runs out of memory on cpu with a single view of 64 px"):
         forward.begin(views(2)).wait()
 
 

@@ -68,7 +68,7 @@ def test_a_corpus_that_lost_or_changed_pictures_is_refused_by_name(
         picture(51).save(corpus / "class2" / "0002.png")
     outcome = run_eupe(*words(corpus, tiny_weights, "--out", store.path))
     assert outcome.code == 2
-    assert f"1 {loss} (class2/0002.png); put them back, or give another --out" in " ".join(outcome.err.split())
+    assert f"1 {loss} (class2/0002.png); restore them, or give another --out" in " ".join(outcome.err.split())
     assert open_store(store.path).spec == store.spec and open_store(store.path).finished
 
 

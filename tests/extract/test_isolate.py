@@ -56,7 +56,7 @@ def test_a_child_that_is_slow_to_start_is_given_time(
     samples = samples_of(index.samples)[:2]
     assert find_crashing(samples, index.root, TWO_CROPS, [TINY_SIZE]) == {}
     monkeypatch.setattr(isolate, "START_SECONDS", 0.5)
-    with pytest.raises(RuntimeError, match=r"names no picture in 0\.5 s"):
+    with pytest.raises(RuntimeError, match=r"named no picture within 0\.5 s"):
         find_crashing(samples, index.root, TWO_CROPS, [TINY_SIZE])
 
 

@@ -81,7 +81,7 @@ def test_the_options_choose_pictures_and_views(
     assert store.spec.views["scale"] == [0.2, 0.3] and store.spec.views["ratio"] == [1.0, 1.0]
 
     wrong = run_eupe(*words[:-1], 6, "--views", "squash")
-    assert wrong.code == 2 and "--scale belongs to random crops" in flat(wrong.err)
+    assert wrong.code == 2 and "--scale is for random crops only" in flat(wrong.err)
 
 
 def flat(text: str) -> str:
@@ -139,7 +139,7 @@ def test_gpus_that_are_not_there_are_refused_not_waited_for(
     words = extract_words(tiny_corpus, tiny_weights, tmp_path / "s.zarr", "--workers", 2, "--gpus-per-worker", 99)
     outcome = run_eupe(*words)
     assert outcome.code == 2
-    assert "2 workers with 99 GPUs each do not fit" in flat(outcome.err)
+    assert "2 workers with 99 GPUs each do not fit on the" in flat(outcome.err)
     outcome = run_eupe(*words[:-2], "--ray-address", f"127.0.0.1:{free_ports(1)[0]}")
     assert outcome.code == 2
     assert "no Ray cluster answers" in flat(outcome.err)
@@ -177,7 +177,7 @@ def test_a_worker_that_does_not_see_the_pictures_stops_the_job(
         Place.of(tmp_path / "not-mounted"),
         1,
     )
-    with pytest.raises(CorpusError, match=r"does not see the corpus folder .*not-mounted"):
+    with pytest.raises(CorpusError, match=r"cannot see the corpus folder .*not-mounted"):
         actor.prepare([(0, store.path)])
 
 

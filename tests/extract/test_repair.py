@@ -190,10 +190,14 @@ def refused(store: Path, error: type[EupeError], words: str, weights: Path | Non
 def test_other_weights_are_refused_and_nothing_is_given_up(store: Path, tmp_path: Path, tiny_weights: Path) -> None:
     turn("64/dense/c/1/0/0/0/0")(store)
     other = random_weights("test_vit", tmp_path / "other.safetensors", seed=5)
-    refused(store, TeacherError, "give the file that it was made with by --weights", other)
+    refused(store, TeacherError, "give the original file with --weights", other)
     refused(store, TeacherError, "do not exist", tmp_path / "none.safetensors")
     refused(
-        store, SpecMismatchError, "made by another teacher than timm:test_vit2", tiny_weights, teacher="timm:test_vit2"
+        store,
+        SpecMismatchError,
+        "made by a different teacher than timm:test_vit2",
+        tiny_weights,
+        teacher="timm:test_vit2",
     )
     refused(store, EupeError, "--batch-size must be at least 1", tiny_weights, batch_size=0)
 
@@ -203,7 +207,7 @@ def test_an_arithmetic_that_this_machine_lacks_is_refused(store: Path, tiny_weig
     document = store / "zarr.json"
     document.write_text(document.read_text().replace('"dtype": "fp32"', '"dtype": "fp16"'))
     turn("64/dense/c/1/0/0/0/0")(store)
-    refused(store, EupeError, "computed in fp16, which this machine cannot", tiny_weights)
+    refused(store, EupeError, "computed in fp16, which this machine does not support", tiny_weights)
 
 
 def test_pictures_that_changed_are_refused_and_those_that_moved_are_found(tmp_path: Path, tiny_weights: Path) -> None:
@@ -212,7 +216,7 @@ def test_pictures_that_changed_are_refused_and_those_that_moved_are_found(tmp_pa
     before = files(path)
     turn("64/dense/c/0/0/0/0/0")(path)
     shutil.move(corpus, tmp_path / "moved")
-    refused(path, CorpusError, "are not in .*; name their folder by --corpus", tiny_weights)
+    refused(path, CorpusError, "are not in .*; give their folder with --corpus", tiny_weights)
     changed = tmp_path / "moved" / "class0" / "0000.png"
     right = changed.read_bytes()
     picture(99).save(changed)
@@ -233,9 +237,9 @@ def test_an_index_cannot_be_made_of_other_pictures(tmp_path: Path, tiny_weights:
     path = Path(make_parts(tmp_path / "s.zarr", corpus, tiny_weights).path)
     lose("corpus/00000.parquet")(path)
     picture(99).save(corpus / "class0" / "0000.png")
-    refused(path, CorpusError, r"00000.parquet is missing, .* takes the pictures .* put the pictures back")
+    refused(path, CorpusError, r"00000.parquet is missing, .* the pictures are needed .* restore the original pictures")
     shutil.rmtree(corpus)
-    refused(path, CorpusError, "the store can be read, but neither repaired nor extended")
+    refused(path, CorpusError, "the store can be read, but not repaired or extended")
 
 
 def test_a_teacher_that_moved_is_found(tmp_path: Path, corpus: Path) -> None:
@@ -246,7 +250,7 @@ def test_a_teacher_that_moved_is_found(tmp_path: Path, corpus: Path) -> None:
     before = files(path)
     lose("boxes/c/1/0/0")(path)
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    refused(path, TeacherError, "is gone from .*run; name its new place by --teacher")
+    refused(path, TeacherError, "is no longer at .*run; give its new location with --teacher")
     mend(path, teacher=str(tmp_path / "moved"))
     assert files(path) == before
 
@@ -314,8 +318,8 @@ def test_the_verb_says_what_is_wrong(store: Path, tmp_path: Path, run_eupe: Run)
     turn("64/dense/c/1/0/0/0/0")(store)
     other = random_weights("test_vit", tmp_path / "other.safetensors", seed=5)
     for words, said in (
-        (["--weights", other], "give the file that it was made with by --weights"),
-        (["--weights", other, "--corpus", tmp_path / "nowhere"], "nowhere; name their folder by --corpus"),
+        (["--weights", other], "give the original file with --weights"),
+        (["--weights", other, "--corpus", tmp_path / "nowhere"], "nowhere; give their folder with --corpus"),
         (["--weights", other, "--teacher", "timm:nothing"], "nothing"),
     ):
         outcome = run_eupe("store", "repair", store, *words)

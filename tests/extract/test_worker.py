@@ -354,7 +354,7 @@ def test_no_features_at_all_is_not_called_unreadable(tmp_path: Path, dtype: str,
     rows = [Row("a", None, None, error="the teacher's features are not finite (64/dense)")]
     part = Part(0, rows, np.zeros(0), np.zeros(0), np.zeros(0), {})
     spec = open_store(tmp_path / "s.zarr").spec
-    with pytest.raises(TeacherError, match=f"of all pictures that were tried .* not finite; .*{advice}"):
+    with pytest.raises(TeacherError, match=f"for all pictures that were tried, .* not finite; .*{advice}"):
         require_features(spec, part)
     with pytest.raises(ConfigError, match="can be read"):
         require_features(spec, replace(part, rows=[Row("a", None, None, error="the file is empty")]))

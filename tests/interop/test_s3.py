@@ -120,7 +120,7 @@ def test_training_from_a_bucket_is_training_from_a_disk(
     assert shards and all(asked.status == 206 for asked in shards)
     assert s3.served("GET", r"photos/.*\.png$")
     copy = download(store.path, tmp_path / "copy.zarr")
-    with pytest.raises(ConfigError, match=f"if you mean to read that bucket, say so by --corpus {photos}"):
+    with pytest.raises(ConfigError, match=f"to allow reading that bucket, give --corpus {photos}"):
         trained(copy, tmp_path / "disk")
     assert trained(copy, tmp_path / "disk", photos) == from_bucket
     assert trained(tiny_store, tmp_path / "local") == from_bucket
@@ -151,7 +151,7 @@ def test_a_run_from_a_bucket_is_judged_from_there(
     photos.delete(next(name for name in photos.list() if name.endswith(".png")))
     gone = run_eupe(*words[:5], "--out", tmp_path / "other", *words[7:], "--steps", 500)
     assert gone.code == 2
-    assert "had features made but cannot be read now" in " ".join(gone.err.split())
+    assert "has stored features, but cannot be read now" in " ".join(gone.err.split())
 
 
 def test_a_run_is_made_on_a_disk_only(run_eupe: Run) -> None:

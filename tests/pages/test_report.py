@@ -108,8 +108,8 @@ class TestMerging:
         cells = shown(merged.columns[0], merged)
         assert [name for name, cell in cells.items() if cell.best] == ["b"]
         assert (cells["dinov2"].mark, cells["s.zarr"].mark) == ("a", "b")
-        assert merged.marks["a"] == "238 px, the others 224 px"
-        assert merged.marks["b"] == "a store's rrc views, 2 views a picture, the others dtype fp32"
+        assert merged.marks["a"] == "238 px; the others: 224 px"
+        assert merged.marks["b"] == "a store's rrc views, 2 views per picture; the others: dtype fp32"
 
     def test_one_subject_judged_at_two_sizes_has_two_columns(self) -> None:
         small = {"size": 112, "dtype": "fp32", "k": 10}
@@ -188,14 +188,14 @@ class TestGathering:
         ("text", "said"),
         [
             ("", "holds no results"),
-            ('{"task": "knn"', "line 1 of .* holds no results of evaluations"),
-            ("[1, 2]", "line 1 of .* holds no results"),
-            ('{"task": "knn"}', "line 1 of .* holds no results"),
+            ('{"task": "knn"', "line 1 of .* holds no valid result of an evaluation"),
+            ("[1, 2]", "line 1 of .* holds no valid result"),
+            ('{"task": "knn"}', "line 1 of .* holds no valid result"),
             (json.dumps({**result().to_json(), "scores": {"accuracy": "high"}}), "its scores are not numbers"),
             (json.dumps({**result().to_json(), "scores": {}}), "its scores are not numbers"),
             (json.dumps({**result().to_json(), "data": None}), "not all objects"),
-            (json.dumps(result().to_json()) + "\n" + '{"tas', "line 2 of .* holds no results"),
-            ("\x00\x01", "line 1 of .* holds no results"),
+            (json.dumps(result().to_json()) + "\n" + '{"tas', "line 2 of .* holds no valid result"),
+            ("\x00\x01", "line 1 of .* holds no valid result"),
         ],
     )
     def test_a_damaged_file_is_one_sentence(self, tmp_path: Path, text: str, said: str, run_eupe: Run) -> None:
@@ -208,18 +208,18 @@ class TestGathering:
 
     def test_what_is_no_file_of_text(self, tmp_path: Path) -> None:
         (tmp_path / "r.jsonl").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(RunError, match=r"r\.jsonl holds no results"):
+        with pytest.raises(RunError, match=r"r\.jsonl holds no valid result"):
             gather([tmp_path / "r.jsonl"])
 
     def test_runs_that_cannot_be_reported(self, tmp_path: Path) -> None:
         run = make_run(tmp_path / "run")
-        with pytest.raises(ConfigError, match=r"run .*run has not been judged"):
+        with pytest.raises(ConfigError, match=r"run .*run has not been evaluated"):
             gather([run])
         (run / "student.json").unlink()
         with pytest.raises(RunError, match="is not finished; finish it with"):
             gather([run])
         (tmp_path / "folder").mkdir()
-        with pytest.raises(ConfigError, match="is a folder but no training run"):
+        with pytest.raises(ConfigError, match="is a folder but not a training run"):
             gather([tmp_path / "folder"])
         with pytest.raises(ConfigError, match="nowhere does not exist"):
             gather([tmp_path / "nowhere"])
@@ -383,8 +383,8 @@ class TestPage:
         assert table.count('<td class="ahead">') == 2
         assert '<td class="marked"><span>0.990</span><sup>a</sup></td>' in table
         words = texts(table)
-        assert "Depth digits, 224 px RMSE ↓" in words and "Latency 256 px ms a picture ↓" in words
-        assert "a other features than the column's, compared with none: 238 px, the others 224 px" in words
+        assert "Depth digits, 224 px RMSE ↓" in words and "Latency 256 px ms per picture ↓" in words
+        assert "a other features than the column's, so not compared: 238 px; the others: 224 px" in words
         baselines = words.index("baselines")
         assert words.index("good run") < words.index("dinov2-s teacher") < baselines < words.index("pixels pixels")
 
@@ -401,8 +401,8 @@ class TestPage:
         svgs = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
         labels = [svg.attrib["aria-label"] for svg in svgs]
         assert labels == [
-            "k-NN, digits, 224 px over ms a picture at 256 px",
-            "Depth, digits, 224 px over ms a picture at 256 px",
+            "k-NN, digits, 224 px over ms per picture at 256 px",
+            "Depth, digits, 224 px over ms per picture at 256 px",
         ]
         assert [len(list(svg.iter("circle"))) for svg in svgs] == [3, 2]
         (hollow,) = (c for c in svgs[0].iter("circle") if c.attrib["class"] == "hollow")
@@ -470,7 +470,7 @@ class TestCommandLine:
         rows = {line.split("|")[1].strip(): line for line in first if line.startswith("| ")}
         assert "| **0.900** |" in rows["good"] and "0.950 ▲" in rows["good, untrained"]
         assert "0.990 (a)" in rows["dinov2-s"]
-        assert "- (a) other features than the column's, compared with none: 238 px, the others 224 px" in lines
+        assert "- (a) other features than the column's, so not compared: 238 px; the others: 224 px" in lines
         assert "## Agreement with targets" in lines and "## Teachers against each other" in lines
 
     def test_without_a_place_the_table_is_printed(
@@ -508,7 +508,7 @@ class TestCommandLine:
         assert not list(tmp_path.iterdir())
 
     def test_maps_without_a_run_are_refused(self, world: dict[str, Path], tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="none of those that were judged is here"):
+        with pytest.raises(ConfigError, match="none of the evaluated runs is here"):
             write_report([world["others"]], out=tmp_path / "p.html", images=world["pictures"])
 
     def test_limit_is_the_number_of_pictures(self, world: dict[str, Path], tmp_path: Path) -> None:

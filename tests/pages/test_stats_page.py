@@ -174,7 +174,7 @@ class TestPage:
         loudest = cells[f"row {CELL[0]}, column {CELL[1]}: 100.00% of views"]
         assert float(loudest.attrib["fill-opacity"]) == 1
         assert f"1 ({DEAD})" in texts(page)
-        assert "Not drawn: 1 that never change." in texts(page)
+        assert "Not drawn: constant channels (1)." in texts(page)
 
     def test_without_outliers_there_is_no_map(self, tiny_store: Store) -> None:
         words = render_stats_page(summarise(tiny_store))

@@ -381,7 +381,7 @@ class TestForeground:
             assert (steps >= 0).all() or (steps <= 0).all()
         shares = "+".join(f"{100 * share:.0f}" for share in oracle.explained_variance_ratio_)
         assert f"{mask.mean():.0%} foreground" in page.text and f"{shares}% of its variance" in page.text
-        assert "Only <b>foreground</b> is in colour" in page.text and not page.report.notes
+        assert "Only the <b>foreground</b> is in colour" in page.text and not page.report.notes
 
     def test_where_there_is_none_all_tokens_are_in_colour_and_the_page_says_why(
         self, world: World, tmp_path: Path
@@ -405,7 +405,7 @@ class TestForeground:
         assert run_eupe(*words, tmp_path / "plain.html").code == 0
         assert run_eupe(*words, tmp_path / "fore.html", "--foreground").code == 0
         plain, fore = ((tmp_path / f"{name}.html").read_text() for name in ("plain", "fore"))
-        legend = "Only <b>foreground</b> is in colour"
+        legend = "Only the <b>foreground</b> is in colour"
         assert legend in fore and legend not in plain
 
 
@@ -483,8 +483,8 @@ class TestErrors:
         self._refused(ConfigError, "at least one store", [], world.corpus, out)
 
     def test_what_is_none_of_the_three(self, world: World, out: Path) -> None:
-        self._refused(ConfigError, "dino2 is no store.*dinov2", ["dino2"], world.corpus, out)
-        self._refused(ConfigError, "is no store", [world.corpus], world.corpus, out)
+        self._refused(ConfigError, "dino2 is not a store.*dinov2", ["dino2"], world.corpus, out)
+        self._refused(ConfigError, "is not a store", [world.corpus], world.corpus, out)
 
     def test_an_unfinished_run(self, world: World, out: Path, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
@@ -494,7 +494,7 @@ class TestErrors:
     def test_no_picture_in_common(self, world: World, out: Path, tmp_path: Path) -> None:
         stranger = make_corpus(tmp_path / "stranger", count=1, classes=1)
         (stranger / "class0" / "0000.png").rename(stranger / "stranger.png")
-        self._refused(ConfigError, r"none of the 1 pictures.*stranger\.png", [world.store], stranger, out)
+        self._refused(ConfigError, r"no features of any of the 1 pictures.*stranger\.png", [world.store], stranger, out)
 
     def test_another_picture_under_the_same_key(self, world: World, out: Path, tmp_path: Path) -> None:
         changed = tmp_path / "changed" / "class0" / "0000.png"
@@ -514,7 +514,7 @@ class TestErrors:
 
     def test_weights_for_what_is_no_teacher(self, world: World, out: Path) -> None:
         store = str(world.store)
-        with pytest.raises(ConfigError, match="no teacher among"):
+        with pytest.raises(ConfigError, match="not a teacher among"):
             write_maps([store], images=world.corpus, out=out, weights={store: world.weights})
 
     def test_limit(self, world: World, out: Path) -> None:

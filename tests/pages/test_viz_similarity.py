@@ -129,7 +129,7 @@ class TestStatement:
         num_tokens = PICTURES * sum(grid**2 for grid in GRIDS)
         monkeypatch.setattr(viz_similarity, "MAX_TEXT_BYTES", num_tokens * MIN_KEPT * 4 // 3 - 1)
         page = page_of(columns())
-        assert "leave no room for features" in page and "show fewer pictures" in page
+        assert "There are too many maps to embed the features" in page and "show fewer pictures" in page
         assert not codes_in(page) and "<script" not in page and "script-src" not in page
         assert "How exact" not in page
 

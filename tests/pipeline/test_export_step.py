@@ -64,7 +64,7 @@ def test_mistakes_in_an_export_step_are_named() -> None:
         'steps: {a: {extract: {teacher: "timm:test_vit", corpus: photos}}, b: {export: {run: a, out: x, form: timm}}}'
     )
     found = "\n".join(problems_of(f"out: out\n{steps}"))
-    assert "steps.b.export.run: step 'a' makes a store, and this takes a run" in found
+    assert "steps.b.export.run: step 'a' makes a store, but this option takes a run" in found
     assert "steps.b.export.form: is not an option of eupe export; did you mean format?" in found
     assert "steps.b.export.format: is missing; eupe export needs it" in found
 

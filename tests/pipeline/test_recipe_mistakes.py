@@ -25,16 +25,16 @@ def recipe(*steps: str, let: str = "{}") -> str:
     ("text", "said"),
     [
         ("out: o", ["steps: must be a mapping"]),
-        ("out: o\nstpes: {}", ["stpes: is not a part of a recipe", "steps: must be"]),
+        ("out: o\nstpes: {}", ["stpes: is not a key of a recipe", "steps: must be"]),
         (f"steps:\n  {STORE}", ["out: must be a local directory, got None"]),
         (f"out: s3://b/o\nsteps:\n  {STORE}", ["out: must be a local directory, got 's3://b/o'"]),
-        (recipe("a/b: {train: {}}"), ["steps.a/b: a step's name has letters"]),
+        (recipe("a/b: {train: {}}"), ["steps.a/b: a step's name may contain only letters"]),
         (recipe("a: train"), ["steps.a: must be one verb with its options"]),
         (recipe("a: {train: {}, viz: {}}"), ["steps.a: must be one verb with its options"]),
         (recipe("a: {train: [1]}"), ["steps.a.train: must be a mapping of options"]),
-        (recipe("a: {extrct: {}}"), ["steps.a.extrct: is not a verb of a step; did you mean extract, export?"]),
-        (recipe("a: {store repair: {path: x}}"), ["steps.a.store repair: is not a verb of a step"]),
-        (recipe("a: {run: {recipe: x}}"), ["steps.a.run: is not a verb of a step"]),
+        (recipe("a: {extrct: {}}"), ["steps.a.extrct: is not a verb for a step; did you mean extract, export?"]),
+        (recipe("a: {store repair: {path: x}}"), ["steps.a.store repair: is not a verb for a step"]),
+        (recipe("a: {run: {recipe: x}}"), ["steps.a.run: is not a verb for a step"]),
         (
             recipe("a: {extract: {}}"),
             ["steps.a.extract.teacher: is missing", "steps.a.extract.corpus: is missing"],
@@ -61,34 +61,34 @@ def recipe(*steps: str, let: str = "{}") -> str:
         ),
         (
             recipe("a: {extract: {teacher: [dinov2, clip-b-32], corpus: photos}}"),
-            ["steps.a.extract.teacher: takes one teacher a step"],
+            ["steps.a.extract.teacher: takes one teacher per step"],
         ),
         (
             recipe("a: {extract: {teacher: dinov2, corpus: p, out: x, json: true}}"),
-            ["steps.a.extract.out: is given by the pipeline", "steps.a.extract.json: is given by the pipeline"],
+            ["steps.a.extract.out: is set by the pipeline", "steps.a.extract.json: is set by the pipeline"],
         ),
         (recipe("a: {viz: {items: dinov2, images: p}}"), ["steps.a.viz.out: is missing"]),
         (recipe("a: {extract: {teacher: dinov22, corpus: p}}"), ["there is no earlier step 'dinov22'", "dinov2-s"]),
-        (recipe(RUN), ["steps.b.train.targets: there is no earlier step 'a'; a does not exist, either"]),
+        (recipe(RUN), ["steps.b.train.targets: there is no earlier step 'a'; there is no file or folder a, either"]),
         (recipe(STORE, "b: {train: {targets: aa, student: v}}"), ["no earlier step 'aa'; did you mean a?"]),
         (recipe(RUN, STORE), ["steps.b.train.targets: 'a' is a later step; put it above this one"]),
         (
             recipe("b: {train: {targets: a, student: v}}", "a: {extract: {teacher: b, corpus: p}}"),
-            ["steps.b.train.targets: 'a' waits for this step in turn: b -> a -> b"],
+            ["steps.b.train.targets: 'a' itself needs this step: b -> a -> b"],
         ),
         (recipe("b: {train: {targets: b, student: v}}"), ["steps.b.train.targets: 'b' is this step itself"]),
-        (recipe(STORE, "e: {eval agreement: {run: a}}"), ["step 'a' makes a store, and this takes a run"]),
-        (recipe(STORE, RUN, "e: {store stats: {path: b}}"), ["step 'b' makes a run, and this takes a store"]),
+        (recipe(STORE, "e: {eval agreement: {run: a}}"), ["step 'a' makes a store, but this option takes a run"]),
+        (recipe(STORE, RUN, "e: {store stats: {path: b}}"), ["step 'b' makes a run, but this option takes a store"]),
         (
             recipe(STORE, RUN, "e: {eval agreement: {run: b}}", "f: {eval knn: {subjects: e}}"),
-            ["step 'e' makes a report, and this takes a store or a run"],
+            ["step 'e' makes a report, but this option takes a store or a run"],
         ),
         (
             recipe("a: {extract: {teacher: dinov2, corpus: '${photo}'}}", let="{photos: p}"),
-            ["steps.a.extract.corpus: ${photo} has no value at that place"],
+            ["steps.a.extract.corpus: ${photo} has no value here"],
         ),
-        (recipe(STORE, let="{a: '${b}', b: 1}"), ["let.a: ${b} has no value at that place"]),
-        (recipe(STORE, let="{corpus: null}"), ["let.corpus: has no value of its own; give --set corpus=..."]),
+        (recipe(STORE, let="{a: '${b}', b: 1}"), ["let.a: ${b} has no value here"]),
+        (recipe(STORE, let="{corpus: null}"), ["let.corpus: has no default value; give --set corpus=..."]),
         (recipe(STORE, let="{num-images: some}"), ["let.num-images: must be a whole number above 0"]),
     ],
 )
@@ -113,8 +113,8 @@ def test_a_setting_that_the_recipe_does_not_know_is_a_mistake() -> None:
     [
         ("out: [", "is not YAML"),
         ("- a", "is not a recipe"),
-        (recipe(STORE, STORE), "'a' stands there twice"),
-        (recipe("a: {extract: {teacher: dinov2, teacher: clip, corpus: '${photos}'}}"), "'teacher' stands there twice"),
+        (recipe(STORE, STORE), "'a' is given twice"),
+        (recipe("a: {extract: {teacher: dinov2, teacher: clip, corpus: '${photos}'}}"), "'teacher' is given twice"),
     ],
 )
 def test_what_is_no_recipe_at_all_is_refused(text: str, said: str) -> None:
@@ -132,7 +132,7 @@ def test_all_mistakes_come_together_with_exit_code_2_and_nothing_is_run(
         outcome = run_eupe("run", "r.yaml", *more)
         assert outcome.code == 2
         assert outcome.out == "" and "Traceback" not in outcome.err
-        assert "r.yaml has 5 mistakes, nothing was run" in outcome.err
+        assert "r.yaml has 5 mistakes, so nothing was run" in outcome.err
         for where in ("b.train.targets", "b.train.steps", "d.viz.items", "d.viz.images", "d.viz.out"):
             assert f"  steps.{where}: " in outcome.err
     assert not (tmp_path / "o").exists()

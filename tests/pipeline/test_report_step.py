@@ -46,8 +46,8 @@ def test_a_report_is_made_again_when_an_evaluation_before_it_is_another() -> Non
 
 def test_a_step_of_the_wrong_kind_is_a_mistake() -> None:
     assert problems_of(STEPS + "  x: {eval conflict: {stores: [expert, student]}}") == [
-        "steps.x.eval conflict.stores: step 'student' makes a run, and this takes a store"
+        "steps.x.eval conflict.stores: step 'student' makes a run, but this option takes a store"
     ]
     assert problems_of(STEPS + "  x: {eval report: {judged: expert}}") == [
-        "steps.x.eval report.judged: step 'expert' makes a store, and this takes a run"
+        "steps.x.eval report.judged: step 'expert' makes a store, but this option takes a run"
     ]

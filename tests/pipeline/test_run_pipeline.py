@@ -161,7 +161,7 @@ def test_a_signal_lets_the_step_commit_and_the_same_command_goes_on_there(
     os.kill(process.pid, number)
     stopped = end(process)
     assert stopped.code == 1, stopped.err
-    assert "stopped in step student; the same command goes on" in " ".join(stopped.err.split())
+    assert "stopped in step student; run the same command to resume" in " ".join(stopped.err.split())
     (checkpoint,) = (tmp_path / "out").glob("student-*/checkpoints/*.safetensors")
     assert 0 < int(checkpoint.stem) < STEPS
     assert not list((tmp_path / "out/reports").glob("student-*"))

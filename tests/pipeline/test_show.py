@@ -25,4 +25,4 @@ def test_each_subject_is_named_with_its_first_score_and_no_protocol() -> None:
     show_results(results, Console(file=file), reports=Path("out/reports"))
     lines = [" ".join(line.split()) for line in file.getvalue().splitlines()]
     assert lines[2] == "segmentation 2 s dinov2 miou 0.5, proxy miou 0.25, x untrained miou 0.125"
-    assert lines[-1] == "all numbers of each step: out/reports"
+    assert lines[-1] == "full reports of all steps: out/reports"

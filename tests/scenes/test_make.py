@@ -71,9 +71,9 @@ def test_the_same_request_is_found_done_and_another_is_refused(tmp_path: Path, q
     again = make_scenes(config(out), processes=1)
     assert again == replace(first, cached=True)
     assert len(quick) == 24
-    with pytest.raises(ConfigError, match=r"seed 0 there, 4 asked for.*another --out"):
+    with pytest.raises(ConfigError, match=r"seed 0 there, 4 requested.*another --out"):
         make_scenes(config(out, seed=4), processes=1)
-    with pytest.raises(ConfigError, match=r"pictures 24 there, 30 asked for; size 40 there, 56 asked for"):
+    with pytest.raises(ConfigError, match=r"pictures 24 there, 30 requested; size 40 there, 56 requested"):
         make_scenes(config(out, pictures=30, size=56), processes=1)
 
 
@@ -82,7 +82,7 @@ def test_scenes_of_an_older_version_are_refused(
 ) -> None:
     make_scenes(config(tmp_path / "scenes"), processes=1)
     monkeypatch.setattr(make, "VERSION", make.VERSION + 1)
-    with pytest.raises(ConfigError, match="version 1 there, 2 asked for"):
+    with pytest.raises(ConfigError, match="version 1 there, 2 requested"):
         make_scenes(config(tmp_path / "scenes"), processes=1)
 
 
@@ -93,7 +93,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, quick: list[
     (tmp_path / "card").mkdir()
     (tmp_path / "card/scenes.json").write_text("[]")
     for name in ("mine", "file", "card"):
-        with pytest.raises(ConfigError, match="no folder of scenes; give another --out"):
+        with pytest.raises(ConfigError, match="exists and is not a folder of scenes; give another --out"):
             make_scenes(config(tmp_path / name), processes=1)
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
     assert quick == []
@@ -159,8 +159,8 @@ def test_progress_counts_every_picture(tmp_path: Path, quick: list[int]) -> None
     [
         (["--pictures", 0], "--pictures 0 is too few: give 24 or more"),
         (["--pictures", 23], "--pictures 23 is too few"),
-        (["--size", 7], "--size 7 is no side of these pictures; give 32 to 1024 pixels"),
-        (["--size", 4000], "--size 4000 is no side"),
+        (["--size", 7], "--size 7 is not a valid picture size; give 32 to 1024 pixels"),
+        (["--size", 4000], "--size 4000 is not a valid picture size"),
         (["--seed", -1], "--seed -1 is negative"),
     ],
 )
@@ -188,7 +188,7 @@ def test_the_verb_makes_scenes_and_finds_them_again(
         "counts": {"quick": {"pictures": 24}},
         "cached": False,
     }
-    assert "nothing to do: these scenes are there already" in again.out
+    assert "nothing to do: these scenes already exist" in again.out
     assert json.loads((tmp_path / "scenes/scenes.json").read_text())["request"]["seed"] == 2
 
 

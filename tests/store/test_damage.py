@@ -197,7 +197,7 @@ def test_a_truncated_commit_file_is_refused(copy: Path) -> None:
 def test_a_commit_file_that_lacks_rows_is_refused(copy: Path, num_rows: int) -> None:
     file = copy / "parts/00001.parquet"
     pq.write_table(pq.read_table(file).slice(0, num_rows), file, write_page_checksum=True)
-    with pytest.raises(PartCorruptError, match=f"has {num_rows} rows, the store's layout asks for 4"):
+    with pytest.raises(PartCorruptError, match=f"has {num_rows} rows, but the store's layout requires 4"):
         _ = open_store(copy).samples
 
 

@@ -170,13 +170,13 @@ def test_a_spec_survives_json(teacher: dict[str, Any], views: dict[str, Any], si
 
 
 CHANGES: list[tuple[dict[str, Any], list[str]]] = [
-    ({"sizes": (32, 64)}, ["sizes: stored [32, 48], asked [32, 64]"]),
-    ({"grids": (2, 4)}, ["grids: stored [2, 3], asked [2, 4]"]),
-    ({"tokens": ("dense",)}, ["tokens: stored ['summary', 'dense'], asked ['dense']"]),
+    ({"sizes": (32, 64)}, ["sizes: stored [32, 48], requested [32, 64]"]),
+    ({"grids": (2, 4)}, ["grids: stored [2, 3], requested [2, 4]"]),
+    ({"tokens": ("dense",)}, ["tokens: stored ['summary', 'dense'], requested ['dense']"]),
     ({"samples_per_part": 8}, []),
     ({"precision": {"dense": "int8"}}, ["precision.dense: stored fp16, asked int8"]),
     ({"teacher": {"dtype": "bf16"}}, ["teacher.dtype: stored fp32, asked bf16"]),
-    ({"teacher": {"mean": [0.0, 0.5, 0.5]}}, ["teacher.mean: stored [0.5, 0.5, 0.5], asked [0.0, 0.5, 0.5]"]),
+    ({"teacher": {"mean": [0.0, 0.5, 0.5]}}, ["teacher.mean: stored [0.5, 0.5, 0.5], requested [0.0, 0.5, 0.5]"]),
     ({"teacher": {"weights_sha256": "ef"}}, [f"teacher.weights_sha256: stored {'ab' * 32}, asked ef"]),
     ({"teacher": {"registers": 4}}, ["teacher.registers: stored nothing, asked 4"]),
     ({"corpus": {"fingerprint": "ef"}}, [f"corpus.fingerprint: stored {'cd' * 32}, asked ef"]),
@@ -184,7 +184,7 @@ CHANGES: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"views": {"seed": 1, "scale": [0.2, 1.0]}, "samples_per_part": 2},
         [
-            "views.scale: stored [0.08, 1.0], asked [0.2, 1.0]",
+            "views.scale: stored [0.08, 1.0], requested [0.2, 1.0]",
             "views.seed: stored 0, asked 1",
         ],
     ),

@@ -107,7 +107,7 @@ def test_a_path_made_of_a_url_is_the_url() -> None:
 
 def test_a_bucket_lies_in_nothing() -> None:
     assert str(Place.of("s3://bucket/i.parquet").parent) == "s3://bucket"
-    with pytest.raises(ConfigError, match="is a bucket; name something in it"):
+    with pytest.raises(ConfigError, match="is a bucket; give a path in it"):
         _ = Place.of("s3://i.parquet").parent
 
 
@@ -274,7 +274,7 @@ def test_refused_credentials_are_a_sentence(s3: S3Server, status: int, code: str
         assert outcome.code == 1
         assert re.fullmatch(
             rf"error: {s3.bucket}\S* cannot be \w+: the server refuses access \({code}: as asked\); check the "
-            r"credentials and what they allow\n",
+            r"credentials and their permissions\n",
             outcome.err,
         ), outcome.err
 

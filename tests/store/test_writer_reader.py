@@ -459,7 +459,7 @@ def test_another_spec_is_refused_with_the_differences(case: Case, copy: Path) ->
     other = replace(case.spec, sizes=(32, 64), views={**case.spec.views, "seed": 7})
     with pytest.raises(SpecMismatchError) as refused:
         create_store(copy, other)
-    assert "(sizes: stored [32, 48], asked [32, 64]; views.seed: stored 0, asked 7)" in str(refused.value)
+    assert "(sizes: stored [32, 48], requested [32, 64]; views.seed: stored 0, requested 7)" in str(refused.value)
     assert "give another --out" in str(refused.value)
     assert tree_digest(copy) == before
 

@@ -43,11 +43,11 @@ def index_of(root: Path, path: Path, **row: Any) -> Path:
         ({"file": "/etc/passwd"}, "does not lie below"),
         ({"file": "../secret"}, "does not lie below"),
         ({"file": "a/../../secret"}, "does not lie below"),
-        ({"start": -1}, "start is -1"),
-        ({"length": 2**62}, "length is"),
-        ({"start": 2**62}, "start is"),
-        ({"start": None}, "no place in it"),
-        ({"file": None}, "a place in no file"),
+        ({"start": -1}, "start is out of range: -1"),
+        ({"length": 2**62}, "length is out of range"),
+        ({"start": 2**62}, "start is out of range"),
+        ({"start": None}, "a file but no position in it"),
+        ({"file": None}, "a position but no file"),
     ],
 )
 def test_places_that_no_picture_has(row: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_small_table_that_fills_the_memory_is_refused(rows: dict[str, list[str
     pq.write_table(table, tmp_path / "t.parquet", compression="zstd")
     data = (tmp_path / "t.parquet").read_bytes()
     assert len(data) < 10**6
-    with pytest.raises(ValueError, match=r"it says"):
+    with pytest.raises(ValueError, match=r"it claims to have|it expands to"):
         read_own_table(data)
 
 
@@ -111,17 +111,17 @@ def test_an_index_of_other_columns_is_refused(tmp_path: Path) -> None:
     ("field", "value", "said"),
     [
         ("corpus.segments", [10**12], "more than a store can have"),
-        ("corpus.segments", [0], "not a list of counts"),
-        ("corpus.segments", "x", "not a list of counts"),
-        ("samples_per_part", 0, "not a count"),
+        ("corpus.segments", [0], "not a list of positive integers"),
+        ("corpus.segments", "x", "not a list of positive integers"),
+        ("samples_per_part", 0, "not a positive integer"),
         ("samples_per_part", 2**40, "a chunk of"),
-        ("sizes", [], "not a list of counts"),
+        ("sizes", [], "not a list of positive integers"),
         ("sizes", [10**9, 24], "contradict|a chunk of"),
         ("grids", [10**5, 10**5], "a chunk of"),
-        ("teacher.dense_dim", 10**9, "not a count of channels"),
+        ("teacher.dense_dim", 10**9, "not a valid number of channels"),
         ("tokens", ["dense", "dense"], "not summary, dense or both"),
-        ("precision", {"dense": 5, "summary": "fp16"}, "not a word"),
-        ("views.num_views", True, "not a count"),
+        ("precision", {"dense": 5, "summary": "fp16"}, "not a string"),
+        ("views.num_views", True, "not a positive integer"),
         ("calibration", {"64/dense": {"mean": "", "std": ""}}, "contradict each other"),
     ],
 )
@@ -180,7 +180,7 @@ def test_aliases_that_multiply_are_refused() -> None:
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
     with pytest.raises(ValueError, match=f"more than {MOST_VALUES} values"):
         parse_yaml("\n".join(lines))
-    with pytest.raises(ValueError, match="holds itself"):
+    with pytest.raises(ValueError, match="contains itself"):
         parse_yaml("a: &a [*a]")
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_yaml("[" * 100_000)
@@ -198,7 +198,7 @@ def test_a_bucket_that_only_the_store_names_is_asked_for(tmp_path: Path, tiny_st
     document = json.loads((out / "zarr.json").read_text())
     document["attributes"]["eupe"]["corpus"]["root"] = "s3://strangers/photos"
     (out / "zarr.json").write_text(json.dumps(document))
-    with pytest.raises(ConfigError, match="say so by --corpus s3://strangers/photos"):
+    with pytest.raises(ConfigError, match="give --corpus s3://strangers/photos"):
         open_store(out).corpus_root([Place.of("s3://mine/photos")])
     assert str(open_store(out).corpus_root([Place.of("s3://strangers/x")])) == "s3://strangers/photos"
     words = ["--targets", out, "--student", TINY_STUDENT, "--steps", 2, "--batch-size", 8, "--out", tmp_path / "r"]

@@ -172,7 +172,7 @@ def test_a_table_of_pictures_is_no_place_for_its_index(tmp_path: Path, run_eupe:
         for more in ([], ["--overwrite"]):
             outcome = run_eupe("index", "--corpus", table, "--out", out, *more)
             refused(outcome)
-            assert "is what is to be read" in outcome.err
+            assert "is one of the inputs" in outcome.err
     other = shutil.copy(table, tmp_path / "other.parquet")
     refused(run_eupe("index", "--corpus", table, "--out", other))
     assert table.read_bytes() == other.read_bytes() == before
@@ -203,7 +203,7 @@ def test_results_are_not_added_to_a_file_of_something_else(
     words = ["eval", "knn", world.store, "--k", 3, "--results", file]
     outcome = run_eupe(*words)
     refused(outcome)
-    assert "holds no results" in outcome.err and file.read_bytes() == first
+    assert "is not a file of results" in outcome.err and file.read_bytes() == first
     file.write_bytes(world.results.read_bytes())
     assert run_eupe(*words).code == 0
     assert file.read_bytes().startswith(world.results.read_bytes()) and file.read_bytes().count(b"\n") == 2

@@ -161,8 +161,8 @@ REFUSED = {
     "two": ({"image_mean": [0.5, 0.5]}, r"mean \(0.5, 0.5\)"),
     "a word": ({"image_mean": "0.5"}, "mean '0.5'"),
     "no spread": ({"image_std": [0, 0, 0]}, r"std \(0, 0, 0\)"),
-    "blue first": ({"image_processor_type": "MobileViTImageProcessor", "do_normalize": None}, "by more than a mean"),
-    "offset": ({"image_processor_type": "EfficientNetImageProcessor", "rescale_offset": True}, "by more than a mean"),
+    "blue first": ({"image_processor_type": "MobileViTImageProcessor", "do_normalize": None}, "than subtract a mean"),
+    "offset": ({"image_processor_type": "EfficientNetImageProcessor", "rescale_offset": True}, "than subtract a mean"),
     "unknown": ({"image_processor_type": "FooProcessor", "do_rescale": False}, "AutoImageProcessor"),
 }
 
@@ -269,7 +269,7 @@ def test_timms_defaults_where_its_folder_is_silent(tmp_path: Path) -> None:
 
 def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
     folder = timm_folder(tmp_path / "timm")
-    with pytest.raises(TeacherError, match="of test_vit, and the teacher timm:test_vit2 is test_vit2"):
+    with pytest.raises(TeacherError, match="of test_vit, but the teacher timm:test_vit2 is test_vit2"):
         resolve_teacher("timm:test_vit2", folder)
     plain = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**plain, "model_args": {"act_layer": "quick_gelu"}}))
@@ -278,7 +278,7 @@ def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "oc").mkdir()
     other = {"model_cfg": {**(open_clip.get_model_config("ViT-B-16") or {})}, "preprocess_cfg": {}}
     (tmp_path / "oc" / "open_clip_config.json").write_text(json.dumps(other))
-    with pytest.raises(TeacherError, match="quick_gelu False for True"):
+    with pytest.raises(TeacherError, match="quick_gelu False instead of True"):
         resolve_teacher("clip-b16", tmp_path / "oc")
 
 

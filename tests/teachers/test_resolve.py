@@ -112,7 +112,7 @@ def test_preprocessor_that_does_not_normalise(tmp_path: Path) -> None:
 
 
 def test_unreadable_preprocessor(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match=r"preprocessor_config.json is not JSON"):
+    with pytest.raises(TeacherError, match=r"preprocessor_config.json cannot be read as JSON"):
         resolve_teacher(directory_of(Dinov2Config(), tmp_path, "{"))
 
 

@@ -102,7 +102,7 @@ def test_files_that_are_no_weights(name: str, small_timm: TeacherSpec, tmp_path:
 
 def test_pickles_with_code_are_refused(small_timm: TeacherSpec, tmp_path: Path) -> None:
     torch.save(nn.Linear(1, 1), tmp_path / "model.pth")
-    with pytest.raises(TeacherError, match=r"holds Python objects beside its tensors \(torch.nn.modules.linear.Linear"):
+    with pytest.raises(TeacherError, match=r"holds Python objects as well as tensors \(torch.nn.modules.linear.Linear"):
         load_teacher(small_timm, weights=tmp_path / "model.pth", device=CPU, dtype=torch.float32, sizes=(256,))
 
 
@@ -173,7 +173,7 @@ def test_open_clip_s_own_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_weights_of_another_model_are_refused(small_hf: TeacherSpec) -> None:
-    with pytest.raises(TeacherError, match="another model than dinov2-s: dense_dim 32 for 384"):
+    with pytest.raises(TeacherError, match="a different model than dinov2-s: dense_dim 32 instead of 384"):
         load_teacher(REGISTRY["dinov2-s"], weights=Path(small_hf.model), device=CPU, dtype=torch.float32, sizes=(224,))
 
 
@@ -224,7 +224,7 @@ def test_architecture_with_a_fixed_grid_takes_one_size_at_a_time(tmp_path: Path)
 def test_output_that_contradicts_the_spec_is_an_error(small_hf: TeacherSpec) -> None:
     teacher = load_teacher(small_hf, weights=None, device=CPU, dtype=torch.float32, sizes=(56,))
     wrong = dataclasses.replace(teacher, spec=dataclasses.replace(small_hf, dense_dim=33))
-    with pytest.raises(TeacherError, match="its spec promises"):
+    with pytest.raises(TeacherError, match="but its spec says"):
         wrong(views(56))
 
 

@@ -179,7 +179,7 @@ def test_a_broken_adapter_leaves_with_1(
     assert not row["agrees"]
     assert {word for word, cosine in row["cosines"].items() if cosine["least"] < 0.9999} == {kind}
     outcome = run_eupe("teachers", "verify", "eupe-t")
-    assert outcome.code == 1 and "1 of 1 teachers give other tokens" in " ".join(outcome.err.split())
+    assert outcome.code == 1 and "1 of 1 teachers give different tokens" in " ".join(outcome.err.split())
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_mistakes(run_eupe: Run, tmp_path: Path) -> None:
     for words, said in (
         (["--weights", tmp_path], "give its NAME"),
         (["dinov22"], "dinov2-s"),
-        (["timm:cait_xxs24_224"], "no second path"),
+        (["timm:cait_xxs24_224"], "no second forward path"),
         (["dinov3-s", "--weights", tmp_path / "no.pth"], "do not exist"),
     ):
         outcome = run_eupe("teachers", "verify", *words)
@@ -249,7 +249,7 @@ def test_a_spec_that_promises_other_shapes_is_a_failed_row_of_the_registry(monke
     wrong = dataclasses.replace(REGISTRY["eupe-t"], summary_dim=191)
     monkeypatch.setattr(verify_module, "REGISTRY", {"eupe-t": wrong})
     (found,) = verify_module.verify_teachers(None)
-    assert found.failure is not None and "where its spec promises" in found.failure
+    assert found.failure is not None and "but its spec says" in found.failure
 
 
 def test_a_temporary_folder_that_refuses_is_one_sentence(

@@ -56,7 +56,7 @@ def test_a_key_chooses_among_models_everywhere(tmp_path: Path, run_eupe: Callabl
     ):
         outcome = run_eupe(*words, *(["--data", tmp_path] if "eval" in words else []))
         assert outcome.code == 2 and "Traceback" not in outcome.err
-    assert "under state_dict and state_dict_ema; say which by --weights-key" in " ".join(
+    assert "under state_dict and state_dict_ema; choose one with --weights-key" in " ".join(
         run_eupe("teachers", "verify", NAME, "--weights", both).err.split()
     )
 
@@ -72,7 +72,7 @@ def test_a_key_is_part_of_a_store_s_identity(tmp_path: Path) -> None:
 
 
 def test_a_key_without_its_file(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match="--weights-key ema is of no file"):
+    with pytest.raises(ConfigError, match="--weights-key ema needs a weights file"):
         checked_teachers([ExtractConfig(teacher=NAME, corpus=tmp_path, weights_key="ema")])
     for words in (["teachers", "verify", NAME, "--weights-key", "ema"], ["eval", "knn", NAME, "--weights-key", "ema"],
                   ["eval", "knn", NAME, "--weights-key", f"{NAME}=ema"]):  # fmt: skip
@@ -99,7 +99,7 @@ def test_open_clip_s_training_checkpoints(wrap: Callable[[State], Any], tmp_path
     fill_at_random(whole)
     torch.save(wrap(whole.state_dict()), tmp_path / "epoch_1.pt")
     assert compare(spec, tmp_path / "epoch_1.pt").agrees
-    with pytest.raises(TeacherError, match="publishes no weights of ViT-S-32-alt; give your own by --weights"):
+    with pytest.raises(TeacherError, match="publishes no weights of ViT-S-32-alt; give your own with --weights"):
         load_teacher(spec, weights=None, device=CPU, dtype=torch.float32, sizes=(224,))
 
 

@@ -99,14 +99,14 @@ def test_colleagues_can_read_a_checkpoint(path: Path, tmp_path: Path) -> None:
 def test_a_file_cut_short_is_refused(path: Path, share: float) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    assert "remove it to go on from the one before" in refusal(path)
+    assert "remove it to resume from the previous one" in refusal(path)
 
 
 def test_a_run_does_not_go_on_in_another_arithmetic(path: Path) -> None:
     """`--dtype auto` may be another one on another machine."""
     state = trainables(seed=1)
     before = {name: value.clone() for name, value in state.tensors().items()}
-    with pytest.raises(RunError, match="was trained in fp32 so far, and --dtype auto is bf16 here"):
+    with pytest.raises(RunError, match="has been trained in fp32 so far, but --dtype auto is bf16 here"):
         load_checkpoint(path.parents[1], state, step=3, dtype="bf16")
     assert all(torch.equal(state.tensors()[name], value) for name, value in before.items())
 

@@ -112,7 +112,7 @@ def test_a_signal_stops_all_workers_with_a_checkpoint(config: TrainConfig) -> No
             os.kill(os.getpid(), signal.SIGTERM)
 
     long = replace(config, steps=3000)
-    with pytest.raises(IncompleteError, match=r"stopped after step \d+ of 3000; go on with --resume"):
+    with pytest.raises(IncompleteError, match=r"stopped after step \d+ of 3000; resume with --resume"):
         train(long, on_status=stop)
     assert len(losses_of(config.out)) == steps_kept(config.out)[-1] < 3000
 
@@ -128,7 +128,7 @@ def test_a_mistake_that_workers_find_is_the_users(config: TrainConfig, tmp_path:
             for path in lost:
                 path.unlink()
 
-    with pytest.raises(CorpusError, match="had features made but cannot be read now"):
+    with pytest.raises(CorpusError, match="has stored features, but cannot be read now"):
         train(replace(config, targets=(store.path,), steps=3000), on_status=lose_a_picture)
 
 

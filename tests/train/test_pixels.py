@@ -71,7 +71,7 @@ def test_a_size_that_is_not_kept_needs_the_pictures(tmp_path: Path, corpus: Path
     targets = open_targets([store.path], corpus=None, holdout=0.2)
     assert pixels(targets, 32).shape == (16, 32, 32, 3)
     corpus.rename(tmp_path / "gone")
-    with pytest.raises(CorpusError, match=r"keep pixels at 64, 96 px, not at 32, .* give --size 64, or its place"):
+    with pytest.raises(CorpusError, match=r"keep pixels at 64, 96 px, not at 32, .* give --size 64, or its location"):
         open_targets([store.path], corpus=None, holdout=0.2).require_pictures(32)
 
 

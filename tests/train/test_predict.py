@@ -115,7 +115,7 @@ def test_runs_whose_heads_cannot_be_used_are_refused(tmp_path: Path, tiny_store:
     with pytest.raises(RunError, match=r"heads of run .* cannot be used: .*2 missing \(dense.gain, summary.gain\)"):
         load_predictors(config.out)
     norms.write_bytes(b"no tensors")
-    with pytest.raises(RunError, match=r"norms\.safetensors is not a safetensors file"):
+    with pytest.raises(RunError, match=r"norms\.safetensors cannot be read as a safetensors file"):
         load_predictors(config.out)
 
     norms.unlink()

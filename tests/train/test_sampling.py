@@ -275,7 +275,7 @@ def test_a_sampler_that_cannot_work_is_refused(changes: dict[str, Any], words: s
         ({"world": 0}, "number of ranks must be a whole number of at least 1, got 0"),
         ({"rank": -1}, "rank must be a whole number of at least 0, got -1"),
         ({"rank": 2, "world": 2}, "rank must be below the number of ranks, 2, got 2"),
-        ({"world": 3}, "a batch of 8 does not divide by 3 ranks; give a multiple of 3"),
+        ({"world": 3}, "a batch of 8 is not divisible by 3 ranks; give a multiple of 3"),
     ],
 )
 def test_a_batch_that_cannot_be_had_is_refused(asked: dict[str, Any], words: str) -> None:
@@ -287,7 +287,7 @@ def test_a_batch_that_cannot_be_had_is_refused(asked: dict[str, Any], words: str
 @pytest.mark.parametrize(
     ("shares", "words"),
     [
-        ((0.5, 0.4), "must sum to 1, got 0.5, 0.4, which is 0.9"),
+        ((0.5, 0.4), "must sum to 1, got 0.5, 0.4, whose sum is 0.9"),
         ((1.0, 0.0), "must be above 0, got 1, 0; leave out"),
         ((1.5, -0.5), "must be above 0"),
         ((float("nan"), 0.5), "must be above 0"),

@@ -87,13 +87,16 @@ def test_targets_of_different_corpora_are_refused(tmp_path: Path, tiny_store: St
     other.mkdir()
     picture(1).save(other / "elsewhere.png")
     store = make_store(tmp_path / "a.zarr", other, tiny_weights)
-    apart = r"different corpora: they share no picture's key \(one is class0/0000.png .* one is elsewhere.png"
+    apart = (
+        r"different corpora: they have no picture key in common \(a key of the first is class0/0000.png, one of the "
+        r"second is elsewhere.png"
+    )
     with pytest.raises(ConfigError, match=apart):
         open_targets([tiny_store.path, store.path], corpus=None, holdout=0.1)
     twin = make_corpus(tmp_path / "twin", count=4)
     picture(99).save(twin / "class1" / "0001.png")
     store = make_store(tmp_path / "b.zarr", twin, tiny_weights)
-    with pytest.raises(ConfigError, match=r"class1/0001.png is another picture"):
+    with pytest.raises(ConfigError, match=r"class1/0001.png is a different picture"):
         open_targets([tiny_store.path, store.path], corpus=None, holdout=0.1)
 
 
@@ -104,8 +107,8 @@ def test_keys_that_differ_by_a_leading_folder_are_told_with_an_example_of_each(
     roots = tmp_path / "c", tmp_path / "c" / "inner"
     stores = [make_store(tmp_path / f"{i}.zarr", root, tiny_weights).path for i, root in enumerate(roots)]
     words = (
-        r"share no picture's key: the same picture is inner/class0/0000.png in the first and class0/0000.png .*"
-        rf"\(inner/ against none\), .* \({roots[0]} against {roots[1]}\); extract .* the other's --corpus"
+        r"have no picture key in common: the same picture is inner/class0/0000.png in the first and class0/0000.png .*"
+        rf"\(inner/ and none\), .* \({roots[0]} and {roots[1]}\); extract .* the other's --corpus"
     )
     with pytest.raises(ConfigError, match=words):
         open_targets(stores, corpus=None, holdout=0.1)
@@ -116,11 +119,11 @@ def test_keys_that_differ_by_a_leading_folder_are_told_with_an_example_of_each(
 @pytest.mark.parametrize(
     ("first", "other", "folders"),
     [
-        ({"a/x.png": "1", "a/y.png": "2"}, {"y.png": "2", "x.png": "1"}, "a/ against none"),
-        ({"x.png": "1"}, {"data/t.parquet/x.png": "1"}, "none against data/t.parquet/"),
-        ({"a/k/x.png": "1"}, {"b/c/k/x.png": "1"}, "a/ against b/c/"),
-        ({"0/x.png": "1", "0/0/x.png": "2"}, {"x.png": "1", "0/x.png": "2"}, "0/ against none"),
-        ({"a/x.png": "1", "b/x.png": "1", "b/y.png": "3"}, {"x.png": "1", "y.png": "3"}, "b/ against none"),
+        ({"a/x.png": "1", "a/y.png": "2"}, {"y.png": "2", "x.png": "1"}, "a/ and none"),
+        ({"x.png": "1"}, {"data/t.parquet/x.png": "1"}, "none and data/t.parquet/"),
+        ({"a/k/x.png": "1"}, {"b/c/k/x.png": "1"}, "a/ and b/c/"),
+        ({"0/x.png": "1", "0/0/x.png": "2"}, {"x.png": "1", "0/x.png": "2"}, "0/ and none"),
+        ({"a/x.png": "1", "b/x.png": "1", "b/y.png": "3"}, {"x.png": "1", "y.png": "3"}, "b/ and none"),
         ({"x.png": "1", "y.png": "1"}, {"x.png": "1", "y.png": "2"}, None),
         ({"a/x.png": "1"}, {"b/y.png": "1"}, None),
         ({"a/x.png": "1"}, {"x.png": "2"}, None),
@@ -137,7 +140,7 @@ def test_leading_folders_are_those_of_the_same_pictures(
 def test_other_views_are_refused(tmp_path: Path, tiny_corpus: Path, tiny_store: Store, tiny_weights: Path) -> None:
     views = ViewSpec(policy="rrc", num_views=2, seed=1)
     store = make_store(tmp_path / "s.zarr", tiny_corpus, tiny_weights, views=views)
-    with pytest.raises(ConfigError, match=r"different views \(rrc:2 seed 0 against rrc:2 seed 1\)"):
+    with pytest.raises(ConfigError, match=r"different views \(rrc:2 seed 0 and rrc:2 seed 1\)"):
         open_targets([tiny_store.path, store.path], corpus=None, holdout=0.1)
 
 
@@ -159,7 +162,7 @@ def test_a_picture_that_is_gone_is_named(tmp_path: Path, tiny_weights: Path) -> 
     with pytest.raises(CorpusError, match=r"class1/0001.png .* --corpus"):
         load(targets, [(1, 0)])
     moved = corpus.rename(tmp_path / "moved")
-    with pytest.raises(CorpusError, match="does not exist; give its place with --corpus"):
+    with pytest.raises(CorpusError, match="does not exist; give its location with --corpus"):
         open_targets([store.path], corpus=None, holdout=0.2)
     assert len(load(open_targets([store.path], corpus=moved, holdout=0.2), [(0, 0)]).pixels) == 1
 
