@@ -27,6 +27,9 @@ FRAME_HEAD, SETTINGS = 9, 4
 """Size of a frame's header, whose fourth byte is the frame's type; type of a server's first frame."""
 LONGEST_SOCKET = 107
 """Upper bound on the bytes of a socket's path on Linux."""
+START_ATTEMPTS = 3
+SLOW_START = "timed out during startup"
+"""Part of Ray's message if its processes are not up in time."""
 OF_A_SESSION = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 """Length of what Ray appends to its folder."""
 
@@ -40,14 +43,23 @@ def start_ray(num_cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not _home_can_be_used():  # Ray keeps the token there that its processes authenticate with
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    try:
-        with _nothing_of_the_working_directory():
-            ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder), **QUIET)
-    except Exception as error:  # of many types; all mean that Ray did not start
-        raise ConfigError(
-            f"Ray cannot start on this machine, with its files in {folder}: {_first_line(error)}; set RAY_TMPDIR to "
-            "another short, writable folder"
-        ) from error
+    for _ in range(START_ATTEMPTS):
+        try:
+            with _nothing_of_the_working_directory():
+                ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, _temp_dir=str(folder), **QUIET)
+            return
+        except Exception as error:  # of many types; all mean that Ray did not start
+            ray.shutdown()
+            if SLOW_START in str(error):  # after 30 s, which Ray does not let us change: a busy machine needs longer
+                continue
+            raise ConfigError(
+                f"Ray cannot start on this machine, with its files in {folder}: {_first_line(error)}; set RAY_TMPDIR "
+                "to another short, writable folder"
+            ) from error
+    raise ConfigError(
+        f"Ray did not start within its time limit, {START_ATTEMPTS} times in a row; this machine may be too busy, so "
+        "run the same command again later"
+    )
 
 
 def _nothing_of_the_working_directory() -> AbstractContextManager[None]:
