@@ -78,7 +78,7 @@ def test_other_options_never_extend(tmp_path: Path, tiny_weights: Path, run_eupe
     picture(50).save(corpus / "class0" / "new.png")
     outcome = run_eupe(*words(corpus, tiny_weights, "--out", store.path, "--precision", "int8"))
     assert outcome.code == 2
-    assert "precision.dense: stored fp16, asked int8" in " ".join(outcome.err.split())
+    assert "precision.dense: stored fp16, requested int8" in " ".join(outcome.err.split())
 
 
 def test_the_same_store_is_found_under_any_name(

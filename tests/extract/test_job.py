@@ -52,7 +52,7 @@ def test_a_job_on_ray_makes_the_store_that_one_process_makes(
 
     other = run_eupe(*words, "--seed", 1)
     assert other.code == 2
-    assert "views.seed: stored 0, asked 1" in flat(other.err)
+    assert "views.seed: stored 0, requested 1" in flat(other.err)
     assert store_files(tmp_path / "s.zarr") == ours
 
     reseeded = random_weights("test_vit", tmp_path / "other.safetensors", seed=5)

@@ -71,6 +71,6 @@ def test_the_same_weights_under_another_activation_are_another_store(tiny_corpus
         for name in ("open_clip:ViT-B-32", "open_clip:ViT-B-32-quickgelu", "open_clip:ViT-B-32@laion2b_s34b_b79k")
     )
     assert differences(plain, quick) == [
-        "teacher.architecture: stored ViT-B-32, asked ViT-B-32-quickgelu",
+        "teacher.architecture: stored ViT-B-32, requested ViT-B-32-quickgelu",
     ]
     assert differences(plain, tagged) == []

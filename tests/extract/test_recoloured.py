@@ -219,4 +219,4 @@ def test_the_command_makes_the_store_that_one_process_makes(
     assert files(tmp_path / "s.zarr") == files(whole.path)
     refused = run_eupe(*words)
     assert refused.code == 2
-    assert "views.photometric: stored eupe, asked nothing" in " ".join(refused.err.split())
+    assert "views.photometric: stored eupe, requested nothing" in " ".join(refused.err.split())

@@ -95,7 +95,7 @@ def test_a_submitted_job_succeeds_and_leaves_the_store_of_one_process(
     code, output = job(head, "submit", "--submission-id", "refused", "--", *eupe, "--seed", 1)
     assert code == 1
     assert "Job 'refused' failed" in job(head, "status", "refused")[1]
-    assert "views.seed: stored 0, asked 1" in " ".join(output.split()) and "exit code 2" in output
+    assert "views.seed: stored 0, requested 1" in " ".join(output.split()) and "exit code 2" in output
     assert_same_store(tmp_path / "s.zarr", store_files(tiny_store.path.local))
 
 

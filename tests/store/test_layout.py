@@ -174,18 +174,18 @@ CHANGES: list[tuple[dict[str, Any], list[str]]] = [
     ({"grids": (2, 4)}, ["grids: stored [2, 3], requested [2, 4]"]),
     ({"tokens": ("dense",)}, ["tokens: stored ['summary', 'dense'], requested ['dense']"]),
     ({"samples_per_part": 8}, []),
-    ({"precision": {"dense": "int8"}}, ["precision.dense: stored fp16, asked int8"]),
-    ({"teacher": {"dtype": "bf16"}}, ["teacher.dtype: stored fp32, asked bf16"]),
+    ({"precision": {"dense": "int8"}}, ["precision.dense: stored fp16, requested int8"]),
+    ({"teacher": {"dtype": "bf16"}}, ["teacher.dtype: stored fp32, requested bf16"]),
     ({"teacher": {"mean": [0.0, 0.5, 0.5]}}, ["teacher.mean: stored [0.5, 0.5, 0.5], requested [0.0, 0.5, 0.5]"]),
-    ({"teacher": {"weights_sha256": "ef"}}, [f"teacher.weights_sha256: stored {'ab' * 32}, asked ef"]),
-    ({"teacher": {"registers": 4}}, ["teacher.registers: stored nothing, asked 4"]),
-    ({"corpus": {"fingerprint": "ef"}}, [f"corpus.fingerprint: stored {'cd' * 32}, asked ef"]),
+    ({"teacher": {"weights_sha256": "ef"}}, [f"teacher.weights_sha256: stored {'ab' * 32}, requested ef"]),
+    ({"teacher": {"registers": 4}}, ["teacher.registers: stored nothing, requested 4"]),
+    ({"corpus": {"fingerprint": "ef"}}, [f"corpus.fingerprint: stored {'cd' * 32}, requested ef"]),
     ({"corpus": {"segments": [6, 5]}}, []),
     (
         {"views": {"seed": 1, "scale": [0.2, 1.0]}, "samples_per_part": 2},
         [
             "views.scale: stored [0.08, 1.0], requested [0.2, 1.0]",
-            "views.seed: stored 0, asked 1",
+            "views.seed: stored 0, requested 1",
         ],
     ),
 ]
@@ -205,7 +205,7 @@ def test_differences_lists_exactly_what_changed(change: dict[str, Any], phrases:
 def test_an_entry_that_was_dropped_is_a_difference() -> None:
     spec = make_spec()
     views = {name: value for name, value in spec.views.items() if name != "seed"}
-    assert differences(spec, replace(spec, views=views)) == ["views.seed: stored 0, asked nothing"]
+    assert differences(spec, replace(spec, views=views)) == ["views.seed: stored 0, requested nothing"]
 
 
 @pytest.mark.parametrize(

@@ -566,7 +566,7 @@ def test_of_two_writers_with_different_specs_one_is_refused(tmp_path: Path, monk
         return create(place, name, data)
 
     monkeypatch.setattr(Place, "create", overtaken)
-    with pytest.raises(SpecMismatchError, match=r"views\.num_views: stored 2, asked 3"):
+    with pytest.raises(SpecMismatchError, match=r"views\.num_views: stored 2, requested 3"):
         create_store(tmp_path / "s.zarr", ours)
     write_store(make_case(theirs), tmp_path / "s.zarr")
 
