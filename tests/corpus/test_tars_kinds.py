@@ -201,7 +201,7 @@ def test_a_choice_is_part_of_the_index_and_the_command_line(tmp_path: Path, run_
     outcome = run_eupe(*command)
     assert outcome.code == 2 and "choose one with --image-key jpg (3 pictures), png (3 pictures)" in outcome.err
     outcome = run_eupe(*command, "--image-key", "png")
-    assert outcome.code == 0 and "note: labels are `label` of each .json" in outcome.out, outcome.err
+    assert outcome.code == 0 and "note: labels are taken from `label` of each .json" in outcome.out, outcome.err
     index = read_index(out)
     assert index.choice == Choice(image_key="png") and index.notes
     assert index.samples["key"].to_pylist() == [f"x.tar/s{i}.png" for i in range(3)]

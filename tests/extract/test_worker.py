@@ -349,7 +349,7 @@ def test_a_run_without_features_for_some_pictures_ends_with_1_and_what_to_know_s
     ("dtype", "advice"), [("fp32", "checkpoint itself is likely damaged"), ("fp16", "--dtype fp32")]
 )
 def test_no_features_at_all_is_not_called_unreadable(tmp_path: Path, dtype: str, advice: str) -> None:
-    with pytest.raises(IncompleteError, match=f"of 3 pictures the teacher's features are not finite.*{advice}"):
+    with pytest.raises(IncompleteError, match=f"for 3 pictures the teacher's features are not finite.*{advice}"):
         store_of(tmp_path, SomeBad([NAN] * 3, [1] * 3), dtype)
     rows = [Row("a", None, None, error="the teacher's features are not finite (64/dense)")]
     part = Part(0, rows, np.zeros(0), np.zeros(0), np.zeros(0), {})
