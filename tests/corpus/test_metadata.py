@@ -131,9 +131,9 @@ def test_a_choice_that_means_nothing_is_refused(folder: Path, tmp_path: Path) ->
     pq.write_table(pa.table({"image": [png(1)]}), table := tmp_path / "x.parquet")
     for source, choice, sentence in (
         (folder, Choice(image_key="jpg"), "--image-key jpg is for tars .* holds pictures as files; omit it"),
-        (folder, Choice(image_column="x"), "--image-column x is for tables, and .* holds pictures as files"),
+        (folder, Choice(image_column="x"), "--image-column x is for tables, but .* holds pictures as files"),
         (folder, Choice(label_column="x"), "--label-column x has no effect: .* has no usable metadata file"),
-        (tar, Choice(image_column="x"), "--image-column x is for tables, and .* holds tars"),
+        (tar, Choice(image_column="x"), "--image-column x is for tables, but .* holds tars"),
         (table, Choice(image_key="x"), "--image-key x is for tars .* holds tables"),
     ):
         with pytest.raises(CorpusError, match=sentence):

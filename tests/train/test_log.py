@@ -206,7 +206,7 @@ def test_a_missing_package_is_said_before_anything_is_made(
 
 def test_a_refused_login_is_one_sentence(config: TrainConfig, wandb: FakeWandb) -> None:
     wandb.refusal = "no API key"
-    with pytest.raises(ConfigError, match=r"--wandb project .* no API key; .*WANDB_MODE=offline"):
+    with pytest.raises(ConfigError, match=r"--wandb project: no API key; .*WANDB_MODE=offline"):
         train(replace(config, wandb="project"))
 
 
