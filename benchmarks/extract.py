@@ -61,7 +61,7 @@ from eupe.extract.count import counter
 from eupe.extract.forward import fastest_batch
 from eupe.extract.job import ExtractConfig, extract
 from eupe.extract.load import Loader
-from eupe.extract.plan import part_task, plan_work_units, store_spec
+from eupe.extract.parts import part_task, plan_work_units, store_spec
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import PartExtractor, Worker
 from eupe.store.writer import Part, StoreWriter, create_store

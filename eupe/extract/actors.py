@@ -27,7 +27,7 @@ from eupe.extract.config import ExtractConfig
 from eupe.extract.forward import cosine_to_fp32, fastest_batch
 from eupe.extract.isolate import find_crashing
 from eupe.extract.load import StuckError
-from eupe.extract.plan import PartTask, WorkUnit
+from eupe.extract.parts import PartTask, WorkUnit
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import PartExtractor, Worker
 from eupe.place import Place

@@ -36,7 +36,7 @@ from eupe.extract.job import (
     with_absolute_paths,
 )
 from eupe.extract.load import LoadedSample, Loader
-from eupe.extract.plan import PartTask, require_common_sizes, shape_of
+from eupe.extract.parts import PartTask, require_common_sizes, shape_of
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import PartBuilder, PartExtractor
 from eupe.place import Place, Where

@@ -23,7 +23,7 @@ from eupe.extract.count import counter
 from eupe.extract.forward import Forward, Fp16Tokens, Pending
 from eupe.extract.isolate import find_crashing
 from eupe.extract.load import LoadedSample, Loader
-from eupe.extract.plan import PartTask, Sample, WorkUnit, installed_versions
+from eupe.extract.parts import PartTask, Sample, WorkUnit, installed_versions
 from eupe.place import Place, Where
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
 from eupe.store.reader import NOT_FINITE

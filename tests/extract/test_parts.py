@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
-from eupe.extract.plan import plan_parts, store_spec
+from eupe.extract.parts import plan_parts, store_spec
 from eupe.store.layout import StoreSpec, arrays, differences
 from eupe.teachers.resolve import resolve_teacher
 
