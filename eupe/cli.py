@@ -44,8 +44,8 @@ from eupe.errors import ConfigError, EupeError, IncompleteError
 if TYPE_CHECKING:
     from eupe.extract.config import ExtractConfig
     from eupe.extract.dispatch import Status
-    from eupe.extract.estimate import Choice, Estimate, JointEstimate, PaperEstimate
     from eupe.extract.job import ExtractReport
+    from eupe.extract.plan import Choice, Estimate, JointEstimate, PaperEstimate
     from eupe.progress import Reporter
     from eupe.store.summary import StoreSummary
     from eupe.train.log import TrainStatus
@@ -577,7 +577,7 @@ def plan(
     from eupe.corpus.choice import Choice
     from eupe.corpus.views import parse_views
     from eupe.extract.config import ExtractConfig
-    from eupe.extract.estimate import JointEstimate, PaperConfig, estimate, estimate_on_paper
+    from eupe.extract.plan import JointEstimate, PaperConfig, estimate, estimate_on_paper
     from eupe.progress import report_progress
 
     if (corpus is None) == (num_images is None):
@@ -719,7 +719,7 @@ def _room_of(plan: Estimate, *, given: bool) -> dict[str, str]:
 
 
 def _times_of(plan: Estimate | JointEstimate) -> dict[str, str]:
-    from eupe.extract.estimate import STUDENT_IMAGES_PER_S
+    from eupe.extract.plan import STUDENT_IMAGES_PER_S
     from eupe.progress import amount, duration
 
     r = plan.rates

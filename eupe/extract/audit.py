@@ -21,7 +21,7 @@ from eupe.corpus.views import ViewSpec
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, CorpusError, DriftError
 from eupe.extract.parts import PartTask, samples_of
-from eupe.extract.recipe import (
+from eupe.extract.provenance import (
     require_arithmetic,
     require_same_teacher,
     require_unchanged,

@@ -1,4 +1,4 @@
-"""Planning of the work: pure functions of the teacher, the corpus and the parts already committed."""
+"""Parts and work units of a job: pure functions of the teacher, the corpus and the parts already committed."""
 
 from __future__ import annotations
 

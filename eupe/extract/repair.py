@@ -25,7 +25,7 @@ from eupe.extract.config import ExtractConfig, require_counts
 from eupe.extract.dispatch import Status, run_parts
 from eupe.extract.job import stored_index
 from eupe.extract.parts import plan_parts
-from eupe.extract.recipe import (
+from eupe.extract.provenance import (
     require_arithmetic,
     require_same_teacher,
     require_unchanged,

@@ -17,7 +17,8 @@ from making import TWO_CROPS, make_store, random_weights
 from eupe import place
 from eupe.errors import ConfigError
 from eupe.extract import load
-from eupe.extract.estimate import (
+from eupe.extract.forward import Forward
+from eupe.extract.plan import (
     NOMINAL_SHARES,
     Need,
     PaperConfig,
@@ -27,7 +28,6 @@ from eupe.extract.estimate import (
     need_of,
     require_room,
 )
-from eupe.extract.forward import Forward
 from eupe.store import open_store
 from eupe.teachers.teacher import Teacher
 
