@@ -182,7 +182,7 @@ class Run:
         pictures = PicturesAlone.of(self.corpora[0], holdout=self.config.holdout)
         return online_stream(pictures, teacher, self.requests(first_step), self.device)
 
-    def forward_backward(self, batch: Batch) -> None:
+    def step(self, batch: Batch) -> None:
         """Take one step."""
         self.trainer.forward_backward(batch, microbatch=0)
         self.trainer.optimizer_step(batch.request.step)
@@ -190,7 +190,7 @@ class Run:
     def timed(self, batches: Callable[[int], Iterator[Batch]], steps: int) -> Steps:
         """Take and time steps on batches that no earlier call has used."""
         first, self._first = self._first, self._first + steps + WARM_UP
-        return timed(batches(first), self.forward_backward, steps)
+        return timed(batches(first), self.step, steps)
 
 
 def timed(batches: Iterator[Batch], use: Callable[[Batch], object], steps: int) -> Steps:
@@ -430,7 +430,7 @@ def agreement_of(given: Given, store: Path, size: int, seed: int, teacher: Onlin
     recipe: dict[str, Any] = {"steps": given.steps, "lr": of_student.LR, "warmup": 0.1, "dtype": "fp32", "seed": seed}
     run = Run(config_of(given, store, size, holdout=of_student.HOLDOUT, **recipe))
     for batch in run.cached() if teacher is None else run.online(teacher):
-        run.forward_backward(batch)
+        run.step(batch)
     (targets,) = run.corpora
 
     def batches(views: Any) -> Iterator[Batch]:

@@ -109,7 +109,7 @@ def test_several_models_are_asked_about(
             found = read_checkpoint(path, key=typed, fitting=names)
             assert torch.equal(found["norm.weight"], want["norm.weight"]), typed
     with pytest.raises(
-        TeacherError, match=rf"no tensors under --weights-key nobody; there are .*{keys[0].split('.')[0]}"
+        TeacherError, match=rf"no tensors under --weights-key nobody; available keys: .*{keys[0].split('.')[0]}"
     ):
         read_checkpoint(path, key="nobody", fitting=names)
 

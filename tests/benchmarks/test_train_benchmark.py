@@ -55,10 +55,10 @@ def test_online_batches_are_the_cached_ones_but_for_float16(run: train.Run, teac
 
 
 def test_online_targets_can_be_learnt_from(run: train.Run, teacher: Teacher) -> None:
-    before = [weight.clone() for weight in run.learner.distiller.parameters()]
+    before = [weight.clone() for weight in run.trainer.distiller.parameters()]
     for batch in islice(run.online(OnlineTeacher(teacher, TINY_SIZE, batch_size=3)), 2):
-        run.learn(batch)
-    after = run.learner.distiller.parameters()
+        run.step(batch)
+    after = run.trainer.distiller.parameters()
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 

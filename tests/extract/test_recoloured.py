@@ -122,7 +122,7 @@ def test_only_the_same_changes_join(tmp_path: Path, corpus: Path, whole: Store, 
     plain = make_store(tmp_path / "plain.zarr", corpus, tiny_weights, views=replace(VIEWS, photometric="none"))
     assert "photometric" not in files(plain.path) and "photometric" not in plain.spec.views
     assert np.array_equal(plain.read([0], [0]).boxes, whole.read([0], [0]).boxes)
-    with pytest.raises(ConfigError, match=r"different views \(rrc:2 photometric eupe seed 0 against rrc:2 seed 0\)"):
+    with pytest.raises(ConfigError, match=r"different views \(rrc:2 photometric eupe seed 0 and rrc:2 seed 0\)"):
         open_targets([whole.path, plain.path], corpus=None, holdout=0.1)
     twin = make_store(tmp_path / "twin.zarr", corpus, tiny_weights, views=VIEWS)
     targets = open_targets([whole.path, twin.path], corpus=corpus, holdout=0.1)

@@ -118,7 +118,7 @@ def test_a_missing_file_is_refused(path: Path) -> None:
 
 def test_another_model_is_refused_with_the_tensor_that_differs(path: Path) -> None:
     words = refusal(path, trainables(width=5))
-    assert "encoder.bias is (4,), not (5,)" in words or "encoder.weight is (4, 3), not (5, 3)" in words
+    assert "encoder.bias has shape (4,), not (5,)" in words or "encoder.weight has shape (4, 3), not (5, 3)" in words
 
 
 @pytest.mark.parametrize("name", ["encoder.weight", "heads.0.running_var", "optimizer.1.exp_avg", "ema.encoder.bias"])
