@@ -16,7 +16,7 @@ from demo.assets import prepare_assets
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.device import pick_device
-from eupe.extract.plan import PartTask, samples_of, store_spec
+from eupe.extract.parts import PartTask, samples_of, store_spec
 from eupe.extract.worker import PartExtractor
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import file_digest, load_teacher

@@ -32,9 +32,8 @@ from eupe.device import compute_dtype, pick_device
 from eupe.extract.actors import DEFAULT_BATCH, UNITS_IN_FLIGHT
 from eupe.extract.config import ExtractConfig
 from eupe.extract.job import extract
-from eupe.extract.plan import WorkUnit, part_task
-from eupe.extract.process import prepare_process
-from eupe.extract.worker import PartExtractor, Worker
+from eupe.extract.parts import WorkUnit, part_task
+from eupe.extract.worker import PartExtractor, Worker, prepare_process
 from eupe.store.layout import bytes_per_view
 from eupe.store.writer import VECTORS_PER_JOB, create_store
 

@@ -20,7 +20,7 @@ from eupe.corpus.views import ViewSpec
 from eupe.device import pick_device
 from eupe.evaluate.agreement import agreement
 from eupe.extract.calibrate import measure, settle
-from eupe.extract.plan import plan_parts, store_spec
+from eupe.extract.parts import plan_parts, store_spec
 from eupe.extract.worker import PartExtractor
 from eupe.store.layout import KINDS
 from eupe.store.writer import StoreWriter, create_store, finish_store

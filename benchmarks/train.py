@@ -47,7 +47,7 @@ from eupe.corpus.index import Corpus, index_folder
 from eupe.corpus.views import ViewSpec, render_view
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.extract.forward import fastest_batch
-from eupe.extract.plan import store_spec
+from eupe.extract.parts import store_spec
 from eupe.extract.worker import PartExtractor
 from eupe.store import open_store
 from eupe.store.layout import KINDS

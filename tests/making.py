@@ -13,7 +13,7 @@ from eupe.corpus.awkward import picture as picture
 from eupe.corpus.index import index_bytes, index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.extract.calibrate import candidates, measure, sample_task, settle
-from eupe.extract.plan import plan_work_units, store_spec
+from eupe.extract.parts import plan_work_units, store_spec
 from eupe.extract.worker import PartExtractor, Worker
 from eupe.place import Place
 from eupe.store import Store

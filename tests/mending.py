@@ -14,7 +14,7 @@ from eupe.corpus.index import Corpus, index_bytes, index_folder
 from eupe.extract.config import ExtractConfig
 from eupe.extract.dispatch import Status
 from eupe.extract.job import stored_index
-from eupe.extract.plan import plan_work_units
+from eupe.extract.parts import plan_work_units
 from eupe.extract.worker import PartExtractor, Worker
 from eupe.place import Place
 from eupe.store import Store, open_store
@@ -33,7 +33,7 @@ def make_parts(
 ) -> Store:
     """Like `make_store`, in parts of eight samples."""
     named = {} if teacher is None else {"teacher": teacher}
-    with mock.patch("eupe.extract.plan.samples_per_part", lambda num_samples, num_bytes: SAMPLES_PER_PART):
+    with mock.patch("eupe.extract.parts.samples_per_part", lambda num_samples, num_bytes: SAMPLES_PER_PART):
         return make_store(path, corpus, weights, precision=precision, **named)
 
 

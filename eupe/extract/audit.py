@@ -20,8 +20,8 @@ from eupe.cores import num_cores
 from eupe.corpus.views import ViewSpec
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, CorpusError, DriftError
-from eupe.extract.plan import PartTask, samples_of
-from eupe.extract.recipe import (
+from eupe.extract.parts import PartTask, samples_of
+from eupe.extract.provenance import (
     require_arithmetic,
     require_same_teacher,
     require_unchanged,

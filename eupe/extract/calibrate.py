@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from eupe.corpus.index import Corpus
 from eupe.errors import ConfigError, TeacherError
-from eupe.extract.plan import PartTask, samples_of
+from eupe.extract.parts import PartTask, samples_of
 from eupe.store.layout import StoreSpec, arrays
 from eupe.store.precision import CANDIDATES, FP16, INT8, Calibration, Fidelity, cosines, encode
 from eupe.store.reader import NOT_FINITE

@@ -20,7 +20,7 @@ from eupe.extract.actors import JobActors, require_cluster
 from eupe.extract.calibrate import settle
 from eupe.extract.config import STORES, ExtractConfig, require_counts
 from eupe.extract.dispatch import Status, run_parts
-from eupe.extract.plan import require_common_sizes, shape_of, store_spec
+from eupe.extract.parts import require_common_sizes, shape_of, store_spec
 from eupe.holding import Holder
 from eupe.place import Place
 from eupe.store import Store, open_store

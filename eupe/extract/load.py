@@ -20,7 +20,7 @@ from eupe.corpus.photometric import Photometric
 from eupe.corpus.pictures import read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
-from eupe.extract.plan import Sample
+from eupe.extract.parts import Sample
 from eupe.place import Place
 from eupe.store.layout import StoreSpec
 from eupe.store.writer import Row

@@ -1,238 +1,608 @@
-"""Planning of the work: pure functions of the teacher, the corpus and the parts already committed."""
+"""Cost of an extraction before it starts: measured on a few pictures, or on paper from the teachers' specs.
+
+Measured: a sample of the corpus goes through the worker's own stages, each timed alone, into a store in a temporary
+folder. On paper: without weights or pictures, with nominal compression ratios.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
+from pathlib import Path
 
-import pyarrow as pa
+import numpy as np
 
-from eupe.corpus.index import Corpus
-from eupe.corpus.pictures import Inside, insides
+from eupe.cores import num_cores
+from eupe.corpus.index import Corpus, open_corpus
+from eupe.corpus.left_out import Patterns
 from eupe.corpus.views import ViewSpec
-from eupe.errors import ConfigError
-from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, samples_per_part
-from eupe.store.precision import parse_precision
-from eupe.teachers.spec import TeacherSpec
-
-RECORDED_LIBRARIES = (
-    "eupe",
-    "torch",
-    "timm",
-    "transformers",
-    "open_clip_torch",
-    "pillow",
-    "numpy",
-    "zarr",
-    "tensorstore",
-    "pyarrow",
+from eupe.device import compute_dtype, dtype_name, pick_device
+from eupe.errors import ConfigError, StorageError
+from eupe.extract.calibrate import Measured, candidates, measure, require_features, sample_task, settle
+from eupe.extract.config import ExtractConfig
+from eupe.extract.count import counter
+from eupe.extract.forward import fastest_batch
+from eupe.extract.job import (
+    checked_teachers,
+    picked,
+    place_of_store,
+    stored_index,
+    wanted_spec,
+    with_absolute_paths,
 )
+from eupe.extract.load import LoadedSample, Loader
+from eupe.extract.parts import PartTask, require_common_sizes, shape_of
+from eupe.extract.worker import PartBuilder, PartExtractor, prepare_process
+from eupe.place import Place, Where
+from eupe.store import Store, open_store
+from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, arrays, bytes_per_view, differences, samples_per_part
+from eupe.store.precision import FP16, INT8, parse_precision
+from eupe.store.reader import ROOT_DOCUMENT
+from eupe.store.shard import bytes_of_index
+from eupe.store.writer import Part, StoreWriter, create_store
+from eupe.teachers.preprocess import where_from
+from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.teacher import Teacher, load_teacher
+
+SHOWN = (FP16, "bitround:7", "bitround:5", "bitround:3", INT8)
+"""The precisions that are compared."""
+NOMINAL_SHARES = {FP16: 0.82, "bitround:7": 0.63, "bitround:5": 0.51, "bitround:3": 0.385, INT8: 0.43}
+"""Compressed bytes over raw fp16, measured on dense tokens of DINOv2-S (benchmarks/results); other teachers differ."""
+STUDENT_IMAGES_PER_S = 1000
+"""Training speed that the reported read bandwidth is for."""
+READ_VIEWS = 64
+"""Views of one read, as in a training step."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One picture of a part."""
+class Rates:
+    """Views per second of each stage alone, with all of this machine's cores, or its GPU, to itself."""
 
-    key: str
-    sha256: str | None
-    label: str | None
-    inside: Inside | None = None
-    """Location of its bytes in a tar or table; None for a picture that is a file of its own."""
+    decode: float
+    """Rate of reading, decoding and rendering pictures."""
+    forward: float
+    encode: float
+    """Rate of coding, compressing, counting and writing tokens."""
+    read: float
+    """Rate of reading tokens from the store, warm, as a training step does."""
+
+    def pipeline(self, *, on_gpu: bool) -> float:
+        """Return one worker's views per second: stages on the same cores take turns, a GPU runs beside them."""
+        cores = 1 / self.decode + 1 / self.encode
+        return 1 / (max(cores, 1 / self.forward) if on_gpu else cores + 1 / self.forward)
+
+    def break_even_epochs(self, *, on_gpu: bool) -> float | None:
+        """Return the number of epochs after which the cache has saved time over running the teacher at every step.
+
+        Returns: None if reading is not faster than the teacher.
+        """
+        saved = 1 / self.forward - 1 / self.read
+        return 1 / self.pipeline(on_gpu=on_gpu) / saved if saved > 0 else None
 
 
 @dataclass(frozen=True)
-class PartTask:
-    """One part: the unit of work, commit and repair."""
+class Choice:
+    """One feature array at one precision."""
 
-    index: int
-    samples: tuple[Sample, ...]
-    start: int = 0
-    """Row of the first sample in the store's index."""
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.samples)
+    path: str
+    precision: str
+    share: float
+    """Stored bytes over raw fp16."""
+    total_bytes: int
+    """Size of this array over all views."""
+    cosine_p5: float
+    """5th percentile of the cosines of tokens before and after storage, standardised."""
+    cosine_mean: float
+    """Mean of these cosines."""
 
 
 @dataclass(frozen=True)
-class WorkUnit:
-    """Consecutive samples and the parts of one or more stores that need them: each picture is decoded once."""
+class Need:
+    """Size in bytes of one store, or of several."""
 
-    tasks: tuple[tuple[int, PartTask], ...]
-    """Pairs of a store's index in the job and one of its parts, in the order in which the parts begin."""
-
-    @property
-    def samples(self) -> tuple[tuple[int, Sample], ...]:
-        """Return each sample once, with its row in the index, in order."""
-        placed: dict[int, Sample] = {}
-        for _, task in self.tasks:
-            placed.update(zip(range(task.start, task.stop), task.samples, strict=True))
-        return tuple(sorted(placed.items(), key=lambda item: item[0]))
+    stored: int
+    """Size of the finished store."""
+    peak: int
+    """Largest size while it is made: it also holds the parts' moments until they are merged."""
 
 
-def installed_versions() -> dict[str, str]:
-    """Return the versions on this machine of the libraries that a feature may depend on."""
-    return {name: _version(name) for name in RECORDED_LIBRARIES}
+@dataclass(frozen=True)
+class Estimate:
+    """A measured plan for one teacher."""
+
+    teacher: str
+    device: str
+    dtype: str
+    num_images: int
+    num_views: int
+    sampled_views: int
+    precision: dict[str, str]
+    raw_bytes_per_view: int
+    bytes_per_view: float
+    need: Need
+    rates: Rates
+    views_per_s: float
+    """Views per second of one worker that has a machine, or a GPU and its cores, like this one."""
+    workers: int
+    hours: float
+    read_bytes_per_s: float
+    """Read bandwidth of a student at `STUDENT_IMAGES_PER_S`."""
+    epoch_hours_cached: float
+    """Time to read the targets of every view once."""
+    epoch_hours_online: float
+    """Time of the teacher's forward pass over every view once, on one device."""
+    break_even_epochs: float | None
+    choices: tuple[Choice, ...]
+    out: str
+    free_bytes: int | None
+    """Free space at `out`; None for an object store."""
+    normalised_by: str
+    """The file or table that defines how pixels are normalised."""
+    held_bytes: int
+    """Part of `need` that the store which this extraction would continue holds already; 0 for an object store."""
 
 
-_version = cache(version)
-"""Cached `version`, which searches the disk and is called for every part."""
+@dataclass(frozen=True)
+class JointEstimate:
+    """A measured plan for several teachers in one pass, which decodes each picture once."""
+
+    num_images: int
+    num_views: int
+    """Views of each teacher."""
+    bytes_per_view: float
+    """Bytes of all teachers' tokens; all later fields are for all teachers, too."""
+    need: Need
+    held_bytes: int
+    rates: Rates
+    views_per_s: float
+    workers: int
+    hours: float
+    read_bytes_per_s: float
+    epoch_hours_cached: float
+    epoch_hours_online: float
+    break_even_epochs: float | None
+    teachers: tuple[Estimate, ...]
+    """Plan of each teacher as if it were extracted alone."""
 
 
-def store_spec(
-    teacher: TeacherSpec,
-    corpus: Corpus,
-    *,
-    views: ViewSpec,
-    sizes: tuple[int, ...],
-    tokens: tuple[str, ...],
-    weights_sha256: str,
-    dtype: str,
-    precision: str = "fp16",
-    grid: int | None = None,
-    pixels: bool = False,
-) -> StoreSpec:
-    """Return the spec of a store of this teacher over this corpus.
+@dataclass(frozen=True, kw_only=True)
+class PaperConfig:
+    """The options of a plan on paper, as on the command line."""
+
+    teachers: tuple[str, ...]
+    num_images: int
+    sizes: tuple[int, ...] = ()
+    views: ViewSpec = field(default_factory=ViewSpec)
+    tokens: tuple[str, ...] = KINDS
+    precision: str = FP16
+    grid: int | None = None
+    out: Where | None = None
+    """Folder for all the stores; None to skip the check for free space."""
+
+
+@dataclass(frozen=True)
+class PaperTeacher:
+    """One teacher of a plan on paper."""
+
+    teacher: str
+    sizes: tuple[int, ...]
+    grids: tuple[int, ...]
+    raw_bytes_per_view: int
+    raw_bytes: int
+    need: Need
+    """Size at the requested precision."""
+    choices: dict[str, int]
+    """Precision, the same for all kinds of token, to total bytes."""
+
+
+@dataclass(frozen=True)
+class PaperEstimate:
+    """A plan on paper: nothing in it was measured."""
+
+    num_images: int
+    num_views: int
+    precision: str
+    teachers: tuple[PaperTeacher, ...]
+    need: Need
+    """Size of all stores together."""
+    free_bytes: int | None
+    nominal_shares: dict[str, float] = field(default_factory=lambda: dict(NOMINAL_SHARES))
+    on_paper: bool = True
+
+
+def moments_bytes(dims: list[int]) -> int:
+    """Return the bytes of one part's moments: count, mean and half a scatter matrix, in float64, for each array."""
+    return sum(8 * (1 + dim + dim * (dim + 1) // 2) for dim in dims)
+
+
+def bytes_of_indexes(spec: StoreSpec) -> int:
+    """Return the bytes of all shards' indexes, which are as long in a part that is not full."""
+    return spec.num_parts * sum(bytes_of_index(layout) for layout in arrays(spec) if layout.sharded)
+
+
+def need_of(stored: float, *, num_samples: int, per_part: int, dims: list[int]) -> Need:
+    """Return the stored bytes together with the peak while the store is made.
 
     Args:
-        sizes: sides in pixels; empty for the teacher's native size.
-        tokens: kinds of token; summary is dropped for a teacher without one.
-        precision: as `--precision` takes it.
-        pixels: keep the views themselves as well.
-        grid: cells along one side to which dense maps are pooled; None for the teacher's own grid.
-    Raises: TeacherError for a size that the patch does not divide; ConfigError if nothing is left to store, or for a
-        grid to which a map cannot be pooled.
+        dims: number of channels of each feature array.
     """
-    sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=grid)
-    dense_dim = teacher.dense_dim if DENSE in kept else 0
-    summary_dim = teacher.summary_dim if SUMMARY in kept else 0
-    pixel_bytes = sum(3 * size * size for size in sizes) if pixels else 0
-    per_sample = views.num_views * (bytes_per_view(grids, dense_dim, summary_dim) + pixel_bytes)
-    return StoreSpec(
-        teacher={
-            **teacher.to_json(),
-            "architecture": teacher.architecture,
-            "weights_sha256": weights_sha256,
-            "dtype": dtype,
-        },
-        corpus={"fingerprint": corpus.fingerprint, "segments": [len(corpus)], "root": str(corpus.root)},
-        views=views.to_json(),
+    return Need(round(stored), round(stored) + -(-num_samples // per_part) * moments_bytes(dims))
+
+
+def estimate_on_paper(config: PaperConfig) -> PaperEstimate:
+    """Estimate the bytes from the teachers' specs alone.
+
+    Raises: TeacherError; ConfigError for an option that cannot work, or if the stores do not fit at `out`.
+    """
+    if config.num_images < 1:
+        raise ConfigError(f"--num-images must be at least 1, got {config.num_images}")
+    teachers = [resolve_teacher(name) for name in config.teachers]
+    require_common_sizes(teachers, config.sizes)
+    plans = tuple(_paper_teacher(config, teacher) for teacher in teachers)
+    need = Need(sum(plan.need.stored for plan in plans), sum(plan.need.peak for plan in plans))
+    free = None if config.out is None else free_bytes(Place.of(config.out))
+    require_room(need, free, str(config.out))
+    num_views = config.num_images * config.views.num_views
+    return PaperEstimate(config.num_images, num_views, config.precision, plans, need, free)
+
+
+def stored_bytes_per_view(teacher: TeacherSpec, grid: int, precision: Mapping[str, str]) -> tuple[int, float]:
+    """Return the bytes of one view at one size, on paper: as raw fp16, and as stored with nominal shares.
+
+    Args:
+        grid: cells along one side of the stored map.
+        precision: kind of token to precision, for the kinds that are stored.
+    Raises: ConfigError for a precision without a nominal share.
+    """
+    if unknown := set(precision.values()) - set(NOMINAL_SHARES):
+        raise ConfigError(
+            f"--precision {sorted(unknown)[0]} has no nominal share for a plan on paper; give one of "
+            f"{', '.join(NOMINAL_SHARES)}, or --corpus to measure it"
+        )
+    dims = {SUMMARY: (0, teacher.summary_dim), DENSE: (teacher.dense_dim, 0)}
+    raw = {kind: bytes_per_view((grid,), *dims[kind]) for kind in precision}
+    return sum(raw.values()), sum(raw[kind] * NOMINAL_SHARES[word] for kind, word in precision.items())
+
+
+def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
+    sizes, grids, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
+    dims = {SUMMARY: teacher.summary_dim, DENSE: teacher.dense_dim}
+    precision = parse_precision(config.precision, kept)
+    both = [stored_bytes_per_view(teacher, grid, precision) for grid in grids]
+    per_view, stored = sum(raw for raw, _ in both), sum(share for _, share in both)
+    num_views = config.num_images * config.views.num_views
+    per_part = samples_per_part(config.num_images, config.views.num_views * per_view)
+    return PaperTeacher(
+        teacher=teacher.name,
         sizes=sizes,
         grids=grids,
-        tokens=kept,
-        samples_per_part=samples_per_part(len(corpus), per_sample),
-        precision=parse_precision(precision, kept),
-        pixels=pixels,
-        versions=installed_versions(),
+        raw_bytes_per_view=per_view,
+        raw_bytes=num_views * per_view,
+        need=need_of(
+            num_views * stored,
+            num_samples=config.num_images,
+            per_part=per_part,
+            dims=[dims[kind] for kind in kept] * len(sizes),
+        ),
+        choices={p: round(num_views * per_view * share) for p, share in NOMINAL_SHARES.items()},
     )
 
 
-def shape_of(
-    teacher: TeacherSpec, *, sizes: tuple[int, ...], tokens: tuple[str, ...], grid: int | None
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
-    """Return the sizes, the grids stored at them, and the kinds of token; the arguments are those of `store_spec`.
+def free_bytes(place: Place) -> int | None:
+    """Return the free bytes on the disk of a place; None for an object store."""
+    if not place.is_local:
+        return None
+    return shutil.disk_usage(_nearest(place)).free
 
-    Raises: as `store_spec`; ConfigError for an unknown kind of token.
+
+def _nearest(place: Place) -> Path:
+    """Return a local place if it exists, otherwise the nearest folder above it that does."""
+    return next(path for path in (place.local, *place.local.parents) if path.exists())
+
+
+def held_bytes(place: Place, spec: StoreSpec, corpus: Corpus, *, fidelity: float | None) -> int:
+    """Return the bytes on disk of a store that an extraction would continue; 0 if there is none, or in an object store.
+
+    Args:
+        spec: the requested spec; its weights' hash is not compared.
     """
-    sizes = sizes or (teacher.native_size,)
-    grids = tuple(_pooled_grid(teacher, size, grid) for size in sizes)
-    if not tokens or set(tokens) - set(KINDS):
-        raise ConfigError(f"--tokens takes summary, dense, or both; got {','.join(tokens) or 'nothing'}")
-    kept = tuple(k for k in KINDS if k in tokens and not (k == SUMMARY and teacher.summary == "none"))
-    if not kept:
-        raise ConfigError(f"teacher {teacher.name} has no summary; give --tokens dense")
-    return sizes, grids, kept
+    if not place.is_local or not place.exists(ROOT_DOCUMENT):
+        return 0
+    store = open_store(place)
+    same_teacher = {**spec.teacher, "weights_sha256": store.spec.teacher["weights_sha256"]}
+    wanted = replace(spec, teacher=same_teacher, corpus=store.spec.corpus)
+    if fidelity is not None and store.spec.fidelity.get("asked") == fidelity:
+        wanted = replace(wanted, precision=store.spec.precision)
+    if differences(store.spec, wanted) or not _pictures(stored_index(store)) <= _pictures(corpus):
+        return 0
+    return sum(path.stat().st_size for path in place.local.rglob("*") if path.is_file())
 
 
-def require_common_sizes(teachers: Sequence[TeacherSpec], sizes: Sequence[int]) -> None:
-    """Raise ConfigError for a common size that not all of the teachers can take."""
-    patches = {teacher.name: teacher.patch for teacher in teachers}
-    common = math.lcm(*patches.values())
-    for size in sizes:
-        if len(set(patches.values())) > 1 and any(size % patch for patch in patches.values()):
-            below = size // common * common
-            good = " or ".join(f"--size {s}" for s in (below, below + common) if s)
-            raise ConfigError(
-                f"--size {size} does not work for all of these teachers, which take multiples of "
-                f"{', '.join(f'{patch} px ({name})' for name, patch in patches.items())}; give {good}, or extract them "
-                "separately, each at its own size"
-            )
+def _pictures(corpus: Corpus) -> set[tuple[str, str | None]]:
+    return set(zip(corpus.samples["key"].to_pylist(), corpus.samples["sha256"].to_pylist(), strict=True))
 
 
-def _pooled_grid(teacher: TeacherSpec, size: int, grid: int | None) -> int:
-    """Return the number of cells along one side of the stored map.
+def require_room(need: Need, free: int | None, where: str, *, held: int = 0) -> None:
+    """Raise ConfigError if a local disk cannot hold what is still to be made.
 
-    Raises: ConfigError if the grid does not divide the teacher's own.
+    Args:
+        held: bytes of `need` that are on the disk already.
     """
-    own = teacher.grid(size)
-    if grid is None:
-        return own
-    if grid < 1 or own % grid:
+    if free is not None and need.peak - held > free:
+        there = f", of which {held / 1e9:,.4g} GB are already there" if held else ""
         raise ConfigError(
-            f"--grid {grid} does not divide the {own}x{own} map of {teacher.name} at {size} px; give one of "
-            f"{', '.join(str(g) for g in range(1, own + 1) if own % g == 0)}"
+            f"--out {where} has {free / 1e9:,.4g} GB free, and the features take {need.peak / 1e9:,.4g} GB while they "
+            f"are made ({need.stored / 1e9:,.4g} GB when finished{there}); give another --out, a cheaper --precision, "
+            "a smaller --grid, or fewer --views"
         )
-    return grid
 
 
-def plan_parts(spec: StoreSpec, samples: pa.Table, done: Iterable[int]) -> list[PartTask]:
-    """Return the parts still to be made, in order.
+def estimate(
+    configs: Sequence[ExtractConfig], *, on_stage: Callable[[str], None] = lambda stage: None
+) -> JointEstimate:
+    """Run a sample of the corpus through each stage of an extraction, in this process.
 
-    Args:
-        samples: the store's index, with its segments one after the other.
-        done: parts whose commit file exists.
-    """
-    finished = set(done)
-    return [part_task(spec, samples, part) for part in range(spec.num_parts) if part not in finished]
-
-
-def part_task(spec: StoreSpec, samples: pa.Table, part: int) -> PartTask:
-    """Return the task of one part of a store; the arguments are those of `plan_parts`."""
-    rows = spec.part_samples(part)
-    return PartTask(part, tuple(samples_of(samples.slice(rows.start, rows.stop - rows.start))), rows.start)
-
-
-def plan_work_units(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence[Iterable[int]]) -> Iterator[WorkUnit]:
-    """Yield the missing parts of several stores of the same samples, in order; parts that share samples go together.
-
-    If stores were extended at different times, their parts overlap like shingles. A work unit then ends once it is as
-    long as the largest part, and a few samples are in two work units.
+    All teachers are in memory at once, as in each worker of the extraction.
 
     Args:
-        samples: the index of all samples.
-        done: for each store, the parts whose commit file exists.
+        configs: one for each teacher, as `extract_together` takes them.
+        on_stage: called with the name of each stage as it begins.
+    Raises: an EupeError as `extract` does; ConfigError if the stores do not fit on their disks; StorageError if the
+        sample cannot be written to the temporary folder.
     """
-    missing = [
-        (spec.part_samples(part), store, part)
-        for store, (spec, finished) in enumerate(zip(specs, map(set, done), strict=True))
-        for part in range(spec.num_parts)
-        if part not in finished
+    configs = [with_absolute_paths(config) for config in configs]
+    cards = checked_teachers(configs)
+    first = configs[0]
+    on_stage("indexing")
+    patterns = Patterns(first.include, first.exclude)
+    corpus = picked(first, open_corpus(first.corpus, patterns=patterns, choice=first.choice))
+    device = pick_device()
+    dtype = compute_dtype(first.dtype, device)
+    specs = [
+        wanted_spec(config, card, corpus, weights_sha256="", dtype=dtype_name(dtype))
+        for config, card in zip(configs, cards, strict=True)
     ]
-    missing.sort(key=lambda item: (item[0].start, item[1]))
-    longest = max(spec.samples_per_part for spec in specs)
-    group: list[tuple[int, int]] = []
-    start = end = 0
-    for rows, store, part in missing:
-        # `end`: no overlap; `start + longest`: overlaps must not chain all parts into one work unit
-        if group and rows.start >= min(end, start + longest):
-            yield _work_unit(specs, samples, group)
-            group = []
-        if not group:
-            start = rows.start
-        group.append((store, part))
-        end = max(end, rows.stop)
-    if group:
-        yield _work_unit(specs, samples, group)
+    on_stage("loading teacher")
+    teachers = [
+        load_teacher(card, weights=config.weights, key=config.weights_key, device=device, dtype=dtype, sizes=spec.sizes)
+        for config, card, spec in zip(configs, cards, specs, strict=True)
+    ]
+    prepare_process()
+    alone = tuple(
+        _estimate_one(config, spec, teacher, corpus, on_stage)
+        for config, spec, teacher in zip(configs, specs, teachers, strict=True)
+    )
+    _require_room_for_all(alone)
+    decode = alone[0].rates.decode if len(alone) == 1 else _decoded_per_s(first, specs, corpus)
+    return _together(alone, decode)
 
 
-def _work_unit(specs: Sequence[StoreSpec], samples: pa.Table, parts: Sequence[tuple[int, int]]) -> WorkUnit:
-    return WorkUnit(tuple((store, part_task(specs[store], samples, part)) for store, part in parts))
+def _estimate_one(
+    config: ExtractConfig, spec: StoreSpec, teacher: Teacher, corpus: Corpus, on_stage: Callable[[str], None]
+) -> Estimate:
+    task = sample_task(spec, corpus)
+    num_views = len(task.samples) * spec.num_views
+    on_stage("decoding and computing")
+    part, decode_s, forward_s = _timed_part(config, teacher, spec, corpus.root, task)
+    require_features(spec, part)
+    on_stage("measuring precision")
+    asked = candidates(spec, config.fidelity)
+    measured = measure(spec, part.features, {k: tuple(dict.fromkeys((*SHOWN, *asked[k]))) for k in spec.tokens})
+    spec = settle(spec, measured, config.fidelity)
+    on_stage("writing and reading")
+    with _full_disk_in_words():
+        chunk_bytes, encode_s, read_s = _timed_store(spec, teacher, part)
+    rates = Rates(*(num_views / s for s in (decode_s, forward_s, encode_s, read_s)))
+    held = held_bytes(place_of_store(config), spec, corpus, fidelity=config.fidelity)
+    return _estimate(config, spec, rates, measured, chunk_bytes / num_views, teacher.device.type, held)
 
 
-def samples_of(rows: pa.Table) -> list[Sample]:
-    """Return the samples in rows of an index."""
-    columns = (rows[name].to_pylist() for name in ("key", "sha256", "label"))
-    return [Sample(*fields) for fields in zip(*columns, insides(rows), strict=True)]
+def _decoded_per_s(config: ExtractConfig, specs: Sequence[StoreSpec], corpus: Corpus) -> float:
+    """Measure views per second of reading, decoding and rendering a sample once for all stores, as a worker does."""
+    samples = sample_task(specs[0], corpus).samples
+    loader = Loader(corpus.root, config.views, specs, ahead=len(samples), cores=num_cores())
+    began = time.perf_counter()
+    num_loaded = sum(1 for _ in loader.load(samples))
+    return num_loaded * specs[0].num_views / (time.perf_counter() - began)
+
+
+def _together(alone: tuple[Estimate, ...], decode: float) -> JointEstimate:
+    """Combine the teachers' plans: pictures are decoded once, all other work is done for each teacher.
+
+    Args:
+        decode: views per second of decoding once for the sizes of all teachers.
+    """
+    first = alone[0]
+    each = [plan.rates for plan in alone]
+    forward, encode, read = (
+        1 / sum(1 / rate for rate in stage)
+        for stage in ([r.forward for r in each], [r.encode for r in each], [r.read for r in each])
+    )
+    rates = Rates(decode, forward, encode, read)
+    on_gpu = first.device == "cuda"
+    views_per_s = rates.pipeline(on_gpu=on_gpu)
+    return JointEstimate(
+        num_images=first.num_images,
+        num_views=first.num_views,
+        bytes_per_view=sum(plan.bytes_per_view for plan in alone),
+        need=_sum_of(alone),
+        held_bytes=sum(plan.held_bytes for plan in alone),
+        rates=rates,
+        views_per_s=views_per_s,
+        workers=first.workers,
+        hours=first.num_views / views_per_s / first.workers / 3600,
+        read_bytes_per_s=sum(plan.read_bytes_per_s for plan in alone),
+        epoch_hours_cached=first.num_views / rates.read / 3600,
+        epoch_hours_online=first.num_views / rates.forward / 3600,
+        break_even_epochs=rates.break_even_epochs(on_gpu=on_gpu),
+        teachers=alone,
+    )
+
+
+def _sum_of(plans: Sequence[Estimate]) -> Need:
+    return Need(sum(plan.need.stored for plan in plans), sum(plan.need.peak for plan in plans))
+
+
+def _require_room_for_all(plans: Sequence[Estimate]) -> None:
+    """Raise ConfigError if a disk cannot hold all the stores that are meant for it."""
+    disks: dict[int, list[Estimate]] = {}
+    for plan in plans:
+        if (place := Place.of(plan.out)).is_local:
+            disks.setdefault(_nearest(place).stat().st_dev, []).append(plan)
+    for there in disks.values():
+        free = min(plan.free_bytes for plan in there if plan.free_bytes is not None)
+        where = " and ".join(plan.out for plan in there) + (" (one disk)" if len(there) > 1 else "")
+        require_room(_sum_of(there), free, where, held=sum(plan.held_bytes for plan in there))
+
+
+@contextmanager
+def _full_disk_in_words() -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what to do about the temporary folder."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"the sample cannot be written to the temporary folder ({error.__cause__ or error}); free some space "
+            "there, or set TMPDIR to a folder on another disk"
+        ) from error
+
+
+def _estimate(
+    config: ExtractConfig,
+    spec: StoreSpec,
+    rates: Rates,
+    measured: Measured,
+    chunks_per_view: float,
+    device: str,
+    held: int,
+) -> Estimate:
+    num_views = spec.num_samples * spec.num_views
+    on_gpu = device == "cuda"
+    dims = {SUMMARY: int(spec.teacher["summary_dim"]), DENSE: int(spec.teacher["dense_dim"])}
+    raw = {
+        f"{size}/{kind}": 2 * dims[kind] * (grid * grid if kind == DENSE else 1)
+        for size, grid in zip(spec.sizes, spec.grids, strict=True)
+        for kind in spec.tokens
+    }
+    stored = num_views * chunks_per_view + bytes_of_indexes(spec)
+    choices = tuple(
+        Choice(path, precision, kept.share, round(num_views * raw[path] * kept.share), kept.p5, kept.mean)
+        for path, by in measured.fidelity.items()
+        for precision, kept in by.items()
+    )
+    need = need_of(
+        stored,
+        num_samples=spec.num_samples,
+        per_part=spec.samples_per_part,
+        dims=[dims[path.rpartition("/")[2]] for path in spec.feature_paths],
+    )
+    place = place_of_store(config)
+    views_per_s = rates.pipeline(on_gpu=on_gpu)
+    workers = config.workers or 1
+    return Estimate(
+        teacher=str(spec.teacher["name"]),
+        device=device,
+        dtype=str(spec.teacher["dtype"]),
+        num_images=spec.num_samples,
+        num_views=num_views,
+        sampled_views=measured.num_views,
+        precision=dict(spec.precision),
+        raw_bytes_per_view=sum(raw.values()),
+        bytes_per_view=chunks_per_view,
+        need=need,
+        rates=rates,
+        views_per_s=views_per_s,
+        workers=workers,
+        hours=num_views / views_per_s / workers / 3600,
+        read_bytes_per_s=STUDENT_IMAGES_PER_S * chunks_per_view,
+        epoch_hours_cached=num_views / rates.read / 3600,
+        epoch_hours_online=num_views / rates.forward / 3600,
+        break_even_epochs=rates.break_even_epochs(on_gpu=on_gpu),
+        choices=choices,
+        out=str(place),
+        free_bytes=free_bytes(place),
+        normalised_by=where_from(TeacherSpec.from_json(spec.teacher), config.weights),
+        held_bytes=held,
+    )
+
+
+def _timed_part(
+    config: ExtractConfig, teacher: Teacher, spec: StoreSpec, root: Place, task: PartTask
+) -> tuple[Part, float, float]:
+    """Return the sample's features, the seconds of decoding, and those of the forward passes."""
+    batch_size = config.batch_size or fastest_batch(teacher, spec.sizes)
+    extractor = PartExtractor(teacher, spec, corpus_root=root, views=config.views, batch_size=batch_size)
+    began = time.perf_counter()
+    samples = list(extractor.load_ahead(task.samples))
+    decode_s = time.perf_counter() - began
+    _computed(extractor, task, samples[: -(-batch_size // spec.num_views)])  # the first batch on a device is slow
+    began = time.perf_counter()
+    part = _computed(extractor, task, samples)
+    forward_s = time.perf_counter() - began
+    num_views = len(samples) * spec.num_views
+    # too few views for a batch on each core, which the extraction itself will have
+    if num_views < min(batch_size * extractor.forward.batches_at_once, spec.num_samples * spec.num_views):
+        forward_s = num_views * _seconds_a_view_on_all_cores(extractor, samples)
+    return part, decode_s, forward_s
+
+
+def _seconds_a_view_on_all_cores(extractor: PartExtractor, samples: Sequence[LoadedSample]) -> float:
+    """Return seconds per view with a full batch on every core, as in a job; views repeat if there are too few."""
+    size, count = extractor.forward.batch_size, extractor.forward.batches_at_once
+    views = [
+        {side: sample.views[side][k] for side in extractor.spec.sizes}
+        for sample in samples
+        if sample.row.error is None
+        for k in range(extractor.spec.num_views)
+    ]
+    endless = cycle(views)
+    batches = [list(islice(endless, size)) for _ in range(count if views else 0)]
+    began = time.perf_counter()
+    for pending in [extractor.forward.begin(batch) for batch in batches]:
+        pending.wait()
+    return (time.perf_counter() - began) / (size * count)
+
+
+def _computed(extractor: PartExtractor, task: PartTask, samples: Sequence[LoadedSample]) -> Part:
+    builder = PartBuilder(extractor, task)
+    for sample in samples:
+        builder.add(sample)
+    return builder.finish()
+
+
+def _timed_store(spec: StoreSpec, teacher: Teacher, part: Part) -> tuple[int, float, float]:
+    """Return the sample's stored bytes without shard indexes, and the seconds of writing and of reading it."""
+    num_samples = len(part.rows)
+    # the whole sample in one part, whose size must be a power of two
+    one_part = 1 << (num_samples - 1).bit_length()
+    as_one = replace(spec, corpus={**spec.corpus, "segments": [num_samples]}, samples_per_part=one_part)
+    with tempfile.TemporaryDirectory(prefix="eupe-plan-") as folder:
+        path = Path(folder) / "sample.zarr"
+        create_store(path, as_one)
+        writer = StoreWriter(path, count=counter(teacher.device))
+        began = time.perf_counter()
+        writer.commit(part)
+        encode_s = time.perf_counter() - began
+        store = open_store(path)
+        _read_all(store)  # warm up
+        began = time.perf_counter()
+        _read_all(store)
+        return store.stored_bytes - bytes_of_indexes(as_one), encode_s, time.perf_counter() - began
+
+
+def _read_all(store: Store) -> None:
+    rows = np.repeat(np.arange(store.spec.num_samples), store.spec.num_views)
+    views = np.tile(np.arange(store.spec.num_views), store.spec.num_samples)
+    for start in range(0, len(rows), READ_VIEWS):
+        batch = slice(start, start + READ_VIEWS)
+        places = rows[batch].tolist(), views[batch].tolist()
+        for path in store.spec.feature_paths:
+            store.read_tokens(path, *places)
+        for size in store.spec.sizes if store.spec.pixels else ():
+            store.read_pixels(*places, size=size)

@@ -24,8 +24,8 @@ from eupe.extract.actors import JobActors
 from eupe.extract.config import ExtractConfig, require_counts
 from eupe.extract.dispatch import Status, run_parts
 from eupe.extract.job import stored_index
-from eupe.extract.plan import plan_parts
-from eupe.extract.recipe import (
+from eupe.extract.parts import plan_parts
+from eupe.extract.provenance import (
     require_arithmetic,
     require_same_teacher,
     require_unchanged,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from eupe.corpus.index import index_folder
 from eupe.errors import ConfigError
 from eupe.extract.calibrate import sample_task
-from eupe.extract.plan import store_spec
+from eupe.extract.parts import store_spec
 from eupe.store import Store
 from eupe.store.precision import CANDIDATES
 from eupe.teachers.resolve import resolve_teacher

@@ -20,7 +20,7 @@ from eupe.extract import actors, audit, calibrate, load, worker
 from eupe.extract.actors import ExtractActor, Node, place_workers
 from eupe.extract.calibrate import sample_task
 from eupe.extract.config import ExtractConfig
-from eupe.extract.plan import plan_work_units, store_spec
+from eupe.extract.parts import plan_work_units, store_spec
 from eupe.place import Place
 from eupe.store import Store
 from eupe.store.layout import StoreSpec

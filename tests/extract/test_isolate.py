@@ -13,7 +13,7 @@ from eupe.corpus.index import index_folder
 from eupe.extract import isolate, load
 from eupe.extract.isolate import find_crashing
 from eupe.extract.load import LoadedSample, Loader, StuckError
-from eupe.extract.plan import Sample, samples_of
+from eupe.extract.parts import Sample, samples_of
 from eupe.store import Store
 
 

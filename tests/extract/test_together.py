@@ -15,7 +15,7 @@ from making import TINY_SIZE, TWO_CROPS, make_store, random_weights
 
 from eupe.corpus.index import index_folder
 from eupe.extract import load
-from eupe.extract.plan import plan_work_units, store_spec
+from eupe.extract.parts import plan_work_units, store_spec
 from eupe.extract.worker import PartExtractor, Worker
 from eupe.store import Store, open_store
 from eupe.store.layout import StoreSpec
@@ -91,7 +91,7 @@ def test_parts_of_different_sizes_share_one_decoding(
     extractors, places = [], []
     asked = (("timm:test_vit", tiny_weights, TINY_SIZE), (OTHER, other_weights, OTHER_SIZE))
     for i, (name, weights, size) in enumerate(asked):
-        monkeypatch.setattr("eupe.extract.plan.samples_per_part", lambda *_, i=i: 8 << 2 * i)
+        monkeypatch.setattr("eupe.extract.parts.samples_per_part", lambda *_, i=i: 8 << 2 * i)
         card = resolve_teacher(name)
         spec = store_spec(
             card,
@@ -114,7 +114,7 @@ def test_parts_of_different_sizes_share_one_decoding(
         worker.run(unit)
     assert set(decoded.values()) == {1} and len(decoded) == len(index)
     for i, (name, weights, size) in enumerate(asked):
-        monkeypatch.setattr("eupe.extract.plan.samples_per_part", lambda *_, i=i: 8 << 2 * i)
+        monkeypatch.setattr("eupe.extract.parts.samples_per_part", lambda *_, i=i: 8 << 2 * i)
         alone = make_store(tmp_path / f"alone{i}.zarr", many_pictures, weights, teacher=name, sizes=(size,))
         assert_same_features(finish_store(places[i]), alone)
 

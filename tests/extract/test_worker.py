@@ -25,7 +25,7 @@ from eupe.corpus.views import ViewSpec
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, IncompleteError, TeacherError
 from eupe.extract.calibrate import require_features
-from eupe.extract.plan import plan_work_units, store_spec
+from eupe.extract.parts import plan_work_units, store_spec
 from eupe.extract.worker import PartExtractor, Worker
 from eupe.store import Store, open_store
 from eupe.store.writer import Part, Row, create_store, finish_store

@@ -70,7 +70,7 @@ def drive(words: Sequence[str], log: Path) -> None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     sys.argv = ["eupe", *words]
-    with mock.patch("eupe.extract.plan.samples_per_part", lambda num_samples, num_bytes: SAMPLES_PER_PART):
+    with mock.patch("eupe.extract.parts.samples_per_part", lambda num_samples, num_bytes: SAMPLES_PER_PART):
         main()
 
 

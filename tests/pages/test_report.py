@@ -18,7 +18,7 @@ from browser import Browser, needs_browser
 from feature_stores import plant_store
 from making import make_corpus
 
-from eupe.cli_shared import out as console
+from eupe.cli.console import out as console
 from eupe.corpus.decode import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.encoder import build_encoder, save_encoder

@@ -10,7 +10,7 @@ from store_cases import make_case, make_spec, write_store
 
 from eupe.corpus import index as index_module
 from eupe.corpus.index import Corpus, open_corpus
-from eupe.extract.plan import plan_parts, plan_work_units
+from eupe.extract.parts import plan_parts, plan_work_units
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.catalogue import describe

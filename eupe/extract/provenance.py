@@ -13,7 +13,7 @@ from eupe.corpus.pictures import read_picture
 from eupe.corpus.sources import corpus_root
 from eupe.device import compute_dtype, pick_device
 from eupe.errors import ConfigError, CorpusError, SpecMismatchError, TeacherError
-from eupe.extract.plan import Sample
+from eupe.extract.parts import Sample
 from eupe.place import Place, Where
 from eupe.store import Store
 from eupe.store.layout import differences

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from eupe.cli_shared import (
+from eupe.cli.console import err, escaped, finish, out, show
+from eupe.cli.options import (
     ImageColumn,
     ImageKey,
     Json,
@@ -21,13 +22,8 @@ from eupe.cli_shared import (
     LocalWeights,
     Overwrite,
     PicturesPath,
-    err,
-    escaped,
-    finish,
     local_keys,
     local_weights,
-    out,
-    show,
 )
 from eupe.errors import ConfigError
 
@@ -254,7 +250,7 @@ def eval_knn(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return knn(subject, data=data, k=k, metric=metric, size=size, choice=choice)  # type: ignore[arg-type]
 
-    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("linear")
@@ -292,7 +288,7 @@ def eval_linear(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return linear(subject, data=data, penalties=tuple(penalty or PENALTIES), size=size, choice=choice)
 
-    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("segment")
@@ -339,7 +335,7 @@ def eval_segment(
             subject, data=data, size=size, training=how, code=code, limit=limit, scratch=scratch, on_step=on_step
         )
 
-    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("depth")
@@ -392,7 +388,7 @@ def eval_depth(
             on_step=on_step,
         )
 
-    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("correspond")
@@ -420,144 +416,7 @@ def eval_correspond(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return correspond(subject, data=data, size=size, alpha=alpha, limit=limit, scratch=scratch, on_step=on_step)
 
-    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
-
-
-@eval_app.command("text")
-def eval_text(
-    tower: Annotated[str, typer.Argument(help="A teacher with a text space: clip-*-proj, pe-core-*-proj, siglip*.")],
-    output: Annotated[Path, typer.Option("--out", help="The file of embeddings to write (.safetensors).")],
-    classes: ClassNames = None,
-    captions: Annotated[
-        Path | None, typer.Option(help="COCO's folder: embed its captions instead of class names.")
-    ] = None,
-    templates: Templates = None,
-    text_weights: TextWeights = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Embed class names or captions once, so that evaluation needs no text tower."""
-    from eupe.evaluate.text import cache_texts
-    from eupe.progress import report_progress
-
-    with report_progress(err, "prompts", quiet=as_json) as progress:
-        texts = cache_texts(
-            tower,
-            output,
-            classes=classes,
-            captions=captions,
-            templates=templates,
-            weights=text_weights,
-            overwrite=overwrite,
-            on_step=partial(progress.update, tower),
-        )
-    count, width = texts.embeddings.shape
-    report = {"texts": str(output), "teacher": texts.teacher, "embeddings": count, "width": width}
-    finish({**report, "templates": list(texts.templates)}, as_json)
-
-
-@eval_app.command("zeroshot")
-def eval_zeroshot(
-    subjects: Subjects,
-    data: Annotated[str, typer.Option(help="Labelled pictures: val/CLASS next to train/CLASS, or one corpus.")],
-    classes: Annotated[
-        Path | None,
-        typer.Option(
-            help="File with one name per line, in the folders' order (by number if all are integers), or "
-            "FOLDER<TAB>NAME. Default: the folders' names."
-        ),
-    ] = None,
-    templates: Templates = None,
-    text: Text = None,
-    text_weights: TextWeights = None,
-    space: Space = None,
-    image_key: ImageKey = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    size: Size = None,
-    weights: LocalWeights = None,
-    weights_key: LocalKeys = None,
-    untrained: Untrained = False,
-    results: Results = None,
-    as_json: Json = False,
-) -> None:
-    """Measure zero-shot accuracy in a teacher's text space, through a run's heads."""
-    from eupe.corpus.choice import Choice
-    from eupe.evaluate.text import open_source
-    from eupe.evaluate.zeroshot import zeroshot
-
-    texts = open_source(text, classes=classes, templates=templates, weights=text_weights)
-
-    choice = Choice(image_key, image_column, label_column)
-
-    def judge(subject: Subject, on_step: OnStep) -> Result:
-        return zeroshot(subject, data=data, texts=texts, teacher=space, size=size, choice=choice, on_step=on_step)
-
-    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
-
-
-@eval_app.command("retrieval")
-def eval_retrieval(
-    subjects: Subjects,
-    data: Annotated[
-        Path, typer.Option(help="Folder with captions_val2017.json, also in annotations/, and val2017/ (COCO).")
-    ],
-    text: Text = None,
-    text_weights: TextWeights = None,
-    space: Space = None,
-    size: Size = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of pictures to take, the first ones.")] = None,
-    weights: LocalWeights = None,
-    weights_key: LocalKeys = None,
-    untrained: Untrained = False,
-    results: Results = None,
-    as_json: Json = False,
-) -> None:
-    """Measure recall of captions by pictures and of pictures by captions, in a teacher's text space."""
-    from eupe.evaluate.prompts import AS_IT_IS
-    from eupe.evaluate.retrieval import retrieval
-    from eupe.evaluate.text import open_source
-
-    texts = open_source(text, weights=text_weights, usual=AS_IT_IS)
-
-    def judge(subject: Subject, on_step: OnStep) -> Result:
-        return retrieval(subject, data=data, texts=texts, teacher=space, size=size, limit=limit, on_step=on_step)
-
-    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
-
-
-@eval_app.command("vqa")
-def eval_vqa(
-    subjects: Subjects,
-    data: Annotated[
-        Path, typer.Option(help="Folder with questions.json (image, split, kind, question, answer) and the pictures.")
-    ],
-    steps: Annotated[int | None, typer.Option(help="Number of updates of the readout. Default: 600.")] = None,
-    dropout: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Dropout of the readout; the best of several is used. May be repeated. Default: 0.3 and 0.5."
-        ),
-    ] = None,
-    size: Size = None,
-    weights: LocalWeights = None,
-    weights_key: LocalKeys = None,
-    untrained: Untrained = False,
-    results: Results = None,
-    as_json: Json = False,
-) -> None:
-    """Measure how well a small attention readout of frozen features answers questions.
-
-    It is a probe, not a language model.
-    """
-    from eupe.evaluate.vqa import DROPOUTS, FITTING, vqa
-
-    fitting = FITTING if steps is None else dataclasses.replace(FITTING, steps=steps)
-
-    def judge(subject: Subject, on_step: OnStep) -> Result:
-        return vqa(subject, data=data, fitting=fitting, dropouts=tuple(dropout or DROPOUTS), size=size, on_step=on_step)
-
-    _judge(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
 
 
 @eval_app.command("report")
@@ -625,7 +484,7 @@ def _training(paper: Training, steps: int | None, batch_size: int | None, lr: fl
     )
 
 
-def _judge(
+def judge_each(
     words: list[str],
     weights: list[str] | None,
     weights_key: list[str] | None,

@@ -1,32 +1,14 @@
-"""Consoles, options and output that all verbs of the command line share."""
+"""Options that several verbs share, and how their words are read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from eupe.errors import ConfigError
-from eupe.names import shown
-from eupe.printing import print_table, report_lines
-
-
-class _Console(Console):
-    """A console that spells out control characters, so that text from outside cannot steer the terminal."""
-
-    def render_str(self, text: str, **how: Any) -> Text:
-        return super().render_str(shown(text), **how)
-
-
-out = _Console(highlight=False, soft_wrap=True)
-err = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line.")]
 Overwrite = Annotated[
@@ -100,20 +82,57 @@ def require_weights_of_key(weights: Path | None, key: str | None) -> None:
         raise ConfigError(f"--weights-key {key} needs a weights file; give --weights, too")
 
 
-def escaped(text: str) -> str:
-    """Return text from outside with its markup escaped."""
-    return escape(text)
-
-
-def finish(report: dict[str, Any], as_json: bool) -> None:
-    """Print the verb's result: one JSON line, or readable lines."""
-    if as_json:
-        print(json.dumps(report))
-        return
-    for line in report_lines(report):
-        out.print(escaped(line), soft_wrap=True)
-
-
-def show(table: Table) -> None:
-    """Print a table; see `print_table`."""
-    print_table(out, table)
+PRECISIONS = "bitround:B is fp16 rounded to B bits of mantissa, which compresses better; int8 is one byte per channel"
+CorpusPath = Annotated[
+    str,
+    typer.Option(
+        "--corpus",
+        help="Folder of pictures (class subfolders become labels), WebDataset tars ('shards/{000..099}.tar'), Parquet "
+        "with images, or an index; also s3:// or gs://.",
+    ),
+]
+WeightsKey = Annotated[str | None, typer.Option(help=WEIGHTS_KEY)]
+WeightsOfEach = Annotated[
+    list[str] | None,
+    typer.Option("--weights", help="Local weights instead of the hub's. One per teacher; 'hub' for a teacher without."),
+]
+KeyOfEach = Annotated[
+    list[str] | None,
+    typer.Option("--weights-key", help=f"{WEIGHTS_KEY} One per teacher; 'auto' for a teacher without."),
+]
+Sizes = Annotated[list[int] | None, typer.Option(help="Side of the teacher's input in pixels. May be repeated.")]
+Views = Annotated[str, typer.Option(help="center, squash, or rrc:K for K random resized crops per picture.")]
+PhotometricKind = Annotated[
+    str,
+    typer.Option(
+        "--photometric", help="eupe: random colour jitter, greyscale, blur and solarisation of each view; or none."
+    ),
+]
+TokenKinds = Annotated[str, typer.Option(help="summary, dense, or both.")]
+Grid = Annotated[int | None, typer.Option(help="G: pool dense maps to G x G cells.")]
+Scale = Annotated[
+    str | None, typer.Option(help="MIN,MAX: a random crop's share of the picture's area. Default: 0.08,1.")
+]
+Ratio = Annotated[str | None, typer.Option(help="MIN,MAX: a random crop's width over its height. Default: 3/4 to 4/3.")]
+FidelityWanted = Annotated[
+    float | None,
+    typer.Option(help="Instead of --precision: the cheapest one that keeps 95% of tokens at this cosine or above."),
+]
+Pixels = Annotated[bool, typer.Option("--pixels", help="Also store the views' pixels, to train without the corpus.")]
+Limit = Annotated[int | None, typer.Option(help="Number of pictures to take, the first ones of the corpus.")]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Take only pictures whose key matches, such as 'train/*'. May be repeated.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Leave out pictures whose key matches, such as '*.gif'. May be repeated.")
+]
+Shuffle = Annotated[
+    bool, typer.Option("--shuffle", help="Take the pictures in random order; with --limit, a random sample.")
+]
+StoredWeights = Annotated[
+    Path | None, typer.Option("--weights", help="Local weights: the file that the store was made with.")
+]
+StoredTeacher = Annotated[
+    str | None,
+    typer.Option("--teacher", help="The teacher's current name or path. Default: the one recorded in the store."),
+]

@@ -1,0 +1,66 @@
+"""The command line: each verb builds a config and makes one call.
+
+A verb lives in the file of its name. Heavy imports stay inside the verbs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import eupe
+import eupe.cli.language
+from eupe.cli.console import err, escaped, out
+from eupe.cli.corpus import index, scenes
+from eupe.cli.evaluate import eval_app
+from eupe.cli.export import export_run
+from eupe.cli.extract import extract
+from eupe.cli.plan import plan
+from eupe.cli.run import run_recipe
+from eupe.cli.store import store_app
+from eupe.cli.teachers import teachers_app
+from eupe.cli.train import train
+from eupe.cli.viz import viz
+from eupe.errors import EupeError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=eupe.__doc__)
+app.add_typer(teachers_app, name="teachers")
+app.add_typer(eval_app, name="eval")
+app.add_typer(store_app, name="store")
+for verb in (index, scenes, extract, plan, train):
+    app.command()(verb)
+app.command("export")(export_run)
+app.command("run")(run_recipe)
+app.command()(viz)
+INTERRUPTED = 130
+"""Exit code of typer after Ctrl-C."""
+
+
+def main() -> None:
+    """Run the command line; print one sentence for a user's mistake, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except EupeError as error:
+        err.print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            err.print("[bold red]error:[/] interrupted; run the same command again", soft_wrap=True)
+        raise
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(eupe.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

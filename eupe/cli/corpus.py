@@ -1,0 +1,99 @@
+"""`eupe index` and `eupe scenes`: pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eupe.cli.console import err, escaped, finish, out
+from eupe.cli.options import (
+    CorpusPath,
+    Exclude,
+    ImageColumn,
+    ImageKey,
+    Include,
+    Json,
+    LabelColumn,
+    Overwrite,
+)
+from eupe.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+
+
+NAMED_DUPLICATES = 5
+
+
+def index(
+    corpus: CorpusPath,
+    out_path: Annotated[str, typer.Option("--out", help="The index to write (.parquet).")],
+    include: Include = None,
+    exclude: Exclude = None,
+    image_key: ImageKey = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """List and hash the pictures of a corpus; after an interruption, the same command resumes."""
+    from eupe.corpus.choice import Choice
+    from eupe.corpus.index import some_keys
+    from eupe.corpus.left_out import Patterns, told
+    from eupe.corpus.resumable import make_index
+    from eupe.progress import report_progress
+
+    if not out_path.endswith(".parquet"):
+        raise ConfigError(f"--out {out_path} must end in .parquet")
+    with report_progress(err, "pictures", quiet=as_json) as progress:
+        found = make_index(
+            corpus,
+            out_path,
+            patterns=Patterns(tuple(include or ()), tuple(exclude or ())),
+            progress=lambda done, of: progress.update("indexing", done, of),
+            choice=Choice(image_key, image_column, label_column),
+            overwrite=overwrite,
+        )
+    unreadable = found.samples["sha256"].null_count
+    duplicates = found.duplicates
+    facts = {"index": out_path, "found": found.num_found, "pictures": len(found), "left_out": found.left_out}
+    facts |= {"unreadable": unreadable, "fingerprint": found.fingerprint}
+    if as_json:
+        print(json.dumps({**facts, "notes": list(found.notes), "duplicates": duplicates}))
+        return
+    facts["left_out"] = told(found.left_out)
+    finish({**facts, "duplicates": sum(len(keys) - 1 for keys in duplicates)}, as_json)
+    _print_notes(found.notes)
+    for keys in duplicates[:NAMED_DUPLICATES]:
+        out.print(f"the same picture: {some_keys(keys)}", markup=False)
+    if len(duplicates) > NAMED_DUPLICATES:
+        out.print(f"... and {len(duplicates) - NAMED_DUPLICATES} more such groups; --json names them all")
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        out.print(f"note: {escaped(note)}", soft_wrap=True)
+
+
+def scenes(
+    out_path: Annotated[Path, typer.Option("--out", help="The folder to create.")],
+    pictures: Annotated[int, typer.Option(help="Number of pictures of each task.")] = 300,
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 224,
+    seed: Annotated[int, typer.Option(help="Seed of the random scenes.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Render pictures with exact labels, masks, depth, correspondences, captions and questions."""
+    from eupe.progress import report_progress
+    from eupe.scenes.make import ScenesConfig, make_scenes
+
+    config = ScenesConfig(out=out_path, pictures=pictures, size=size, seed=seed)
+    with report_progress(err, "pictures", quiet=as_json) as progress:
+        report = make_scenes(config, progress=lambda done, of: progress.update("rendering", done, of))
+    finish(dataclasses.asdict(report), as_json)
+    if report.cached and not as_json:
+        out.print("nothing to do: these scenes already exist")

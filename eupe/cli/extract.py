@@ -1,0 +1,236 @@
+"""`eupe extract`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eupe.cli.console import err, escaped, finish, out
+from eupe.cli.corpus import _print_notes
+from eupe.cli.options import (
+    CorpusPath,
+    Exclude,
+    FidelityWanted,
+    Grid,
+    ImageColumn,
+    ImageKey,
+    Include,
+    Json,
+    KeyOfEach,
+    LabelColumn,
+    Limit,
+    PhotometricKind,
+    Pixels,
+    Ratio,
+    Scale,
+    Shuffle,
+    Sizes,
+    TokenKinds,
+    Views,
+    WeightsOfEach,
+)
+from eupe.cli.teachers import NEAR_FP32
+from eupe.errors import ConfigError, IncompleteError
+
+if TYPE_CHECKING:
+    from eupe.extract.config import ExtractConfig
+    from eupe.extract.dispatch import Status
+    from eupe.extract.job import ExtractReport
+    from eupe.progress import Reporter
+
+
+def extract(
+    teacher: Annotated[
+        list[str],
+        typer.Option(
+            help="Registry name, timm:ARCH, hf:REPO_OR_DIR, open_clip:ARCH or open_clip:ARCH@TAG, or a run's directory."
+            " May be repeated: several teachers in one pass, each picture decoded once."
+        ),
+    ],
+    corpus: CorpusPath,
+    out_path: Annotated[
+        list[str] | None,
+        typer.Option("--out", help="The store, also s3:// or gs://; one per teacher. Default: store/TEACHER.zarr."),
+    ] = None,
+    weights: WeightsOfEach = None,
+    weights_key: KeyOfEach = None,
+    size: Sizes = None,
+    views: Views = "center",
+    scale: Scale = None,
+    ratio: Ratio = None,
+    photometric: PhotometricKind = "none",
+    tokens: TokenKinds = "summary,dense",
+    precision: Annotated[
+        str, typer.Option(help="Stored precision: fp16, bitround:B, int8, or one per kind: dense=int8,summary=fp16.")
+    ] = "fp16",
+    fidelity: FidelityWanted = None,
+    grid: Grid = None,
+    pixels: Pixels = False,
+    dtype: Annotated[str, typer.Option(help="The teacher's dtype: auto, fp32, bf16 or fp16.")] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Views per forward pass. Default: the fastest, found by trial.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of Ray actors, each with all teachers. Default: one per GPU.")
+    ] = None,
+    gpus_per_worker: Annotated[float | None, typer.Option(help="GPUs per worker. Default: an even share.")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (auto, ray://...). Default: this machine.")
+    ] = None,
+    limit: Limit = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    image_key: ImageKey = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    shuffle: Shuffle = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random views and of the order of pictures.")] = 0,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Recompute the parts that hold pictures without features.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run teachers once over a corpus and cache their features."""
+    from eupe.corpus.choice import Choice
+    from eupe.corpus.left_out import told
+    from eupe.corpus.views import parse_views
+    from eupe.extract.config import ExtractConfig
+    from eupe.extract.job import extract_together
+    from eupe.progress import report_progress
+
+    shared = ExtractConfig(
+        teacher="",
+        corpus=corpus,
+        sizes=tuple(sorted(set(size or []))),
+        views=parse_views(views, seed=seed, scale=scale, ratio=ratio, photometric=photometric),
+        tokens=tuple(tokens.split(",")),
+        precision=precision,
+        fidelity=fidelity,
+        grid=grid,
+        pixels=pixels,
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        ray_address=ray_address,
+        limit=limit,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        choice=Choice(image_key, image_column, label_column),
+        shuffle=shuffle,
+        retry_failed=retry_failed,
+    )
+    configs = _of_each(shared, teacher, out_path, weights, weights_key)
+    with report_progress(err, "views", quiet=as_json) as progress:
+        reports = extract_together(configs, on_status=lambda s: _show_status(progress, s))
+    if as_json and len(reports) > 1:
+        print(json.dumps({"stores": [dataclasses.asdict(report) for report in reports]}))
+        for report in reports:
+            _warn_of_values(report)
+    for report in reports if not as_json or len(reports) == 1 else ():
+        facts = dataclasses.asdict(report)
+        notes = facts["notes"] if as_json else facts.pop("notes")
+        finish(facts | ({} if as_json else {"left_out": told(report.left_out)}), as_json)
+        if not as_json:
+            _print_notes(notes)
+        if report.failures and not as_json:
+            kinds = "; ".join(f"{count} x {reason}" for reason, count in report.failures.items())
+            mend = "; once they can be read, the same command with --retry-failed computes them"
+            err.print(
+                f"{report.num_failed} pictures have no features: {escaped(kinds)}. `eupe store info {report.store} "
+                f"--json` names them{mend if report.num_failed > report.num_not_finite else ''}",
+                soft_wrap=True,
+            )
+        _warn_of_values(report)
+        if not as_json:
+            what = "nothing to do: the store holds all of this already" if report.cached else "done"
+            out.print(f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME")
+    require_finite_features(reports)
+
+
+def _warn_of_values(report: ExtractReport) -> None:
+    _warn_of_rounding(report)
+    warn_of_clipping(report.store, report.clipped_values, report.clipped_arrays)
+
+
+def warn_of_clipping(store: str, count: int, arrays: Sequence[str]) -> None:
+    """Warn on standard error that values were too large for a store, and explain what that means."""
+    if count:
+        err.print(
+            f"[yellow]warning:[/] {escaped(store)}: {count:,} values of {' and '.join(arrays)} are beyond 65,504, the "
+            "largest value of fp16, and stored as that, in every precision and with every --dtype; a student learns "
+            "the smaller value. A few such tokens do little harm; many (see `eupe store stats`) mean a damaged "
+            "checkpoint or another normalisation of the pictures",
+            soft_wrap=True,
+        )
+
+
+def require_finite_features(reports: Sequence[ExtractReport]) -> None:
+    """Raise IncompleteError if pictures have no features because the teacher's output is not finite."""
+    from eupe.store import open_store
+    from eupe.store.writer import what_to_do
+
+    if bad := [report for report in reports if report.num_not_finite]:
+        stores = ", ".join(f"{report.num_not_finite} in {report.store}" for report in bad)
+        raise IncompleteError(
+            f"the teacher's features are not finite (NaN, or beyond the range of its dtype) for some pictures: "
+            f"{stores}; these have no features there, `eupe store info --json` names them; "
+            f"{what_to_do(open_store(bad[0].store).spec)}"
+        )
+
+
+def _warn_of_rounding(report: ExtractReport) -> None:
+    cosines = report.forward.get("cosine_to_fp32", {})
+    if rough := {kind: cosine for kind, cosine in cosines.items() if cosine < NEAR_FP32}:
+        words = ", ".join(f"{kind} {cosine:.4f}" for kind, cosine in rough.items())
+        err.print(
+            f"[yellow]warning:[/] {escaped(report.store)}: this teacher's tokens differ from those in fp32 (least "
+            f"cosine over a few pictures: {words}); --dtype fp32 is exact, but slower",
+            soft_wrap=True,
+        )
+
+
+def _of_each(
+    shared: ExtractConfig,
+    teachers: list[str],
+    out_path: list[str] | None,
+    weights: list[str] | None,
+    weights_key: list[str] | None,
+) -> list[ExtractConfig]:
+    """Return one configuration per teacher.
+
+    Raises: ConfigError unless an option was given once per teacher, or not at all.
+    """
+    outs = _one_each("--out", out_path, teachers)
+    files = [None if file in (None, "hub") else Path(file) for file in _one_each("--weights", weights, teachers)]
+    keys = [None if key in (None, "auto") else key for key in _one_each("--weights-key", weights_key, teachers)]
+    return [
+        dataclasses.replace(shared, teacher=name, out=place, weights=file, weights_key=key)
+        for name, place, file, key in zip(teachers, outs, files, keys, strict=True)
+    ]
+
+
+def _one_each(option: str, given: list[str] | None, teachers: list[str]) -> list[str | None]:
+    """Return an option's values, one per teacher; None for each if it was not given.
+
+    Raises: ConfigError unless it was given once per teacher, or not at all.
+    """
+    if not given:
+        return [None] * len(teachers)
+    if len(given) != len(teachers):
+        raise ConfigError(f"{option} was given {len(given)} times for {len(teachers)} teachers; give it once for each")
+    return list(given)
+
+
+def _show_status(progress: Reporter, status: Status) -> None:
+    nodes = [
+        f"{node.host}: {node.workers} workers, {node.views_per_s:.1f} views/s, {node.failed} failed"
+        for node in status.nodes
+    ]
+    lines = nodes if len(nodes) > 1 else []
+    progress.update(status.stage, status.done, status.total, failed=status.failed, lines=lines)

@@ -1,0 +1,141 @@
+"""`eupe teachers`: the list, a card, and the comparison with the libraries."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Column, Table
+from typer.core import TyperGroup
+
+from eupe.cli.console import err, escaped, out, show
+from eupe.cli.options import (
+    Json,
+    WeightsKey,
+    require_weights_of_key,
+)
+from eupe.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+
+
+class _NameOrVerb(TyperGroup):
+    """A group where a word that is not a verb names a teacher: `eupe teachers NAME` beside `eupe teachers verify`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = self.get_command(ctx, args[0]) is not None
+        return super().resolve_command(ctx, args if known else ["show", *args])
+
+
+teachers_app = typer.Typer(cls=_NameOrVerb, subcommand_metavar="[NAME] | COMMAND [ARGS]...")
+NEAR_FP32 = 0.999
+"""Least cosine between tokens in another dtype and in fp32 that needs no warning."""
+
+
+@teachers_app.callback(invoke_without_command=True)
+def teachers(context: typer.Context) -> None:
+    """List the known teachers; with NAME, show its card."""
+    from eupe.teachers.registry import REGISTRY
+
+    if context.invoked_subcommand is not None:
+        return
+    table = Table("name", "backend", "model", "dense", "summary", "patch", "native", "licence", box=None)
+    for spec in REGISTRY.values():
+        summary = f"{spec.summary_dim} {spec.summary}" if spec.summary_dim else "none"
+        cells = (
+            spec.name,
+            spec.backend,
+            spec.model,
+            spec.dense_dim,
+            summary,
+            spec.patch,
+            spec.native_size,
+            spec.licence,
+        )
+        table.add_row(*map(str, cells))
+    show(table)
+
+
+@teachers_app.command("show", hidden=True)
+def teachers_show(
+    name: Annotated[str, typer.Argument(help="The teacher.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Local weights; files next to them may give the mean and std.")
+    ] = None,
+) -> None:
+    """Show the card of one teacher."""
+    from eupe.teachers.preprocess import where_from
+    from eupe.teachers.resolve import resolve_teacher
+
+    spec = resolve_teacher(name, weights)
+    out.print_json(data={**spec.to_json(), "normalised_by": where_from(spec, weights)})
+
+
+@teachers_app.command("verify")
+def teachers_verify(
+    teacher: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A teacher. Default: every row of the registry.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local weights. Default: random ones.")] = None,
+    weights_key: WeightsKey = None,
+    dtype: Annotated[
+        str, typer.Option(help="Another dtype, such as bf16, whose tokens are compared with those in fp32.")
+    ] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Compare adapters with their library's own forward pass on awkward pictures; exit with code 1 if one differs."""
+    import torch
+
+    from eupe.device import compute_dtype, dtype_name
+    from eupe.progress import report_progress
+    from eupe.teachers.verify import LEAST, require_agreement, verify_teachers
+
+    if weights is not None and teacher is None:
+        raise ConfigError("--weights belong to one teacher; give its NAME, too")
+    require_weights_of_key(weights, weights_key)
+    arithmetic = compute_dtype(dtype, torch.device("cpu"))
+    with report_progress(err, "teachers", quiet=as_json) as progress:
+        comparisons = verify_teachers(
+            teacher,
+            weights,
+            key=weights_key,
+            dtype=arithmetic,
+            progress=lambda done, of: progress.update("verifying", done, of),
+        )
+    if as_json:
+        rows = [{**dataclasses.asdict(c), "agrees": c.agrees} for c in comparisons]
+        print(json.dumps({"least_allowed": LEAST, "teachers": rows}))
+    else:
+        table = Table(
+            "teacher", Column("weights", overflow="fold"), "build", "size", "tokens", "least cosine", "mean", box=None
+        )
+        rounded = dtype_name(arithmetic)
+        for c in comparisons:
+            in_rounded = {f"{kind} {rounded}": cosine for kind, cosine in c.rounding.items()}
+            for kind, cosine in {**c.cosines, **in_rounded}.items():
+                cells = (c.teacher, escaped(c.weights), c.build, str(c.size), kind)
+                table.add_row(*cells, f"{cosine.least:.7f}", f"{cosine.mean:.7f}")
+        show(table)
+        if arithmetic != torch.float32:
+            out.print(
+                f"{rounded}: the adapter's own tokens in {rounded} compared with those in fp32, on the CPU",
+                soft_wrap=True,
+            )
+        for c in comparisons:
+            if c.failure is not None:
+                out.print(f"[red]{escaped(c.teacher)} failed[/]: {escaped(c.failure)}", soft_wrap=True)
+        builds = Counter(c.build for c in comparisons if c.failure is None)
+        failed = f", {len(comparisons) - builds.total()} failed" if builds.total() < len(comparisons) else ""
+        pictures = max(c.num_pictures for c in comparisons)
+        out.print(
+            f"{len(comparisons)} teachers ({builds['full']} full, {builds['narrow']} narrow{failed}) on "
+            f"{pictures} awkward pictures each; full is the whole model, narrow has the same architecture with two "
+            "thin blocks: large models are checked in this way unless requested by NAME",
+            soft_wrap=True,
+        )
+    require_agreement(comparisons)

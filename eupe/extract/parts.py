@@ -1,0 +1,238 @@
+"""Parts and work units of a job: pure functions of the teacher, the corpus and the parts already committed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+
+import pyarrow as pa
+
+from eupe.corpus.index import Corpus
+from eupe.corpus.pictures import Inside, insides
+from eupe.corpus.views import ViewSpec
+from eupe.errors import ConfigError
+from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, samples_per_part
+from eupe.store.precision import parse_precision
+from eupe.teachers.spec import TeacherSpec
+
+RECORDED_LIBRARIES = (
+    "eupe",
+    "torch",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "pillow",
+    "numpy",
+    "zarr",
+    "tensorstore",
+    "pyarrow",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of a part."""
+
+    key: str
+    sha256: str | None
+    label: str | None
+    inside: Inside | None = None
+    """Location of its bytes in a tar or table; None for a picture that is a file of its own."""
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """One part: the unit of work, commit and repair."""
+
+    index: int
+    samples: tuple[Sample, ...]
+    start: int = 0
+    """Row of the first sample in the store's index."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.samples)
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """Consecutive samples and the parts of one or more stores that need them: each picture is decoded once."""
+
+    tasks: tuple[tuple[int, PartTask], ...]
+    """Pairs of a store's index in the job and one of its parts, in the order in which the parts begin."""
+
+    @property
+    def samples(self) -> tuple[tuple[int, Sample], ...]:
+        """Return each sample once, with its row in the index, in order."""
+        placed: dict[int, Sample] = {}
+        for _, task in self.tasks:
+            placed.update(zip(range(task.start, task.stop), task.samples, strict=True))
+        return tuple(sorted(placed.items(), key=lambda item: item[0]))
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions on this machine of the libraries that a feature may depend on."""
+    return {name: _version(name) for name in RECORDED_LIBRARIES}
+
+
+_version = cache(version)
+"""Cached `version`, which searches the disk and is called for every part."""
+
+
+def store_spec(
+    teacher: TeacherSpec,
+    corpus: Corpus,
+    *,
+    views: ViewSpec,
+    sizes: tuple[int, ...],
+    tokens: tuple[str, ...],
+    weights_sha256: str,
+    dtype: str,
+    precision: str = "fp16",
+    grid: int | None = None,
+    pixels: bool = False,
+) -> StoreSpec:
+    """Return the spec of a store of this teacher over this corpus.
+
+    Args:
+        sizes: sides in pixels; empty for the teacher's native size.
+        tokens: kinds of token; summary is dropped for a teacher without one.
+        precision: as `--precision` takes it.
+        pixels: keep the views themselves as well.
+        grid: cells along one side to which dense maps are pooled; None for the teacher's own grid.
+    Raises: TeacherError for a size that the patch does not divide; ConfigError if nothing is left to store, or for a
+        grid to which a map cannot be pooled.
+    """
+    sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=grid)
+    dense_dim = teacher.dense_dim if DENSE in kept else 0
+    summary_dim = teacher.summary_dim if SUMMARY in kept else 0
+    pixel_bytes = sum(3 * size * size for size in sizes) if pixels else 0
+    per_sample = views.num_views * (bytes_per_view(grids, dense_dim, summary_dim) + pixel_bytes)
+    return StoreSpec(
+        teacher={
+            **teacher.to_json(),
+            "architecture": teacher.architecture,
+            "weights_sha256": weights_sha256,
+            "dtype": dtype,
+        },
+        corpus={"fingerprint": corpus.fingerprint, "segments": [len(corpus)], "root": str(corpus.root)},
+        views=views.to_json(),
+        sizes=sizes,
+        grids=grids,
+        tokens=kept,
+        samples_per_part=samples_per_part(len(corpus), per_sample),
+        precision=parse_precision(precision, kept),
+        pixels=pixels,
+        versions=installed_versions(),
+    )
+
+
+def shape_of(
+    teacher: TeacherSpec, *, sizes: tuple[int, ...], tokens: tuple[str, ...], grid: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
+    """Return the sizes, the grids stored at them, and the kinds of token; the arguments are those of `store_spec`.
+
+    Raises: as `store_spec`; ConfigError for an unknown kind of token.
+    """
+    sizes = sizes or (teacher.native_size,)
+    grids = tuple(_pooled_grid(teacher, size, grid) for size in sizes)
+    if not tokens or set(tokens) - set(KINDS):
+        raise ConfigError(f"--tokens takes summary, dense, or both; got {','.join(tokens) or 'nothing'}")
+    kept = tuple(k for k in KINDS if k in tokens and not (k == SUMMARY and teacher.summary == "none"))
+    if not kept:
+        raise ConfigError(f"teacher {teacher.name} has no summary; give --tokens dense")
+    return sizes, grids, kept
+
+
+def require_common_sizes(teachers: Sequence[TeacherSpec], sizes: Sequence[int]) -> None:
+    """Raise ConfigError for a common size that not all of the teachers can take."""
+    patches = {teacher.name: teacher.patch for teacher in teachers}
+    common = math.lcm(*patches.values())
+    for size in sizes:
+        if len(set(patches.values())) > 1 and any(size % patch for patch in patches.values()):
+            below = size // common * common
+            good = " or ".join(f"--size {s}" for s in (below, below + common) if s)
+            raise ConfigError(
+                f"--size {size} does not work for all of these teachers, which take multiples of "
+                f"{', '.join(f'{patch} px ({name})' for name, patch in patches.items())}; give {good}, or extract them "
+                "separately, each at its own size"
+            )
+
+
+def _pooled_grid(teacher: TeacherSpec, size: int, grid: int | None) -> int:
+    """Return the number of cells along one side of the stored map.
+
+    Raises: ConfigError if the grid does not divide the teacher's own.
+    """
+    own = teacher.grid(size)
+    if grid is None:
+        return own
+    if grid < 1 or own % grid:
+        raise ConfigError(
+            f"--grid {grid} does not divide the {own}x{own} map of {teacher.name} at {size} px; give one of "
+            f"{', '.join(str(g) for g in range(1, own + 1) if own % g == 0)}"
+        )
+    return grid
+
+
+def plan_parts(spec: StoreSpec, samples: pa.Table, done: Iterable[int]) -> list[PartTask]:
+    """Return the parts still to be made, in order.
+
+    Args:
+        samples: the store's index, with its segments one after the other.
+        done: parts whose commit file exists.
+    """
+    finished = set(done)
+    return [part_task(spec, samples, part) for part in range(spec.num_parts) if part not in finished]
+
+
+def part_task(spec: StoreSpec, samples: pa.Table, part: int) -> PartTask:
+    """Return the task of one part of a store; the arguments are those of `plan_parts`."""
+    rows = spec.part_samples(part)
+    return PartTask(part, tuple(samples_of(samples.slice(rows.start, rows.stop - rows.start))), rows.start)
+
+
+def plan_work_units(specs: Sequence[StoreSpec], samples: pa.Table, done: Sequence[Iterable[int]]) -> Iterator[WorkUnit]:
+    """Yield the missing parts of several stores of the same samples, in order; parts that share samples go together.
+
+    If stores were extended at different times, their parts overlap like shingles. A work unit then ends once it is as
+    long as the largest part, and a few samples are in two work units.
+
+    Args:
+        samples: the index of all samples.
+        done: for each store, the parts whose commit file exists.
+    """
+    missing = [
+        (spec.part_samples(part), store, part)
+        for store, (spec, finished) in enumerate(zip(specs, map(set, done), strict=True))
+        for part in range(spec.num_parts)
+        if part not in finished
+    ]
+    missing.sort(key=lambda item: (item[0].start, item[1]))
+    longest = max(spec.samples_per_part for spec in specs)
+    group: list[tuple[int, int]] = []
+    start = end = 0
+    for rows, store, part in missing:
+        # `end`: no overlap; `start + longest`: overlaps must not chain all parts into one work unit
+        if group and rows.start >= min(end, start + longest):
+            yield _work_unit(specs, samples, group)
+            group = []
+        if not group:
+            start = rows.start
+        group.append((store, part))
+        end = max(end, rows.stop)
+    if group:
+        yield _work_unit(specs, samples, group)
+
+
+def _work_unit(specs: Sequence[StoreSpec], samples: pa.Table, parts: Sequence[tuple[int, int]]) -> WorkUnit:
+    return WorkUnit(tuple((store, part_task(specs[store], samples, part)) for store, part in parts))
+
+
+def samples_of(rows: pa.Table) -> list[Sample]:
+    """Return the samples in rows of an index."""
+    columns = (rows[name].to_pylist() for name in ("key", "sha256", "label"))
+    return [Sample(*fields) for fields in zip(*columns, insides(rows), strict=True)]
