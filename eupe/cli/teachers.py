@@ -98,13 +98,13 @@ def teachers_verify(
     if weights is not None and teacher is None:
         raise ConfigError("--weights belong to one teacher; give its NAME, too")
     require_weights_of_key(weights, weights_key)
-    arithmetic = compute_dtype(dtype, torch.device("cpu"))
+    torch_dtype = compute_dtype(dtype, torch.device("cpu"))
     with report_progress(err, "teachers", quiet=as_json) as progress:
         comparisons = verify_teachers(
             teacher,
             weights,
             key=weights_key,
-            dtype=arithmetic,
+            dtype=torch_dtype,
             progress=lambda done, of: progress.update("verifying", done, of),
         )
     if as_json:
@@ -114,14 +114,14 @@ def teachers_verify(
         table = Table(
             "teacher", Column("weights", overflow="fold"), "build", "size", "tokens", "least cosine", "mean", box=None
         )
-        rounded = dtype_name(arithmetic)
+        rounded = dtype_name(torch_dtype)
         for c in comparisons:
             in_rounded = {f"{kind} {rounded}": cosine for kind, cosine in c.rounding.items()}
             for kind, cosine in {**c.cosines, **in_rounded}.items():
                 cells = (c.teacher, escaped(c.weights), c.build, str(c.size), kind)
                 table.add_row(*cells, f"{cosine.least:.7f}", f"{cosine.mean:.7f}")
         show(table)
-        if arithmetic != torch.float32:
+        if torch_dtype != torch.float32:
             out.print(
                 f"{rounded}: the adapter's own tokens in {rounded} compared with those in fp32, on the CPU",
                 soft_wrap=True,

@@ -21,10 +21,10 @@ from torch import Tensor
 from eupe.corpus.views import ViewParams
 from eupe.device import pick_device
 from eupe.errors import ConfigError
+from eupe.evaluate.encode import EncodedViews
 from eupe.evaluate.layouts import PointPair, point_pairs
 from eupe.evaluate.pictures import whole
 from eupe.evaluate.result import Result
-from eupe.evaluate.seen import Seen
 from eupe.evaluate.subject import Subject, require_one_view, result_of
 from eupe.store.layout import DENSE
 
@@ -56,11 +56,11 @@ def correspond(
         raise ConfigError(f"--alpha must be above 0, and finite, got {alpha:g}")
     pictures, pairs = point_pairs(data, limit=limit)
     chosen = subject.size(size, usual=SIZES.get(subject.patch, SIZE))
-    seen = subject.look(pictures, kinds=[DENSE], size=chosen, cut=whole, scratch=scratch)
-    require_one_view(subject, seen, pictures, views="squash")
+    encoded = subject.encode_views(pictures, kinds=[DENSE], size=chosen, crop=whole, scratch=scratch)
+    require_one_view(subject, encoded, pictures, views="squash")
     found: dict[str, list[bool]] = defaultdict(list)
     for number, pair in enumerate(pairs, start=1):
-        found[pair.category] += _found(seen, pair, alpha)
+        found[pair.category] += _found(encoded, pair, alpha)
         on_step(number, len(pairs))
     points = [hit for hits in found.values() for hit in hits]
     by_category = {f"pck/{name}": float(np.mean(hits)) for name, hits in sorted(found.items())}
@@ -77,14 +77,14 @@ def correspond(
     )
 
 
-def _found(seen: Seen, pair: PointPair, alpha: float) -> list[bool]:
+def _found(encoded: EncodedViews, pair: PointPair, alpha: float) -> list[bool]:
     """Return whether each point of a pair is matched correctly."""
-    assert seen.dense is not None
+    assert encoded.dense is not None
     device = pick_device()
-    source, target = (seen.dense[place].to(device).float() for place in (pair.source, pair.target))
-    points = to_view(pair.source_points, seen.params[pair.source], seen.size)
-    said = nearest_points(source, points, target, size=seen.size)
-    places = from_view(said, seen.params[pair.target], seen.size)
+    source, target = (encoded.dense[place].to(device).float() for place in (pair.source, pair.target))
+    points = to_view(pair.source_points, encoded.params[pair.source], encoded.size)
+    said = nearest_points(source, points, target, size=encoded.size)
+    places = from_view(said, encoded.params[pair.target], encoded.size)
     x0, y0, x1, y1 = pair.target_box
     apart = np.linalg.norm(places - pair.target_points, axis=1)
     hits: list[bool] = (apart <= alpha * max(x1 - x0, y1 - y0)).tolist()

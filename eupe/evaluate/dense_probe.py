@@ -26,8 +26,8 @@ from eupe.ahead import map_ahead
 from eupe.corpus.views import ViewParams
 from eupe.device import pick_device
 from eupe.errors import ConfigError, CorpusError, TrainingError
+from eupe.evaluate.encode import EncodedViews
 from eupe.evaluate.layouts import Mapped
-from eupe.evaluate.seen import Seen
 from eupe.train.trainer import learning_rate
 
 Truth = NDArray[Any]
@@ -60,7 +60,7 @@ class Training:
 
 def train_head(
     head: nn.Module,
-    seen: Seen,
+    encoded: EncodedViews,
     read_truth: ReadTruth,
     loss: Callable[[Tensor, Tensor], Tensor],
     how: Training,
@@ -75,10 +75,10 @@ def train_head(
     Raises: TrainingError if the loss is not finite; CorpusError if a map cannot be read.
     """
     device = pick_device()
-    assert seen.dense is not None
+    assert encoded.dense is not None
     head.to(device).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=how.lr, betas=how.betas, weight_decay=how.weight_decay)
-    for step, (tokens, truth) in enumerate(_batches(seen, read_truth, how)):
+    for step, (tokens, truth) in enumerate(_batches(encoded, read_truth, how)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step, peak=how.lr, warmup_steps=round(how.warmup * how.steps), total_steps=how.steps
@@ -96,17 +96,17 @@ def train_head(
     head.eval()
 
 
-def _batches(seen: Seen, read_truth: ReadTruth, how: Training) -> Iterator[tuple[Tensor, Tensor]]:
-    assert seen.dense is not None
-    dense = seen.dense
+def _batches(encoded: EncodedViews, read_truth: ReadTruth, how: Training) -> Iterator[tuple[Tensor, Tensor]]:
+    assert encoded.dense is not None
+    dense = encoded.dense
 
     def load(views: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        maps = [view_of(read_truth(int(seen.picture_V[v])), seen.params[v], seen.size) for v in views]
+        maps = [view_of(read_truth(int(encoded.picture_V[v])), encoded.params[v], encoded.size) for v in views]
         return dense[torch.from_numpy(views)], torch.from_numpy(np.stack(maps))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from map_ahead(
-            pool, load, drawn(len(seen), how.batch_size, how.steps, seed=how.seed), ahead=BATCHES_AHEAD
+            pool, load, drawn(len(encoded), how.batch_size, how.steps, seed=how.seed), ahead=BATCHES_AHEAD
         )
 
 
@@ -122,21 +122,21 @@ def drawn(count: int, batch_size: int, steps: int, *, seed: int) -> Iterator[NDA
 
 
 @torch.inference_mode()
-def predictions(head: nn.Module, seen: Seen, read_truth: ReadTruth) -> Iterator[tuple[Tensor, Truth]]:
+def predictions(head: nn.Module, encoded: EncodedViews, read_truth: ReadTruth) -> Iterator[tuple[Tensor, Truth]]:
     """Yield for each picture the head's prediction of every pixel, and the ground truth.
 
     Yields: float32 [C, H, W], NaN where no view covers the pixel; the ground truth, [H, W].
     """
     device = pick_device()
-    assert seen.dense is not None
-    for i in np.unique(seen.picture_V).tolist():
+    assert encoded.dense is not None
+    for i in np.unique(encoded.picture_V).tolist():
         truth = read_truth(i)
         total: Tensor | None = None
         covered = torch.zeros(truth.shape, device=device)
-        for v in np.flatnonzero(seen.picture_V == i).tolist():
-            x0, y0, x1, y1 = seen.params[v].box
-            said = _resized(head(seen.dense[v : v + 1].to(device).float()), (y1 - y0, x1 - x0))[0]
-            said = said.flip(-1) if seen.params[v].flip else said
+        for v in np.flatnonzero(encoded.picture_V == i).tolist():
+            x0, y0, x1, y1 = encoded.params[v].box
+            said = _resized(head(encoded.dense[v : v + 1].to(device).float()), (y1 - y0, x1 - x0))[0]
+            said = said.flip(-1) if encoded.params[v].flip else said
             if total is None:
                 total = said.new_zeros(len(said), *truth.shape)
             total[:, y0:y1, x0:x1] += said

@@ -106,7 +106,8 @@ def depth(
             )
     chosen = subject.size(size, usual=SIZE)
     seen_val, seen_train = (  # the larger split last: if it does not fit in memory, only a short pass is lost
-        subject.look(part.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch) for part in (val, train)
+        subject.encode_views(part.pictures, kinds=[DENSE], size=chosen, crop=windows, scratch=scratch)
+        for part in (val, train)
     )
     assert seen_train.dense is not None
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was

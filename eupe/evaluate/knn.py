@@ -93,13 +93,13 @@ def summaries_of(subject: Subject, data: Where | None, *, size: int | None, choi
 
 def _look(subject: Subject, part: Labelled, size: int, data: Where | None) -> Summaries:
     if isinstance(subject, StoreSubject) and data is None:
-        seen = subject.summaries(part.pictures.keys, size=size)
+        encoded = subject.summaries(part.pictures.keys, size=size)
     else:
-        seen = subject.look(part.pictures, kinds=[SUMMARY], size=size, cut=centre)
-    assert seen.summary is not None
-    places = seen.picture_V.tolist()
+        encoded = subject.encode_views(part.pictures, kinds=[SUMMARY], size=size, crop=centre)
+    assert encoded.summary is not None
+    places = encoded.picture_V.tolist()
     labels = tuple(part.labels[i] for i in places)
-    return Summaries(seen.summary, labels, tuple(part.pictures.keys[i] for i in places))
+    return Summaries(encoded.summary, labels, tuple(part.pictures.keys[i] for i in places))
 
 
 def knn(

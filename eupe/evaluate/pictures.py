@@ -16,7 +16,7 @@ from eupe.corpus.views import ViewParams, ViewSpec, draw_view
 from eupe.errors import CorpusError
 from eupe.place import Place
 
-Cut = Callable[[int, int], list[ViewParams]]
+CropFunction = Callable[[int, int], list[ViewParams]]
 """Function from width and height of an upright picture to the views of it that are shown."""
 
 STRIDE = 2 / 3

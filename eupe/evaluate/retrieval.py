@@ -59,10 +59,10 @@ def retrieval(
     said = texts.embed(way.teacher, Classes(tuple(dict.fromkeys(split.captions))), on_step)
     captions = said.rows(split.captions, path=texts.path).double()
     chosen = subject.size(size)
-    seen = subject.look(split.pictures, kinds=[SUMMARY], size=chosen, cut=centre)
-    require_one_view(subject, seen, split.pictures, views="center")
-    assert seen.summary is not None
-    pictures = to_text_space(subject, way, seen.summary)
+    encoded = subject.encode_views(split.pictures, kinds=[SUMMARY], size=chosen, crop=centre)
+    require_one_view(subject, encoded, split.pictures, views="center")
+    assert encoded.summary is not None
+    pictures = to_text_space(subject, way, encoded.summary)
     owner = torch.from_numpy(split.picture_of)
     to_text = _places(pictures, captions, torch.arange(len(pictures)), owner)
     to_picture = _places(captions, pictures, owner, torch.arange(len(pictures)))

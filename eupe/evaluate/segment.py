@@ -89,21 +89,21 @@ def segment(
     for part in (train, val):
         require_truth(len(part.maps), partial(read_labels, classes, part))
     chosen = subject.size(size, usual=SIZE)
-    seen = {
-        part: subject.look(mapped.pictures, kinds=[DENSE], size=chosen, cut=windows, scratch=scratch)
+    encoded = {
+        part: subject.encode_views(mapped.pictures, kinds=[DENSE], size=chosen, crop=windows, scratch=scratch)
         # val first: if both do not fit, the error comes before the long pass over train
         for part, mapped in (("val", val), ("train", train))
     }
-    dense = seen["train"].dense
+    dense = encoded["train"].dense
     assert dense is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         head = LinearSegmenter(dense.shape[-1], classes.count)
         train_head(
-            head, seen["train"], partial(read_labels, classes, train), segmentation_loss, training, on_step=on_step
+            head, encoded["train"], partial(read_labels, classes, train), segmentation_loss, training, on_step=on_step
         )
     confusion = np.zeros((classes.count, classes.count), dtype=np.int64)
-    for logits, labels in predictions(head, seen["val"], partial(read_labels, classes, val)):
+    for logits, labels in predictions(head, encoded["val"], partial(read_labels, classes, val)):
         reached = torch.isfinite(logits[0]).cpu().numpy()  # NaN where no view reaches; such pixels do not count
         predicted = logits.argmax(dim=0).cpu().numpy()
         confusion += confusion_of(predicted, np.where(reached, labels, IGNORED), classes.count)

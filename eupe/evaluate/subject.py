@@ -22,10 +22,10 @@ from eupe.corpus.index import Corpus
 from eupe.corpus.views import ViewParams
 from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, RunError, StoreError, TeacherError
-from eupe.evaluate.pictures import Cut, Pictures
+from eupe.evaluate.encode import EncodedViews, encode_views, require_finite, room_for
+from eupe.evaluate.pictures import CropFunction, Pictures
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import is_run, read_card
-from eupe.evaluate.seen import Seen, look_at, require_finite, room_for
 from eupe.kinds import CARD_FILE
 from eupe.place import Place
 from eupe.store import Store, open_store
@@ -77,9 +77,9 @@ class StoreSubject:
         if kind not in self.store.spec.tokens:
             raise ConfigError(f"{self.store.path} holds no {kind} tokens; extract it with --tokens summary,dense")
 
-    def look(
-        self, pictures: Pictures, *, kinds: Sequence[str], size: int, cut: Cut, scratch: Path | None = None
-    ) -> Seen:
+    def encode_views(
+        self, pictures: Pictures, *, kinds: Sequence[str], size: int, crop: CropFunction, scratch: Path | None = None
+    ) -> EncodedViews:
         """Read all stored views of the pictures, which are found by the hash of their content.
 
         Args:
@@ -112,7 +112,7 @@ class StoreSubject:
             )
         return Corpus(self.store.path, samples)
 
-    def summaries(self, keys: Sequence[str], *, size: int) -> Seen:
+    def summaries(self, keys: Sequence[str], *, size: int) -> EncodedViews:
         """Read the summaries of all views of some of the store's own samples."""
         rows = [self.places[key][0] for key in keys]
         return self._read(np.arange(len(rows)), rows, kinds=[SUMMARY], size=size, scratch=None)
@@ -130,7 +130,7 @@ class StoreSubject:
 
     def _read(
         self, places: NDArray[np.int64], rows: Sequence[int], *, kinds: Sequence[str], size: int, scratch: Path | None
-    ) -> Seen:
+    ) -> EncodedViews:
         k, spec = self.store.spec.num_views, self.store.spec
         picture_V, rows_V = np.repeat(places, k), np.repeat(np.array(rows), k)
         numbers_V = np.tile(np.arange(k), len(rows))
@@ -153,7 +153,7 @@ class StoreSubject:
                 assert features.dense is not None
                 dense[part].copy_(torch.from_numpy(features.dense))
                 require_finite(dense[part], str(self.store.path))
-        return Seen(picture_V, params, size, torch.cat(summaries) if summaries else None, dense)
+        return EncodedViews(picture_V, params, size, torch.cat(summaries) if summaries else None, dense)
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,10 @@ class EncoderSubject:
         if kind == SUMMARY and self.spec.summary == "none":
             raise ConfigError(f"{self.name} has no summary; evaluate its dense tokens")
 
-    def look(
-        self, pictures: Pictures, *, kinds: Sequence[str], size: int, cut: Cut, scratch: Path | None = None
-    ) -> Seen:
-        """Run the encoder once on the views that `cut` makes of every picture.
+    def encode_views(
+        self, pictures: Pictures, *, kinds: Sequence[str], size: int, crop: CropFunction, scratch: Path | None = None
+    ) -> EncodedViews:
+        """Run the encoder once on the views that `crop` makes of every picture.
 
         Args:
             scratch: see `room_for`.
@@ -200,12 +200,12 @@ class EncoderSubject:
         """
         for kind in kinds:
             self.require(kind)
-        return look_at(
+        return encode_views(
             pictures,
             lambda views: self.encode(views, size=size),
             kinds=kinds,
             size=size,
-            cut=cut,
+            crop=crop,
             cells=(self.spec.grid(size), self.spec.dense_dim),
             scratch=scratch,
             of=self.name,
@@ -257,20 +257,20 @@ class PixelSubject:
     def require(self, kind: str) -> None:
         """Accept any kind of token: pixels have both."""
 
-    def look(
-        self, pictures: Pictures, *, kinds: Sequence[str], size: int, cut: Cut, scratch: Path | None = None
-    ) -> Seen:
-        """Compute tokens of the views that `cut` makes of every picture.
+    def encode_views(
+        self, pictures: Pictures, *, kinds: Sequence[str], size: int, crop: CropFunction, scratch: Path | None = None
+    ) -> EncodedViews:
+        """Compute tokens of the views that `crop` makes of every picture.
 
         Raises: CorpusError if a picture cannot be read.
         """
         cells = (size // PIXEL_PATCH, 3 * PIXEL_SHADES**2)
-        return look_at(
+        return encode_views(
             pictures,
             lambda views: self.encode(views, size=size),
             kinds=kinds,
             size=size,
-            cut=cut,
+            crop=crop,
             cells=cells,
             scratch=scratch,
             of=self.name,
@@ -289,9 +289,9 @@ class PixelSubject:
 Subject = StoreSubject | EncoderSubject | PixelSubject
 
 
-def require_one_view(subject: Subject, seen: Seen, pictures: Pictures, *, views: str) -> None:
+def require_one_view(subject: Subject, encoded: EncodedViews, pictures: Pictures, *, views: str) -> None:
     """Raise StoreError if a store holds several views of each picture; the message names the `--views` to use."""
-    if len(seen) != len(pictures):
+    if len(encoded) != len(pictures):
         raise StoreError(f"{subject.name} holds several views of each picture; extract one with --views {views}")
 
 

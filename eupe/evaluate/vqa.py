@@ -19,12 +19,12 @@ from torch import Tensor
 
 from eupe.errors import ConfigError
 from eupe.evaluate.components import COMPONENTS, Features, as_features
+from eupe.evaluate.encode import MEMORY_SHARE, free_bytes
 from eupe.evaluate.layouts import Question, question_set, question_words
 from eupe.evaluate.linear import TUNING_SHARE
 from eupe.evaluate.pictures import Pictures, whole
 from eupe.evaluate.readout import Asked, Fitting, fit, read
 from eupe.evaluate.result import Result
-from eupe.evaluate.seen import MEMORY_SHARE, free_bytes
 from eupe.evaluate.subject import Subject, require_one_view, result_of
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.targets import is_held_out
@@ -185,10 +185,10 @@ def commonest_answers(train: Sequence[Question], val: Sequence[Question]) -> lis
 
 
 def _features(subject: Subject, pictures: Pictures, size: int, learnt_from: Sequence[int]) -> Features:
-    seen = subject.look(pictures, kinds=[SUMMARY, DENSE], size=size, cut=whole)
-    summary, dense = seen.summary, seen.dense
+    encoded = subject.encode_views(pictures, kinds=[SUMMARY, DENSE], size=size, crop=whole)
+    summary, dense = encoded.summary, encoded.dense
     assert summary is not None and dense is not None
-    require_one_view(subject, seen, pictures, views="squash")
+    require_one_view(subject, encoded, pictures, views="squash")
     _require_room(dense)
     return as_features(summary, dense, learnt_from)
 

@@ -54,10 +54,10 @@ def zeroshot(
     numbers = class_numbers(classes, val.labels, data=str(data))
     said = texts.embed(way.teacher, classes, on_step)
     chosen = subject.size(size)
-    seen = subject.look(val.pictures, kinds=[SUMMARY], size=chosen, cut=centre)
-    assert seen.summary is not None
-    logits = said.logits(to_text_space(subject, way, seen.summary))
-    labels = torch.tensor([numbers[val.labels[i]] for i in seen.picture_V.tolist()])
+    encoded = subject.encode_views(val.pictures, kinds=[SUMMARY], size=chosen, crop=centre)
+    assert encoded.summary is not None
+    logits = said.logits(to_text_space(subject, way, encoded.summary))
+    labels = torch.tensor([numbers[val.labels[i]] for i in encoded.picture_V.tolist()])
     places = best_places(logits, F.one_hot(labels, len(classes.names)).bool())
     scores = {"top1": share_within(places, 1)}
     if len(classes.names) > TOP:

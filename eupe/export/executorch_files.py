@@ -10,7 +10,7 @@ from torch import Tensor
 from eupe.errors import ConfigError
 from eupe.export.config import ExportConfig
 from eupe.export.graph import Graph, brief_root, quiet
-from eupe.export.source import Says, Source, Written
+from eupe.export.source import ForwardFunction, Source, Written
 
 PROGRAM_FILE = "model.pte"
 
@@ -47,14 +47,14 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
     return Written("an ExecuTorch program (XNNPACK, one picture)", ("The batch size is always 1.",))
 
 
-def reopen(source: Source, folder: Path) -> Says:
+def reopen(source: Source, folder: Path) -> ForwardFunction:
     """Load the program as a user would; return a function that runs it."""
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(folder / PROGRAM_FILE).load_method("forward")
 
-    def says(pixels: Tensor) -> dict[str, Tensor]:
+    def forward(pixels: Tensor) -> dict[str, Tensor]:
         answers = [[output.clone() for output in method.execute([one[None].contiguous()])] for one in pixels]
         return {name: torch.cat(parts) for name, *parts in zip(source.outputs, *answers, strict=True)}
 
-    return says
+    return forward

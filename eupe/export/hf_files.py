@@ -18,7 +18,7 @@ from eupe.export import timm_files
 from eupe.export.config import ExportConfig
 from eupe.export.heads import save_heads, say_again
 from eupe.export.hf_names import Native, native
-from eupe.export.source import Says, Source, Written
+from eupe.export.source import ForwardFunction, Source, Written
 from eupe.teachers.weights import quiet_transformers
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -49,7 +49,7 @@ def native_of(source: Source) -> Native | None:
     return native(card.arch.split(".")[0], source.encoder.model, card.size)
 
 
-def reopen(source: Source, folder: Path) -> Says:
+def reopen(source: Source, folder: Path) -> ForwardFunction:
     """Load the directory as a user would; return a function that runs its model."""
     from transformers import AutoModel
 
@@ -58,12 +58,12 @@ def reopen(source: Source, folder: Path) -> Says:
         model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
 
     @torch.inference_mode()
-    def says(pixels: Tensor) -> dict[str, Tensor]:
+    def forward(pixels: Tensor) -> dict[str, Tensor]:
         answer = model(pixels)
         tokens = {"summary": answer.pooler_output, "dense": _dense(card, translated, model, answer, pixels)}
         return tokens | say_again(folder, tokens)
 
-    return says
+    return forward
 
 
 def _dense(card: EncoderCard, translated: Native | None, model: Any, answer: Any, pixels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from eupe.evaluate.licences import origins
 from eupe.export import executorch_files, hf_files, onnx_files, timm_files
 from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, TIMM, ExportConfig
 from eupe.export.model_card import write_card
-from eupe.export.source import Says, Source, Written, open_source
+from eupe.export.source import ForwardFunction, Source, Written, open_source
 from eupe.export.verify import Proof, prove, require_sameness
 from eupe.files import publish
 from eupe.locks import unfinished
@@ -58,7 +58,7 @@ class ExportReport:
 @dataclass(frozen=True)
 class _Format:
     write: Callable[[Source, ExportConfig, Path], Written]
-    reopen: Callable[[Source, Path], Says]
+    reopen: Callable[[Source, Path], ForwardFunction]
     require_packages: Callable[[], None] = lambda: None
 
 

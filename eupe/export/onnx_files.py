@@ -19,7 +19,7 @@ from eupe.export.config import FP16, INT8, ExportConfig
 from eupe.export.graph import Graph, brief_root, quiet
 from eupe.export.onnx_int8 import quantise
 from eupe.export.rotary import traced_rotary
-from eupe.export.source import Says, Source, Written
+from eupe.export.source import ForwardFunction, Source, Written
 
 GRAPH_FILE = "model.onnx"
 INPUT = "pixels"
@@ -106,7 +106,7 @@ def _strip(path: Path) -> int:
     return int(next(each.version for each in model.opset_import if not each.domain))
 
 
-def reopen(source: Source, folder: Path) -> Says:
+def reopen(source: Source, folder: Path) -> ForwardFunction:
     """Load the graph as a user would; return a function that runs it."""
     return _asking(folder / GRAPH_FILE, source.outputs)
 
@@ -119,16 +119,16 @@ def holds_int8(folder: Path) -> bool:
     return any(each.data_type == onnx.TensorProto.INT8 and len(each.dims) > 1 for each in graph.initializer)
 
 
-def _asking(path: Path, outputs: list[str]) -> Says:
+def _asking(path: Path, outputs: list[str]) -> ForwardFunction:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def says(pixels: Tensor) -> dict[str, Tensor]:
+    def forward(pixels: Tensor) -> dict[str, Tensor]:
         answers: list[Any] = session.run(outputs, {INPUT: pixels.numpy().astype(np.float32)})
         return {name: torch.from_numpy(answer) for name, answer in zip(outputs, answers, strict=True)}
 
-    return says
+    return forward
 
 
 def _trace(graph: nn.Module, source: Source, config: ExportConfig) -> Any:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from eupe.errors import ConfigError, CorpusError
 from eupe.export.config import INT8
 from eupe.export.pictures import some_pictures, varied_pictures
-from eupe.export.source import Says, Source
+from eupe.export.source import ForwardFunction, Source
 from eupe.export.verify import MOST_ASTRAY, Likeness, compare, worst
 from eupe.place import Where
 from eupe.tokens import normalise
@@ -31,7 +31,7 @@ LARGEST_SIZE = 0.6
 """Largest size of an int8 graph as a share of float32's bytes; a graph whose weights are all in int8 has about 0.27."""
 
 
-def quantise(path: Path, source: Source, ask: Callable[[Path], Says], calibrate: Where | None) -> str:
+def quantise(path: Path, source: Source, ask: Callable[[Path], ForwardFunction], calibrate: Where | None) -> str:
     """Replace a float32 graph by one with int8 weights, which also computes in int8 if that preserves the tokens.
 
     `dynamic` finds the ranges of the activations for every input, and leaves convolutions in float32. `static` takes
@@ -145,9 +145,9 @@ def _pictures(source: Source, calibrate: Where | None) -> tuple[NDArray[np.uint8
     return own[::2], own[1::2]
 
 
-def _likeness(source: Source, says: Says, pictures: NDArray[np.uint8]) -> Likeness:
+def _likeness(source: Source, forward: ForwardFunction, pictures: NDArray[np.uint8]) -> Likeness:
     """Return the worst agreement of all outputs with the run's."""
-    answers = [(source.reference(pixels), says(pixels)) for pixels in _batches(source, pictures)]
+    answers = [(source.reference(pixels), forward(pixels)) for pixels in _batches(source, pictures)]
     sides = zip(*answers, strict=True)
     want, got = ({name: torch.cat([each[name] for each in side]) for name in side[0]} for side in sides)
     return worst(list(compare(want, got).values()))

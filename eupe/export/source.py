@@ -24,7 +24,7 @@ from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, finished_card
 from eupe.train.init import fitted
 from eupe.train.predict import load_predictors
 
-Says = Callable[[Tensor], dict[str, Tensor]]
+ForwardFunction = Callable[[Tensor], dict[str, Tensor]]
 """A function from normalised float32 pixels [B, 3, H, W] to outputs by name: `summary` [B, Ds], `dense` [B, h, w, D],
 and `TARGET.KIND` of each head."""
 
@@ -49,7 +49,7 @@ class Source:
     """The student laid out for the size of the export, in evaluation mode, on the CPU, in float32."""
     heads: dict[str, nn.Sequential]
     """Heads by output name; each maps the student's token of a kind to the teacher's."""
-    reference: Says
+    reference: ForwardFunction
     """The run's student and heads as they are, through the code that training and evaluation use."""
     digest: str
     """sha256 of the files that decide the outputs."""

@@ -19,7 +19,7 @@ import eupe
 from eupe.encoder import EncoderCard
 from eupe.export.config import ExportConfig
 from eupe.export.heads import save_heads, say_again
-from eupe.export.source import Says, Source, Written
+from eupe.export.source import ForwardFunction, Source, Written
 from eupe.proxy import in_stock_timm
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -40,18 +40,18 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
     return Written(f"timm {plain['architecture']}")
 
 
-def reopen(source: Source, folder: Path) -> Says:
+def reopen(source: Source, folder: Path) -> ForwardFunction:
     """Load the directory with timm as a user would; return a function that runs its model."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
 
     @torch.inference_mode()
-    def says(pixels: Tensor) -> dict[str, Tensor]:
+    def forward(pixels: Tensor) -> dict[str, Tensor]:
         features = model.forward_features(pixels)
         summary = model.forward_head(features, pre_logits=True)
         tokens = {"summary": summary, "dense": dense_of(source.encoder.card, model, features, pixels)}
         return tokens | say_again(folder, tokens)
 
-    return says
+    return forward
 
 
 def hub_config(card: EncoderCard, model: Any) -> dict[str, Any]:

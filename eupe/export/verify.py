@@ -20,7 +20,7 @@ from eupe.errors import ConformanceError
 from eupe.evaluate.latency import time_passes
 from eupe.export.config import FP16, FP32, INT8
 from eupe.export.pictures import varied_pictures
-from eupe.export.source import Says
+from eupe.export.source import ForwardFunction
 from eupe.tokens import normalise
 
 LEAST: Mapping[str, float] = {FP32: 0.9999, FP16: 0.999, INT8: -1.0}
@@ -64,7 +64,9 @@ class Proof:
     exported_ms: float
 
 
-def prove(reference: Says, exported: Says, card: EncoderCard, sizes: Sequence[tuple[int, int]]) -> Proof:
+def prove(
+    reference: ForwardFunction, exported: ForwardFunction, card: EncoderCard, sizes: Sequence[tuple[int, int]]
+) -> Proof:
     """Run both models on the same pictures and compare their outputs.
 
     Args:
@@ -144,12 +146,12 @@ def worst(found: Sequence[Likeness]) -> Likeness:
     )
 
 
-def _asked(says: Says, pixels: Tensor, sizes: Iterator[int]) -> dict[str, Tensor]:
+def _asked(forward: ForwardFunction, pixels: Tensor, sizes: Iterator[int]) -> dict[str, Tensor]:
     """Return the outputs of all pictures, computed in batches of these sizes."""
     answers: list[dict[str, Tensor]] = []
     start = 0
     while start < len(pixels):
         stop = start + next(sizes)
-        answers.append(says(pixels[start:stop]))
+        answers.append(forward(pixels[start:stop]))
         start = stop
     return {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}

@@ -289,10 +289,10 @@ class ExtractActor:
                 f"the worker on {host} cannot see the corpus folder {self._corpus_root}; make it available there"
             )
         teacher, config = self._teacher(i), self._configs[i]
-        arithmetic, agreed = dtype_name(teacher.dtype), spec.teacher["dtype"]
-        if arithmetic != agreed:  # `auto` may mean another dtype on this machine
+        computed, agreed = dtype_name(teacher.dtype), spec.teacher["dtype"]
+        if computed != agreed:  # `auto` may mean another dtype on this machine
             raise ConfigError(
-                f"the worker on {host} would compute in {arithmetic}, but the store's dtype is {agreed}; give --dtype"
+                f"the worker on {host} would compute in {computed}, but the store's dtype is {agreed}; give --dtype"
             )
         batch_size = config.batch_size or spec.forward.get("batch_size", DEFAULT_BATCH)
         return PartExtractor(

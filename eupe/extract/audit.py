@@ -22,7 +22,7 @@ from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, CorpusError, DriftError
 from eupe.extract.parts import PartTask, samples_of
 from eupe.extract.provenance import (
-    require_arithmetic,
+    require_dtype,
     require_same_teacher,
     require_unchanged,
     stored_pictures,
@@ -185,7 +185,7 @@ def _load(config: AuditConfig, store: Store) -> Teacher:
     if weights is not None:
         require_same_teacher(store, spec, file_digest(weights, config.weights_key))
     if config.dtype is None:
-        require_arithmetic(store)
+        require_dtype(store)
     device = pick_device()
     dtype = compute_dtype(config.dtype or store.spec.teacher["dtype"], device)
     teacher = load_teacher(

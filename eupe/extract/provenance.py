@@ -71,7 +71,7 @@ def require_same_teacher(store: Store, teacher: TeacherSpec, weights_sha256: str
         )
 
 
-def require_arithmetic(store: Store) -> None:
+def require_dtype(store: Store) -> None:
     """Raise ConfigError if this machine cannot compute in the dtype that the store was computed in."""
     dtype = store.spec.teacher["dtype"]
     try:

@@ -26,7 +26,7 @@ from eupe.extract.dispatch import Status, run_parts
 from eupe.extract.job import stored_index
 from eupe.extract.parts import plan_parts
 from eupe.extract.provenance import (
-    require_arithmetic,
+    require_dtype,
     require_same_teacher,
     require_unchanged,
     stored_pictures,
@@ -285,7 +285,7 @@ def _extract_again(
     extraction = _extraction(config, store, teacher, pictures)
     require_counts(extraction)
     if config.ray_address is None:
-        require_arithmetic(store)
+        require_dtype(store)
     done = set(range(store.spec.num_parts)) - set(parts)
     require_unchanged(pictures, (sample for task in plan_parts(store.spec, samples, done) for sample in task.samples))
     before = {part: _features_recorded(store, part) for part in parts}

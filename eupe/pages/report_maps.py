@@ -76,9 +76,9 @@ def draw_maps(runs: Mapping[str, Path], images: Where, *, limit: int) -> Maps:
 def _maps(name: str, run: Path, pictures: Pictures) -> RunMaps:
     (subject,) = open_subjects([str(run)], {})
     size = subject.size(None)
-    seen = subject.look(pictures, kinds=[DENSE], size=size, cut=centre)
-    assert seen.dense is not None
-    dense = seen.dense.float().numpy()
+    encoded = subject.encode_views(pictures, kinds=[DENSE], size=size, crop=centre)
+    assert encoded.dense is not None
+    dense = encoded.dense.float().numpy()
     if not np.isfinite(dense).all():
         raise ConfigError(f"run {run} gives features that are not finite, which have no colours; leave --images out")
     return RunMaps(name, size, fit_pca(dense).rgb(dense))

@@ -18,7 +18,7 @@ from PIL import Image
 from eupe.corpus.pictures import Inside
 from eupe.corpus.views import ViewParams, render_view
 from eupe.errors import CorpusError
-from eupe.evaluate.seen import BATCH, encoded
+from eupe.evaluate.encode import BATCH, encoded
 from eupe.evaluate.subject import EncoderSubject, PixelSubject, StoreSubject, Subject
 from eupe.store import Features
 

@@ -16,8 +16,8 @@ from eupe.corpus.photometric import NEUTRAL
 from eupe.corpus.views import ViewParams, ViewSpec, render_view
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.evaluate.dense_probe import Training, predictions, view_of
+from eupe.evaluate.encode import EncodedViews
 from eupe.evaluate.pictures import windows
-from eupe.evaluate.seen import Seen
 from eupe.evaluate.segment import (
     IGNORED,
     SIZE,
@@ -112,18 +112,18 @@ def test_overlapping_windows_are_averaged_where_they_overlap_and_mirrored_back()
         ViewParams((1, 0, 3, 2), False, NEUTRAL),
         ViewParams((0, 0, 2, 2), True, NEUTRAL),
     ]
-    seen = Seen(np.array([0, 0, 1]), params, 2, dense=dense)
+    encoded = EncodedViews(np.array([0, 0, 1]), params, 2, dense=dense)
 
     class AsIs(torch.nn.Module):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             return tokens.permute(0, 3, 1, 2)
 
-    said = {float(truth[0, 0]): logits for logits, truth in predictions(AsIs(), seen, lambda i: np.full((2, 4), i))}
+    said = {float(truth[0, 0]): logits for logits, truth in predictions(AsIs(), encoded, lambda i: np.full((2, 4), i))}
     assert said[0.0][0, 0].tolist()[:3] == [1.0, 2.0, 3.0]
     assert torch.isnan(said[0.0][0, :, 3]).all(), "no view shows the last column"
     wide = torch.tensor([[[[1.0], [2.0]], [[1.0], [2.0]]]], dtype=torch.float16)
-    seen = Seen(np.array([0]), [ViewParams((0, 0, 2, 2), True, NEUTRAL)], 2, dense=wide)
-    ((logits, _),) = predictions(AsIs(), seen, lambda i: np.zeros((2, 2)))
+    encoded = EncodedViews(np.array([0]), [ViewParams((0, 0, 2, 2), True, NEUTRAL)], 2, dense=wide)
+    ((logits, _),) = predictions(AsIs(), encoded, lambda i: np.zeros((2, 2)))
     assert logits[0].tolist() == [[2.0, 1.0], [2.0, 1.0]]
 
 

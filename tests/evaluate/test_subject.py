@@ -15,7 +15,7 @@ from planted import ade20k, depth_pairs, spair
 
 from eupe.corpus.views import render_view
 from eupe.errors import ConfigError, CorpusError, RunError, StorageError, StoreError
-from eupe.evaluate import seen as seen_module
+from eupe.evaluate import encode as encode_module
 from eupe.evaluate.pictures import Pictures, centre, windows
 from eupe.evaluate.result import Result, keep_results, newest, read_results, require_place
 from eupe.evaluate.subject import PixelSubject, open_subjects
@@ -37,28 +37,30 @@ def test_an_encoder_sees_each_view_in_turn(tmp_path: Path, tiny_weights: Path) -
     """Tokens equal those of the teacher's own call on views rendered one by one."""
     pictures = some_pictures(tmp_path / "p", count=9, width=150)
     (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
-    seen = {kind: subject.look(pictures, kinds=[kind], size=64, cut=windows) for kind in ("summary", "dense")}
+    encoded = {
+        kind: subject.encode_views(pictures, kinds=[kind], size=64, crop=windows) for kind in ("summary", "dense")
+    }
     spec = resolve_teacher("timm:test_vit")
     teacher = load_teacher(spec, weights=tiny_weights, device=torch.device("cpu"), dtype=torch.float32, sizes=(64,))
-    assert len(seen["dense"]) == 9 * len(windows(150, 64)) > 16, "more than one batch"
-    for v in (0, 1, 8, len(seen["dense"]) - 1):
-        image = pictures.image(int(seen["dense"].picture_V[v]))
-        view = render_view(image, seen["dense"].params[v], 64)
+    assert len(encoded["dense"]) == 9 * len(windows(150, 64)) > 16, "more than one batch"
+    for v in (0, 1, 8, len(encoded["dense"]) - 1):
+        image = pictures.image(int(encoded["dense"].picture_V[v]))
+        view = render_view(image, encoded["dense"].params[v], 64)
         tokens = teacher(torch.from_numpy(view[None].copy()))
         for kind, expected in (("summary", tokens.summary), ("dense", tokens.dense)):
-            got = getattr(seen[kind], kind)[v].float().flatten()
+            got = getattr(encoded[kind], kind)[v].float().flatten()
             assert torch.nn.functional.cosine_similarity(got, expected[0].flatten(), dim=0) > 0.999
 
 
 def test_pixels_are_the_colours_of_the_patches(tmp_path: Path) -> None:
     pictures = some_pictures(tmp_path / "p", count=2)
-    seen = PixelSubject().look(pictures, kinds=["dense"], size=32, cut=centre)
-    view = render_view(pictures.image(1), seen.params[1], 32).astype(float) / 255
-    assert seen.dense is not None and seen.dense.shape == (2, 2, 2, 48)
+    encoded = PixelSubject().encode_views(pictures, kinds=["dense"], size=32, crop=centre)
+    view = render_view(pictures.image(1), encoded.params[1], 32).astype(float) / 255
+    assert encoded.dense is not None and encoded.dense.shape == (2, 2, 2, 48)
     quarter = view[16:20, 4:8].mean(axis=(0, 1))
-    patch = seen.dense[1, 1, 0].float().numpy().reshape(3, 4, 4)
+    patch = encoded.dense[1, 1, 0].float().numpy().reshape(3, 4, 4)
     assert np.abs(patch[:, 0, 1] - quarter).max() < 1e-3
-    summary = PixelSubject().look(pictures, kinds=["summary"], size=32, cut=centre).summary
+    summary = PixelSubject().encode_views(pictures, kinds=["summary"], size=32, crop=centre).summary
     assert summary is not None
     assert np.abs(summary[1].numpy().reshape(3, 16, 16)[:, 3, 5] - view[6:8, 10:12].mean(axis=(0, 1))).max() < 1e-5
 
@@ -90,11 +92,11 @@ def test_no_weights_are_looked_for_where_only_the_untrained_encoder_is_asked(tmp
 def test_both_kinds_of_token_come_of_one_pass(tmp_path: Path, tiny_weights: Path) -> None:
     pictures = some_pictures(tmp_path / "p", count=3)
     (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
-    seen = subject.look(pictures, kinds=["summary", "dense"], size=64, cut=centre)
+    encoded = subject.encode_views(pictures, kinds=["summary", "dense"], size=64, crop=centre)
     for kind in ("summary", "dense"):
-        alone = subject.look(pictures, kinds=[kind], size=64, cut=centre)
+        alone = subject.encode_views(pictures, kinds=[kind], size=64, crop=centre)
         other = {"summary": alone.dense, "dense": alone.summary}[kind]
-        assert torch.equal(getattr(seen, kind), getattr(alone, kind)) and other is None
+        assert torch.equal(getattr(encoded, kind), getattr(alone, kind)) and other is None
 
 
 def test_what_is_nobody_gets_a_sentence(tmp_path: Path, tiny_store: Store) -> None:
@@ -119,12 +121,12 @@ def test_tokens_that_would_not_fit_are_refused_before_any_is_computed(
     views = 9 * len(windows(150, 64))
     room = views * 4 * 4 * 64 * 2
     (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
-    monkeypatch.setattr(seen_module, "free_bytes", lambda: room / seen_module.MEMORY_SHARE)
-    assert len(subject.look(pictures, kinds=["dense"], size=64, cut=windows)) == views > 9
-    monkeypatch.setattr(seen_module, "free_bytes", lambda: room / seen_module.MEMORY_SHARE - 1)
+    monkeypatch.setattr(encode_module, "free_bytes", lambda: room / encode_module.MEMORY_SHARE)
+    assert len(subject.encode_views(pictures, kinds=["dense"], size=64, crop=windows)) == views > 9
+    monkeypatch.setattr(encode_module, "free_bytes", lambda: room / encode_module.MEMORY_SHARE - 1)
     (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tmp_path / "not-looked-at"})
     with pytest.raises(ConfigError, match=rf"dense tokens of {views} views of timm:test_vit take .* --scratch"):
-        subject.look(pictures, kinds=["dense"], size=64, cut=windows)
+        subject.encode_views(pictures, kinds=["dense"], size=64, crop=windows)
 
 
 def test_scratch_holds_what_memory_would_and_leaves_nothing(
@@ -134,19 +136,19 @@ def test_scratch_holds_what_memory_would_and_leaves_nothing(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     (subject,) = open_subjects(["timm:test_vit"], {"timm:test_vit": tiny_weights})
-    expected = subject.look(pictures, kinds=["dense"], size=64, cut=windows).dense
-    monkeypatch.setattr(seen_module, "free_bytes", lambda: 0)
-    held = subject.look(pictures, kinds=["dense"], size=64, cut=windows, scratch=scratch).dense
+    expected = subject.encode_views(pictures, kinds=["dense"], size=64, crop=windows).dense
+    monkeypatch.setattr(encode_module, "free_bytes", lambda: 0)
+    held = subject.encode_views(pictures, kinds=["dense"], size=64, crop=windows, scratch=scratch).dense
     assert held is not None and expected is not None and torch.equal(held, expected)
     assert any(str(scratch) in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert not list(scratch.iterdir()), "the file has no name, so it is gone with the process"
     with pytest.raises(ConfigError, match=r"--scratch .*nowhere is not a folder"):
-        subject.look(pictures, kinds=["dense"], size=64, cut=windows, scratch=tmp_path / "nowhere")
+        subject.encode_views(pictures, kinds=["dense"], size=64, crop=windows, scratch=tmp_path / "nowhere")
 
 
 def test_a_full_disk_is_found_out_before_the_first_step(tmp_path: Path, tiny_weights: Path) -> None:
     with pytest.raises(StorageError, match=r"take 1000000\.0 GB, but --scratch .* has .* GB"):
-        seen_module.room_for((10**9, 10, 10, 5000), tmp_path, of="x")
+        encode_module.room_for((10**9, 10, 10, 5000), tmp_path, of="x")
 
 
 def test_tokens_that_are_no_numbers_in_fp16_are_refused(tmp_path: Path, tiny_weights: Path) -> None:
@@ -156,14 +158,16 @@ def test_tokens_that_are_no_numbers_in_fp16_are_refused(tmp_path: Path, tiny_wei
         return Tokens(summary=None, dense=torch.full((len(views), 2, 2, 3), 70_000.0))
 
     with pytest.raises(ConfigError, match="x gives tokens that are not finite, or too large for fp16"):
-        seen_module.look_at(pictures, encode, kinds=["dense"], size=32, cut=centre, cells=(2, 3), scratch=None, of="x")
+        encode_module.encode_views(
+            pictures, encode, kinds=["dense"], size=32, crop=centre, cells=(2, 3), scratch=None, of="x"
+        )
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     pictures = some_pictures(tmp_path / "p")
     (tmp_path / "p" / "3.png").write_bytes(b"\x89PNG")
     with pytest.raises(CorpusError, match=r"picture 3\.png of"):
-        PixelSubject().look(pictures, kinds=["summary"], size=32, cut=centre)
+        PixelSubject().encode_views(pictures, kinds=["summary"], size=32, crop=centre)
 
 
 def result(**changes: Any) -> Result:
@@ -228,13 +232,13 @@ def test_tokens_are_the_same_in_the_batches_that_a_device_has_room_for(tmp_path:
         return PixelSubject().encode(views, size=32)
 
     views = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), dtype=np.uint8)
-    got, expected = seen_module.encoded(encode, views, of="x"), PixelSubject().encode(views, size=32)
+    got, expected = encode_module.encoded(encode, views, of="x"), PixelSubject().encode(views, size=32)
     assert got.summary is not None and expected.summary is not None
     assert torch.equal(got.summary, expected.summary) and torch.equal(got.dense, expected.dense)
     with pytest.raises(ConfigError, match="too little memory for x and one view of 32 px; give a smaller --size"):
-        seen_module.encoded(lambda some: encode(some, most=0), views, of="x")
+        encode_module.encoded(lambda some: encode(some, most=0), views, of="x")
     with pytest.raises(RuntimeError, match="something else"):
-        seen_module.encoded(lambda some: exec('raise RuntimeError("something else")'), views, of="x")  # type: ignore[arg-type,return-value]
+        encode_module.encoded(lambda some: exec('raise RuntimeError("something else")'), views, of="x")  # type: ignore[arg-type,return-value]
 
 
 def test_a_task_that_runs_out_of_memory_is_one_sentence(
@@ -273,7 +277,7 @@ def test_memory_that_is_free_heeds_the_control_group(
             f"anon 3\ninactive_file {cached - cached // 4}\nactive_file {cached // 4}\n"
         )
     kilo = 1024 if not groups else 1000
-    assert seen_module.free_bytes(tmp_path) == expected * kilo
+    assert encode_module.free_bytes(tmp_path) == expected * kilo
 
 
 def test_a_student_that_says_no_numbers_is_not_judged(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
@@ -370,7 +374,7 @@ def test_with_scratch_there_is_room_where_memory_has_none(
     words = ["eval", task, "pixels", "--data", plant(tmp_path / "data"), "--size", 32, "--json"]
     words += [] if task == "correspond" else ["--steps", 2]
     expected = run_eupe(*words).out
-    monkeypatch.setattr(seen_module, "free_bytes", lambda: 0)
+    monkeypatch.setattr(encode_module, "free_bytes", lambda: 0)
     refused = run_eupe(*words)
     assert refused.code == 2 and "give --scratch a folder" in refused.err
     assert run_eupe(*words, "--scratch", tmp_path).out == expected

@@ -102,8 +102,8 @@ def test_words_are_numbers_at_their_places() -> None:
 def test_features_are_components_of_pictures_that_are_learnt_from(scenes: Path) -> None:
     pictures, _ = question_set(scenes)
     subject = subject_of("pixels")
-    summary = subject.look(pictures, kinds=["summary"], size=64, cut=whole).summary
-    dense = subject.look(pictures, kinds=["dense"], size=64, cut=whole).dense
+    summary = subject.encode_views(pictures, kinds=["summary"], size=64, crop=whole).summary
+    dense = subject.encode_views(pictures, kinds=["dense"], size=64, crop=whole).dense
     assert summary is not None and dense is not None
     got, wanted = module._features(subject, pictures, 64, range(30)), as_features(summary, dense, range(30))
     assert torch.equal(got.tokens_PTC, wanted.tokens_PTC)

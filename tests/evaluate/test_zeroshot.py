@@ -141,7 +141,9 @@ def test_probabilities_are_those_of_the_library_s_own_model(name: str, tmp_path:
     )
     way = choose_way(subject, None)
     assert (way.name, way.heads) == (name, ())
-    summaries = subject.look(labelled_splits(corpus).val.pictures, kinds=[SUMMARY], size=subject.size(None), cut=centre)
+    summaries = subject.encode_views(
+        labelled_splits(corpus).val.pictures, kinds=[SUMMARY], size=subject.size(None), crop=centre
+    )
     assert summaries.summary is not None
     assert source.classes is not None
     logits = source.embed(way.teacher, source.classes).logits(to_text_space(subject, way, summaries.summary))
@@ -206,7 +208,7 @@ def test_students_come_near_to_what_their_teacher_says(chain: Chain, tiny_corpus
 
     def embedded(word: object, weights: Path | None = None) -> Tensor:
         subject = subject_of(word, weights)
-        seen = subject.look(val.pictures, kinds=[SUMMARY], size=subject.size(None), cut=centre)
+        seen = subject.encode_views(val.pictures, kinds=[SUMMARY], size=subject.size(None), crop=centre)
         assert seen.summary is not None
         return to_text_space(subject, choose_way(subject, CLIP), seen.summary)
 
@@ -351,7 +353,7 @@ def test_one_class_is_refused_and_integers_are_in_order(
     texts = embed_texts(tower, Classes(tuple(f"name{i}" for i in range(12))))
     views = labelled_splits(tmp_path / "d").val.pictures
     order = [int(key.split("/")[0]) for key in views.keys]
-    seen = subject.look(views, kinds=[SUMMARY], size=CLIP_SIZE, cut=centre).summary
+    seen = subject.encode_views(views, kinds=[SUMMARY], size=CLIP_SIZE, crop=centre).summary
     assert seen is not None
     perfect = torch.nn.functional.normalize(seen, dim=1)[torch.tensor(order).argsort()]
     save_texts(replace(texts, embeddings=perfect), tmp_path / "t.safetensors")

@@ -24,7 +24,7 @@ from eupe.cores import control_groups
 from eupe.corpus.views import ViewParams, render_view
 from eupe.device import is_out_of_memory
 from eupe.errors import ConfigError, StorageError
-from eupe.evaluate.pictures import Cut, Pictures, centre, whole
+from eupe.evaluate.pictures import CropFunction, Pictures, centre, whole
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.tokens import Tokens
 
@@ -37,7 +37,7 @@ MEMORY_SHARE = 0.75
 
 
 @dataclass(frozen=True)
-class Seen:
+class EncodedViews:
     """A subject's tokens for views of some pictures."""
 
     picture_V: NDArray[np.int64]
@@ -54,18 +54,18 @@ class Seen:
         return len(self.params)
 
 
-def look_at(
+def encode_views(
     pictures: Pictures,
     encode: Encode,
     *,
     kinds: Sequence[str],
     size: int,
-    cut: Cut,
+    crop: CropFunction,
     cells: tuple[int, int],
     scratch: Path | None,
     of: str,
-) -> Seen:
-    """Encode the views that `cut` makes of every picture, all kinds of token in one pass.
+) -> EncodedViews:
+    """Encode the views that `crop` makes of every picture, all kinds of token in one pass.
 
     Args:
         cells: side of the dense grid, and D.
@@ -78,9 +78,9 @@ def look_at(
     dense = None
     if DENSE in kinds:
         num_views = len(pictures)
-        if cut not in (centre, whole):  # the number of views depends on the picture's sides
+        if crop not in (centre, whole):  # the number of views depends on the picture's sides
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                num_views = sum(pool.map(lambda i: len(cut(*pictures.sides(i))), range(len(pictures))))
+                num_views = sum(pool.map(lambda i: len(crop(*pictures.sides(i))), range(len(pictures))))
         dense = room_for((num_views, grid, grid, width), scratch, of=of)
     places: list[int] = []
     params: list[ViewParams] = []
@@ -98,7 +98,7 @@ def look_at(
             require_finite(part, of)  # after the copy, in which values too large for fp16 become infinite
         waiting.clear()
 
-    for i, drawn, views in _rendered(pictures, size, cut):
+    for i, drawn, views in _rendered(pictures, size, crop):
         for how, view in zip(drawn, views, strict=True):
             places.append(i)
             params.append(how)
@@ -107,7 +107,7 @@ def look_at(
                 flush()
     if waiting:
         flush()
-    return Seen(np.array(places), params, size, torch.cat(summaries) if summaries else None, dense)
+    return EncodedViews(np.array(places), params, size, torch.cat(summaries) if summaries else None, dense)
 
 
 def encoded(encode: Encode, views_u8_VSSC: NDArray[np.uint8], *, of: str) -> Tokens:
@@ -214,11 +214,11 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 
 def _rendered(
-    pictures: Pictures, size: int, cut: Cut
+    pictures: Pictures, size: int, crop: CropFunction
 ) -> Iterator[tuple[int, list[ViewParams], list[NDArray[np.uint8]]]]:
     def render(i: int) -> tuple[int, list[ViewParams], list[NDArray[np.uint8]]]:
         image = pictures.image(i)
-        drawn = cut(image.width, image.height)
+        drawn = crop(image.width, image.height)
         return i, drawn, [render_view(image, how, size) for how in drawn]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
