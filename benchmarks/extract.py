@@ -62,7 +62,8 @@ from eupe.extract.forward import fastest_batch
 from eupe.extract.job import ExtractConfig, extract
 from eupe.extract.load import Loader
 from eupe.extract.parts import part_task, plan_work_units, store_spec
-from eupe.extract.worker import PartExtractor, Worker, prepare_process
+from eupe.extract.process import prepare_process
+from eupe.extract.worker import PartExtractor, Worker
 from eupe.store.writer import Part, StoreWriter, create_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, file_digest, load_teacher

@@ -33,7 +33,8 @@ from eupe.extract.actors import DEFAULT_BATCH, UNITS_IN_FLIGHT
 from eupe.extract.config import ExtractConfig
 from eupe.extract.job import extract
 from eupe.extract.parts import WorkUnit, part_task
-from eupe.extract.worker import PartExtractor, Worker, prepare_process
+from eupe.extract.process import prepare_process
+from eupe.extract.worker import PartExtractor, Worker
 from eupe.store.layout import bytes_per_view
 from eupe.store.writer import VECTORS_PER_JOB, create_store
 

@@ -41,7 +41,7 @@ from benchmarks.making import (
     spread,
     write_store,
 )
-from eupe.extract.worker import limit_blas
+from eupe.extract.process import limit_blas
 from eupe.store import Store
 from eupe.store.layout import arrays
 from eupe.store.precision import CANDIDATES, cosines, encode
@@ -188,7 +188,7 @@ def _parts_in_memory(features: Features, folder: Path) -> float:
 import numpy as np
 from pathlib import Path
 from benchmarks.making import dense_spec, part_of, peak_mb
-from eupe.extract.worker import limit_blas
+from eupe.extract.process import limit_blas
 from eupe.store.writer import StoreWriter, create_store
 features = np.load({str(folder / "part.npy")!r})
 one = features.nbytes / 1e6

@@ -28,7 +28,8 @@ from eupe.extract.forward import cosine_to_fp32, fastest_batch
 from eupe.extract.isolate import find_crashing
 from eupe.extract.load import StuckError
 from eupe.extract.parts import PartTask, WorkUnit
-from eupe.extract.worker import PartExtractor, Worker, prepare_process
+from eupe.extract.process import prepare_process
+from eupe.extract.worker import PartExtractor, Worker
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.layout import StoreSpec

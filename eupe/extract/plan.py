@@ -37,7 +37,8 @@ from eupe.extract.job import (
 )
 from eupe.extract.load import LoadedSample, Loader
 from eupe.extract.parts import PartTask, require_common_sizes, shape_of
-from eupe.extract.worker import PartBuilder, PartExtractor, prepare_process
+from eupe.extract.process import prepare_process
+from eupe.extract.worker import PartBuilder, PartExtractor
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, arrays, bytes_per_view, differences, samples_per_part

@@ -6,7 +6,6 @@ until they are written.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from eupe.cores import num_cores
 from eupe.corpus.photometric import Photometric
@@ -339,32 +337,3 @@ class PartBuffers:
         self._boxes[i], self._flips[i], self._digests[i] = 0, False, 0
         self._photometric[i] = np.nan
         return Row(row.key, row.sha256, row.label, error=f"{NOT_FINITE} ({', '.join(bad)})")
-
-
-M_ARENA_MAX = -8
-"""Option of `mallopt`, from glibc's malloc.h."""
-
-
-def prepare_process() -> None:
-    """Limit BLAS threads and memory arenas; call this before the threads that decode, compute and compress start."""
-    limit_blas()
-    share_arena()
-
-
-def limit_blas() -> None:
-    """Let NumPy multiply matrices in the calling thread alone.
-
-    Each of the writer's threads takes statistics of what it compresses. For each of them OpenBLAS would start as many
-    threads again, which wait for one another in busy loops (docs/decisions/0004).
-    """
-    ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1)
-
-
-def share_arena() -> None:
-    """Let all threads allocate from one arena if the C library is glibc.
-
-    With an arena for each thread, memory that one frees is not used by another: on two cores, DINOv2-S held 1.7 parts
-    more in memory.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(M_ARENA_MAX, 1)

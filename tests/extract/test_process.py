@@ -9,7 +9,7 @@ import pytest
 
 def test_numpy_multiplies_in_one_thread() -> None:
     code = (
-        "import numpy, threadpoolctl; from eupe.extract.worker import limit_blas; limit_blas();"
+        "import numpy, threadpoolctl; from eupe.extract.process import limit_blas; limit_blas();"
         "print({i['num_threads'] for i in threadpoolctl.threadpool_info() if 'numpy' in i['filepath']})"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "{1}"
@@ -17,7 +17,7 @@ def test_numpy_multiplies_in_one_thread() -> None:
 
 ALLOCATE = """
 import ctypes, sys, threading
-from eupe.extract.worker import prepare_process
+from eupe.extract.process import prepare_process
 if sys.argv[2] == "prepared":
     prepare_process()
 libc = ctypes.CDLL(None)
