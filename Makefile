@@ -26,12 +26,12 @@ test-slow: $(STAMP)
 	$(PYTEST) -m slow --maxprocesses 2
 
 # The oldest releases that pyproject.toml allows, beside those that are installed and ahead of them on the path.
-FLOORS := $(VENV)/floors
+FLOORS := $(abspath $(VENV)/floors)
 test-floors: $(STAMP)
 	$(BIN)/python -m pip install -qqq --no-compile --upgrade --target $(FLOORS) $$($(BIN)/python tests/floors.py)
 	$(BIN)/python -m pip install -qqq --no-compile --upgrade --no-deps --target $(FLOORS) \
 		$$($(BIN)/python tests/floors.py torch)
-	PYTHONPATH=$(FLOORS):. $(BIN)/python -m pytest --no-header tests/test_floors.py tests/golden/test_golden.py \
+	PYTHONPATH=$(FLOORS):$(CURDIR) $(BIN)/python -m pytest --no-header tests/test_floors.py tests/golden/test_golden.py \
 		tests/corpus/test_tables.py::test_tables_in_a_bucket tests/train/test_method.py \
 		tests/extract/test_job.py::test_a_job_on_ray_makes_the_store_that_one_process_makes \
 		"tests/teachers/test_verify_cards.py::test_real_weights"
