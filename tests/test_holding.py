@@ -118,7 +118,7 @@ def test_one_that_comes_while_the_lock_is_being_given_up_gets_it(
 
 @pytest.mark.parametrize("foreign", ["link", "file"])
 def test_a_lock_never_empties_what_somebody_else_made(tmp_path: Path, foreign: str) -> None:
-    """As in a store that was downloaded; opening a lock empties it."""
+    """A downloaded store may hold such a lock; to take a lock empties its file."""
     theirs = tmp_path / LOCK if foreign == "file" else tmp_path / "victim"
     theirs.write_text("theirs")
     if foreign == "link":

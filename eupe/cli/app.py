@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import eupe
-import eupe.cli.language
+import eupe.cli.language  # adds its verbs to `eval_app`
 from eupe.cli.console import err, escaped, out
 from eupe.cli.corpus import index, scenes
 from eupe.cli.evaluate import eval_app
@@ -34,6 +34,7 @@ for verb in (index, scenes, extract, plan, train):
 app.command("export")(export_run)
 app.command("run")(run_recipe)
 app.command()(viz)
+
 INTERRUPTED = 130
 """Exit code of typer after Ctrl-C."""
 

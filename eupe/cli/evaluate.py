@@ -64,33 +64,6 @@ Rate = Annotated[float | None, typer.Option(help="Peak learning rate of the head
 Seed = Annotated[
     int, typer.Option(min=0, max=2**32 - 1, help="Seed of the head's initial weights and of the order of views.")
 ]
-TextWeights = Annotated[
-    Path | None,
-    typer.Option(help="open_clip checkpoint of the whole model, or its directory. Default: from the hub."),
-]
-Text = Annotated[
-    str | None,
-    typer.Option(
-        help="A file from `eupe eval text`, or the teacher whose text tower to run. Default: the teacher that "
-        "subjects lead to."
-    ),
-]
-Space = Annotated[
-    str | None,
-    typer.Option(
-        "--space",
-        help="The teacher whose text space to use if a run's heads lead to several; or the targets on the way to it.",
-    ),
-]
-ClassNames = Annotated[
-    Path | None,
-    typer.Option(
-        help="File with one name per line, in the folders' order (by number if all are integers), or FOLDER<TAB>NAME."
-    ),
-]
-Templates = Annotated[
-    Path | None, typer.Option(help="File with one template per line, `{}` for the name. Default: `a photo of a {}.`")
-]
 
 
 @eval_app.command("agreement")

@@ -11,15 +11,10 @@ import typer
 
 from eupe.cli.console import err, finish
 from eupe.cli.evaluate import (
-    ClassNames,
     OnStep,
     Results,
     Size,
-    Space,
     Subjects,
-    Templates,
-    Text,
-    TextWeights,
     Untrained,
     eval_app,
     judge_each,
@@ -37,6 +32,34 @@ from eupe.cli.options import (
 if TYPE_CHECKING:
     from eupe.evaluate.result import Result
     from eupe.evaluate.subject import Subject
+
+TextWeights = Annotated[
+    Path | None,
+    typer.Option(help="open_clip checkpoint of the whole model, or its directory. Default: from the hub."),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="A file from `eupe eval text`, or the teacher whose text tower to run. Default: the teacher that "
+        "subjects lead to."
+    ),
+]
+Space = Annotated[
+    str | None,
+    typer.Option(
+        "--space",
+        help="The teacher whose text space to use if a run's heads lead to several; or the targets on the way to it.",
+    ),
+]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with one name per line, in the folders' order (by number if all are integers), or FOLDER<TAB>NAME."
+    ),
+]
+Templates = Annotated[
+    Path | None, typer.Option(help="File with one template per line, `{}` for the name. Default: `a photo of a {}.`")
+]
 
 
 @eval_app.command("text")

@@ -1,6 +1,7 @@
-"""The distillation losses: pure functions of tensors.
+"""The distillation losses, and teacher dropping: pure functions of tensors.
 
-Shapes: B batch, h w cells of a grid, D width. Source of both losses: EUPE, arXiv 2603.22387, distillation objective.
+Shapes: T teachers, B views of a batch, h w cells of a grid, D width.
+Source of both losses: EUPE, arXiv 2603.22387, distillation objective.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def keep_teachers(losses_TB: Tensor, draws_TB: Tensor, *, drop: float) -> Tensor
         draws_TB: uniform in [0, 1), see `draws`; a teacher is dropped if its draw is below `drop`.
         drop: probability, 0 to 1.
     Returns: float32 [T, B], 1 for a loss that is kept and 0 for one that is dropped; it has no gradient.
+    Source: Sariyildiz et al., "UNIC: Universal Classification Models via Multi-teacher Distillation", ECCV 2024.
     """
     largest = torch.zeros_like(losses_TB, dtype=torch.bool).scatter_(0, losses_TB.argmax(dim=0, keepdim=True), True)
     return (largest | (draws_TB >= drop)).float()

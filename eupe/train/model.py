@@ -1,4 +1,7 @@
-"""The student with its heads, which turns a batch into losses, and the average of its weights."""
+"""The student with its heads, which turns a batch into losses, and the average of its weights.
+
+The heads are not part of the exported student.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores of the same views of the same pictures, joined by key, together with the pictures."""
+"""Stores of the same views of the same pictures, joined by key, and the batches that training loads from them."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_whole_pictures_are_no_crashing_samples(corpus: Path) -> None:
 def test_a_child_that_is_slow_to_start_is_given_time(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a busy machine the imports alone take longer than the limit for a picture in these tests."""
+    """The imports alone take longer than these tests' limit for a picture if the machine is busy."""
     slow = tmp_path / "python"
     slow.write_text(f'#!/bin/sh\nsleep 4.2\nexec "{sys.executable}" "$@"\n')
     slow.chmod(0o755)
