@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eupe.store import Store, StoreDataset, open_store
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Store", "StoreDataset", "__version__", "open_store"]
 
 
