@@ -146,6 +146,24 @@ def forked(warm_python: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def ray_address(warm_python: str) -> Iterator[str]:
+    """Where a Ray of two CPUs runs, whose workers begin with their libraries imported."""
+    from shared_ray import running_ray
+
+    # without a token, which a process that has imported Ray already would not look for
+    with running_ray(warm_python, {**os.environ, "RAY_AUTH_MODE": "disabled"}) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def joined(forked: None, ray_address: str) -> Iterator[None]:
+    """Have the commands of a module's tests join one Ray; they would start one each."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAY_ADDRESS", ray_address)
+        yield
+
+
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     from browser import Browser
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from presupposed import make_presupposed, reader_environment
+from shared_ray import running_ray
 from walking import Walk
 from warm import warm_programs
 
@@ -22,45 +22,26 @@ def readers_programs(shared_folder: Path) -> Iterator[Path]:
         yield programs
 
 
-RAY = """
-import sys
-import tempfile
-
-import ray
-
-with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # a socket's path has 107 bytes at most
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
-    print(ray.get_runtime_context().gcs_address, flush=True)
-    sys.stdin.read()
-    ray.shutdown()
-"""
-
-
 @pytest.fixture(scope="package")
-def running_ray(
-    readers_programs: Path, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory
+def pages_ray(
+    readers_programs: Path, shared_folder: Path
 ) -> Iterator[dict[str, str]]:
     """A Ray that commands join, which else start one each: the variables by which they find it."""
-    script = tmp_path_factory.mktemp("ray") / "ray_for_pages.py"
-    script.write_text(RAY)
     open_to_all = {"RAY_AUTH_MODE": "disabled"}  # else the token lies in a home, and each reader has another
     environment = {**reader_environment(shared_folder / "presupposed"), **open_to_all}
     walk = Walk(shared_folder, environment, programs=readers_programs)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    words = [str(readers_programs / "python"), str(script)]
-    with subprocess.Popen(words, env=walk.all_environment(), **pipes) as process:  # type: ignore[call-overload]
-        yield {"RAY_ADDRESS": process.stdout.readline().strip(), **open_to_all}
-        process.stdin.close()
+    with running_ray(str(readers_programs / "python"), walk.all_environment()) as address:
+        yield {"RAY_ADDRESS": address, **open_to_all}
 
 
 @pytest.fixture(scope="package")
-def presupposed(shared_folder: Path, assets: Path, readers_programs: Path, running_ray: dict[str, str]) -> Path:
+def presupposed(shared_folder: Path, assets: Path, readers_programs: Path, pages_ray: dict[str, str]) -> Path:
     """What pages presuppose, all of it, made by one of the processes. Not to be changed."""
     folder = shared_folder / "presupposed"
     whole = shared_folder / "presupposed.whole"
     with FileLock(shared_folder / "presupposed.lock"):
         if not whole.exists():
             shutil.rmtree(folder, ignore_errors=True)
-            make_presupposed(folder, assets, readers_programs, running_ray)
+            make_presupposed(folder, assets, readers_programs, pages_ray)
             whole.touch()
     return folder

@@ -74,6 +74,7 @@ TRIPS = {
         assets=True,
         smaller={
             "--size 224": "--size 112",
+            "--size 256": "--size 64",
             "rrc:4": "rrc:2",
             "--student vit_large_patch16_dinov3 --head-width 1536 --epochs 10": f"--student test_vit {STEPS}",
             "vit_tiny_patch16_dinov3_qkvb --epochs 10": f"vit_tiny_patch16_dinov3_qkvb {STEPS}",
@@ -210,7 +211,7 @@ def test_blocks_of_commands_are_marked(page: str) -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("page", TRIPS)
 def test_every_command_of_a_page_is_run_and_does_what_it_says(
-    page: str, presupposed: Path, readers_programs: Path, running_ray: dict[str, str], assets: Path, tmp_path: Path
+    page: str, presupposed: Path, readers_programs: Path, pages_ray: dict[str, str], assets: Path, tmp_path: Path
 ) -> None:
     trip = TRIPS[page]
     take(presupposed, tmp_path, trip.takes)
@@ -220,7 +221,7 @@ def test_every_command_of_a_page_is_run_and_does_what_it_says(
         for name in (".stamps", *(product.path for product in PRODUCTS)):
             (link := tmp_path / "assets" / name).parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(assets / name)
-    environment = {**reader_environment(presupposed), **running_ray}
+    environment = {**reader_environment(presupposed), **pages_ray}
     walk = Walk(tmp_path, environment, programs=readers_programs)
     walk.page(page, file=trip.file, smaller=trip.smaller, ahead=trip.ahead)
     assert len(walk.said) == len(set(commands(page))) - sum(entry[0] == page for entry in NOT_RUN)

@@ -60,7 +60,8 @@ class Walk:
         for command in here:
             self.said[command] = self.run(replaced(command, smaller))
         if source := program(name):
-            self.run(shlex.join([sys.executable, "-c", f"{ahead}\n{source}"]))
+            (self.folder / "page.py").write_text(f"{ahead}\n{source}")
+            self.run("python page.py")
 
     def run(self, command: str) -> str:
         """What a command prints; it must succeed, and leave what it was told to make."""

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exporting import CONVNEXT, VIT, Exports, code_of, least_cosine, photograph, tokens_of
+from exporting import CONVNEXT, SHALLOW_VIT, Exports, code_of, least_cosine, photograph, tokens_of
 
 pytest.importorskip("executorch")
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("arch", [CONVNEXT, VIT])
+@pytest.mark.parametrize("arch", [CONVNEXT, SHALLOW_VIT])
 def test_a_program_gives_the_run_s_tokens(arch: str, tmp_path: Path) -> None:
     exports = Exports(tmp_path, "executorch", rotated=True)
     path = photograph(tmp_path / "p.png")

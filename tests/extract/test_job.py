@@ -24,7 +24,7 @@ from eupe.store import Store, open_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import file_digest
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("joined")]
 
 Run = Callable[..., Any]
 

@@ -24,6 +24,7 @@ from making import make_corpus
 from planting import Outcomes, planted_environment
 from ray.cluster_utils import Cluster
 from running import PATIENCE_S, assert_same_store, committed, extract_workers, store_files
+from warm import LIBRARIES
 
 from eupe.cli import main
 from eupe.corpus.index import index_folder
@@ -42,7 +43,7 @@ WRITE_SECONDS = 0.02
 """Added to each write, so that many faults fall between the objects of a part."""
 
 forking = multiprocessing.get_context("forkserver")
-forking.set_forkserver_preload(["eupe.cli", "eupe.extract.job"])
+forking.set_forkserver_preload([*LIBRARIES, "eupe.cli", "eupe.extract.job"])
 
 
 @dataclass(frozen=True)

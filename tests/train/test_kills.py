@@ -9,19 +9,22 @@ import pytest
 import torch
 from making import TINY_STUDENT
 from safetensors.torch import load_file
+from warm import LIBRARIES
 
 from eupe.store import Store
 
 KILLS = 20
 KILLED_AGAIN_AND_AGAIN = """
-import os, random, signal, sys, time
+import importlib, os, random, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 import torch
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 
-store, student, whole, broken, kills = sys.argv[1:]
+store, student, whole, broken, kills, *libraries = sys.argv[1:]
+for library in libraries:  # once, and not in each child
+    importlib.import_module(library)
 config = TrainConfig(
     targets=(store,), student=student, out=Path(whole), steps=120, batch_size=8, head_width=32, holdout=0.3,
     dtype="fp32", ema=0.9, checkpoint_every=4, log_every=1, validate_every=30,
@@ -56,7 +59,7 @@ def test_a_run_that_is_killed_twenty_times_equals_the_uninterrupted_one_bit_for_
     tiny_store: Store, tmp_path: Path
 ) -> None:
     runs = [tmp_path / "whole", tmp_path / "broken"]
-    words = [tiny_store.path, TINY_STUDENT, *runs, KILLS]
+    words = [tiny_store.path, TINY_STUDENT, *runs, KILLS, *LIBRARIES]
     done = subprocess.run([sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, *map(str, words)], stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     for name in ("student.safetensors", "heads.safetensors", "checkpoints/00000120.safetensors"):
