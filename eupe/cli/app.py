@@ -13,10 +13,10 @@ import typer
 import eupe
 import eupe.cli.language  # adds its verbs to `eval_app`
 from eupe.cli.console import err, escaped, out
-from eupe.cli.corpus import index
 from eupe.cli.evaluate import eval_app
 from eupe.cli.export import export_run
 from eupe.cli.extract import extract
+from eupe.cli.index import index
 from eupe.cli.plan import plan
 from eupe.cli.run import run_recipe
 from eupe.cli.store import store_app
