@@ -23,7 +23,7 @@ from eupe.errors import EupeError
 from eupe.pipeline.execute import Result
 from eupe.pipeline.prepare import prepare, run
 from eupe.pipeline.verbs import read_verbs
-from eupe.scenes.make import ScenesConfig, make_scenes
+from scenes.make import ScenesConfig, make_scenes
 
 ASSETS = Path("assets")
 OUT = Path("demo-out")

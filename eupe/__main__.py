@@ -7,11 +7,13 @@ import io
 import os
 import sys
 
-from eupe.cli import main
+import typer
+
+from eupe.cli import app, main
 
 
-def run() -> None:
-    """Run the command line, then end the process at once.
+def run(command: typer.Typer = app) -> None:
+    """Run a command line, then end the process at once.
 
     While Python shuts down, thread pools of native libraries (Arrow's, tensorstore's) sometimes abort the process: a
     command that has done its work would end with code 134.
@@ -21,7 +23,7 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):  # file names may have characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        main(command)
     except SystemExit as end:
         code = end.code
     # `os._exit` neither runs exit functions nor flushes

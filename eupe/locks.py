@@ -28,7 +28,7 @@ def lock_file(path: Path, *, verb: str, of: Path) -> int:
     """Open a file, lock it and write into it who holds it; return its descriptor.
 
     Args:
-        verb: command that takes the lock, for the note.
+        verb: verb of eupe that takes the lock, or a whole command `python ...`, for the note.
         of: path that the lock protects, for messages.
     Raises: ConfigError if another process holds it, or it is a link or a file that eupe did not write; OSError.
     """
@@ -66,7 +66,9 @@ def _holder(note: bytes) -> str | None:
     """Return who wrote a note, in words; None if it is not a holder's note."""
     try:
         held = parse_json(note)
-        return f"`eupe {held['verb']}`, process {held['process']} on {held['host']}, since {held['since']}"
+        verb = str(held["verb"])
+        command = verb if verb.startswith("python ") else f"eupe {verb}"
+        return f"`{command}`, process {held['process']} on {held['host']}, since {held['since']}"
     except (ValueError, KeyError, TypeError):
         return None
 

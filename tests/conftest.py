@@ -26,7 +26,8 @@ from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 from demo.assets import prepare_assets
-from eupe.cli import main
+from eupe.cli import app, main
+from scenes.__main__ import app as scenes_app
 
 if TYPE_CHECKING:
     from browser import Browser
@@ -206,11 +207,22 @@ class Outcome:
 @pytest.fixture
 def run_eupe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """The command line in this process."""
+    return _in_this_process(app, monkeypatch, capsys)
 
+
+@pytest.fixture
+def run_scenes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`python -m scenes` in this process."""
+    return _in_this_process(scenes_app, monkeypatch, capsys)
+
+
+def _in_this_process(
+    command: typer.Typer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
     def run(*words: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["eupe", *map(str, words)])
         try:
-            main()
+            main(command)
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)

@@ -38,6 +38,8 @@ LIBRARIES = (
 """The last line is what Ray's processes import; not Ray, which reads how to authenticate while it is imported."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROGRAMS = ("eupe", "python")
+COMMANDS = ("eupe", "scenes")
+"""What Python runs as `python -m`, and is forked."""
 PROGRAM = """#!{python} -IS
 import sys
 
@@ -109,13 +111,13 @@ def _name(words: Sequence[str]) -> str:
 
 
 def _is_forked(words: Sequence[str]) -> bool:
-    """Whether words for Python are a command of eupe, or a script, as Ray's workers are; its agents need pipes."""
+    """Whether words for Python are a command, or a script, as Ray's workers are; its agents need pipes."""
     script = next(word for word in [*words[1:], "-"] if word != "-u")
     return _is_command(words) or (script.endswith(".py") and "agent" not in script)
 
 
 def _is_command(words: Sequence[str]) -> bool:
-    return [word for word in words[1:4] if word != "-P"][:2] == ["-m", "eupe"]
+    return [word for word in words[1:4] if word != "-P"][:2] in [["-m", name] for name in COMMANDS]
 
 
 def _receive(connection: socket.socket, length: int) -> bytes:
@@ -196,10 +198,8 @@ def _become(asked: dict[str, object], files: list[int]) -> None:
         sys.path[0] = str(Path(sys.argv[0]).parent)
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
-        sys.argv = words[words.index("eupe") :] if _is_command(words) else words
-        from eupe.__main__ import run
-
-        run()
+        sys.argv = words[words.index("-m") + 1 :] if _is_command(words) else words
+        runpy.run_module(_name(sys.argv), run_name="__main__")
 
 
 def _customise(named: Sequence[str]) -> None:

@@ -13,10 +13,10 @@ import typer
 import eupe
 import eupe.cli.language  # adds its verbs to `eval_app`
 from eupe.cli.console import err, escaped, out
-from eupe.cli.corpus import index, scenes
 from eupe.cli.evaluate import eval_app
 from eupe.cli.export import export_run
 from eupe.cli.extract import extract
+from eupe.cli.index import index
 from eupe.cli.plan import plan
 from eupe.cli.run import run_recipe
 from eupe.cli.store import store_app
@@ -29,7 +29,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=eup
 app.add_typer(teachers_app, name="teachers")
 app.add_typer(eval_app, name="eval")
 app.add_typer(store_app, name="store")
-for verb in (index, scenes, extract, plan, train):
+for verb in (index, extract, plan, train):
     app.command()(verb)
 app.command("export")(export_run)
 app.command("run")(run_recipe)
@@ -39,10 +39,10 @@ INTERRUPTED = 130
 """Exit code of typer after Ctrl-C."""
 
 
-def main() -> None:
-    """Run the command line; print one sentence for a user's mistake, never a traceback."""
+def main(command: typer.Typer = app) -> None:
+    """Run a command line; print one sentence for a user's mistake, never a traceback."""
     try:
-        app(standalone_mode=True)
+        command(standalone_mode=True)
     except EupeError as error:
         err.print(f"[bold red]error:[/] {escaped(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)

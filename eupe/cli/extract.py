@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eupe.cli.console import err, escaped, finish, out
-from eupe.cli.corpus import _print_notes
+from eupe.cli.index import _print_notes
 from eupe.cli.options import (
     CorpusPath,
     Exclude,

@@ -35,7 +35,6 @@ from eupe.evaluate.pictures import Pictures
 from eupe.evaluate.splits import split_role
 from eupe.place import Place
 from eupe.reading import read_json
-from eupe.scenes.make import CARD as SCENES_CARD
 
 Split = Literal["train", "val"]
 ADE_NOTHING, MASK_NOTHING = 0, 255
@@ -45,6 +44,8 @@ NYU_LISTS: dict[str, str] = {"train": "nyu_train.txt", "val": "nyu_test.txt"}
 NYU_SIDES = (640, 480)
 UNIT_FILE = "depth-unit.txt"
 """File in a data set's folder that holds the value of `--depth-unit` for its depth maps."""
+SCENES_CARD = "scenes.json"
+"""File above a data set's folder that marks rendered scenes (docs/scenes.md), whose depth is in millimetres."""
 COCO_CAPTIONS, COCO_PICTURES = "captions_val2017.json", "val2017"
 QUESTIONS = "questions.json"
 EIGEN_CROP = (41, 45, 601, 471)

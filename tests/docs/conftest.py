@@ -23,9 +23,7 @@ def readers_programs(shared_folder: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="package")
-def pages_ray(
-    readers_programs: Path, shared_folder: Path
-) -> Iterator[dict[str, str]]:
+def pages_ray(readers_programs: Path, shared_folder: Path) -> Iterator[dict[str, str]]:
     """A Ray that commands join, which else start one each: the variables by which they find it."""
     open_to_all = {"RAY_AUTH_MODE": "disabled"}  # else the token lies in a home, and each reader has another
     environment = {**reader_environment(shared_folder / "presupposed"), **open_to_all}

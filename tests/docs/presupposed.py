@@ -27,9 +27,9 @@ DATA_SETS = {
 TRAIN = f"eupe train --batch-size 8 --steps 2 --head-width 16 --holdout 0.3 --size {SIDE} --dtype fp32"
 EXTRACT = "eupe extract --corpus photos --views rrc:2 --batch-size 8"
 COMMANDS = (
-    f"eupe scenes --out scenes --pictures 24 --size {SIDE}",
-    "mkdir photos && cp -r scenes/classification/train/. scenes/classification/val/. photos",
-    *(f"cp -r scenes/{scenes} {name}" for name, scenes in DATA_SETS.items()),
+    f"python -m scenes --out rendered --pictures 24 --size {SIDE}",
+    "mkdir photos && cp -r rendered/classification/train/. rendered/classification/val/. photos",
+    *(f"cp -r rendered/{layout} {name}" for name, layout in DATA_SETS.items()),
     "ls imagenet/train > classes.txt",
     f"{EXTRACT} --teacher dinov2 --size 112 --out store/dinov2.zarr",
     f"{EXTRACT} --teacher clip-b16-proj --out store/clip.zarr",

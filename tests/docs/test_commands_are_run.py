@@ -70,7 +70,7 @@ LlamaModel(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(LANGUAGE_MODEL)
 
 TRIPS = {
     "README.md": Trip(
-        takes=("photos", "labelled", "ADEChallengeData2016", "scenes"),
+        takes=("photos", "labelled", "ADEChallengeData2016", "rendered"),
         assets=True,
         smaller={
             "--size 224": "--size 112",
@@ -80,7 +80,7 @@ TRIPS = {
             "vit_tiny_patch16_dinov3_qkvb --epochs 10": f"vit_tiny_patch16_dinov3_qkvb {STEPS}",
             "eupe eval segment": "eupe eval segment --steps 2 --size 64",
             "eupe eval latency": "eupe eval latency --repeats 1 --size 64",
-            "eupe scenes": "eupe scenes --pictures 24 --size 64",
+            "python -m scenes": "python -m scenes --pictures 24 --size 64",
         },
         says={"eupe teachers": "dinov2-s", "eupe store ls": "100.0%", "eupe store verify": "is whole"},
         leaves=("runs/tiny/evaluations.jsonl", "tiny-hf/README.md"),
@@ -110,12 +110,12 @@ TRIPS = {
     "docs/gallery.md": Trip(
         takes=(
             *("runs/proxy=demo-out/proxy-274602a3", "runs/tiny=demo-out/student-ba566ef4"),
-            "scenes/classification/val=assets/scenes/classification/val",
+            "rendered/classification/val=assets/scenes/classification/val",
         ),
         assets=True,
     ),
     "docs/language.md": Trip(
-        takes=("imagenet", "coco", "scenes", "classes.txt", *RUNS),
+        takes=("imagenet", "coco", "rendered", "classes.txt", *RUNS),
         smaller={"eupe eval vqa": "eupe eval vqa --dropout 0.5"},
     ),
     "docs/millions.md": Trip(
@@ -146,7 +146,7 @@ TRIPS = {
         leaves=("runs/first",),
     ),
     "docs/quickstart.md": Trip(
-        takes=("scenes",),
+        takes=("rendered",),
         assets=True,
         smaller={
             "--pictures 48 --size 128": "--pictures 24 --size 64",
@@ -164,9 +164,9 @@ TRIPS = {
     ),
     "docs/scaling.md": Trip(),
     "docs/scenes.md": Trip(
-        takes=("scenes",),
-        smaller={"--out scenes": "--out scenes --pictures 24 --size 64"},
-        leaves=("scenes/scenes.json", "tiny/scenes.json"),
+        takes=("rendered",),
+        smaller={"--out rendered": "--out rendered --pictures 24 --size 64"},
+        leaves=("rendered/scenes.json", "tiny/scenes.json"),
     ),
     "docs/store.md": Trip(takes=("store/dinov2.zarr=store/dinov2-s.zarr",)),
     "docs/teachers.md": Trip(says={"eupe teachers dinov2": "antialiases"}),

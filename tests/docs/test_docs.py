@@ -6,9 +6,9 @@ import re
 
 import pytest
 from pages import PAGES, commands
-from typed import parsed
+from typed import SCENES, parsed
 
-TYPED = [(page, command) for page in PAGES for command in commands(page) if command.startswith("eupe ")]
+TYPED = [(page, command) for page in PAGES for command in commands(page) if command.startswith(("eupe ", SCENES))]
 
 
 @pytest.mark.parametrize(("page", "command"), TYPED)
@@ -19,6 +19,11 @@ def test_every_command_of_the_documents_parses(page: str, command: str) -> None:
 def test_there_are_commands_to_parse() -> None:
     assert len(TYPED) > 70
     assert {page for page, _ in TYPED} >= {"README.md", "docs/quickstart.md", "docs/training.md", "docs/scaling.md"}
+    assert {page for page, command in TYPED if command.startswith(SCENES)} == {
+        "README.md",
+        "docs/quickstart.md",
+        "docs/scenes.md",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -12,7 +12,7 @@ from eupe.evaluate.linear import linear
 from eupe.evaluate.segment import segment
 from eupe.evaluate.subject import open_subjects
 from eupe.evaluate.vqa import vqa
-from eupe.scenes.layouts import LAYOUTS, Request
+from scenes.layouts import LAYOUTS, Request
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eupe.scenes.bodies import ball, block, box, frustum, prism
-from eupe.scenes.shapes import Part
+from scenes.bodies import ball, block, box, frustum, prism
+from scenes.shapes import Part
 
 Inside = Callable[[NDArray[np.float64]], NDArray[np.bool_]]
 """Of points [n, 3]."""

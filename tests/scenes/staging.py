@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eupe.scenes.bodies import Body
-from eupe.scenes.scene import Camera, Instance, Light, Scene, Thing, Wall, looking, yawed
-from eupe.scenes.shapes import Part, Shape
-from eupe.scenes.textures import Material
+from scenes.bodies import Body
+from scenes.scene import Camera, Instance, Light, Scene, Thing, Wall, looking, yawed
+from scenes.shapes import Part, Shape
+from scenes.textures import Material
 
 GREY = Material("plain", (0.4, 0.4, 0.4), (0.1, 0.1, 0.1))
 NOON = np.array([0.0, 1.0, 0.0])

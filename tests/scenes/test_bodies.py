@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from solids import SOLIDS, Inside
 
-from eupe.scenes.bodies import crossing, frustum
-from eupe.scenes.shapes import part_normals, strike
+from scenes.bodies import crossing, frustum
+from scenes.shapes import part_normals, strike
 
 STEP = 2e-3
 REACH = 5.0

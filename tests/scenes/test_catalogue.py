@@ -9,11 +9,11 @@ import pytest
 from numpy.typing import NDArray
 from staging import pixels_of, scene_of
 
-from eupe.scenes.catalogue import BUILDERS, CATEGORIES, CLUTTER, build
-from eupe.scenes.correspondence import seen_keypoints
-from eupe.scenes.materials import COLOURS, draw_instance
-from eupe.scenes.render import look_up
-from eupe.scenes.scene import Scene, Thing, looking, yawed
+from scenes.catalogue import BUILDERS, CATEGORIES, CLUTTER, build
+from scenes.correspondence import seen_keypoints
+from scenes.materials import COLOURS, draw_instance
+from scenes.render import look_up
+from scenes.scene import Scene, Thing, looking, yawed
 
 VIEWS = 6
 

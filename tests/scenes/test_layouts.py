@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from staging import pixels_of
 
-from eupe.scenes.catalogue import CATEGORIES, CLASSES
-from eupe.scenes.compose import classification_scene, correspondence_scene, room_scene
-from eupe.scenes.make import ScenesConfig, make_scenes
-from eupe.scenes.render import look_up, render
+from scenes.catalogue import CATEGORIES, CLASSES
+from scenes.compose import classification_scene, correspondence_scene, room_scene
+from scenes.make import ScenesConfig, make_scenes
+from scenes.render import look_up, render
 
 PICTURES, SIZE, SEED = 24, 40, 3
 

@@ -1,4 +1,4 @@
-"""`eupe scenes`: the same bytes on any number of processes, whole or not at all, and one sentence for a mistake."""
+"""`python -m scenes`: the same bytes on any number of processes, whole or not at all; one sentence for a mistake."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from PIL import Image
 
 from eupe.errors import ConfigError, IncompleteError, StorageError
 from eupe.locks import LOCK, lock_file
-from eupe.scenes import make
-from eupe.scenes.layouts import LAYOUTS, Layout, Request
-from eupe.scenes.make import ScenesConfig, make_scenes
+from scenes import make
+from scenes.layouts import LAYOUTS, Layout, Request
+from scenes.make import ScenesConfig, make_scenes
 
 Run = Callable[..., Any]
 
@@ -128,8 +128,8 @@ def test_a_failure_leaves_nothing_and_what_was_left_by_a_kill_is_cleared(
 def test_two_at_once_do_not_mix(tmp_path: Path, quick: list[int]) -> None:
     unfinished = tmp_path / ".scenes.unfinished"
     unfinished.mkdir()
-    other = lock_file(tmp_path / f".scenes{LOCK}", verb="scenes", of=tmp_path / "scenes")
-    with pytest.raises(ConfigError, match=r"scenes is being written by `eupe scenes`, process \d+"):
+    other = lock_file(tmp_path / f".scenes{LOCK}", verb="python -m scenes", of=tmp_path / "scenes")
+    with pytest.raises(ConfigError, match=r"scenes is being written by `python -m scenes`, process \d+"):
         make_scenes(config(tmp_path / "scenes"), processes=1)
     assert unfinished.exists()
     os.close(other)
@@ -165,9 +165,9 @@ def test_progress_counts_every_picture(tmp_path: Path, quick: list[int]) -> None
     ],
 )
 def test_hostile_options_of_scenes_get_one_sentence(
-    words: list[object], said: str, tmp_path: Path, run_eupe: Run
+    words: list[object], said: str, tmp_path: Path, run_scenes: Run
 ) -> None:
-    outcome = run_eupe("scenes", "--out", tmp_path / "scenes", *words)
+    outcome = run_scenes("--out", tmp_path / "scenes", *words)
     assert outcome.code == 2
     assert said in outcome.err
     assert "Traceback" not in outcome.err
@@ -175,13 +175,20 @@ def test_hostile_options_of_scenes_get_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_verb_makes_scenes_and_finds_them_again(
-    tmp_path: Path, run_eupe: Run, quick: list[int], monkeypatch: pytest.MonkeyPatch
+def test_python_runs_it_as_a_module(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "scenes", "--out", str(tmp_path / "scenes"), "--size", "7"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --size 7 is not a valid picture size; give 32 to 1024 pixels\n"
+
+
+def test_the_command_makes_scenes_and_finds_them_again(
+    tmp_path: Path, run_scenes: Run, quick: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("scenes", "--out", tmp_path / "scenes", "--pictures", 24, "--size", 40, "--seed", 2)
+    words = ("--out", tmp_path / "scenes", "--pictures", 24, "--size", 40, "--seed", 2)
     monkeypatch.setattr(make, "make_scenes", partial(make_scenes, processes=1))
-    made = run_eupe(*words, "--json")
-    again = run_eupe(*words)
+    made = run_scenes(*words, "--json")
+    again = run_scenes(*words)
     assert (made.code, again.code) == (0, 0)
     assert json.loads(made.out) == {
         "out": str(tmp_path / "scenes"),
@@ -194,7 +201,7 @@ def test_the_verb_makes_scenes_and_finds_them_again(
 
 @pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "eupe", "scenes", "--out", str(tmp_path / "scenes"), "--pictures", "200"]
+    command = [sys.executable, "-m", "scenes", "--out", str(tmp_path / "scenes"), "--pictures", "200"]
     parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     unfinished = tmp_path / ".scenes.unfinished"
     deadline = time.monotonic() + 60
@@ -220,7 +227,7 @@ def _is_alive(pid: int) -> bool:
 
 def test_scenes_need_neither_torch_nor_the_store(tmp_path: Path) -> None:
     code = (
-        "import sys; import eupe.scenes.make; "
+        "import sys; import scenes.make; "
         "print([m for m in ('torch', 'pyarrow', 'tensorstore', 'zarr', 'rich') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -228,12 +235,12 @@ def test_scenes_need_neither_torch_nor_the_store(tmp_path: Path) -> None:
 
 
 def test_the_command_line_takes_the_side_of_the_pictures(
-    tmp_path: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_scenes: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(make, "LAYOUTS", {"classification": LAYOUTS["classification"]})
     monkeypatch.setattr(make, "make_scenes", partial(make_scenes, processes=1))
     for size in (32, 48):
-        outcome = run_eupe("scenes", "--out", tmp_path / str(size), "--pictures", 24, "--size", size)
+        outcome = run_scenes("--out", tmp_path / str(size), "--pictures", 24, "--size", size)
         assert outcome.code == 0, outcome.err
         sides = {Image.open(path).size for path in (tmp_path / str(size)).rglob("*.jpg")}
         assert sides == {(size, size)}

@@ -10,13 +10,13 @@ import pytest
 from numpy.typing import NDArray
 from staging import GREY, pixels_of, scene_of, thing_of, world_of
 
-from eupe.scenes.bodies import ball, box
-from eupe.scenes.catalogue import BOARD, BOARD_HEIGHT, CLASSES, SIGN
-from eupe.scenes.compose import classification_scene, question_scene, room_scene
-from eupe.scenes.materials import draw_instance, lettering
-from eupe.scenes.render import Truth, look_up, render
-from eupe.scenes.scene import Camera, Scene, Thing, Wall, looking, yawed
-from eupe.scenes.trace import FLOOR, SKY, WALL
+from scenes.bodies import ball, box
+from scenes.catalogue import BOARD, BOARD_HEIGHT, CLASSES, SIGN
+from scenes.compose import classification_scene, question_scene, room_scene
+from scenes.materials import draw_instance, lettering
+from scenes.render import Truth, look_up, render
+from scenes.scene import Camera, Scene, Thing, Wall, looking, yawed
+from scenes.trace import FLOOR, SKY, WALL
 
 SIZE = 48
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from staging import scene_of, thing_of
 
-from eupe.scenes.bodies import Floats, ball, box
-from eupe.scenes.catalogue import CATEGORIES
-from eupe.scenes.compose import classification_scene, question_scene
-from eupe.scenes.scene import Scene
-from eupe.scenes.shapes import strike
-from eupe.scenes.trace import SKY, normals, patches, shadowed, trace
+from scenes.bodies import Floats, ball, box
+from scenes.catalogue import CATEGORIES
+from scenes.compose import classification_scene, question_scene
+from scenes.scene import Scene
+from scenes.shapes import strike
+from scenes.trace import SKY, normals, patches, shadowed, trace
 
 
 def nearest_thing(scene: Scene, origin: Floats, direction: Floats) -> Floats:

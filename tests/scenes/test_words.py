@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eupe.scenes.catalogue import CATEGORIES, CLASSES, SIGN
-from eupe.scenes.compose import caption_scene, question_plan, question_scene, rng_of, spots_of
-from eupe.scenes.materials import COLOURS, WORDS
-from eupe.scenes.render import Truth, look_up
-from eupe.scenes.scene import Scene
-from eupe.scenes.words import NUMBERS, Question, captions, questions
+from scenes.catalogue import CATEGORIES, CLASSES, SIGN
+from scenes.compose import caption_scene, question_plan, question_scene, rng_of, spots_of
+from scenes.materials import COLOURS, WORDS
+from scenes.render import Truth, look_up
+from scenes.scene import Scene
+from scenes.words import NUMBERS, Question, captions, questions
 
 SIZE = 96
 

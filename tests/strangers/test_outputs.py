@@ -1,4 +1,4 @@
-"""Every verb that writes, over whatever lies at `--out`: its own is gone on with or replaced, nothing else touched."""
+"""Every command that writes, over whatever lies at `--out`: its own is gone on with or replaced, nothing else lost."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def folder_verbs(world: World) -> dict[str, Words]:
     return {
         "train": lambda out: [*train_words, "--out", out],
         "export": lambda out: ["export", world.run, "--format", "timm", "--out", out],
-        "scenes": lambda out: ["scenes", "--pictures", 24, "--size", 64, "--out", out],
+        "scenes": lambda out: ["--pictures", 24, "--size", 64, "--out", out],
         "extract": lambda out: [*extract, "--out", out],
     }
 
@@ -120,27 +120,32 @@ def test_a_file(verb: str, world: World, tmp_path: Path, run_eupe: Callable[...,
     assert foreign.read_bytes()[:8] == made[:8]
 
 
+@pytest.fixture
+def run(verb: str, run_eupe: Callable[..., Any], run_scenes: Callable[..., Any]) -> Callable[..., Any]:
+    return run_scenes if verb == "scenes" else run_eupe
+
+
 @pytest.mark.parametrize("verb", FOLDERS)
-def test_a_folder(verb: str, world: World, tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+def test_a_folder(verb: str, world: World, tmp_path: Path, run: Callable[..., Any]) -> None:
     words = folder_verbs(world)[verb]
     (foreign := tmp_path / "foreign").mkdir()
     (foreign / "x").write_bytes(FOREIGN)
     (link := tmp_path / "link").symlink_to(foreign)
     (file := tmp_path / "file").write_bytes(FOREIGN)
     for place in (foreign, link, file):
-        refused(run_eupe(*words(place)))
-    refused(run_eupe(*words(Path("/proc/eupe"))), code=1)
+        refused(run(*words(place)))
+    refused(run(*words(Path("/proc/eupe"))), code=1)
     assert tree(tmp_path) == {"foreign/x": FOREIGN, "file": FOREIGN}
     assert link.is_symlink()
     if verb == "extract":
         return  # the rest takes Ray: tests/extract
     out = tmp_path / "out"
-    first = run_eupe(*words(out), "--json")
+    first = run(*words(out), "--json")
     assert first.code == 0, first.err
     made = tree(out)
     (own_link := tmp_path / "own").symlink_to(out)
     for place in (out, own_link):
-        again = run_eupe(*words(place), "--json")
+        again = run(*words(place), "--json")
         assert again.code == 0, again.err
         assert json.loads(again.out)["cached"] is True
     assert tree(out) == made and own_link.is_symlink()
@@ -148,12 +153,12 @@ def test_a_folder(verb: str, world: World, tmp_path: Path, run_eupe: Callable[..
 
 @pytest.mark.parametrize("verb", ["export", "scenes"])
 def test_a_link_in_place_of_an_unfinished_folder(
-    verb: str, world: World, tmp_path: Path, run_eupe: Callable[..., Any]
+    verb: str, world: World, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
     (victim := tmp_path / "victim").mkdir()
     (victim / "x").write_bytes(FOREIGN)
     (tmp_path / ".out.unfinished").symlink_to(victim)
-    refused(run_eupe(*folder_verbs(world)[verb](tmp_path / "out")))
+    refused(run(*folder_verbs(world)[verb](tmp_path / "out")))
     assert tree(victim) == {"x": FOREIGN}
 
 

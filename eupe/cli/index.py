@@ -1,12 +1,10 @@
-"""`eupe index` and `eupe scenes`: pictures."""
+"""`eupe index`: the pictures of a corpus."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,10 +20,6 @@ from eupe.cli.options import (
     Overwrite,
 )
 from eupe.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
 
 NAMED_DUPLICATES = 5
 
@@ -78,22 +72,3 @@ def index(
 def _print_notes(notes: Sequence[str]) -> None:
     for note in notes:
         out.print(f"note: {escaped(note)}", soft_wrap=True)
-
-
-def scenes(
-    out_path: Annotated[Path, typer.Option("--out", help="The folder to create.")],
-    pictures: Annotated[int, typer.Option(help="Number of pictures of each task.")] = 300,
-    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 224,
-    seed: Annotated[int, typer.Option(help="Seed of the random scenes.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Render pictures with exact labels, masks, depth, correspondences, captions and questions."""
-    from eupe.progress import report_progress
-    from eupe.scenes.make import ScenesConfig, make_scenes
-
-    config = ScenesConfig(out=out_path, pictures=pictures, size=size, seed=seed)
-    with report_progress(err, "pictures", quiet=as_json) as progress:
-        report = make_scenes(config, progress=lambda done, of: progress.update("rendering", done, of))
-    finish(dataclasses.asdict(report), as_json)
-    if report.cached and not as_json:
-        out.print("nothing to do: these scenes already exist")

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from eupe.scenes.catalogue import CATEGORIES
-from eupe.scenes.render import Truth
-from eupe.scenes.scene import Camera, Scene, Thing, Vector
+from scenes.catalogue import CATEGORIES
+from scenes.render import Truth
+from scenes.scene import Camera, Scene, Thing, Vector
 
 VIEWS_PER_INSTANCE = 2
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from eupe.scenes.bodies import Flags, Floats, dot, floats, turned
-from eupe.scenes.scene import Scene, Thing, Vector
-from eupe.scenes.shapes import Part, part_normals, strike
+from scenes.bodies import Flags, Floats, dot, floats, turned
+from scenes.scene import Scene, Thing, Vector
+from scenes.shapes import Part, part_normals, strike
 
 Rows = NDArray[np.intp]
 

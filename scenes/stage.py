@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eupe.scenes.catalogue import CLUTTER, SIGN
-from eupe.scenes.materials import OUTDOORS, draw_ground, draw_instance, draw_light, draw_sky, draw_wall
-from eupe.scenes.scene import Camera, Instance, Scene, Thing, Vector, Wall, looking, yawed
+from scenes.catalogue import CLUTTER, SIGN
+from scenes.materials import OUTDOORS, draw_ground, draw_instance, draw_light, draw_sky, draw_wall
+from scenes.scene import Camera, Instance, Scene, Thing, Vector, Wall, looking, yawed
 
 GAP_M = 0.06
 """Least gap between the circles that things stand in."""

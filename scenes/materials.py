@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from eupe.scenes.bodies import Floats
-from eupe.scenes.catalogue import BOARD, SIGN, build
-from eupe.scenes.scene import Instance, Light, Vector
-from eupe.scenes.shapes import Surface
-from eupe.scenes.textures import LETTERING, Colour, Material, linear
+from scenes.bodies import Floats
+from scenes.catalogue import BOARD, SIGN, build
+from scenes.scene import Instance, Light, Vector
+from scenes.shapes import Surface
+from scenes.textures import LETTERING, Colour, Material, linear
 
 PALETTE: Mapping[str, tuple[int, int, int]] = {
     "red": (205, 35, 35),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eupe.scenes.bodies import Floats, floats, turned
-from eupe.scenes.catalogue import BOARD, BOARD_HEIGHT
+from scenes.bodies import Floats, floats, turned
+from scenes.catalogue import BOARD, BOARD_HEIGHT
 
 Pattern = Callable[[Floats, int], Floats]
 Colour = tuple[float, float, float]

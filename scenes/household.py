@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from eupe.scenes.bodies import Body, Point, ball, block, box, frustum
-from eupe.scenes.shapes import Keypoint, Part, Shape, Surface, along
+from scenes.bodies import Body, Point, ball, block, box, frustum
+from scenes.shapes import Keypoint, Part, Shape, Surface, along
 
 SIDES = (("left", -1), ("right", 1))
 ENDS = (("front", 1), ("back", -1))

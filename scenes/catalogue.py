@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from eupe.scenes import household, outdoors
-from eupe.scenes.bodies import ball, box, frustum
-from eupe.scenes.household import disc, disc_at
-from eupe.scenes.shapes import Part, Shape
+from scenes import household, outdoors
+from scenes.bodies import ball, box, frustum
+from scenes.household import disc, disc_at
+from scenes.shapes import Part, Shape
 
 Builder = Callable[[np.random.Generator], Shape]
 

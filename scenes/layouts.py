@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eupe.scenes.catalogue import CATEGORIES, CLASSES
-from eupe.scenes.compose import (
+from scenes.catalogue import CATEGORIES, CLASSES
+from scenes.compose import (
     caption_scene,
     classification_scene,
     correspondence_scene,
@@ -26,9 +26,9 @@ from eupe.scenes.compose import (
     room_scene,
     spots_of,
 )
-from eupe.scenes.correspondence import VIEWS_PER_INSTANCE, sighting, write_pairs
-from eupe.scenes.render import render
-from eupe.scenes.words import captions, questions
+from scenes.correspondence import VIEWS_PER_INSTANCE, sighting, write_pairs
+from scenes.render import render
+from scenes.words import captions, questions
 
 JPEG_QUALITY = 92
 TRAIN, VAL = "train", "val"

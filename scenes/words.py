@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eupe.scenes.compose import Spot, beside
-from eupe.scenes.scene import Scene, Thing
+from scenes.compose import Spot, beside
+from scenes.scene import Scene, Thing
 
 MOST_PAIRS = 3
 """Largest number of pairs of things that a picture's questions are about."""

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from eupe.scenes.bodies import Body, Flags, Floats, Point, ball, crossing, frustum, outward
+from scenes.bodies import Body, Flags, Floats, Point, ball, crossing, frustum, outward
 
 Surface = Literal["main", "accent", "dark", "light", "board"]
 """Name of the thing's material that a part has."""

@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from eupe.scenes.bodies import Floats, floats
-from eupe.scenes.shapes import Shape, Surface
-from eupe.scenes.textures import Colour, Material
+from scenes.bodies import Floats, floats
+from scenes.shapes import Shape, Surface
+from scenes.textures import Colour, Material
 
 Vector = NDArray[np.float64]
 

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eupe.scenes.catalogue import BOARD, BOARD_HEIGHT, CATEGORIES, CLUTTER, SIGN
-from eupe.scenes.materials import COLOURS, WORDS, draw_instance
-from eupe.scenes.render import look_up
-from eupe.scenes.scene import Scene
-from eupe.scenes.stage import group, portrait
+from scenes.catalogue import BOARD, BOARD_HEIGHT, CATEGORIES, CLUTTER, SIGN
+from scenes.materials import COLOURS, WORDS, draw_instance
+from scenes.render import look_up
+from scenes.scene import Scene
+from scenes.stage import group, portrait
 
 PROBE_PX = 56
 ATTEMPTS = 400

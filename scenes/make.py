@@ -1,4 +1,4 @@
-"""`eupe scenes`: a folder of rendered pictures with exact ground truth, made on all cores, as a whole or not at all."""
+"""A folder of rendered pictures with exact ground truth, made on all cores, as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from eupe.errors import ConfigError, IncompleteError, StorageError
 from eupe.files import publish
 from eupe.locks import unfinished
 from eupe.reading import read_json
-from eupe.scenes.catalogue import CATEGORIES, CLASSES
-from eupe.scenes.layouts import LAYOUTS, Request
 from eupe.stopping import stop_signals
+from scenes.catalogue import CATEGORIES, CLASSES
+from scenes.layouts import LAYOUTS, Request
 
 VERSION = 1
 """Version of the pictures, to be raised when the same request gives other bytes; older folders then do not match."""
@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesConfig:
-    """The flags of `eupe scenes`."""
+    """The flags of `python -m scenes`."""
 
     out: Path
     pictures: int
@@ -72,7 +72,7 @@ def make_scenes(
     try:
         if (counts := _finished(config.out, request)) is not None:
             return ScenesReport(str(config.out), counts, cached=True)
-        with unfinished(config.out, verb="scenes") as folder:
+        with unfinished(config.out, verb="python -m scenes") as folder:
             if (counts := _finished(config.out, request)) is not None:  # another process may have finished it meanwhile
                 return ScenesReport(str(config.out), counts, cached=True)
             cores = len(os.sched_getaffinity(0))

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eupe.scenes.bodies import Flags, Floats, dot, floats
-from eupe.scenes.catalogue import CATEGORIES, CLASSES, SIGN
-from eupe.scenes.scene import Light, Scene
-from eupe.scenes.textures import GAMMA, Material, clouds, paint
-from eupe.scenes.trace import FLOOR, SKY, WALL, Hits, Patch, normals, patches, shadowed, to_own, trace
+from scenes.bodies import Flags, Floats, dot, floats
+from scenes.catalogue import CATEGORIES, CLASSES, SIGN
+from scenes.scene import Light, Scene
+from scenes.textures import GAMMA, Material, clouds, paint
+from scenes.trace import FLOOR, SKY, WALL, Hits, Patch, normals, patches, shadowed, to_own, trace
 
 SUBPIXELS = ((-0.375, -0.125), (0.125, -0.375), (0.375, 0.125), (-0.125, 0.375))
 """Offsets at which the colour of pixels on edges is sampled."""

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from eupe.scenes.bodies import Body, ball, block, box, frustum, prism
-from eupe.scenes.household import ENDS, SIDES, disc, disc_at
-from eupe.scenes.shapes import Keypoint, Part, Shape, along
+from scenes.bodies import Body, ball, block, box, frustum, prism
+from scenes.household import ENDS, SIDES, disc, disc_at
+from scenes.shapes import Keypoint, Part, Shape, along
 
 
 def car(rng: np.random.Generator) -> Shape:
