@@ -32,7 +32,7 @@ test-floors: $(STAMP)
 	$(BIN)/python -m pip install -qqq --no-compile --upgrade --no-deps --target $(FLOORS) \
 		$$($(BIN)/python tests/floors.py torch)
 	PYTHONPATH=$(FLOORS):$(CURDIR) $(BIN)/python -m pytest --no-header tests/test_floors.py tests/golden/test_golden.py \
-		tests/corpus/test_tables.py::test_tables_in_a_bucket tests/train/test_method.py \
+		tests/corpus/test_tables.py::test_tables_in_a_bucket tests/train/test_method.py tests/report/test_charts.py \
 		tests/extract/test_job.py::test_a_job_on_ray_makes_the_store_that_one_process_makes \
 		"tests/teachers/test_verify_cards.py::test_real_weights"
 

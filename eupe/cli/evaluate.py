@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from eupe.evaluate.dense_probe import Training
     from eupe.evaluate.result import Result
     from eupe.evaluate.subject import Subject
-    from eupe.pages.report import Merged
+    from eupe.report.comparison import Merged
 
 OnStep = Callable[[int, int], None]
 
@@ -410,7 +410,7 @@ def eval_report(
     as_json: Json = False,
 ) -> None:
     """Compare models by task on a page, in Markdown or as a table; results of different protocols are kept apart."""
-    from eupe.pages.report_write import write_report
+    from eupe.report.report_page import write_report
 
     report = write_report(judged, out=out_path, images=images, limit=limit, title=title, overwrite=overwrite)
     if as_json:
@@ -426,7 +426,7 @@ def eval_report(
 
 def _show_merged(merged: Merged) -> None:
     """Print models by columns, baselines last, with the marks explained, and then tasks that have their own tables."""
-    from eupe.pages import report_words as words
+    from eupe.report import comparison_text as words
 
     models, baselines = words.rows(merged)
     if merged.columns:

@@ -91,7 +91,7 @@ def store_stats(
     as_json: Json = False,
 ) -> None:
     """Describe the features of a finished store: norms, channels, directions, outliers."""
-    from eupe.pages.stats_page import require_page_name, write_stats_page
+    from eupe.report.stats_page import require_page_name, write_stats_page
     from eupe.store import open_store
     from eupe.store.summary import summarise
 
@@ -110,7 +110,7 @@ def store_stats(
 
 
 def _print_statistics(summary: StoreSummary) -> None:
-    from eupe.pages.stats_words import NOTES, identity, token_facts, token_title
+    from eupe.report.stats_page import NOTES, identity, token_facts, token_title
 
     finish({"store": summary.path, **dict(identity(summary))}, False)
     for token in summary.tokens:

@@ -38,7 +38,7 @@ def viz(
     as_json: Json = False,
 ) -> None:
     """Draw dense features as PCA maps side by side: a self-contained page with runs' loss curves, or a PNG figure."""
-    from eupe.pages.viz import write_maps
+    from eupe.report.viz_page import write_maps
 
     report = write_maps(
         items,

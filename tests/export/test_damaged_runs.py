@@ -15,8 +15,8 @@ from eupe.encoder import load_card
 from eupe.errors import RunError
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import holdout, open_run
-from eupe.pages.report import merge
-from eupe.pages.viz_history import read_history
+from eupe.report.comparison import merge
+from eupe.report.training_curves import read_history
 from eupe.train.card import read_card
 
 Run = Callable[..., Any]

@@ -1,16 +1,16 @@
-"""A report in words: headings, numbers, and the whole as Markdown."""
+"""A comparison in words: headings, numbers, and the whole as Markdown."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eupe.evaluate.latency import TASK as LATENCY
 from eupe.evaluate.result import Result
-from eupe.pages.report import Cell, Column, Merged, Model
+from eupe.report.comparison import Cell, Column, Merged, Model
 
 TASKS = {
     "knn": "k-NN",
@@ -74,10 +74,6 @@ def _head(column: Column) -> Head:
 
 def _apart(column: Column, alike: Sequence[Column]) -> tuple[str, ...]:
     """Return the facts of a column (data, features, protocol) that not all columns in `alike` share."""
-
-    def facts(one: Column) -> dict[str, Any]:
-        return {**one.data, **one.features, **one.protocol}
-
     own = facts(column)
     names = dict.fromkeys(name for other in alike for name in facts(other))
     return tuple(
@@ -85,6 +81,11 @@ def _apart(column: Column, alike: Sequence[Column]) -> tuple[str, ...]:
         for name in names
         if any(facts(other).get(name) != own.get(name) for other in alike)
     )
+
+
+def facts(column: Column) -> dict[str, Any]:
+    """Return everything that is known about a column's results: data, features and protocol."""
+    return {**column.data, **column.features, **column.protocol}
 
 
 def task_title(task: str) -> str:
@@ -95,6 +96,21 @@ def task_title(task: str) -> str:
 def measure_title(measure: str) -> str:
     """Return a measure's name for people."""
     return MEASURES.get(measure, measure.replace("_", " "))
+
+
+def measure_titles(measures: Sequence[str]) -> list[str]:
+    """Return measures' names for people."""
+    return [measure_title(measure) for measure in measures]
+
+
+def score(scores: Mapping[str, float], name: str) -> str:
+    """Format a score; a dash if there is none."""
+    return number(scores[name]) if name in scores else ABSENT
+
+
+def is_judged(result: Result, kind: str) -> bool:
+    """Return whether a result has scores of a kind of token."""
+    return any(name.endswith(f"/{kind}") for name in result.scores)
 
 
 def number(value: float, *, largest: float | None = None) -> str:
@@ -126,15 +142,14 @@ def rows(merged: Merged) -> tuple[list[tuple[Model, list[Cell | None]]], list[tu
 
 def flat_table(results: Sequence[Result]) -> list[list[str]]:
     """Return a table of results with all of their scores; the first row is the header."""
-    measures = list(dict.fromkeys(name for result in results for name in result.scores))
-    about = [_about(result) for result in results]
-    return [
-        ["", "", *measures],
-        *(
-            [result.name, what, *(number(result.scores[m]) if m in result.scores else ABSENT for m in measures)]
-            for result, what in zip(results, about, strict=True)
-        ),
-    ]
+    names = measures(results)
+    rows = [[result.name, _about(result), *(score(result.scores, name) for name in names)] for result in results]
+    return [["", "", *names], *rows]
+
+
+def measures(results: Iterable[Result]) -> list[str]:
+    """Return the names of all measures that results have."""
+    return list(dict.fromkeys(name for result in results for name in result.scores))
 
 
 def _about(result: Result) -> str:
@@ -151,8 +166,8 @@ def markdown(merged: Merged, *, title: str) -> str:
     if baselines:
         table += [[f"*{BASELINES}*", *([""] * len(merged.columns))]]
         table += [[model.name, *(_bold(cell) for cell in cells)] for model, cells in baselines]
-    legends = [f"**bold**: {BEST_LEGEND}"] if any(c and c.best for _, cells in models for c in cells) else []
-    legends += [f"{AHEAD} {AHEAD_LEGEND}"] if any(c and c.ahead for _, cells in baselines for c in cells) else []
+    legends = [f"**bold**: {BEST_LEGEND}"] if any(cell.best for cell in merged.cells) else []
+    legends += [f"{AHEAD} {AHEAD_LEGEND}"] if any(cell.ahead for cell in merged.cells) else []
     legends += [f"({letter}) {MARK_LEGEND}: {words}" for letter, words in merged.marks.items()]
     parts = [f"# {title}"]
     if merged.columns:

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from eupe.errors import ConfigError
 from eupe.outputs import FIGURE_MARK
-from eupe.pages.viz_maps import ModelColumn, PictureCell
+from eupe.report.feature_maps import ModelColumn, PictureCell
 
 CELL_PX = 224
 """Default side of a cell."""

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 
 from eupe.errors import StorageError
 from eupe.evaluate.result import Result, keep_results
-from eupe.outputs import MARK
-from eupe.pages import report_write
-from eupe.pages.page import make_place, write_whole
+from eupe.outputs import HEAD_BYTES, MARK, begins_with_mark
+from eupe.place import Place
+from eupe.report import report_page
+from eupe.report.comparison import merge
+from eupe.report.page import make_place, render_template, write_whole
 
 
 @pytest.mark.parametrize("length", [250, 300])
@@ -50,7 +53,21 @@ def test_a_report_that_is_interrupted_says_so_and_leaves_the_page_before(
         os.kill(os.getpid(), signal.SIGINT)
         return "new"
 
-    monkeypatch.setattr(report_write, "render_report", interrupted)
+    monkeypatch.setattr(report_page, "render_report", interrupted)
     outcome = run_eupe("eval", "report", tmp_path / "r.jsonl", "--out", tmp_path / "page.html")
     assert outcome.code == 130 and outcome.err.strip() == "error: interrupted; run the same command again"
     assert (tmp_path / "page.html").read_text() == f"old {MARK}" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_page_is_known_by_its_mark_however_long_its_title(tmp_path: Path) -> None:
+    name = "<b>" * HEAD_BYTES
+    result = Result(task="knn", subject=name, kind="teacher", scores={"accuracy": 0.5}, protocol={}, data={})
+    page = report_page.render_report(merge([result]), title=name, sources=[], licences=[], maps=None)
+    assert page.index("<title>") < page.index("&lt;b&gt;") and "<b><b>" not in page
+    (tmp_path / "page.html").write_text(page)
+    assert begins_with_mark(Place.of(tmp_path / "page.html"))
+
+
+def test_a_template_that_asks_for_what_is_not_given_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="'path' is undefined"):
+        render_template("stats.html", title="t", name="n")

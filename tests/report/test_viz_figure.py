@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
-from eupe.pages.viz_figure import CELL_PX, Layout, draw_figure, plan_figure, shorten
-from eupe.pages.viz_maps import ModelColumn, PictureCell, colour_maps
+from eupe.report.feature_maps import ModelColumn, PictureCell, colour_maps
+from eupe.report.png_figure import CELL_PX, Layout, draw_figure, plan_figure, shorten
 
 LONG = "timm:" + "vit_so400m_patch14_siglip_gap_896" * 3
 

@@ -13,18 +13,22 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
+from eupe.errors import ConfigError, RunError
 from eupe.evaluate import agreement, conflict, latency
-from eupe.evaluate.result import Result
+from eupe.evaluate.result import EVALUATIONS_FILE, Result, newest, read_results
+from eupe.evaluate.run import is_run
 from eupe.evaluate.subject import PIXELS
 from eupe.kinds import CARD_FILE
-from eupe.pages.report_features import FEATURES, difference, letter, usual_features
 
 ORDER = ("knn", "linear", "zeroshot", "retrieval", "vqa", "segment", "depth", "correspond")
 """Order of columns by task; other tasks follow, and costs come last."""
+FEATURES = ("size", "dtype", "views", "num_views", "shades")
+"""Names of the feature settings in a protocol."""
 APART = (agreement.TASK, conflict.TASK)
 """Tasks whose results have tables of their own, because each row is about something else."""
 
@@ -86,6 +90,11 @@ class Column:
     cells: Mapping[int, Cell]
     """Cells by the model's place."""
 
+    @property
+    def results(self) -> list[Result]:
+        """Return the results of all cells."""
+        return [cell.result for cell in self.cells.values()]
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -99,12 +108,15 @@ class Merged:
     apart: Mapping[str, tuple[Result, ...]] = field(default_factory=dict)
     """Results with tables of their own, by task; subjects are short names."""
 
+    @property
+    def cells(self) -> list[Cell]:
+        """Return all scores of the table."""
+        return [cell for column in self.columns for cell in column.cells.values()]
+
     def to_json(self) -> dict[str, Any]:
         """Return the tables as plain JSON."""
         return {
-            "models": [
-                {"name": m.name, "subject": m.subject, "kind": m.kind, "untrained": m.untrained} for m in self.models
-            ],
+            "models": [asdict(model) for model in self.models],
             "columns": [
                 {
                     "task": column.task,
@@ -132,6 +144,51 @@ def _cell_json(cell: Cell | None) -> dict[str, Any] | None:
         "ahead": cell.ahead,
         "scores": cell.result.scores,
     }
+
+
+def gather(places: Sequence[Path]) -> list[Result]:
+    """Return the newest results of runs and of files of results, in the order given.
+
+    A run is named by its path as given. A run's own file has all of its results, while a file from `--results` may have
+    older ones, so the run's own file wins.
+
+    Raises: ConfigError if no place is given, or one has no results; RunError if a run is unfinished, or a file damaged.
+    """
+    if not places:
+        raise ConfigError("nothing to report: name at least one training run, or a file of results (.jsonl)")
+    runs = {place.resolve(): place for place in places if place.is_dir()}
+    read = {place: [_called_as_given(result, place, runs) for result in _read(place)] for place in places}
+    order = list(dict.fromkeys(result.subject for results in read.values() for result in results))
+    of_files, of_runs = ([p for p in read if p.is_dir() == is_folder] for is_folder in (False, True))
+    # runs last, because `newest` keeps the last of equal results
+    found = newest([result for place in (*of_files, *of_runs) for result in read[place]])
+    return sorted(found, key=lambda result: order.index(result.subject))
+
+
+def _read(place: Path) -> list[Result]:
+    if not place.exists():
+        raise ConfigError(f"{place} does not exist; give training runs, or files of results (.jsonl)")
+    if place.is_dir():
+        if not is_run(place):
+            raise ConfigError(f"{place} is a folder but not a training run; give runs, or files of results (.jsonl)")
+        if not (place / CARD_FILE).is_file():
+            raise RunError(f"run {place} is not finished; finish it with `eupe train ... --resume`, then evaluate it")
+    results = read_results(place)
+    if not results:
+        what = f"run {place} has not been evaluated" if place.is_dir() else f"{place} holds no results"
+        raise ConfigError(
+            f"{what}; for example, `eupe eval knn` writes some to a run's {EVALUATIONS_FILE} and to --results FILE"
+        )
+    return results
+
+
+def _called_as_given(result: Result, place: Path, runs: Mapping[Path, Path]) -> Result:
+    """Name a run's result by the run's path as given, because the run may have been moved since it was judged."""
+    if place.is_dir():
+        return replace(result, subject=str(place))
+    if result.kind != "run":
+        return result
+    return replace(result, subject=str(runs.get(Path(result.subject).resolve(), result.subject)))
 
 
 def merge(results: Sequence[Result]) -> Merged:
@@ -171,7 +228,7 @@ def _grouped(results: Sequence[Result]) -> list[list[Result]]:
     groups: dict[str, list[Result]] = {}
     for result in results:
         measure = next(iter(result.scores))
-        parts = [result.task, measure, result.lower_is_better, task_protocol(result), result.data]
+        parts = [result.task, measure, result.lower_is_better, _task_protocol(result), result.data]
         groups.setdefault(json.dumps(parts, sort_keys=True), []).append(result)
     apart = [part for group in groups.values() for part in _without_clashes(group)]
     return sorted(apart, key=lambda group: _rank(group[0].task))
@@ -195,7 +252,7 @@ def _rank(task: str) -> int:
     return ORDER.index(task) if task in ORDER else len(ORDER)
 
 
-def task_protocol(result: Result) -> dict[str, Any]:
+def _task_protocol(result: Result) -> dict[str, Any]:
     """Return the part of a protocol that is about the task, not the features."""
     return {name: value for name, value in result.protocol.items() if name not in FEATURES}
 
@@ -210,19 +267,19 @@ def _column(
     """
     measure, lower = next(iter(group[0].scores)), group[0].lower_is_better
     by_place = {places[result.subject, result.kind, result.untrained]: result for result in group}
-    usual = usual_features([result for i, result in by_place.items() if not models[i].is_baseline] or group)
+    usual = _usual_features([result for i, result in by_place.items() if not models[i].is_baseline] or group)
     cells = {}
     values = [abs(float(result.scores[measure])) for result in group]
     largest = max(filter(math.isfinite, values), default=0.0)
     for i, result in sorted(by_place.items()):
-        words = difference(result, usual)
-        mark = marks.setdefault(words, letter(len(marks))) if words else ""
+        words = _difference(result, usual)
+        mark = marks.setdefault(words, _letter(len(marks))) if words else ""
         cells[i] = Cell(result, float(result.scores[measure]), largest, mark)
     return Column(
         task=group[0].task,
         measure=measure,
         lower_is_better=lower,
-        protocol=task_protocol(group[0]),
+        protocol=_task_protocol(group[0]),
         data=group[0].data,
         features=usual,
         cells=_ranked(cells, models, lower),
@@ -245,3 +302,37 @@ def _ranked(cells: Mapping[int, Cell], models: Sequence[Model], lower: bool) -> 
         )
         for i, cell in cells.items()
     }
+
+
+def _usual_features(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the feature settings of most results; ties go to the first."""
+    ways = [{name: result.protocol[name] for name in FEATURES if name in result.protocol} for result in results]
+    counts = Counter(json.dumps(way, sort_keys=True) for way in ways)
+    return max(ways, key=lambda way: counts[json.dumps(way, sort_keys=True)])
+
+
+def _difference(result: Result, usual: Mapping[str, Any]) -> str:
+    """Return in words how a result's feature settings differ from the column's; empty if they do not.
+
+    Only the size counts for raw pixels.
+    """
+    compared = ("size",) if result.kind == PIXELS else FEATURES
+    own = {name: result.protocol[name] for name in compared if name in result.protocol}
+    others = {name: usual[name] for name in compared if name in usual}
+    ours = [_said(name, value) for name, value in own.items() if others.get(name) != value]
+    theirs = [_said(name, value) for name, value in others.items() if own.get(name) != value]
+    if not ours and not theirs:
+        return ""
+    return f"{', '.join(ours) or 'no such setting'}; the others: {', '.join(theirs) or 'no such setting'}"
+
+
+def _said(name: str, value: Any) -> str:
+    return {"size": f"{value} px", "num_views": f"{value} views per picture", "views": f"a store's {value} views"}.get(
+        name, f"{name} {value}"
+    )
+
+
+def _letter(number: int) -> str:
+    """Return the letter of a mark: a to z, then aa, ab, ..."""
+    first, last = divmod(number, len(ascii_lowercase))
+    return (ascii_lowercase[first - 1] if first else "") + ascii_lowercase[last]

@@ -11,14 +11,14 @@ from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from charts import drawn_in, titled
 
 from eupe.errors import ConfigError
-from eupe.pages.stats_page import render_stats_page, thin_out, write_stats_page
-from eupe.pages.viz_chart import MAX_POINTS, svg_heat_map, svg_histogram
+from eupe.report.charts import MAX_POINTS
+from eupe.report.stats_page import render_stats_page, thin_out, write_stats_page
 from eupe.store import Store, open_store
 from eupe.store.layout import feature_path
 from eupe.store.summary import StoreSummary, summarise
@@ -80,12 +80,6 @@ def summary(planted: Path) -> StoreSummary:
 @pytest.fixture(scope="module")
 def page(summary: StoreSummary) -> str:
     return render_stats_page(summary)
-
-
-def charts(page: str) -> dict[str, ElementTree.Element]:
-    """Every drawing by its label."""
-    found = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
-    return {svg.attrib["aria-label"]: svg for svg in found}
 
 
 def texts(page: str) -> str:
@@ -154,7 +148,7 @@ class TestPage:
         assert re.findall(r"https?://[^\"'\s]+", page) == []
 
     def test_draws_every_kind(self, page: str) -> None:
-        labels = charts(page).keys()
+        labels = drawn_in(page).keys()
         for kind in ("summary", "dense"):
             for what in ("Histogram of norms", "Standard deviation of the channels", "Eigenvalues"):
                 assert f"{what}: 64 px {kind}" in labels
@@ -163,23 +157,22 @@ class TestPage:
 
     def test_the_bars_count_every_token(self, page: str, summary: StoreSummary) -> None:
         for token in summary.tokens:
-            titles = [t.text or "" for t in charts(page)[f"Histogram of norms: 64 px {token.kind}"].iter("title")]
+            titles = titled(drawn_in(page)[f"Histogram of norms: 64 px {token.kind}"])
             counted = [int(re.findall(r": ([\d,]+) \(", title)[0].replace(",", "")) for title in titles]
             assert counted == token.norms[token.norms > 0].tolist()
             assert sum(counted) == token.count
 
     def test_the_outlier_and_the_dead_channel_are_shown(self, page: str) -> None:
-        heat = charts(page)["Outlier tokens by position: 64 px dense"]
-        cells = {t.text: rect for rect in heat.iter("rect") for t in rect.iter("title")}
+        cells = titled(drawn_in(page)["Outlier tokens by position: 64 px dense"])
         loudest = cells[f"row {CELL[0]}, column {CELL[1]}: 100.00% of views"]
-        assert float(loudest.attrib["fill-opacity"]) == 1
+        assert loudest.attrib["style"] == "fill: var(--c1)", "no opacity below 1"
         assert f"1 ({DEAD})" in texts(page)
         assert "Not drawn: constant channels (1)." in texts(page)
 
     def test_without_outliers_there_is_no_map(self, tiny_store: Store) -> None:
         words = render_stats_page(summarise(tiny_store))
         assert "No token of any view is an outlier." in words
-        assert len(charts(words)) == 6
+        assert len(drawn_in(words)) == 6
 
     def test_where_nothing_varies_there_is_no_line(self, summary: StoreSummary) -> None:
         token = summary.tokens[0]
@@ -205,29 +198,6 @@ def test_a_long_line_keeps_its_ends_and_its_values(length: int) -> None:
     assert all(value == values[int(rank) - 1] for rank, value in points)
     if length <= MAX_POINTS:
         assert len(points) == length
-
-
-@pytest.mark.parametrize("rates", [[[0.5]], [[0.0, 1e-4], [0.0, 0.0]], np.eye(64).tolist()])
-def test_a_heat_map_stays_in_its_frame(rates: list[list[float]]) -> None:
-    svg = ElementTree.fromstring(svg_heat_map(rates, label="map"))
-    _, _, width, height = map(float, svg.attrib["viewBox"].split())
-    for rect in svg.iter("rect"):
-        x, y, w, h = (float(rect.attrib[name]) for name in ("x", "y", "width", "height"))
-        assert 0 <= x <= x + w <= width
-        assert 0 <= y <= y + h <= height
-    drawn = [rect for rect in svg.iter("rect") if rect.find("title") is not None]
-    assert len(drawn) == np.count_nonzero(rates)
-
-
-@pytest.mark.parametrize("counts", [[0, 3, 0, 0], [1, 0, 0, 10**6], [1, 1, 1, 1]])
-def test_bars_are_shares_and_the_rare_is_seen(counts: list[int]) -> None:
-    edges = [2 ** (i / 4) for i in range(5)]
-    svg = ElementTree.fromstring(svg_histogram(edges, counts, mark=1.3, label="h", x_label="x", y_label="y"))
-    heights = [float(rect.attrib["height"]) for rect in svg.iter("rect")]
-    assert len(heights) == np.count_nonzero(counts)
-    assert min(heights) >= 1.5
-    assert heights[int(np.argmax([c for c in counts if c]))] == max(heights)
-    assert any(re.fullmatch(r"[\d.]+", text.text or "") for text in svg.iter("text") if "y" in text.attrib)
 
 
 PROBE = """<script>

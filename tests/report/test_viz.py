@@ -31,13 +31,11 @@ from eupe.corpus.photometric import NEUTRAL
 from eupe.corpus.views import ViewParams, ViewSpec, render_view
 from eupe.encoder import load_encoder
 from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageError
-from eupe.pages.viz import SHOWN_PX, VizReport, choose_pictures, write_maps
-from eupe.pages.viz_chart import MAX_POINTS, Series, linear_axis, log_axis, svg_chart, thin, value_axis
-from eupe.pages.viz_figure import BLANK, plan_figure
-from eupe.pages.viz_history import read_history
-from eupe.pages.viz_items import Picture
-from eupe.pages.viz_maps import MIN_TOKENS
 from eupe.pca import find_foreground, fit_pca
+from eupe.report.feature_maps import MIN_TOKENS, SHOWN_PX, Picture, choose_pictures
+from eupe.report.png_figure import BLANK, plan_figure
+from eupe.report.training_curves import read_history
+from eupe.report.viz_page import VizReport, write_maps
 from eupe.store import Features, open_store
 from eupe.tokens import normalise
 from eupe.train.config import TrainConfig
@@ -173,47 +171,6 @@ class TestChoice:
     def test_without_labels_the_first_pictures(self) -> None:
         pictures = [Picture(key, None, None, False) for key in "abcd"]
         assert choose_pictures(pictures, 3) == pictures[:3]
-
-
-class TestChart:
-    def test_ticks_are_round_and_cover_the_values(self) -> None:
-        for low, high in itertools.product((-0.3, 0.0, 0.0123), (0.4, 1.0, 7.7, 123456.0)):
-            axis = linear_axis(low, high)
-            assert axis.low <= low and high <= axis.high and 3 <= len(axis.ticks) <= 9
-            digits = {f"{tick:.6e}".split("e")[0].rstrip("0") for tick in np.diff(axis.ticks)}
-            assert digits <= {"1.", "2.", "5."}
-
-    @pytest.mark.parametrize("low,high", [(0.7, 3.4), (0.01, 5.0), (1e-5, 1e3)])
-    def test_log_axis(self, low: float, high: float) -> None:
-        axis = log_axis(low, high)
-        assert 3 <= len(axis.ticks) <= 10
-        assert axis.share(axis.low) == 0 and axis.share(axis.high) == pytest.approx(1)
-        assert axis.share((axis.low * axis.high) ** 0.5) == pytest.approx(0.5)
-
-    def test_log_only_where_it_is_allowed_and_helps(self) -> None:
-        assert value_axis([0.1, 5], allow_log=True).log
-        assert not value_axis([0.1, 5], allow_log=False).log
-        assert not value_axis([1, 1.5], allow_log=True).log
-        assert not value_axis([-1, 5], allow_log=True).log
-        assert not value_axis([0, 5], allow_log=True).log
-        assert value_axis([0.2, 0.3], allow_log=False).low == 0
-
-    def test_a_long_curve_is_thinned_to_means(self) -> None:
-        points = [(float(i), float(i % 2)) for i in range(10 * MAX_POINTS)]
-        thinned = thin(points)
-        assert len(thinned) == MAX_POINTS
-        assert {y for _, y in thinned} == {0.5}
-        assert thinned[0][0] == 4.5
-        assert thin(points[:5]) == points[:5]
-
-    @pytest.mark.parametrize("points", [[(0, 0.0)], [(1, 2.0)], [(10, -1.0), (20, 3.0)]])
-    def test_curves_stay_inside(self, points: list[tuple[float, float]]) -> None:
-        svg = svg_chart([Series("a<b", points)], label="l", y_label="y", x_label="x", allow_log=True)
-        assert "a<b" not in svg
-        drawn = re.findall(r'polyline[^>]*points="([^"]*)"', svg)
-        places = [tuple(map(float, pair.split(","))) for pair in drawn[0].split()]
-        assert len(places) == len(points)
-        assert all(0 <= x <= 460 and 0 <= y <= 250 for x, y in places)
 
 
 class TestHistory:

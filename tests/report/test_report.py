@@ -6,15 +6,14 @@ import json
 import re
 from collections.abc import Callable
 from html import unescape
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from browser import Browser, needs_browser
+from charts import drawn_in, places, titled
 from feature_stores import plant_store
 from making import make_corpus
 
@@ -24,14 +23,10 @@ from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate.result import Result, keep_results
-from eupe.pages.report import Cell, Column, Merged, merge
-from eupe.pages.report_inputs import gather
-from eupe.pages.report_licences import licences
-from eupe.pages.report_maps import draw_maps
-from eupe.pages.report_words import heads, marked, number
-from eupe.pages.report_write import write_report
-from eupe.pages.scatter import Spot, front, svg_scatter
 from eupe.pca import fit_pca
+from eupe.report.comparison import Cell, Column, Merged, gather, merge
+from eupe.report.comparison_text import heads, marked, number
+from eupe.report.report_page import draw_maps, licences, write_report
 from eupe.tokens import normalise
 from eupe.train.targets import is_held_out
 
@@ -265,35 +260,6 @@ class TestLicences:
         assert licences(merge([result(str(one))]).models) == []
 
 
-class TestScatter:
-    SPOTS = (Spot("fast", 5, 0.4), Spot("beaten", 9, 0.3), Spot("slow", 50, 0.9), Spot("middle", 9, 0.6))
-
-    def test_the_front_is_of_those_that_none_beats(self) -> None:
-        assert [spot.name for spot in front(self.SPOTS, lower_is_better=False)] == ["fast", "middle", "slow"]
-        assert [spot.name for spot in front(self.SPOTS, lower_is_better=True)] == ["fast", "beaten"]
-        alone = front([*self.SPOTS, Spot("otherwise", 1, 1.0, compared=False)], lower_is_better=False)
-        assert [spot.name for spot in alone] == ["fast", "middle", "slow"]
-
-    @pytest.mark.parametrize("names", [("a", "b"), ("a" * 40, "b" * 40), ("x" * 90, "<b>")])
-    def test_points_and_names_stay_inside_and_apart(self, names: tuple[str, str]) -> None:
-        spots = [Spot(names[i % 2], 10 + i / 100, 0.5 + i / 1000) for i in range(6)]
-        svg = svg_scatter(spots, label="l", x_label="x", y_label="y", lower_is_better=False)
-        drawn = ElementTree.fromstring(svg)
-        _, _, width, height = map(float, drawn.attrib["viewBox"].split())
-        circles = list(drawn.iter("circle"))
-        assert len(circles) == 6
-        assert all(0 <= float(c.attrib["cx"]) <= width and 0 <= float(c.attrib["cy"]) <= height for c in circles)
-        assert [c[0].text.split(":")[0] for c in circles] == [names[i % 2] for i in range(6)]
-        labels = [t for t in drawn.iter("text") if t.text in names]
-        tops = sorted(float(t.attrib["y"]) for t in labels)
-        assert all(8 <= top <= height for top in tops)
-        assert all(below - above > 10 for above, below in pairwise(tops)) or len(names[0]) < 5
-
-    def test_a_single_point_and_equal_values(self) -> None:
-        for spots in ([Spot("a", 1, 0.5)], [Spot("a", 1, 0.5), Spot("b", 1, 0.5)]):
-            assert "nan" not in svg_scatter(spots, label="l", x_label="x", y_label="y", lower_is_better=True)
-
-
 @pytest.mark.parametrize(
     ("value", "said"),
     [
@@ -398,17 +364,17 @@ class TestPage:
         assert f"dinov2-s – {HOSTILE}" in words, "the licence of what taught the runs"
 
     def test_a_chart_for_each_task_of_quality(self, page: str) -> None:
-        svgs = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
-        labels = [svg.attrib["aria-label"] for svg in svgs]
-        assert labels == [
+        svgs = drawn_in(page)
+        assert list(svgs) == [
             "k-NN, digits, 224 px over ms per picture at 256 px",
             "Depth, digits, 224 px over ms per picture at 256 px",
         ]
-        assert [len(list(svg.iter("circle"))) for svg in svgs] == [3, 2]
-        (hollow,) = (c for c in svgs[0].iter("circle") if c.attrib["class"] == "hollow")
-        assert hollow[0].text == "dinov2-s (a): 0.99 at 30", "what has a mark is not compared"
-        (line,) = svgs[0].iter("polyline")
-        assert len(line.attrib["points"].split()) == 2
+        first, second = svgs.values()
+        assert [len(titled(first)), len(titled(second))] == [3, 2]
+        (hollow,) = (title for title, dot in titled(first).items() if "fill: var(--card)" in dot.attrib["style"])
+        assert hollow == "dinov2-s (a): 0.99 at 30", "what has a mark is not compared"
+        (line,) = (path for path in first.iter("path") if "stroke-dasharray: 2,4" in path.attrib["style"])
+        assert len(places(line)) == 2
 
     def test_maps_are_of_the_runs_on_the_centres_of_the_pictures(self, world: dict[str, Path]) -> None:
         maps = draw_maps({"g": world["good"]}, world["pictures"], limit=4)
@@ -424,7 +390,7 @@ class TestPage:
             pixels = normalise(torch.from_numpy(rendered), encoder.card.mean, encoder.card.std)
             dense = encoder(pixels).dense.numpy()
         (run,) = maps.runs
-        difference = run.maps_PhwC.astype(int) - fit_pca(dense).rgb(dense).astype(int)
+        difference = run.colours.maps_PhwC.astype(int) - fit_pca(dense).rgb(dense).astype(int)
         assert (run.size, np.abs(difference).mean() < 4) == (64, True)
 
     def test_is_one_file_without_scripts_or_links_and_nothing_from_outside_is_markup(self, page: str) -> None:

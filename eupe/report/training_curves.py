@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from eupe.errors import RunError
-from eupe.pages.viz_chart import Point, Series
 from eupe.reading import parse_json, read_json
+from eupe.report.charts import Point, Series
 from eupe.store.layout import DENSE
 from eupe.train.card import REPORT_FILE
 from eupe.train.log import METRICS_FILE

@@ -14,11 +14,19 @@ from numpy.typing import NDArray
 from sklearn.decomposition import TruncatedSVD
 from sklearn.metrics.pairwise import cosine_similarity
 
-from eupe.pages import viz_similarity
-from eupe.pages.colour_ramps import MAGMA, VIRIDIS, Ramp
-from eupe.pages.viz_maps import ModelColumn, PictureCell, colour_maps
-from eupe.pages.viz_page import render_page
-from eupe.pages.viz_similarity import MAX_KEPT, MAX_TEXT_BYTES, MIN_KEPT, channels_to_keep, embed
+from eupe.report import feature_maps
+from eupe.report.charts import colour_stops
+from eupe.report.feature_maps import (
+    MAX_KEPT,
+    MAX_TEXT_BYTES,
+    MIN_KEPT,
+    ModelColumn,
+    PictureCell,
+    channels_to_keep,
+    colour_maps,
+    embed,
+)
+from eupe.report.viz_page import render_maps
 
 Cosines = NDArray[np.float64]
 
@@ -98,7 +106,7 @@ def columns() -> list[ModelColumn]:
 
 def page_of(models: Sequence[ModelColumn]) -> str:
     pixels = np.full((64, 64, 3), 90, dtype=np.uint8)
-    return render_page([PictureCell(f"{i}.png", None, False, pixels) for i in range(PICTURES)], models, [])
+    return render_maps([PictureCell(f"{i}.png", None, False, pixels) for i in range(PICTURES)], models, [])
 
 
 def codes_in(page: str) -> list[NDArray[np.int8]]:
@@ -127,14 +135,14 @@ class TestStatement:
 
     def test_a_page_without_room_for_features_has_no_script(self, monkeypatch: pytest.MonkeyPatch) -> None:
         num_tokens = PICTURES * sum(grid**2 for grid in GRIDS)
-        monkeypatch.setattr(viz_similarity, "MAX_TEXT_BYTES", num_tokens * MIN_KEPT * 4 // 3 - 1)
+        monkeypatch.setattr(feature_maps, "MAX_TEXT_BYTES", num_tokens * MIN_KEPT * 4 // 3 - 1)
         page = page_of(columns())
         assert "There are too many maps to embed the features" in page and "show fewer pictures" in page
         assert not codes_in(page) and "<script" not in page and "script-src" not in page
         assert "How exact" not in page
 
 
-def along(ramp: Ramp, share: NDArray[np.float64]) -> NDArray[np.float64]:
+def along(ramp: Sequence[str], share: NDArray[np.float64]) -> NDArray[np.float64]:
     """Colours [..., 3] of shares from 0 to 1."""
     stops = np.array([list(bytes.fromhex(stop[1:])) for stop in ramp])
     places = np.linspace(0, 1, len(ramp))
@@ -197,7 +205,10 @@ class TestInABrowser:
             painted = browser.run(f"Array.from({canvas}.getContext('2d').getImageData(0, 0, {grid}, {grid}).data)")
             shares = (expected - expected.min()) / span if np.ptp(expected) else np.ones(grid**2)
             colours = np.array(painted).reshape(-1, 4)
-            assert np.abs(colours[:, :3] - along(MAGMA, shares)).max() <= 0.51 and (colours[:, 3] == 255).all()
+            assert (
+                np.abs(colours[:, :3] - along(colour_stops("magma"), shares)).max() <= 0.51
+                and (colours[:, 3] == 255).all()
+            )
             assert browser.run(f"getComputedStyle({canvas}).display") == "block"
         assert not browser.complaints()
 
@@ -256,7 +267,7 @@ class TestInABrowser:
         browser.click("document.querySelector('label[for=cells]')")
         for component, name in [(0, "first"), (2, "third")]:
             browser.click(f"document.querySelector('label[for={name}]')")
-            expected = along(VIRIDIS, models[0].colours.maps_PhwC[1, ..., component] / 255)
+            expected = along(colour_stops("viridis"), models[0].colours.maps_PhwC[1, ..., component] / 255)
             assert np.abs(cells_of(browser.look(frame(1, 1)), GRIDS[0]) - expected).max() <= 4
         browser.click("document.querySelector('label[for=all]')")
         drawn = cells_of(browser.look(frame(1, 1)), GRIDS[0])
