@@ -296,7 +296,8 @@ def _write_names(axes: Axes, spots: Sequence[Spot], line: Sequence[Point]) -> No
         for left, align, shift in _name_places(x, written.get_window_extent().width):
             written.set(x=left, y=y - shift * LINE_PX, ha=align)
             box = written.get_window_extent().padded(2)
-            if not box.count_overlaps(taken) and not outline.intersects_bbox(box, filled=False):
+            is_inside = box.y0 >= BOTTOM and box.y1 <= HEIGHT
+            if is_inside and not box.count_overlaps(taken) and not outline.intersects_bbox(box, filled=False):
                 taken.append(box)
                 break
         else:

@@ -138,6 +138,14 @@ class TestScatter:
         assert all(8 <= top <= height for top in tops)
         assert all(below - above > 10 for above, below in pairwise(tops)) or len(names[0]) < 5
 
+    @pytest.mark.parametrize("length", [4, 8, 11, 12])
+    def test_no_name_stands_above_or_below_the_chart(self, length: int) -> None:
+        fast, beaten, _, middle = self.SPOTS
+        spots = [fast, beaten, Spot("s" * length, 50, 0.9), middle, Spot("odd", 30, 0.95, compared=False)]
+        drawn = ElementTree.fromstring(scatter_chart(spots, **LABELS, lower_is_better=False))
+        heights = [float(text.attrib["y"]) for text in drawn.iter("text") if text.text in {spot.name for spot in spots}]
+        assert len(heights) >= 4 and min(heights) > 10 and max(heights) < 215
+
     def test_a_single_point_and_equal_values(self) -> None:
         for spots in ([Spot("a", 1, 0.5)], [Spot("a", 1, 0.5), Spot("b", 1, 0.5)]):
             assert "nan" not in scatter_chart(spots, **LABELS, lower_is_better=True)
@@ -216,6 +224,7 @@ class TestInAPage:
             assert all_charts("a") == plain
             assert dict(matplotlib.rcParams) == before
 
+    @pytest.mark.slow
     def test_nothing_is_loaded_before_something_is_drawn(self) -> None:
         modules = "eupe.cli, eupe.extract.job, eupe.train.loop, eupe.report.report_page, eupe.report.stats_page"
         code = (
