@@ -25,13 +25,12 @@ from torch import Tensor, nn
 
 import eupe.proxy  # noqa: F401 - registers its architectures with timm
 from eupe.checkpoints import load_state_dict_strictly
+from eupe.compute import Tokens
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
-from eupe.files import replacing, write_file
+from eupe.files import replacing, share, write_file
 from eupe.kinds import CARD_FILE, LOCAL_DIR, WEIGHTS_FILE, DenseKind, SummaryKind
 from eupe.meta import built_on_meta
 from eupe.reading import read_json
-from eupe.share import share
-from eupe.tokens import Tokens
 
 Question = TypeVar("Question", bound=Callable[..., Any])
 

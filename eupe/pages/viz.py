@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eupe.corpus.decode import decode_image
 from eupe.corpus.index import Corpus, open_corpus
-from eupe.corpus.pictures import insides, read_picture
+from eupe.corpus.pictures import decode_image, insides, read_picture
 from eupe.corpus.views import ViewSpec, draw_view
 from eupe.encoder import load_card
 from eupe.errors import ConfigError, CorpusError

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from eupe.corpus.photometric import Photometric
+from eupe.corpus.views import Photometric
 from eupe.errors import ConfigError, FormatVersionError, StoreError
 from eupe.store.precision import INT8, INT8_FILL, Calibration, is_calibration, require_known, stored_channels
 from eupe.store.stats import NORM_BINS

@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eupe.errors import RunError, StorageError
-from eupe.files import remove_unfinished, replacing
-from eupe.share import share
+from eupe.files import remove_unfinished, replacing, share
 from eupe.train.model import Distiller, Ema
 from eupe.train.parallel import placed_like, whole
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eupe.checkpoints import load_state_dict_strictly
+from eupe.compute import Tokens
 from eupe.encoder import load_card
 from eupe.errors import RunError, TeacherError
 from eupe.meta import built_on_meta
 from eupe.store.layout import KINDS
-from eupe.tokens import Tokens
 from eupe.train.card import HEADS_FILE, NORMS_FILE, REPORT_FILE, finished_card, target_names
 from eupe.train.model import AdapterHead
 from eupe.train.normalise import Normaliser

@@ -19,7 +19,8 @@ from feature_stores import plant_store
 from making import make_corpus
 
 from eupe.cli.console import out as console
-from eupe.corpus.decode import decode_image
+from eupe.compute import normalise
+from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, RunError
@@ -32,7 +33,6 @@ from eupe.pages.report_words import heads, marked, number
 from eupe.pages.report_write import write_report
 from eupe.pages.scatter import Spot, front, svg_scatter
 from eupe.pca import fit_pca
-from eupe.tokens import normalise
 from eupe.train.targets import is_held_out
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'${name}"

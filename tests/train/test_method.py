@@ -18,10 +18,10 @@ from making import TINY_STUDENT, make_corpus, make_store
 from safetensors.torch import load_file
 from torch import nn
 
+from eupe.compute import normalise
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, RunError
 from eupe.store import Store
-from eupe.tokens import normalise
 from eupe.train.card import METHOD, MOST_PASSES, advice, read_card, resolve
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train, train_together

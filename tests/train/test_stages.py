@@ -10,8 +10,7 @@ import torch
 from making import TINY_STUDENT, make_corpus, make_store, random_weights
 from safetensors.torch import load_file
 
-from eupe.corpus.photometric import apply_photometric
-from eupe.corpus.views import ViewSpec, draw_colours, render_view
+from eupe.corpus.views import ViewSpec, apply_photometric, draw_colours, render_view
 from eupe.errors import ConfigError, RunError, TrainingError
 from eupe.store import Store
 from eupe.train.card import RunCard, resolve
