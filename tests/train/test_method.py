@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from making import TINY_STUDENT, make_corpus, make_store
+from making import TINY_STUDENT, make_corpus, make_store, tiny_config
 from safetensors.torch import load_file
 from torch import nn
 
@@ -33,10 +33,7 @@ from eupe.train.trainer import Trainer, synchronised
 
 @pytest.fixture
 def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        targets=(tiny_store.path,), student=TINY_STUDENT, out=tmp_path / "run", steps=3, batch_size=8, head_width=16,
-        holdout=0.3, dtype="fp32",
-    )  # fmt: skip
+    return tiny_config(tiny_store.path, tmp_path / "run", steps=3, head_width=16)
 
 
 @pytest.fixture(scope="module")
