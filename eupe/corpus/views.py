@@ -17,7 +17,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eupe.errors import ConfigError
+from eupe.reading import from_plain, to_plain
 
 Box = tuple[int, int, int, int]
 """x0, y0, x1, y1 in pixels of the upright picture; x1 and y1 are exclusive."""
@@ -66,7 +67,8 @@ class ViewSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that determine the views, and no others."""
-        drawn = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k != "photometric"}
+        drawn = to_plain(self)
+        del drawn["photometric"]
         if self.policy != "rrc":
             seed = {} if self.photometric == "none" else {"seed": self.seed}
             drawn = {"policy": self.policy, "num_views": 1, **seed}
@@ -80,7 +82,7 @@ class ViewSpec:
 
         Raises: ConfigError for views that this version cannot draw.
         """
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k != "kernel"}
+        fields = from_plain({name: value for name, value in plain.items() if name != "kernel"})
         try:
             spec = cls(**fields)
         except TypeError as error:
