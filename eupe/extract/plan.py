@@ -35,7 +35,7 @@ from eupe.extract.job import (
 from eupe.extract.load import LoadedSample, Loader, PartTask
 from eupe.extract.plan_on_paper import Need, free_bytes, nearest_folder, need_of, require_room
 from eupe.extract.process import prepare_process
-from eupe.extract.worker import PartBuilder, PartExtractor
+from eupe.extract.worker import PartExtractor
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, arrays, differences
@@ -381,9 +381,9 @@ def _timed_part(
     began = time.perf_counter()
     samples = list(extractor.load_ahead(task.samples))
     decode_s = time.perf_counter() - began
-    _computed(extractor, task, samples[: -(-batch_size // spec.num_views)])  # the first batch on a device is slow
+    extractor.compute(task, samples[: -(-batch_size // spec.num_views)])  # the first batch on a device is slow
     began = time.perf_counter()
-    part = _computed(extractor, task, samples)
+    part = extractor.compute(task, samples)
     forward_s = time.perf_counter() - began
     num_views = len(samples) * spec.num_views
     # too few views for a batch on each core, which the extraction itself will have
@@ -407,13 +407,6 @@ def _seconds_a_view_on_all_cores(extractor: PartExtractor, samples: Sequence[Loa
     for pending in [extractor.forward.begin(batch) for batch in batches]:
         pending.wait()
     return (time.perf_counter() - began) / (size * count)
-
-
-def _computed(extractor: PartExtractor, task: PartTask, samples: Sequence[LoadedSample]) -> Part:
-    builder = PartBuilder(extractor, task)
-    for sample in samples:
-        builder.add(sample)
-    return builder.finish()
 
 
 def _timed_store(spec: StoreSpec, teacher: Teacher, part: Part) -> tuple[int, float, float]:

@@ -68,10 +68,14 @@ class PartExtractor:
         """Return the number of samples in two batches."""
         return max(2, 2 * self._batch_size // self.spec.num_views)
 
-    def compute(self, task: PartTask) -> Part:
-        """Compute a part without writing it: a pure function of the spec, the corpus and the part's number."""
+    def compute(self, task: PartTask, samples: Iterable[LoadedSample] | None = None) -> Part:
+        """Compute a part without writing it: a pure function of the spec, the corpus and the part's number.
+
+        Args:
+            samples: the task's samples if they are loaded already, or the first of them.
+        """
         builder = PartBuilder(self, task)
-        for sample in self.load_ahead(task.samples):
+        for sample in self.load_ahead(task.samples) if samples is None else samples:
             builder.add(sample)
         return builder.finish()
 
