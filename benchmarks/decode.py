@@ -25,7 +25,7 @@ from PIL import Image, features
 from benchmarks.features import ASSETS, SOURCES
 from benchmarks.making import interleaved
 from demo.assets import PHOTOGRAPHS, prepare_assets
-from eupe.corpus.decode import decode_image
+from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import Box, ViewSpec, draw_view, render_view
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, load_teacher

@@ -53,12 +53,12 @@ from transformers import Dinov2Model
 from benchmarks.features import ASSETS, SOURCES, Source
 from benchmarks.making import interleaved, repeated_corpus
 from demo.assets import prepare_assets
+from eupe.compute import autocast, compute_dtype, dtype_name, pick_device
 from eupe.corpus.index import Corpus, write_index
 from eupe.corpus.views import ViewSpec
-from eupe.device import autocast, compute_dtype, dtype_name, pick_device
 from eupe.extract.actors import UNITS_IN_FLIGHT
+from eupe.extract.calibrate import fastest_batch
 from eupe.extract.count import counter
-from eupe.extract.forward import fastest_batch
 from eupe.extract.job import ExtractConfig, extract
 from eupe.extract.load import Loader
 from eupe.extract.parts import part_task, plan_work_units, store_spec

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from demo.assets import prepare_assets
+from eupe.compute import pick_device
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
-from eupe.device import pick_device
-from eupe.extract.parts import PartTask, samples_of, store_spec
+from eupe.extract.load import PartTask
+from eupe.extract.parts import samples_of, store_spec
 from eupe.extract.worker import PartExtractor
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import file_digest, load_teacher

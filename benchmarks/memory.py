@@ -27,12 +27,13 @@ from benchmarks.extract import DINOV2, VIEWS, computer_of, fresh, loaded
 from benchmarks.features import ASSETS
 from benchmarks.making import peak_mb, repeated_corpus
 from demo.assets import prepare_assets
+from eupe.compute import compute_dtype, pick_device
 from eupe.corpus.index import Corpus, write_index
-from eupe.device import compute_dtype, pick_device
 from eupe.extract.actors import DEFAULT_BATCH, UNITS_IN_FLIGHT
 from eupe.extract.config import ExtractConfig
 from eupe.extract.job import extract
-from eupe.extract.parts import WorkUnit, part_task
+from eupe.extract.load import WorkUnit
+from eupe.extract.parts import part_task
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import PartExtractor, Worker
 from eupe.store.layout import bytes_per_view

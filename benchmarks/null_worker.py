@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eupe.extract.actors import ExtractActor, Whereabouts, this_process
-from eupe.extract.parts import PartTask, WorkUnit
+from eupe.extract.load import PartTask, WorkUnit
 from eupe.place import Place
 from eupe.store.layout import StoreSpec
 from eupe.store.writer import Part, Row, StoreWriter

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eupe.cores import num_cores
 from eupe.corpus.views import ViewSpec, draw_view, render_view
-from eupe.extract.forward import single_threads
+from eupe.extract.worker import single_threads
 from eupe.teachers.teacher import Teacher
 from eupe.train.stream import stream
 from eupe.train.targets import Batch, Request, TargetBatch, TargetSet, TargetTokens

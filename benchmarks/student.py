@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.features import ASSETS, SOURCES
 from demo.assets import prepare_assets
+from eupe.compute import pick_device
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
-from eupe.device import pick_device
 from eupe.evaluate.agreement import agreement
 from eupe.extract.calibrate import measure, settle
 from eupe.extract.parts import plan_parts, store_spec

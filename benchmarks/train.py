@@ -43,10 +43,10 @@ from benchmarks.features import ASSETS, SOURCES
 from benchmarks.making import interleaved, repeated_corpus
 from benchmarks.online import OnlineTeacher, PicturesAlone, online_stream
 from demo.assets import prepare_assets
+from eupe.compute import compute_dtype, dtype_name, pick_device
 from eupe.corpus.index import Corpus, index_folder
 from eupe.corpus.views import ViewSpec, render_view
-from eupe.device import compute_dtype, dtype_name, pick_device
-from eupe.extract.forward import fastest_batch
+from eupe.extract.calibrate import fastest_batch
 from eupe.extract.parts import store_spec
 from eupe.extract.worker import PartExtractor
 from eupe.store import open_store

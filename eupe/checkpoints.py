@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from eupe.errors import TeacherError
+from eupe.errors import RunError, TeacherError
 
 DIRECTORY_PATTERNS = (
     "model.safetensors",
@@ -193,6 +193,26 @@ def is_safetensors(file: Path) -> bool:
         start = stream.read(9)
     # 8 bytes with the header's length, then the header, which is JSON.
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 28
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of a run.
+
+    Raises: RunError if it is missing, or not safetensors.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunError(f"{path} cannot be read as a safetensors file ({error})") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return what a safetensors file notes beside its tensors.
+
+    Raises: OSError, SafetensorError.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _require_weights_file(file: Path) -> None:

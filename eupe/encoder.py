@@ -25,13 +25,12 @@ from torch import Tensor, nn
 
 import eupe.proxy  # noqa: F401 - registers its architectures with timm
 from eupe.checkpoints import load_state_dict_strictly
+from eupe.compute import Tokens
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
-from eupe.files import replacing, write_file
+from eupe.files import replacing, share, write_file
 from eupe.kinds import CARD_FILE, LOCAL_DIR, WEIGHTS_FILE, DenseKind, SummaryKind
 from eupe.meta import built_on_meta
-from eupe.reading import read_json
-from eupe.share import share
-from eupe.tokens import Tokens
+from eupe.reading import from_plain, read_json, to_plain
 
 Question = TypeVar("Question", bound=Callable[..., Any])
 
@@ -69,7 +68,7 @@ class EncoderCard:
 
     def to_json(self) -> dict[str, Any]:
         """Return the card as plain JSON, with tuples as lists."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return to_plain(self)
 
     @classmethod
     def from_json(cls, card: Any) -> EncoderCard:
@@ -85,7 +84,7 @@ class EncoderCard:
             raise ConfigError(f"an encoder card has missing or unknown fields: {', '.join(wrong)}")
         if card["summary"] not in get_args(SummaryKind) or card["dense"] not in get_args(DenseKind):
             raise ConfigError(f"an encoder card has unknown kinds: {card['summary']!r}, {card['dense']!r}")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
+        values = from_plain(card)
         if wrong := [name for name, value in values.items() if not _is_of_its_kind(name, value)]:
             raise ConfigError(
                 f"an encoder card has invalid fields: {', '.join(f'{name} {card[name]!r}' for name in wrong)}"

@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 NUM_COMPONENTS = 3
 PERCENTILES = (1.0, 99.0)
 """Percentiles of each component's scores that are drawn as 0 and 255; a few outliers then do not grey out the rest."""
 NEGLIGIBLE = 1e-10
-"""Share of the variance below which a component is rounding noise and is drawn as mid grey."""
+"""Share of the first component's variance below which a component is rounding noise and is drawn as mid grey."""
 
 Maps = NDArray[np.floating]
 
@@ -68,15 +70,26 @@ def leading_directions(tokens_ND: NDArray[np.float64], count: int) -> tuple[NDAr
         for a direction that the tokens do not have, or that holds a negligible share of their squares.
     """
     wide = tokens_ND.shape[1] > tokens_ND.shape[0]
-    eigenvalues, vectors = np.linalg.eigh(tokens_ND @ tokens_ND.T if wide else tokens_ND.T @ tokens_ND)
-    squares = eigenvalues[::-1][:count]
-    kept = squares > NEGLIGIBLE * float(np.square(tokens_ND).sum())
-    vectors = vectors[:, ::-1][:, :count]
+    gram = torch.from_numpy(tokens_ND @ tokens_ND.T if wide else tokens_ND.T @ tokens_ND)
+    squares, vectors = (found.numpy() for found in leading_eigenvectors(gram, count, negligible=NEGLIGIBLE))
     if wide:
-        vectors = tokens_ND.T @ vectors / np.sqrt(np.where(kept, squares, 1.0))
-    lacking = count - len(squares)
-    directions_DK = np.pad(np.where(kept, vectors, 0.0), ((0, 0), (0, lacking)))
-    return np.pad(np.where(kept, squares, 0.0), (0, lacking)), directions_DK
+        vectors = tokens_ND.T @ vectors / np.sqrt(squares)
+    lacking = (0, count - len(squares))
+    return np.pad(squares, lacking), np.pad(vectors, ((0, 0), lacking))
+
+
+def leading_eigenvectors(matrix_NN: Tensor, count: int, *, negligible: float) -> tuple[Tensor, Tensor]:
+    """Return the greatest eigenvalues of a Gram or covariance matrix [K], and their eigenvectors [N, K], in order.
+
+    Args:
+        count: upper bound on K.
+        negligible: share of the greatest eigenvalue; what does not exceed it is left out.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(matrix_NN)
+    eigenvalues, vectors = eigenvalues.flip(0)[:count], vectors.flip(1)[:, :count]
+    # if nothing varies, all are 0, and `tiny` leaves out every one
+    kept = eigenvalues > max(negligible * float(eigenvalues[0]), torch.finfo(torch.float64).tiny)
+    return eigenvalues[kept], vectors[:, kept]
 
 
 def find_foreground(dense_PhwD: Maps) -> NDArray[np.bool_]:

@@ -21,8 +21,7 @@ from typing import Any, BinaryIO
 import tensorstore as ts
 
 from eupe.errors import ConfigError, OutageError, StorageError
-from eupe.files import write_file
-from eupe.names import bytes_of, key_of, name_of
+from eupe.files import bytes_of, key_of, name_of, write_file
 
 BLOCK_BYTES = 2**20
 DOCUMENT_BYTES = 16 * 2**20

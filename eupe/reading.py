@@ -1,13 +1,20 @@
-"""Parsing of JSON and YAML from outside; every fault in it raises an OSError or a ValueError."""
+"""Parsing of JSON and YAML from outside, and dataclasses as plain JSON.
+
+Every fault in what comes from outside raises an OSError or a ValueError.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MOST_VALUES = 100_000
 """Upper bound on the values of a YAML file; each counts as often as aliases repeat it."""
@@ -30,6 +37,16 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def to_plain(instance: DataclassInstance) -> dict[str, Any]:
+    """Return the fields of a dataclass as plain JSON, with tuples as lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(instance).items()}
+
+
+def from_plain(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that `to_plain` turned into JSON, with lists as tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
 
 
 def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:

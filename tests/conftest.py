@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import typer.main

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -21,6 +22,7 @@ from eupe.store.layout import segment_name
 from eupe.store.writer import create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import file_digest, load_teacher
+from eupe.train.config import TrainConfig
 
 TINY_TEACHER = "timm:test_vit"
 TINY_STUDENT = "test_vit"
@@ -37,6 +39,12 @@ def make_corpus(folder: Path, count: int = 24, classes: int = 3) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(i).save(path)
     return folder
+
+
+def tiny_config(target: Place | str | Path, out: Path, **options: Any) -> TrainConfig:
+    """A run of the tiny student on one store, in float32, with three tenths of the pictures held out."""
+    usual = {"student": TINY_STUDENT, "batch_size": 8, "head_width": 32, "holdout": 0.3, "dtype": "fp32"}
+    return TrainConfig(targets=(target,), out=out, **{**usual, **options})
 
 
 def random_weights(arch: str, path: Path, seed: int = 0) -> Path:

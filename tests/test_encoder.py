@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eupe import encoder as encoder_module
 from eupe.checkpoints import load_state_dict_strictly
+from eupe.compute import normalise
 from eupe.encoder import (
     Encoder,
     EncoderCard,
@@ -29,7 +30,6 @@ from eupe.encoder import (
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.kinds import CARD_FILE, WEIGHTS_FILE
 from eupe.meta import built_on_meta
-from eupe.tokens import normalise
 
 STUDENTS = {
     # arch: (size, patch, dense width, summary width, prefix, summary kind, dense kind)

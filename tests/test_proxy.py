@@ -9,12 +9,12 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from eupe.compute import normalise
 from eupe.encoder import Encoder, build_encoder, load_encoder, save_encoder, timm_card, timm_tokens
 from eupe.meta import built_on_meta
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
-from eupe.tokens import normalise
 
 PE_CORE = {
     "vit_giant_patch16_eupe": ("vit_pe_core_gigantic_patch14_448", 1536, 1.9e9),

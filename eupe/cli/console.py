@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from eupe.names import shown
+from eupe.files import shown
 from eupe.printing import print_table, report_lines
 
 

@@ -467,7 +467,7 @@ def judge_each(
     judge: Callable[[Subject, OnStep], Result],
 ) -> None:
     """Judge every subject and print a row for each; a result is kept as soon as it is known."""
-    from eupe.device import is_out_of_memory
+    from eupe.compute import is_out_of_memory
     from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.subject import open_subjects
     from eupe.progress import report_progress

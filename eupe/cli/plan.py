@@ -34,7 +34,8 @@ from eupe.cli.options import (
 from eupe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from eupe.extract.plan import Choice, Estimate, JointEstimate, PaperEstimate
+    from eupe.extract.plan import Choice, Estimate, JointEstimate
+    from eupe.extract.plan_on_paper import PaperEstimate
 
 
 def plan(
@@ -87,7 +88,8 @@ def plan(
     from eupe.corpus.choice import Choice
     from eupe.corpus.views import parse_views
     from eupe.extract.config import ExtractConfig
-    from eupe.extract.plan import JointEstimate, PaperConfig, estimate, estimate_on_paper
+    from eupe.extract.plan import JointEstimate, estimate
+    from eupe.extract.plan_on_paper import PaperConfig, estimate_on_paper
     from eupe.progress import report_progress
 
     if (corpus is None) == (num_images is None):

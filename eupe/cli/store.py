@@ -185,8 +185,7 @@ def store_repair(
     )
     with report_progress(err, "steps", quiet=as_json) as progress:
         report = repair(config, on_status=lambda s: progress.update(s.stage, s.done, s.total, failed=s.failed))
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(report).items()}
-    finish(plain, as_json)
+    finish(dataclasses.asdict(report), as_json)
     if not (as_json or report.parts or report.documents or report.statistics):
         out.print("nothing to repair: the store is whole")
 

@@ -91,7 +91,7 @@ def teachers_verify(
     """Compare adapters with their library's own forward pass on awkward pictures; exit with code 1 if one differs."""
     import torch
 
-    from eupe.device import compute_dtype, dtype_name
+    from eupe.compute import compute_dtype, dtype_name
     from eupe.progress import report_progress
     from eupe.teachers.verify import LEAST, require_agreement, verify_teachers
 

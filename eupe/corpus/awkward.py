@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eupe.corpus.decode import ORIENTATION
+from eupe.corpus.pictures import ORIENTATION
 
 
 def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:

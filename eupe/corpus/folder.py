@@ -12,7 +12,7 @@ from typing import Any
 
 from eupe.corpus.left_out import BROKEN_LINKS, LINKS_BACK, hidden
 from eupe.errors import CorpusError
-from eupe.names import key_of, name_of
+from eupe.files import key_of, name_of
 from eupe.place import Place
 
 MAX_PICTURE_BYTES = 2**30

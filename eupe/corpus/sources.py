@@ -13,7 +13,6 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from eupe.corpus.choice import AS_FOUND, Choice
-from eupe.corpus.decode import EXTENSIONS
 from eupe.corpus.folder import Entry, entries
 from eupe.corpus.left_out import (
     BROKEN_LINKS,
@@ -30,10 +29,11 @@ from eupe.corpus.left_out import (
     not_read,
     told,
 )
+from eupe.corpus.pictures import EXTENSIONS
 from eupe.corpus.table_files import ARROW
 from eupe.corpus.tables import is_index, table_kind
 from eupe.errors import CorpusError
-from eupe.names import key_of
+from eupe.files import key_of
 from eupe.place import Place, Where
 
 TAR = ".tar"

@@ -38,7 +38,7 @@ from eupe.corpus.folder import Known, Row, modified_ns, picture_row
 from eupe.corpus.left_out import NO_PICTURE, added
 from eupe.corpus.table_files import ArrowTable, TableFile, column_at, num_rows, open_table
 from eupe.errors import CorpusError, StorageError
-from eupe.names import key_of
+from eupe.files import key_of
 from eupe.place import Place
 
 INDEX_MARK = b"eupe.root"

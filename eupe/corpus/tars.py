@@ -20,11 +20,11 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from eupe.corpus.choice import AS_FOUND, CAPTIONS, LABELS, Choice, Contents, label_word, writable
-from eupe.corpus.decode import EXTENSIONS
 from eupe.corpus.folder import Known, Row, modified_ns
 from eupe.corpus.left_out import added, hidden, not_read
+from eupe.corpus.pictures import EXTENSIONS
 from eupe.errors import CorpusError
-from eupe.names import key_of
+from eupe.files import key_of
 from eupe.place import BLOCK_BYTES, Place
 from eupe.reading import parse_json
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eupe.device import dtype_name
+from eupe.compute import Tokens, dtype_name
 from eupe.encoder import Encoder
 from eupe.errors import ConfigError
 from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
@@ -26,7 +26,6 @@ from eupe.evaluate.result import Result
 from eupe.evaluate.run import Run, open_run, read_card
 from eupe.place import Where
 from eupe.store.layout import SUMMARY
-from eupe.tokens import Tokens
 from eupe.train.card import target_names
 from eupe.train.loop import judged, training_sample
 from eupe.train.losses import match_grids

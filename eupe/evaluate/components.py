@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eupe.pca import leading_eigenvectors
+
 COMPONENTS = 128
 SMALLEST = 1e-6
 """Least variance of a component that is kept, as a share of the greatest."""
@@ -59,10 +61,9 @@ def components(values_PTD: Tensor, learnt_from: Sequence[int]) -> Tensor:
         total_D += rows.sum(dim=0)
         outer_DD += rows.T @ rows
     mean_D = total_D / count
-    variances, directions = torch.linalg.eigh(outer_DD / count - mean_D[:, None] * mean_D)
-    # If nothing varies, all variances are 0, and `tiny` drops every component.
-    kept = variances.flip(0)[:COMPONENTS] > max(SMALLEST * float(variances[-1]), torch.finfo(torch.float64).tiny)
-    scale = directions.flip(1)[:, :COMPONENTS][:, kept] / variances.flip(0)[:COMPONENTS][kept].sqrt()
+    covariance_DD = outer_DD / count - mean_D[:, None] * mean_D
+    variances, directions = leading_eigenvectors(covariance_DD, COMPONENTS, negligible=SMALLEST)
+    scale = directions / variances.sqrt()
     parts = [((part.double() - mean_D) @ scale).float() for part in torch.split(values_PTD, AT_ONCE)]
     return torch.cat(parts)
 

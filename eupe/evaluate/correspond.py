@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eupe.compute import pick_device
 from eupe.corpus.views import ViewParams
-from eupe.device import pick_device
 from eupe.errors import ConfigError
 from eupe.evaluate.encode import EncodedViews
 from eupe.evaluate.layouts import PointPair, point_pairs

@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eupe.ahead import map_ahead
+from eupe.compute import pick_device
 from eupe.corpus.views import ViewParams
-from eupe.device import pick_device
 from eupe.errors import ConfigError, CorpusError, TrainingError
 from eupe.evaluate.encode import EncodedViews
 from eupe.evaluate.layouts import Mapped

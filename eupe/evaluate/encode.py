@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eupe.ahead import map_ahead
+from eupe.compute import Tokens, is_out_of_memory, run_in_batches
 from eupe.cores import control_groups
 from eupe.corpus.views import ViewParams, render_view
-from eupe.device import is_out_of_memory
 from eupe.errors import ConfigError, StorageError
 from eupe.evaluate.pictures import CropFunction, Pictures, centre, whole
 from eupe.store.layout import DENSE, SUMMARY
-from eupe.tokens import Tokens
 
 Encode = Callable[[NDArray[np.uint8]], Tokens]
 """Function from views, uint8 [B, S, S, 3], to their tokens."""
@@ -116,18 +115,16 @@ def encoded(encode: Encode, views_u8_VSSC: NDArray[np.uint8], *, of: str) -> Tok
     Raises: ConfigError if a single view does not fit.
     """
     try:
-        return encode(views_u8_VSSC)
+        parts, _ = run_in_batches(
+            lambda start, stop: encode(views_u8_VSSC[start:stop]), len(views_u8_VSSC), len(views_u8_VSSC)
+        )
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        if len(views_u8_VSSC) == 1:
-            size = views_u8_VSSC.shape[1]
-            raise ConfigError(
-                f"the device has too little memory for {of} and one view of {size} px; give a smaller --size"
-            ) from error
-    # outside of `except`, where the error's traceback would keep the failed batch in the device's memory
-    half = len(views_u8_VSSC) // 2
-    parts = [encoded(encode, part, of=of) for part in (views_u8_VSSC[:half], views_u8_VSSC[half:])]
+        size = views_u8_VSSC.shape[1]
+        raise ConfigError(
+            f"the device has too little memory for {of} and one view of {size} px; give a smaller --size"
+        ) from error
     summaries = [part.summary for part in parts if part.summary is not None]
     return Tokens(torch.cat(summaries) if summaries else None, torch.cat([part.dense for part in parts]))
 

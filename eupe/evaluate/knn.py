@@ -7,7 +7,6 @@ training split, each picture is classified by all *other* pictures.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eupe.corpus.choice import AS_FOUND, Choice
-from eupe.device import pick_device
 from eupe.errors import ConfigError
+from eupe.evaluate.neighbours import QUERIES, Metric, nearest
 from eupe.evaluate.pictures import centre
 from eupe.evaluate.result import Result
 from eupe.evaluate.splits import (
@@ -32,13 +31,8 @@ from eupe.evaluate.subject import StoreSubject, Subject, result_of
 from eupe.place import Where
 from eupe.store.layout import SUMMARY
 
-Metric = Literal["l2", "cosine"]
 SIZE = 224
 K = 10
-QUERIES, BANK = 1024, 65536
-"""Rows of the queries and of the bank whose distances are in memory at a time."""
-GROUP = 64
-"""Blocks of queries that are on the device at once; the bank is moved there once per group of them."""
 
 
 @dataclass(frozen=True)
@@ -172,53 +166,3 @@ def accuracy(
         votes = (F.one_hot(bank_labels_M[near], num_labels) * (1 + nearness[None, :, None])).sum(dim=1)
         correct += int((votes.argmax(dim=1) == labels).sum())
     return correct / len(queries_ND)
-
-
-def nearest(
-    queries_ND: Tensor,
-    bank_MD: Tensor,
-    groups_N: Tensor | None,
-    *,
-    k: int,
-    metric: Metric,
-    exact: torch.dtype | None = None,
-) -> Tensor:
-    """Return each query's k nearest rows of the bank, nearest first, [N, k], leaving out those of its own group.
-
-    The bank's mean is subtracted before distances are computed. It can be much longer than the differences between
-    rows, and float32 would lose their digits.
-
-    Args:
-        groups_N: groups of the rows if the queries are the bank itself.
-        exact: dtype of the distances; float64 on a CPU and float32 on a GPU by default.
-    """
-    device = pick_device()
-    exact = exact or (torch.float64 if device.type == "cpu" else torch.float32)
-    blocks = torch.split(bank_MD, BANK)
-    mean = torch.stack([_scaled(block, metric).sum(dim=0) for block in blocks]).sum(dim=0) / len(bank_MD)
-    found: list[Tensor] = []
-    for group in torch.split(torch.arange(len(queries_ND)), GROUP * QUERIES):
-        parts = torch.split(group, QUERIES)
-        queries = [(_scaled(queries_ND[part], metric) - mean).to(device, exact) for part in parts]
-        best = [part.new_empty(len(part), 0) for part in queries]
-        at = [torch.empty(len(part), 0, dtype=torch.int64, device=device) for part in queries]
-        for number, block in enumerate(blocks):
-            first, last = number * BANK, number * BANK + len(block)
-            rows = (_scaled(block, metric) - mean).to(device, exact)
-            for i, part in enumerate(parts):
-                distance = torch.cdist(queries[i], rows)
-                if groups_N is not None:
-                    own = groups_N[part, None] == groups_N[None, first:last]
-                    distance.masked_fill_(own.to(device), torch.inf)
-                # The best so far compete with this block, so only k distances per query are kept.
-                distance = torch.cat([best[i], distance], dim=1)
-                numbers = torch.cat([at[i], torch.arange(first, last, device=device).expand(len(part), -1)], dim=1)
-                best[i], picked = distance.topk(min(k, distance.shape[1]), largest=False)
-                at[i] = numbers.gather(1, picked)
-        found += [part.cpu() for part in at]
-    return torch.cat(found)
-
-
-def _scaled(features: Tensor, metric: Metric) -> Tensor:
-    exact = features.double()
-    return F.normalize(exact, dim=1) if metric == "cosine" else exact

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eupe.corpus.decode import EXTENSIONS
+from eupe.corpus.pictures import EXTENSIONS
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.masks import LOSSY, NAMED, SUFFIXES
 from eupe.evaluate.pictures import Pictures

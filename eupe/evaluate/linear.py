@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eupe.compute import pick_device
 from eupe.corpus.choice import AS_FOUND, Choice
-from eupe.device import pick_device
 from eupe.errors import ConfigError
 from eupe.evaluate.knn import Parts, Summaries, summaries_of
 from eupe.evaluate.result import Result

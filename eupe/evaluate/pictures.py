@@ -9,10 +9,8 @@ from functools import cached_property
 
 from PIL import Image
 
-from eupe.corpus.decode import decode_image
-from eupe.corpus.photometric import NEUTRAL
-from eupe.corpus.pictures import Inside, read_picture
-from eupe.corpus.views import ViewParams, ViewSpec, draw_view
+from eupe.corpus.pictures import Inside, decode_image, read_picture
+from eupe.corpus.views import NEUTRAL, ViewParams, ViewSpec, draw_view
 from eupe.errors import CorpusError
 from eupe.place import Place
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from eupe.device import pick_device
+from eupe.compute import pick_device
 from eupe.encoder import load_encoder
 from eupe.errors import RunError
 from eupe.place import Where

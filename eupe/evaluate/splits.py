@@ -18,9 +18,8 @@ import pyarrow as pa
 
 from eupe.corpus.choice import AS_FOUND
 from eupe.corpus.choice import Choice as Taken
-from eupe.corpus.decode import EXTENSIONS
 from eupe.corpus.index import Corpus, open_corpus
-from eupe.corpus.pictures import insides
+from eupe.corpus.pictures import EXTENSIONS, insides
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.pictures import Pictures
 from eupe.place import Place, Where

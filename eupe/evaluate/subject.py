@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eupe.compute import Tokens, compute_dtype, dtype_name, pick_device
 from eupe.corpus.index import Corpus
 from eupe.corpus.views import ViewParams
-from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, RunError, StoreError, TeacherError
 from eupe.evaluate.encode import EncodedViews, encode_views, require_finite, room_for
 from eupe.evaluate.pictures import CropFunction, Pictures
@@ -33,7 +33,6 @@ from eupe.store.layout import DENSE, SUMMARY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, build_teacher, load_teacher
-from eupe.tokens import Tokens
 
 PIXELS = "pixels"
 PIXEL_PATCH = 16

@@ -17,9 +17,10 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from eupe.checkpoints import read_metadata
 from eupe.errors import ConfigError
 from eupe.evaluate.layouts import caption_split
 from eupe.evaluate.prompts import AS_IT_IS, SLOT, TEMPLATES, Classes, read_classes, read_templates
@@ -170,7 +171,7 @@ def cache_texts(
         raise ConfigError("captions are embedded as they are; leave --templates out")
     # `out` is checked before the slow work
     sources = [each for each in (classes, captions, templates, weights) if each is not None]
-    place = require_out(out, lambda found: bool(_read_metadata(found.local)), sources=sources, overwrite=overwrite)
+    place = require_out(out, lambda found: METADATA in read_metadata(found.local), sources=sources, overwrite=overwrite)
     if captions is not None:
         said, usual = Classes(tuple(dict.fromkeys(caption_split(captions).captions))), AS_IT_IS
     else:
@@ -214,24 +215,14 @@ def save_texts(texts: Texts, path: Path) -> None:
     Place.of(path.parent).write(path.name, safetensors.torch.save(tensors, metadata={METADATA: json.dumps(plain)}))
 
 
-def _read_metadata(path: Path) -> str:
-    """Return the metadata of a file of embedded texts.
-
-    Raises: KeyError if it holds no embedded texts; OSError, SafetensorError.
-    """
-    with safe_open(path, framework="pt") as file:
-        return str((file.metadata() or {})[METADATA])
-
-
 def load_texts(path: Path) -> Texts:
     """Read the texts that `save_texts` wrote.
 
     Raises: ConfigError if the file cannot be read, or holds no embedded texts.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            plain: dict[str, Any] = parse_json((file.metadata() or {})[METADATA])
-            tensors = {name: file.get_tensor(name) for name in (EMBEDDINGS, SCALE, BIAS)}
+        plain: dict[str, Any] = parse_json(read_metadata(path)[METADATA])
+        tensors = safetensors.torch.load_file(path)
         folders = plain["folders"]
         classes = Classes(tuple(plain["names"]), None if folders is None else tuple(folders))
         embeddings = tensors[EMBEDDINGS]

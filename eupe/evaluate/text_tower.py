@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eupe.checkpoints import ALONE, load_state_dict_strictly, read_checkpoint
-from eupe.device import pick_device
+from eupe.compute import pick_device
 from eupe.errors import TeacherError
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.spec import TeacherSpec

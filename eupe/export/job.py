@@ -21,10 +21,9 @@ from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, TIMM, ExportConfig
 from eupe.export.model_card import write_card
 from eupe.export.source import ForwardFunction, Source, Written, open_source
 from eupe.export.verify import Proof, prove, require_sameness
-from eupe.files import publish
+from eupe.files import publish, share
 from eupe.locks import unfinished
 from eupe.reading import read_json
-from eupe.share import share
 from eupe.teachers.weights import brief
 
 RECORD_FILE = "export.json"

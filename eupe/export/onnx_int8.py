@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eupe.compute import normalise
 from eupe.errors import ConfigError, CorpusError
 from eupe.export.config import INT8
 from eupe.export.pictures import some_pictures, varied_pictures
 from eupe.export.source import ForwardFunction, Source
 from eupe.export.verify import MOST_ASTRAY, Likeness, compare, worst
 from eupe.place import Where
-from eupe.tokens import normalise
 
 SEEDS = (1, 2)
 """Seeds of the pictures for calibration, and of those to compare the methods on; the proof uses other pictures."""

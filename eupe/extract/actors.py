@@ -18,16 +18,22 @@ import ray
 import torch
 
 from eupe.cluster import join_ray, start_ray
+from eupe.compute import compute_dtype, dtype_name, pick_device
 from eupe.cores import num_cores
 from eupe.corpus.index import Corpus
-from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, CorpusError, EupeError, TeacherError, WorkerDiedError
-from eupe.extract.calibrate import Measured, candidates, measure, require_features, sample_task
+from eupe.extract.calibrate import (
+    Measured,
+    candidates,
+    cosine_to_fp32,
+    fastest_batch,
+    measure,
+    require_features,
+    sample_task,
+)
 from eupe.extract.config import ExtractConfig
-from eupe.extract.forward import cosine_to_fp32, fastest_batch
 from eupe.extract.isolate import find_crashing
-from eupe.extract.load import StuckError
-from eupe.extract.parts import PartTask, WorkUnit
+from eupe.extract.load import PartTask, StuckError, WorkUnit
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import PartExtractor, Worker
 from eupe.place import Place

@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from eupe.compute import compute_dtype, dtype_name, pick_device
 from eupe.cores import num_cores
 from eupe.corpus.views import ViewSpec
-from eupe.device import compute_dtype, dtype_name, pick_device
 from eupe.errors import ConfigError, CorpusError, DriftError
-from eupe.extract.parts import PartTask, samples_of
+from eupe.extract.load import PartTask
+from eupe.extract.parts import samples_of
 from eupe.extract.provenance import (
     require_dtype,
     require_same_teacher,
@@ -34,7 +35,7 @@ from eupe.place import Where
 from eupe.store import Store, open_store
 from eupe.store.places import with_places
 from eupe.store.precision import decode, encode
-from eupe.store.reader import ChannelStats
+from eupe.store.stats import ChannelStats
 from eupe.store.writer import Part
 from eupe.teachers.teacher import Teacher, file_digest, load_teacher, weights_digest
 

@@ -1,25 +1,39 @@
-"""Choice of a store's precision: a sample of the corpus goes through the teacher before the store is made."""
+"""Measurements before a store is made: the fastest batch size, and what each precision keeps of a sample."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from eupe.compute import is_out_of_memory
 from eupe.corpus.index import Corpus
 from eupe.errors import ConfigError, TeacherError
-from eupe.extract.parts import PartTask, samples_of
-from eupe.store.layout import StoreSpec, arrays
+from eupe.extract.load import PartTask
+from eupe.extract.parts import samples_of
+from eupe.extract.worker import single_threads
+from eupe.store.layout import DENSE, SUMMARY, StoreSpec, arrays
 from eupe.store.precision import CANDIDATES, FP16, INT8, Calibration, Fidelity, cosines, encode
 from eupe.store.reader import NOT_FINITE
 from eupe.store.shard import chunks_of, encode_chunk
 from eupe.store.writer import Part, what_to_do
+from eupe.teachers.teacher import Teacher
 
 SAMPLE_VIEWS = 128
 """Views in the sample, at least, unless the corpus has fewer."""
+FIRST_BATCH, LARGEST_BATCH = 8, 512
+WORTHWHILE = 1.05
+"""Speedup in views per second from which a larger batch is taken."""
+TRIALS = 3
+"""Trials of each batch size; the first one is slower."""
+TRIAL_SECONDS = 0.5
+"""Expected time beyond which a batch is not tried: the fixed cost of a batch is already small beside it."""
 
 
 @dataclass(frozen=True)
@@ -114,3 +128,60 @@ def _cheapest(measured: Measured, kind: str, fidelity: float) -> str:
     tried = [by for path, by in measured.fidelity.items() if path.endswith(f"/{kind}")]
     kept = [p for p in CANDIDATES if p == FP16 or all(by[p].p5 >= fidelity for by in tried)]
     return min(kept, key=lambda p: sum(by[p].share for by in tried))
+
+
+def fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
+    """Find the batch size beyond which the device gains little speed, runs out of memory, or takes too long.
+
+    The size is a power of two. The search takes a few seconds, or as long as three passes of a single view.
+    """
+    if teacher.device.type == "cuda":
+        return _fastest_batch(teacher, sizes)
+    # on one core, as batches run on a CPU
+    with single_threads(1) as core:
+        return core.submit(_fastest_batch, teacher, sizes).result()
+
+
+def _fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
+    best, best_rate, batch = FIRST_BATCH, 0.0, FIRST_BATCH
+    try:
+        view_s = min(_seconds(teacher, sizes, 1) for _ in range(TRIALS))
+        while batch <= LARGEST_BATCH and batch * view_s <= TRIAL_SECONDS:
+            view_s = min(_seconds(teacher, sizes, batch) for _ in range(TRIALS)) / batch
+            if 1 / view_s < best_rate * WORTHWHILE:
+                break
+            best, best_rate, batch = batch, 1 / view_s, 2 * batch
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return best
+
+
+def _seconds(teacher: Teacher, sizes: Sequence[int], batch: int) -> float:
+    began = time.perf_counter()
+    for size in sizes:
+        teacher(torch.zeros((batch, size, size, 3), dtype=torch.uint8)).dense.sum().item()  # waits for the GPU
+    return time.perf_counter() - began
+
+
+def cosine_to_fp32(teacher: Teacher, pixels: Tensor) -> dict[str, float]:
+    """Measure how near a teacher's tokens are to its own in float32, view by view over pixels [B, S, S, 3].
+
+    Returns: kind of token to its lowest cosine; empty if there are no views, or no memory for one in float32.
+    """
+    exactly = replace(teacher, dtype=torch.float32)
+    least: dict[str, float] = {}
+    try:
+        for view in pixels[:, None]:
+            exact, fast = exactly(view), teacher(view)
+            pairs = {SUMMARY: (exact.summary, fast.summary), DENSE: (exact.dense, fast.dense)}
+            for kind, (a, b) in pairs.items():
+                if a is not None and b is not None:
+                    # NaN, as after an overflow, must not pass for agreement
+                    cosines = torch.nn.functional.cosine_similarity(a, b, dim=-1).nan_to_num(nan=-1.0)
+                    least[kind] = min(least.get(kind, 1.0), cosines.min().item())
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return {}
+    return least

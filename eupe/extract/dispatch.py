@@ -29,8 +29,8 @@ from eupe.extract.actors import (
     when_there,
 )
 from eupe.extract.isolate import ENDLESS
-from eupe.extract.load import PICTURE_SECONDS, StuckError
-from eupe.extract.parts import PartTask, WorkUnit, plan_work_units
+from eupe.extract.load import PICTURE_SECONDS, PartTask, StuckError, WorkUnit
+from eupe.extract.parts import plan_work_units
 from eupe.stopping import stop_signals
 from eupe.store import Store
 from eupe.store.layout import part_name

@@ -24,7 +24,7 @@ from eupe.corpus.pictures import Inside
 from eupe.corpus.views import ViewSpec
 from eupe.errors import StorageError
 from eupe.extract import load
-from eupe.extract.parts import Sample
+from eupe.extract.load import Sample
 from eupe.place import Place
 
 CHILD_BYTES = 8 * 2**30

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from eupe.checkpoints import require_readable
+from eupe.compute import compute_dtype, pick_device
 from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus, some_keys
 from eupe.corpus.left_out import Patterns
-from eupe.device import compute_dtype, pick_device
 from eupe.errors import ConfigError, CorpusError, IncompleteError, StoreError
 from eupe.extract.actors import JobActors, require_cluster
 from eupe.extract.calibrate import settle

@@ -1,4 +1,4 @@
-"""Loading of samples: reads, decodes and renders them.
+"""What a worker is given, samples in parts and work units, and their loading: samples are read, decoded and rendered.
 
 This module does not import torch, so that a process that only decodes starts quickly.
 """
@@ -15,12 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eupe.ahead import map_ahead
-from eupe.corpus.decode import decode_image
-from eupe.corpus.photometric import Photometric
-from eupe.corpus.pictures import read_picture
-from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
+from eupe.corpus.pictures import Inside, decode_image, read_picture
+from eupe.corpus.views import Photometric, ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
-from eupe.extract.parts import Sample
 from eupe.place import Place
 from eupe.store.layout import StoreSpec
 from eupe.store.writer import Row
@@ -28,6 +25,47 @@ from eupe.store.writer import Row
 MAX_DECODE_THREADS = 8
 PICTURE_SECONDS = 300.0
 """Time limit of one picture, reading included; one that takes longer counts as endless."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of a part."""
+
+    key: str
+    sha256: str | None
+    label: str | None
+    inside: Inside | None = None
+    """Location of its bytes in a tar or table; None for a picture that is a file of its own."""
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """One part: the unit of work, commit and repair."""
+
+    index: int
+    samples: tuple[Sample, ...]
+    start: int = 0
+    """Row of the first sample in the store's index."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.samples)
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """Consecutive samples and the parts of one or more stores that need them: each picture is decoded once."""
+
+    tasks: tuple[tuple[int, PartTask], ...]
+    """Pairs of a store's index in the job and one of its parts, in the order in which the parts begin."""
+
+    @property
+    def samples(self) -> tuple[tuple[int, Sample], ...]:
+        """Return each sample once, with its row in the index, in order."""
+        placed: dict[int, Sample] = {}
+        for _, task in self.tasks:
+            placed.update(zip(range(task.start, task.stop), task.samples, strict=True))
+        return tuple(sorted(placed.items(), key=lambda item: item[0]))
 
 
 class StuckError(RuntimeError):

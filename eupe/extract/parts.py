@@ -4,82 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 
 import pyarrow as pa
 
 from eupe.corpus.index import Corpus
-from eupe.corpus.pictures import Inside, insides
+from eupe.corpus.pictures import insides
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
+from eupe.extract.load import PartTask, Sample, WorkUnit
 from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, samples_per_part
 from eupe.store.precision import parse_precision
+from eupe.store.writer import installed_versions
 from eupe.teachers.spec import TeacherSpec
-
-RECORDED_LIBRARIES = (
-    "eupe",
-    "torch",
-    "timm",
-    "transformers",
-    "open_clip_torch",
-    "pillow",
-    "numpy",
-    "zarr",
-    "tensorstore",
-    "pyarrow",
-)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture of a part."""
-
-    key: str
-    sha256: str | None
-    label: str | None
-    inside: Inside | None = None
-    """Location of its bytes in a tar or table; None for a picture that is a file of its own."""
-
-
-@dataclass(frozen=True)
-class PartTask:
-    """One part: the unit of work, commit and repair."""
-
-    index: int
-    samples: tuple[Sample, ...]
-    start: int = 0
-    """Row of the first sample in the store's index."""
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.samples)
-
-
-@dataclass(frozen=True)
-class WorkUnit:
-    """Consecutive samples and the parts of one or more stores that need them: each picture is decoded once."""
-
-    tasks: tuple[tuple[int, PartTask], ...]
-    """Pairs of a store's index in the job and one of its parts, in the order in which the parts begin."""
-
-    @property
-    def samples(self) -> tuple[tuple[int, Sample], ...]:
-        """Return each sample once, with its row in the index, in order."""
-        placed: dict[int, Sample] = {}
-        for _, task in self.tasks:
-            placed.update(zip(range(task.start, task.stop), task.samples, strict=True))
-        return tuple(sorted(placed.items(), key=lambda item: item[0]))
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions on this machine of the libraries that a feature may depend on."""
-    return {name: _version(name) for name in RECORDED_LIBRARIES}
-
-
-_version = cache(version)
-"""Cached `version`, which searches the disk and is called for every part."""
 
 
 def store_spec(

@@ -1,32 +1,29 @@
-"""Cost of an extraction before it starts: measured on a few pictures, or on paper from the teachers' specs.
+"""Cost of an extraction before it starts, measured on a few pictures.
 
-Measured: a sample of the corpus goes through the worker's own stages, each timed alone, into a store in a temporary
-folder. On paper: without weights or pictures, with nominal compression ratios.
+A sample of the corpus goes through the worker's own stages, each timed alone, into a store in a temporary folder. What
+takes neither weights nor pictures is in `plan_on_paper`.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 
+from eupe.compute import compute_dtype, dtype_name, pick_device
 from eupe.cores import num_cores
 from eupe.corpus.index import Corpus, open_corpus
 from eupe.corpus.left_out import Patterns
-from eupe.corpus.views import ViewSpec
-from eupe.device import compute_dtype, dtype_name, pick_device
-from eupe.errors import ConfigError, StorageError
-from eupe.extract.calibrate import Measured, candidates, measure, require_features, sample_task, settle
+from eupe.errors import StorageError
+from eupe.extract.calibrate import Measured, candidates, fastest_batch, measure, require_features, sample_task, settle
 from eupe.extract.config import ExtractConfig
 from eupe.extract.count import counter
-from eupe.extract.forward import fastest_batch
 from eupe.extract.job import (
     checked_teachers,
     picked,
@@ -35,26 +32,23 @@ from eupe.extract.job import (
     wanted_spec,
     with_absolute_paths,
 )
-from eupe.extract.load import LoadedSample, Loader
-from eupe.extract.parts import PartTask, require_common_sizes, shape_of
+from eupe.extract.load import LoadedSample, Loader, PartTask
+from eupe.extract.plan_on_paper import Need, free_bytes, nearest_folder, need_of, require_room
 from eupe.extract.process import prepare_process
-from eupe.extract.worker import PartBuilder, PartExtractor
-from eupe.place import Place, Where
+from eupe.extract.worker import PartExtractor
+from eupe.place import Place
 from eupe.store import Store, open_store
-from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, arrays, bytes_per_view, differences, samples_per_part
-from eupe.store.precision import FP16, INT8, parse_precision
+from eupe.store.layout import DENSE, SUMMARY, StoreSpec, arrays, differences
+from eupe.store.precision import FP16, INT8
 from eupe.store.reader import ROOT_DOCUMENT
 from eupe.store.shard import bytes_of_index
 from eupe.store.writer import Part, StoreWriter, create_store
 from eupe.teachers.preprocess import where_from
-from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, load_teacher
 
 SHOWN = (FP16, "bitround:7", "bitround:5", "bitround:3", INT8)
 """The precisions that are compared."""
-NOMINAL_SHARES = {FP16: 0.82, "bitround:7": 0.63, "bitround:5": 0.51, "bitround:3": 0.385, INT8: 0.43}
-"""Compressed bytes over raw fp16, measured on dense tokens of DINOv2-S (benchmarks/results); other teachers differ."""
 STUDENT_IMAGES_PER_S = 1000
 """Training speed that the reported read bandwidth is for."""
 READ_VIEWS = 64
@@ -101,16 +95,6 @@ class Choice:
     """5th percentile of the cosines of tokens before and after storage, standardised."""
     cosine_mean: float
     """Mean of these cosines."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Size in bytes of one store, or of several."""
-
-    stored: int
-    """Size of the finished store."""
-    peak: int
-    """Largest size while it is made: it also holds the parts' moments until they are merged."""
 
 
 @dataclass(frozen=True)
@@ -172,139 +156,9 @@ class JointEstimate:
     """Plan of each teacher as if it were extracted alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PaperConfig:
-    """The options of a plan on paper, as on the command line."""
-
-    teachers: tuple[str, ...]
-    num_images: int
-    sizes: tuple[int, ...] = ()
-    views: ViewSpec = field(default_factory=ViewSpec)
-    tokens: tuple[str, ...] = KINDS
-    precision: str = FP16
-    grid: int | None = None
-    out: Where | None = None
-    """Folder for all the stores; None to skip the check for free space."""
-
-
-@dataclass(frozen=True)
-class PaperTeacher:
-    """One teacher of a plan on paper."""
-
-    teacher: str
-    sizes: tuple[int, ...]
-    grids: tuple[int, ...]
-    raw_bytes_per_view: int
-    raw_bytes: int
-    need: Need
-    """Size at the requested precision."""
-    choices: dict[str, int]
-    """Precision, the same for all kinds of token, to total bytes."""
-
-
-@dataclass(frozen=True)
-class PaperEstimate:
-    """A plan on paper: nothing in it was measured."""
-
-    num_images: int
-    num_views: int
-    precision: str
-    teachers: tuple[PaperTeacher, ...]
-    need: Need
-    """Size of all stores together."""
-    free_bytes: int | None
-    nominal_shares: dict[str, float] = field(default_factory=lambda: dict(NOMINAL_SHARES))
-    on_paper: bool = True
-
-
-def moments_bytes(dims: list[int]) -> int:
-    """Return the bytes of one part's moments: count, mean and half a scatter matrix, in float64, for each array."""
-    return sum(8 * (1 + dim + dim * (dim + 1) // 2) for dim in dims)
-
-
 def bytes_of_indexes(spec: StoreSpec) -> int:
     """Return the bytes of all shards' indexes, which are as long in a part that is not full."""
     return spec.num_parts * sum(bytes_of_index(layout) for layout in arrays(spec) if layout.sharded)
-
-
-def need_of(stored: float, *, num_samples: int, per_part: int, dims: list[int]) -> Need:
-    """Return the stored bytes together with the peak while the store is made.
-
-    Args:
-        dims: number of channels of each feature array.
-    """
-    return Need(round(stored), round(stored) + -(-num_samples // per_part) * moments_bytes(dims))
-
-
-def estimate_on_paper(config: PaperConfig) -> PaperEstimate:
-    """Estimate the bytes from the teachers' specs alone.
-
-    Raises: TeacherError; ConfigError for an option that cannot work, or if the stores do not fit at `out`.
-    """
-    if config.num_images < 1:
-        raise ConfigError(f"--num-images must be at least 1, got {config.num_images}")
-    teachers = [resolve_teacher(name) for name in config.teachers]
-    require_common_sizes(teachers, config.sizes)
-    plans = tuple(_paper_teacher(config, teacher) for teacher in teachers)
-    need = Need(sum(plan.need.stored for plan in plans), sum(plan.need.peak for plan in plans))
-    free = None if config.out is None else free_bytes(Place.of(config.out))
-    require_room(need, free, str(config.out))
-    num_views = config.num_images * config.views.num_views
-    return PaperEstimate(config.num_images, num_views, config.precision, plans, need, free)
-
-
-def stored_bytes_per_view(teacher: TeacherSpec, grid: int, precision: Mapping[str, str]) -> tuple[int, float]:
-    """Return the bytes of one view at one size, on paper: as raw fp16, and as stored with nominal shares.
-
-    Args:
-        grid: cells along one side of the stored map.
-        precision: kind of token to precision, for the kinds that are stored.
-    Raises: ConfigError for a precision without a nominal share.
-    """
-    if unknown := set(precision.values()) - set(NOMINAL_SHARES):
-        raise ConfigError(
-            f"--precision {sorted(unknown)[0]} has no nominal share for a plan on paper; give one of "
-            f"{', '.join(NOMINAL_SHARES)}, or --corpus to measure it"
-        )
-    dims = {SUMMARY: (0, teacher.summary_dim), DENSE: (teacher.dense_dim, 0)}
-    raw = {kind: bytes_per_view((grid,), *dims[kind]) for kind in precision}
-    return sum(raw.values()), sum(raw[kind] * NOMINAL_SHARES[word] for kind, word in precision.items())
-
-
-def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
-    sizes, grids, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
-    dims = {SUMMARY: teacher.summary_dim, DENSE: teacher.dense_dim}
-    precision = parse_precision(config.precision, kept)
-    both = [stored_bytes_per_view(teacher, grid, precision) for grid in grids]
-    per_view, stored = sum(raw for raw, _ in both), sum(share for _, share in both)
-    num_views = config.num_images * config.views.num_views
-    per_part = samples_per_part(config.num_images, config.views.num_views * per_view)
-    return PaperTeacher(
-        teacher=teacher.name,
-        sizes=sizes,
-        grids=grids,
-        raw_bytes_per_view=per_view,
-        raw_bytes=num_views * per_view,
-        need=need_of(
-            num_views * stored,
-            num_samples=config.num_images,
-            per_part=per_part,
-            dims=[dims[kind] for kind in kept] * len(sizes),
-        ),
-        choices={p: round(num_views * per_view * share) for p, share in NOMINAL_SHARES.items()},
-    )
-
-
-def free_bytes(place: Place) -> int | None:
-    """Return the free bytes on the disk of a place; None for an object store."""
-    if not place.is_local:
-        return None
-    return shutil.disk_usage(_nearest(place)).free
-
-
-def _nearest(place: Place) -> Path:
-    """Return a local place if it exists, otherwise the nearest folder above it that does."""
-    return next(path for path in (place.local, *place.local.parents) if path.exists())
 
 
 def held_bytes(place: Place, spec: StoreSpec, corpus: Corpus, *, fidelity: float | None) -> int:
@@ -327,21 +181,6 @@ def held_bytes(place: Place, spec: StoreSpec, corpus: Corpus, *, fidelity: float
 
 def _pictures(corpus: Corpus) -> set[tuple[str, str | None]]:
     return set(zip(corpus.samples["key"].to_pylist(), corpus.samples["sha256"].to_pylist(), strict=True))
-
-
-def require_room(need: Need, free: int | None, where: str, *, held: int = 0) -> None:
-    """Raise ConfigError if a local disk cannot hold what is still to be made.
-
-    Args:
-        held: bytes of `need` that are on the disk already.
-    """
-    if free is not None and need.peak - held > free:
-        there = f", of which {held / 1e9:,.4g} GB are already there" if held else ""
-        raise ConfigError(
-            f"--out {where} has {free / 1e9:,.4g} GB free, and the features take {need.peak / 1e9:,.4g} GB while they "
-            f"are made ({need.stored / 1e9:,.4g} GB when finished{there}); give another --out, a cheaper --precision, "
-            "a smaller --grid, or fewer --views"
-        )
 
 
 def estimate(
@@ -455,7 +294,7 @@ def _require_room_for_all(plans: Sequence[Estimate]) -> None:
     disks: dict[int, list[Estimate]] = {}
     for plan in plans:
         if (place := Place.of(plan.out)).is_local:
-            disks.setdefault(_nearest(place).stat().st_dev, []).append(plan)
+            disks.setdefault(nearest_folder(place).stat().st_dev, []).append(plan)
     for there in disks.values():
         free = min(plan.free_bytes for plan in there if plan.free_bytes is not None)
         where = " and ".join(plan.out for plan in there) + (" (one disk)" if len(there) > 1 else "")
@@ -542,9 +381,9 @@ def _timed_part(
     began = time.perf_counter()
     samples = list(extractor.load_ahead(task.samples))
     decode_s = time.perf_counter() - began
-    _computed(extractor, task, samples[: -(-batch_size // spec.num_views)])  # the first batch on a device is slow
+    extractor.compute(task, samples[: -(-batch_size // spec.num_views)])  # the first batch on a device is slow
     began = time.perf_counter()
-    part = _computed(extractor, task, samples)
+    part = extractor.compute(task, samples)
     forward_s = time.perf_counter() - began
     num_views = len(samples) * spec.num_views
     # too few views for a batch on each core, which the extraction itself will have
@@ -568,13 +407,6 @@ def _seconds_a_view_on_all_cores(extractor: PartExtractor, samples: Sequence[Loa
     for pending in [extractor.forward.begin(batch) for batch in batches]:
         pending.wait()
     return (time.perf_counter() - began) / (size * count)
-
-
-def _computed(extractor: PartExtractor, task: PartTask, samples: Sequence[LoadedSample]) -> Part:
-    builder = PartBuilder(extractor, task)
-    for sample in samples:
-        builder.add(sample)
-    return builder.finish()
 
 
 def _timed_store(spec: StoreSpec, teacher: Teacher, part: Part) -> tuple[int, float, float]:

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from eupe.compute import compute_dtype, pick_device
 from eupe.corpus.index import some_keys
 from eupe.corpus.pictures import read_picture
 from eupe.corpus.sources import corpus_root
-from eupe.device import compute_dtype, pick_device
 from eupe.errors import ConfigError, CorpusError, SpecMismatchError, TeacherError
-from eupe.extract.parts import Sample
+from eupe.extract.load import Sample
 from eupe.place import Place, Where
 from eupe.store import Store
 from eupe.store.layout import differences

@@ -14,8 +14,7 @@ from eupe.checkpoints import DIRECTORY_PATTERNS, weights_files
 from eupe.corpus.folder import file_names
 from eupe.corpus.index import Corpus, read_index
 from eupe.corpus.sources import find_source
-from eupe.files import write_file
-from eupe.names import name_of
+from eupe.files import name_of, write_file
 from eupe.place import Place
 from eupe.teachers.preprocess import OWN_FILES
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from eupe.corpus.photometric import Photometric
+from eupe.corpus.views import Photometric
 from eupe.errors import ConfigError, FormatVersionError, StoreError
+from eupe.reading import from_plain, to_plain
 from eupe.store.precision import INT8, INT8_FILL, Calibration, is_calibration, require_known, stored_channels
 from eupe.store.stats import NORM_BINS
 
@@ -136,7 +137,7 @@ class StoreSpec:
         return Calibration.from_json(self.calibration[path]) if path in self.calibration else None
 
     def to_json(self) -> dict[str, Any]:
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        plain = to_plain(self)
         if not self.forward:  # the first stores lack it, and `verify` compares with this
             del plain["forward"]
         return {"format": FORMAT, **plain}
@@ -166,8 +167,7 @@ class StoreSpec:
                 f"{where} is written in format {attributes['format']}, this version of eupe reads format {FORMAT}; "
                 "upgrade eupe"
             )
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in attributes.items()}
-        del fields["format"]
+        fields = from_plain({name: value for name, value in attributes.items() if name != "format"})
         try:
             spec = cls(**fields)
         except TypeError as error:

@@ -140,6 +140,21 @@ def decode(stored: NDArray[Any], precision: str, calibration: Calibration | None
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Features of B views as they are stored: cheap to move, and decoded where they are used."""
+
+    stored: NDArray[Any]
+    """float16 [B, ..., D], or int8 [B, ..., D + 2]; in memory dense maps lie channel by channel."""
+    precision: str
+    calibration: Calibration | None
+    """Calibration of int8 values; None for other precisions."""
+
+    def decode(self) -> NDArray[Any]:
+        """Return the teacher's values: float16 [B, ..., D], or float32 if stored as int8; NaN for a failed sample."""
+        return decode(self.stored, self.precision, self.calibration)
+
+
+@dataclass(frozen=True)
 class Fidelity:
     """Fidelity of a precision, measured on a calibration sample."""
 

@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eupe.corpus.own_table import read_own_table
-from eupe.corpus.photometric import NEUTRAL, Photometric
-from eupe.corpus.views import ViewParams
+from eupe.corpus.views import NEUTRAL, Photometric, ViewParams
 from eupe.errors import ConfigError, PartCorruptError, StoreError
 from eupe.kinds import RUN_FILES
 from eupe.place import Place
@@ -40,8 +39,8 @@ from eupe.store.layout import (
     part_name,
     statistics_shapes,
 )
-from eupe.store.precision import FP16_MAX, Calibration, decode
-from eupe.store.stats import Moments, norm_bin_edges, norm_histogram
+from eupe.store.precision import FP16_MAX, Tokens
+from eupe.store.stats import ChannelStats, FullStats, Moments, norm_histogram
 
 ROOT_DOCUMENT = "zarr.json"
 VIEWS_PER_READ = 64
@@ -69,22 +68,6 @@ ROW_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Features of B views as they are stored: cheap to move, and decoded where they are used."""
-
-    stored: NDArray[Any]
-    """float16 [B, ..., D], or int8 [B, ..., D + 2], see `eupe.store.precision`; in memory dense maps lie channel by
-    channel."""
-    precision: str
-    calibration: Calibration | None
-    """Calibration of int8 values; None for other precisions."""
-
-    def decode(self) -> NDArray[Any]:
-        """Return the teacher's values: float16 [B, ..., D], or float32 if stored as int8; NaN for a failed sample."""
-        return decode(self.stored, self.precision, self.calibration)
-
-
-@dataclass(frozen=True)
 class StoredViews:
     """Parameters by which B views were made."""
 
@@ -93,7 +76,7 @@ class StoredViews:
     flips: NDArray[np.bool_]
     """[B]"""
     photometric: NDArray[np.float32] | None
-    """[B, 8], see `eupe.corpus.photometric.Photometric`; None if the store's views are not recoloured."""
+    """[B, 8], see `eupe.corpus.views.Photometric`; None if the store's views are not recoloured."""
 
     @property
     def params(self) -> list[ViewParams]:
@@ -128,39 +111,6 @@ class Features(StoredViews):
     """[B, Ds], float16, or float32 if stored as int8."""
     dense: NDArray[Any] | None = None
     """[B, h, w, D], float16, or float32 if stored as int8."""
-
-
-@dataclass(frozen=True)
-class ChannelStats:
-    """Statistics of the stored values over every valid view of a store."""
-
-    count: int
-    """Number of vectors: views, or views times cells."""
-    mean: NDArray[np.float64]
-    """[D]"""
-    std: NDArray[np.float64]
-    """Population standard deviation, [D]."""
-
-
-@dataclass(frozen=True)
-class FullStats(ChannelStats):
-    """All statistics that a store has of one kind of token at one size."""
-
-    cov: NDArray[np.float64]
-    """Population covariance, [D, D]."""
-    norms: NDArray[np.int64]
-    """Histogram of the tokens' L2 norms, with bins between `norm_edges`."""
-    outliers: NDArray[np.int64] | None
-    """[h, w], number of views in which the token's norm exceeds three times its view's median; None for summaries."""
-
-    @property
-    def norm_edges(self) -> NDArray[np.float64]:
-        return norm_bin_edges()
-
-    @property
-    def dead_channels(self) -> list[int]:
-        """Return the channels that never change."""
-        return np.flatnonzero(self.std == 0).tolist()
 
 
 @dataclass(frozen=True)

@@ -130,3 +130,36 @@ def outliers_by_position(norms: NDArray[Any]) -> NDArray[np.int64]:
     outlying = flat > OUTLIER_RATIO * np.median(flat, axis=1, keepdims=True)
     counts: NDArray[np.int64] = outlying.sum(axis=0, dtype=np.int64).reshape(norms.shape[1:])
     return counts
+
+
+@dataclass(frozen=True)
+class ChannelStats:
+    """Statistics of the stored values over every valid view of a store."""
+
+    count: int
+    """Number of vectors: views, or views times cells."""
+    mean: NDArray[np.float64]
+    """[D]"""
+    std: NDArray[np.float64]
+    """Population standard deviation, [D]."""
+
+
+@dataclass(frozen=True)
+class FullStats(ChannelStats):
+    """All statistics that a store has of one kind of token at one size."""
+
+    cov: NDArray[np.float64]
+    """Population covariance, [D, D]."""
+    norms: NDArray[np.int64]
+    """Histogram of the tokens' L2 norms, with bins between `norm_edges`."""
+    outliers: NDArray[np.int64] | None
+    """[h, w], number of views in which the token's norm exceeds three times its view's median; None for summaries."""
+
+    @property
+    def norm_edges(self) -> NDArray[np.float64]:
+        return norm_bin_edges()
+
+    @property
+    def dead_channels(self) -> list[int]:
+        """Return the channels that never change."""
+        return np.flatnonzero(self.std == 0).tolist()

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eupe.store.layout import StoreSpec, bytes_per_view, feature_path
-from eupe.store.reader import FullStats, Store
+from eupe.store.reader import Store
+from eupe.store.stats import FullStats
 
 FIRST_COMPONENTS = (1, 10, 100)
 """Numbers of principal components for which the share of variance is reported."""

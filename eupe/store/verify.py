@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from eupe.cores import num_cores
 from eupe.corpus.index import fingerprint, index_bytes, index_from_bytes
-from eupe.corpus.photometric import are_possible
+from eupe.corpus.views import are_possible
 from eupe.errors import PartCorruptError, StorageError
 from eupe.holding import LEASE
 from eupe.place import Place, Where

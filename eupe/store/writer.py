@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ from eupe.store.reader import (
 from eupe.store.shard import chunks_of, crc32, encode_chunk, object_key, shard_blocks, zarr_codec
 from eupe.store.stats import Counted, Moments
 
+RECORDED_LIBRARIES = (
+    "eupe",
+    "torch",
+    "timm",
+    "transformers",
+    "open_clip_torch",
+    "pillow",
+    "numpy",
+    "zarr",
+    "tensorstore",
+    "pyarrow",
+)
+"""Libraries whose versions are recorded with the features."""
+
 VECTORS_PER_JOB = 4096
 """Number of tokens that one thread codes, compresses and counts at a time."""
 
@@ -92,6 +107,15 @@ class Part:
     versions: Mapping[str, str] = field(default_factory=dict)
     photometric: NDArray[np.float32] | None = None
     """[samples, views, 8], NaN for samples with an error; None unless the store's views are recoloured."""
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions on this machine of the libraries that a feature may depend on."""
+    return {name: _version(name) for name in RECORDED_LIBRARIES}
+
+
+_version = cache(version)
+"""Cached `version`, which searches the disk and is called for every part."""
 
 
 def create_store(path: str | Path | Place, spec: StoreSpec) -> Store:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from eupe.checkpoints import ADAPTER_FILE, describe_misfits, read_checkpoint, require_no_adapter, require_readable
+from eupe.compute import Tokens
 from eupe.errors import TeacherError
 from eupe.kinds import LOCAL_DIR, DenseKind, SummaryKind
 from eupe.meta import built_on_meta
 from eupe.teachers.preprocess import NESTED_FILE, UNIT, of_processor, processor_settings, timm_folder
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import at_revision, brief, hub_errors, hub_or_offline, quiet_transformers
-from eupe.tokens import Tokens
 
 Triple = tuple[float, float, float]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from eupe.checkpoints import load_state_dict_strictly, read_checkpoint
+from eupe.compute import Tokens
 from eupe.encoder import Encoder, EncoderCard, build_encoder, load_card, load_encoder
 from eupe.teachers.spec import TeacherSpec
-from eupe.tokens import Tokens
 
 OWN_LICENCE = "own"
 """Licence of a student that was trained here, although its teachers have licences, too."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from eupe.errors import TeacherError
 from eupe.kinds import LOCAL_DIR, DenseKind, SummaryKind
+from eupe.reading import from_plain, to_plain
 
 __all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec"]
 
@@ -93,9 +94,8 @@ class TeacherSpec:
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in plain]:
             raise TeacherError(f"a teacher's card has no {', '.join(missing)}; give the teacher by its name")
-        fields: dict[str, Any] = {k: tuple(plain[k]) if isinstance(plain[k], list) else plain[k] for k in names}
-        return cls(**fields)
+        return cls(**from_plain({name: plain[name] for name in names}))
 
     def to_json(self) -> dict[str, Any]:
         """Return the card as plain JSON, with tuples as lists."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return to_plain(self)

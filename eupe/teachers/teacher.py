@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from eupe.checkpoints import require_readable
-from eupe.device import autocast
+from eupe.compute import Tokens, autocast, normalise
 from eupe.errors import TeacherError
 from eupe.teachers.spec import Backend, TeacherSpec
 from eupe.teachers.weights import file_digest, weights_digest
-from eupe.tokens import Tokens, normalise
 
 __all__ = ["Teacher", "file_digest", "load_teacher", "require_weights", "weights_digest"]
 

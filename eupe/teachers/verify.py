@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from eupe.corpus.awkward import awkward_pictures
-from eupe.corpus.decode import decode_image
+from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.errors import ConformanceError, EupeError, StorageError
 from eupe.meta import built_on_meta

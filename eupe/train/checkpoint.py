@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eupe.checkpoints import read_metadata
 from eupe.errors import RunError, StorageError
-from eupe.files import remove_unfinished, replacing
-from eupe.share import share
+from eupe.files import remove_unfinished, replacing, share
 from eupe.train.model import Distiller, Ema
 from eupe.train.parallel import placed_like, whole
 
@@ -151,8 +151,7 @@ def load_checkpoint(run: Path, state: Trainables, *, step: int, dtype: str) -> N
     """
     path = run / FOLDER / _name(step)
     try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata()
+        facts = read_metadata(path)
         tensors = load_file(path)
         # before anything is copied, so that a damaged file leaves no half-loaded model
         if checksum(tensors, step) != facts.get(CHECKSUM):

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from eupe.compute import is_out_of_memory
 from eupe.cores import num_cores
-from eupe.device import is_out_of_memory
 from eupe.errors import ConfigError, EupeError, IncompleteError, TrainingError
 from eupe.place import Place, Where
 from eupe.stopping import stop_signals

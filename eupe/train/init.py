@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-from eupe.checkpoints import ALONE, describe_misfits, find_misfits, load_state_dict_strictly, read_checkpoint
+from eupe.checkpoints import (
+    ALONE,
+    describe_misfits,
+    find_misfits,
+    load_state_dict_strictly,
+    read_checkpoint,
+    read_tensors,
+)
 from eupe.encoder import Encoder, load_card
 from eupe.errors import RunError, TeacherError
 from eupe.kinds import WEIGHTS_FILE
@@ -64,8 +69,8 @@ def init_from_run(
     """
     known = finished_card(run).targets
     _check_same_model(run, encoder)
-    student = fitted(_read(run / WEIGHTS_FILE), encoder.model)
-    theirs = _heads(_read(run / HEADS_FILE))
+    student = fitted(read_tensors(run / WEIGHTS_FILE), encoder.model)
+    theirs = _heads(read_tensors(run / HEADS_FILE))
     ours = {f"{i}.{kind}": head for i, pair in enumerate(heads) for kind, head in pair.named_children()}
     sources = {
         f"{i}.{kind}": f"{j}.{kind}" for i, j in _same_teachers(targets, known).items() for kind in ("summary", "dense")
@@ -177,14 +182,3 @@ def _is_square(cells: int) -> bool:
 
 def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises: RunError if there is no such file, or it is not safetensors.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read as a safetensors file ({error})") from error

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eupe.device import pick_device
+from eupe.compute import pick_device
 from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, StorageError
 from eupe.files import write_file
 from eupe.holding import Holder

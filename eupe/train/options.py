@@ -20,7 +20,7 @@ import yaml
 from eupe.encoder import near
 from eupe.errors import ConfigError
 from eupe.files import write_file
-from eupe.reading import parse_yaml
+from eupe.reading import from_plain, parse_yaml
 from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
 
@@ -83,7 +83,7 @@ def train_options(*, recipe: str | None, config: Path | None, flags: Mapping[str
     if config is not None:
         _override(options, read_options(config))
     given = {name: value for name, value in flags.items() if value is not None and value != []}
-    _override(options, {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    _override(options, from_plain(given))
     if recipe == "stage3" and not init and options.get("init") is None:
         raise ConfigError("--recipe stage3 continues from a student of stage 2; give its run with --init")
     return options

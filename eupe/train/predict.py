@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from eupe.checkpoints import load_state_dict_strictly
+from eupe.checkpoints import load_state_dict_strictly, read_tensors
+from eupe.compute import Tokens
 from eupe.encoder import load_card
 from eupe.errors import RunError, TeacherError
 from eupe.meta import built_on_meta
 from eupe.store.layout import KINDS
-from eupe.tokens import Tokens
 from eupe.train.card import HEADS_FILE, NORMS_FILE, REPORT_FILE, finished_card, target_names
 from eupe.train.model import AdapterHead
 from eupe.train.normalise import Normaliser
@@ -159,7 +157,4 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"run {run} has no {path.name}, which turns the outputs of its heads into features of its teachers: an "
             f"older eupe finished it; remove {run / REPORT_FILE} and finish it again with `eupe train ... --resume`"
         )
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read as a safetensors file ({error})") from error
+    return read_tensors(path)

@@ -19,16 +19,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from eupe.corpus.decode import decode_image
-from eupe.corpus.photometric import Photometric, apply_photometric
-from eupe.corpus.pictures import Inside, insides, read_picture
+from eupe.corpus.pictures import Inside, decode_image, insides, read_picture
 from eupe.corpus.sources import corpus_root
-from eupe.corpus.views import draw_colours, render_view, view_digest
+from eupe.corpus.views import Photometric, apply_photometric, draw_colours, render_view, view_digest
 from eupe.errors import ConfigError, CorpusError
 from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.places import with_places
-from eupe.store.reader import PendingPixels, StoredFeatures, Tokens
+from eupe.store.precision import Tokens
+from eupe.store.reader import PendingPixels, StoredFeatures
 from eupe.train.sampling import Views
 
 

@@ -14,7 +14,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from eupe.device import dtype_name
+from eupe.compute import dtype_name
 from eupe.encoder import build_encoder, has_batch_norm, rescale_rope, save_encoder
 from eupe.errors import ConfigError, TrainingError
 from eupe.meta import built_on_meta

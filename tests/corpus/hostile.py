@@ -23,7 +23,7 @@ from PIL import Image, ImageChops
 from torchvision.io import ImageReadMode, decode_gif, decode_jpeg, decode_webp
 
 from eupe.corpus.awkward import picture
-from eupe.corpus.decode import ORIENTATION
+from eupe.corpus.pictures import ORIENTATION
 
 Pixels = NDArray[np.uint8]
 """Upright RGB, [height, width, 3]."""

@@ -5,7 +5,7 @@ import pytest
 from awkward import save_awkward, save_broken
 from PIL import Image, ImageOps
 
-from eupe.corpus.decode import decode_image
+from eupe.corpus.pictures import decode_image
 from eupe.errors import CorpusError
 
 

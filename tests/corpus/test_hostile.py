@@ -15,10 +15,9 @@ from hostile import Hostile, hostile_files, pixels_of, png
 from making import make_store, picture
 from PIL import Image
 
-from eupe.corpus import decode
-from eupe.corpus.decode import decode_image
+from eupe.corpus import pictures
 from eupe.corpus.index import index_folder, write_index
-from eupe.corpus.pictures import read_picture
+from eupe.corpus.pictures import decode_image, read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
 from eupe.place import Place
@@ -53,7 +52,7 @@ def test_the_corpus_is_as_hostile_as_it_says() -> None:
 
 def test_the_limit_of_pixels_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = pixels_of(picture(30, 40, 25))
-    monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
     assert decode_image(png(pixels, 2)).size == (40, 25)
     for too_many in (pixels_of(picture(30, 77, 13)), pixels_of(picture(30, 13, 77))):
         with pytest.raises(CorpusError, match="exceed the limit of 1000"):

@@ -17,14 +17,13 @@ import pytest
 from containers import make_tar, png
 from making import make_store, picture
 
-from eupe.corpus import decode
-from eupe.corpus.decode import EXTENSIONS, decode_image, readable_formats
+from eupe.corpus import pictures
 from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus, read_index
 from eupe.corpus.left_out import NO_PICTURE, Patterns, told
-from eupe.corpus.pictures import Inside, read_picture
+from eupe.corpus.pictures import EXTENSIONS, Inside, decode_image, read_picture, readable_formats
 from eupe.corpus.resumable import make_index
 from eupe.errors import CorpusError
-from eupe.names import key_of, name_of
+from eupe.files import key_of, name_of
 from eupe.store.places import left_out
 from eupe.store.verify import verify
 
@@ -313,8 +312,8 @@ def test_a_folder_whose_own_name_cannot_be_written_is_refused(tmp_path: Path, ru
 
 def test_kinds_are_those_that_pillow_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     for suffix, name in {".jpe": "JPEG", ".avif": "AVIF", ".jp2": "JPEG2000", ".heic": "HEIF"}.items():
-        assert (suffix in EXTENSIONS) == (name in decode.FORMATS)
-    monkeypatch.setattr(decode.features, "check", lambda name: name != "avif")
+        assert (suffix in EXTENSIONS) == (name in pictures.FORMATS)
+    monkeypatch.setattr(pictures.features, "check", lambda name: name != "avif")
     assert "AVIF" not in readable_formats() and "JPEG2000" in readable_formats()
 
 

@@ -13,8 +13,16 @@ from scipy.ndimage import gaussian_filter1d
 from torchvision.transforms.v2 import ColorJitter
 from torchvision.transforms.v2 import functional as tvf
 
-from eupe.corpus.photometric import NEUTRAL, Photometric, apply_photometric, are_possible
-from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
+from eupe.corpus.views import (
+    NEUTRAL,
+    Photometric,
+    ViewSpec,
+    apply_photometric,
+    are_possible,
+    draw_view,
+    render_view,
+    view_digest,
+)
 
 SPEC = ViewSpec(policy="rrc", num_views=2, photometric="eupe")
 Pixels = NDArray[np.uint8]
@@ -298,5 +306,5 @@ def test_it_makes_no_difference_how_the_view_is_cut_into_strips(monkeypatch: pyt
     params = Photometric(1.2, 0.8, 1.1, 0.06, 13, 0, 2 / 224, 128)
     whole = apply_photometric(noise(64), params)
     for pixels in (1, 64 * 7, 64 * 63):
-        monkeypatch.setattr("eupe.corpus.photometric.STRIP_PIXELS", pixels)
+        monkeypatch.setattr("eupe.corpus.views.STRIP_PIXELS", pixels)
         assert np.array_equal(apply_photometric(noise(64), params), whole)

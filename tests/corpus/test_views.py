@@ -10,8 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tvf
 
-from eupe.corpus.photometric import NEUTRAL
-from eupe.corpus.views import ViewParams, ViewSpec, draw_view, parse_views, render_view, view_digest
+from eupe.corpus.views import NEUTRAL, ViewParams, ViewSpec, draw_view, parse_views, render_view, view_digest
 from eupe.errors import ConfigError
 
 RRC = ViewSpec(policy="rrc", num_views=4)

@@ -13,12 +13,12 @@ import torch
 from making import TINY_STUDENT, make_store, random_weights
 from torch import Tensor
 
+from eupe.compute import normalise
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate import agreement as module
 from eupe.evaluate.agreement import agreement, agreement_results
 from eupe.evaluate.run import open_run
 from eupe.store import Store
-from eupe.tokens import normalise
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 from eupe.train.targets import open_targets

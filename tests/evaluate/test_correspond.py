@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from making import make_store
 from planted import spair
 
-from eupe.corpus.photometric import NEUTRAL
-from eupe.corpus.views import ViewParams
+from eupe.corpus.views import NEUTRAL, ViewParams
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.evaluate.correspond import ALPHA, SIZE, SIZES, correspond, from_view, nearest_points, to_view
 from eupe.evaluate.subject import open_subjects

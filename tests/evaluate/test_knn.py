@@ -16,8 +16,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from eupe.corpus.views import ViewSpec
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError
-from eupe.evaluate import knn as module
-from eupe.evaluate.knn import accuracy, knn, nearest, summaries_of
+from eupe.evaluate import neighbours as module
+from eupe.evaluate.knn import accuracy, knn, summaries_of
+from eupe.evaluate.neighbours import nearest
 from eupe.evaluate.subject import Subject, open_subjects
 from eupe.store import Store
 

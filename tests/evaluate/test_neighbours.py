@@ -27,13 +27,15 @@ def test_mutual_neighbours_equal_a_slow_count(k: int, monkeypatch: pytest.Monkey
     expected = slow_mutual_neighbours(a, b, k, list(range(12)))
     assert mutual_neighbours(a, b, k=k) == pytest.approx(expected)
     assert mutual_neighbours(a, 5 * a, k=k) == 1.0
-    monkeypatch.setattr(module, "BLOCK_ROWS", 5)
+    for rows in ("QUERIES", "BANK"):
+        monkeypatch.setattr(module, rows, 5)
     assert mutual_neighbours(a, b, k=k) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("block", [1024, 5])
 def test_views_of_one_picture_are_no_neighbours(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK_ROWS", block)
+    for rows in ("QUERIES", "BANK"):
+        monkeypatch.setattr(module, rows, block)
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(6, 4, generator=generator).repeat_interleave(2, dim=0)
     a, b = (pictures + 0.01 * torch.randn(12, 4, generator=generator) for _ in range(2))

@@ -12,8 +12,7 @@ from making import make_store
 from planted import COLOURS, SIDE, ade20k, blocks, masks, save
 from sklearn.metrics import accuracy_score, jaccard_score
 
-from eupe.corpus.photometric import NEUTRAL
-from eupe.corpus.views import ViewParams, ViewSpec, render_view
+from eupe.corpus.views import NEUTRAL, ViewParams, ViewSpec, render_view
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.evaluate.dense_probe import Training, predictions, view_of
 from eupe.evaluate.encode import EncodedViews

@@ -13,6 +13,7 @@ import torch
 from making import make_corpus, make_store, picture, random_weights
 from planted import ade20k, depth_pairs, spair
 
+from eupe.compute import Tokens
 from eupe.corpus.views import render_view
 from eupe.errors import ConfigError, CorpusError, RunError, StorageError, StoreError
 from eupe.evaluate import encode as encode_module
@@ -23,7 +24,6 @@ from eupe.place import Place
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
-from eupe.tokens import Tokens
 
 
 def some_pictures(folder: Path, count: int = 5, *, width: int = 80) -> Pictures:

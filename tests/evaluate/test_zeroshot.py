@@ -14,7 +14,7 @@ import open_clip
 import pytest
 import torch
 from language import ARCHS, CLIP, CLIP_SIZE, PE, SIGLIP, shrink, whole_model
-from making import TINY_STUDENT, make_corpus, make_store
+from making import make_corpus, make_store, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,7 +31,6 @@ from eupe.evaluate.text_tower import load_tower
 from eupe.evaluate.zeroshot import zeroshot
 from eupe.store.layout import SUMMARY
 from eupe.teachers.registry import REGISTRY
-from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 
 NAMES = ("red mug", "blue ball", "photo of a mug")
@@ -64,20 +63,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> Chain:
     views, sizes = ViewSpec(policy="rrc", num_views=2), (CLIP_SIZE,)
     teacher = make_store(folder / "t.zarr", tiny_corpus, weights, teacher=CLIP, views=views, sizes=sizes).path
 
-    def forward_backward(name: str, *targets: Any, **options: Any) -> Path:
-        config = TrainConfig(
-            targets=targets,
-            student=TINY_STUDENT,
-            out=folder / name,
-            steps=8,
-            batch_size=8,
-            head_width=16,
-            holdout=0.3,
-            dtype="fp32",
-            lr=3e-3,
-            seed=1,
-            **options,
-        )
+    def forward_backward(name: str, target: Any, **options: Any) -> Path:
+        config = tiny_config(target, folder / name, steps=8, head_width=16, lr=3e-3, seed=1, **options)
         train(config)
         return config.out
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from eupe.compute import normalise
 from eupe.corpus.awkward import picture
 from eupe.encoder import Encoder, build_encoder, load_encoder, save_encoder
 from eupe.export.config import ExportConfig
@@ -25,7 +26,6 @@ from eupe.export.pictures import varied_pictures
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
 from eupe.teachers.verify import compare
-from eupe.tokens import normalise
 from eupe.train.card import RunCard, target_names
 from eupe.train.model import TargetHeads
 from eupe.train.normalise import Normaliser

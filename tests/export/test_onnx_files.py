@@ -28,6 +28,7 @@ from PIL import Image
 from timm.layers import RotaryEmbeddingDinoV3
 
 import eupe
+from eupe.compute import normalise
 from eupe.corpus.views import render_view
 from eupe.encoder import load_encoder
 from eupe.errors import ConfigError, CorpusError
@@ -38,7 +39,6 @@ from eupe.export.onnx_int8 import quantise, quantise_weights
 from eupe.export.pictures import varied_pictures
 from eupe.export.rotary import TracedRotary
 from eupe.export.source import open_source
-from eupe.tokens import normalise
 from eupe.train.predict import load_predictors
 
 ARCHS = some_slow(CONVNEXT, slow=["test_vit", SHALLOW_VIT])

@@ -14,6 +14,7 @@ import torch
 from making import TINY_SIZE, TINY_TEACHER, TWO_CROPS
 from torch import Tensor
 
+from eupe.compute import Tokens
 from eupe.cores import num_cores
 from eupe.corpus.index import Corpus, index_folder
 from eupe.extract import actors, audit, calibrate, load, worker
@@ -27,7 +28,6 @@ from eupe.store.layout import StoreSpec
 from eupe.store.writer import create_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, file_digest
-from eupe.tokens import Tokens
 
 Run = Callable[..., Any]
 

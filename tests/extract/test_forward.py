@@ -13,12 +13,13 @@ import torch
 from making import TINY_SIZE, TINY_TEACHER
 from torch import Tensor
 
+from eupe.compute import Tokens
 from eupe.errors import TeacherError
-from eupe.extract.forward import LARGEST_BATCH, Forward, cosine_to_fp32, fastest_batch
+from eupe.extract.calibrate import LARGEST_BATCH, cosine_to_fp32, fastest_batch
+from eupe.extract.worker import Forward
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, load_teacher
-from eupe.tokens import Tokens
 
 
 class Cramped:

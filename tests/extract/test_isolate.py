@@ -12,8 +12,8 @@ from planting import planted_environment, poison
 from eupe.corpus.index import index_folder
 from eupe.extract import isolate, load
 from eupe.extract.isolate import find_crashing
-from eupe.extract.load import LoadedSample, Loader, StuckError
-from eupe.extract.parts import Sample, samples_of
+from eupe.extract.load import LoadedSample, Loader, Sample, StuckError
+from eupe.extract.parts import samples_of
 from eupe.store import Store
 
 

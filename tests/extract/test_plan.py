@@ -17,17 +17,17 @@ from making import TWO_CROPS, make_store, random_weights
 from eupe import place
 from eupe.errors import ConfigError
 from eupe.extract import load
-from eupe.extract.forward import Forward
-from eupe.extract.plan import (
+from eupe.extract.plan import Rates
+from eupe.extract.plan_on_paper import (
     NOMINAL_SHARES,
     Need,
     PaperConfig,
-    Rates,
     estimate_on_paper,
     moments_bytes,
     need_of,
     require_room,
 )
+from eupe.extract.worker import Forward
 from eupe.store import open_store
 from eupe.teachers.teacher import Teacher
 

@@ -17,9 +17,8 @@ from making import make_corpus, make_store
 from mending import BATCH, Crews, files
 from PIL import Image
 
-from eupe.corpus.decode import decode_image
-from eupe.corpus.photometric import Photometric, apply_photometric
-from eupe.corpus.views import ViewSpec, draw_view, view_digest
+from eupe.corpus.pictures import decode_image
+from eupe.corpus.views import Photometric, ViewSpec, apply_photometric, draw_view, view_digest
 from eupe.errors import ConfigError, CorpusError
 from eupe.extract.audit import AuditConfig, audit
 from eupe.extract.repair import RepairConfig, repair

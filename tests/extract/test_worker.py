@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Dinov2Model
 
+from eupe.compute import Tokens
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.encoder import build_encoder, save_encoder
@@ -31,7 +32,6 @@ from eupe.store import Store, open_store
 from eupe.store.writer import Part, Row, create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
-from eupe.tokens import Tokens
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

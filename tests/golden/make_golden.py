@@ -1,6 +1,6 @@
 """Makes the fixtures of a released format, once. They are never made again: later versions must read these bytes.
 
-python tests/golden/make_golden.py
+PYTHONPATH=tests/store python tests/golden/make_golden.py
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from safetensors.numpy import save_file
+from store_cases import make_case, make_spec
+
+from eupe.corpus.index import SCHEMA, Corpus, index_bytes
+from eupe.place import Place
+from eupe.store.layout import FORMAT, StoreSpec, segment_name
+from eupe.store.writer import StoreWriter, create_store, finish_store
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "store"))
-
-from store_cases import make_case, make_spec  # noqa: E402
-
-from eupe.corpus.index import SCHEMA, Corpus, index_bytes  # noqa: E402
-from eupe.place import Place  # noqa: E402
-from eupe.store.layout import FORMAT, StoreSpec, segment_name  # noqa: E402
-from eupe.store.writer import StoreWriter, create_store, finish_store  # noqa: E402
-
 PRECISIONS = {"fp16": "fp16", "bitround5": "bitround:5", "int8": "int8"}
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from making import TINY_STUDENT, make_corpus, make_store
+from making import TINY_STUDENT, make_corpus, make_store, tiny_config
 from object_store import S3Server, download, objects, upload
 
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
 from eupe.place import Place
 from eupe.store import Store, open_store
-from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 
 pytestmark = pytest.mark.slow
@@ -90,17 +89,8 @@ def test_a_server_that_is_away_for_longer_is_waited_for(
 
 def trained(targets: Store | Path, out: Path, corpus: Place | None = None) -> list[tuple[object, object]]:
     """Every loss and validation of a short run."""
-    config = TrainConfig(
-        targets=(targets.path if isinstance(targets, Store) else targets,),
-        corpus=corpus,
-        student=TINY_STUDENT,
-        out=out,
-        steps=6,
-        batch_size=8,
-        head_width=32,
-        holdout=0.3,
-        dtype="fp32",
-        log_every=1,
+    config = tiny_config(
+        targets.path if isinstance(targets, Store) else targets, out, corpus=corpus, steps=6, log_every=1
     )
     train(config)
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

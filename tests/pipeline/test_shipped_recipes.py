@@ -12,7 +12,7 @@ import pytest
 from making import make_corpus
 from planning import plan, problems_of
 
-from eupe.extract.plan import NOMINAL_SHARES
+from eupe.extract.plan_on_paper import NOMINAL_SHARES
 from eupe.pipeline.recipe import shipped_names
 
 Run = Callable[..., Any]

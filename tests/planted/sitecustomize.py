@@ -130,7 +130,7 @@ def next_outcome(variable):
     return word
 
 
-sys.meta_path.insert(0, Planting("eupe.corpus.decode", deadly_pictures))
+sys.meta_path.insert(0, Planting("eupe.corpus.pictures", deadly_pictures))
 if "PLANTED_PICTURE_SECONDS" in os.environ:
     sys.meta_path.insert(0, Planting("eupe.extract.load", little_patience))
 if "PLANTED_WRITES" in os.environ:

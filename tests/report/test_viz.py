@@ -25,10 +25,10 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from typed import parsed
 
-from eupe.corpus.decode import decode_image
+from eupe.compute import normalise
 from eupe.corpus.index import index_folder
-from eupe.corpus.photometric import NEUTRAL
-from eupe.corpus.views import ViewParams, ViewSpec, render_view
+from eupe.corpus.pictures import decode_image
+from eupe.corpus.views import NEUTRAL, ViewParams, ViewSpec, render_view
 from eupe.encoder import load_encoder
 from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageError
 from eupe.pca import find_foreground, fit_pca
@@ -37,7 +37,6 @@ from eupe.report.png_figure import BLANK, plan_figure
 from eupe.report.training_curves import read_history
 from eupe.report.viz_page import VizReport, write_maps
 from eupe.store import Features, open_store
-from eupe.tokens import normalise
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 from eupe.train.targets import is_held_out

@@ -22,8 +22,7 @@ from eupe.corpus.index import index_folder, open_corpus, write_index
 from eupe.corpus.pictures import read_picture
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, CorpusError, PartCorruptError, StorageError, StoreError
-from eupe.extract.load import load_sample
-from eupe.extract.parts import Sample
+from eupe.extract.load import Sample, load_sample
 from eupe.place import READS_AT_ONCE, Place
 from eupe.store import open_store
 from eupe.store.reader import committed_parts

@@ -23,10 +23,11 @@ from store_cases import CODED, Case, every_view, make_case, make_spec, tree_dige
 from eupe.errors import PartCorruptError
 from eupe.place import Place
 from eupe.store import Store, open_store, writer
-from eupe.store.reader import FullStats, read_part_metadata
+from eupe.store.reader import read_part_metadata
 from eupe.store.stats import (
     BLOCK_ROWS,
     NORM_BINS,
+    FullStats,
     Moments,
     merge_all,
     norm_bin_edges,

@@ -1,7 +1,7 @@
 """Mutations of strangers' files, tried in a process with little memory: refused in a sentence, or read as they were.
 
-Run as a program: `mutate.py FOLDER SEED COUNT` prints, as JSON, how many mutations of each kind were refused, how many
-were read, and whatever else came of one.
+Run as a program with `tests` on PYTHONPATH: `mutate.py FOLDER SEED COUNT` prints, as JSON, how many mutations of each
+kind were refused, how many were read, and whatever else came of one.
 """
 
 from __future__ import annotations
@@ -317,5 +317,4 @@ def _odd_json(data: bytes, rng: random.Random) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

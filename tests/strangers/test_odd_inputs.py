@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from making import TINY_STUDENT, make_corpus
+from making import TINY_STUDENT, make_corpus, tiny_config
 
 from eupe.corpus.index import CONTAINED, ROOT_KEY, SCHEMA, open_corpus, read_index
 from eupe.corpus.own_table import read_own_table
@@ -23,7 +23,6 @@ from eupe.errors import ConfigError, CorpusError, PartCorruptError
 from eupe.place import Place, storage_error
 from eupe.reading import MOST_VALUES, parse_yaml
 from eupe.store import Store, open_store
-from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 
 Run = Callable[..., Any]
@@ -207,10 +206,7 @@ def test_a_bucket_that_only_the_store_names_is_asked_for(tmp_path: Path, tiny_st
 
 
 def test_a_finished_run_without_its_log_is_not_trained_over(tmp_path: Path, tiny_store: Store) -> None:
-    config = TrainConfig(
-        targets=(tiny_store.path,), student=TINY_STUDENT, out=tmp_path / "r", steps=2, batch_size=8, head_width=16,
-        holdout=0.3, dtype="fp32",
-    )  # fmt: skip
+    config = tiny_config(tiny_store.path, tmp_path / "r", steps=2, head_width=16)
     train(config)
     (tmp_path / "r/metrics.jsonl").unlink()
     before = (tmp_path / "r/student.safetensors").read_bytes()

@@ -39,7 +39,7 @@ def test_the_process_that_looks_for_killers_imports_nothing_of_it(
 ) -> None:
     from eupe.corpus.views import ViewSpec
     from eupe.extract.isolate import find_crashing
-    from eupe.extract.parts import Sample
+    from eupe.extract.load import Sample
     from eupe.place import Place
 
     executed = plant(tmp_path)

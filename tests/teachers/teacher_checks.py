@@ -8,9 +8,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from eupe.compute import Tokens
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, load_teacher
-from eupe.tokens import Tokens
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTConfig, DINOv3ViTRopePositionEmbedding
 
-from eupe.corpus.decode import decode_image
+from eupe.compute import normalise
+from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.meta import built_on_meta
 from eupe.teachers.own_forward import NARROW_CONV_WIDTH, NARROW_CONVNEXT, NARROW_WIDTH, fill_at_random, narrow
@@ -35,7 +36,6 @@ from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, load_teacher
 from eupe.teachers.verify import random_pair
-from eupe.tokens import normalise
 
 SEEN = 0.9999
 """Cosines below it are a disagreement; above it, `eupe teachers verify` calls tokens the same."""

@@ -13,7 +13,7 @@ from teacher_checks import CPU, load_state, views
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
-from eupe.device import compute_dtype
+from eupe.compute import compute_dtype
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, TeacherError
 from eupe.teachers import teacher as teacher_module

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
+from eupe.compute import Tokens
 from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConformanceError
 from eupe.teachers import hf_adapter, open_clip_adapter, timm_adapter
@@ -22,7 +23,6 @@ from eupe.teachers import verify as verify_module
 from eupe.teachers.own_forward import fill_at_random
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.verify import Comparison, Cosine, awkward_views, compare, random_pair, require_agreement
-from eupe.tokens import Tokens
 
 Run = Callable[..., Any]
 NEVER_FULL = 0

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from making import TINY_STUDENT, make_corpus, make_store
+from making import make_corpus, make_store, tiny_config
 from ports import free_ports
 from processes import descendants_called
 from safetensors.torch import load_file
@@ -25,18 +25,8 @@ WORKERS = 2
 
 @pytest.fixture
 def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        targets=(tiny_store.path,),
-        student=TINY_STUDENT,
-        out=tmp_path / "run",
-        steps=12,
-        batch_size=8,
-        head_width=32,
-        holdout=0.3,
-        dtype="fp32",
-        checkpoint_every=4,
-        log_every=1,
-        num_workers=WORKERS,
+    return tiny_config(
+        tiny_store.path, tmp_path / "run", steps=12, checkpoint_every=4, log_every=1, num_workers=WORKERS
     )
 
 

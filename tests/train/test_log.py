@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from making import TINY_STUDENT
+from making import tiny_config
 from PIL import Image
 
 from eupe.errors import ConfigError
@@ -26,15 +26,12 @@ from eupe.train.targets import Batch, Request
 
 @pytest.fixture
 def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        targets=(tiny_store.path,),
-        student=TINY_STUDENT,
-        out=tmp_path / "run",
+    return tiny_config(
+        tiny_store.path,
+        tmp_path / "run",
         steps=4,
         batch_size=4,
         head_width=16,
-        holdout=0.3,
-        dtype="fp32",
         log_every=1,
         validate_every=2,
         checkpoint_every=2,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from making import TINY_STUDENT, make_store
+from making import TINY_STUDENT, make_store, tiny_config
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,19 +30,7 @@ from eupe.train.loop import train
 
 @pytest.fixture
 def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        targets=(tiny_store.path,),
-        student=TINY_STUDENT,
-        out=tmp_path / "run",
-        steps=12,
-        batch_size=8,
-        head_width=32,
-        holdout=0.3,
-        dtype="fp32",
-        checkpoint_every=5,
-        validate_every=6,
-        log_every=1,
-    )
+    return tiny_config(tiny_store.path, tmp_path / "run", steps=12, checkpoint_every=5, validate_every=6, log_every=1)
 
 
 def lines(run: Path, key: str) -> list[dict[str, object]]:

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from making import TINY_STUDENT, make_corpus, make_store
+from making import TINY_STUDENT, make_corpus, make_store, tiny_config
 from safetensors.torch import load_file
 from torch import nn
 
+from eupe.compute import normalise
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, RunError
 from eupe.store import Store
-from eupe.tokens import normalise
 from eupe.train.card import METHOD, MOST_PASSES, advice, read_card, resolve
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train, train_together
@@ -33,10 +33,7 @@ from eupe.train.trainer import Trainer, synchronised
 
 @pytest.fixture
 def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        targets=(tiny_store.path,), student=TINY_STUDENT, out=tmp_path / "run", steps=3, batch_size=8, head_width=16,
-        holdout=0.3, dtype="fp32",
-    )  # fmt: skip
+    return tiny_config(tiny_store.path, tmp_path / "run", steps=3, head_width=16)
 
 
 @pytest.fixture(scope="module")

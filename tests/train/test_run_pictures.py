@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import TINY_STUDENT, TWO_CROPS, make_store
+from making import TINY_STUDENT, TWO_CROPS, make_store, tiny_config
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,16 +28,7 @@ STEP_PX = CELL_PX + GAP_PX
 
 @pytest.fixture
 def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        targets=(tiny_store.path,),
-        student=TINY_STUDENT,
-        out=tmp_path / "run",
-        steps=4,
-        batch_size=3,
-        head_width=32,
-        holdout=0.3,
-        dtype="fp32",
-    )
+    return tiny_config(tiny_store.path, tmp_path / "run", steps=4, batch_size=3)
 
 
 def cell(grid: Image.Image, row: int, column: int, side: int = CELL_PX) -> NDArray[np.uint8]:

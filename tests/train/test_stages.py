@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import TINY_STUDENT, make_corpus, make_store, random_weights
+from making import TINY_STUDENT, make_corpus, make_store, random_weights, tiny_config
 from safetensors.torch import load_file
 
-from eupe.corpus.photometric import apply_photometric
-from eupe.corpus.views import ViewSpec, draw_colours, render_view
+from eupe.corpus.views import ViewSpec, apply_photometric, draw_colours, render_view
 from eupe.errors import ConfigError, RunError, TrainingError
 from eupe.store import Store
 from eupe.train.card import RunCard, resolve
@@ -36,17 +35,7 @@ def pyramid(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_we
 
 @pytest.fixture
 def config(pyramid: Store, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        targets=(pyramid.path,),
-        student=TINY_STUDENT,
-        out=tmp_path / "run",
-        steps=6,
-        batch_size=8,
-        head_width=32,
-        holdout=0.3,
-        dtype="fp32",
-        log_every=1,
-    )
+    return tiny_config(pyramid.path, tmp_path / "run", steps=6, log_every=1)
 
 
 def batches_of(config: TrainConfig, *, world: World | None = None) -> list[Batch]:

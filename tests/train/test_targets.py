@@ -14,8 +14,7 @@ from eupe.corpus.views import ViewSpec, view_digest
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.evaluate.conflict import conflict
 from eupe.store import Store
-from eupe.store.precision import Calibration, decode, encode
-from eupe.store.reader import Tokens
+from eupe.store.precision import Calibration, Tokens, decode, encode
 from eupe.train.targets import Request, TargetSet, TargetTokens, is_held_out, moved_keys, open_targets
 
 
