@@ -51,7 +51,7 @@ def assert_is_for_a_cluster(command: str) -> None:
         return
     assert set(given["teacher"]) <= REGISTRY.keys()
     parse_views(given["views"], seed=0)
-    for where in (given["corpus"], *given["out_path"]):
+    for where in (given["corpus"], *given["out"]):
         assert not Place.of(where).is_local or Path(where).is_absolute(), command
 
 

@@ -4,153 +4,80 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from eupe.cli.console import err, escaped, finish, out
+from eupe.cli.flags import takes, values_of
 from eupe.cli.index import _print_notes
-from eupe.cli.options import (
-    CorpusPath,
-    Exclude,
-    FidelityWanted,
-    Grid,
-    ImageColumn,
-    ImageKey,
-    Include,
-    Json,
-    KeyOfEach,
-    LabelColumn,
-    Limit,
-    PhotometricKind,
-    Pixels,
-    Ratio,
-    Scale,
-    Shuffle,
-    Sizes,
-    TokenKinds,
-    Views,
-    WeightsOfEach,
-)
+from eupe.cli.options import Json
 from eupe.cli.teachers import NEAR_FP32
+from eupe.corpus.choice import Choice
 from eupe.errors import ConfigError, IncompleteError
+from eupe.extract.config import ExtractConfig, ViewOptions
 
 if TYPE_CHECKING:
-    from eupe.extract.config import ExtractConfig
     from eupe.extract.dispatch import Status
     from eupe.extract.job import ExtractReport
     from eupe.progress import Reporter
 
 
-def extract(
-    teacher: Annotated[
-        list[str],
-        typer.Option(
-            help="Registry name, timm:ARCH, hf:REPO_OR_DIR, open_clip:ARCH or open_clip:ARCH@TAG, or a run's directory."
-            " May be repeated: several teachers in one pass, each picture decoded once."
-        ),
-    ],
-    corpus: CorpusPath,
-    out_path: Annotated[
-        list[str] | None,
-        typer.Option("--out", help="The store, also s3:// or gs://; one per teacher. Default: store/TEACHER.zarr."),
-    ] = None,
-    weights: WeightsOfEach = None,
-    weights_key: KeyOfEach = None,
-    size: Sizes = None,
-    views: Views = "center",
-    scale: Scale = None,
-    ratio: Ratio = None,
-    photometric: PhotometricKind = "none",
-    tokens: TokenKinds = "summary,dense",
-    precision: Annotated[
-        str, typer.Option(help="Stored precision: fp16, bitround:B, int8, or one per kind: dense=int8,summary=fp16.")
-    ] = "fp16",
-    fidelity: FidelityWanted = None,
-    grid: Grid = None,
-    pixels: Pixels = False,
-    dtype: Annotated[str, typer.Option(help="The teacher's dtype: auto, fp32, bf16 or fp16.")] = "auto",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Views per forward pass. Default: the fastest, found by trial.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Number of Ray actors, each with all teachers. Default: one per GPU.")
-    ] = None,
-    gpus_per_worker: Annotated[float | None, typer.Option(help="GPUs per worker. Default: an even share.")] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (auto, ray://...). Default: this machine.")
-    ] = None,
-    limit: Limit = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    image_key: ImageKey = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    shuffle: Shuffle = False,
-    seed: Annotated[int, typer.Option(help="Seed of the random views and of the order of pictures.")] = 0,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Recompute the parts that hold pictures without features.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+@takes(ExtractConfig, after={"seed": "shuffle"})
+def extract(as_json: Json = False, **given: Any) -> None:
     """Run teachers once over a corpus and cache their features."""
-    from eupe.corpus.choice import Choice
-    from eupe.corpus.left_out import told
-    from eupe.corpus.views import parse_views
-    from eupe.extract.config import ExtractConfig
     from eupe.extract.job import extract_together
     from eupe.progress import report_progress
 
-    shared = ExtractConfig(
-        teacher="",
-        corpus=corpus,
-        sizes=tuple(sorted(set(size or []))),
-        views=parse_views(views, seed=seed, scale=scale, ratio=ratio, photometric=photometric),
-        tokens=tuple(tokens.split(",")),
-        precision=precision,
-        fidelity=fidelity,
-        grid=grid,
-        pixels=pixels,
-        dtype=dtype,
-        batch_size=batch_size,
-        workers=workers,
-        gpus_per_worker=gpus_per_worker,
-        ray_address=ray_address,
-        limit=limit,
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        choice=Choice(image_key, image_column, label_column),
-        shuffle=shuffle,
-        retry_failed=retry_failed,
-    )
-    configs = _of_each(shared, teacher, out_path, weights, weights_key)
+    configs = configs_given(given)
     with report_progress(err, "views", quiet=as_json) as progress:
         reports = extract_together(configs, on_status=lambda s: _show_status(progress, s))
     if as_json and len(reports) > 1:
         print(json.dumps({"stores": [dataclasses.asdict(report) for report in reports]}))
-        for report in reports:
-            _warn_of_values(report)
-    for report in reports if not as_json or len(reports) == 1 else ():
-        facts = dataclasses.asdict(report)
-        notes = facts["notes"] if as_json else facts.pop("notes")
-        finish(facts | ({} if as_json else {"left_out": told(report.left_out)}), as_json)
+    for report in reports:
         if not as_json:
-            _print_notes(notes)
-        if report.failures and not as_json:
-            kinds = "; ".join(f"{count} x {reason}" for reason, count in report.failures.items())
-            mend = "; once they can be read, the same command with --retry-failed computes them"
-            err.print(
-                f"{report.num_failed} pictures have no features: {escaped(kinds)}. `eupe store info {report.store} "
-                f"--json` names them{mend if report.num_failed > report.num_not_finite else ''}",
-                soft_wrap=True,
-            )
+            _print_report(report)
+        elif len(reports) == 1:
+            finish(dataclasses.asdict(report), as_json)
         _warn_of_values(report)
         if not as_json:
             what = "nothing to do: the store holds all of this already" if report.cached else "done"
             out.print(f"{what}; train from it with: eupe train --targets {report.store} --student ARCH --out runs/NAME")
     require_finite_features(reports)
+
+
+def configs_given(given: Mapping[str, Any]) -> list[ExtractConfig]:
+    """Return one config for each teacher.
+
+    Args:
+        given: flags by name of the field, as `eupe extract` and `eupe plan` get them.
+    Raises: ConfigError if views are invalid, or unless an option was given once per teacher, or not at all.
+    """
+    shared = ExtractConfig(
+        **{"teacher": "", "corpus": "", **values_of(ExtractConfig, given)},
+        views=ViewOptions(**values_of(ViewOptions, given)).spec(),
+        choice=Choice(**values_of(Choice, given)),
+        tokens=tuple(given["tokens"].split(",")),
+    )
+    shared = dataclasses.replace(shared, sizes=tuple(sorted(set(shared.sizes))))
+    return _of_each(shared, given["teacher"], given["out"], given["weights"], given["weights_key"])
+
+
+def _print_report(report: ExtractReport) -> None:
+    from eupe.corpus.left_out import told
+
+    facts = dataclasses.asdict(report)
+    notes = facts.pop("notes")
+    finish(facts | {"left_out": told(report.left_out)}, False)
+    _print_notes(notes)
+    if report.failures:
+        kinds = "; ".join(f"{count} x {reason}" for reason, count in report.failures.items())
+        mend = "; once they can be read, the same command with --retry-failed computes them"
+        err.print(
+            f"{report.num_failed} pictures have no features: {escaped(kinds)}. `eupe store info {report.store} "
+            f"--json` names them{mend if report.num_failed > report.num_not_finite else ''}",
+            soft_wrap=True,
+        )
 
 
 def _warn_of_values(report: ExtractReport) -> None:
@@ -198,7 +125,7 @@ def _warn_of_rounding(report: ExtractReport) -> None:
 def _of_each(
     shared: ExtractConfig,
     teachers: list[str],
-    out_path: list[str] | None,
+    places: list[str] | None,
     weights: list[str] | None,
     weights_key: list[str] | None,
 ) -> list[ExtractConfig]:
@@ -206,7 +133,7 @@ def _of_each(
 
     Raises: ConfigError unless an option was given once per teacher, or not at all.
     """
-    outs = _one_each("--out", out_path, teachers)
+    outs = _one_each("--out", places, teachers)
     files = [None if file in (None, "hub") else Path(file) for file in _one_each("--weights", weights, teachers)]
     keys = [None if key in (None, "auto") else key for key in _one_each("--weights-key", weights_key, teachers)]
     return [

@@ -3,163 +3,122 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
 from eupe.cli.console import err, finish, out, show
-from eupe.cli.extract import _of_each
-from eupe.cli.options import (
-    PRECISIONS,
-    Exclude,
-    FidelityWanted,
-    Grid,
-    ImageColumn,
-    ImageKey,
-    Include,
-    Json,
-    KeyOfEach,
-    LabelColumn,
-    Limit,
-    Pixels,
-    Ratio,
-    Scale,
-    Shuffle,
-    Sizes,
-    TokenKinds,
-    Views,
-    WeightsOfEach,
-)
+from eupe.cli.extract import configs_given
+from eupe.cli.flags import takes
+from eupe.cli.options import Json
 from eupe.errors import ConfigError
+from eupe.extract.config import ExtractConfig
+from eupe.option import about, option
 
 if TYPE_CHECKING:
     from eupe.extract.plan import Choice, Estimate, JointEstimate
     from eupe.extract.plan_on_paper import PaperEstimate
 
+PRECISIONS = "bitround:B is fp16 rounded to B bits of mantissa, which compresses better; int8 is one byte per channel"
+ON_PAPER = ("teacher", "num_images", "out", "sizes", "views", "tokens", "precision", "grid")
+"""Options that have an effect on a plan on paper."""
 
-def plan(
-    teacher: Annotated[list[str], typer.Option(help="Same as for extract. May be repeated: several in one pass.")],
-    corpus: Annotated[
-        str | None, typer.Option(help="Measure on some pictures of this corpus, given as for extract.")
-    ] = None,
-    num_images: Annotated[
-        int | None, typer.Option(help="Instead of --corpus: estimate for this many pictures on paper, without weights.")
-    ] = None,
-    out_path: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--out",
-            help="Where the store will be; its disk must have enough space. One per teacher; on paper, only one.",
-        ),
-    ] = None,
-    weights: WeightsOfEach = None,
-    weights_key: KeyOfEach = None,
-    size: Sizes = None,
-    views: Views = "center",
-    scale: Scale = None,
-    ratio: Ratio = None,
-    photometric: Annotated[str | None, typer.Option(help="Same as for extract. Default: none.")] = None,
-    tokens: TokenKinds = "summary,dense",
-    precision: Annotated[str, typer.Option(help="Same as for extract.")] = "fp16",
-    fidelity: FidelityWanted = None,
-    grid: Grid = None,
-    pixels: Pixels = False,
-    dtype: Annotated[str | None, typer.Option(help="The teacher's dtype. Default: auto.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Views per forward pass. Default: the fastest, found by trial.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Number of workers like this process that share the work. Default: 1.")
-    ] = None,
-    limit: Limit = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    image_key: ImageKey = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    shuffle: Shuffle = False,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the random crops and of the order of pictures. Default: 0.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """The flags that are not those of `eupe extract`; where it matters whether one was given, None is the default."""
+
+    teacher: str = field(metadata=about("Same as for extract. May be repeated: several in one pass.", each=True))
+    corpus: str | None = option(None, "Measure on some pictures of this corpus, given as for extract.")
+    num_images: int | None = option(
+        None, "Instead of --corpus: estimate for this many pictures on paper, without weights."
+    )
+    out: str | None = option(
+        None,
+        "Where the store will be; its disk must have enough space. One per teacher; on paper, only one.",
+        each=True,
+    )
+    photometric: str | None = option(None, "Same as for extract.", unset="none")
+    precision: str = option("fp16", "Same as for extract.")
+    dtype: str | None = option(None, "The teacher's dtype.", unset="auto")
+    workers: int | None = option(None, "Number of workers like this process that share the work.", unset="1")
+    seed: int | None = option(None, "Seed of the random crops and of the order of pictures.", unset="0")
+
+
+@takes(
+    ExtractConfig,
+    PlanFlags,
+    without=("gpus_per_worker", "ray_address", "retry_failed"),
+    after={"num_images": "corpus", "seed": "shuffle"},
+)
+def plan(as_json: Json = False, **given: Any) -> None:
     """Estimate an extraction's bytes, hours, bandwidth and precisions: measured on a few pictures, or on paper."""
-    from eupe.corpus.choice import Choice
-    from eupe.corpus.views import parse_views
-    from eupe.extract.config import ExtractConfig
+    if (given["corpus"] is None) == (given["num_images"] is None):
+        raise ConfigError("give --corpus to measure on its pictures, or --num-images for an estimate on paper")
+    if given["num_images"] is None:
+        _measure(given, as_json)
+    else:
+        _reckon(given, as_json)
+
+
+def _measure(given: Mapping[str, Any], as_json: bool) -> None:
+    """Print a plan from measurements on pictures of a corpus."""
     from eupe.extract.plan import JointEstimate, estimate
-    from eupe.extract.plan_on_paper import PaperConfig, estimate_on_paper
     from eupe.progress import report_progress
 
-    if (corpus is None) == (num_images is None):
-        raise ConfigError("give --corpus to measure on its pictures, or --num-images for an estimate on paper")
-    only_measured = {
-        "--photometric": photometric,
-        "--weights": weights,
-        "--weights-key": weights_key,
-        "--scale": scale,
-        "--ratio": ratio,
-        "--fidelity": fidelity,
-        "--pixels": pixels or None,
-        "--dtype": dtype,
-        "--batch-size": batch_size,
-        "--workers": workers,
-        "--limit": limit,
-        "--include": include,
-        "--exclude": exclude,
-        "--image-key": image_key,
-        "--image-column": image_column,
-        "--label-column": label_column,
-        "--shuffle": shuffle or None,
-        "--seed": seed,
-    }
-    if num_images is not None and (idle := [name for name, value in only_measured.items() if value is not None]):
-        raise ConfigError(
-            f"{idle[0]} has no effect with --num-images; leave it out, or give --corpus instead of --num-images"
-        )
-    wanted: dict[str, Any] = {
-        "sizes": tuple(sorted(set(size or []))),
-        "views": parse_views(views, seed=seed or 0, scale=scale, ratio=ratio, photometric=photometric or "none"),
-        "tokens": tuple(tokens.split(",")),
-        "precision": precision,
-        "grid": grid,
-    }
-    if num_images is not None:
-        if len(out_path or ()) > 1:
-            raise ConfigError("with --num-images, --out says where all the stores will be; give it once")
-        place = out_path[0] if out_path else None
-        on_paper = estimate_on_paper(PaperConfig(teachers=tuple(teacher), num_images=num_images, out=place, **wanted))
-        if as_json:
-            finish(dataclasses.asdict(on_paper), as_json)
-        else:
-            _print_paper(on_paper)
-        return
-    shared = ExtractConfig(
-        teacher="",
-        corpus=corpus or "",
-        fidelity=fidelity,
-        pixels=pixels,
-        limit=limit,
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        choice=Choice(image_key, image_column, label_column),
-        shuffle=shuffle,
-        dtype=dtype or "auto",
-        workers=workers,
-        batch_size=batch_size,
-        **wanted,
-    )
-    configs = _of_each(shared, teacher, out_path, weights, weights_key)
+    configs = configs_given(given)
     with report_progress(err, "views", quiet=as_json) as progress:
         together = estimate(configs, on_stage=lambda stage: progress.update(stage, 0, 0))
-    measured = together if len(teacher) > 1 else together.teachers[0]
+    measured = together if len(configs) > 1 else together.teachers[0]
     if as_json:
         finish(dataclasses.asdict(measured), as_json)
     elif isinstance(measured, JointEstimate):
-        _print_plans(measured, given=bool(out_path))
+        _print_plans(measured, given=bool(given["out"]))
     else:
-        _print_plan(measured, given=bool(out_path))
+        _print_plan(measured, given=bool(given["out"]))
+
+
+def _reckon(given: Mapping[str, Any], as_json: bool) -> None:
+    """Print a plan on paper.
+
+    Raises: ConfigError for an option that only a measurement has an effect on.
+    """
+    from eupe.extract.plan_on_paper import PaperConfig, estimate_on_paper
+
+    _require_effect(given)
+    places = given["out"] or []
+    if len(places) > 1:
+        raise ConfigError("with --num-images, --out says where all the stores will be; give it once")
+    config = configs_given({**given, "out": None})[0]
+    on_paper = estimate_on_paper(
+        PaperConfig(
+            teachers=tuple(given["teacher"]),
+            num_images=given["num_images"],
+            sizes=config.sizes,
+            views=config.views,
+            tokens=config.tokens,
+            precision=config.precision,
+            grid=config.grid,
+            out=places[0] if places else None,
+        )
+    )
+    if as_json:
+        finish(dataclasses.asdict(on_paper), as_json)
+    else:
+        _print_paper(on_paper)
+
+
+def _require_effect(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an option was given that has no effect on paper."""
+    # by identity: 0 is a seed that was given
+    idle = [name for name, value in given.items() if name not in ON_PAPER and value is not None and value is not False]
+    if idle:
+        raise ConfigError(
+            f"--{idle[0].replace('_', '-')} has no effect with --num-images; leave it out, or give --corpus instead of "
+            "--num-images"
+        )
 
 
 def _print_plan(plan: Estimate, *, given: bool) -> None:

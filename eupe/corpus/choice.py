@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eupe.corpus.folder import Row
+from eupe.option import option
 from eupe.reading import parse_json
+
+if TYPE_CHECKING:
+    from eupe.corpus.folder import Row
 
 LABELS = (
     *("label", "class", "labels", "class_name", "class_label", "label_name", "category", "category_name"),
@@ -22,14 +25,17 @@ CAPTIONS = ("caption", "text")
 class Choice:
     """The pictures and labels that the user chose; None means the automatic choice."""
 
-    image_key: str | None = None
-    """WebDataset samples: the part of a picture's file name after the first dot, such as `input.jpg`.
-
-    It may be a shell pattern; `*` takes every picture as a sample of its own."""
-    image_column: str | None = None
-    """Column of a table; for a child of a struct, the names joined by dots."""
-    label_column: str | None = None
-    """Column of a table or of a folder's metadata; in tars, an entry of the `.json` files, or `cls` for the `.cls`."""
+    image_key: str | None = option(
+        None,
+        "For tars whose samples hold several pictures: the picture to take, by its name after the first dot, such as "
+        "input.jpg; '*' takes each as its own sample.",
+    )
+    """It may be any shell pattern."""
+    image_column: str | None = option(None, "For tables: the picture column; STRUCT.CHILD for a field of a struct.")
+    label_column: str | None = option(
+        None, "For tables and metadata files: the label column; for tars: the entry of the .json files."
+    )
+    """In tars, `cls` is the `.cls` file."""
 
     def given(self) -> dict[str, str]:
         """Return the options that were set, by name."""

@@ -18,10 +18,11 @@ from eupe.corpus.left_out import Patterns
 from eupe.errors import ConfigError, CorpusError, IncompleteError, StoreError
 from eupe.extract.actors import JobActors, require_cluster
 from eupe.extract.calibrate import settle
-from eupe.extract.config import STORES, ExtractConfig, require_counts
+from eupe.extract.config import STORES, ExtractConfig, require_in_range
 from eupe.extract.dispatch import Status, run_parts
 from eupe.extract.parts import require_common_sizes, shape_of, store_spec
 from eupe.holding import Holder
+from eupe.option import options_of
 from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.catalogue import find_store
@@ -41,9 +42,6 @@ from eupe.teachers.preprocess import where_from
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import require_weights
-
-OF_ONE_TEACHER = {"teacher", "out", "weights", "weights_key", "sizes"}
-"""Options that may differ between teachers that share a pass over the pictures."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def extract_together(
     """Run several teachers in one pass that decodes each picture once; fill a store for each teacher.
 
     Args:
-        configs: one for each teacher; equal in all options but `OF_ONE_TEACHER`.
+        configs: one for each teacher; equal in all options but those that say `may_differ`.
     Raises: as `extract`.
     """
     began = time.monotonic()
@@ -195,9 +193,10 @@ def _finish(stores: Sequence[Store], unfinished: Collection[int]) -> list[Store]
 
 def _require_one_pass(configs: Sequence[ExtractConfig]) -> None:
     """Raise ConfigError unless all teachers can take the same views of the same pictures."""
+    own = {name for name, option in options_of(ExtractConfig).items() if option.may_differ}
     for config in configs[1:]:
         for field in fields(ExtractConfig):
-            if field.name not in OF_ONE_TEACHER and getattr(config, field.name) != getattr(configs[0], field.name):
+            if field.name not in own and getattr(config, field.name) != getattr(configs[0], field.name):
                 raise ConfigError(f"teachers in one pass must have the same {field.name}; extract them separately")
     places = [str(place_of_store(config)) for config in configs]
     if twice := {place for place in places if places.count(place) > 1}:
@@ -316,7 +315,7 @@ def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:
     """
     _, _, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
     parse_precision(config.precision, kept)
-    require_counts(config)
+    require_in_range(config)
     if config.ray_address is None:  # on a cluster, the workers' machines decide
         compute_dtype(config.dtype, pick_device())
     if config.weights is not None:
@@ -325,8 +324,6 @@ def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:
         raise ConfigError(f"--weights-key {config.weights_key} needs a weights file; give --weights, too")
     elif teacher.backend in ("hf", "timm") and teacher.place.is_dir():
         require_readable(teacher.place)
-    if config.fidelity is not None and not 0 < config.fidelity < 1:
-        raise ConfigError(f"--fidelity must be between 0 and 1, got {config.fidelity:g}")
     if config.fidelity is not None and config.precision != "fp16":
         raise ConfigError("--fidelity sets the precision automatically; remove --precision")
     return teacher.at(teacher.place.absolute()) if teacher.place.exists() else teacher

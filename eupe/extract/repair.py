@@ -21,7 +21,7 @@ from eupe.corpus.index import Corpus, fingerprint, index_bytes, index_from_bytes
 from eupe.corpus.views import ViewSpec
 from eupe.errors import CorpusError, EupeError, IncompleteError, PartCorruptError
 from eupe.extract.actors import JobActors
-from eupe.extract.config import ExtractConfig, require_counts
+from eupe.extract.config import ExtractConfig, require_in_range
 from eupe.extract.dispatch import Status, run_parts
 from eupe.extract.job import stored_index
 from eupe.extract.parts import plan_parts
@@ -283,7 +283,7 @@ def _extract_again(
     pictures = stored_pictures(store, config.corpus)
     samples = stored_index(store).samples
     extraction = _extraction(config, store, teacher, pictures)
-    require_counts(extraction)
+    require_in_range(extraction)
     if config.ray_address is None:
         require_dtype(store)
     done = set(range(store.spec.num_parts)) - set(parts)

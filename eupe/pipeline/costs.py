@@ -6,7 +6,6 @@ teacher that an earlier step trains, the card of its student's architecture is u
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,7 @@ from eupe.teachers.run_adapter import as_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.train.card import passes, require_bare_student
 from eupe.train.config import TrainConfig
-from eupe.train.options import train_configs
-
-TRAIN_FLAGS = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in ("student", "init", "out", "resume")]
+from eupe.train.options import configs_given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +115,7 @@ class Costs:
 
     def _store(self, planned: PlannedStep, params: Mapping[str, Any]) -> StoreCost:
         teacher = self._teacher(planned, params["teacher"][0])
-        sizes = tuple(sorted(set(params["size"] or ())))
+        sizes = tuple(sorted(set(params["sizes"] or ())))
         tokens = tuple(params["tokens"].split(","))
         sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=params["grid"])
         precision = parse_precision(params["precision"], kept)
@@ -167,16 +164,7 @@ class Costs:
 
         Raises: ConfigError for options that exclude each other.
         """
-        assert planned.output is not None
-        (config,) = train_configs(
-            recipe=params["recipe"],
-            config=params["config"],
-            flags={name: params[name] for name in TRAIN_FLAGS},
-            students=params["student"] or [],
-            inits=params["init"] or [],
-            outs=[planned.output],
-            resume=False,
-        )
+        (config,) = configs_given(recipe=params["recipe"], config=params["config"], given=params)
         return config, planned.step.options.get("targets") or [str(path) for path in config.targets]
 
     def _student(self, planned: PlannedStep, params: Mapping[str, Any]) -> EncoderCard:

@@ -12,10 +12,13 @@ from typing import Any, Literal
 from eupe.corpus.index import index_root
 from eupe.corpus.sources import corpus_root
 from eupe.errors import EupeError
+from eupe.extract.config import ExtractConfig
+from eupe.option import indifferent
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.validate import MAKES, RUN, STORE, Ref, Step
 from eupe.store.reader import ROOT_DOCUMENT
 from eupe.train.card import CONFIG_FILE
+from eupe.train.config import TrainConfig
 
 REPORTS = "reports"
 KEY_LENGTH = 8
@@ -26,31 +29,12 @@ PICTURES = ("corpus", "images", "data", "calibrate")
 
 INDIFFERENT: Mapping[str, Mapping[str, str]] = {
     "": {
-        "workers": "how the work is divided",
-        "gpus-per-worker": "how the work is divided",
-        "ray-address": "where the work is done",
         "out": "named after the key",
         "results": "one more file for the results",
         "scratch": "where features are stored during an evaluation",
     },
-    "extract": {
-        "batch-size": "changes rounding only; stores ignore it as well",
-        "retry-failed": "repairs the existing store",
-    },
-    "train": {
-        "corpus": "current location of the pictures; the stores say which pictures they are",
-        "checkpoint-every": "how much is lost when a run is killed",
-        "keep": "which checkpoints stay",
-        "keep-every": "which checkpoints stay",
-        "validate-every": "what is reported during training",
-        "log-every": "what is reported during training",
-        "wandb": "what is reported during training",
-        "num-workers": "how the work is divided; changes rounding, and what a batch norm sees",
-        "shard": "how the work is divided; changes rounding only",
-        "accumulate": "how the work is divided; changes rounding, and what a batch norm sees",
-        "recompute": "trades time for memory",
-        "compile": "how fast it is; changes rounding only",
-    },
+    "extract": indifferent(ExtractConfig),
+    "train": indifferent(TrainConfig),
     "eval agreement": {"corpus": "current location of the pictures; the stores say which pictures they are"},
 }
 """Options that do not affect a step's result and are left out of its key, by verb ("" for all verbs), with the reason.
@@ -102,11 +86,11 @@ def key_of(step: Step, contents: Mapping[str, str], stamps: Mapping[str, str], *
         stamps: hashes of files and pictures, by their words in the recipe.
         judged: contents of the evaluations that it reports on.
     """
-    indifferent = {*INDIFFERENT[""], *INDIFFERENT.get(step.verb.name, {})}
+    left_out = {*INDIFFERENT[""], *INDIFFERENT.get(step.verb.name, {})}
     decisive = {
         name: [_decisive(word, name, contents, stamps) for word in words]
         for name, words in sorted(step.options.items())
-        if name not in indifferent
+        if name not in left_out
     }
     return hashlib.sha256(json.dumps([step.verb.name, decisive, *judged]).encode()).hexdigest()
 

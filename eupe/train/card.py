@@ -19,6 +19,7 @@ from timm.models import is_model, split_model_name_tag
 from eupe.encoder import check_student, has_batch_norm, has_rope, load_card, near, on_paper, why_no_run
 from eupe.errors import ConfigError, RunError
 from eupe.kinds import WEIGHTS_FILE
+from eupe.option import options_of
 from eupe.reading import read_json
 from eupe.store import Store
 from eupe.store.layout import KINDS
@@ -41,32 +42,6 @@ and the number of views that a batch norm sees is part of the run's identity.
 """
 NEWEST_METHOD = 2
 VERSIONED = ("eupe", "torch", "timm", "pillow")
-HOW = frozenset(
-    [
-        "targets",
-        "mix",
-        "out",
-        "corpus",
-        "resume",
-        "epochs",
-        "steps",
-        "init",
-        "wandb",
-        "log_every",
-        "checkpoint_every",
-        "validate_every",
-        "keep",
-        "keep_every",
-        "num_workers",
-        "ray_address",
-        "accumulate",
-        "compile",
-        "recompute",
-        "sync_batch_norm",
-        "shard",
-    ]
-)
-"""Options that do not make it another run: locations, duration (steps are compared separately) and execution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +176,11 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
             _require_sizes(store, wanted)
     mixes = parse_mix(config.mix, num_targets=len(config.targets))
     cards = tuple(target_card(store) for store in targets.stores)
-    decisive = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in HOW}
+    decisive = {
+        name: getattr(config, name)
+        for name, option in options_of(TrainConfig).items()
+        if not option.indifferent and not option.recorded_as
+    }
     # resolved values, so that a default and the same value given explicitly are the same run
     decisive |= {
         "student": student,

@@ -2,98 +2,199 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eupe.errors import ConfigError
-from eupe.place import Place, Where
-from eupe.train.normalise import NORMALISATIONS
-from eupe.train.sampling import VIEW_ORDERS
+from eupe.option import about, option, wrong_values
 
-LR_SCALINGS = ("sqrt",)
+if TYPE_CHECKING:
+    from eupe.place import Where
+
+STANDARD, PHI_S, NONE = "standard", "phi-s", "none"
+NORMALISATIONS = (STANDARD, PHI_S, NONE)
+VIEW_ORDERS = ("all", "cycle", "draw")
+
+HOW_DIVIDED = "how the work is divided"
+WHICH_STAY = "which checkpoints stay"
+WHAT_IS_TOLD = "what is reported during training"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The options of `eupe train`; their defaults are defined only here."""
+    """The options of `eupe train`; everything about one is defined only here."""
 
-    targets: tuple[Where, ...]
-    """Stores: folders, `s3://...` or `gs://...`."""
-    student: str = ""
-    """A timm architecture; by default that of the run in `init`."""
-    out: Path
-    init: Path | None = None
-    """A finished run to start from (student and heads), or a weights file for such a model."""
-    mix: tuple[str, ...] = ()
-    """`SHARE:STORE[,STORE...]`: a corpus with its own batches, from stores of the same teachers in the same order."""
-    corpus: Where | None = None
-    """Current location of the pictures of `targets`; by default the one recorded in the first store."""
-    size: tuple[int, ...] = ()
-    """Sides of the student's input in pixels, one drawn for each step; by default the first store's first size."""
-    target_size: tuple[int, ...] = ()
-    """Feature sizes, one drawn for each step and store; by default each store's nearest to the first of `size`."""
-    epochs: float | None = None
-    steps: int | None = None
-    """At most one of `epochs` and `steps` may be given; one epoch by default."""
-    batch_size: int = 128
-    """Views per optimizer step, over all workers."""
-    accumulate: int = 1
-    """Number of microbatches into which a worker splits its share of a batch."""
-    lr: float = 1e-3
-    lr_scaling: str | None = None
-    """`sqrt`: the peak rate is `lr` times 4 sqrt(batch_size / 1024); by default it is `lr`."""
-    weight_decay: float = 1e-4
-    warmup: float = 0.05
-    """Share of the steps during which the learning rate rises."""
-    clip: float | None = None
-    """Maximum norm of the gradient; no clipping by default."""
-    ema: float | None = None
-    """Decay of a moving average of the weights, which is validated and exported instead of them."""
-    head_width: int = 3072
-    """Hidden width of the adapter heads (the paper: 1536 for the proxy, 3072 for students)."""
-    weight: tuple[str, ...] = ()
-    """`TARGET=W` or `TARGET/KIND=W`: factors of the losses; 1 by default."""
-    normalise: str = "standard"
-    """`standard`, `phi-s` or `none`."""
-    drop: float = 0.0
-    """Probability of dropping a target's loss for a view; a view's largest loss is never dropped."""
-    views: str = "all"
-    """Views in an epoch: `all` of each picture, or one of each, in turn (`cycle`) or at random (`draw`)."""
-    photometric: str = "none"
-    """`eupe` recolours the student's views alone, differently at each step."""
-    holdout: float = 0.1
-    """Share of the pictures that are used for validation and never for training."""
-    dtype: str = "auto"
-    seed: int = 0
-    num_workers: int = 1
-    ray_address: str | None = None
-    shard: bool = False
-    """Shard weights, gradients and optimizer state over the workers (FSDP2)."""
-    compile: bool = False
-    sync_batch_norm: bool = False
-    """Let batch norms take their means over the views of all workers; only on GPUs."""
-    rope_rescale: float | None = None
-    """R: in training, scale the coordinates of a rotary position embedding by a random factor from 1/R to R."""
-    recompute: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
-    checkpoint_every: int = 500
-    validate_every: int = 500
-    log_every: int = 10
-    keep: int = 2
-    """Number of newest checkpoints to keep."""
-    keep_every: int | None = None
-    """Also keep checkpoints whose step is a multiple of this."""
-    wandb: str | None = None
-    """Project of Weights & Biases to log to."""
-    resume: bool = False
+    targets: tuple[Where, ...] = field(
+        metadata=about(
+            "A store to learn from, also s3:// or gs://. May be repeated.",
+            recorded_as="targets, the fingerprints of the stores",
+        )
+    )
+    student: str = option(
+        "",
+        "Any timm ViT or CNN, named without a pretrained tag. May be repeated: several students on the same stream, "
+        "with one --out for each.",
+        each=True,
+        may_differ=True,
+    )
+    """By default that of the run in `init`."""
+    out: Path = field(
+        metadata=about(
+            "The run's directory; one per student.",
+            each=True,
+            may_differ=True,
+            in_files=False,
+            indifferent="named after the key",
+        )
+    )
+    init: Path | None = option(
+        None,
+        "A finished run to start from, or a weights file of such a model; one per student.",
+        each=True,
+        may_differ=True,
+        recorded_as="init, a digest of the weights",
+    )
+    """A run brings its heads as well."""
+    mix: tuple[str, ...] = option(
+        (),
+        "SHARE:STORE[,STORE...]: another corpus, and the share of the steps that train on it.",
+        recorded_as="mix, the shares and the fingerprints of the stores",
+    )
+    """The corpus has its own batches, from stores of the same teachers in the same order."""
+    corpus: Where | None = option(
+        None,
+        "Where the pictures are now.",
+        unset="the location recorded in the store",
+        indifferent="current location of the pictures; the stores say which pictures they are",
+    )
+    size: tuple[int, ...] = option(
+        (),
+        "Side of the student's input in pixels; of several, one is drawn per step.",
+        unset="the first store's",
+        least=1,
+    )
+    target_size: tuple[int, ...] = option(
+        (),
+        "Size of the targets; of several, one is drawn per step.",
+        unset="each store's nearest to --size",
+        least=1,
+    )
+    epochs: float | None = option(
+        None,
+        "Passes over all training views.",
+        unset="1, unless --steps is given",
+        above=0,
+        recorded_as="total_steps",
+    )
+    steps: int | None = option(None, "Number of updates, instead of --epochs.", least=1, recorded_as="total_steps")
+    batch_size: int = option(128, "Views per update, over all workers.", least=1)
+    accumulate: int = option(
+        1,
+        "Number of pieces into which a worker splits its share of a batch.",
+        least=1,
+        indifferent=f"{HOW_DIVIDED}; changes rounding, and what a batch norm sees",
+    )
+    lr: float = option(1e-3, "Peak learning rate of AdamW.", above=0, may_differ=True)
+    lr_scaling: str | None = option(
+        None, "sqrt: the peak learning rate is --lr times 4 sqrt(batch size / 1024).", choices=("sqrt",)
+    )
+    weight_decay: float = option(1e-4, "Weight decay of AdamW.", least=0, may_differ=True)
+    warmup: float = option(
+        0.05, "Share of the steps in which the learning rate rises.", least=0, below=1, may_differ=True
+    )
+    clip: float | None = option(None, "Maximum norm of the gradient.", unset="no clipping", above=0, may_differ=True)
+    ema: float | None = option(
+        None,
+        "Decay of a moving average of the weights, which is validated and exported instead of them.",
+        above=0,
+        below=1,
+        may_differ=True,
+    )
+    head_width: int = option(3072, "Hidden width of the adapter heads.", least=1, may_differ=True)
+    """The paper has 1536 for the proxy and 3072 for students."""
+    weight: tuple[str, ...] = option(
+        (), "TARGET=W or TARGET/KIND=W (dinov2-s/dense=2): factor of a loss.", unset="1", may_differ=True
+    )
+    normalise: str = option(
+        STANDARD,
+        "Normalisation of the targets: standard, phi-s or none.",
+        choices=NORMALISATIONS,
+        may_differ=True,
+    )
+    drop: float = option(
+        0.0,
+        "Probability of dropping a target's loss for a view; the largest is never dropped.",
+        least=0,
+        below=1,
+        may_differ=True,
+    )
+    views: str = option(
+        "all",
+        "Views of a picture in an epoch: all, or one, in turn (cycle) or at random (draw).",
+        choices=VIEW_ORDERS,
+    )
+    photometric: str = option(
+        "none", "eupe: recolour the student's views, differently at each step.", choices=("none", "eupe")
+    )
+    holdout: float = option(0.1, "Share of the pictures kept for validation.", above=0, below=1)
+    dtype: str = option("auto", "Dtype of the training: auto, fp32 or bf16.", may_differ=True)
+    seed: int = option(0, "Seed of the training.", least=0, below=2**63)
+    num_workers: int = option(
+        1,
+        "Number of processes that share each batch, one per GPU if there are any.",
+        least=1,
+        indifferent=f"{HOW_DIVIDED}; changes rounding, and what a batch norm sees",
+    )
+    ray_address: str | None = option(
+        None,
+        "The Ray cluster of --num-workers.",
+        unset="this machine",
+        envvar="RAY_ADDRESS",
+        indifferent="where the work is done",
+    )
+    shard: bool = option(
+        False,
+        "Shard weights and optimiser state over the workers (FSDP2).",
+        indifferent=f"{HOW_DIVIDED}; changes rounding only",
+    )
+    compile: bool = option(False, "torch.compile the student.", indifferent="how fast it is; changes rounding only")
+    sync_batch_norm: bool = option(
+        False,
+        "Compute batch norms over all workers' views (GPUs only).",
+        recorded_as="batch_norm_views, if the student has batch norms",
+    )
+    rope_rescale: float | None = option(
+        None,
+        "R: in training, scale rotary coordinates by a random factor from 1/R to R; DINOv3 and EUPE use 2.",
+        least=1,
+    )
+    recompute: bool = option(
+        False,
+        "Recompute activations in the backward pass, which saves memory.",
+        indifferent="trades time for memory",
+    )
+    checkpoint_every: int = option(
+        500, "Steps between checkpoints.", least=1, indifferent="how much is lost when a run is killed"
+    )
+    validate_every: int = option(500, "Steps between validations.", least=1, indifferent=WHAT_IS_TOLD)
+    log_every: int = option(10, "Steps between entries of the log.", least=1, indifferent=WHAT_IS_TOLD)
+    keep: int = option(2, "Number of newest checkpoints to keep.", least=1, indifferent=WHICH_STAY)
+    keep_every: int | None = option(
+        None, "N: also keep the checkpoint of every N-th step.", least=1, indifferent=WHICH_STAY
+    )
+    wandb: str | None = option(None, "Weights & Biases project to log to.", indifferent=WHAT_IS_TOLD)
+    resume: bool = option(
+        False, "Continue from the last checkpoint.", in_files=False, indifferent="finishes the run that was begun"
+    )
 
     def __post_init__(self) -> None:
-        # first, because NaN passes some of the range checks
-        if wrong := self._not_finite():
-            raise ConfigError("; ".join(wrong))
-        wrong = [*self._below_one(), *self._out_of_range()]
+        from eupe.place import Place  # here, because it loads tensorstore
+
+        wrong = wrong_values(self)
+        if self.drop and len(self.targets) == 1:
+            wrong.append("--drop never drops the only target; give several --targets")
         if self.epochs is not None and self.steps is not None:
             wrong.append("give --epochs or --steps, not both")
         if not Place.of(self.out).is_local:
@@ -102,17 +203,8 @@ class TrainConfig:
             wrong.append("give at least one store with --targets")
         if not self.student and self.init is None:
             wrong.append("give --student, or a run to start from with --init")
-        if self.lr_scaling not in (None, *LR_SCALINGS):
-            wrong.append(f"--lr-scaling {self.lr_scaling!r} is unknown; give {', '.join(LR_SCALINGS)}, or leave it out")
         if self.dtype == "fp16":
             wrong.append("--dtype fp16 would lose small gradients, because they are not scaled; use bf16, fp32 or auto")
-        for option, value, known in (
-            ("--normalise", self.normalise, NORMALISATIONS),
-            ("--views", self.views, VIEW_ORDERS),
-            ("--photometric", self.photometric, ("none", "eupe")),
-        ):
-            if value not in known:
-                wrong.append(f"{option} {value!r} is unknown; give {', '.join(known)}")
         # only once the counts are known to be valid: 0 workers would divide by zero
         if not wrong and self.batch_size % (self.num_workers * self.accumulate):
             wrong.append(
@@ -123,49 +215,6 @@ class TrainConfig:
             wrong.append("--shard spreads the model over workers; give --num-workers above 1")
         if wrong:
             raise ConfigError("; ".join(wrong))
-
-    def _not_finite(self) -> list[str]:
-        return [
-            f"--{name.replace('_', '-')} must be a finite number, got {value}"
-            for name, value in vars(self).items()
-            if isinstance(value, float) and not math.isfinite(value)
-        ]
-
-    def _below_one(self) -> list[str]:
-        counts = "steps batch_size accumulate head_width num_workers checkpoint_every validate_every log_every keep"
-        return [
-            f"--{name.replace('_', '-')} must be at least 1, got {number}"
-            for name in ("size", "target_size", "keep_every", *counts.split())
-            if (value := getattr(self, name)) is not None
-            for number in (value if isinstance(value, tuple) else (value,))
-            if number < 1
-        ]
-
-    def _out_of_range(self) -> list[str]:
-        wrong = []
-        if self.epochs is not None and self.epochs <= 0:
-            wrong.append(f"--epochs must be above 0, got {self.epochs:g}")
-        if not 0 < self.holdout < 1:
-            wrong.append(f"--holdout must be between 0 and 1, got {self.holdout:g}")
-        if not 0 <= self.warmup < 1:
-            wrong.append(f"--warmup must be at least 0 and below 1, got {self.warmup:g}")
-        if not 0 <= self.drop < 1:
-            wrong.append(f"--drop must be at least 0 and below 1, got {self.drop:g}")
-        if self.drop and len(self.targets) == 1:
-            wrong.append("--drop never drops the only target; give several --targets")
-        if not 0 <= self.seed < 2**63:
-            wrong.append(f"--seed must be at least 0 and below 2^63, got {self.seed}")
-        if self.weight_decay < 0:
-            wrong.append(f"--weight-decay must be at least 0, got {self.weight_decay:g}")
-        if self.lr <= 0:
-            wrong.append(f"--lr must be above 0, got {self.lr:g}")
-        if self.clip is not None and self.clip <= 0:
-            wrong.append(f"--clip must be above 0, got {self.clip:g}")
-        if self.rope_rescale is not None and self.rope_rescale < 1:
-            wrong.append(f"--rope-rescale must be at least 1, got {self.rope_rescale:g}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            wrong.append(f"--ema must be between 0 and 1, got {self.ema:g}")
-        return wrong
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, Stora
 from eupe.files import write_file
 from eupe.holding import Holder
 from eupe.locks import LOCK
+from eupe.option import options_of
 from eupe.place import Place
 from eupe.reading import read_json
 from eupe.stopping import stop_signals
@@ -36,24 +36,6 @@ from eupe.train.trainer import Trainer
 from eupe.train.validate import Gains, fit_gains, held_out_cosines
 
 INIT_FILE = "init.json"
-OWN = frozenset(
-    [
-        "student",
-        "out",
-        "init",
-        "lr",
-        "weight_decay",
-        "warmup",
-        "clip",
-        "ema",
-        "head_width",
-        "weight",
-        "normalise",
-        "drop",
-        "dtype",
-    ]
-)
-"""Options in which students that share a stream may differ."""
 VALIDATION_VIEWS = 512
 GAIN_VIEWS = 256
 JUDGED_AT_ONCE = 32
@@ -372,10 +354,10 @@ def _require_one_stream(configs: Sequence[TrainConfig]) -> None:
     if len(configs) > 1 and configs[0].keep == 1:
         raise ConfigError("with --keep 1 the students may have no checkpoint of the same step; give 2 or more")
     for other in configs[1:]:
-        for field in dataclasses.fields(TrainConfig):
-            ours, theirs = getattr(configs[0], field.name), getattr(other, field.name)
-            if ours != theirs and field.name not in OWN:
-                raise ConfigError(f"students that share a stream cannot differ in {field.name}: {ours} and {theirs}")
+        for name, option in options_of(TrainConfig).items():
+            ours, theirs = getattr(configs[0], name), getattr(other, name)
+            if ours != theirs and not option.may_differ:
+                raise ConfigError(f"students that share a stream cannot differ in {name}: {ours} and {theirs}")
 
 
 def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:

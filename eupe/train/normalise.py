@@ -13,10 +13,9 @@ from torch import Tensor
 
 from eupe.errors import ConfigError
 from eupe.store import Store
+from eupe.train.config import NONE, NORMALISATIONS, PHI_S, STANDARD
 from eupe.train.targets import TargetTokens
 
-STANDARD, PHI_S, NONE = "standard", "phi-s", "none"
-NORMALISATIONS = (STANDARD, PHI_S, NONE)
 LEAST_STD = 1e-3
 """Least scale of a channel, as a share of the median channel's standard deviation.
 

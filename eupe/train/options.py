@@ -5,7 +5,6 @@ A file is YAML: the flags without their dashes, each with its value, or a list o
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import types
 import typing
@@ -20,13 +19,13 @@ import yaml
 from eupe.encoder import near
 from eupe.errors import ConfigError
 from eupe.files import write_file
+from eupe.option import flag_name, option_types, options_of
 from eupe.reading import from_plain, parse_yaml
 from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
 
 OPTIONS_FILE = "options.yaml"
 RECIPES = ("stage1", "stage2", "stage3")
-NOT_IN_FILES = frozenset({"out", "resume"})
 
 Options = dict[str, Any]
 """Values of fields of TrainConfig, by name."""
@@ -64,6 +63,25 @@ def train_configs(
         TrainConfig(**{"targets": (), **options, **each, "out": out, "resume": resume})
         for each, out in zip(own, outs, strict=True)
     ]
+
+
+def configs_given(*, recipe: str | None, config: Path | None, given: Mapping[str, Any]) -> list[TrainConfig]:
+    """Return one config for each `--out` of a command line.
+
+    Args:
+        given: every flag by name of its field; None or an empty list for one that was not given.
+    Raises: as `train_configs`.
+    """
+    options = options_of(TrainConfig)
+    return train_configs(
+        recipe=recipe,
+        config=config,
+        flags={name: given[name] for name, option in options.items() if option.in_files and not option.each},
+        students=given["student"] or [],
+        inits=given["init"] or [],
+        outs=given["out"] or [],
+        resume=given["resume"],
+    )
 
 
 def train_options(*, recipe: str | None, config: Path | None, flags: Mapping[str, Any], init: bool = False) -> Options:
@@ -130,8 +148,8 @@ def read_options(path: Path) -> Options:
         raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
     if not isinstance(plain, dict):
         raise ConfigError(f"--config {path} must contain options, such as `batch-size: 128`")
-    kinds = typing.get_type_hints(TrainConfig)
-    known = {name.replace("_", "-"): name for name in kinds if name not in NOT_IN_FILES}
+    kinds = option_types(TrainConfig)
+    known = {flag_name(name, option): name for name, option in options_of(TrainConfig).items() if option.in_files}
     options, wrong = {}, []
     for key, value in plain.items():
         if key not in known:
@@ -148,7 +166,7 @@ def read_options(path: Path) -> Options:
 
 def write_options(config: TrainConfig, card: RunCard, path: Path) -> None:
     """Write every option of a run, as it was resolved, to a file for `--config`."""
-    resolved = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in NOT_IN_FILES}
+    resolved = {name: getattr(config, name) for name, option in options_of(TrainConfig).items() if option.in_files}
     resolved |= {name: card.config[name] for name in ("student", "size")}
     resolved |= {"steps": card.total_steps, "epochs": None}
     plain = {name.replace("_", "-"): _plain(value) for name, value in resolved.items() if value is not None}
@@ -169,8 +187,7 @@ def _typed(kind: Any, value: Any) -> Any:
     Raises: TypeError, ValueError if it does not fit.
     """
     if isinstance(kind, types.UnionType):
-        kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
-        return None if value is None else _typed(str if str in kinds else kinds[0], value)
+        return None if value is None else _typed(typing.get_args(kind)[0], value)
     if typing.get_origin(kind) is tuple:
         (item, _) = typing.get_args(kind)
         return tuple(_typed(item, each) for each in (value if isinstance(value, list) else [value]))

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eupe.errors import ConfigError
+from eupe.train.config import VIEW_ORDERS
 
 Ints = int | NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -97,8 +98,6 @@ def _xorshift(word: Words, bits: int) -> Words:
 
 Views = NDArray[np.int64]
 """[B, 2]: index of a sample in the join, and number of its view."""
-
-VIEW_ORDERS = ("all", "cycle", "draw")
 
 MIX_BLOCK = 100
 """Number of steps in which every corpus of a mix gets its share."""
