@@ -32,12 +32,12 @@ from safetensors.torch import save_file
 
 from benchmarks.making import seconds
 from benchmarks.null_worker import SIZE, NullActor
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import SCHEMA, Corpus, write_index
 from eupe.corpus.views import ViewSpec
 from eupe.errors import IncompleteError
 from eupe.extract import actors, job
 from eupe.extract.dispatch import Status
-from eupe.place import Place
 from eupe.store.layout import StoreSpec
 
 SAMPLES_PER_PART = 256
@@ -60,7 +60,7 @@ def made_up_index(folder: Path, samples: int) -> Path:
         "label": [name.partition("/")[0] for name in names],
     }
     table = pa.table(columns, schema=SCHEMA).sort_by("key")
-    write_index(Corpus(Place.of(root), table), folder / "photos.parquet")
+    write_index(Corpus(StoragePath.of(root), table), folder / "photos.parquet")
     return folder / "photos.parquet"
 
 

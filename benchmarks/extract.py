@@ -53,7 +53,7 @@ from transformers import Dinov2Model
 from benchmarks.features import ASSETS, SOURCES, Source
 from benchmarks.making import interleaved, repeated_corpus
 from demo.assets import prepare_assets
-from eupe.compute import autocast, compute_dtype, dtype_name, pick_device
+from eupe.common.compute import autocast, compute_dtype, dtype_name, pick_device
 from eupe.corpus.index import Corpus, write_index
 from eupe.corpus.views import ViewSpec
 from eupe.extract.actors import UNITS_IN_FLIGHT

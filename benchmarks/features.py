@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from demo.assets import prepare_assets
-from eupe.compute import pick_device
+from eupe.common.compute import pick_device
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.extract.load import PartTask

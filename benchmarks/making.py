@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from numcodecs import blosc
 from numpy.typing import NDArray
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import SCHEMA, Corpus, index_folder
-from eupe.place import Place
 from eupe.store import Store
 from eupe.store.layout import StoreSpec, arrays
 from eupe.store.precision import INT8, Calibration, encode
@@ -40,7 +40,7 @@ def repeated_corpus(pictures: Path, folder: Path, count: int) -> Corpus:
         (folder / f"{i:05d}").symlink_to(pictures.resolve(), target_is_directory=True)
         keys = pc.binary_join_element_wise(f"{i:05d}", once["key"], "/")
         copies.append(once.set_column(0, SCHEMA.field("key"), keys))
-    return Corpus(Place.of(folder), pa.concat_tables(copies).slice(0, count).combine_chunks())
+    return Corpus(StoragePath.of(folder), pa.concat_tables(copies).slice(0, count).combine_chunks())
 
 
 def dense_spec(features: NDArray[np.float16], precision: str) -> StoreSpec:

@@ -27,7 +27,7 @@ from benchmarks.extract import DINOV2, VIEWS, computer_of, fresh, loaded
 from benchmarks.features import ASSETS
 from benchmarks.making import peak_mb, repeated_corpus
 from demo.assets import prepare_assets
-from eupe.compute import compute_dtype, pick_device
+from eupe.common.compute import compute_dtype, pick_device
 from eupe.corpus.index import Corpus, write_index
 from eupe.extract.actors import DEFAULT_BATCH, UNITS_IN_FLIGHT
 from eupe.extract.config import ExtractConfig

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from eupe.common.storage import StoragePath
 from eupe.extract.actors import ExtractActor, Whereabouts, this_process
 from eupe.extract.load import PartTask, WorkUnit
-from eupe.place import Place
 from eupe.store.layout import StoreSpec
 from eupe.store.writer import Part, Row, StoreWriter
 
@@ -23,7 +23,7 @@ class NullActor(ExtractActor):
     def try_forward(self, i: int, spec: StoreSpec, task: PartTask, *, isolate: bool) -> dict[str, Any]:
         return {"batch_size": 1}
 
-    def prepare(self, targets: Sequence[tuple[int, Place]]) -> Whereabouts:
+    def prepare(self, targets: Sequence[tuple[int, StoragePath]]) -> Whereabouts:
         self._writer = StoreWriter(targets[0][1], threads=1)
         return Whereabouts(socket.gethostname(), this_process())
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from eupe.cores import num_cores
+from eupe.common.cores import num_cores
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.extract.worker import single_threads
 from eupe.teachers.teacher import Teacher

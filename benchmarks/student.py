@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.features import ASSETS, SOURCES
 from demo.assets import prepare_assets
-from eupe.compute import pick_device
+from eupe.common.compute import pick_device
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.evaluate.agreement import agreement

@@ -43,7 +43,7 @@ from benchmarks.features import ASSETS, SOURCES
 from benchmarks.making import interleaved, repeated_corpus
 from benchmarks.online import OnlineTeacher, PicturesAlone, online_stream
 from demo.assets import prepare_assets
-from eupe.compute import compute_dtype, dtype_name, pick_device
+from eupe.common.compute import compute_dtype, dtype_name, pick_device
 from eupe.corpus.index import Corpus, index_folder
 from eupe.corpus.views import ViewSpec, render_view
 from eupe.extract.calibrate import fastest_batch

@@ -11,7 +11,7 @@ import typer
 from eupe.__main__ import run
 from eupe.cli.console import err, finish, out
 from eupe.cli.options import Json
-from eupe.progress import report_progress
+from eupe.common.progress import report_progress
 from scenes import make
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eupe.ahead import map_ahead
+from eupe.common.files import publish
+from eupe.common.locks import unfinished
+from eupe.common.prefetch import map_ahead
+from eupe.common.reading import read_json
+from eupe.common.signals import stop_signals
 from eupe.errors import ConfigError, IncompleteError, StorageError
-from eupe.files import publish
-from eupe.locks import unfinished
-from eupe.reading import read_json
-from eupe.stopping import stop_signals
 from scenes.catalogue import CATEGORIES, CLASSES
 from scenes.layouts import LAYOUTS, Request
 

@@ -10,13 +10,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.awkward import picture as picture
 from eupe.corpus.index import index_bytes, index_folder
 from eupe.corpus.views import ViewSpec
 from eupe.extract.calibrate import candidates, measure, sample_task, settle
 from eupe.extract.parts import plan_work_units, store_spec
 from eupe.extract.worker import PartExtractor, Worker
-from eupe.place import Place
 from eupe.store import Store
 from eupe.store.layout import segment_name
 from eupe.store.writer import create_store, finish_store
@@ -41,7 +41,7 @@ def make_corpus(folder: Path, count: int = 24, classes: int = 3) -> Path:
     return folder
 
 
-def tiny_config(target: Place | str | Path, out: Path, **options: Any) -> TrainConfig:
+def tiny_config(target: StoragePath | str | Path, out: Path, **options: Any) -> TrainConfig:
     """A run of the tiny student on one store, in float32, with three tenths of the pictures held out."""
     usual = {"student": TINY_STUDENT, "batch_size": 8, "head_width": 32, "holdout": 0.3, "dtype": "fp32"}
     return TrainConfig(targets=(target,), out=out, **{**usual, **options})
@@ -57,8 +57,8 @@ def random_weights(arch: str, path: Path, seed: int = 0) -> Path:
 
 
 def make_store(
-    path: Path | Place,
-    corpus: Path | Place,
+    path: Path | StoragePath,
+    corpus: Path | StoragePath,
     weights: Path,
     *,
     teacher: str = TINY_TEACHER,
@@ -96,7 +96,7 @@ def make_store(
         plan = settle(plan, measure(plan, features, candidates(plan, fidelity)), fidelity)
         extractor = PartExtractor(loaded, plan, corpus_root=index.root, views=views, batch_size=batch_size)
     create_store(path, plan)
-    Place.of(path).create(segment_name(0), index_bytes(index))
+    StoragePath.of(path).create(segment_name(0), index_bytes(index))
     worker = Worker([extractor], [path])
     for unit in plan_work_units([plan], index.samples, done=[()]):
         worker.run(unit)

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from making import BATCH, TWO_CROPS, make_store, picture
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import Corpus, index_bytes, index_folder
 from eupe.extract.config import ExtractConfig
 from eupe.extract.dispatch import Status
 from eupe.extract.job import stored_index
 from eupe.extract.parts import plan_work_units
 from eupe.extract.worker import PartExtractor, Worker
-from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.layout import segment_name
 from eupe.store.reader import committed_parts
@@ -93,7 +93,7 @@ class Crew:
             dtype=torch.float32,
             sizes=spec.sizes,
         )
-        root = Place.of(config.corpus or spec.corpus["root"])
+        root = StoragePath.of(config.corpus or spec.corpus["root"])
         extractor = PartExtractor(
             loaded, spec, corpus_root=root, views=config.views, batch_size=config.batch_size or BATCH
         )
@@ -120,7 +120,7 @@ class Crews:
         return [part for crew in self.opened for part in crew.made]
 
 
-def files(path: Path | Place) -> dict[str, bytes]:
+def files(path: Path | StoragePath) -> dict[str, bytes]:
     """Every file below a folder."""
     root = Path(path)
     return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file()}

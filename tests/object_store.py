@@ -20,7 +20,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
 
-from eupe.place import Place
+from eupe.common.storage import StoragePath
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
@@ -50,7 +50,7 @@ class Fault:
 class S3Server:
     """moto behind a log."""
 
-    bucket: Place
+    bucket: StoragePath
     """Of the test that runs."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class S3Server:
         name = f"bucket-{next(self._buckets)}"
         self.faults, self.delay_seconds = [], 0.0
         self.client.create_bucket(Bucket=name)
-        self.bucket = Place.of(f"s3://{name}")
+        self.bucket = StoragePath.of(f"s3://{name}")
         self.forget()
 
     def forget(self) -> None:
@@ -153,12 +153,12 @@ class S3Server:
         return [a for a in self.asked if a.method == method and a.status < 400 and re.search(pattern, a.key)]
 
 
-def objects(place: Place) -> dict[str, bytes]:
+def objects(place: StoragePath) -> dict[str, bytes]:
     """All that lies below a place."""
     return {name: place.read(name) for name in place.list()}
 
 
-def upload(folder: Path, place: Place) -> Place:
+def upload(folder: Path, place: StoragePath) -> StoragePath:
     """Every file of a folder."""
     for path in folder.rglob("*"):
         if path.is_file():
@@ -166,7 +166,7 @@ def upload(folder: Path, place: Place) -> Place:
     return place
 
 
-def download(place: Place, folder: Path) -> Path:
+def download(place: StoragePath, folder: Path) -> Path:
     """Every object of a place."""
     for name, data in objects(place).items():
         path = folder / name

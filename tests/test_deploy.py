@@ -10,9 +10,9 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from typed import parsed
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.views import parse_views
 from eupe.extract.actors import Node, place_workers
-from eupe.place import Place
 from eupe.teachers.registry import REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def assert_is_for_a_cluster(command: str) -> None:
     assert set(given["teacher"]) <= REGISTRY.keys()
     parse_views(given["views"], seed=0)
     for where in (given["corpus"], *given["out"]):
-        assert not Place.of(where).is_local or Path(where).is_absolute(), command
+        assert not StoragePath.of(where).is_local or Path(where).is_absolute(), command
 
 
 def test_the_cluster_launcher_takes_the_cluster() -> None:

@@ -10,10 +10,10 @@ import typer
 
 from eupe.cli import app
 from eupe.cli.flags import flags_of, info, takes, values_of
+from eupe.common.option import OPTION, PARTS, Option, about, indifferent, option, options_of
 from eupe.corpus.choice import Choice
 from eupe.errors import ConfigError
 from eupe.extract.config import ExtractConfig, ViewOptions, require_in_range
-from eupe.option import OPTION, PARTS, Option, about, indifferent, option, options_of
 from eupe.store.layout import KINDS
 from eupe.train.config import TrainConfig
 

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from eupe.files import shown
-from eupe.printing import print_table, report_lines
+from eupe.common.files import shown
+from eupe.common.printing import print_table, report_lines
 
 
 class _Console(Console):

@@ -118,10 +118,10 @@ def eval_conflict(
     as_json: Json = False,
 ) -> None:
     """Compare teachers before training, from stores alone: CKA, common neighbours, how well each predicts the other."""
+    from eupe.common.progress import report_progress
     from eupe.evaluate.conflict import conflict, conflict_results
     from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.verdict import JUDGED, MEASURED
-    from eupe.progress import report_progress
 
     require_place(results)
     with report_progress(err, "views", quiet=as_json) as progress:
@@ -158,10 +158,10 @@ def eval_latency(
     as_json: Json = False,
 ) -> None:
     """Measure parameters, FLOPs, and milliseconds per picture on this machine's CPU."""
+    from eupe.common.progress import report_progress
     from eupe.evaluate.latency import SIZES, Timing, latency
     from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.subject import open_subjects
-    from eupe.progress import report_progress
 
     require_place(results)
     timing = Timing(batch_size=batch_size, threads=threads, repeats=repeats)
@@ -467,10 +467,10 @@ def judge_each(
     judge: Callable[[Subject, OnStep], Result],
 ) -> None:
     """Judge every subject and print a row for each; a result is kept as soon as it is known."""
-    from eupe.compute import is_out_of_memory
+    from eupe.common.compute import is_out_of_memory
+    from eupe.common.progress import report_progress
     from eupe.evaluate.result import keep_results, require_place
     from eupe.evaluate.subject import open_subjects
-    from eupe.progress import report_progress
 
     require_place(results)
     keys = local_keys(weights_key)

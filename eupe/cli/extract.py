@@ -18,16 +18,16 @@ from eupe.errors import ConfigError, IncompleteError
 from eupe.extract.config import ExtractConfig, ViewOptions
 
 if TYPE_CHECKING:
+    from eupe.common.progress import Reporter
     from eupe.extract.dispatch import Status
     from eupe.extract.job import ExtractReport
-    from eupe.progress import Reporter
 
 
 @takes(ExtractConfig, after={"seed": "shuffle"})
 def extract(as_json: Json = False, **given: Any) -> None:
     """Run teachers once over a corpus and cache their features."""
+    from eupe.common.progress import report_progress
     from eupe.extract.job import extract_together
-    from eupe.progress import report_progress
 
     configs = configs_given(given)
     with report_progress(err, "views", quiet=as_json) as progress:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.models import OptionInfo
 
-from eupe.option import OPTION, PARTS, Option, default_words, flag_name, option_types, options_of
+from eupe.common.option import OPTION, PARTS, Option, default_words, flag_name, option_types, options_of
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 

@@ -36,11 +36,11 @@ def index(
     as_json: Json = False,
 ) -> None:
     """List and hash the pictures of a corpus; after an interruption, the same command resumes."""
+    from eupe.common.progress import report_progress
     from eupe.corpus.choice import Choice
     from eupe.corpus.index import some_keys
     from eupe.corpus.left_out import Patterns, told
     from eupe.corpus.resumable import make_index
-    from eupe.progress import report_progress
 
     if not out_path.endswith(".parquet"):
         raise ConfigError(f"--out {out_path} must end in .parquet")

@@ -76,8 +76,8 @@ def eval_text(
     as_json: Json = False,
 ) -> None:
     """Embed class names or captions once, so that evaluation needs no text tower."""
+    from eupe.common.progress import report_progress
     from eupe.evaluate.text import cache_texts
-    from eupe.progress import report_progress
 
     with report_progress(err, "prompts", quiet=as_json) as progress:
         texts = cache_texts(

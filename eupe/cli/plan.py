@@ -13,9 +13,9 @@ from eupe.cli.console import err, finish, out, show
 from eupe.cli.extract import configs_given
 from eupe.cli.flags import takes
 from eupe.cli.options import Json
+from eupe.common.option import about, option
 from eupe.errors import ConfigError
 from eupe.extract.config import ExtractConfig
-from eupe.option import about, option
 
 if TYPE_CHECKING:
     from eupe.extract.plan import Choice, Estimate, JointEstimate
@@ -65,8 +65,8 @@ def plan(as_json: Json = False, **given: Any) -> None:
 
 def _measure(given: Mapping[str, Any], as_json: bool) -> None:
     """Print a plan from measurements on pictures of a corpus."""
+    from eupe.common.progress import report_progress
     from eupe.extract.plan import JointEstimate, estimate
-    from eupe.progress import report_progress
 
     configs = configs_given(given)
     with report_progress(err, "views", quiet=as_json) as progress:
@@ -127,7 +127,7 @@ def _print_plan(plan: Estimate, *, given: bool) -> None:
     Args:
         given: whether --out named the store's path.
     """
-    from eupe.progress import amount
+    from eupe.common.progress import amount
 
     precision = ", ".join(f"{kind} {word}" for kind, word in plan.precision.items())
     facts = {
@@ -154,7 +154,7 @@ def _print_plans(plan: JointEstimate, *, given: bool) -> None:
     Args:
         given: whether --out named the stores' paths.
     """
-    from eupe.progress import amount, duration
+    from eupe.common.progress import amount, duration
 
     first = plan.teachers[0]
     facts = {
@@ -183,15 +183,15 @@ def _print_plans(plan: JointEstimate, *, given: bool) -> None:
 
 
 def _room_of(plan: Estimate, *, given: bool) -> dict[str, str]:
-    from eupe.progress import amount
+    from eupe.common.progress import amount
 
     free = "not known (not a local disk)" if plan.free_bytes is None else amount(plan.free_bytes)
     return {f"free at {plan.out}{'' if given else ', where the store will be without --out'}": free}
 
 
 def _times_of(plan: Estimate | JointEstimate) -> dict[str, str]:
+    from eupe.common.progress import amount, duration
     from eupe.extract.plan import STUDENT_IMAGES_PER_S
-    from eupe.progress import amount, duration
 
     r = plan.rates
     even = "never: reading is not faster" if plan.break_even_epochs is None else f"{plan.break_even_epochs:.2f} epochs"
@@ -208,14 +208,14 @@ def _times_of(plan: Estimate | JointEstimate) -> dict[str, str]:
 
 
 def _choice_words(choice: Choice) -> tuple[str, ...]:
-    from eupe.progress import amount
+    from eupe.common.progress import amount
 
     cosines = (f"{choice.cosine_p5:.6f}", f"{choice.cosine_mean:.6f}")
     return (choice.path, choice.precision, f"{choice.share:.3f}", amount(choice.total_bytes), *cosines)
 
 
 def _print_paper(plan: PaperEstimate) -> None:
-    from eupe.progress import amount
+    from eupe.common.progress import amount
 
     facts = {
         "on paper": "nothing was measured; bytes are those of raw fp16 times nominal shares",

@@ -124,7 +124,7 @@ def _print_statistics(summary: StoreSummary) -> None:
 @store_app.command("verify")
 def store_verify(path: str, as_json: Json = False) -> None:
     """Read every byte of a store and compare it with what was written; exit with code 1 if it is not whole."""
-    from eupe.progress import report_progress
+    from eupe.common.progress import report_progress
     from eupe.store.verify import verify
 
     with report_progress(err, "objects", quiet=as_json) as progress:
@@ -168,8 +168,8 @@ def store_repair(
     as_json: Json = False,
 ) -> None:
     """Recompute what is damaged or missing in a store, and nothing else."""
+    from eupe.common.progress import report_progress
     from eupe.extract.repair import RepairConfig, repair
-    from eupe.progress import report_progress
 
     require_weights_of_key(weights, weights_key)
     config = RepairConfig(
@@ -205,8 +205,8 @@ def store_audit(
     as_json: Json = False,
 ) -> None:
     """Recompute some pictures with the store's teacher and compare; exit with code 1 if features have drifted."""
+    from eupe.common.progress import report_progress
     from eupe.extract.audit import AuditConfig, audit, require_agreement
-    from eupe.progress import report_progress
 
     if not 0 < least <= 1:
         raise ConfigError(f"--least must lie between 0 and 1, got {least:g}")

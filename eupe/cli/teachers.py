@@ -91,8 +91,8 @@ def teachers_verify(
     """Compare adapters with their library's own forward pass on awkward pictures; exit with code 1 if one differs."""
     import torch
 
-    from eupe.compute import compute_dtype, dtype_name
-    from eupe.progress import report_progress
+    from eupe.common.compute import compute_dtype, dtype_name
+    from eupe.common.progress import report_progress
     from eupe.teachers.verify import LEAST, require_agreement, verify_teachers
 
     if weights is not None and teacher is None:

@@ -16,7 +16,7 @@ from eupe.cli.options import Json
 from eupe.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from eupe.progress import Reporter
+    from eupe.common.progress import Reporter
     from eupe.train.log import TrainStatus
 
 
@@ -32,7 +32,7 @@ def train(
     **given: Any,
 ) -> None:
     """Distil cached targets into students; no teacher is loaded."""
-    from eupe.progress import report_progress
+    from eupe.common.progress import report_progress
     from eupe.train.loop import train_together
     from eupe.train.options import configs_given, origins_told
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from eupe.option import option
-from eupe.reading import parse_json
+from eupe.common.option import option
+from eupe.common.reading import parse_json
 
 if TYPE_CHECKING:
     from eupe.corpus.folder import Row

@@ -9,9 +9,9 @@ from typing import Literal
 
 import pyarrow as pa
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.choice import AS_FOUND, CAPTIONS, LABELS, Choice
 from eupe.errors import CorpusError
-from eupe.place import Place
 
 BINARY_COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 OTHER_BINARY_COLUMNS = (
@@ -92,7 +92,7 @@ class NoPicturesError(CorpusError):
     """The error for a table without any column that could hold pictures."""
 
 
-def columns_of(schema: pa.Schema, where: Place, choice: Choice = AS_FOUND) -> Columns:
+def columns_of(schema: pa.Schema, where: StoragePath, choice: Choice = AS_FOUND) -> Columns:
     """Return the columns to take from a table.
 
     Raises: CorpusError if no column holds pictures, several could, or a chosen column is missing or of the wrong type.
@@ -114,7 +114,7 @@ def columns_of(schema: pa.Schema, where: Place, choice: Choice = AS_FOUND) -> Co
     return Columns(stored, files, chosen, label, _caption(schema, taken.path[:-1]), notes)
 
 
-def words_of(schema: pa.Schema, where: Place, choice: Choice) -> Columns:
+def words_of(schema: pa.Schema, where: StoragePath, choice: Choice) -> Columns:
     """Return the columns of labels and captions, without pictures.
 
     Raises: CorpusError if the chosen column of labels is missing, or cannot hold labels.
@@ -131,7 +131,7 @@ def picture_kind(schema: pa.Schema) -> Literal["bytes", "paths"] | None:
     """Return whether a table holds pictures as bytes or as paths, in whichever column; None if it holds none."""
     candidates = list(_candidates(schema))
     try:
-        stored, _ = _found(candidates, schema, Place("/"))
+        stored, _ = _found(candidates, schema, StoragePath("/"))
     except NoPicturesError:
         return None
     except CorpusError:  # several columns qualify: `columns_of` will ask the user to choose
@@ -139,7 +139,7 @@ def picture_kind(schema: pa.Schema) -> Literal["bytes", "paths"] | None:
     return "paths" if stored is None else "bytes"
 
 
-def found_stored(schema: pa.Schema, where: Place) -> PictureColumn | None:
+def found_stored(schema: pa.Schema, where: StoragePath) -> PictureColumn | None:
     """Return the column of bytes that is taken automatically; None if there is none, or several qualify."""
     try:
         return _found(list(_candidates(schema)), schema, where)[0]
@@ -147,7 +147,7 @@ def found_stored(schema: pa.Schema, where: Place) -> PictureColumn | None:
         return None
 
 
-def named_stored(schema: pa.Schema, where: Place, name: str) -> PictureColumn | None:
+def named_stored(schema: pa.Schema, where: StoragePath, name: str) -> PictureColumn | None:
     """Return the column of bytes with this name; None if there is none."""
     return next((c for c in _candidates(schema) if c.name == name and c.has_bytes), None)
 
@@ -179,7 +179,7 @@ def _is_telling(column: PictureColumn) -> bool:
 
 
 def _found(
-    candidates: Sequence[PictureColumn], schema: pa.Schema, where: Place
+    candidates: Sequence[PictureColumn], schema: pa.Schema, where: StoragePath
 ) -> tuple[PictureColumn | None, PictureColumn | None]:
     """Return the column of the pictures' bytes and the column of their paths; one of them may be None.
 
@@ -214,7 +214,7 @@ def _found(
     )
 
 
-def _only(found: Sequence[PictureColumn], where: Place) -> PictureColumn:
+def _only(found: Sequence[PictureColumn], where: StoragePath) -> PictureColumn:
     """Return the only column, or of several the one called `image`.
 
     Raises: CorpusError if there are several and none is called `image`.
@@ -226,7 +226,7 @@ def _only(found: Sequence[PictureColumn], where: Place) -> PictureColumn:
     return (images or found)[0]
 
 
-def _named(candidates: Sequence[PictureColumn], name: str, schema: pa.Schema, where: Place) -> PictureColumn:
+def _named(candidates: Sequence[PictureColumn], name: str, schema: pa.Schema, where: StoragePath) -> PictureColumn:
     """Return the column with this name.
 
     Raises: CorpusError if it does not exist, or cannot hold pictures.
@@ -242,7 +242,9 @@ def _named(candidates: Sequence[PictureColumn], name: str, schema: pa.Schema, wh
     raise CorpusError(f"table {where} has no column {name}; --image-column may be {_some(telling)}")
 
 
-def _label(schema: pa.Schema, above: Path, where: Place, choice: Choice) -> tuple[LabelColumn | None, tuple[str, ...]]:
+def _label(
+    schema: pa.Schema, above: Path, where: StoragePath, choice: Choice
+) -> tuple[LabelColumn | None, tuple[str, ...]]:
     """Return the column of labels, and notes for the user about it.
 
     Args:

@@ -10,10 +10,10 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from eupe.common.files import key_of, name_of
+from eupe.common.storage import StoragePath
 from eupe.corpus.left_out import BROKEN_LINKS, LINKS_BACK, hidden
 from eupe.errors import CorpusError
-from eupe.files import key_of, name_of
-from eupe.place import Place
 
 MAX_PICTURE_BYTES = 2**30
 """Size limit of a file; decoders refuse much smaller ones, but only once they are in memory."""
@@ -35,7 +35,7 @@ class Entry:
     """Reason why the file is left out; None if it is not."""
 
 
-def entries(root: Place) -> Iterator[Entry]:
+def entries(root: StoragePath) -> Iterator[Entry]:
     """Yield all files below a folder, sorted by path.
 
     Links to folders are followed, except links back to a folder above them.
@@ -49,7 +49,7 @@ def entries(root: Place) -> Iterator[Entry]:
         yield Entry(name, hidden(name))
 
 
-def file_names(root: Place) -> Iterator[str]:
+def file_names(root: StoragePath) -> Iterator[str]:
     """Yield the paths of the files that are not left out; see `entries`."""
     return (entry.name for entry in entries(root) if entry.left_out is None)
 
@@ -106,7 +106,7 @@ def _identity(about: os.stat_result) -> Identity:
     return about.st_dev, about.st_ino
 
 
-def picture_row(root: Place, known: Known, key: str) -> Row:
+def picture_row(root: StoragePath, known: Known, key: str) -> Row:
     """Return the index row of a picture that is a file.
 
     It has no hash if the file cannot be read or is too large; extraction records the reason.
@@ -147,7 +147,7 @@ def _hash_of(file: Path) -> str:
         return hashlib.file_digest(opened, hashlib.sha256).hexdigest()
 
 
-def modified_ns(root: Place, name: str) -> int | None:
+def modified_ns(root: StoragePath, name: str) -> int | None:
     """Return when a file was last changed; None in an object store, where no time guarantees the content.
 
     Raises: CorpusError if the file cannot be read.

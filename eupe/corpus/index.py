@@ -28,8 +28,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from eupe.ahead import map_ahead
-from eupe.cores import num_cores
+from eupe.common.cores import num_cores
+from eupe.common.prefetch import map_ahead
+from eupe.common.reading import parse_json
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.folder import Row, picture_row
 from eupe.corpus.left_out import (
@@ -50,8 +52,6 @@ from eupe.corpus.sources import Source, find_folder, find_source, require_meanin
 from eupe.corpus.tables import table_rows
 from eupe.corpus.tars import tar_rows
 from eupe.errors import ConfigError, CorpusError, StorageError
-from eupe.place import Place, Where
-from eupe.reading import parse_json
 
 ROOT_KEY = b"eupe.root"
 GAPS_KEY = b"eupe.without_picture"
@@ -91,7 +91,7 @@ ROWS_AT_ONCE = 8192
 class Corpus:
     """Pictures with their keys and the location of their bytes."""
 
-    root: Place
+    root: StoragePath
     samples: pa.Table
     """Columns of `SCHEMA` or of `CONTAINED`, one row per picture."""
     left_out: LeftOut = field(default_factory=dict)
@@ -187,7 +187,7 @@ Progress = Callable[[int, int], None]
 
 
 def open_corpus(
-    source: Where,
+    source: AnyPath,
     *,
     previous: Corpus | None = None,
     patterns: Patterns = EVERYTHING,
@@ -227,13 +227,13 @@ def chosen_index(found: Source) -> Corpus:
 
 
 def index_folder(
-    folder: Where, *, previous: Corpus | None = None, progress: Progress = lambda done, of: None
+    folder: AnyPath, *, previous: Corpus | None = None, progress: Progress = lambda done, of: None
 ) -> Corpus:
     """Index the pictures in a folder, as `open_corpus` does.
 
     Raises: CorpusError if there is no picture; StorageError if an object store cannot be read.
     """
-    return _gathered(find_folder(Place.of(folder).resolved()), previous, progress)
+    return _gathered(find_folder(StoragePath.of(folder).resolved()), previous, progress)
 
 
 def _gathered(found: Source, previous: Corpus | None, progress: Progress) -> Corpus:
@@ -362,12 +362,12 @@ def _by_key(known: Sequence[_Known], values: Sequence[str]) -> dict[str, Row]:
     return {row["key"]: row for index in known for row in index.rows(values)}
 
 
-def write_index(corpus: Corpus, path: Where) -> None:
+def write_index(corpus: Corpus, path: AnyPath) -> None:
     """Write the index as Parquet, atomically.
 
     Raises: CorpusError if the place cannot be written.
     """
-    place = Place.of(path)
+    place = StoragePath.of(path)
     try:
         place.parent.write(place.name, index_bytes(corpus))
     except StorageError as error:
@@ -411,7 +411,7 @@ def index_from_bytes(data: bytes, where: str) -> Corpus:
             f"{where} is not an index of pictures; make one with `eupe index --corpus FOLDER --out INDEX.parquet`"
         )
     try:
-        root = Place.of(metadata[ROOT_KEY].decode())
+        root = StoragePath.of(metadata[ROOT_KEY].decode())
         others = parse_json(metadata.get(LEFT_OUT_KEY, b"{}"))
         left_out = added({NO_PICTURE: int(metadata.get(GAPS_KEY, b"0"))}, others)
         notes = parse_json(metadata.get(NOTES_KEY, b"[]"))
@@ -441,7 +441,7 @@ def _require_places(samples: pa.Table) -> None:
         raise ValueError("a picture has a file but no position in it, or a position but no file")
 
 
-def _require_below(root: Place, samples: pa.Table, where: str) -> None:
+def _require_below(root: StoragePath, samples: pa.Table, where: str) -> None:
     """Raise CorpusError if a row names a file outside the root."""
     names = samples["key"]
     if "file" in samples.schema.names:
@@ -454,24 +454,24 @@ def _require_below(root: Place, samples: pa.Table, where: str) -> None:
         )
 
 
-def index_root(path: Where) -> Place | None:
+def index_root(path: AnyPath) -> StoragePath | None:
     """Return the root that a local index names, without reading its rows; None if the file is not a local index."""
-    place = Place.of(path)
+    place = StoragePath.of(path)
     if not place.is_local or not place.local.is_file():
         return None
     try:
         metadata = pq.read_schema(place.local).metadata or {}
     except (OSError, ValueError, pa.ArrowException):
         return None
-    return Place.of(metadata[ROOT_KEY].decode()) if ROOT_KEY in metadata else None
+    return StoragePath.of(metadata[ROOT_KEY].decode()) if ROOT_KEY in metadata else None
 
 
-def read_index(path: Where) -> Corpus:
+def read_index(path: AnyPath) -> Corpus:
     """Read an index written by `write_index`.
 
     Raises: CorpusError if the file is not an index, or its folder is gone; StorageError if it cannot be read.
     """
-    place = Place.of(path)
+    place = StoragePath.of(path)
     try:
         corpus = index_from_bytes(place.parent.read(place.name), str(path))
     except FileNotFoundError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from eupe.files import key_of
+from eupe.common.files import key_of
 
 LeftOut = Mapping[str, int]
 """Counts by reason."""

@@ -21,13 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.choice import CAPTIONS, LABELS, Choice, label_word, writable
 from eupe.corpus.columns import words_of
 from eupe.corpus.folder import Row
 from eupe.corpus.table_files import column_at, open_table
 from eupe.corpus.tables import Words, place_key
 from eupe.errors import CorpusError, StorageError
-from eupe.place import Place
 
 FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 NAME_COLUMN = "file_name"
@@ -56,7 +56,7 @@ class _File:
 class Metadata:
     """All metadata files of a folder."""
 
-    def __init__(self, root: Place, names: Sequence[str], choice: Choice) -> None:
+    def __init__(self, root: StoragePath, names: Sequence[str], choice: Choice) -> None:
         """Read the metadata files.
 
         Args:
@@ -229,7 +229,7 @@ class Metadata:
             return lambda value: None
         return _word
 
-    def _json_rows(self, root: Place, name: str) -> Iterator[dict[str, Any]]:
+    def _json_rows(self, root: StoragePath, name: str) -> Iterator[dict[str, Any]]:
         """Yield the lines that are JSON objects; count the others and note them once."""
         broken = 0
         for line in _lines(root, name):
@@ -270,14 +270,14 @@ def _is_odd(value: Any) -> bool:
     return isinstance(value, str) and any("\udc80" <= letter <= "\udcff" for letter in value)
 
 
-def _lines(root: Place, name: str) -> Iterator[str]:
+def _lines(root: StoragePath, name: str) -> Iterator[str]:
     """Yield lines of text, with unpaired surrogates in place of bytes that are not UTF-8."""
     with root.open(name) as file:
         # newline="": csv needs the line ends as they are in the file.
         yield from io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _csv_rows(root: Place, name: str) -> Iterator[dict[str, Any]]:
+def _csv_rows(root: StoragePath, name: str) -> Iterator[dict[str, Any]]:
     for row in csv.DictReader(_lines(root, name)):
         # Fields beyond the header are under the key None.
         yield {column: value for column, value in row.items() if isinstance(column, str)}

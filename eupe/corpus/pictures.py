@@ -22,10 +22,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
+from eupe.common.storage import StoragePath, storage_error
 from eupe.corpus.folder import MAX_PICTURE_BYTES
 from eupe.corpus.tables import read_row
 from eupe.errors import CorpusError, OutageError, StorageError
-from eupe.place import Place, storage_error
 
 OUTSIDE = r"^/|(^|/)\.\.(/|$)"
 """Pattern of file names that may lead outside their folder."""
@@ -53,7 +53,7 @@ def insides(samples: pa.Table) -> list[Inside | None]:
     return [None if file is None else Inside(file, *rest) for file, *rest in zip(*columns, strict=True)]
 
 
-def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
+def read_picture(root: StoragePath, key: str, inside: Inside | None = None) -> bytes:
     """Read a picture's bytes.
 
     Args:
@@ -88,7 +88,7 @@ def read_picture(root: Place, key: str, inside: Inside | None = None) -> bytes:
     return data
 
 
-def require_below(root: Place, name: str) -> None:
+def require_below(root: StoragePath, name: str) -> None:
     """Raise CorpusError if a name, from an index or a list, leads out of its folder.
 
     Links may lead out of it: they were put there by whoever made the folder of pictures.
@@ -97,7 +97,7 @@ def require_below(root: Place, name: str) -> None:
         raise CorpusError(f"{name} does not lie below {root}; pictures and the files that hold them must lie there")
 
 
-def require_length(root: Place, key: str) -> None:
+def require_length(root: StoragePath, key: str) -> None:
     """Check the length of a local file before it is read.
 
     Raises: CorpusError if it is longer than `MAX_PICTURE_BYTES`; FileNotFoundError; StorageError.
@@ -111,7 +111,7 @@ def too_long(length: int) -> str:
     return f"{length} bytes are more than a picture has (at most {MAX_PICTURE_BYTES})"
 
 
-def _require_file(root: Place, key: str) -> None:
+def _require_file(root: StoragePath, key: str) -> None:
     """Check that a local path, if it exists, is a file.
 
     Raises: CorpusError if it is not; StorageError if it cannot be examined, OutageError if its disk is not available.
@@ -126,7 +126,7 @@ def _require_file(root: Place, key: str) -> None:
         raise storage_error(error, path, "read") from error
 
 
-def _require_root(root: Place) -> None:
+def _require_root(root: StoragePath) -> None:
     """Raise OutageError if a local root is missing or empty.
 
     A single picture may have been removed, but if all are missing, their disk probably is.

@@ -10,6 +10,9 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eupe.common.files import remove_unfinished
+from eupe.common.outputs import require_out
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.index import (
     Corpus,
@@ -28,9 +31,6 @@ from eupe.corpus.left_out import EVERYTHING, Patterns, added
 from eupe.corpus.sources import find_source
 from eupe.corpus.tables import is_index
 from eupe.errors import CorpusError, StorageError
-from eupe.files import remove_unfinished
-from eupe.outputs import require_out
-from eupe.place import Place, Where
 
 UNFINISHED = ".unfinished"
 """Suffix of the folder of pieces, which is beside the index and named after it."""
@@ -40,8 +40,8 @@ ROWS_PER_GROUP = 65536
 
 
 def make_index(
-    source: Where,
-    out: Where,
+    source: AnyPath,
+    out: AnyPath,
     *,
     patterns: Patterns = EVERYTHING,
     progress: Progress = lambda done, of: None,
@@ -98,12 +98,12 @@ def _piece_name(number: int) -> str:
     return f"{number:06d}.parquet"
 
 
-def _piece(unfinished: Place, number: int) -> pa.Table:
+def _piece(unfinished: StoragePath, number: int) -> pa.Table:
     name = _piece_name(number)
     return index_from_bytes(unfinished.read(name), str(unfinished / name)).samples
 
 
-def _left_over(unfinished: Place) -> Iterator[Corpus]:
+def _left_over(unfinished: StoragePath) -> Iterator[Corpus]:
     if unfinished.is_local and not unfinished.local.is_dir():
         return
     for name in filter(PIECE.fullmatch, unfinished.list()):
@@ -111,7 +111,7 @@ def _left_over(unfinished: Place) -> Iterator[Corpus]:
             yield index_from_bytes(unfinished.read(name), name)
 
 
-def _joined(unfinished: Place, count: int, made: Corpus) -> Iterator[bytes]:
+def _joined(unfinished: StoragePath, count: int, made: Corpus) -> Iterator[bytes]:
     """Yield the index of all pieces as blocks of Parquet."""
     sink = _Sink()
     writer: pq.ParquetWriter | None = None

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Literal
 
+from eupe.common.files import key_of
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.folder import Entry, entries
 from eupe.corpus.left_out import (
@@ -33,8 +35,6 @@ from eupe.corpus.pictures import EXTENSIONS
 from eupe.corpus.table_files import ARROW
 from eupe.corpus.tables import is_index, table_kind
 from eupe.errors import CorpusError
-from eupe.files import key_of
-from eupe.place import Place, Where
 
 TAR = ".tar"
 GZIPPED = (".tar.gz", ".tgz")
@@ -58,7 +58,7 @@ class Source:
     """The location of pictures, before any is read."""
 
     kind: Kind
-    root: Place
+    root: StoragePath
     """Folder that keys are relative to; the folder of the file for an index."""
     files: Sequence[str] = ()
     """Paths of the tars, tables or index below the root, in the order of their pictures' keys."""
@@ -96,14 +96,14 @@ def _kind_of(name: str) -> Literal["pictures", "tars", "tables"] | None:
     return "pictures" if PurePosixPath(name.rpartition("/")[2]).suffix in EXTENSIONS else None
 
 
-def find_source(words: Where, patterns: Patterns = EVERYTHING) -> Source:
+def find_source(words: AnyPath, patterns: Patterns = EVERYTHING) -> Source:
     """Return the source that a path or URL names; files are listed and tables' schemas read, but no pictures.
 
     Args:
         patterns: the pictures to take; they are not applied to the rows of an index here.
     Raises: CorpusError if nothing is there, or nothing is a picture; StorageError if an object store cannot be read.
     """
-    place = Place.of(words)
+    place = StoragePath.of(words)
     if BRACES.search(place.url) and not (place.is_local and place.local.exists()):
         return replace(_of_pattern(place), patterns=patterns)
     if place.is_local and place.local.is_dir():
@@ -134,22 +134,22 @@ def require_meaning(found: Source) -> None:
             raise CorpusError(f"{option} {value} is for {meant}, but {found.root} holds {NAMED[found.kind]}; omit it")
 
 
-def corpus_root(words: Where) -> Place:
+def corpus_root(words: AnyPath) -> StoragePath:
     """Return the folder that the keys of a corpus are relative to, whether or not it exists.
 
     Raises: ConfigError for a URL of an unsupported kind.
     """
-    place = Place.of(words)
+    place = StoragePath.of(words)
     if BRACES.search(place.url) and not (place.is_local and place.local.exists()):
         return _split(place)[0]
     return place.parent if _kind_of(place.name) in ("tars", "tables") and not _is_folder(place) else place
 
 
-def _is_folder(place: Place) -> bool:
+def _is_folder(place: StoragePath) -> bool:
     return place.is_local and place.local.is_dir()
 
 
-def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
+def find_folder(root: StoragePath, patterns: Patterns = EVERYTHING) -> Source:
     """Return the source in a folder, with counts of everything that is left out.
 
     One kind is taken: pictures, tars or tables. Tables beside pictures are not opened. Tables beside tars are allowed
@@ -212,7 +212,7 @@ def find_folder(root: Place, patterns: Patterns = EVERYTHING) -> Source:
     return replace(_of_files(root, names), left_out=left_out, patterns=patterns)
 
 
-def _saved(root: Place, states: Sequence[str], names: Sequence[str]) -> list[str]:
+def _saved(root: StoragePath, states: Sequence[str], names: Sequence[str]) -> list[str]:
     """Return the tables that are data sets: in a folder that `save_to_disk` wrote, those that it lists.
 
     Raises: CorpusError if such a list cannot be read or names missing files, or if there is Arrow beside Parquet;
@@ -255,7 +255,7 @@ def _is_arrow(name: str) -> bool:
     return name.lower().endswith(ARROW)
 
 
-def _table_reason(root: Place, name: str, *, beside_tars: bool) -> str | None:
+def _table_reason(root: StoragePath, name: str, *, beside_tars: bool) -> str | None:
     """Return why a table is not taken; None if it holds pictures.
 
     Args:
@@ -277,12 +277,12 @@ def _is_gzipped(name: str) -> bool:
     return name.lower().endswith(GZIPPED)
 
 
-def _require_utf8(root: Place) -> None:
+def _require_utf8(root: StoragePath) -> None:
     if not root.is_utf8:
         raise CorpusError(f"corpus {root}: the folder's name is not UTF-8 and cannot be stored; rename it")
 
 
-def _of_files(root: Place, names: Sequence[str]) -> Source:
+def _of_files(root: StoragePath, names: Sequence[str]) -> Source:
     """Return the source made of these files.
 
     Raises: CorpusError for a gzipped tar, or files of more than one kind; StorageError if the storage fails.
@@ -303,7 +303,7 @@ def _of_files(root: Place, names: Sequence[str]) -> Source:
     return Source("tars" if kinds == {"tars"} else "tables", root, sorted(names, key=lambda name: f"{name}/"))
 
 
-def _index_or_missing(root: Place, name: str) -> bool:
+def _index_or_missing(root: StoragePath, name: str) -> bool:
     """Return whether a table is an index; a missing file counts as one, so that reading it reports it as missing."""
     try:
         return is_index(root, name)
@@ -311,13 +311,13 @@ def _index_or_missing(root: Place, name: str) -> bool:
         return True
 
 
-def _split(place: Place) -> tuple[Place, str]:
+def _split(place: StoragePath) -> tuple[StoragePath, str]:
     """Return the folder before the first brace, and the pattern below it."""
     before = place.url[: place.url.index("{")].rpartition("/")[0]
-    return Place.of(before or "/"), place.url[len(before) + 1 :]
+    return StoragePath.of(before or "/"), place.url[len(before) + 1 :]
 
 
-def _of_pattern(place: Place) -> Source:
+def _of_pattern(place: StoragePath) -> Source:
     root, pattern = _split(place)
     names = [key_of(name) for name in expand(pattern)]
     if len(set(names)) < len(names):

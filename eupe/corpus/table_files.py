@@ -9,9 +9,9 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.columns import Path
 from eupe.errors import CorpusError, StorageError
-from eupe.place import Place
 
 ARROW = ".arrow"
 FILE_MAGIC = b"ARROW1"
@@ -27,7 +27,7 @@ REPEATED_BYTES = 256 * 2**20
 class ParquetTable:
     """A Parquet file, whose groups are Parquet's row groups."""
 
-    def __init__(self, root: Place, name: str) -> None:
+    def __init__(self, root: StoragePath, name: str) -> None:
         """Open the file.
 
         Raises: FileNotFoundError; CorpusError if it cannot be read as Parquet; StorageError if the storage fails.
@@ -67,7 +67,7 @@ class ParquetTable:
 class ArrowTable:
     """A local Arrow file or stream, mapped into memory, whose groups are Arrow's record batches."""
 
-    def __init__(self, root: Place, name: str) -> None:
+    def __init__(self, root: StoragePath, name: str) -> None:
         """Open the file.
 
         Raises: FileNotFoundError; CorpusError if it is not local, truncated or not Arrow; StorageError if the storage
@@ -119,7 +119,7 @@ class ArrowTable:
 TableFile = ParquetTable | ArrowTable
 
 
-def open_table(root: Place, name: str) -> TableFile:
+def open_table(root: StoragePath, name: str) -> TableFile:
     """Open a table, as Arrow or Parquet by its name.
 
     Raises: FileNotFoundError; CorpusError if it cannot be read as a table; StorageError if the storage fails.

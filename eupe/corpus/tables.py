@@ -23,6 +23,8 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
+from eupe.common.files import key_of
+from eupe.common.storage import StoragePath
 from eupe.corpus.choice import AS_FOUND, Choice, Contents, writable
 from eupe.corpus.columns import (
     Columns,
@@ -38,8 +40,6 @@ from eupe.corpus.folder import Known, Row, modified_ns, picture_row
 from eupe.corpus.left_out import NO_PICTURE, added
 from eupe.corpus.table_files import ArrowTable, TableFile, column_at, num_rows, open_table
 from eupe.errors import CorpusError, StorageError
-from eupe.files import key_of
-from eupe.place import Place
 
 INDEX_MARK = b"eupe.root"
 """Metadata key of our own indexes, which are tables, too."""
@@ -66,7 +66,7 @@ Item = tuple[bytes | None, str | None]
 """Bytes and path of a picture; None if the table does not have them."""
 
 
-def is_index(root: Place, name: str) -> bool:
+def is_index(root: StoragePath, name: str) -> bool:
     """Return whether a table is our own index rather than a table of pictures.
 
     Raises: FileNotFoundError; CorpusError if it cannot be read as a table; StorageError if the storage fails.
@@ -74,7 +74,7 @@ def is_index(root: Place, name: str) -> bool:
     return INDEX_MARK in (open_table(root, name).schema.metadata or {})
 
 
-def table_kind(root: Place, name: str) -> Literal["index", "bytes", "paths"] | None:
+def table_kind(root: StoragePath, name: str) -> Literal["index", "bytes", "paths"] | None:
     """Return whether a table is our own index, or holds pictures as bytes or as paths; None for none of these.
 
     Raises: FileNotFoundError; CorpusError if it cannot be read as a table; StorageError if the storage fails.
@@ -85,7 +85,7 @@ def table_kind(root: Place, name: str) -> Literal["index", "bytes", "paths"] | N
     return picture_kind(schema)
 
 
-def table_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) -> Contents:
+def table_rows(root: StoragePath, name: str, known: Known, choice: Choice = AS_FOUND) -> Contents:
     """Read a table's contents for the index.
 
     Args:
@@ -167,7 +167,9 @@ def _unchanged(known: Known, modified: int | None, keys: _Keys, count: int) -> d
     return rows if all(keys.of(number, 0) in rows for number in range(count)) else None
 
 
-def _files_or_stored(root: Place, name: str, table: TableFile, columns: Columns) -> tuple[PictureColumn, str | None]:
+def _files_or_stored(
+    root: StoragePath, name: str, table: TableFile, columns: Columns
+) -> tuple[PictureColumn, str | None]:
     """Return the column to take, and a note if there were two: files take precedence over bytes if the first exists.
 
     Raises: CorpusError if the column of paths holds pictures as base64 text.
@@ -274,7 +276,7 @@ class Words:
         self._faults.update(fault for _, fault in found if fault is not None)
         return [value for value, _ in found]
 
-    def notes(self, where: Place) -> Iterator[str]:
+    def notes(self, where: StoragePath) -> Iterator[str]:
         """Yield the notes for the user; they are complete once all rows have been read."""
         if self._fraction is not None and self._column is not None:
             yield (
@@ -320,7 +322,7 @@ def _label_word(value: Any, names: Sequence[str] | None) -> str | None:
     return None if value is None else writable(str(value))
 
 
-def _require_files(root: Place, name: str, rows: Sequence[Row], odd_path: str | None) -> None:
+def _require_files(root: StoragePath, name: str, rows: Sequence[Row], odd_path: str | None) -> None:
     """Raise CorpusError if all files that the table names are missing or outside the root."""
     where = root / name
     if not rows and odd_path is not None:
@@ -338,7 +340,7 @@ def _require_files(root: Place, name: str, rows: Sequence[Row], odd_path: str | 
         )
 
 
-def place_key(root: Place, table: str, path: str) -> str | None:
+def place_key(root: StoragePath, table: str, path: str) -> str | None:
     """Return the path below the root of a file that a table names; None if the file lies elsewhere."""
     if path.startswith(f"{root.url}/"):
         path = path if root.is_local else posixpath.relpath(path.removeprefix(f"{root.url}/"), _folder(table))
@@ -354,7 +356,7 @@ def place_key(root: Place, table: str, path: str) -> str | None:
     return next(there, keys[0] if keys else None)
 
 
-def _is_there(root: Place, key: str) -> bool:
+def _is_there(root: StoragePath, key: str) -> bool:
     try:
         return root.path(key).exists()
     except OSError:  # a name that is too long for the file system
@@ -365,7 +367,7 @@ def _folder(table: str) -> str:
     return posixpath.dirname(table) or "."
 
 
-def _below(root: Place, table: str, path: str) -> str | None:
+def _below(root: StoragePath, table: str, path: str) -> str | None:
     """Return a path, absolute or relative to the table's folder, as a path below the root; None if it is outside."""
     if not posixpath.isabs(path):
         key = posixpath.normpath(posixpath.join(posixpath.dirname(table), path))
@@ -412,7 +414,7 @@ class RowReader:
         self.num_decoded = 0
         """Number of rows decoded so far, a measure of the cost of reading."""
 
-    def read(self, root: Place, name: str, row: int, *, item: int = 0, column: str | None = None) -> bytes:
+    def read(self, root: StoragePath, name: str, row: int, *, item: int = 0, column: str | None = None) -> bytes:
         """Return the bytes of a picture.
 
         Args:
@@ -445,7 +447,7 @@ class RowReader:
                 self._rows.move_to_end(place)
             return self._rows.get(place)
 
-    def _reading(self, root: Place, name: str, table: Table) -> tuple[_Reading, threading.Lock]:
+    def _reading(self, root: StoragePath, name: str, table: Table) -> tuple[_Reading, threading.Lock]:
         with self._lock:
             if table in self._tables:
                 self._tables.move_to_end(table)
@@ -503,7 +505,7 @@ class RowReader:
 _rows = RowReader()
 
 
-def read_row(root: Place, name: str, row: int, key: str) -> bytes:
+def read_row(root: StoragePath, name: str, row: int, key: str) -> bytes:
     """Return the bytes of a picture in a row of a table.
 
     Args:

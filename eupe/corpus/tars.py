@@ -19,14 +19,14 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+from eupe.common.files import key_of
+from eupe.common.reading import parse_json
+from eupe.common.storage import BLOCK_BYTES, StoragePath
 from eupe.corpus.choice import AS_FOUND, CAPTIONS, LABELS, Choice, Contents, label_word, writable
 from eupe.corpus.folder import Known, Row, modified_ns
 from eupe.corpus.left_out import added, hidden, not_read
 from eupe.corpus.pictures import EXTENSIONS
 from eupe.errors import CorpusError
-from eupe.files import key_of
-from eupe.place import BLOCK_BYTES, Place
-from eupe.reading import parse_json
 
 MEMBER = re.compile(r"(?P<sample>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)")
 SIDECARS = ("cls", "json", "txt")
@@ -77,7 +77,7 @@ class _Words:
 class _Tar:
     """The state of a tar while it is read, some hundred bytes for each member."""
 
-    where: Place
+    where: StoragePath
     name: str
     """Path below the root; keys begin with it."""
     choice: Choice
@@ -95,7 +95,7 @@ class _Tar:
         return len(self.samples.keys() | self.words.keys())
 
 
-def tar_rows(root: Place, name: str, known: Known, choice: Choice = AS_FOUND) -> Contents:
+def tar_rows(root: StoragePath, name: str, known: Known, choice: Choice = AS_FOUND) -> Contents:
     """Read a tar's contents for the index.
 
     Args:

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from eupe.common.reading import from_plain, to_plain
 from eupe.errors import ConfigError
-from eupe.reading import from_plain, to_plain
 
 Box = tuple[int, int, int, int]
 """x0, y0, x1, y1 in pixels of the upright picture; x1 and y1 are exclusive."""

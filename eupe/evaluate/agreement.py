@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eupe.compute import Tokens, dtype_name
-from eupe.encoder import Encoder
+from eupe.common.compute import Tokens, dtype_name
+from eupe.common.storage import AnyPath
 from eupe.errors import ConfigError
 from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
 from eupe.evaluate.neighbours import fitting_k, most_together, mutual_neighbours
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import Run, open_run, read_card
-from eupe.place import Where
+from eupe.models.encoder import Encoder
 from eupe.store.layout import SUMMARY
 from eupe.train.card import target_names
 from eupe.train.loop import judged, training_sample
@@ -85,7 +85,7 @@ class Agreement:
     targets: list[TargetAgreement]
 
 
-def agreement(path: Path, *, corpus: Where | None = None, neighbours: int | None = None) -> Agreement:
+def agreement(path: Path, *, corpus: AnyPath | None = None, neighbours: int | None = None) -> Agreement:
     """Measure a run's agreement with its targets on the views of its held-out pictures.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eupe.pca import leading_eigenvectors
+from eupe.models.pca import leading_eigenvectors
 
 COMPONENTS = 128
 SMALLEST = 1e-6

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eupe.common.storage import AnyPath
 from eupe.errors import ConfigError
 from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
 from eupe.evaluate.neighbours import fitting_k, most_together, mutual_neighbours
@@ -28,7 +29,6 @@ from eupe.evaluate.paired import LEAST_PICTURES, PairBatch, PairedStores
 from eupe.evaluate.result import Result
 from eupe.evaluate.ridge import Predicted, predict
 from eupe.evaluate.verdict import Verdict, judge
-from eupe.place import Where
 from eupe.store import Store
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.targets import open_stores
@@ -77,7 +77,7 @@ class Pair:
 
 
 def conflict(
-    paths: Sequence[Where],
+    paths: Sequence[AnyPath],
     *,
     limit: int = LIMIT,
     neighbours: int | None = None,

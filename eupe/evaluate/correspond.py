@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eupe.compute import pick_device
+from eupe.common.compute import pick_device
 from eupe.corpus.views import ViewParams
 from eupe.errors import ConfigError
 from eupe.evaluate.encode import EncodedViews

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from eupe.ahead import map_ahead
-from eupe.compute import pick_device
+from eupe.common.compute import pick_device
+from eupe.common.prefetch import map_ahead
 from eupe.corpus.views import ViewParams
 from eupe.errors import ConfigError, CorpusError, TrainingError
 from eupe.evaluate.encode import EncodedViews

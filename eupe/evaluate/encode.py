@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eupe.ahead import map_ahead
-from eupe.compute import Tokens, is_out_of_memory, run_in_batches
-from eupe.cores import control_groups
+from eupe.common.compute import Tokens, is_out_of_memory, run_in_batches
+from eupe.common.cores import control_groups
+from eupe.common.prefetch import map_ahead
 from eupe.corpus.views import ViewParams, render_view
 from eupe.errors import ConfigError, StorageError
 from eupe.evaluate.pictures import CropFunction, Pictures, centre, whole

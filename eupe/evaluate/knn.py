@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eupe.common.storage import AnyPath
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.errors import ConfigError
 from eupe.evaluate.neighbours import QUERIES, Metric, nearest
@@ -28,7 +29,6 @@ from eupe.evaluate.splits import (
     tell_protocol,
 )
 from eupe.evaluate.subject import StoreSubject, Subject, result_of
-from eupe.place import Where
 from eupe.store.layout import SUMMARY
 
 SIZE = 224
@@ -62,7 +62,7 @@ class Parts:
     """Options that select labels and pictures of the data."""
 
 
-def summaries_of(subject: Subject, data: Where | None, *, size: int | None, choice: Choice = AS_FOUND) -> Parts:
+def summaries_of(subject: Subject, data: AnyPath | None, *, size: int | None, choice: Choice = AS_FOUND) -> Parts:
     """Return the summaries of both splits, from the data's pictures or from a store's own labelled samples.
 
     Raises: ConfigError, CorpusError, StoreError, RunError, TeacherError.
@@ -85,7 +85,7 @@ def summaries_of(subject: Subject, data: Where | None, *, size: int | None, choi
     return Parts(train, val, chosen, path, splits, choice)
 
 
-def _look(subject: Subject, part: Labelled, size: int, data: Where | None) -> Summaries:
+def _look(subject: Subject, part: Labelled, size: int, data: AnyPath | None) -> Summaries:
     if isinstance(subject, StoreSubject) and data is None:
         encoded = subject.summaries(part.pictures.keys, size=size)
     else:
@@ -99,7 +99,7 @@ def _look(subject: Subject, part: Labelled, size: int, data: Where | None) -> Su
 def knn(
     subject: Subject,
     *,
-    data: Where | None = None,
+    data: AnyPath | None = None,
     k: int = K,
     metric: Metric = "l2",
     size: int | None = None,

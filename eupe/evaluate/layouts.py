@@ -28,13 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from eupe.common.reading import read_json
+from eupe.common.storage import StoragePath
 from eupe.corpus.pictures import EXTENSIONS
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.masks import LOSSY, NAMED, SUFFIXES
 from eupe.evaluate.pictures import Pictures
 from eupe.evaluate.splits import split_role
-from eupe.place import Place
-from eupe.reading import read_json
 
 Split = Literal["train", "val"]
 ADE_NOTHING, MASK_NOTHING = 0, 255
@@ -167,7 +167,7 @@ def depth_split(data: Path, split: Split) -> Mapped:
     if not keys:
         raise CorpusError(f"{listed} lists no picture with a depth map")
     _require_files([*(data / key for key in keys), *maps], listed)
-    return Mapped(Pictures(Place.of(data), tuple(keys)), tuple(maps), 0, EIGEN_CROP, NYU_LISTS[split])
+    return Mapped(Pictures(StoragePath.of(data), tuple(keys)), tuple(maps), 0, EIGEN_CROP, NYU_LISTS[split])
 
 
 def point_pairs(data: Path, *, limit: int | None = None) -> tuple[Pictures, list[PointPair]]:
@@ -185,7 +185,7 @@ def point_pairs(data: Path, *, limit: int | None = None) -> tuple[Pictures, list
         raise CorpusError(f"{listed} lists no pairs")
     places: dict[str, int] = {}
     pairs = [_point_pair(data, name, places) for name in names]
-    pictures = Pictures(Place.of(data), tuple(places))
+    pictures = Pictures(StoragePath.of(data), tuple(places))
     _require_files([data / key for key in places], listed)
     return pictures, pairs
 
@@ -252,7 +252,7 @@ def caption_split(data: Path, *, limit: int | None = None) -> Captioned:
     _require_files([data / key for key in keys], listed)
     own = [(place, caption) for place, (i, _) in enumerate(kept) for caption in captions[i]]
     picture_of = np.array([place for place, _ in own], dtype=np.int64)
-    return Captioned(Pictures(Place.of(data), keys), tuple(caption for _, caption in own), picture_of)
+    return Captioned(Pictures(StoragePath.of(data), keys), tuple(caption for _, caption in own), picture_of)
 
 
 def _word(value: Any) -> str:
@@ -292,7 +292,7 @@ def question_set(data: Path) -> tuple[Pictures, list[Question]]:
         if lacking := {"train", "val"} - asked:
             raise CorpusError(f"{listed} has no {kind} questions in the {lacking.pop()} split")
     _require_files([data / key for key in keys], listed)
-    return Pictures(Place.of(data), keys), questions
+    return Pictures(StoragePath.of(data), keys), questions
 
 
 def _question(plain: Any, number: int, listed: Path, places: dict[str, int]) -> Question:
@@ -449,7 +449,7 @@ def _paired(data: Path, kind: str, split: Split, suffixes: Sequence[str], nothin
     ]
     keys = tuple(path.relative_to(data).as_posix() for path in files)
     name = images.relative_to(data).as_posix()
-    return Mapped(Pictures(Place.of(data), keys), tuple(truths), nothing, name=name, role=role)
+    return Mapped(Pictures(StoragePath.of(data), keys), tuple(truths), nothing, name=name, role=role)
 
 
 def _beside(picture: Path, there: Sequence[Path], maps: Path, suffixes: Sequence[str]) -> Path:

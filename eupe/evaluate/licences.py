@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from eupe.common.reading import read_json
 from eupe.evaluate.run import is_run, read_card
-from eupe.reading import read_json
 from eupe.teachers.run_adapter import OWN_LICENCE
 from eupe.train.card import RunCard
 from eupe.train.loop import INIT_FILE

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eupe.compute import pick_device
+from eupe.common.compute import pick_device
+from eupe.common.storage import AnyPath
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.errors import ConfigError
 from eupe.evaluate.knn import Parts, Summaries, summaries_of
 from eupe.evaluate.result import Result
 from eupe.evaluate.splits import OTHERS, order_labels, tell_protocol
 from eupe.evaluate.subject import Subject, result_of
-from eupe.place import Where
 from eupe.train.targets import is_held_out
 
 PENALTIES = tuple(10.0**power for power in range(-6, 3))
@@ -51,7 +51,7 @@ class Logistic:
 def linear(
     subject: Subject,
     *,
-    data: Where | None = None,
+    data: AnyPath | None = None,
     penalties: tuple[float, ...] = PENALTIES,
     size: int | None = None,
     choice: Choice = AS_FOUND,

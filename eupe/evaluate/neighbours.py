@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eupe.compute import pick_device
+from eupe.common.compute import pick_device
 from eupe.errors import ConfigError
 
 NEIGHBOURS = 10

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eupe.common.storage import StoragePath
 from eupe.errors import ConfigError
-from eupe.place import Place
 from eupe.store import Store
 from eupe.store.layout import DENSE, KINDS, SUMMARY
 from eupe.store.reader import PendingFeatures, StoredFeatures
@@ -59,7 +59,7 @@ class PairedStores:
             limit: the most views to compare.
         Raises: ConfigError if the stores have no kind of token in common, or too few pictures.
         """
-        targets = TargetSet(stores, Place.of(stores[0].spec.corpus["root"]), holdout=0)
+        targets = TargetSet(stores, StoragePath.of(stores[0].spec.corpus["root"]), holdout=0)
         names = f"{stores[0].path} and {stores[1].path}"
         tokens = [store.spec.tokens for store in stores]
         kinds = tuple(kind for kind in KINDS if all(kind in each for each in tokens))

@@ -9,10 +9,10 @@ from functools import cached_property
 
 from PIL import Image
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.pictures import Inside, decode_image, read_picture
 from eupe.corpus.views import NEUTRAL, ViewParams, ViewSpec, draw_view
 from eupe.errors import CorpusError
-from eupe.place import Place
 
 CropFunction = Callable[[int, int], list[ViewParams]]
 """Function from width and height of an upright picture to the views of it that are shown."""
@@ -25,7 +25,7 @@ STRIDE = 2 / 3
 class Pictures:
     """Pictures by key, with the location of their bytes."""
 
-    root: Place
+    root: StoragePath
     keys: tuple[str, ...]
     insides: tuple[Inside | None, ...] = field(default=(), repr=False)
     """Position of each in a tar or table; empty if all are separate files."""

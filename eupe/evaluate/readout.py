@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eupe.compute import pick_device
+from eupe.common.compute import pick_device
 from eupe.errors import ConfigError, TrainingError
 from eupe.evaluate.components import PLACE, Features
 from eupe.evaluate.dense_probe import drawn

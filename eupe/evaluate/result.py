@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eupe.common.reading import parse_json
 from eupe.errors import ConfigError, RunError, StorageError
-from eupe.reading import parse_json
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 MOST_LINE_BYTES = 2**24

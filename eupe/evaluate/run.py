@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from eupe.compute import pick_device
-from eupe.encoder import load_encoder
+from eupe.common.compute import pick_device
+from eupe.common.storage import AnyPath
 from eupe.errors import RunError
-from eupe.place import Where
+from eupe.models.encoder import load_encoder
 from eupe.train.card import CONFIG_FILE, HEADS_FILE, RunCard, finished_card, holdout_by, method_of, store_fingerprint
 from eupe.train.card import is_run as is_run
 from eupe.train.card import read_card as read_card
@@ -72,7 +72,7 @@ def holdout(path: Path) -> float:
     return float(share)
 
 
-def open_run(path: Path, *, corpus: Where | None = None) -> Run:
+def open_run(path: Path, *, corpus: AnyPath | None = None) -> Run:
     """Load student and heads, and open the stores that they learned from.
 
     Raises: RunError if the run is not finished, its card or heads cannot be used, or a store is not the one that it

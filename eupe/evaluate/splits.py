@@ -16,13 +16,13 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.choice import AS_FOUND
 from eupe.corpus.choice import Choice as Taken
 from eupe.corpus.index import Corpus, open_corpus
 from eupe.corpus.pictures import EXTENSIONS, insides
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.pictures import Pictures
-from eupe.place import Place, Where
 
 Role = Literal["train", "val", "test"]
 ROLES: dict[str, Role] = {
@@ -133,12 +133,12 @@ def order_labels(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(different))
 
 
-def labelled_splits(data: Where, taken: Taken = AS_FOUND) -> Splits:
+def labelled_splits(data: AnyPath, taken: Taken = AS_FOUND) -> Splits:
     """Find the splits of labelled pictures; the val split is judged, or test if there is no val.
 
     Raises: CorpusError; ConfigError if a split has no labels, or it is ambiguous which folders are splits.
     """
-    place = Place.of(data)
+    place = StoragePath.of(data)
     if not place.is_local or not place.local.is_dir():
         return corpus_splits(open_corpus(data, choice=taken), str(data))
     root = place.local

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eupe.compute import Tokens, compute_dtype, dtype_name, pick_device
+from eupe.common.compute import Tokens, compute_dtype, dtype_name, pick_device
+from eupe.common.kinds import CARD_FILE
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import Corpus
 from eupe.corpus.views import ViewParams
 from eupe.errors import ConfigError, RunError, StoreError, TeacherError
@@ -26,8 +28,6 @@ from eupe.evaluate.encode import EncodedViews, encode_views, require_finite, roo
 from eupe.evaluate.pictures import CropFunction, Pictures
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import is_run, read_card
-from eupe.kinds import CARD_FILE
-from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.teachers.resolve import resolve_teacher
@@ -351,7 +351,7 @@ def open_subjects(
 
 
 def _open(word: str, weights: Path | None, key: str | None) -> Subject:
-    path, place = Path(word), Place.of(word)
+    path, place = Path(word), StoragePath.of(word)
     if word == PIXELS:
         return PixelSubject()
     if not place.is_local or place.exists("zarr.json"):  # only stores can be in a bucket

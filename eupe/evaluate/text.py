@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eupe.checkpoints import read_metadata
+from eupe.common.outputs import require_out
+from eupe.common.reading import parse_json
+from eupe.common.storage import StoragePath
 from eupe.errors import ConfigError
 from eupe.evaluate.layouts import caption_split
 from eupe.evaluate.prompts import AS_IT_IS, SLOT, TEMPLATES, Classes, read_classes, read_templates
 from eupe.evaluate.text_tower import TextTower, load_tower
-from eupe.outputs import require_out
-from eupe.place import Place
-from eupe.reading import parse_json
+from eupe.models.checkpoints import read_metadata
 from eupe.teachers.registry import ALIASES
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
@@ -212,7 +212,9 @@ def save_texts(texts: Texts, path: Path) -> None:
         SCALE: torch.tensor(texts.logit_scale, dtype=torch.float64),
         BIAS: torch.tensor(texts.logit_bias, dtype=torch.float64),
     }
-    Place.of(path.parent).write(path.name, safetensors.torch.save(tensors, metadata={METADATA: json.dumps(plain)}))
+    StoragePath.of(path.parent).write(
+        path.name, safetensors.torch.save(tensors, metadata={METADATA: json.dumps(plain)})
+    )
 
 
 def load_texts(path: Path) -> Texts:

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eupe.common.kinds import WEIGHTS_FILE
 from eupe.errors import ConfigError, EupeError, RunError
 from eupe.evaluate.subject import EncoderSubject, PixelSubject, StoreSubject, Subject
 from eupe.evaluate.text_tower import text_model, why_no_text
-from eupe.kinds import WEIGHTS_FILE
 from eupe.store.layout import SUMMARY
 from eupe.teachers.registry import ALIASES
 from eupe.teachers.resolve import resolve_teacher

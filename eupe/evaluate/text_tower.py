@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eupe.checkpoints import ALONE, load_state_dict_strictly, read_checkpoint
-from eupe.compute import pick_device
+from eupe.common.compute import pick_device
 from eupe.errors import TeacherError
+from eupe.models.checkpoints import ALONE, load_state_dict_strictly, read_checkpoint
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import brief, hub_or_offline, quiet_open_clip

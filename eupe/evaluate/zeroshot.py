@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from eupe.common.storage import AnyPath
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.evaluate.pictures import centre
 from eupe.evaluate.prompts import class_numbers, folder_classes
@@ -20,7 +21,6 @@ from eupe.evaluate.splits import labelled_splits, require_several, tell_judged
 from eupe.evaluate.subject import Subject, result_of
 from eupe.evaluate.text import TextSource
 from eupe.evaluate.text_space import choose_way, to_text_space
-from eupe.place import Where
 from eupe.store.layout import SUMMARY
 
 TOP = 5
@@ -29,7 +29,7 @@ TOP = 5
 def zeroshot(
     subject: Subject,
     *,
-    data: Where,
+    data: AnyPath,
     texts: TextSource,
     teacher: str | None = None,
     size: int | None = None,

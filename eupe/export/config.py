@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from eupe.encoder import near
+from eupe.common.storage import AnyPath
 from eupe.errors import ConfigError
-from eupe.place import Where
+from eupe.models.encoder import near
 
 TIMM, HF, ONNX, EXECUTORCH = "timm", "hf", "onnx", "executorch"
 FORMATS = (TIMM, HF, ONNX, EXECUTORCH)
@@ -30,7 +30,7 @@ class ExportConfig:
     """Names of the targets whose heads are exported too, or `all`."""
     precision: str = FP32
     """Precision of the graph; only ONNX supports others than fp32."""
-    calibrate: Where | None = None
+    calibrate: AnyPath | None = None
     """Pictures that the int8 ranges are calibrated on; None for generated pictures."""
     dynamic_size: bool = False
     """Let an ONNX graph accept any size divisible by the patch size, not only `size`."""

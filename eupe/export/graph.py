@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from eupe.encoder import Encoder
+from eupe.models.encoder import Encoder
 from eupe.teachers.weights import brief
 
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eupe.encoder import near
 from eupe.errors import ConfigError
 from eupe.export.config import ALL
+from eupe.models.encoder import near
 from eupe.train.predict import KindPredictor, TargetPredictor
 
 HEADS_FILE = "heads.safetensors"

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eupe.encoder import EncoderCard
 from eupe.export import timm_files
 from eupe.export.config import ExportConfig
 from eupe.export.heads import save_heads, say_again
 from eupe.export.hf_names import Native, native
 from eupe.export.source import ForwardFunction, Source, Written
+from eupe.models.encoder import EncoderCard
 from eupe.teachers.weights import quiet_transformers
 
 PREPROCESSOR_FILE = "preprocessor_config.json"

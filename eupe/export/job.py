@@ -13,6 +13,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 import eupe
+from eupe.common.files import publish, share
+from eupe.common.locks import unfinished
+from eupe.common.reading import read_json
 from eupe.corpus.index import open_corpus
 from eupe.errors import ConfigError, ConformanceError, EupeError, StorageError
 from eupe.evaluate.licences import origins
@@ -21,9 +24,6 @@ from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, TIMM, ExportConfig
 from eupe.export.model_card import write_card
 from eupe.export.source import ForwardFunction, Source, Written, open_source
 from eupe.export.verify import Proof, prove, require_sameness
-from eupe.files import publish, share
-from eupe.locks import unfinished
-from eupe.reading import read_json
 from eupe.teachers.weights import brief
 
 RECORD_FILE = "export.json"

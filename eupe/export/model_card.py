@@ -11,6 +11,7 @@ import timm
 import yaml
 
 import eupe
+from eupe.common.reading import read_json
 from eupe.errors import RunError
 from eupe.evaluate.licences import Origin
 from eupe.evaluate.result import Result, newest, read_results
@@ -18,7 +19,6 @@ from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, ExportConfig
 from eupe.export.snippets import snippet
 from eupe.export.source import Source, Written
 from eupe.export.verify import LEAST, Proof
-from eupe.reading import read_json
 from eupe.train.card import REPORT_FILE, target_names
 
 RECIPE = (

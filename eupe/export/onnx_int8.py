@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eupe.compute import normalise
+from eupe.common.compute import normalise
+from eupe.common.storage import AnyPath
 from eupe.errors import ConfigError, CorpusError
 from eupe.export.config import INT8
 from eupe.export.pictures import some_pictures, varied_pictures
 from eupe.export.source import ForwardFunction, Source
 from eupe.export.verify import MOST_ASTRAY, Likeness, compare, worst
-from eupe.place import Where
 
 SEEDS = (1, 2)
 """Seeds of the pictures for calibration, and of those to compare the methods on; the proof uses other pictures."""
@@ -31,7 +31,7 @@ LARGEST_SIZE = 0.6
 """Largest size of an int8 graph as a share of float32's bytes; a graph whose weights are all in int8 has about 0.27."""
 
 
-def quantise(path: Path, source: Source, ask: Callable[[Path], ForwardFunction], calibrate: Where | None) -> str:
+def quantise(path: Path, source: Source, ask: Callable[[Path], ForwardFunction], calibrate: AnyPath | None) -> str:
     """Replace a float32 graph by one with int8 weights, which also computes in int8 if that preserves the tokens.
 
     `dynamic` finds the ranges of the activations for every input, and leaves convolutions in float32. `static` takes
@@ -133,7 +133,7 @@ def _axis_of_outputs(node: Any) -> int:
     return 0 if node.op_type == "Conv" or is_transposed else -1
 
 
-def _pictures(source: Source, calibrate: Where | None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _pictures(source: Source, calibrate: AnyPath | None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return the pictures for calibration, and those to compare the methods on."""
     size = source.encoder.card.size
     if calibrate is None:

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from eupe.common.storage import AnyPath
 from eupe.corpus.awkward import picture
 from eupe.corpus.index import open_corpus
 from eupe.corpus.pictures import insides
 from eupe.corpus.views import render_view
 from eupe.evaluate.pictures import Pictures, centre
-from eupe.place import Where
 from eupe.teachers.verify import awkward_views
 
 SMOOTH, NOISY = 4, 2
@@ -37,7 +37,7 @@ def varied_pictures(height: int, width: int, *, seed: int = 0) -> NDArray[np.uin
     return np.stack([_resized(row, height, width) for row in rows])
 
 
-def some_pictures(source: Where, size: int, *, most: int) -> NDArray[np.uint8]:
+def some_pictures(source: AnyPath, size: int, *, most: int) -> NDArray[np.uint8]:
     """Return the centre views of pictures spread evenly over a corpus, uint8 [P, S, S, 3].
 
     Raises: CorpusError if there are none, or one cannot be read.

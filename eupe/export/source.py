@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eupe.checkpoints import load_state_dict_strictly
-from eupe.encoder import Encoder, build_encoder, load_encoder, timm_card
+from eupe.common.kinds import WEIGHTS_FILE
 from eupe.errors import ConfigError, RunError, TeacherError
 from eupe.export.config import ExportConfig
 from eupe.export.heads import chosen, folded
-from eupe.kinds import WEIGHTS_FILE
+from eupe.models.checkpoints import load_state_dict_strictly
+from eupe.models.encoder import Encoder, build_encoder, load_encoder, timm_card
 from eupe.teachers.weights import brief
 from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, finished_card
 from eupe.train.init import fitted

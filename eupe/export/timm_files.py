@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import eupe
-from eupe.encoder import EncoderCard
 from eupe.export.config import ExportConfig
 from eupe.export.heads import save_heads, say_again
 from eupe.export.source import ForwardFunction, Source, Written
-from eupe.proxy import in_stock_timm
+from eupe.models.encoder import EncoderCard
+from eupe.models.proxy import in_stock_timm
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 POOLS = {"cls": "token", "mean": "avg", "attention_pool": "map"}

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eupe.compute import normalise
-from eupe.encoder import EncoderCard
+from eupe.common.compute import normalise
 from eupe.errors import ConformanceError
 from eupe.evaluate.latency import time_passes
 from eupe.export.config import FP16, FP32, INT8
 from eupe.export.pictures import varied_pictures
 from eupe.export.source import ForwardFunction
+from eupe.models.encoder import EncoderCard
 
 LEAST: Mapping[str, float] = {FP32: 0.9999, FP16: 0.999, INT8: -1.0}
 """Least cosine that every token must reach, by precision; for int8 it is only reported, and users decide."""

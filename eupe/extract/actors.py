@@ -17,9 +17,10 @@ import numpy as np
 import ray
 import torch
 
-from eupe.cluster import join_ray, start_ray
-from eupe.compute import compute_dtype, dtype_name, pick_device
-from eupe.cores import num_cores
+from eupe.common.cluster import join_ray, start_ray
+from eupe.common.compute import compute_dtype, dtype_name, pick_device
+from eupe.common.cores import num_cores
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import Corpus
 from eupe.errors import ConfigError, CorpusError, EupeError, TeacherError, WorkerDiedError
 from eupe.extract.calibrate import (
@@ -36,7 +37,6 @@ from eupe.extract.isolate import find_crashing
 from eupe.extract.load import PartTask, StuckError, WorkUnit
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import PartExtractor, Worker
-from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.layout import StoreSpec
 from eupe.teachers.spec import TeacherSpec
@@ -258,7 +258,7 @@ class ExtractActor:
     """The Ray actor of a worker: holds the teachers of a job in a process of its own."""
 
     def __init__(
-        self, configs: Sequence[ExtractConfig], teachers: Sequence[TeacherSpec], corpus_root: Place, num_cpus: int
+        self, configs: Sequence[ExtractConfig], teachers: Sequence[TeacherSpec], corpus_root: StoragePath, num_cpus: int
     ) -> None:
         torch.set_num_threads(num_cpus)
         self._cores = num_cpus
@@ -355,7 +355,7 @@ class ExtractActor:
     def dtype_name(self) -> str:
         return dtype_name(compute_dtype(self._configs[0].dtype, pick_device()))
 
-    def prepare(self, targets: Sequence[tuple[int, Place]]) -> Whereabouts:
+    def prepare(self, targets: Sequence[tuple[int, StoragePath]]) -> Whereabouts:
         """Load the teachers, so that their errors appear before any part begins.
 
         Args:

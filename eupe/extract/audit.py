@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from eupe.compute import compute_dtype, dtype_name, pick_device
-from eupe.cores import num_cores
+from eupe.common.compute import compute_dtype, dtype_name, pick_device
+from eupe.common.cores import num_cores
+from eupe.common.storage import AnyPath
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, CorpusError, DriftError
 from eupe.extract.load import PartTask
@@ -31,7 +32,6 @@ from eupe.extract.provenance import (
     weights_file,
 )
 from eupe.extract.worker import PartExtractor
-from eupe.place import Where
 from eupe.store import Store, open_store
 from eupe.store.places import with_places
 from eupe.store.precision import decode, encode
@@ -51,9 +51,9 @@ Progress = Callable[[int, int], None]
 class AuditConfig:
     """The options of one audit, as on the command line."""
 
-    store: Where
+    store: AnyPath
     samples: int = 32
-    corpus: Where | None = None
+    corpus: AnyPath | None = None
     """Current folder of the pictures; by default the one recorded in the store."""
     weights: Path | None = None
     """Local weights in place of the hub's; must be the file that the store was made with."""

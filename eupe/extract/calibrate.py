@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eupe.compute import is_out_of_memory
+from eupe.common.compute import is_out_of_memory
 from eupe.corpus.index import Corpus
 from eupe.errors import ConfigError, TeacherError
 from eupe.extract.load import PartTask

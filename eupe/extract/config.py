@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eupe.common.option import PARTS, about, option, wrong_values
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.errors import ConfigError
-from eupe.option import PARTS, about, option, wrong_values
 
 if TYPE_CHECKING:
+    from eupe.common.storage import AnyPath
     from eupe.corpus.views import ViewSpec
-    from eupe.place import Where
 
 STORES = Path("store")
 """The directory for stores without an explicit place."""
@@ -59,13 +59,13 @@ class ExtractConfig:
             may_differ=True,
         )
     )
-    corpus: Where = field(
+    corpus: AnyPath = field(
         metadata=about(
             "Folder of pictures (class subfolders become labels), WebDataset tars ('shards/{000..099}.tar'), Parquet "
             "with images, or an index; also s3:// or gs://."
         )
     )
-    out: Where | None = option(
+    out: AnyPath | None = option(
         None,
         "The store, also s3:// or gs://; one per teacher.",
         unset="store/TEACHER.zarr",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from eupe.compute import is_out_of_memory
+from eupe.common.compute import is_out_of_memory
 from eupe.store.stats import Counted, Moments
 
 FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from eupe.common.signals import stop_signals
 from eupe.errors import EupeError, IncompleteError, OutageError, WorkerDiedError
 from eupe.extract.actors import (
     MAX_LOADS,
@@ -31,7 +32,6 @@ from eupe.extract.actors import (
 from eupe.extract.isolate import ENDLESS
 from eupe.extract.load import PICTURE_SECONDS, PartTask, StuckError, WorkUnit
 from eupe.extract.parts import plan_work_units
-from eupe.stopping import stop_signals
 from eupe.store import Store
 from eupe.store.layout import part_name
 from eupe.store.reader import committed_parts

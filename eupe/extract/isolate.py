@@ -19,13 +19,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import IO
 
-from eupe.cores import num_cores
+from eupe.common.cores import num_cores
+from eupe.common.storage import StoragePath
 from eupe.corpus.pictures import Inside
 from eupe.corpus.views import ViewSpec
 from eupe.errors import StorageError
 from eupe.extract import load
 from eupe.extract.load import Sample
-from eupe.place import Place
 
 CHILD_BYTES = 8 * 2**30
 """Address space of a child: a picture that needs more would kill the worker, or other processes on the machine."""
@@ -34,7 +34,9 @@ START_SECONDS = 300.0
 ENDLESS = "its decoder does not come to an end"
 
 
-def find_crashing(samples: Sequence[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]) -> dict[str, str]:
+def find_crashing(
+    samples: Sequence[Sample], root: StoragePath, views: ViewSpec, sizes: Sequence[int]
+) -> dict[str, str]:
     """Find the pictures that no process survives; return key to reason.
 
     A picture is suspected when a child dies on it, and confirmed when a second child dies on it alone. A picture that
@@ -51,7 +53,7 @@ def find_crashing(samples: Sequence[Sample], root: Place, views: ViewSpec, sizes
         return {key: reason for crashing in found for key, reason in crashing.items()}
 
 
-def _crashing_in(samples: list[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]) -> dict[str, str]:
+def _crashing_in(samples: list[Sample], root: StoragePath, views: ViewSpec, sizes: Sequence[int]) -> dict[str, str]:
     """Find the crashing samples among some with one child after another."""
     crashing: dict[str, str] = {}
     while samples:
@@ -71,7 +73,7 @@ def _crashing_in(samples: list[Sample], root: Place, views: ViewSpec, sizes: Seq
 
 
 def _run_child(
-    samples: list[Sample], root: Place, views: ViewSpec, sizes: Sequence[int]
+    samples: list[Sample], root: StoragePath, views: ViewSpec, sizes: Sequence[int]
 ) -> tuple[int | None, str | None]:
     """Run a child; return the index of the picture that it named last, and why it failed (None if it did not)."""
     task = {
@@ -138,7 +140,7 @@ def main() -> None:
         sample = Sample(**fields, inside=None if inside is None else Inside(**inside))
         os.write(1, f"{i}\n".encode())  # unbuffered: a buffer would be lost if the picture kills this process
         with suppress(StorageError):  # not the picture's fault, and the worker will meet it, too
-            load.load_sample(sample, Place.of(task["root"]), views, tuple(task["sizes"]))
+            load.load_sample(sample, StoragePath.of(task["root"]), views, tuple(task["sizes"]))
 
 
 if __name__ == "__main__":

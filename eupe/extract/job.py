@@ -11,8 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from eupe.checkpoints import require_readable
-from eupe.compute import compute_dtype, pick_device
+from eupe.common.compute import compute_dtype, pick_device
+from eupe.common.holding import Holder
+from eupe.common.option import options_of
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus, some_keys
 from eupe.corpus.left_out import Patterns
 from eupe.errors import ConfigError, CorpusError, IncompleteError, StoreError
@@ -21,9 +23,7 @@ from eupe.extract.calibrate import settle
 from eupe.extract.config import STORES, ExtractConfig, require_in_range
 from eupe.extract.dispatch import Status, run_parts
 from eupe.extract.parts import require_common_sizes, shape_of, store_spec
-from eupe.holding import Holder
-from eupe.option import options_of
-from eupe.place import Place
+from eupe.models.checkpoints import require_readable
 from eupe.store import Store, open_store
 from eupe.store.catalogue import find_store
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, bytes_per_view, segment_name
@@ -167,7 +167,7 @@ def _filled(
     return stores, corpus, unfinished, views_per_s
 
 
-def _opened(place: Place) -> Store | None:
+def _opened(place: StoragePath) -> Store | None:
     return open_store(place) if place.exists(ROOT_DOCUMENT) else None
 
 
@@ -208,7 +208,7 @@ def _store_to_fill(
     i: int,
     teacher: TeacherSpec,
     corpus: Corpus,
-    place: Place,
+    place: StoragePath,
     existing: Store | None,
     holder: Holder,
     on_status: Callable[[Status], None],
@@ -255,13 +255,13 @@ def _common_index(stores: Sequence[Store]) -> pa.Table:
 def with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
     """Return the config with absolute paths, because workers have working directories of their own."""
     weights = None if config.weights is None else config.weights.absolute()
-    out = None if config.out is None else Place.of(config.out)
-    return replace(config, corpus=Place.of(config.corpus), out=out, weights=weights)
+    out = None if config.out is None else StoragePath.of(config.out)
+    return replace(config, corpus=StoragePath.of(config.corpus), out=out, weights=weights)
 
 
-def place_of_store(config: ExtractConfig) -> Place:
+def place_of_store(config: ExtractConfig) -> StoragePath:
     """Return the place of the store: as given, or under the teacher's name in the directory of stores."""
-    return Place.of(config.out or STORES / f"{teacher_name(config.teacher)}.zarr")
+    return StoragePath.of(config.out or STORES / f"{teacher_name(config.teacher)}.zarr")
 
 
 def wanted_spec(
@@ -332,7 +332,7 @@ def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:
 def _open_or_create(
     actors: JobActors,
     i: int,
-    place: Place,
+    place: StoragePath,
     spec: StoreSpec,
     corpus: Corpus,
     existing: Store | None,

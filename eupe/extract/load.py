@@ -14,11 +14,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from eupe.ahead import map_ahead
+from eupe.common.prefetch import map_ahead
+from eupe.common.storage import StoragePath
 from eupe.corpus.pictures import Inside, decode_image, read_picture
 from eupe.corpus.views import Photometric, ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
-from eupe.place import Place
 from eupe.store.layout import StoreSpec
 from eupe.store.writer import Row
 
@@ -100,7 +100,7 @@ def failed_sample(sample: Sample, spec: ViewSpec, error: str) -> LoadedSample:
 
 
 def load_sample(
-    sample: Sample, root: Place, spec: ViewSpec, sizes: Iterable[int], digested: Iterable[int] = ()
+    sample: Sample, root: StoragePath, spec: ViewSpec, sizes: Iterable[int], digested: Iterable[int] = ()
 ) -> LoadedSample:
     """Read, check, decode and render one picture; whatever is wrong with it becomes its row's error.
 
@@ -126,7 +126,9 @@ def load_sample(
 class Loader:
     """A pool of threads that decodes and renders samples ahead of their use; all parts share it."""
 
-    def __init__(self, root: Place, views: ViewSpec, specs: Sequence[StoreSpec], *, ahead: int, cores: int) -> None:
+    def __init__(
+        self, root: StoragePath, views: ViewSpec, specs: Sequence[StoreSpec], *, ahead: int, cores: int
+    ) -> None:
         """Set up the pool for some stores.
 
         Args:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from eupe.compute import compute_dtype, dtype_name, pick_device
-from eupe.cores import num_cores
+from eupe.common.compute import compute_dtype, dtype_name, pick_device
+from eupe.common.cores import num_cores
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import Corpus, open_corpus
 from eupe.corpus.left_out import Patterns
 from eupe.errors import StorageError
@@ -36,7 +37,6 @@ from eupe.extract.load import LoadedSample, Loader, PartTask
 from eupe.extract.plan_on_paper import Need, free_bytes, nearest_folder, need_of, require_room
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import PartExtractor
-from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, arrays, differences
 from eupe.store.precision import FP16, INT8
@@ -161,7 +161,7 @@ def bytes_of_indexes(spec: StoreSpec) -> int:
     return spec.num_parts * sum(bytes_of_index(layout) for layout in arrays(spec) if layout.sharded)
 
 
-def held_bytes(place: Place, spec: StoreSpec, corpus: Corpus, *, fidelity: float | None) -> int:
+def held_bytes(place: StoragePath, spec: StoreSpec, corpus: Corpus, *, fidelity: float | None) -> int:
     """Return the bytes on disk of a store that an extraction would continue; 0 if there is none, or in an object store.
 
     Args:
@@ -293,7 +293,7 @@ def _require_room_for_all(plans: Sequence[Estimate]) -> None:
     """Raise ConfigError if a disk cannot hold all the stores that are meant for it."""
     disks: dict[int, list[Estimate]] = {}
     for plan in plans:
-        if (place := Place.of(plan.out)).is_local:
+        if (place := StoragePath.of(plan.out)).is_local:
             disks.setdefault(nearest_folder(place).stat().st_dev, []).append(plan)
     for there in disks.values():
         free = min(plan.free_bytes for plan in there if plan.free_bytes is not None)
@@ -373,7 +373,7 @@ def _estimate(
 
 
 def _timed_part(
-    config: ExtractConfig, teacher: Teacher, spec: StoreSpec, root: Place, task: PartTask
+    config: ExtractConfig, teacher: Teacher, spec: StoreSpec, root: StoragePath, task: PartTask
 ) -> tuple[Part, float, float]:
     """Return the sample's features, the seconds of decoding, and those of the forward passes."""
     batch_size = config.batch_size or fastest_batch(teacher, spec.sizes)

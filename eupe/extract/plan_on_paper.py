@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
 from eupe.extract.parts import require_common_sizes, shape_of
-from eupe.place import Place, Where
 from eupe.store.layout import DENSE, KINDS, SUMMARY, bytes_per_view, samples_per_part
 from eupe.store.precision import FP16, INT8, parse_precision
 from eupe.teachers.resolve import resolve_teacher
@@ -41,7 +41,7 @@ class PaperConfig:
     tokens: tuple[str, ...] = KINDS
     precision: str = FP16
     grid: int | None = None
-    out: Where | None = None
+    out: AnyPath | None = None
     """Folder for all the stores; None to skip the check for free space."""
 
 
@@ -86,7 +86,7 @@ def estimate_on_paper(config: PaperConfig) -> PaperEstimate:
     require_common_sizes(teachers, config.sizes)
     plans = tuple(_paper_teacher(config, teacher) for teacher in teachers)
     need = Need(sum(plan.need.stored for plan in plans), sum(plan.need.peak for plan in plans))
-    free = None if config.out is None else free_bytes(Place.of(config.out))
+    free = None if config.out is None else free_bytes(StoragePath.of(config.out))
     require_room(need, free, str(config.out))
     num_views = config.num_images * config.views.num_views
     return PaperEstimate(config.num_images, num_views, config.precision, plans, need, free)
@@ -134,14 +134,14 @@ def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
     )
 
 
-def free_bytes(place: Place) -> int | None:
+def free_bytes(place: StoragePath) -> int | None:
     """Return the free bytes on the disk of a place; None for an object store."""
     if not place.is_local:
         return None
     return shutil.disk_usage(nearest_folder(place)).free
 
 
-def nearest_folder(place: Place) -> Path:
+def nearest_folder(place: StoragePath) -> Path:
     """Return a local place if it exists, otherwise the nearest folder above it that does."""
     return next(path for path in (place.local, *place.local.parents) if path.exists())
 

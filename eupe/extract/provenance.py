@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from eupe.compute import compute_dtype, pick_device
+from eupe.common.compute import compute_dtype, pick_device
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.index import some_keys
 from eupe.corpus.pictures import read_picture
 from eupe.corpus.sources import corpus_root
 from eupe.errors import ConfigError, CorpusError, SpecMismatchError, TeacherError
 from eupe.extract.load import Sample
-from eupe.place import Place, Where
 from eupe.store import Store
 from eupe.store.layout import differences
 from eupe.teachers.resolve import resolve_teacher
@@ -82,7 +82,7 @@ def require_dtype(store: Store) -> None:
         ) from error
 
 
-def stored_pictures(store: Store, given: Where | None) -> Place:
+def stored_pictures(store: Store, given: AnyPath | None) -> StoragePath:
     """Return the folder of the pictures.
 
     Args:
@@ -95,7 +95,7 @@ def stored_pictures(store: Store, given: Where | None) -> Place:
     return root
 
 
-def require_unchanged(root: Place, samples: Iterable[Sample]) -> None:
+def require_unchanged(root: StoragePath, samples: Iterable[Sample]) -> None:
     """Raise CorpusError, naming the pictures, if some are gone or have changed since they were indexed."""
     with ThreadPoolExecutor() as pool:
         changed = [key for key in pool.map(lambda sample: _changed(root, sample), samples) if key is not None]
@@ -106,7 +106,7 @@ def require_unchanged(root: Place, samples: Iterable[Sample]) -> None:
         )
 
 
-def _changed(root: Place, sample: Sample) -> str | None:
+def _changed(root: StoragePath, sample: Sample) -> str | None:
     """Return the picture's key if it is not the one that was indexed, otherwise None."""
     if sample.sha256 is None:  # it could not be read when it was indexed, and may be anything now
         return None

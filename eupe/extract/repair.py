@@ -16,6 +16,8 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from eupe.common.holding import Holder
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.index import Corpus, fingerprint, index_bytes, index_from_bytes, open_corpus
 from eupe.corpus.views import ViewSpec
@@ -33,8 +35,6 @@ from eupe.extract.provenance import (
     stored_teacher,
     weights_file,
 )
-from eupe.holding import Holder
-from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.layout import moments_name, part_name, segment_name
 from eupe.store.reader import STATS, read_part, read_part_metadata
@@ -49,8 +49,8 @@ OnStatus = Callable[[Status], None]
 class RepairConfig:
     """The options of one repair, as on the command line; everything that decides the content is in the store."""
 
-    store: Where
-    corpus: Where | None = None
+    store: AnyPath
+    corpus: AnyPath | None = None
     """Current folder of the pictures; by default the one recorded in the store."""
     weights: Path | None = None
     """Local weights in place of the hub's; must be the file that the store was made with."""
@@ -128,14 +128,14 @@ def repair(
 
     Raises: an EupeError for anything that the user can fix; IncompleteError if there is still damage at the end.
     """
-    place = Place.of(config.store)
+    place = StoragePath.of(config.store)
     open_store(place)
     with Holder("store repair") as holder:
         holder.hold(place)
         return _repaired(config, place, open_crew, on_status)
 
 
-def _repaired(config: RepairConfig, place: Place, open_crew: OpenCrew, on_status: OnStatus) -> RepairReport:
+def _repaired(config: RepairConfig, place: StoragePath, open_crew: OpenCrew, on_status: OnStatus) -> RepairReport:
     """Repair a store that this process holds; see `repair`."""
     began = time.monotonic()
     found = _verified(place, "verifying", on_status)
@@ -166,7 +166,7 @@ def _repaired(config: RepairConfig, place: Place, open_crew: OpenCrew, on_status
     return RepairReport(str(place), tuple(parts), (*documents, *segments), statistics, found.num_bytes, seconds)
 
 
-def _verified(place: Place, stage: str, on_status: OnStatus) -> VerifyReport:
+def _verified(place: StoragePath, stage: str, on_status: OnStatus) -> VerifyReport:
     return verify(place, progress=lambda done, of: on_status(Status(stage, done, of)))
 
 
@@ -179,7 +179,7 @@ def _restore_metadata(store: Store, found: VerifyReport) -> list[str]:
     return names
 
 
-def _restore_index(store: Store, found: VerifyReport, corpus: Where | None, on_status: OnStatus) -> list[str]:
+def _restore_index(store: Store, found: VerifyReport, corpus: AnyPath | None, on_status: OnStatus) -> list[str]:
     """Make damaged segments of the index again from the pictures; return their names.
 
     Raises: CorpusError if the pictures are not those that were indexed.
@@ -205,7 +205,7 @@ def _restore_index(store: Store, found: VerifyReport, corpus: Where | None, on_s
             "or extended"
         ) from error
     for segment in bad:
-        index = replace(pictures, root=Place.of(store.spec.corpus["root"]), samples=segments[segment])
+        index = replace(pictures, root=StoragePath.of(store.spec.corpus["root"]), samples=segments[segment])
         store.path.write(segment_name(segment), index_bytes(index))
     return [segment_name(segment) for segment in bad]
 
@@ -298,7 +298,7 @@ def _extract_again(
     return [part for part in parts if before[part] is None or before[part] != _features_recorded(store, part)]
 
 
-def _extraction(config: RepairConfig, store: Store, teacher: TeacherSpec, pictures: Place) -> ExtractConfig:
+def _extraction(config: RepairConfig, store: Store, teacher: TeacherSpec, pictures: StoragePath) -> ExtractConfig:
     spec = store.spec
     return ExtractConfig(
         teacher=teacher.name,
@@ -335,7 +335,7 @@ def _covered(store: Store) -> int:
         return 0
 
 
-def _remove_damaged_moments(place: Place, damages: Iterable[PartDamage]) -> None:
+def _remove_damaged_moments(place: StoragePath, damages: Iterable[PartDamage]) -> None:
     """Delete damaged moments; `finish_store` then computes them from the features."""
     for damage in damages:
         if damage.part is not None and damage.what == f"parts/{moments_name(damage.part)}":

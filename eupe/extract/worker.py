@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eupe.compute import is_out_of_memory, run_in_batches
-from eupe.cores import num_cores
+from eupe.common.compute import is_out_of_memory, run_in_batches
+from eupe.common.cores import num_cores
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.views import Photometric, ViewSpec
 from eupe.errors import TeacherError
 from eupe.extract.count import counter
 from eupe.extract.isolate import find_crashing
 from eupe.extract.load import LoadedSample, Loader, PartTask, Sample, WorkUnit
-from eupe.place import Place, Where
 from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
 from eupe.store.precision import FP16_MAX
 from eupe.store.reader import NOT_FINITE
@@ -42,7 +42,7 @@ class PartExtractor:
         teacher: Teacher,
         spec: StoreSpec,
         *,
-        corpus_root: Place,
+        corpus_root: StoragePath,
         views: ViewSpec,
         batch_size: int,
         cores: int | None = None,
@@ -165,7 +165,7 @@ class Worker:
     the teachers, and its first pictures are decoded before its turn comes.
     """
 
-    def __init__(self, extractors: Sequence[PartExtractor], stores: Sequence[Where]) -> None:
+    def __init__(self, extractors: Sequence[PartExtractor], stores: Sequence[AnyPath]) -> None:
         """Open the stores for writing.
 
         Args:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from eupe.corpus.views import parse_views
-from eupe.encoder import EncoderCard, load_card, timm_card
 from eupe.errors import EupeError
 from eupe.extract.parts import shape_of
 from eupe.extract.plan_on_paper import NOMINAL_SHARES, stored_bytes_per_view
+from eupe.models.encoder import EncoderCard, load_card, timm_card
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.plan import PlannedStep
 from eupe.pipeline.recipe import Problems

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eupe.common.files import write_file
+from eupe.common.locks import lock_file
+from eupe.common.signals import stop_signals
 from eupe.errors import IncompleteError, StepError, StorageError
-from eupe.files import write_file
-from eupe.locks import lock_file
 from eupe.pipeline.plan import REPORTS, PlannedStep, read_report
-from eupe.stopping import stop_signals
 
 POLL_SECONDS = 0.2
 LOCK = ".lock"

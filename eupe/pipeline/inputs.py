@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from eupe.checkpoints import DIRECTORY_PATTERNS, weights_files
+from eupe.common.files import name_of, write_file
+from eupe.common.storage import StoragePath
 from eupe.corpus.folder import file_names
 from eupe.corpus.index import Corpus, read_index
 from eupe.corpus.sources import find_source
-from eupe.files import name_of, write_file
-from eupe.place import Place
+from eupe.models.checkpoints import DIRECTORY_PATTERNS, weights_files
 from eupe.teachers.preprocess import OWN_FILES
 
 WEIGHTS = {Path(pattern).suffix for pattern in DIRECTORY_PATTERNS}
@@ -40,7 +40,7 @@ class Pictures:
         """
         if self.keys is None:
             return None
-        corpus = Corpus(Place("/"), pa.table({"key": pa.array(self.keys, pa.string())}))
+        corpus = Corpus(StoragePath("/"), pa.table({"key": pa.array(self.keys, pa.string())}))
         return len(corpus.pick(include=include, exclude=exclude, limit=limit))
 
 
@@ -69,7 +69,7 @@ class Inputs:
         return self._pictures[words]
 
     def _look(self, words: str) -> Pictures:
-        if not Place.of(words).is_local:
+        if not StoragePath.of(words).is_local:
             return Pictures(None)
         found = find_source(words)
         if found.kind == "index":
@@ -83,7 +83,7 @@ class Inputs:
 
         Raises: CorpusError if it cannot be read.
         """
-        return _stamp(Path(words), list(file_names(Place.of(words))))
+        return _stamp(Path(words), list(file_names(StoragePath.of(words))))
 
     def content(self, words: str) -> str | None:
         """Return the sha256 of a local file, or of the weights and JSON documents of a folder (a model, run or store).

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eupe.common.option import indifferent
 from eupe.corpus.index import index_root
 from eupe.corpus.sources import corpus_root
 from eupe.errors import EupeError
 from eupe.extract.config import ExtractConfig
-from eupe.option import indifferent
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.validate import MAKES, RUN, STORE, Ref, Step
 from eupe.store.reader import ROOT_DOCUMENT

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from eupe.common.reading import parse_yaml
 from eupe.errors import ConfigError
-from eupe.reading import parse_yaml
 
 SHIPPED = resources.files("eupe") / "recipes"
 TOP = ("about", "out", "let", "steps")

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from eupe.common.printing import print_table
+from eupe.common.progress import amount
 from eupe.pipeline.costs import Cost, StoreCost, TrainCost
 from eupe.pipeline.execute import Result
 from eupe.pipeline.prepare import Prepared
-from eupe.printing import print_table
-from eupe.progress import amount
 from eupe.train.card import MOST_PASSES, passes_note
 
 HEADLINES: Mapping[str, Sequence[str]] = {

@@ -18,12 +18,12 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+from eupe.common.kinds import CARD_FILE
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate import agreement, conflict, latency
 from eupe.evaluate.result import EVALUATIONS_FILE, Result, newest, read_results
 from eupe.evaluate.run import is_run
 from eupe.evaluate.subject import PIXELS
-from eupe.kinds import CARD_FILE
 
 ORDER = ("knn", "linear", "zeroshot", "retrieval", "vqa", "segment", "depth", "correspond")
 """Order of columns by task; other tasks follow, and costs come last."""

@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import Corpus
 from eupe.corpus.pictures import Inside, insides
 from eupe.corpus.views import ViewParams, render_view
-from eupe.encoder import load_card
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.encode import BATCH, encoded
 from eupe.evaluate.pictures import Pictures, centre
 from eupe.evaluate.run import not_learned
 from eupe.evaluate.subject import EncoderSubject, PixelSubject, StoreSubject, Subject
-from eupe.pca import Maps, find_foreground, fit_pca, leading_directions
-from eupe.place import Place
+from eupe.models.encoder import load_card
+from eupe.models.pca import Maps, find_foreground, fit_pca, leading_directions
 from eupe.store import Features
 
 SHOWN_PX = 320
@@ -173,7 +173,7 @@ def list_pictures(corpus: Corpus, stores: Sequence[StoreSubject], runs: Sequence
     return [Picture(**row, held_out=held) for row, held in zip(rows, not_learned(rows, runs), strict=True)]
 
 
-def open_views(root: Place, pictures: Sequence[Picture], cached: Stored = ()) -> list[View]:
+def open_views(root: StoragePath, pictures: Sequence[Picture], cached: Stored = ()) -> list[View]:
     """Return view 0 of each picture in the stores, which must agree on it; without stores, the centre crop.
 
     Raises: ConfigError if two stores hold different views; CorpusError naming a picture that cannot be read.

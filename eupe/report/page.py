@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import eupe
+from eupe.common.files import write_file
+from eupe.common.outputs import MARK, begins_with_mark, require_out
+from eupe.common.storage import AnyPath
 from eupe.errors import StorageError
-from eupe.files import write_file
-from eupe.outputs import MARK, begins_with_mark, require_out
-from eupe.place import Where
 
 JPEG_QUALITY = 90
 
@@ -67,11 +67,11 @@ def _data_uri(pixels: NDArray[np.uint8], kind: str, **options: int) -> str:
     return f"data:image/{kind};base64,{_base64(buffer.getvalue())}"
 
 
-def make_place(out: Path, *, sources: Iterable[Where] = (), overwrite: bool = False) -> Path:
+def make_place(out: Path, *, sources: Iterable[AnyPath] = (), overwrite: bool = False) -> Path:
     """Make the folder for a page or figure, and return the path to write it to.
 
     Args:
-        sources, overwrite: see `eupe.outputs.require_out`.
+        sources, overwrite: see `eupe.common.outputs.require_out`.
     Raises: ConfigError if what is there may not be replaced; StorageError if the folder cannot be made.
     """
     place = require_out(out, begins_with_mark, sources=sources, overwrite=overwrite).local

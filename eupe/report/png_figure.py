@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from eupe.common.outputs import FIGURE_MARK
 from eupe.errors import ConfigError
-from eupe.outputs import FIGURE_MARK
 from eupe.report.feature_maps import ModelColumn, PictureCell
 
 CELL_PX = 224

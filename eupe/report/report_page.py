@@ -10,6 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from eupe.common.outputs import MARKDOWN_MARK
+from eupe.common.storage import AnyPath
 from eupe.corpus.index import open_corpus
 from eupe.errors import ConfigError, EupeError
 from eupe.evaluate.agreement import TASK as AGREEMENT
@@ -20,8 +22,6 @@ from eupe.evaluate.result import Result
 from eupe.evaluate.run import is_run, read_card
 from eupe.evaluate.subject import open_subjects
 from eupe.evaluate.verdict import JUDGED, MEASURED
-from eupe.outputs import MARKDOWN_MARK
-from eupe.place import Where
 from eupe.report import comparison_text, feature_maps
 from eupe.report.charts import Spot, scatter_chart
 from eupe.report.comparison import Column, Merged, Model, gather, merge
@@ -89,7 +89,7 @@ def write_report(
     places: Sequence[Path],
     *,
     out: Path | None = None,
-    images: Where | None = None,
+    images: AnyPath | None = None,
     limit: int = 6,
     title: str = TITLE,
     overwrite: bool = False,
@@ -200,7 +200,7 @@ def _spots(merged: Merged, column: Column, cost: Column) -> list[Spot]:
     return [spot for spot in spots if math.isfinite(spot.quality) and math.isfinite(spot.cost) and spot.cost > 0]
 
 
-def draw_maps(runs: Mapping[str, Path], images: Where, *, limit: int) -> Maps:
+def draw_maps(runs: Mapping[str, Path], images: AnyPath, *, limit: int) -> Maps:
     """Draw the maps of each run at its own size; pictures that no run was trained on come first.
 
     Args:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eupe.common.reading import parse_json, read_json
 from eupe.errors import RunError
-from eupe.reading import parse_json, read_json
 from eupe.report.charts import Point, Series
 from eupe.store.layout import DENSE
 from eupe.train.card import REPORT_FILE

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from eupe.common.storage import AnyPath
 from eupe.corpus.index import open_corpus
 from eupe.errors import ConfigError
 from eupe.evaluate.subject import StoreSubject, open_subjects
-from eupe.place import Where
 from eupe.report import feature_maps
 from eupe.report.charts import Series, colour_stops, line_chart
 from eupe.report.feature_maps import ModelColumn, PictureCell
@@ -45,7 +45,7 @@ class VizReport:
 def write_maps(
     models: Sequence[str],
     *,
-    images: Where,
+    images: AnyPath,
     out: Path,
     limit: int = 8,
     weights: Mapping[str, Path] | None = None,

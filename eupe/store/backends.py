@@ -20,8 +20,8 @@ import tensorstore as ts
 from numcodecs import blosc
 from numpy.typing import NDArray
 
+from eupe.common.storage import StoragePath, is_outage, storage_error
 from eupe.errors import PartCorruptError
-from eupe.place import Place, is_outage, storage_error
 from eupe.store.layout import ArrayLayout
 from eupe.store.shard import ABSENT, CRC_BYTES, bytes_of_index, crc_holds, is_frame_of, most_bytes, object_key
 
@@ -30,7 +30,7 @@ CACHE_BYTES = 64 * 2**20
 _context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
 
-def open_array(store: Place, path: str, shape: Sequence[int]) -> Any:
+def open_array(store: StoragePath, path: str, shape: Sequence[int]) -> Any:
     """Open an array for reading; reading what was never written raises instead of giving the fill value.
 
     Args:
@@ -61,7 +61,7 @@ class Array:
     handle: Any
 
     @classmethod
-    def open(cls, store: Place, layout: ArrayLayout) -> Array:
+    def open(cls, store: StoragePath, layout: ArrayLayout) -> Array:
         """Open an array of a store.
 
         Raises: PartCorruptError if the array's metadata is missing or damaged; StorageError.
@@ -91,7 +91,7 @@ class Reading:
         return self.values
 
 
-def read_result(future: Any, store: Place) -> Any:
+def read_result(future: Any, store: StoragePath) -> Any:
     """Wait for a read and return its values.
 
     Raises: PartCorruptError naming the store if bytes are missing or fail their checksum; StorageError if an object
@@ -105,7 +105,7 @@ def read_result(future: Any, store: Place) -> Any:
         raise _damaged(store, error) from error
 
 
-def _damaged(store: Place, reason: object) -> PartCorruptError:
+def _damaged(store: StoragePath, reason: object) -> PartCorruptError:
     return PartCorruptError(
         f"{store} has damaged or missing features: {reason}; run `eupe store verify {store}` to list the parts, "
         f"`eupe store repair {store}` to extract them again"

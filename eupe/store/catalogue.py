@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from eupe.common.storage import StoragePath
 from eupe.errors import StoreError
-from eupe.place import Place
 from eupe.store.layout import StoreSpec, differences
 from eupe.store.reader import ROOT_DOCUMENT, Store, open_store
 
@@ -28,12 +28,12 @@ class StoreEntry:
     """Share of the parts that are committed; 1 only once their statistics are written, too."""
 
 
-def stores_in(directory: str | Path | Place) -> list[Store]:
+def stores_in(directory: str | Path | StoragePath) -> list[Store]:
     """Return the stores directly in a directory, sorted by name; ignore everything else there.
 
     Raises: StoreError if the directory does not exist; StorageError.
     """
-    place = Place.of(directory)
+    place = StoragePath.of(directory)
     if place.is_local:
         if not place.local.is_dir():
             raise StoreError(f"directory {place} does not exist; give one that holds stores")
@@ -44,7 +44,7 @@ def stores_in(directory: str | Path | Place) -> list[Store]:
     return [store for name in names if (store := _store_or_none(place / name)) is not None]
 
 
-def _store_or_none(place: Place) -> Store | None:
+def _store_or_none(place: StoragePath) -> Store | None:
     try:
         return open_store(place)
     except StoreError:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from eupe.common.reading import from_plain, to_plain
 from eupe.corpus.views import Photometric
 from eupe.errors import ConfigError, FormatVersionError, StoreError
-from eupe.reading import from_plain, to_plain
 from eupe.store.precision import INT8, INT8_FILL, Calibration, is_calibration, require_known, stored_channels
 from eupe.store.stats import NORM_BINS
 

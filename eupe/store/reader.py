@@ -20,12 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from eupe.common.kinds import RUN_FILES
+from eupe.common.reading import parse_json
+from eupe.common.storage import StoragePath
 from eupe.corpus.own_table import read_own_table
 from eupe.corpus.views import NEUTRAL, Photometric, ViewParams
 from eupe.errors import ConfigError, PartCorruptError, StoreError
-from eupe.kinds import RUN_FILES
-from eupe.place import Place
-from eupe.reading import parse_json
 from eupe.store.backends import Array, LocalViews, open_array, read_result
 from eupe.store.layout import (
     ATTRIBUTE,
@@ -154,7 +154,7 @@ class PendingFeatures:
 class PendingPixels:
     """A read in progress; `result()` waits for it."""
 
-    store: Place
+    store: StoragePath
     future: Any
 
     def result(self) -> NDArray[np.uint8]:
@@ -169,7 +169,7 @@ class PendingPixels:
 class Store:
     """A store opened for reading."""
 
-    def __init__(self, path: Place, spec: StoreSpec) -> None:
+    def __init__(self, path: StoragePath, spec: StoreSpec) -> None:
         self.path = path
         self.spec = spec
         self._layouts = {layout.path: layout for layout in arrays(spec)}
@@ -204,14 +204,14 @@ class Store:
             ) from error
         return totals
 
-    def corpus_root(self, named: Iterable[Place] = ()) -> Place:
+    def corpus_root(self, named: Iterable[StoragePath] = ()) -> StoragePath:
         """Return where the pictures are, as noted when the store was made.
 
         Args:
             named: other places that the user has named.
         Raises: ConfigError if that is a bucket that only the store names.
         """
-        root = Place.of(self.spec.corpus["root"])
+        root = StoragePath.of(self.spec.corpus["root"])
         # an untrusted store must not send requests with the reader's credentials to a bucket of its choice
         if root.bucket not in ("", self.path.bucket, *(place.bucket for place in named)):
             raise ConfigError(
@@ -487,13 +487,13 @@ def _by_key(keys: Sequence[str], pending: PendingFeatures, num_views: int) -> It
         yield key, Features(features.boxes[views], features.flips[views], *cut)
 
 
-def open_store(path: str | Path | Place) -> Store:
+def open_store(path: str | Path | StoragePath) -> Store:
     """Open a store for reading: a local path, `s3://...` or `gs://...`.
 
     Raises: StoreError if it does not exist or its specification is damaged; FormatVersionError if this version does not
         know its format; StorageError.
     """
-    place = Place.of(path)
+    place = StoragePath.of(path)
     try:
         document = place.read_document(ROOT_DOCUMENT)
     except FileNotFoundError as error:
@@ -515,19 +515,19 @@ def open_store(path: str | Path | Place) -> Store:
     return Store(place, spec)
 
 
-def committed_parts(place: Place) -> list[int]:
+def committed_parts(place: StoragePath) -> list[int]:
     """Return the parts whose commit file exists, in order."""
     names = (name.removeprefix("parts/") for name in place.list("parts/"))
     return sorted(int(name.split(".")[0]) for name in names if re.fullmatch(r"\d{5,}\.parquet", name))
 
 
-def read_part_metadata(place: Place, part: int) -> dict[str, Any]:
+def read_part_metadata(place: StoragePath, part: int) -> dict[str, Any]:
     """Read what a committed part records beside its samples; see FORMAT.md."""
     metadata: dict[str, Any] = json.loads(read_part(place, part).schema.metadata[PART_STATS])
     return metadata
 
 
-def read_part(place: Place, part: int) -> pa.Table:
+def read_part(place: StoragePath, part: int) -> pa.Table:
     """Read a part's commit file: its samples, and in the schema's metadata the part's record.
 
     Raises: PartCorruptError; its cause says what is wrong.

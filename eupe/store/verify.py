@@ -18,13 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eupe.cores import num_cores
+from eupe.common.cores import num_cores
+from eupe.common.holding import LEASE
+from eupe.common.reading import parse_json
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.index import fingerprint, index_bytes, index_from_bytes
 from eupe.corpus.views import are_possible
 from eupe.errors import PartCorruptError, StorageError
-from eupe.holding import LEASE
-from eupe.place import Place, Where
-from eupe.reading import parse_json
 from eupe.store.layout import (
     ATTRIBUTE,
     PHOTOMETRIC,
@@ -115,7 +115,7 @@ class Commit:
     facts: Mapping[str, Any]
 
 
-def verify(path: Where, *, progress: Progress = lambda done, of: None) -> VerifyReport:
+def verify(path: AnyPath, *, progress: Progress = lambda done, of: None) -> VerifyReport:
     """Read every byte of a store and compare it with what was recorded.
 
     Args:
@@ -303,7 +303,7 @@ def _check_object(store: Store, commit: Commit, layout: ArrayLayout) -> tuple[in
         return 0, PartDamage(commit.part, key, f"cannot be read ({error.__cause__})", rows)
 
 
-def _measure(place: Place, key: str) -> tuple[int, int]:
+def _measure(place: StoragePath, key: str) -> tuple[int, int]:
     """Return size and CRC-32 of an object."""
     size = crc = 0
     for block in place.blocks(key):
@@ -354,7 +354,7 @@ IMPLAUSIBLE = {"boxes": _implausible_boxes, PHOTOMETRIC: _implausible_photometri
 """Check of the content of an array whose bytes are those recorded, by the array's path."""
 
 
-def _check_moments(place: Place, commit: Commit) -> tuple[int, PartDamage | None]:
+def _check_moments(place: StoragePath, commit: Commit) -> tuple[int, PartDamage | None]:
     key = _moments_key(commit.part)
     try:
         size, crc = _measure(place, key)
@@ -387,7 +387,7 @@ def _statistics_damages(
     return damages or list(_statistics_values(store, facts if known else None))
 
 
-def _statistics_objects(place: Place, expected: Mapping[str, bytes]) -> Iterator[PartDamage]:
+def _statistics_objects(place: StoragePath, expected: Mapping[str, bytes]) -> Iterator[PartDamage]:
     for name, document in expected.items():
         key = f"{STATS}/{name}"
         try:

@@ -20,12 +20,12 @@ from safetensors.numpy import save as save_tensors
 from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from eupe.ahead import map_ahead
-from eupe.cores import num_cores
+from eupe.common.cores import num_cores
+from eupe.common.files import remove_unfinished
+from eupe.common.holding import LEASE
+from eupe.common.prefetch import map_ahead
+from eupe.common.storage import StoragePath
 from eupe.errors import IncompleteError, SpecMismatchError, StoreError
-from eupe.files import remove_unfinished
-from eupe.holding import LEASE
-from eupe.place import Place
 from eupe.store.layout import (
     ATTRIBUTE,
     DENSE,
@@ -118,7 +118,7 @@ _version = cache(version)
 """Cached `version`, which searches the disk and is called for every part."""
 
 
-def create_store(path: str | Path | Place, spec: StoreSpec) -> Store:
+def create_store(path: str | Path | StoragePath, spec: StoreSpec) -> Store:
     """Create an empty store, or open the one that is there if its spec is the same.
 
     The root's document is claimed first, so only one of two writers creates the store. The arrays' documents follow
@@ -126,7 +126,7 @@ def create_store(path: str | Path | Place, spec: StoreSpec) -> Store:
 
     Raises: SpecMismatchError listing the differences; StoreError if something else is at `path`; StorageError.
     """
-    place = Place.of(path)
+    place = StoragePath.of(path)
     if not place.exists(ROOT_DOCUMENT):
         require_empty(place)
     documents = metadata_documents(spec)
@@ -168,7 +168,7 @@ def extend_store(store: Store, *, fingerprint: str, num_new: int) -> Store:
     return open_store(store.path)
 
 
-def require_empty(place: Place) -> None:
+def require_empty(place: StoragePath) -> None:
     """Raise StoreError if a place holds anything but a writer's lease."""
     if (place.is_local and place.local.is_file()) or set(place.list()) - {LEASE}:
         raise StoreError(f"{place} exists and is not a feature store (no zarr.json); give another --out")
@@ -206,7 +206,7 @@ class StoreWriter:
 
     def __init__(
         self,
-        path: str | Path | Place,
+        path: str | Path | StoragePath,
         *,
         threads: int | None = None,
         count: Callable[[NDArray[Any]], Counted] = Counted.of,
@@ -218,7 +218,7 @@ class StoreWriter:
             count: function that takes the statistics of [views, ..., D] tokens: `Counted.of`, or the same on a GPU.
         Raises: StoreError if the store does not exist; StorageError.
         """
-        self.place = Place.of(path)
+        self.place = StoragePath.of(path)
         self.spec = open_store(self.place).spec
         self._layouts = {layout.path: layout for layout in arrays(self.spec)}
         self._calibrations = {path: self.spec.array_calibration(path) for path in self._layouts}
@@ -334,7 +334,7 @@ def _moment_tensors(moments: Mapping[str, Moments]) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def finish_store(path: str | Path | Place) -> Store:
+def finish_store(path: str | Path | StoragePath) -> Store:
     """Merge the parts' statistics into `stats/`, whose group document marks the store as finished.
 
     Repeating it does no harm.
@@ -365,7 +365,7 @@ def forget_parts(store: Store, parts: Sequence[int]) -> Store:
     return open_store(store.path)
 
 
-def remove_statistics(place: Place) -> None:
+def remove_statistics(place: StoragePath) -> None:
     """Delete `stats/`, first the document that marks it as complete."""
     place.delete(f"{STATS}/{ROOT_DOCUMENT}")
     for name in place.list(f"{STATS}/"):

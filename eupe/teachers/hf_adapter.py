@@ -12,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eupe.checkpoints import ADAPTER_FILE, describe_misfits, read_checkpoint, require_no_adapter, require_readable
-from eupe.compute import Tokens
+from eupe.common.compute import Tokens
+from eupe.common.kinds import LOCAL_DIR, DenseKind, SummaryKind
 from eupe.errors import TeacherError
-from eupe.kinds import LOCAL_DIR, DenseKind, SummaryKind
-from eupe.meta import built_on_meta
+from eupe.models.checkpoints import (
+    ADAPTER_FILE,
+    describe_misfits,
+    read_checkpoint,
+    require_no_adapter,
+    require_readable,
+)
+from eupe.models.meta import built_on_meta
 from eupe.teachers.preprocess import NESTED_FILE, UNIT, of_processor, processor_settings, timm_folder
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import at_revision, brief, hub_errors, hub_or_offline, quiet_transformers

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from eupe.checkpoints import load_state_dict_strictly, read_checkpoint
-from eupe.compute import Tokens
-from eupe.encoder import create_timm, near, timm_card, timm_tokens
+from eupe.common.compute import Tokens
 from eupe.errors import ConfigError, TeacherError
+from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
+from eupe.models.encoder import create_timm, near, timm_card, timm_tokens
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import hub_errors, quiet_open_clip
 

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from eupe.checkpoints import read_checkpoint
-from eupe.encoder import load_card
+from eupe.common.kinds import CARD_FILE, WEIGHTS_FILE
+from eupe.common.reading import read_json
 from eupe.errors import TeacherError
-from eupe.kinds import CARD_FILE, WEIGHTS_FILE
-from eupe.meta import built_on_meta
-from eupe.reading import read_json
+from eupe.models.checkpoints import read_checkpoint
+from eupe.models.encoder import load_card
+from eupe.models.meta import built_on_meta
 from eupe.teachers.preprocess import (
     OPEN_CLIP_FILE,
     is_model,

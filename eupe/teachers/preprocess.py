@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from eupe.common.kinds import CARD_FILE
+from eupe.common.reading import read_json
 from eupe.errors import RunError, TeacherError
-from eupe.kinds import CARD_FILE
-from eupe.reading import read_json
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import at_revision, brief, hub_or_offline, quiet_transformers
 
@@ -197,7 +197,7 @@ def _of_timm(spec: TeacherSpec, folder: Path) -> Normalisation | None:
 
 def _check_architecture(spec: TeacherSpec, arch: str, args: Mapping[str, Any], file: Path) -> None:
     """Raise TeacherError if a timm folder holds another architecture, or one built with other arguments."""
-    from eupe.proxy import in_stock_timm
+    from eupe.models.proxy import in_stock_timm
 
     wanted, own_args = in_stock_timm(str(spec.architecture))
     odd = {name: value for name, value in args.items() if name not in HARMLESS_ARGS and own_args.get(name) != value}
@@ -253,7 +253,7 @@ def _of_transformers(spec: TeacherSpec, folder: Path) -> Normalisation | None:
 def _of_run(spec: TeacherSpec, folder: Path) -> Normalisation | None:
     if not (folder / CARD_FILE).is_file():
         return None
-    from eupe.encoder import load_card
+    from eupe.models.encoder import load_card
 
     try:
         card = load_card(folder)

@@ -8,8 +8,8 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+from eupe.common.kinds import CARD_FILE, RUN_FILES
 from eupe.errors import TeacherError
-from eupe.kinds import CARD_FILE, RUN_FILES
 from eupe.teachers.registry import ALIASES, REGISTRY
 from eupe.teachers.spec import TeacherSpec
 

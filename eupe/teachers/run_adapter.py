@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from eupe.checkpoints import load_state_dict_strictly, read_checkpoint
-from eupe.compute import Tokens
-from eupe.encoder import Encoder, EncoderCard, build_encoder, load_card, load_encoder
+from eupe.common.compute import Tokens
+from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
+from eupe.models.encoder import Encoder, EncoderCard, build_encoder, load_card, load_encoder
 from eupe.teachers.spec import TeacherSpec
 
 OWN_LICENCE = "own"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eupe.common.kinds import LOCAL_DIR, DenseKind, SummaryKind
+from eupe.common.reading import from_plain, to_plain
 from eupe.errors import TeacherError
-from eupe.kinds import LOCAL_DIR, DenseKind, SummaryKind
-from eupe.reading import from_plain, to_plain
 
 __all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec"]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from eupe.checkpoints import require_readable
-from eupe.compute import Tokens, autocast, normalise
+from eupe.common.compute import Tokens, autocast, normalise
 from eupe.errors import TeacherError
+from eupe.models.checkpoints import require_readable
 from eupe.teachers.spec import Backend, TeacherSpec
 from eupe.teachers.weights import file_digest, weights_digest
 

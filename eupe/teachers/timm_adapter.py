@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eupe.checkpoints import load_state_dict_strictly, read_checkpoint
-from eupe.compute import Tokens
-from eupe.encoder import create_timm, remembered, timm_card, timm_config, timm_tokens
+from eupe.common.compute import Tokens
 from eupe.errors import ConfigError, TeacherError
-from eupe.meta import built_on_meta
+from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
+from eupe.models.encoder import create_timm, remembered, timm_card, timm_config, timm_tokens
+from eupe.models.meta import built_on_meta
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import hub_errors, own_weights
 

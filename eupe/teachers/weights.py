@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eupe.checkpoints import is_usual, weights_files
+from eupe.common.kinds import WEIGHTS_FILE
 from eupe.errors import EupeError, TeacherError
-from eupe.kinds import WEIGHTS_FILE
+from eupe.models.checkpoints import is_usual, weights_files
 from eupe.teachers.spec import TeacherSpec
 
 HUB_SECONDS = 5.0

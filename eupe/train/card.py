@@ -16,11 +16,11 @@ from typing import Any
 
 from timm.models import is_model, split_model_name_tag
 
-from eupe.encoder import check_student, has_batch_norm, has_rope, load_card, near, on_paper, why_no_run
+from eupe.common.kinds import WEIGHTS_FILE
+from eupe.common.option import options_of
+from eupe.common.reading import read_json
 from eupe.errors import ConfigError, RunError
-from eupe.kinds import WEIGHTS_FILE
-from eupe.option import options_of
-from eupe.reading import read_json
+from eupe.models.encoder import check_student, has_batch_norm, has_rope, load_card, near, on_paper, why_no_run
 from eupe.store import Store
 from eupe.store.layout import KINDS
 from eupe.train.config import MixedIn, TrainConfig, parse_mix

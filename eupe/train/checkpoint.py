@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eupe.checkpoints import read_metadata
+from eupe.common.files import remove_unfinished, replacing, share
 from eupe.errors import RunError, StorageError
-from eupe.files import remove_unfinished, replacing, share
+from eupe.models.checkpoints import read_metadata
 from eupe.train.model import Distiller, Ema
 from eupe.train.parallel import placed_like, whole
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eupe.common.option import about, option, wrong_values
 from eupe.errors import ConfigError
-from eupe.option import about, option, wrong_values
 
 if TYPE_CHECKING:
-    from eupe.place import Where
+    from eupe.common.storage import AnyPath
 
 STANDARD, PHI_S, NONE = "standard", "phi-s", "none"
 NORMALISATIONS = (STANDARD, PHI_S, NONE)
@@ -26,7 +26,7 @@ WHAT_IS_TOLD = "what is reported during training"
 class TrainConfig:
     """The options of `eupe train`; everything about one is defined only here."""
 
-    targets: tuple[Where, ...] = field(
+    targets: tuple[AnyPath, ...] = field(
         metadata=about(
             "A store to learn from, also s3:// or gs://. May be repeated.",
             recorded_as="targets, the fingerprints of the stores",
@@ -63,7 +63,7 @@ class TrainConfig:
         recorded_as="mix, the shares and the fingerprints of the stores",
     )
     """The corpus has its own batches, from stores of the same teachers in the same order."""
-    corpus: Where | None = option(
+    corpus: AnyPath | None = option(
         None,
         "Where the pictures are now.",
         unset="the location recorded in the store",
@@ -190,15 +190,15 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        from eupe.place import Place  # here, because it loads tensorstore
+        from eupe.common.storage import StoragePath  # here, because it loads tensorstore
 
         wrong = wrong_values(self)
         if self.drop and len(self.targets) == 1:
             wrong.append("--drop never drops the only target; give several --targets")
         if self.epochs is not None and self.steps is not None:
             wrong.append("give --epochs or --steps, not both")
-        if not Place.of(self.out).is_local:
-            wrong.append(f"--out must be a local folder, got {Place.of(self.out)}")
+        if not StoragePath.of(self.out).is_local:
+            wrong.append(f"--out must be a local folder, got {StoragePath.of(self.out)}")
         if not self.targets:
             wrong.append("give at least one store with --targets")
         if not self.student and self.init is None:

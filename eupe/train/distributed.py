@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from eupe.compute import is_out_of_memory
-from eupe.cores import num_cores
+from eupe.common.compute import is_out_of_memory
+from eupe.common.cores import num_cores
+from eupe.common.signals import stop_signals
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.errors import ConfigError, EupeError, IncompleteError, TrainingError
-from eupe.place import Place, Where
-from eupe.stopping import stop_signals
 from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig, parse_mix
 from eupe.train.log import TrainStatus
@@ -188,8 +188,8 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _place(path: Where) -> str:
-    place = Place.of(path)
+def _place(path: AnyPath) -> str:
+    place = StoragePath.of(path)
     return str(place.local.absolute()) if place.is_local else str(place)
 
 
@@ -201,7 +201,7 @@ def _ray(config: TrainConfig) -> Iterator[bool]:
     """
     import ray
 
-    from eupe.cluster import join_ray, start_ray
+    from eupe.common.cluster import join_ray, start_ray
 
     if config.ray_address is not None:
         join_ray(config.ray_address)

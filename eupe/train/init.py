@@ -11,7 +11,9 @@ from typing import Any
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-from eupe.checkpoints import (
+from eupe.common.kinds import WEIGHTS_FILE
+from eupe.errors import RunError, TeacherError
+from eupe.models.checkpoints import (
     ALONE,
     describe_misfits,
     find_misfits,
@@ -19,9 +21,7 @@ from eupe.checkpoints import (
     read_checkpoint,
     read_tensors,
 )
-from eupe.encoder import Encoder, load_card
-from eupe.errors import RunError, TeacherError
-from eupe.kinds import WEIGHTS_FILE
+from eupe.models.encoder import Encoder, load_card
 from eupe.train.card import HEADS_FILE, finished_card
 
 PATCHES = "patch_embed.proj.weight"

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from eupe.common.files import replacing, write_file
 from eupe.errors import ConfigError
-from eupe.files import replacing, write_file
 from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
 

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from eupe.compute import pick_device
+from eupe.common.compute import pick_device
+from eupe.common.files import write_file
+from eupe.common.holding import Holder
+from eupe.common.locks import LOCK
+from eupe.common.option import options_of
+from eupe.common.reading import read_json
+from eupe.common.signals import stop_signals
+from eupe.common.storage import StoragePath
 from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, StorageError
-from eupe.files import write_file
-from eupe.holding import Holder
-from eupe.locks import LOCK
-from eupe.option import options_of
-from eupe.place import Place
-from eupe.reading import read_json
-from eupe.stopping import stop_signals
 from eupe.train.card import CONFIG_FILE, REPORT_FILE, RunCard, advice, method_of, resolve, target_names
 from eupe.train.checkpoint import steps_kept
 from eupe.train.config import TrainConfig
@@ -123,7 +123,7 @@ def _trained(
             # before anything is written, so that a mistake leaves no run behind
             corpus.check_views()
         for i in unfinished:
-            holder.hold(Place.of(configs[i].out))
+            holder.hold(StoragePath.of(configs[i].out))
             # again, now under the lock: another process may have begun or finished the run meanwhile
             if _recognise(configs[i], cards[i]) is not None:
                 raise RunError(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from eupe.compute import Tokens, autocast, compute_dtype, normalise
-from eupe.encoder import Encoder, build_encoder
+from eupe.common.compute import Tokens, autocast, compute_dtype, normalise
+from eupe.models.encoder import Encoder, build_encoder
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.card import RunCard, loss_weights, method_of
 from eupe.train.losses import dense_loss, draws, keep_teachers, match_grids, summary_loss

@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from eupe.encoder import near
+from eupe.common.files import write_file
+from eupe.common.option import flag_name, option_types, options_of
+from eupe.common.reading import from_plain, parse_yaml
 from eupe.errors import ConfigError
-from eupe.files import write_file
-from eupe.option import flag_name, option_types, options_of
-from eupe.reading import from_plain, parse_yaml
+from eupe.models.encoder import near
 from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
 

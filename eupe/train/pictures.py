@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from eupe.pca import fit_pca
+from eupe.models.pca import fit_pca
 from eupe.store.layout import DENSE
 from eupe.train.model import Distiller
 from eupe.train.targets import Batch

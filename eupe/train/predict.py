@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eupe.checkpoints import load_state_dict_strictly, read_tensors
-from eupe.compute import Tokens
-from eupe.encoder import load_card
+from eupe.common.compute import Tokens
 from eupe.errors import RunError, TeacherError
-from eupe.meta import built_on_meta
+from eupe.models.checkpoints import load_state_dict_strictly, read_tensors
+from eupe.models.encoder import load_card
+from eupe.models.meta import built_on_meta
 from eupe.store.layout import KINDS
 from eupe.train.card import HEADS_FILE, NORMS_FILE, REPORT_FILE, finished_card, target_names
 from eupe.train.model import AdapterHead

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from eupe.ahead import map_ahead
+from eupe.common.prefetch import map_ahead
 from eupe.train.card import RunCard, begun_method, holdout_by, method_of
 from eupe.train.config import TrainConfig, parse_mix
 from eupe.train.log import Rates

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.pictures import Inside, decode_image, insides, read_picture
 from eupe.corpus.sources import corpus_root
 from eupe.corpus.views import Photometric, apply_photometric, draw_colours, render_view, view_digest
 from eupe.errors import ConfigError, CorpusError
-from eupe.place import Place, Where
 from eupe.store import Store, open_store
 from eupe.store.places import with_places
 from eupe.store.precision import Tokens
@@ -181,7 +181,7 @@ class TargetSet:
     def __init__(
         self,
         stores: Sequence[Store],
-        corpus_root: Place,
+        corpus_root: StoragePath,
         *,
         holdout: float,
         holdout_by: HoldoutBy = "content",
@@ -356,12 +356,12 @@ def _target(tokens: Tokens | None) -> TargetTokens | None:
 
 
 def open_targets(
-    paths: Sequence[Where],
+    paths: Sequence[AnyPath],
     *,
-    corpus: Where | None,
+    corpus: AnyPath | None,
     holdout: float,
     holdout_by: HoldoutBy = "content",
-    named: Sequence[Where] = (),
+    named: Sequence[AnyPath] = (),
 ) -> TargetSet:
     """Open stores for training.
 
@@ -373,14 +373,14 @@ def open_targets(
     Raises: StoreError, ConfigError, CorpusError.
     """
     stores = open_stores(paths)
-    root = stores[0].corpus_root(map(Place.of, named)) if corpus is None else corpus_root(corpus)
+    root = stores[0].corpus_root(map(StoragePath.of, named)) if corpus is None else corpus_root(corpus)
     targets = TargetSet(stores, root, holdout=holdout, holdout_by=holdout_by, corpus_given=corpus is not None)
     for store in stores:
         targets.require_pictures(store.spec.sizes[0])
     return targets
 
 
-def open_stores(paths: Sequence[Where]) -> list[Store]:
+def open_stores(paths: Sequence[AnyPath]) -> list[Store]:
     """Open finished stores whose views were drawn alike.
 
     Raises: StoreError; ConfigError if one has other views than the first.

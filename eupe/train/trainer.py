@@ -14,10 +14,10 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from eupe.compute import dtype_name
-from eupe.encoder import build_encoder, has_batch_norm, rescale_rope, save_encoder
+from eupe.common.compute import dtype_name
 from eupe.errors import ConfigError, TrainingError
-from eupe.meta import built_on_meta
+from eupe.models.encoder import build_encoder, has_batch_norm, rescale_rope, save_encoder
+from eupe.models.meta import built_on_meta
 from eupe.store.layout import KINDS
 from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, method_of, target_names
 from eupe.train.checkpoint import Trainables, forget_after, load_checkpoint, on_cpu, save_checkpoint, save_tensors

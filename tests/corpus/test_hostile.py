@@ -15,12 +15,12 @@ from hostile import Hostile, hostile_files, pixels_of, png
 from making import make_store, picture
 from PIL import Image
 
+from eupe.common.storage import StoragePath
 from eupe.corpus import pictures
 from eupe.corpus.index import index_folder, write_index
 from eupe.corpus.pictures import decode_image, read_picture
 from eupe.corpus.views import ViewSpec, draw_view, render_view, view_digest
 from eupe.errors import CorpusError
-from eupe.place import Place
 from eupe.store import open_store
 
 Run = Callable[..., Any]
@@ -115,7 +115,7 @@ def test_a_file_without_permissions_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.png").chmod(0)
     assert index_folder(tmp_path).samples["sha256"].to_pylist() == [None]
     with pytest.raises(CorpusError, match="cannot be read"):
-        read_picture(Place.of(tmp_path), "mine.png")
+        read_picture(StoragePath.of(tmp_path), "mine.png")
 
 
 @pytest.mark.slow

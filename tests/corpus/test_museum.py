@@ -17,13 +17,13 @@ import pytest
 from containers import make_tar, png
 from making import make_store, picture
 
+from eupe.common.files import key_of, name_of
 from eupe.corpus import pictures
 from eupe.corpus.index import Corpus, index_bytes, index_from_bytes, open_corpus, read_index
 from eupe.corpus.left_out import NO_PICTURE, Patterns, told
 from eupe.corpus.pictures import EXTENSIONS, Inside, decode_image, read_picture, readable_formats
 from eupe.corpus.resumable import make_index
 from eupe.errors import CorpusError
-from eupe.files import key_of, name_of
 from eupe.store.places import left_out
 from eupe.store.verify import verify
 

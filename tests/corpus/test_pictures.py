@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 from making import make_corpus
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.pictures import Inside, read_picture
 from eupe.errors import CorpusError, OutageError
-from eupe.place import Place
 
 
 def test_a_picture_is_its_files_bytes_or_a_range_of_them(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"0123456789")
-    assert read_picture(Place.of(tmp_path), "a.png") == b"0123456789"
-    assert read_picture(Place.of(tmp_path), "a.png/x", Inside("a.png", 3, 4)) == b"3456"
+    assert read_picture(StoragePath.of(tmp_path), "a.png") == b"0123456789"
+    assert read_picture(StoragePath.of(tmp_path), "a.png/x", Inside("a.png", 3, 4)) == b"3456"
 
 
 def test_one_that_is_gone_is_its_own_fault_all_of_them_are_the_disks(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "c", count=2)
-    root = Place.of(corpus)
+    root = StoragePath.of(corpus)
     (corpus / "class0" / "0000.png").unlink()
     with pytest.raises(CorpusError, match="does not exist"):
         read_picture(root, "class0/0000.png")
@@ -59,7 +59,7 @@ def test_a_disk_that_is_away_is_told_from_a_bad_file(
         def read(self, name: str) -> Any:
             raise ValueError(f"UNKNOWN: Failed to open {name}: {os.strerror(code)} [os_error_code='{code}']")
 
-    root = Place.of(corpus)
+    root = StoragePath.of(corpus)
     root.__dict__["_objects"] = Refusing()
     monkeypatch.setattr(os, "pread", refused)
     for inside in (None, Inside("class0/0000.png", 0, 4)):

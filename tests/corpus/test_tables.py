@@ -14,12 +14,12 @@ import pytest
 from containers import png
 from making import make_corpus
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import Corpus, index_folder, open_corpus, write_index
 from eupe.corpus.left_out import NO_PICTURE
 from eupe.corpus.pictures import insides, read_picture
 from eupe.corpus.tables import AGAIN, ELSEWHERE, WEB, RowReader
 from eupe.errors import CorpusError
-from eupe.place import Place
 
 if TYPE_CHECKING:
     from object_store import S3Server
@@ -140,7 +140,7 @@ def test_rows_in_order_are_decoded_once_within_bounds(tmp_path: Path) -> None:
     schema = pa.schema([("image", pa.binary())])
     write(tmp_path / "x.parquet", [{"image": data} for data in noise], schema, group=64)
     reader = RowReader(cache_bytes=70_000)
-    root = Place.of(tmp_path)
+    root = StoragePath.of(tmp_path)
     assert [reader.read(root, "x.parquet", i) for i in range(200)] == noise
     assert reader.num_decoded == 200
     assert reader.read(root, "x.parquet", 0) == noise[0]

@@ -17,6 +17,7 @@ import pytest
 from containers import make_tar, png
 from making import make_corpus
 
+from eupe.common.storage import StoragePath
 from eupe.corpus import table_files, tables
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.index import index_folder, open_corpus
@@ -25,7 +26,6 @@ from eupe.corpus.pictures import insides, read_picture
 from eupe.corpus.resumable import make_index
 from eupe.corpus.tables import table_rows
 from eupe.errors import CorpusError
-from eupe.place import Place
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 BYTES = [png(i) for i in range(5)]
@@ -305,7 +305,7 @@ def test_an_arrow_file_is_read_by_rows(tmp_path: Path) -> None:
             open_corpus(path)
     os.truncate(path, 0)
     with pytest.raises(CorpusError, match="cannot be read as Arrow"):
-        table_rows(Place.of(folder), path.name, {})
+        table_rows(StoragePath.of(folder), path.name, {})
 
 
 def test_a_folder_of_save_to_disk_opens_as_it_is(tmp_path: Path) -> None:

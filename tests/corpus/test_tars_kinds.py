@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from containers import make_tar, png
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.corpus.index import Corpus, open_corpus, read_index
 from eupe.corpus.pictures import insides, read_picture
 from eupe.corpus.tars import tar_rows
 from eupe.errors import CorpusError
-from eupe.place import Place
 
 CAPTION, JSON = b"a caption", b'{"label": "x", "class": 3}'
 
@@ -221,7 +221,7 @@ def test_memory_grows_by_the_members_not_by_what_is_in_them(tmp_path: Path) -> N
     }
     make_tar(tmp_path / "x.tar", contents | {"big.png": png(50), "big.txt": bytes(17 * 2**20)})
     tracemalloc.start()
-    found = tar_rows(Place.of(tmp_path), "x.tar", {})
+    found = tar_rows(StoragePath.of(tmp_path), "x.tar", {})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(found.rows) == 13 and peak < 6 * 2**20

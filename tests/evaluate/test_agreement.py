@@ -13,7 +13,7 @@ import torch
 from making import TINY_STUDENT, make_store, random_weights
 from torch import Tensor
 
-from eupe.compute import normalise
+from eupe.common.compute import normalise
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate import agreement as module
 from eupe.evaluate.agreement import agreement, agreement_results

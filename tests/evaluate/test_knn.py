@@ -14,12 +14,12 @@ from planted import ade20k
 from sklearn.neighbors import KNeighborsClassifier
 
 from eupe.corpus.views import ViewSpec
-from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError
 from eupe.evaluate import neighbours as module
 from eupe.evaluate.knn import accuracy, knn, summaries_of
 from eupe.evaluate.neighbours import nearest
 from eupe.evaluate.subject import Subject, open_subjects
+from eupe.models.encoder import build_encoder, save_encoder
 from eupe.store import Store
 
 

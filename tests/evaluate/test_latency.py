@@ -13,11 +13,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError
 from eupe.evaluate import latency as module
 from eupe.evaluate.latency import WARMUP, Timing, count_flops, latency, quartiles, time_passes
 from eupe.evaluate.subject import open_subjects
+from eupe.models.encoder import build_encoder, save_encoder
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import build_teacher

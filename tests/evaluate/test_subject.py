@@ -13,14 +13,14 @@ import torch
 from making import make_corpus, make_store, picture, random_weights
 from planted import ade20k, depth_pairs, spair
 
-from eupe.compute import Tokens
+from eupe.common.compute import Tokens
+from eupe.common.storage import StoragePath
 from eupe.corpus.views import render_view
 from eupe.errors import ConfigError, CorpusError, RunError, StorageError, StoreError
 from eupe.evaluate import encode as encode_module
 from eupe.evaluate.pictures import Pictures, centre, windows
 from eupe.evaluate.result import Result, keep_results, newest, read_results, require_place
 from eupe.evaluate.subject import PixelSubject, open_subjects
-from eupe.place import Place
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
@@ -30,7 +30,7 @@ def some_pictures(folder: Path, count: int = 5, *, width: int = 80) -> Pictures:
     folder.mkdir(exist_ok=True)
     for i in range(count):
         picture(i, width, 64).save(folder / f"{i}.png")
-    return Pictures(Place.of(folder), tuple(f"{i}.png" for i in range(count)))
+    return Pictures(StoragePath.of(folder), tuple(f"{i}.png" for i in range(count)))
 
 
 def test_an_encoder_sees_each_view_in_turn(tmp_path: Path, tiny_weights: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_table_has_a_row_for_each_subject_and_json_tells_all(
 
 
 def test_a_run_keeps_what_it_scored(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
-    from eupe.encoder import build_encoder, save_encoder
+    from eupe.models.encoder import build_encoder, save_encoder
 
     run = tmp_path / "run"
     save_encoder(build_encoder("test_vit", size=32), run)
@@ -282,7 +282,7 @@ def test_memory_that_is_free_heeds_the_control_group(
 
 def test_a_student_that_says_no_numbers_is_not_judged(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
     """Nearest to no number would be the picture itself."""
-    from eupe.encoder import build_encoder, save_encoder
+    from eupe.models.encoder import build_encoder, save_encoder
 
     encoder = build_encoder("test_vit", size=32)
     encoder.model.norm.weight.data[0] = torch.nan

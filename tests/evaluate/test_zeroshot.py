@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eupe.corpus.views import ViewSpec, draw_view, render_view
-from eupe.encoder import load_encoder
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate.pictures import centre
 from eupe.evaluate.prompts import Classes
@@ -29,6 +28,7 @@ from eupe.evaluate.text import TextSource, embed_texts, save_texts
 from eupe.evaluate.text_space import choose_way, to_text_space, ways_to_text
 from eupe.evaluate.text_tower import load_tower
 from eupe.evaluate.zeroshot import zeroshot
+from eupe.models.encoder import load_encoder
 from eupe.store.layout import SUMMARY
 from eupe.teachers.registry import REGISTRY
 from eupe.train.loop import train

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from eupe.compute import normalise
+from eupe.common.compute import normalise
 from eupe.corpus.awkward import picture
-from eupe.encoder import Encoder, build_encoder, load_encoder, save_encoder
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
 from eupe.export.pictures import varied_pictures
+from eupe.models.encoder import Encoder, build_encoder, load_encoder, save_encoder
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
 from eupe.teachers.verify import compare

@@ -11,10 +11,10 @@ import pytest
 from exporting import finished_run
 from making import make_corpus
 
-from eupe.encoder import load_card
 from eupe.errors import RunError
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import holdout, open_run
+from eupe.models.encoder import load_card
 from eupe.report.comparison import merge
 from eupe.report.training_curves import read_history
 from eupe.train.card import read_card

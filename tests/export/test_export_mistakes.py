@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from exporting import finished_run
 
+from eupe.common.locks import LOCK, lock_file
 from eupe.export import job
-from eupe.locks import LOCK, lock_file
 
 Run = Callable[..., Any]
 ARCH = "test_vit"

@@ -24,10 +24,10 @@ from exporting import (
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-from eupe.compute import normalise
-from eupe.encoder import load_encoder
+from eupe.common.compute import normalise
 from eupe.export.hf_names import native
 from eupe.export.pictures import varied_pictures
+from eupe.models.encoder import load_encoder
 
 CLASSES = {
     VIT: "DINOv3ViTModel",

@@ -28,9 +28,8 @@ from PIL import Image
 from timm.layers import RotaryEmbeddingDinoV3
 
 import eupe
-from eupe.compute import normalise
+from eupe.common.compute import normalise
 from eupe.corpus.views import render_view
-from eupe.encoder import load_encoder
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.pictures import centre
 from eupe.export.config import ExportConfig
@@ -39,6 +38,7 @@ from eupe.export.onnx_int8 import quantise, quantise_weights
 from eupe.export.pictures import varied_pictures
 from eupe.export.rotary import TracedRotary
 from eupe.export.source import open_source
+from eupe.models.encoder import load_encoder
 from eupe.train.predict import load_predictors
 
 ARCHS = some_slow(CONVNEXT, slow=["test_vit", SHALLOW_VIT])

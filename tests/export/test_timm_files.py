@@ -27,12 +27,12 @@ from exporting import (
 from safetensors.torch import load_file
 from timm.models import eva
 
-from eupe.compute import Tokens, normalise
-from eupe.encoder import load_encoder
+from eupe.common.compute import Tokens, normalise
 from eupe.export.authors import in_authors_names
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
 from eupe.export.pictures import varied_pictures
+from eupe.models.encoder import load_encoder
 from eupe.train.predict import load_predictors
 
 SUMMARIES = {

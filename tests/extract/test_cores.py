@@ -14,15 +14,15 @@ import torch
 from making import TINY_SIZE, TINY_TEACHER, TWO_CROPS
 from torch import Tensor
 
-from eupe.compute import Tokens
-from eupe.cores import num_cores
+from eupe.common.compute import Tokens
+from eupe.common.cores import num_cores
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import Corpus, index_folder
 from eupe.extract import actors, audit, calibrate, load, worker
 from eupe.extract.actors import ExtractActor, Node, place_workers
 from eupe.extract.calibrate import sample_task
 from eupe.extract.config import ExtractConfig
 from eupe.extract.parts import plan_work_units, store_spec
-from eupe.place import Place
 from eupe.store import Store
 from eupe.store.layout import StoreSpec
 from eupe.store.writer import create_store
@@ -112,7 +112,7 @@ def test_a_worker_computes_on_the_cpus_that_it_was_given(
     forward = in_another_thread(actor.try_forward, 0, plan, task, isolate=False)
     create_store(tmp_path / "s.zarr", plan := replace(plan, forward=forward))
     seen = Observed(monkeypatch)
-    in_another_thread(actor.prepare, [(0, Place.of(tmp_path / "s.zarr"))])
+    in_another_thread(actor.prepare, [(0, StoragePath.of(tmp_path / "s.zarr"))])
     for unit in plan_work_units([plan], index.samples, [()]):
         assert in_another_thread(actor.run, unit, {}, False) == 0
     assert (len(seen.threads), seen.at_once, seen.torch_threads) == (num_cpus, num_cpus, {1})

@@ -13,7 +13,7 @@ import torch
 from making import TINY_SIZE, TINY_TEACHER
 from torch import Tensor
 
-from eupe.compute import Tokens
+from eupe.common.compute import Tokens
 from eupe.errors import TeacherError
 from eupe.extract.calibrate import LARGEST_BATCH, cosine_to_fp32, fastest_batch
 from eupe.extract.worker import Forward

@@ -14,12 +14,12 @@ from making import make_corpus, make_store, random_weights
 from ports import free_ports
 from ray.cluster_utils import Cluster
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import index_folder
-from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import CorpusError
 from eupe.extract.actors import ExtractActor
 from eupe.extract.config import ExtractConfig
-from eupe.place import Place
+from eupe.models.encoder import build_encoder, save_encoder
 from eupe.store import Store, open_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import file_digest
@@ -174,7 +174,7 @@ def test_a_worker_that_does_not_see_the_pictures_stops_the_job(
     actor = ExtractActor(
         [ExtractConfig(teacher="timm:test_vit", corpus=corpus, out=tmp_path / "s.zarr", weights=tiny_weights)],
         [resolve_teacher("timm:test_vit")],
-        Place.of(tmp_path / "not-mounted"),
+        StoragePath.of(tmp_path / "not-mounted"),
         1,
     )
     with pytest.raises(CorpusError, match=r"cannot see the corpus folder .*not-mounted"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from making import TWO_CROPS, make_store, random_weights
 
-from eupe import place
+from eupe.common import storage
 from eupe.errors import ConfigError
 from eupe.extract import load
 from eupe.extract.plan import Rates
@@ -305,7 +305,7 @@ def test_a_full_temporary_disk_is_one_sentence(
 
     asked = words(tiny_corpus, tiny_weights)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for owner, name in ((place, "write_file"), (os, "mkdir")):
+    for owner, name in ((storage, "write_file"), (os, "mkdir")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             outcome = run_eupe(*asked)

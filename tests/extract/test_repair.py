@@ -13,9 +13,9 @@ from making import make_corpus, picture, random_weights
 from mending import BATCH, Crew, Crews, announce, crew, extend, files, flip, make_parts
 from ports import free_ports
 
-from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import CorpusError, EupeError, IncompleteError, SpecMismatchError, TeacherError
 from eupe.extract.repair import RepairConfig, RepairReport, repair
+from eupe.models.encoder import build_encoder, save_encoder
 from eupe.store import open_store
 from eupe.store.layout import moments_name
 from eupe.store.verify import verify

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from making import TINY_TEACHER, TWO_CROPS
 
+from eupe.common.option import options_of
 from eupe.corpus.index import open_corpus
 from eupe.extract.config import ExtractConfig
 from eupe.extract.job import picked, wanted_spec
-from eupe.option import options_of
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import file_digest
 

@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Dinov2Model
 
-from eupe.compute import Tokens
+from eupe.common.compute import Tokens
 from eupe.corpus.index import index_folder
 from eupe.corpus.views import ViewSpec
-from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, IncompleteError, TeacherError
 from eupe.extract.calibrate import require_features
 from eupe.extract.parts import plan_work_units, store_spec
 from eupe.extract.worker import PartExtractor, Worker
+from eupe.models.encoder import build_encoder, save_encoder
 from eupe.store import Store, open_store
 from eupe.store.writer import Part, Row, create_store, finish_store
 from eupe.teachers.resolve import resolve_teacher

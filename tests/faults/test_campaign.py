@@ -27,8 +27,8 @@ from running import PATIENCE_S, assert_same_store, committed, extract_workers, s
 from warm import LIBRARIES
 
 from eupe.cli import main
+from eupe.common.files import UNFINISHED
 from eupe.corpus.index import index_folder
-from eupe.files import UNFINISHED
 from eupe.store import open_store
 from eupe.store.reader import committed_parts, read_part_metadata
 

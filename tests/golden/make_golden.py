@@ -14,8 +14,8 @@ import pyarrow as pa
 from safetensors.numpy import save_file
 from store_cases import make_case, make_spec
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.index import SCHEMA, Corpus, index_bytes
-from eupe.place import Place
 from eupe.store.layout import FORMAT, StoreSpec, segment_name
 from eupe.store.writer import StoreWriter, create_store, finish_store
 
@@ -37,7 +37,7 @@ def make(name: str) -> None:
     case.arrays["boxes"][case.ok] = corners.reshape(5, 2, 4)[case.ok]
     path = folder / f"{name}.zarr"
     index = [{"key": row.key, "sha256": row.sha256, "label": row.label} for row in case.rows]
-    pictures = Corpus(Place("/pictures"), pa.Table.from_pylist(index, schema=SCHEMA))
+    pictures = Corpus(StoragePath("/pictures"), pa.Table.from_pylist(index, schema=SCHEMA))
     corpus = {**case.spec.corpus, "fingerprint": pictures.fingerprint}
     case = replace(case, spec=replace(case.spec, corpus=corpus))
     store = create_store(path, case.spec)

@@ -12,9 +12,9 @@ import pytest
 from making import TINY_STUDENT, make_corpus, make_store, tiny_config
 from object_store import S3Server, download, objects, upload
 
+from eupe.common.storage import StoragePath
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
-from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.train.loop import train
 
@@ -87,7 +87,7 @@ def test_a_server_that_is_away_for_longer_is_waited_for(
     assert content(open_store(s3.bucket / "x.zarr")) == content(tiny_store)
 
 
-def trained(targets: Store | Path, out: Path, corpus: Place | None = None) -> list[tuple[object, object]]:
+def trained(targets: Store | Path, out: Path, corpus: StoragePath | None = None) -> list[tuple[object, object]]:
     """Every loss and validation of a short run."""
     config = tiny_config(
         targets.path if isinstance(targets, Store) else targets, out, corpus=corpus, steps=6, log_every=1

@@ -20,7 +20,7 @@ import pytest
 from making import make_corpus
 from planning import plan
 
-from eupe.place import Place
+from eupe.common.storage import StoragePath
 from eupe.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("forked")]
@@ -136,7 +136,7 @@ def test_the_whole_way_runs_once_and_again_only_what_a_change_touches(tmp_path: 
     assert grown.steps["proxy"]["output"] != first.steps["proxy"]["output"]
 
 
-def training_of(store: Place, steps: int) -> str:
+def training_of(store: StoragePath, steps: int) -> str:
     return f"""
   student:
     train: {{targets: "{store}", student: test_vit, batch-size: 8, steps: {steps}, head-width: 16, holdout: 0.3,

@@ -134,7 +134,7 @@ sys.meta_path.insert(0, Planting("eupe.corpus.pictures", deadly_pictures))
 if "PLANTED_PICTURE_SECONDS" in os.environ:
     sys.meta_path.insert(0, Planting("eupe.extract.load", little_patience))
 if "PLANTED_WRITES" in os.environ:
-    sys.meta_path.insert(0, Planting("eupe.place", failing_writes))
+    sys.meta_path.insert(0, Planting("eupe.common.storage", failing_writes))
 if "PLANTED_LOADS" in os.environ:
     sys.meta_path.insert(0, Planting("eupe.teachers.teacher", deadly_loads))
 if "PLANTED_NARROW" in os.environ:

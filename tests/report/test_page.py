@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from jinja2 import UndefinedError
 
+from eupe.common.outputs import HEAD_BYTES, MARK, begins_with_mark
+from eupe.common.storage import StoragePath
 from eupe.errors import StorageError
 from eupe.evaluate.result import Result, keep_results
-from eupe.outputs import HEAD_BYTES, MARK, begins_with_mark
-from eupe.place import Place
 from eupe.report import report_page
 from eupe.report.comparison import merge
 from eupe.report.page import make_place, render_template, write_whole
@@ -65,7 +65,7 @@ def test_a_page_is_known_by_its_mark_however_long_its_title(tmp_path: Path) -> N
     page = report_page.render_report(merge([result]), title=name, sources=[], licences=[], maps=None)
     assert page.index("<title>") < page.index("&lt;b&gt;") and "<b><b>" not in page
     (tmp_path / "page.html").write_text(page)
-    assert begins_with_mark(Place.of(tmp_path / "page.html"))
+    assert begins_with_mark(StoragePath.of(tmp_path / "page.html"))
 
 
 def test_a_template_that_asks_for_what_is_not_given_is_an_error() -> None:

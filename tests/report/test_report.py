@@ -18,13 +18,13 @@ from feature_stores import plant_store
 from making import make_corpus
 
 from eupe.cli.console import out as console
-from eupe.compute import normalise
+from eupe.common.compute import normalise
 from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
-from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate.result import Result, keep_results
-from eupe.pca import fit_pca
+from eupe.models.encoder import build_encoder, save_encoder
+from eupe.models.pca import fit_pca
 from eupe.report.comparison import Cell, Column, Merged, gather, merge
 from eupe.report.comparison_text import heads, marked, number
 from eupe.report.report_page import draw_maps, licences, write_report

@@ -25,13 +25,13 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from typed import parsed
 
-from eupe.compute import normalise
+from eupe.common.compute import normalise
 from eupe.corpus.index import index_folder
 from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import NEUTRAL, ViewParams, ViewSpec, render_view
-from eupe.encoder import load_encoder
 from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageError
-from eupe.pca import find_foreground, fit_pca
+from eupe.models.encoder import load_encoder
+from eupe.models.pca import find_foreground, fit_pca
 from eupe.report.feature_maps import MIN_TOKENS, SHOWN_PX, Picture, choose_pictures
 from eupe.report.png_figure import BLANK, plan_figure
 from eupe.report.training_curves import read_history

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from eupe.common.locks import LOCK, lock_file
 from eupe.errors import ConfigError, IncompleteError, StorageError
-from eupe.locks import LOCK, lock_file
 from scenes import make
 from scenes.layouts import LAYOUTS, Layout, Request
 from scenes.make import ScenesConfig, make_scenes

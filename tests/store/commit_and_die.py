@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from store_cases import make_case, make_spec
 
-from eupe.place import Place
+from eupe.common.storage import StoragePath
 from eupe.store.writer import StoreWriter
 
 
@@ -32,9 +32,9 @@ def half_of(data: bytes) -> Iterator[bytes]:
 
 def commit_and_die(stage: str, store: Path) -> None:
     half, _, count = stage.rpartition(":")
-    write, left = Place.write_blocks, int(count)
+    write, left = StoragePath.write_blocks, int(count)
 
-    def dying(place: Place, name: str, blocks: Iterable[bytes]) -> None:
+    def dying(place: StoragePath, name: str, blocks: Iterable[bytes]) -> None:
         nonlocal left
         if not left and half:
             write(place, name, half_of(b"".join(blocks)))
@@ -43,7 +43,7 @@ def commit_and_die(stage: str, store: Path) -> None:
         left -= 1
         write(place, name, blocks)
 
-    Place.write_blocks = dying  # type: ignore[method-assign]
+    StoragePath.write_blocks = dying  # type: ignore[method-assign]
     StoreWriter(store).commit(make_case(make_spec(), failed={5}).part(1))
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from store_cases import as_arrays, assert_same_bits, every_view, make_case, make_spec
 
+from eupe.common.storage import StoragePath
 from eupe.errors import StorageError
-from eupe.place import Place
 from eupe.store import open_store
 from eupe.store.reader import committed_parts
 from eupe.store.writer import StoreWriter, create_store, finish_store
@@ -35,7 +35,7 @@ def commit_on_full_disk(folder: Path, bytes_left: int, out: Path) -> dict[str, o
         writer.commit(case.part(1))
     except StorageError as error:
         seen["error"] = str(error)
-    seen["committed"] = committed_parts(Place.of(path))
+    seen["committed"] = committed_parts(StoragePath.of(path))
     seen["visible"] = sorted(file.name for file in (path / "parts").glob("*.parquet"))
     rows, views = every_view(case.spec, range(4))
     assert_same_bits(as_arrays(open_store(path).read(rows, views)), case.expected(rows, views, 32))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eupe.place import Place
+from eupe.common.storage import StoragePath
 from eupe.store import Features, Store
 from eupe.store.layout import StoreSpec
 from eupe.store.precision import Calibration
@@ -226,7 +226,7 @@ def finite_halves(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[n
     return bits.view(np.float16)
 
 
-def write_store(case: Case, path: Path | Place, *, order: Iterable[int] | None = None) -> Store:
+def write_store(case: Case, path: Path | StoragePath, *, order: Iterable[int] | None = None) -> Store:
     """Commit every part, in `order` where given, and finish."""
     create_store(path, case.spec)
     writer = StoreWriter(path)
@@ -258,7 +258,7 @@ def one_nan(values: NDArray[Any]) -> NDArray[Any]:
     return np.where(np.isnan(values), np.float32("nan"), values) if values.dtype == np.float32 else values
 
 
-def tree_digest(path: Path | Place) -> dict[str, str]:
+def tree_digest(path: Path | StoragePath) -> dict[str, str]:
     """SHA-256 of every file below a folder."""
     path = Path(str(path))
     return {

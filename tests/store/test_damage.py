@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from store_cases import CODED, Arrays, Case, as_arrays, assert_same_bits, every_view, make_spec
 
+from eupe.common.storage import StoragePath
 from eupe.errors import PartCorruptError
-from eupe.place import Place
 from eupe.store import open_store
 from eupe.store.layout import ArrayLayout, arrays
 from eupe.store.reader import read_part_metadata
@@ -190,7 +190,7 @@ def test_a_truncated_commit_file_is_refused(copy: Path) -> None:
         with pytest.raises(PartCorruptError, match=r"00001\.parquet is damaged.*eupe store repair"):
             _ = open_store(copy).samples
         with pytest.raises(PartCorruptError):
-            read_part_metadata(Place.of(copy), 1)
+            read_part_metadata(StoragePath.of(copy), 1)
 
 
 @pytest.mark.parametrize("num_rows", [3, 0])
@@ -205,7 +205,7 @@ def test_a_flipped_bit_in_a_commit_file_is_never_read(whole: Path, copy: Path) -
     """Parquet has a few bytes without meaning: whole or refused."""
     file = copy / "parts/00001.parquet"
     data = file.read_bytes()
-    samples, metadata = open_store(whole).samples, read_part_metadata(Place.of(whole), 1)
+    samples, metadata = open_store(whole).samples, read_part_metadata(StoragePath.of(whole), 1)
     outcomes = set()
     for position in range(0, len(data), 7):
         damaged = bytearray(data)
@@ -213,7 +213,7 @@ def test_a_flipped_bit_in_a_commit_file_is_never_read(whole: Path, copy: Path) -
         file.write_bytes(damaged)
         try:
             assert open_store(copy).samples.equals(samples)
-            assert read_part_metadata(Place.of(copy), 1) == metadata
+            assert read_part_metadata(StoragePath.of(copy), 1) == metadata
             outcomes.add("whole")
         except PartCorruptError:
             outcomes.add("refused")

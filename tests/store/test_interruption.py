@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from store_cases import Case, as_arrays, assert_same_bits, every_view, make_case, make_spec, tree_digest, write_store
 
+from eupe.common.storage import StoragePath
 from eupe.errors import SpecMismatchError
-from eupe.place import Place
 from eupe.store import open_store
 from eupe.store.reader import committed_parts
 from eupe.store.writer import StoreWriter, create_store, extend_store, finish_store
@@ -72,7 +72,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], o
 
         with monkeypatch.context() as patch:
             for what in ("write_blocks", "create", "delete"):
-                patch.setattr(Place, what, dying(getattr(Place, what)))
+                patch.setattr(StoragePath, what, dying(getattr(StoragePath, what)))
             try:
                 call()
             except Killed:
@@ -186,5 +186,5 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(whole: Path, tmp_path: Pa
     assert seen["error"].startswith(f"no space left while writing {small}/store.zarr; ")
     assert "\n" not in seen["error"] and "run the same command again" in seen["error"]
     assert (seen["committed"], seen["visible"], seen["finished"]) == ([0], ["00000.parquet"], True)
-    assert committed_parts(Place.of(out)) == [0, 1, 2]
+    assert committed_parts(StoragePath.of(out)) == [0, 1, 2]
     assert tree_digest(out) == tree_digest(whole)

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 from store_cases import make_case, make_spec, write_store
 
+from eupe.common.storage import StoragePath
 from eupe.corpus import index as index_module
 from eupe.corpus.index import Corpus, open_corpus
 from eupe.extract.parts import plan_parts, plan_work_units
-from eupe.place import Place
 from eupe.store import Store, open_store
 from eupe.store.catalogue import describe
 from eupe.store.verify import verify
@@ -48,17 +48,17 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Calls of `Place`, by name."""
+    """Calls of `StoragePath`, by name."""
     calls: Counter[str] = Counter()
     for method in ("list", "exists", "read"):
-        real = getattr(Place, method)
+        real = getattr(StoragePath, method)
 
-        def counting(place: Place, *words: str, method: str = method, real: Any = real) -> Any:
+        def counting(place: StoragePath, *words: str, method: str = method, real: Any = real) -> Any:
             calls[method] += 1
             answer = real(place, *words)
             return [Name(name) for name in answer] if method == "list" else answer
 
-        monkeypatch.setattr(Place, method, counting)
+        monkeypatch.setattr(StoragePath, method, counting)
     return calls
 
 

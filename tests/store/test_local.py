@@ -13,8 +13,8 @@ import zarr
 from numcodecs import blosc
 from store_cases import CODED, Case, make_case, make_spec, write_store
 
+from eupe.common.storage import StoragePath
 from eupe.errors import PartCorruptError
-from eupe.place import Place
 from eupe.store import backends, open_store
 from eupe.store.backends import Array, LocalViews
 from eupe.store.layout import arrays
@@ -123,8 +123,8 @@ def test_what_was_mended_is_read_by_a_store_opened_anew(stored: tuple[Case, Path
     store = write_store(case, tmp_path / "s.zarr")
     file = tmp_path / "s.zarr" / object_key(views_of(tmp_path / "s.zarr")._layout, 1)
     whole = file.read_bytes()
-    Place.of(file.parent).write(file.name, whole[:-9])
+    StoragePath.of(file.parent).write(file.name, whole[:-9])
     with pytest.raises(PartCorruptError):
         store.read([5], [0])
-    Place.of(file.parent).write(file.name, whole)
+    StoragePath.of(file.parent).write(file.name, whole)
     assert open_store(store.path).read([5], [0]).dense is not None

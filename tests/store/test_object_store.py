@@ -18,12 +18,12 @@ from making import make_corpus
 from object_store import Asked, S3Server, objects, upload
 from store_cases import Case, as_arrays, assert_same_bits, every_view, make_case, make_spec, write_store
 
+from eupe.common.storage import READS_AT_ONCE, StoragePath
 from eupe.corpus.index import index_folder, open_corpus, write_index
 from eupe.corpus.pictures import read_picture
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, CorpusError, PartCorruptError, StorageError, StoreError
 from eupe.extract.load import Sample, load_sample
-from eupe.place import READS_AT_ONCE, Place
 from eupe.store import open_store
 from eupe.store.reader import committed_parts
 
@@ -36,7 +36,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eupe.place.RETRIES", ONE_RETRY)
+    monkeypatch.setattr("eupe.common.storage.RETRIES", ONE_RETRY)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_of_many_that_create_at_once_one_succeeds(s3: S3Server) -> None:
         barrier = threading.Barrier(8)
 
         def create(i: int, name: str = f"{attempt}.json", barrier: threading.Barrier = barrier) -> bool:
-            own = Place(s3.bucket.url)
+            own = StoragePath(s3.bucket.url)
             barrier.wait()
             return own.create(name, str(i).encode())
 
@@ -95,19 +95,19 @@ def test_whether_an_object_exists_is_one_request_however_many_names_begin_alike(
 
 
 def test_google_storage_is_named_as_tensorstore_names_it() -> None:
-    spec = Place.of("gs://bucket/a/store.zarr").spec()
+    spec = StoragePath.of("gs://bucket/a/store.zarr").spec()
     assert (spec["driver"], spec["bucket"], spec["path"]) == ("gcs", "bucket", "a/store.zarr/")
     assert "gcs_request_retries" in spec and "endpoint" not in spec
 
 
 def test_a_path_made_of_a_url_is_the_url() -> None:
-    assert Place.of(Path("s3://bucket/store.zarr")).url == "s3://bucket/store.zarr"
+    assert StoragePath.of(Path("s3://bucket/store.zarr")).url == "s3://bucket/store.zarr"
 
 
 def test_a_bucket_lies_in_nothing() -> None:
-    assert str(Place.of("s3://bucket/i.parquet").parent) == "s3://bucket"
+    assert str(StoragePath.of("s3://bucket/i.parquet").parent) == "s3://bucket"
     with pytest.raises(ConfigError, match="is a bucket; give a path in it"):
-        _ = Place.of("s3://i.parquet").parent
+        _ = StoragePath.of("s3://i.parquet").parent
 
 
 # Stores
@@ -115,7 +115,7 @@ def test_a_bucket_lies_in_nothing() -> None:
 
 def test_a_bucket_holds_the_same_bytes_as_a_folder(s3: S3Server, case: Case, whole: Path) -> None:
     store = write_store(case, s3.bucket / "s.zarr")
-    assert objects(store.path) == objects(Place.of(whole))
+    assert objects(store.path) == objects(StoragePath.of(whole))
     opened = open_store(str(s3.bucket / "s.zarr"))
     assert opened.finished
     for size in case.spec.sizes:
@@ -188,12 +188,12 @@ def test_damage_in_a_bucket_is_damage(s3: S3Server, case: Case) -> None:
 def test_a_server_that_fails_for_a_moment_is_asked_again(
     s3: S3Server, case: Case, whole: Path, status: int, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eupe.place.RETRIES", {"max_retries": 3, "initial_delay": "10ms", "max_delay": "20ms"})
+    monkeypatch.setattr("eupe.common.storage.RETRIES", {"max_retries": 3, "initial_delay": "10ms", "max_delay": "20ms"})
     s3.fail(status, code, method="PUT", after=9, times=2)
     s3.fail(status, code, method="GET", key="zarr.json$", after=3, times=1)
     write_store(case, s3.bucket / "s.zarr")
     assert [a.status for a in s3.asked].count(status) == 3
-    assert objects(s3.bucket / "s.zarr") == objects(Place.of(whole))
+    assert objects(s3.bucket / "s.zarr") == objects(StoragePath.of(whole))
 
 
 def test_a_server_that_goes_on_failing_leaves_what_was_committed(
@@ -206,7 +206,7 @@ def test_a_server_that_goes_on_failing_leaves_what_was_committed(
     assert committed_parts(s3.bucket / "s.zarr") == [0, 1]
     s3.faults.clear()
     write_store(case, s3.bucket / "s.zarr", order=[2])
-    assert objects(s3.bucket / "s.zarr") == objects(Place.of(whole))
+    assert objects(s3.bucket / "s.zarr") == objects(StoragePath.of(whole))
 
 
 def test_a_server_that_is_gone_is_a_sentence(
@@ -236,8 +236,9 @@ def test_a_server_that_never_answers_is_given_up() -> None:
     listening.bind(("127.0.0.1", 0))
     listening.listen(8)
     script = (
-        "import eupe.place as p; p.RETRIES = {'max_retries': 1, 'initial_delay': '10ms', 'max_delay': '10ms'}\n"
-        "try: p.Place.of('s3://bucket/x').read('a')\n"
+        "import eupe.common.storage as p\n"
+        "p.RETRIES = {'max_retries': 1, 'initial_delay': '10ms', 'max_delay': '10ms'}\n"
+        "try: p.StoragePath.of('s3://bucket/x').read('a')\n"
         "except p.StorageError as error: print(error)"
     )
     environment = {
@@ -256,10 +257,10 @@ def test_a_server_that_never_answers_is_given_up() -> None:
 def test_waiting_is_bounded_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"
     monkeypatch.delenv(name, raising=False)
-    assert Place.of("s3://bucket/x").spec()["s3_request_retries"]["max_retries"] < 10
+    assert StoragePath.of("s3://bucket/x").spec()["s3_request_retries"]["max_retries"] < 10
     assert os.environ[name] == "20"
     monkeypatch.setenv(name, "5")
-    Place.of("gs://bucket/x").spec()
+    StoragePath.of("gs://bucket/x").spec()
     assert os.environ[name] == "5"
 
 
@@ -288,7 +289,7 @@ def test_a_bucket_or_store_that_is_not_there_is_a_sentence(s3: S3Server, case: C
     assert outcome.code == 2
     assert f"store {s3.bucket}/s.zarr does not exist" in outcome.err
     with pytest.raises(StorageError, match="cannot be written: the bucket does not exist"):
-        Place.of("s3://no-such-bucket/x").write("a", b"")
+        StoragePath.of("s3://no-such-bucket/x").write("a", b"")
     s3.bucket.write("s.zarr/photo.png", b"")
     with pytest.raises(StoreError, match="is not a feature store"):
         write_store(case, s3.bucket / "s.zarr")
@@ -338,7 +339,7 @@ def test_an_index_lies_in_a_bucket_or_on_disk(s3: S3Server, tmp_path: Path, run_
         assert (str(again.root), len(again)) == (f"{s3.bucket}/photos", 3)
         assert again.fingerprint == index_folder(tmp_path / "photos").fingerprint
     write_index(index_folder(tmp_path / "photos"), s3.bucket / "local.parquet")
-    assert open_corpus(s3.bucket / "local.parquet").root == Place.of(tmp_path / "photos")
+    assert open_corpus(s3.bucket / "local.parquet").root == StoragePath.of(tmp_path / "photos")
 
 
 def test_pictures_that_are_not_there_are_a_sentence(s3: S3Server, run_eupe: Run) -> None:

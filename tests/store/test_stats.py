@@ -20,8 +20,8 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from store_cases import CODED, Case, every_view, make_case, make_spec, tree_digest, write_store
 
+from eupe.common.storage import StoragePath
 from eupe.errors import PartCorruptError
-from eupe.place import Place
 from eupe.store import Store, open_store, writer
 from eupe.store.reader import read_part_metadata
 from eupe.store.stats import (
@@ -359,7 +359,7 @@ def test_an_extension_does_not_read_the_features_from_before(tmp_path: Path) -> 
 def test_a_part_records_its_own_norms_and_outliers(tmp_path: Path) -> None:
     case = with_outliers(make_case(make_spec(), failed={5}))
     store = write_store(case, tmp_path / "s.zarr")
-    facts = [read_part_metadata(Place.of(tmp_path / "s.zarr"), part) for part in range(3)]
+    facts = [read_part_metadata(StoragePath.of(tmp_path / "s.zarr"), part) for part in range(3)]
     for path in case.features:
         assert facts[1]["norms"][path] == pytest.approx(
             naive_histogram(np.linalg.norm(case.arrays[path][[4, 6, 7]].astype(np.float64), axis=-1))

@@ -29,8 +29,8 @@ from store_cases import (
     write_store,
 )
 
+from eupe.common.storage import StoragePath
 from eupe.errors import PartCorruptError, SpecMismatchError, StorageError, StoreError
-from eupe.place import Place
 from eupe.store import open_store
 from eupe.store.layout import arrays
 from eupe.store.precision import decode
@@ -252,7 +252,7 @@ def test_statistics_are_exact_over_the_samples_with_features(case: Case, whole: 
 
 
 def test_a_part_keeps_its_own_statistics(case: Case, whole: Path) -> None:
-    metadata = read_part_metadata(Place.of(whole), 1)
+    metadata = read_part_metadata(StoragePath.of(whole), 1)
     assert metadata["norms"].keys() == case.features.keys()
     assert sum(metadata["norms"]["48/dense"]) == 3 * 3 * 9, "samples 4, 6, 7; three views; 3x3 cells"
     assert np.shape(metadata["outliers"]["48/dense"]) == (3, 3)
@@ -266,7 +266,7 @@ def test_a_part_records_its_objects(case: Case, tmp_path: Path) -> None:
     before = tree_digest(path)
     StoreWriter(path).commit(case.part(1))
     written = tree_digest(path).keys() - before.keys() - {"parts/00001.parquet"}
-    recorded = read_part_metadata(Place.of(path), 1)["objects"]
+    recorded = read_part_metadata(StoragePath.of(path), 1)["objects"]
     assert recorded.keys() == written
     for name, facts in recorded.items():
         data = (path / name).read_bytes()
@@ -346,7 +346,7 @@ def test_large_arrays_have_the_same_bytes_whoever_codes_them(tmp_path: Path, tok
 # A part without its commit file does not exist
 
 
-def assert_only_committed(path: Path | Place, parts: list[int]) -> None:
+def assert_only_committed(path: Path | StoragePath, parts: list[int]) -> None:
     store = open_store(path)
     assert committed_parts(store.path) == parts
     assert store.missing_parts() == sorted({0, 1, 2} - set(parts))
@@ -385,9 +385,9 @@ def test_every_object_is_on_disk_before_the_commit_file(
     case: Case, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    write = Place.write_blocks
+    write = StoragePath.write_blocks
 
-    def refuse(place: Place, name: str, blocks: Iterable[bytes]) -> None:
+    def refuse(place: StoragePath, name: str, blocks: Iterable[bytes]) -> None:
         written.append(name)
         if name.endswith(".parquet"):
             raise StorageError("stopped before the commit file")
@@ -395,7 +395,7 @@ def test_every_object_is_on_disk_before_the_commit_file(
 
     path = tmp_path / "store.zarr"
     create_store(path, case.spec)
-    monkeypatch.setattr(Place, "write_blocks", refuse)
+    monkeypatch.setattr(StoragePath, "write_blocks", refuse)
     with pytest.raises(StorageError, match="stopped before the commit file"):
         StoreWriter(path).commit(case.part(1))
     assert_only_committed(path, [])
@@ -410,9 +410,9 @@ def test_every_object_is_on_disk_before_the_commit_file(
 def test_a_part_with_a_failed_write_does_not_exist(
     case: Case, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    write = Place.write_blocks
+    write = StoragePath.write_blocks
 
-    def refuse(place: Place, name: str, blocks: Iterable[bytes]) -> None:
+    def refuse(place: StoragePath, name: str, blocks: Iterable[bytes]) -> None:
         if name == key:
             raise StorageError(f"no space left while writing {place}")
         write(place, name, blocks)
@@ -422,7 +422,7 @@ def test_a_part_with_a_failed_write_does_not_exist(
     writer = StoreWriter(path)
     writer.commit(case.part(0))
     with monkeypatch.context() as patch:
-        patch.setattr(Place, "write_blocks", refuse)
+        patch.setattr(StoragePath, "write_blocks", refuse)
         with pytest.raises(StorageError, match=r"no space left while writing .*store\.zarr"):
             writer.commit(case.part(1))
     assert_only_committed(path, [0])
@@ -495,16 +495,16 @@ def test_a_disk_that_fails_while_a_store_is_made_is_one_sentence(
     case: Case, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is there already is a store to be; the same again completes it."""
-    create = Place.create
+    create = StoragePath.create
 
-    def refuse(place: Place, name: str, data: bytes) -> bool:
+    def refuse(place: StoragePath, name: str, data: bytes) -> bool:
         if name == "48/dense/zarr.json":
             raise StorageError("no space left")
         return create(place, name, data)
 
     path = tmp_path / "store.zarr"
     with monkeypatch.context() as patch:
-        patch.setattr(Place, "create", refuse)
+        patch.setattr(StoragePath, "create", refuse)
         with pytest.raises(StorageError, match="no space left"):
             create_store(path, case.spec)
     assert open_store(path).missing_parts() == [0, 1, 2]
@@ -557,15 +557,15 @@ def test_of_many_writers_that_make_one_store_the_slower_join(case: Case, whole: 
 
 def test_of_two_writers_with_different_specs_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the other claims the root between a look and a claim."""
-    create = Place.create
+    create = StoragePath.create
     ours, theirs = make_spec(), make_spec(num_views=2)
 
-    def overtaken(place: Place, name: str, data: bytes) -> bool:
-        monkeypatch.setattr(Place, "create", create)
+    def overtaken(place: StoragePath, name: str, data: bytes) -> bool:
+        monkeypatch.setattr(StoragePath, "create", create)
         create_store(tmp_path / "s.zarr", theirs)
         return create(place, name, data)
 
-    monkeypatch.setattr(Place, "create", overtaken)
+    monkeypatch.setattr(StoragePath, "create", overtaken)
     with pytest.raises(SpecMismatchError, match=r"views\.num_views: stored 2, requested 3"):
         create_store(tmp_path / "s.zarr", ours)
     write_store(make_case(theirs), tmp_path / "s.zarr")

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from making import TINY_STUDENT, make_corpus, tiny_config
 
+from eupe.common.reading import MOST_VALUES, parse_yaml
+from eupe.common.storage import StoragePath, storage_error
 from eupe.corpus.index import CONTAINED, ROOT_KEY, SCHEMA, open_corpus, read_index
 from eupe.corpus.own_table import read_own_table
 from eupe.corpus.pictures import insides, read_picture
 from eupe.errors import ConfigError, CorpusError, PartCorruptError
-from eupe.place import Place, storage_error
-from eupe.reading import MOST_VALUES, parse_yaml
 from eupe.store import Store, open_store
 from eupe.train.loop import train
 
@@ -188,7 +188,9 @@ def test_aliases_that_multiply_are_refused() -> None:
 
 def test_a_password_of_the_server_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:secret@127.0.0.1:9")
-    said = str(storage_error(ValueError("UNAVAILABLE: CURL error: http://me:secret@127.0.0.1:9"), Place.of("s3://b/x")))
+    said = str(
+        storage_error(ValueError("UNAVAILABLE: CURL error: http://me:secret@127.0.0.1:9"), StoragePath.of("s3://b/x"))
+    )
     assert "secret" not in said and "the server http://127.0.0.1:9 does not answer" in said
 
 
@@ -198,8 +200,8 @@ def test_a_bucket_that_only_the_store_names_is_asked_for(tmp_path: Path, tiny_st
     document["attributes"]["eupe"]["corpus"]["root"] = "s3://strangers/photos"
     (out / "zarr.json").write_text(json.dumps(document))
     with pytest.raises(ConfigError, match="give --corpus s3://strangers/photos"):
-        open_store(out).corpus_root([Place.of("s3://mine/photos")])
-    assert str(open_store(out).corpus_root([Place.of("s3://strangers/x")])) == "s3://strangers/photos"
+        open_store(out).corpus_root([StoragePath.of("s3://mine/photos")])
+    assert str(open_store(out).corpus_root([StoragePath.of("s3://strangers/x")])) == "s3://strangers/photos"
     words = ["--targets", out, "--student", TINY_STUDENT, "--steps", 2, "--batch-size", 8, "--out", tmp_path / "r"]
     outcome = run_eupe("train", *words)
     assert outcome.code == 2 and "--corpus s3://strangers/photos" in " ".join(outcome.err.split())

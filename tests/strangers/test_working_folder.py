@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from eupe.cluster import start_ray
+from eupe.common.cluster import start_ray
 from eupe.store import Store
 
 PLANTED = ("typer", "numpy", "torch", "yaml", "rich", "PIL", "pyarrow", "ray", "eupe")
@@ -37,16 +37,16 @@ def test_steps_of_a_pipeline_import_nothing_of_it(tmp_path: Path, tiny_store: St
 def test_the_process_that_looks_for_killers_imports_nothing_of_it(
     tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from eupe.common.storage import StoragePath
     from eupe.corpus.views import ViewSpec
     from eupe.extract.isolate import find_crashing
     from eupe.extract.load import Sample
-    from eupe.place import Place
 
     executed = plant(tmp_path)
     monkeypatch.chdir(tmp_path)
     key = next(str(file.relative_to(tiny_corpus)) for file in sorted(tiny_corpus.rglob("*.png")))
     samples = [Sample(key=key, sha256=None, label=None)]
-    assert find_crashing(samples, Place.of(tiny_corpus), ViewSpec(policy="center"), (64,)) == {}
+    assert find_crashing(samples, StoragePath.of(tiny_corpus), ViewSpec(policy="center"), (64,)) == {}
     assert not executed.exists()
 
 

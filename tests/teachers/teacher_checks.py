@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from eupe.compute import Tokens
+from eupe.common.compute import Tokens
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, load_teacher
 

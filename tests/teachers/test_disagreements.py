@@ -27,10 +27,10 @@ from transformers import (
 )
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTConfig, DINOv3ViTRopePositionEmbedding
 
-from eupe.compute import normalise
+from eupe.common.compute import normalise
 from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
-from eupe.meta import built_on_meta
+from eupe.models.meta import built_on_meta
 from eupe.teachers.own_forward import NARROW_CONV_WIDTH, NARROW_CONVNEXT, NARROW_WIDTH, fill_at_random, narrow
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher

@@ -16,8 +16,8 @@ from teacher_checks import CPU, views
 from timm.models import save_for_hf
 from transformers import AutoImageProcessor, CLIPImageProcessor, Dinov2Config, Dinov2Model
 
-from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import TeacherError
+from eupe.models.encoder import build_encoder, save_encoder
 from eupe.teachers import hf_adapter, preprocess
 from eupe.teachers.own_forward import built_narrow, fill_at_random, narrow, save_own
 from eupe.teachers.registry import REGISTRY

@@ -15,7 +15,7 @@ from transformers import (
     RadioConfig,
 )
 
-from eupe.meta import built_on_meta
+from eupe.models.meta import built_on_meta
 from eupe.teachers import hf_adapter, open_clip_adapter, timm_adapter
 from eupe.teachers.registry import ALIASES, REGISTRY
 from eupe.teachers.spec import TeacherSpec

@@ -15,8 +15,8 @@ from transformers import (
     SiglipConfig,
 )
 
-from eupe.encoder import build_encoder, save_encoder
 from eupe.errors import RunError, TeacherError
+from eupe.models.encoder import build_encoder, save_encoder
 from eupe.teachers.registry import ALIASES, REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 

@@ -13,9 +13,9 @@ from teacher_checks import CPU, load_state, views
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
-from eupe.compute import compute_dtype
-from eupe.encoder import build_encoder, save_encoder
+from eupe.common.compute import compute_dtype
 from eupe.errors import ConfigError, TeacherError
+from eupe.models.encoder import build_encoder, save_encoder
 from eupe.teachers import teacher as teacher_module
 from eupe.teachers.own_forward import fill_at_random, narrow
 from eupe.teachers.registry import REGISTRY

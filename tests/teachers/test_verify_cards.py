@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from eupe.compute import Tokens
-from eupe.encoder import build_encoder, save_encoder
+from eupe.common.compute import Tokens
 from eupe.errors import ConformanceError
+from eupe.models.encoder import build_encoder, save_encoder
 from eupe.teachers import hf_adapter, open_clip_adapter, timm_adapter
 from eupe.teachers import verify as verify_module
 from eupe.teachers.own_forward import fill_at_random

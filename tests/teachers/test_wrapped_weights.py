@@ -116,7 +116,7 @@ def test_transformers_models_inside_trainers(prefix: str, tmp_path: Path) -> Non
 
 
 def test_a_run_s_weights_from_elsewhere(tmp_path: Path) -> None:
-    from eupe.encoder import build_encoder, save_encoder
+    from eupe.models.encoder import build_encoder, save_encoder
 
     encoder = build_encoder("test_vit", size=64)
     save_encoder(encoder, tmp_path)

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from eupe.common.files import UNFINISHED
 from eupe.errors import RunError, StorageError
-from eupe.files import UNFINISHED
 from eupe.train.checkpoint import (
     CHECKSUM,
     DTYPE,

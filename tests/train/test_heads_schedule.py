@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from eupe.compute import Tokens
+from eupe.common.compute import Tokens
 from eupe.train.model import AdapterHead, TargetHeads
 from eupe.train.trainer import learning_rate, peak_rate
 

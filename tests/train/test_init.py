@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from eupe.encoder import Encoder, build_encoder, save_encoder, timm_card
 from eupe.errors import RunError, TeacherError
 from eupe.evaluate.run import open_run
+from eupe.models.encoder import Encoder, build_encoder, save_encoder, timm_card
 from eupe.store import Store
 from eupe.train.config import TrainConfig
 from eupe.train.init import InitReport, init_from_run, init_from_weights

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eupe.corpus.views import ViewSpec
-from eupe.encoder import load_encoder
 from eupe.errors import ConfigError, IncompleteError, RunError, TrainingError
+from eupe.models.encoder import load_encoder
 from eupe.store import Store
 from eupe.train.checkpoint import FOLDER, steps_kept
 from eupe.train.config import TrainConfig

@@ -18,7 +18,7 @@ from making import TINY_STUDENT, make_corpus, make_store, tiny_config
 from safetensors.torch import load_file
 from torch import nn
 
-from eupe.compute import normalise
+from eupe.common.compute import normalise
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, RunError
 from eupe.store import Store

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from making import TINY_STUDENT
 
-from eupe.encoder import timm_card
 from eupe.errors import ConfigError
+from eupe.models.encoder import timm_card
 from eupe.store import Store
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train

@@ -14,10 +14,10 @@ from making import TINY_SIZE, TINY_STUDENT, make_store
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eupe.compute import normalise
-from eupe.encoder import load_encoder
+from eupe.common.compute import normalise
 from eupe.errors import RunError
 from eupe.evaluate.run import Run, open_run
+from eupe.models.encoder import load_encoder
 from eupe.store import Store
 from eupe.train.config import TrainConfig
 from eupe.train.loop import judged, train, training_sample

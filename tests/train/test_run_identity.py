@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from making import TINY_STUDENT, TINY_TEACHER, make_store
 
+from eupe.common.option import option_types, options_of
 from eupe.errors import ConfigError
-from eupe.option import option_types, options_of
 from eupe.train.card import resolve
 from eupe.train.config import TrainConfig
 from eupe.train.loop import _require_one_stream

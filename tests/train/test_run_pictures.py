@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eupe.pca import fit_pca
+from eupe.models.pca import fit_pca
 from eupe.store import Store
 from eupe.train.card import resolve
 from eupe.train.config import TrainConfig

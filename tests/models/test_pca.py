@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from eupe.pca import find_foreground, fit_pca, leading_directions
+from eupe.models.pca import find_foreground, fit_pca, leading_directions
 
 
 def scores(dense: NDArray[np.floating]) -> NDArray[np.float64]:

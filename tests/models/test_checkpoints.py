@@ -13,9 +13,9 @@ import timm
 import torch
 from torch import Tensor
 
-from eupe.checkpoints import is_usual, read_checkpoint
-from eupe.encoder import build_encoder
 from eupe.errors import TeacherError
+from eupe.models.checkpoints import is_usual, read_checkpoint
+from eupe.models.encoder import build_encoder
 from eupe.teachers.own_forward import fill_at_random
 from eupe.teachers.weights import file_digest
 from eupe.train.init import init_from_weights

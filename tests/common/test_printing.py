@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Column, Table
 
-from eupe.printing import print_table, report_lines
+from eupe.common.printing import print_table, report_lines
 
 LONG = "store/a-teacher-of-a-very-long-name-at-112-pixels.zarr, untrained"
 

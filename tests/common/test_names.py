@@ -5,7 +5,7 @@ import os
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eupe.files import bytes_of, shown
+from eupe.common.files import bytes_of, shown
 from eupe.names import key_of, name_of
 
 ODD = st.text(st.sampled_from("aé\\%.\n\x1b\x7f\x85\u202f\uf022\uf0e9\uf00a\U0001f468\u200d")).map(os.fsencode)

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 import tensorstore as ts
 
+from eupe.common.files import bytes_of, key_of, name_of, write_file
 from eupe.errors import ConfigError, OutageError, StorageError
-from eupe.files import bytes_of, key_of, name_of, write_file
 
 BLOCK_BYTES = 2**20
 DOCUMENT_BYTES = 16 * 2**20
@@ -46,18 +46,18 @@ _context = ts.Context()
 
 
 @dataclass(frozen=True)
-class Place:
+class StoragePath:
     """A folder of objects. `str(place)` is its absolute path or its URL; names in it are written as by `key_of`."""
 
     url: str
 
     @classmethod
-    def of(cls, where: str | Path | Place) -> Place:
+    def of(cls, where: str | Path | StoragePath) -> StoragePath:
         """Build a place from what a user typed.
 
         Raises: ConfigError for an unknown scheme, or a URL without a bucket.
         """
-        if isinstance(where, Place):
+        if isinstance(where, StoragePath):
             return where
         text = re.sub(r"^(s3|gs):/(?=[^/])", r"\1://", str(where))  # pathlib keeps only one slash
         scheme, separator, rest = text.partition("://")
@@ -79,8 +79,8 @@ class Place:
             raise TypeError(f"{self} is not a folder on this machine")
         return self.url
 
-    def __truediv__(self, name: str) -> Place:
-        return Place(f"{self.url.rstrip('/')}/{name_of(name)}")
+    def __truediv__(self, name: str) -> StoragePath:
+        return StoragePath(f"{self.url.rstrip('/')}/{name_of(name)}")
 
     @property
     def is_local(self) -> bool:
@@ -101,16 +101,16 @@ class Place:
         """Return the path of an object; only for a local place."""
         return self.local / name_of(name)
 
-    def resolved(self) -> Place:
+    def resolved(self) -> StoragePath:
         """Return the place without links on its path; a place in an object store stays as it is."""
-        return Place(str(self.local.resolve())) if self.is_local else self
+        return StoragePath(str(self.local.resolve())) if self.is_local else self
 
     @property
     def name(self) -> str:
         return key_of(self.url.rsplit("/", 1)[-1])
 
     @property
-    def parent(self) -> Place:
+    def parent(self) -> StoragePath:
         """Return the folder around this place.
 
         Raises: ConfigError for a bucket.
@@ -118,7 +118,7 @@ class Place:
         parent = self.url.rpartition("/")[0]
         if not self.is_local and "://" not in parent:
             raise ConfigError(f"{self} is a bucket; give a path in it")
-        return Place(parent or "/")
+        return StoragePath(parent or "/")
 
     @property
     def bucket(self) -> str:
@@ -376,7 +376,7 @@ def _pread(descriptor: int, start: int, length: int) -> bytes:
 class _RangedFile(io.RawIOBase):
     """An object as a file, read by ranges."""
 
-    def __init__(self, place: Place, name: str) -> None:
+    def __init__(self, place: StoragePath, name: str) -> None:
         self._place, self._name, self._at = place, name, 0
 
     @cached_property
@@ -401,7 +401,7 @@ class _RangedFile(io.RawIOBase):
         return len(data)
 
 
-Where = str | Path | Place
+AnyPath = str | Path | StoragePath
 """Storage path as a user gives it."""
 
 
@@ -435,7 +435,7 @@ def is_outage(error: Exception) -> bool:
     return any(pattern.search(str(error)) for pattern in (REFUSED, UNANSWERED, re.compile("NoSuchBucket")))
 
 
-def storage_error(error: Exception, where: Place | Path, verb: str = "written") -> StorageError:
+def storage_error(error: Exception, where: StoragePath | Path, verb: str = "written") -> StorageError:
     """Build the error, one sentence, for a request that the storage refused."""
     text = str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 OPTION, PARTS = "option", "parts"
 """Keys in a field's metadata: its `Option`; or a dataclass of the options that the field's value is made from."""
-LATE = {"Where": str, "ViewSpec": object}
+LATE = {"AnyPath": str, "ViewSpec": object}
 """Names that configs import for the type checker alone, because `--help` must not wait for tensorstore and NumPy.
 
 On the command line and in files, a storage path is text.

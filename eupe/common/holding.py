@@ -1,8 +1,8 @@
 """One writer per place: a lock on disks, a lease in object stores.
 
-A second writer is told who holds the place, and since when. On a disk the hold is a lock (`eupe.locks`). In an object
-store it is an object that its holder rewrites every few seconds, each time on the condition that it is still its own;
-a process that finds one waits to see whether it changes. This needs a server that honours conditional writes.
+A second writer is told who holds the place, and since when. On a disk the hold is a lock (`eupe.common.locks`). In an
+object store it is an object that its holder rewrites every few seconds, each time on the condition that it is still
+its own; a process that finds one waits to see whether it changes. This needs a server that honours conditional writes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from eupe.common.locks import LOCK, holder_note, is_held, lock_file
+from eupe.common.storage import StoragePath
 from eupe.errors import ConfigError, IncompleteError, StorageError
-from eupe.locks import LOCK, holder_note, is_held, lock_file
-from eupe.place import Place
 
 LEASE = ".eupe-lease.json"
 RENEW_SECONDS = 5.0
@@ -32,7 +32,7 @@ class Holder:
 
     def __init__(self, verb: str) -> None:
         self._verb = verb
-        self._held: set[Place] = set()
+        self._held: set[StoragePath] = set()
         self._stack = ExitStack()
         self._leases: list[_Lease] = []
 
@@ -44,7 +44,7 @@ class Holder:
     ) -> None:
         self._stack.close()
 
-    def hold(self, place: Place) -> None:
+    def hold(self, place: StoragePath) -> None:
         """Hold a place; a folder that is missing is made, and removed again if it stays empty.
 
         A folder without write permission is not held: nothing will be written there.
@@ -95,7 +95,7 @@ def _locked_folder(folder: Path, verb: str) -> Iterator[None]:
 class _Lease:
     """Object that says who writes below a place, rewritten while its holder lives."""
 
-    def __init__(self, place: Place, verb: str) -> None:
+    def __init__(self, place: StoragePath, verb: str) -> None:
         self.place = place
         self.lost = False
         self._note = holder_note(verb) | {"holder": secrets.token_hex(8)}

@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 import pytest
 
-from eupe import cluster
-from eupe.cluster import join_ray, scratch_folder, start_ray
+from eupe.common import cluster
+from eupe.common.cluster import join_ray, scratch_folder, start_ray
 from eupe.errors import ConfigError
 
 

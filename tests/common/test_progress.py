@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from eupe import progress
-from eupe.progress import duration, report_progress
+from eupe.common import progress
+from eupe.common.progress import duration, report_progress
 
 NODES = ["node-a: 2 workers, 71.3 views/s, 0 failed", "node-b: 1 workers, 35.0 views/s, 3 failed"]
 

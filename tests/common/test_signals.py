@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from eupe.stopping import stop_signals
+from eupe.common.signals import stop_signals
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -23,14 +23,14 @@ from safetensors import SafetensorError
 from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 
-import eupe.proxy  # noqa: F401 - registers its architectures with timm
-from eupe.checkpoints import load_state_dict_strictly
-from eupe.compute import Tokens
+import eupe.models.proxy  # noqa: F401 - registers its architectures with timm
+from eupe.common.compute import Tokens
+from eupe.common.files import replacing, share, write_file
+from eupe.common.kinds import CARD_FILE, LOCAL_DIR, WEIGHTS_FILE, DenseKind, SummaryKind
+from eupe.common.reading import from_plain, read_json, to_plain
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
-from eupe.files import replacing, share, write_file
-from eupe.kinds import CARD_FILE, LOCAL_DIR, WEIGHTS_FILE, DenseKind, SummaryKind
-from eupe.meta import built_on_meta
-from eupe.reading import from_plain, read_json, to_plain
+from eupe.models.checkpoints import load_state_dict_strictly
+from eupe.models.meta import built_on_meta
 
 Question = TypeVar("Question", bound=Callable[..., Any])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eupe.files import UNFINISHED, publish, replacing, write_file
+from eupe.common.files import UNFINISHED, publish, replacing, write_file
 
 Steps = list[tuple[str, str]]
 

@@ -18,33 +18,33 @@ import pytest
 from making import TINY_STUDENT, make_store
 from object_store import S3Server
 
-from eupe import holding
+from eupe.common import holding
+from eupe.common.holding import LEASE, Holder
+from eupe.common.locks import LOCK
+from eupe.common.storage import StoragePath
 from eupe.errors import ConfigError, IncompleteError
-from eupe.holding import LEASE, Holder
-from eupe.locks import LOCK
-from eupe.place import Place
 from eupe.store import Store
 
 HOLD = """
 import sys
 from pathlib import Path
-from eupe.holding import Holder
-from eupe.locks import lock_file
-from eupe.place import Place
+from eupe.common.holding import Holder
+from eupe.common.locks import lock_file
+from eupe.common.storage import StoragePath
 
 verb, place = sys.argv[1:]
 with Holder(verb) as holder:
     if verb == "run":
         lock_file(Path(place) / ".lock", verb=verb, of=place)
     else:
-        holder.hold(Place.of(place))
+        holder.hold(StoragePath.of(place))
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 @contextmanager
-def held(place: Path | Place, verb: str = "train") -> Iterator[subprocess.Popen[str]]:
+def held(place: Path | StoragePath, verb: str = "train") -> Iterator[subprocess.Popen[str]]:
     """Have another process hold a place."""
     words = [sys.executable, "-c", HOLD, verb, str(place)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -55,7 +55,7 @@ def held(place: Path | Place, verb: str = "train") -> Iterator[subprocess.Popen[
 
 def test_a_second_is_told_who_holds_it_since_when(tmp_path: Path) -> None:
     with held(tmp_path, "store repair") as other, Holder("extract") as holder, pytest.raises(ConfigError) as refusal:
-        holder.hold(Place.of(tmp_path))
+        holder.hold(StoragePath.of(tmp_path))
     said = f"{tmp_path} is being written by `eupe store repair`, process {other.pid} on {socket.gethostname()}, since "
     assert re.match(re.escape(said) + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d .*; wait until it ends", str(refusal.value))
 
@@ -69,7 +69,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path, number: signal.Signals | N
             other.send_signal(number)
             other.wait()
         with Holder("train") as holder:
-            holder.hold(Place.of(tmp_path))
+            holder.hold(StoragePath.of(tmp_path))
             assert (tmp_path / LOCK).exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -79,16 +79,16 @@ def test_a_place_is_held_once_by_whatever_name(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with Holder("train") as holder:
         for name in ("a", "b", "a"):
-            holder.hold(Place.of(tmp_path / name))
+            holder.hold(StoragePath.of(tmp_path / name))
         with Holder("train") as second, pytest.raises(ConfigError, match="is being written by"):
-            second.hold(Place.of(tmp_path / "b"))
+            second.hold(StoragePath.of(tmp_path / "b"))
     assert list((tmp_path / "a").iterdir()) == []
 
 
 def test_a_folder_that_was_not_there_is_gone_again_if_nothing_came_of_it(tmp_path: Path) -> None:
     with Holder("train") as holder:
-        holder.hold(Place.of(tmp_path / "made" / "deep"))
-        holder.hold(Place.of(tmp_path / "filled"))
+        holder.hold(StoragePath.of(tmp_path / "made" / "deep"))
+        holder.hold(StoragePath.of(tmp_path / "filled"))
         (tmp_path / "filled" / "x").touch()
     assert not (tmp_path / "made" / "deep").exists()
     assert [file.name for file in (tmp_path / "filled").iterdir()] == ["x"]
@@ -110,7 +110,7 @@ def test_one_that_comes_while_the_lock_is_being_given_up_gets_it(
 
     monkeypatch.setattr(os, "open", open_late)
     with Holder("train") as holder:
-        holder.hold(Place.of(tmp_path))
+        holder.hold(StoragePath.of(tmp_path))
         assert opened and (tmp_path / LOCK).exists()
         with held_is_refused(tmp_path):
             pass
@@ -124,14 +124,14 @@ def test_a_lock_never_empties_what_somebody_else_made(tmp_path: Path, foreign: s
     if foreign == "link":
         (tmp_path / LOCK).symlink_to(theirs)
     with Holder("store repair") as holder, pytest.raises(ConfigError, match=r"is a link|was not written by eupe"):
-        holder.hold(Place.of(tmp_path))
+        holder.hold(StoragePath.of(tmp_path))
     assert theirs.read_text() == "theirs"
 
 
 @contextmanager
 def held_is_refused(place: Path) -> Iterator[None]:
     with Holder("extract") as second, pytest.raises(ConfigError, match="is being written by `eupe train`"):
-        second.hold(Place.of(place))
+        second.hold(StoragePath.of(place))
     yield
 
 

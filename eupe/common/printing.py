@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eupe.progress import amount
+from eupe.common.progress import amount
 
 NARROW, TURNED = 8, 16
 """Characters to which words may be folded in a table, and in a transposed table; numbers are never folded."""

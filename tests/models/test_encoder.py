@@ -1,4 +1,4 @@
-"""eupe/encoder.py against timm's own forward passes."""
+"""eupe/models/encoder.py against timm's own forward passes."""
 
 import json
 import re
@@ -13,10 +13,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from eupe import encoder as encoder_module
-from eupe.checkpoints import load_state_dict_strictly
-from eupe.compute import normalise
-from eupe.encoder import (
+from eupe.common.compute import normalise
+from eupe.common.kinds import CARD_FILE, WEIGHTS_FILE
+from eupe.errors import ConfigError, RunError, StorageError, TeacherError
+from eupe.models import encoder as encoder_module
+from eupe.models.checkpoints import load_state_dict_strictly
+from eupe.models.encoder import (
     Encoder,
     EncoderCard,
     build_encoder,
@@ -27,9 +29,7 @@ from eupe.encoder import (
     timm_card,
     timm_tokens,
 )
-from eupe.errors import ConfigError, RunError, StorageError, TeacherError
-from eupe.kinds import CARD_FILE, WEIGHTS_FILE
-from eupe.meta import built_on_meta
+from eupe.models.meta import built_on_meta
 
 STUDENTS = {
     # arch: (size, patch, dense width, summary width, prefix, summary kind, dense kind)
@@ -330,7 +330,7 @@ def test_normalise_is_the_textbook_formula() -> None:
 
 def test_encoder_imports_no_teacher_library() -> None:
     code = (
-        "import sys, eupe.encoder; "
+        "import sys, eupe.models.encoder; "
         "print([m for m in ('eupe.teachers', 'transformers', 'open_clip', 'ray') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

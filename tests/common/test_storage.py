@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eupe.common.files import UNFINISHED, remove_unfinished
+from eupe.common.storage import StoragePath, storage_error
 from eupe.errors import ConfigError, StorageError
-from eupe.files import UNFINISHED, remove_unfinished
-from eupe.place import Place, storage_error
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place.of(tmp_path / "objects")
+def place(tmp_path: Path) -> StoragePath:
+    return StoragePath.of(tmp_path / "objects")
 
 
 # Names of places
@@ -41,16 +41,16 @@ def place(tmp_path: Path) -> Place:
     ],
 )
 def test_what_a_user_types_is_a_place(typed: str | Path, url: str, name: str) -> None:
-    place = Place.of(typed)
+    place = StoragePath.of(typed)
     assert (str(place), place.name) == (url, name)
-    assert Place.of(place) is place
+    assert StoragePath.of(place) is place
     assert place.is_local == url.startswith("/")
     assert str(place / "parts/00000.parquet") == f"{url}/parts/00000.parquet"
 
 
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    place = Place.of("store.zarr")
+    place = StoragePath.of("store.zarr")
     monkeypatch.chdir("/")
     assert place.local == tmp_path / "store.zarr"
 
@@ -61,11 +61,13 @@ def test_two_dots_lead_up_from_where_a_link_leads(tmp_path: Path, monkeypatch: p
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "here")
     monkeypatch.chdir(tmp_path / "link")
     for typed in ("../store.zarr", tmp_path / "link" / ".." / "store.zarr", f"file://{tmp_path}/link/../store.zarr"):
-        place = Place.of(typed)
+        place = StoragePath.of(typed)
         assert place.local == tmp_path / "disk" / "store.zarr"
         place.write("a/b", b"1")
         assert (place.list(), place.read("a/b")) == (["a/b"], b"1")
-    assert Place.of(tmp_path / "link" / "x").local == tmp_path / "link" / "x", "a link stays where nothing leads up"
+    assert StoragePath.of(tmp_path / "link" / "x").local == tmp_path / "link" / "x", (
+        "a link stays where nothing leads up"
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_two_dots_lead_up_from_where_a_link_leads(tmp_path: Path, monkeypatch: p
 )
 def test_a_place_that_cannot_be_is_one_sentence(typed: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        Place.of(typed)
+        StoragePath.of(typed)
     assert typed in str(refused.value) and sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -107,7 +109,7 @@ def test_the_environment_names_the_server(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     s3, gs = (
-        {name: value for name, value in Place.of(url).spec().items() if not name.endswith("_request_retries")}
+        {name: value for name, value in StoragePath.of(url).spec().items() if not name.endswith("_request_retries")}
         for url in ("s3://bucket/a/store.zarr", "gs://bucket")
     )
     assert s3 == {"driver": "s3", "bucket": "bucket", "path": "a/store.zarr/", **settings}
@@ -117,7 +119,7 @@ def test_the_environment_names_the_server(
 # Objects
 
 
-def test_an_object_is_read_as_it_was_written_last(place: Place) -> None:
+def test_an_object_is_read_as_it_was_written_last(place: StoragePath) -> None:
     for data in (b"", b"first", bytes(range(256)) * 999, b"second"):
         place.write("a/b/c", data)
         assert place.read("a/b/c") == data
@@ -125,16 +127,16 @@ def test_an_object_is_read_as_it_was_written_last(place: Place) -> None:
     assert place.exists("a/b/c") and not place.exists("a/b") and not place.exists("a/b/c/d")
 
 
-def test_what_is_not_there_is_missing(place: Place) -> None:
+def test_what_is_not_there_is_missing(place: StoragePath) -> None:
     place.write("a/b", b"1")
     for name in ("b", "a", "a/bb", "a/b/c"):
         with pytest.raises(FileNotFoundError, match=f"{place}/{name} does not exist"):
             place.read(name)
         assert not place.exists(name)
-    assert Place.of(place.local / "nowhere").list() == []
+    assert StoragePath.of(place.local / "nowhere").list() == []
 
 
-def test_an_object_is_made_once(place: Place) -> None:
+def test_an_object_is_made_once(place: StoragePath) -> None:
     assert place.create("zarr.json", b"mine")
     assert not place.create("zarr.json", b"yours")
     assert place.read("zarr.json") == b"mine"
@@ -142,13 +144,13 @@ def test_an_object_is_made_once(place: Place) -> None:
     assert place.create("zarr.json", b"yours")
 
 
-def test_of_many_that_create_at_once_one_succeeds(place: Place) -> None:
+def test_of_many_that_create_at_once_one_succeeds(place: StoragePath) -> None:
     """Each through a handle of its own, as processes have."""
     for attempt in range(20):
         barrier, made = threading.Barrier(8), []
 
         def create(i: int, name: str, barrier: threading.Barrier, made: list[int]) -> None:
-            own = Place(place.url)
+            own = StoragePath(place.url)
             barrier.wait()
             if own.create(name, str(i).encode()):
                 made.append(i)
@@ -162,9 +164,10 @@ def test_of_many_that_create_at_once_one_succeeds(place: Place) -> None:
         assert [place.read(f"{attempt}.json")] == [str(i).encode() for i in made]
 
 
-def test_of_many_processes_that_create_at_once_one_succeeds(place: Place) -> None:
+def test_of_many_processes_that_create_at_once_one_succeeds(place: StoragePath) -> None:
     script = (
-        "import sys; from eupe.place import Place; print(int(Place.of(sys.argv[1]).create('x', sys.argv[2].encode())))"
+        "import sys; from eupe.common.storage import StoragePath; "
+        "print(int(StoragePath.of(sys.argv[1]).create('x', sys.argv[2].encode())))"
     )
     command = [sys.executable, "-c", script, str(place)]
     running = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(4)]
@@ -173,7 +176,7 @@ def test_of_many_processes_that_create_at_once_one_succeeds(place: Place) -> Non
     assert place.read("x") == str(made.index("1")).encode()
 
 
-def test_a_reader_sees_the_old_bytes_or_the_new(place: Place) -> None:
+def test_a_reader_sees_the_old_bytes_or_the_new(place: StoragePath) -> None:
     """Never some of each, nor a file that is still growing."""
     versions = {bytes([i]) * 200_000 for i in range(4)}
     place.write("object", next(iter(versions)))
@@ -194,7 +197,7 @@ def test_a_reader_sees_the_old_bytes_or_the_new(place: Place) -> None:
     assert seen <= versions
 
 
-def test_an_object_is_written_as_its_pieces_come(place: Place) -> None:
+def test_an_object_is_written_as_its_pieces_come(place: StoragePath) -> None:
     """The old one stands until the last has come, and nothing is listed of the new."""
     place.write("a/object", b"old")
 
@@ -208,7 +211,7 @@ def test_an_object_is_written_as_its_pieces_come(place: Place) -> None:
     assert [file.name for file in (place.local / "a").iterdir()] == ["object"]
 
 
-def test_pieces_that_fail_leave_what_was_there(place: Place) -> None:
+def test_pieces_that_fail_leave_what_was_there(place: StoragePath) -> None:
     def pieces() -> Iterator[bytes]:
         yield b"new" * 100_000
         raise ZeroDivisionError
@@ -221,7 +224,7 @@ def test_pieces_that_fail_leave_what_was_there(place: Place) -> None:
     assert [file.name for file in (place.local / "a").iterdir()] == ["object"]
 
 
-def test_only_what_dead_writers_left_is_removed(place: Place) -> None:
+def test_only_what_dead_writers_left_is_removed(place: StoragePath) -> None:
     """A living one goes on, and its object is whole."""
 
     def pieces() -> Iterator[bytes]:
@@ -248,7 +251,7 @@ def test_only_what_dead_writers_left_is_removed(place: Place) -> None:
 def test_list_gives_the_names_that_begin_so(
     tmp_path_factory: pytest.TempPathFactory, names: set[str], prefix: str
 ) -> None:
-    place = Place.of(tmp_path_factory.mktemp("list"))
+    place = StoragePath.of(tmp_path_factory.mktemp("list"))
     names = {name for name in names if not any(other.startswith(f"{name}/") for other in names)}
     for name in names:
         place.write(name, b"")
@@ -256,7 +259,7 @@ def test_list_gives_the_names_that_begin_so(
     assert all(place.exists(name) for name in names)
 
 
-def test_lock_files_of_killed_writers_are_no_objects_and_stop_nobody(place: Place) -> None:
+def test_lock_files_of_killed_writers_are_no_objects_and_stop_nobody(place: StoragePath) -> None:
     place.local.mkdir()
     (place.local / "object.__lock").write_bytes(b"half")
     assert place.list() == []
@@ -264,7 +267,7 @@ def test_lock_files_of_killed_writers_are_no_objects_and_stop_nobody(place: Plac
     assert (place.list(), place.read("object")) == (["object"], b"whole")
 
 
-def test_delete_leaves_the_others(place: Place) -> None:
+def test_delete_leaves_the_others(place: StoragePath) -> None:
     for name in ("a", "b/c"):
         place.write(name, b"1")
     place.delete("a")
@@ -273,7 +276,7 @@ def test_delete_leaves_the_others(place: Place) -> None:
     assert place.list() == ["b/c"]
 
 
-def test_a_place_travels_to_another_process(place: Place) -> None:
+def test_a_place_travels_to_another_process(place: StoragePath) -> None:
     place.write("a", b"1")
     again = pickle.loads(pickle.dumps(place))
     assert again == place and hash(again) == hash(place)
@@ -287,7 +290,7 @@ def test_a_place_travels_to_another_process(place: Place) -> None:
 def test_a_refused_write_is_one_sentence(tmp_path: Path, what: str) -> None:
     """A file stands where the folder would be; permissions say nothing to root."""
     (tmp_path / "file").write_text("years of work")
-    place = Place.of(tmp_path / "file")
+    place = StoragePath.of(tmp_path / "file")
     call: Callable[..., object] = getattr(place, what)
     with pytest.raises(StorageError, match=rf"^{place} cannot be written: .*(Not a directory|File exists)") as refused:
         call("object", *([] if what == "delete" else [b"1"]))
@@ -299,15 +302,15 @@ def test_a_refused_write_is_one_sentence(tmp_path: Path, what: str) -> None:
 def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(StorageError, match="cannot be written"):
-        Place.of(tmp_path).write("object", b"1")
+        StoragePath.of(tmp_path).write("object", b"1")
 
 
 def test_what_cannot_be_read_or_listed_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("years of work")
     with pytest.raises(StorageError, match="file/ cannot be listed"):
-        Place.of(tmp_path / "file").list()
+        StoragePath.of(tmp_path / "file").list()
     with pytest.raises(StorageError, match="cannot be read"):
-        Place.of(tmp_path).read("../outside")
+        StoragePath.of(tmp_path).read("../outside")
 
 
 @pytest.mark.parametrize(
@@ -322,7 +325,7 @@ def test_what_cannot_be_read_or_listed_is_one_sentence(tmp_path: Path) -> None:
     ],
 )
 def test_a_full_disk_says_what_to_do(error: Exception) -> None:
-    sentence = str(storage_error(error, Place.of("s3://bucket/store.zarr")))
+    sentence = str(storage_error(error, StoragePath.of("s3://bucket/store.zarr")))
     assert sentence.startswith("no space left while writing s3://bucket/store.zarr; ")
     assert "free some space and run the same command again" in sentence
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from eupe.common.files import is_open_as
+from eupe.common.reading import parse_json
 from eupe.errors import ConfigError
-from eupe.files import is_open_as
-from eupe.reading import parse_json
 
 LOCK = ".eupe.__lock"
 """Name of the lock in the folder that is held; lists leave out names with this ending."""

@@ -9,9 +9,9 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from eupe.compute import normalise
-from eupe.encoder import Encoder, build_encoder, load_encoder, save_encoder, timm_card, timm_tokens
-from eupe.meta import built_on_meta
+from eupe.common.compute import normalise
+from eupe.models.encoder import Encoder, build_encoder, load_encoder, save_encoder, timm_card, timm_tokens
+from eupe.models.meta import built_on_meta
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from eupe.common.storage import AnyPath, StoragePath
 from eupe.errors import ConfigError, StorageError
-from eupe.place import Place, Where
 
 MARK = '<meta name="generator" content="eupe">'
 """Mark of pages."""
@@ -22,8 +22,8 @@ HEAD_BYTES = 4096
 
 
 def require_out(
-    out: Where, is_ours: Callable[[Place], bool], *, sources: Iterable[Where] = (), overwrite: bool = False
-) -> Place:
+    out: AnyPath, is_ours: Callable[[StoragePath], bool], *, sources: Iterable[AnyPath] = (), overwrite: bool = False
+) -> StoragePath:
     """Return the file to write, the target if it is a link, after checking that no one else's file would be lost.
 
     Args:
@@ -34,12 +34,14 @@ def require_out(
     Raises: ConfigError if it is a source, a folder, a device, or a file that we did not make; StorageError.
     """
     try:
-        return _required(Place.of(out), out, is_ours, [*map(Place.of, sources)], overwrite)
+        return _required(StoragePath.of(out), out, is_ours, [*map(StoragePath.of, sources)], overwrite)
     except OSError as error:  # a name that is too long, a folder without permission
         raise StorageError(f"{out} cannot be written: {error}") from error
 
 
-def _required(place: Place, out: Where, is_ours: Callable[[Place], bool], read: list[Place], overwrite: bool) -> Place:
+def _required(
+    place: StoragePath, out: AnyPath, is_ours: Callable[[StoragePath], bool], read: list[StoragePath], overwrite: bool
+) -> StoragePath:
     """Return the file as `require_out` does.
 
     Raises: OSError, too.
@@ -65,12 +67,12 @@ def _required(place: Place, out: Where, is_ours: Callable[[Place], bool], read: 
     return place
 
 
-def _is_same(place: Place, source: Place) -> bool:
+def _is_same(place: StoragePath, source: StoragePath) -> bool:
     both = place.is_local and source.is_local and place.local.exists() and source.local.exists()
     return both and place.local.samefile(source.local)
 
 
-def _bears_mark(place: Place, is_ours: Callable[[Place], bool]) -> bool:
+def _bears_mark(place: StoragePath, is_ours: Callable[[StoragePath], bool]) -> bool:
     try:
         return is_ours(place)
     except StorageError:
@@ -79,7 +81,7 @@ def _bears_mark(place: Place, is_ours: Callable[[Place], bool]) -> bool:
         return False
 
 
-def begins_with_mark(place: Place) -> bool:
+def begins_with_mark(place: StoragePath) -> bool:
     """Return whether a page, a figure or Markdown has our mark."""
     head = place.parent.read_range(place.name, 0, HEAD_BYTES)
     return any(mark.encode() in head for mark in (MARK, MARKDOWN_MARK, "\0".join(FIGURE_MARK)))

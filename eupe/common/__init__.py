@@ -1,0 +1,1 @@
+"""What all parts use: files and storage, locks, signals, processors, progress."""

@@ -1,0 +1,1 @@
+"""Networks: encoders of any architecture, the proxy, weights files into models, principal components."""
