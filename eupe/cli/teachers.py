@@ -13,15 +13,13 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from eupe.cli.console import err, escaped, out, show
-from eupe.cli.options import (
-    Json,
-    WeightsKey,
-    require_weights_of_key,
-)
+from eupe.cli.options import Json, WeightsKey, require_weights_of_key
 from eupe.errors import ConfigError
 
 if TYPE_CHECKING:
-    pass
+    import torch
+
+    from eupe.teachers.verify import Comparison
 
 
 class _NameOrVerb(TyperGroup):
@@ -91,7 +89,7 @@ def teachers_verify(
     """Compare adapters with their library's own forward pass on awkward pictures; exit with code 1 if one differs."""
     import torch
 
-    from eupe.common.compute import compute_dtype, dtype_name
+    from eupe.common.compute import compute_dtype
     from eupe.common.progress import report_progress
     from eupe.teachers.verify import LEAST, require_agreement, verify_teachers
 
@@ -111,31 +109,40 @@ def teachers_verify(
         rows = [{**dataclasses.asdict(c), "agrees": c.agrees} for c in comparisons]
         print(json.dumps({"least_allowed": LEAST, "teachers": rows}))
     else:
-        table = Table(
-            "teacher", Column("weights", overflow="fold"), "build", "size", "tokens", "least cosine", "mean", box=None
-        )
-        rounded = dtype_name(torch_dtype)
-        for c in comparisons:
-            in_rounded = {f"{kind} {rounded}": cosine for kind, cosine in c.rounding.items()}
-            for kind, cosine in {**c.cosines, **in_rounded}.items():
-                cells = (c.teacher, escaped(c.weights), c.build, str(c.size), kind)
-                table.add_row(*cells, f"{cosine.least:.7f}", f"{cosine.mean:.7f}")
-        show(table)
-        if torch_dtype != torch.float32:
-            out.print(
-                f"{rounded}: the adapter's own tokens in {rounded} compared with those in fp32, on the CPU",
-                soft_wrap=True,
-            )
-        for c in comparisons:
-            if c.failure is not None:
-                out.print(f"[red]{escaped(c.teacher)} failed[/]: {escaped(c.failure)}", soft_wrap=True)
-        builds = Counter(c.build for c in comparisons if c.failure is None)
-        failed = f", {len(comparisons) - builds.total()} failed" if builds.total() < len(comparisons) else ""
-        pictures = max(c.num_pictures for c in comparisons)
+        _print_comparisons(comparisons, torch_dtype)
+    require_agreement(comparisons)
+
+
+def _print_comparisons(comparisons: list[Comparison], dtype: torch.dtype) -> None:
+    """Print a table of cosines, then the adapters that failed and what was compared."""
+    import torch
+
+    from eupe.common.compute import dtype_name
+
+    table = Table(
+        "teacher", Column("weights", overflow="fold"), "build", "size", "tokens", "least cosine", "mean", box=None
+    )
+    rounded = dtype_name(dtype)
+    for c in comparisons:
+        in_rounded = {f"{kind} {rounded}": cosine for kind, cosine in c.rounding.items()}
+        for kind, cosine in {**c.cosines, **in_rounded}.items():
+            cells = (c.teacher, escaped(c.weights), c.build, str(c.size), kind)
+            table.add_row(*cells, f"{cosine.least:.7f}", f"{cosine.mean:.7f}")
+    show(table)
+    if dtype != torch.float32:
         out.print(
-            f"{len(comparisons)} teachers ({builds['full']} full, {builds['narrow']} narrow{failed}) on "
-            f"{pictures} awkward pictures each; full is the whole model, narrow has the same architecture with two "
-            "thin blocks: large models are checked in this way unless requested by NAME",
+            f"{rounded}: the adapter's own tokens in {rounded} compared with those in fp32, on the CPU",
             soft_wrap=True,
         )
-    require_agreement(comparisons)
+    for c in comparisons:
+        if c.failure is not None:
+            out.print(f"[red]{escaped(c.teacher)} failed[/]: {escaped(c.failure)}", soft_wrap=True)
+    builds = Counter(c.build for c in comparisons if c.failure is None)
+    failed = f", {len(comparisons) - builds.total()} failed" if builds.total() < len(comparisons) else ""
+    pictures = max(c.num_pictures for c in comparisons)
+    out.print(
+        f"{len(comparisons)} teachers ({builds['full']} full, {builds['narrow']} narrow{failed}) on "
+        f"{pictures} awkward pictures each; full is the whole model, narrow has the same architecture with two "
+        "thin blocks: large models are checked in this way unless requested by NAME",
+        soft_wrap=True,
+    )

@@ -26,7 +26,7 @@ On the command line and in files, a storage path is text.
 
 @dataclass(frozen=True)
 class Option:
-    """What a config's field says about its option beyond type and default."""
+    """An option of a config: all that its field says about it beyond type and default."""
 
     help: str
     """One sentence without the default: the field's documentation, and its line in `--help`."""

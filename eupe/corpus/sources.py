@@ -149,6 +149,46 @@ def _is_folder(place: StoragePath) -> bool:
     return place.is_local and place.local.is_dir()
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a folder by what they are, and how many are left out for which reason."""
+
+    files: dict[str, list[str]] = field(default_factory=lambda: {"pictures": [], "tars": [], "tables": []})
+    metadata: list[str] = field(default_factory=list)
+    """Tables of labels and captions beside pictures."""
+    states: list[str] = field(default_factory=list)
+    """Files by which a folder of `save_to_disk` is known."""
+    num_pictures: int = 0
+    first: str = ""
+    """The first picture, taken or not."""
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def _listed(root: StoragePath, patterns: Patterns) -> _Listing:
+    """Go through a folder once.
+
+    Raises: StorageError if it cannot be read.
+    """
+    found, num_pictures, first = _Listing(), 0, ""
+    for entry in entries(root):
+        kind, reason = _kind_of(entry.name), entry.left_out
+        if _is_picture(entry):
+            first = first or entry.name
+            reason = patterns.reason(entry.name)
+            num_pictures += reason is None
+        elif reason is None and METADATA_NAME.fullmatch(entry.name):
+            found.metadata.append(entry.name)
+        elif reason is None and kind is not None:
+            found.files[kind].append(entry.name)
+        elif reason is None and entry.name.rpartition("/")[2] == SAVED_STATE:
+            found.states.append(entry.name)
+            reason = METADATA
+        elif reason is None:
+            reason = not_read(entry.name)
+        found.left_out.update(filter(None, [reason]))
+    return replace(found, num_pictures=num_pictures, first=first)
+
+
 def find_folder(root: StoragePath, patterns: Patterns = EVERYTHING) -> Source:
     """Return the source in a folder, with counts of everything that is left out.
 
@@ -159,35 +199,18 @@ def find_folder(root: StoragePath, patterns: Patterns = EVERYTHING) -> Source:
         read.
     """
     _require_utf8(root)
-    files: dict[str, list[str]] = {"pictures": [], "tars": [], "tables": []}
-    left_out: Counter[str] = Counter()
-    num_pictures, first, metadata, states = 0, "", [], []
-    for entry in entries(root):
-        kind, reason = _kind_of(entry.name), entry.left_out
-        if _is_picture(entry):
-            first = first or entry.name
-            reason = patterns.reason(entry.name)
-            num_pictures += reason is None
-        elif reason is None and METADATA_NAME.fullmatch(entry.name):
-            metadata.append(entry.name)
-        elif reason is None and kind is not None:
-            files[kind].append(entry.name)
-        elif reason is None and entry.name.rpartition("/")[2] == SAVED_STATE:
-            states.append(entry.name)
-            reason = METADATA
-        elif reason is None:
-            reason = not_read(entry.name)
-        left_out.update(filter(None, [reason]))
+    found = _listed(root, patterns)
+    files, left_out, metadata = found.files, found.left_out, found.metadata
     tars = [name for name in files["tars"] if not _is_gzipped(name)]
-    if num_pictures and tars:
+    if found.num_pictures and tars:
         raise CorpusError(
-            f"corpus {root} holds {num_pictures} pictures and {len(tars)} tars ({tars[0]}); put them in separate "
+            f"corpus {root} holds {found.num_pictures} pictures and {len(tars)} tars ({tars[0]}); put them in separate "
             "folders, or name the tars: 'FOLDER/{000..099}.tar'"
         )
-    if num_pictures:
+    if found.num_pictures:
         left_out.update([METADATA for _ in metadata] + [not_read(name) for name in files["tars"] + files["tables"]])
-        return Source("pictures", root, (), num_pictures, left_out, patterns, metadata)
-    saved = _saved(root, states, files["tables"])
+        return Source("pictures", root, (), found.num_pictures, left_out, patterns, metadata)
+    saved = _saved(root, found.states, files["tables"])
     left_out[DERIVED] += len(files["tables"]) - len(saved)
     files["tables"] = saved + [name for name in metadata if name.endswith(TABLE)]
     tables = {name: _table_reason(root, name, beside_tars=bool(files["tars"])) for name in files["tables"]}
@@ -200,7 +223,7 @@ def find_folder(root: StoragePath, patterns: Patterns = EVERYTHING) -> Source:
     unclear = [name for name, reason in tables.items() if reason == NO_TABLE]
     by_patterns = left_out[BY_INCLUDE] + left_out[BY_EXCLUDE]
     if by_patterns and not files["tars"] and not taken:
-        raise CorpusError(left_none(by_patterns, root, first))
+        raise CorpusError(left_none(by_patterns, root, found.first))
     if not files["tars"] and not taken and not unclear:
         missed = f" (left out: {told(left_out)})" if left_out else ""
         raise CorpusError(

@@ -10,7 +10,7 @@ cropped or recoloured at random, and test views are not mirrored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from eupe.evaluate.dense_probe import (
     require_same_sides,
     train_head,
 )
+from eupe.evaluate.encode import EncodedViews
 from eupe.evaluate.layouts import NYU_SIDES, DepthUnit, Mapped, depth_split, read_depth, stated_unit, told_unit
 from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
@@ -93,46 +94,25 @@ def depth(
     """
     if not MIN_M < max_m < math.inf:
         raise ConfigError(f"--max-depth must be above {MIN_M:g} m, and finite, got {max_m:g}")
-    train, val = (depth_split(data, split).limited(limit) for split in ("train", "val"))
+    splits = {split: depth_split(data, split).limited(limit) for split in ("train", "val")}
+    train, val = splits["train"], splits["val"]
     unit = stated_unit(data, unit, train.maps)
-    reads = {split: partial(_read, part, unit) for split, part in (("train", train), ("val", val))}
-    ranges = {split: _range(len(part.maps), reads[split], max_m) for split, part in (("train", train), ("val", val))}
-    for split, found in ranges.items():
-        if not found.num_judged:
-            raise CorpusError(
-                f"the depth maps of the {split} split of {data} hold nothing between {MIN_M:g} and {max_m:g} m "
-                f"(found: {found.told}); --depth-unit sets the metres of one step, --max-depth the greatest depth "
-                "that counts"
-            )
+    reads = {split: partial(_read, part, unit) for split, part in splits.items()}
+    ranges = {split: _range(len(part.maps), reads[split], max_m) for split, part in splits.items()}
+    _require_judged(ranges, data, max_m)
     chosen = subject.size(size, usual=SIZE)
     seen_val, seen_train = (  # the larger split last: if it does not fit in memory, only a short pass is lost
         subject.encode_views(part.pictures, kinds=[DENSE], size=chosen, crop=windows, scratch=scratch)
         for part in (val, train)
     )
-    assert seen_train.dense is not None
-    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
-        torch.manual_seed(training.seed)
-        head = LinearDepth(seen_train.dense.shape[-1], min_m=MIN_M, max_m=max_m)
-        train_head(
-            head,
-            seen_train,
-            reads["train"],
-            lambda said, truth: scale_invariant_loss(said[:, 0], truth, max_m=max_m),
-            training,
-            on_step=on_step,
-        )
-    errors = []
-    for said, truth in predictions(head, seen_val, reads["val"]):
-        judged = _judged(truth, val, max_m) & torch.isfinite(said[0]).cpu().numpy()
-        if judged.any():
-            errors.append(depth_errors(said[0].cpu().numpy()[judged], truth[judged]))
+    head = _trained_head(seen_train, reads["train"], training, max_m, on_step)
+    errors = _errors(head, seen_val, reads["val"], val, max_m)
     if not errors:
         raise CorpusError(f"the depth maps of the val split of {data} hold nothing between {MIN_M:g} and {max_m:g} m")
-    means = {name: float(np.mean([error[name] for error in errors])) for name in errors[0]}
     return result_of(
         subject,
         task="depth",
-        scores=means,
+        scores={name: float(np.mean([error[name] for error in errors])) for name in errors[0]},
         lower_is_better=True,
         protocol={
             **subject.protocol(chosen),
@@ -147,10 +127,52 @@ def depth(
             f"judged: {len(errors):,} pictures of {val.name}, by {len(train.maps):,} of {train.name}",
             *(
                 f"depth of {part.name}, read as {told_unit(part.maps[0], unit)} (--depth-unit): {ranges[split].told}"
-                for split, part in (("train", train), ("val", val))
+                for split, part in splits.items()
             ),
         ],
     )
+
+
+def _require_judged(ranges: Mapping[str, Range], data: Path, max_m: float) -> None:
+    """Raise CorpusError if a split has no depth that counts."""
+    for split, found in ranges.items():
+        if not found.num_judged:
+            raise CorpusError(
+                f"the depth maps of the {split} split of {data} hold nothing between {MIN_M:g} and {max_m:g} m "
+                f"(found: {found.told}); --depth-unit sets the metres of one step, --max-depth the greatest depth "
+                "that counts"
+            )
+
+
+def _trained_head(
+    seen: EncodedViews, read_truth: ReadTruth, training: Training, max_m: float, on_step: Callable[[int, int], None]
+) -> LinearDepth:
+    """Return a depth head trained on dense tokens; the caller's random state stays as it was."""
+    assert seen.dense is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        head = LinearDepth(seen.dense.shape[-1], min_m=MIN_M, max_m=max_m)
+        train_head(
+            head,
+            seen,
+            read_truth,
+            lambda said, truth: scale_invariant_loss(said[:, 0], truth, max_m=max_m),
+            training,
+            on_step=on_step,
+        )
+    return head
+
+
+def _errors(
+    head: LinearDepth, seen: EncodedViews, read_truth: ReadTruth, val: Mapped, max_m: float
+) -> list[dict[str, float]]:
+    """Return the errors of each picture that has pixels to judge."""
+    errors = []
+    for said, truth in predictions(head, seen, read_truth):
+        judged = _judged(truth, val, max_m) & torch.isfinite(said[0]).cpu().numpy()
+        if judged.any():
+            errors.append(depth_errors(said[0].cpu().numpy()[judged], truth[judged]))
+    return errors
 
 
 def scale_invariant_loss(metres_BSS: Tensor, truth_BSS: Tensor, *, max_m: float) -> Tensor:

@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eupe.errors import CorpusError
-from eupe.evaluate.dense_probe import Training, predictions, require_same_sides, require_truth, train_head
+from eupe.evaluate.dense_probe import (
+    ReadTruth,
+    Training,
+    predictions,
+    require_same_sides,
+    require_truth,
+    train_head,
+)
+from eupe.evaluate.encode import EncodedViews
 from eupe.evaluate.layouts import Mapped, class_names, mask_split
 from eupe.evaluate.masks import CLASS_NUMBERS, NOTHING, Classes, MaskCode, find_classes
 from eupe.evaluate.pictures import windows
@@ -102,11 +110,7 @@ def segment(
         train_head(
             head, encoded["train"], partial(read_labels, classes, train), segmentation_loss, training, on_step=on_step
         )
-    confusion = np.zeros((classes.count, classes.count), dtype=np.int64)
-    for logits, labels in predictions(head, encoded["val"], partial(read_labels, classes, val)):
-        reached = torch.isfinite(logits[0]).cpu().numpy()  # NaN where no view reaches; such pixels do not count
-        predicted = logits.argmax(dim=0).cpu().numpy()
-        confusion += confusion_of(predicted, np.where(reached, labels, IGNORED), classes.count)
+    confusion = _confusion(head, encoded["val"], partial(read_labels, classes, val), classes.count)
     if not confusion.sum():
         raise CorpusError(f"the masks of the val split of {data} hold no class at all, only {classes.told}")
     return result_of(
@@ -120,6 +124,16 @@ def segment(
             f"{classes.count:,} classes (values {classes.told}), {int(confusion.any(axis=1).sum()):,} of them judged"
         ],
     )
+
+
+def _confusion(head: LinearSegmenter, seen: EncodedViews, read_truth: ReadTruth, num_classes: int) -> NDArray[np.int64]:
+    """Count the pixels of all pictures by (label, prediction), [C, C]."""
+    confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
+    for logits, labels in predictions(head, seen, read_truth):
+        reached = torch.isfinite(logits[0]).cpu().numpy()  # NaN where no view reaches; such pixels do not count
+        predicted = logits.argmax(dim=0).cpu().numpy()
+        confusion += confusion_of(predicted, np.where(reached, labels, IGNORED), num_classes)
+    return confusion
 
 
 def segmentation_loss(logits_BCSS: Tensor, labels_BSS: Tensor) -> Tensor:
