@@ -9,12 +9,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 MOST_VALUES = 100_000
 """Upper bound on the values of a YAML file; each counts as often as aliases repeat it."""
@@ -39,7 +36,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def to_plain(instance: DataclassInstance) -> dict[str, Any]:
+def to_plain(instance: Any) -> dict[str, Any]:
     """Return the fields of a dataclass as plain JSON, with tuples as lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(instance).items()}
 
