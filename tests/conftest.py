@@ -145,9 +145,12 @@ def forked(warm_python: str) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_address(warm_python: str) -> Iterator[str]:
-    """Where a Ray of two CPUs runs, whose workers begin with their libraries imported."""
+    """Where a Ray of two CPUs runs, whose workers begin with their libraries imported.
+
+    It ends with its module: beside one that goes on, a cluster that `ray start` makes was once not answered.
+    """
     from shared_ray import running_ray
 
     # without a token, which a process that has imported Ray already would not look for

@@ -119,7 +119,7 @@ def test_a_file_without_permissions_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("joined")
+@pytest.mark.usefixtures("forked")
 def test_one_extraction_takes_all_of_them(tmp_path: Path, tiny_weights: Path, run_eupe: Run) -> None:
     corpus, good_only = tmp_path / "corpus", tmp_path / "good"
     for folder, files in ((corpus, FILES), (good_only, GOOD)):

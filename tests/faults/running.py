@@ -155,9 +155,12 @@ def _wait_until_served(head: RayHead, process: subprocess.Popen[str], output: Pa
     deadline = time.monotonic() + PATIENCE_S
     while True:
         assert process.poll() is None, output.read_text()
+        answer = ""
         try:
-            head.ask("jobs/")
-            return
+            # a server that answers may still wait for the node that is to do the work
+            if "ALIVE" in (answer := head.ask("v0/nodes")):
+                return
         except OSError as error:
-            assert time.monotonic() < deadline, f"{error}: {output.read_text()}"
-            time.sleep(0.2)
+            answer = str(error)
+        assert time.monotonic() < deadline, f"{answer}: {output.read_text()}"
+        time.sleep(0.2)
