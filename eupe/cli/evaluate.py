@@ -29,6 +29,7 @@ from eupe.errors import ConfigError
 
 if TYPE_CHECKING:
     from eupe.evaluate.dense_probe import Training
+    from eupe.evaluate.feature_cache import FeatureCache
     from eupe.evaluate.result import Result
     from eupe.evaluate.subject import Subject
     from eupe.report.comparison import Merged
@@ -57,6 +58,21 @@ Neighbours = Annotated[
 Scratch = Annotated[
     Path | None,
     typer.Option(help="Folder for a temporary file that holds the dense tokens. Default: they are held in memory."),
+]
+Features = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps the tokens of runs and teachers, so that no later evaluation computes them again. "
+        "Default: they are not kept."
+    ),
+]
+FeaturesGb = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Most that --features may hold, in GB; the least recently used tokens are deleted, and 0 keeps none. "
+        "Default: 20.",
+    ),
 ]
 Steps = Annotated[int | None, typer.Option(help="Number of updates of the head. Default: that of the paper.")]
 BatchSize = Annotated[int | None, typer.Option(help="Views per update of the head. Default: 16.")]
@@ -211,6 +227,8 @@ def eval_knn(
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
     untrained: Untrained = False,
+    features: Features = None,
+    features_gb: FeaturesGb = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -223,7 +241,7 @@ def eval_knn(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return knn(subject, data=data, k=k, metric=metric, size=size, choice=choice)  # type: ignore[arg-type]
 
-    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
 
 
 @eval_app.command("linear")
@@ -249,6 +267,8 @@ def eval_linear(
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
     untrained: Untrained = False,
+    features: Features = None,
+    features_gb: FeaturesGb = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -261,7 +281,7 @@ def eval_linear(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return linear(subject, data=data, penalties=tuple(penalty or PENALTIES), size=size, choice=choice)
 
-    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
 
 
 @eval_app.command("segment")
@@ -294,6 +314,8 @@ def eval_segment(
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
     untrained: Untrained = False,
+    features: Features = None,
+    features_gb: FeaturesGb = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -308,7 +330,7 @@ def eval_segment(
             subject, data=data, size=size, training=how, code=code, limit=limit, scratch=scratch, on_step=on_step
         )
 
-    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
 
 
 @eval_app.command("depth")
@@ -338,6 +360,8 @@ def eval_depth(
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
     untrained: Untrained = False,
+    features: Features = None,
+    features_gb: FeaturesGb = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -361,7 +385,7 @@ def eval_depth(
             on_step=on_step,
         )
 
-    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
 
 
 @eval_app.command("correspond")
@@ -380,6 +404,8 @@ def eval_correspond(
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
     untrained: Untrained = False,
+    features: Features = None,
+    features_gb: FeaturesGb = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -389,7 +415,7 @@ def eval_correspond(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return correspond(subject, data=data, size=size, alpha=alpha, limit=limit, scratch=scratch, on_step=on_step)
 
-    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
 
 
 @eval_app.command("report")
@@ -462,6 +488,8 @@ def judge_each(
     weights: list[str] | None,
     weights_key: list[str] | None,
     untrained: bool,
+    features: Path | None,
+    features_gb: float | None,
     results: Path | None,
     as_json: bool,
     judge: Callable[[Subject, OnStep], Result],
@@ -473,8 +501,8 @@ def judge_each(
     from eupe.evaluate.subject import open_subjects
 
     require_place(results)
-    keys = local_keys(weights_key)
-    subjects = open_subjects(words, local_weights(weights, words), keys=keys, untrained=untrained)
+    keys, kept = local_keys(weights_key), _kept_features(features, features_gb)
+    subjects = open_subjects(words, local_weights(weights, words), keys=keys, untrained=untrained, features=kept)
     require_place(results, (subject.name for subject in subjects if subject.kind == "run"))
     found = []
     with report_progress(err, "steps", quiet=as_json) as progress:
@@ -495,6 +523,24 @@ def judge_each(
         print(json.dumps({"results": [result.to_json() for result in found]}))
     else:
         show_table(found)
+
+
+def _kept_features(folder: Path | None, limit_gb: float | None) -> FeatureCache | None:
+    """Return the cache that `--features` and `--features-gb` ask for, if they do.
+
+    Raises: ConfigError if the folder holds something else, or there is a limit without a folder.
+    """
+    from eupe.evaluate.feature_cache import LIMIT_GB, open_features
+
+    if folder is None and limit_gb is not None:
+        raise ConfigError(f"--features-gb {limit_gb:g} limits the folder of --features; give --features, too")
+    if folder is None or limit_gb == 0:
+        return None
+    return open_features(
+        folder,
+        limit_gb=LIMIT_GB if limit_gb is None else limit_gb,
+        on_note=lambda note: err.print(escaped(note), soft_wrap=True),
+    )
 
 
 def _number(value: float | None) -> str:

@@ -11,6 +11,8 @@ import typer
 
 from eupe.cli.console import err, finish
 from eupe.cli.evaluate import (
+    Features,
+    FeaturesGb,
     OnStep,
     Results,
     Size,
@@ -117,6 +119,8 @@ def eval_zeroshot(
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
     untrained: Untrained = False,
+    features: Features = None,
+    features_gb: FeaturesGb = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -132,7 +136,7 @@ def eval_zeroshot(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return zeroshot(subject, data=data, texts=texts, teacher=space, size=size, choice=choice, on_step=on_step)
 
-    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
 
 
 @eval_app.command("retrieval")
@@ -149,6 +153,8 @@ def eval_retrieval(
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
     untrained: Untrained = False,
+    features: Features = None,
+    features_gb: FeaturesGb = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -162,7 +168,7 @@ def eval_retrieval(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return retrieval(subject, data=data, texts=texts, teacher=space, size=size, limit=limit, on_step=on_step)
 
-    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
 
 
 @eval_app.command("vqa")
@@ -182,6 +188,8 @@ def eval_vqa(
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
     untrained: Untrained = False,
+    features: Features = None,
+    features_gb: FeaturesGb = None,
     results: Results = None,
     as_json: Json = False,
 ) -> None:
@@ -196,4 +204,4 @@ def eval_vqa(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return vqa(subject, data=data, fitting=fitting, dropouts=tuple(dropout or DROPOUTS), size=size, on_step=on_step)
 
-    judge_each(subjects, weights, weights_key, untrained, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)

@@ -2,7 +2,7 @@
 
 The marks: an index has `eupe.root` in its Parquet metadata; embedded texts have `eupe.text` in their safetensors
 metadata; a page, a figure or Markdown has a word near its beginning, which earlier versions did not write. Folders
-have marks of their own: `zarr.json` of a store, `config.json` of a run, `export.json`.
+have marks of their own: `zarr.json` of a store, `config.json` of a run, `export.json`, `CACHEDIR.TAG` of kept features.
 """
 
 from __future__ import annotations

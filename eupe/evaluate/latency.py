@@ -13,19 +13,18 @@ Source: EUPE, arXiv 2603.22387, reports parameters, FLOPs and the latency on a C
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from eupe.common.cores import cpu_name
 from eupe.errors import ConfigError
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import EncoderSubject, StoreSubject, Subject
@@ -149,16 +148,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
-
-
-def cpu_name() -> str:
-    """Return the model name of this machine's processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
 
 
 @contextmanager

@@ -29,6 +29,8 @@ class Pictures:
     keys: tuple[str, ...]
     insides: tuple[Inside | None, ...] = field(default=(), repr=False)
     """Position of each in a tar or table; empty if all are separate files."""
+    _digests: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """sha256 of the pictures that `sha256` was asked for."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -44,8 +46,13 @@ class Pictures:
             raise CorpusError(f"picture {self.keys[i]} of {self.root} cannot be read: {error}") from error
 
     def sha256(self, i: int) -> str:
-        """Return the sha256 of a picture's bytes, by which stores identify it."""
-        return hashlib.sha256(self.read(i)).hexdigest()
+        """Return the sha256 of a picture's bytes as they were read last, by which stores and caches identify it.
+
+        Raises: CorpusError naming the picture if it cannot be read.
+        """
+        if i not in self._digests:
+            self._digests[i] = hashlib.sha256(self.read(i)).hexdigest()
+        return self._digests[i]
 
     def image(self, i: int) -> Image.Image:
         """Decode a picture: upright, 8-bit RGB.
@@ -53,7 +60,10 @@ class Pictures:
         Raises: CorpusError naming the picture if it cannot be read or decoded.
         """
         try:
-            image = decode_image(self.read(i))
+            data = self.read(i)
+            if i in self._digests:  # the file may have changed since
+                self._digests[i] = hashlib.sha256(data).hexdigest()
+            image = decode_image(data)
         except CorpusError as error:
             if self.keys[i] in str(error):  # `read` has named it already
                 raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from eupe.corpus.index import Corpus
 from eupe.corpus.views import ViewParams
 from eupe.errors import ConfigError, RunError, StoreError, TeacherError
 from eupe.evaluate.encode import EncodedViews, encode_views, require_finite, room_for
+from eupe.evaluate.feature_cache import FeatureCache
+from eupe.evaluate.feature_key import CROPS, encoder_digest, views_key
 from eupe.evaluate.pictures import CropFunction, Pictures
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import is_run, read_card
@@ -165,6 +167,8 @@ class EncoderSubject:
     untrained: bool = False
     weights_key: str | None = None
     """Key of its tensors in a weights file of several models."""
+    features: FeatureCache | None = field(default=None, repr=False, compare=False)
+    """Tokens that are kept between evaluations; None to keep none."""
 
     @property
     def kind(self) -> str:
@@ -191,7 +195,7 @@ class EncoderSubject:
     def encode_views(
         self, pictures: Pictures, *, kinds: Sequence[str], size: int, crop: CropFunction, scratch: Path | None = None
     ) -> EncodedViews:
-        """Run the encoder once on the views that `crop` makes of every picture.
+        """Run the encoder once on the views that `crop` makes of every picture, unless their tokens are kept.
 
         Args:
             scratch: see `room_for`.
@@ -199,15 +203,27 @@ class EncoderSubject:
         """
         for kind in kinds:
             self.require(kind)
-        return encode_views(
-            pictures,
-            lambda views: self.encode(views, size=size),
-            kinds=kinds,
-            size=size,
-            crop=crop,
-            cells=(self.spec.grid(size), self.spec.dense_dim),
-            scratch=scratch,
-            of=self.name,
+
+        def run() -> EncodedViews:
+            return encode_views(
+                pictures,
+                lambda views: self.encode(views, size=size),
+                kinds=kinds,
+                size=size,
+                crop=crop,
+                cells=(self.spec.grid(size), self.spec.dense_dim),
+                scratch=scratch,
+                of=self.name,
+            )
+
+        if self.features is None or crop not in CROPS:
+            return run()
+        encoder = self._digest(size)
+        return self.features.encoded_views(
+            lambda: views_key(encoder, pictures, size=size, crop=crop),
+            kinds,
+            run,
+            lambda shape: room_for(shape, scratch, of=self.name),
         )
 
     def encode(self, views_u8_VSSC: NDArray[np.uint8], *, size: int) -> Tokens:
@@ -215,13 +231,26 @@ class EncoderSubject:
 
         Raises: TeacherError, RunError if the encoder cannot be loaded.
         """
+        return self._teacher(size)(torch.from_numpy(views_u8_VSSC))
+
+    def _digest(self, size: int) -> str:
+        if size not in self._digests:
+            self._digests[size] = encoder_digest(self._teacher(size))
+        return self._digests[size]
+
+    @cached_property
+    def _digests(self) -> dict[int, str]:
+        """Return the digests of the encoders so far, by size; `_digest` fills it."""
+        return {}
+
+    def _teacher(self, size: int) -> Teacher:
         if size not in self._teachers:
             self._teachers[size] = self._loaded(size)
-        return self._teachers[size](torch.from_numpy(views_u8_VSSC))
+        return self._teachers[size]
 
     @cached_property
     def _teachers(self) -> dict[int, Teacher]:
-        """Return the encoders loaded so far, by size; `encode` fills it."""
+        """Return the encoders loaded so far, by size; `_teacher` fills it."""
         return {}
 
     def _loaded(self, size: int) -> Teacher:
@@ -324,6 +353,7 @@ def open_subjects(
     *,
     keys: Mapping[str, str] | None = None,
     untrained: bool = False,
+    features: FeatureCache | None = None,
 ) -> list[Subject]:
     """Open each word as a store, a run, a teacher or `pixels`; no weights are loaded yet.
 
@@ -331,6 +361,7 @@ def open_subjects(
         weights: local weights to use instead of the hub's, by the teacher's word.
         keys: key of a teacher's tensors in a weights file of several models, by the same word.
         untrained: add the same with random weights after every run and teacher.
+        features: tokens of runs and teachers that are kept between evaluations.
     Raises: ConfigError if there is no word, one is none of these, or weights are not for a teacher; StoreError or
         RunError if a store or run is damaged or unfinished.
     """
@@ -340,7 +371,7 @@ def open_subjects(
         raise ConfigError(f"--weights-key is given for {homeless[0]}, which has no --weights")
     opened: list[Subject] = []
     for word in words:
-        subject = _open(word, weights.get(word), (keys or {}).get(word))
+        subject = _open(word, weights.get(word), (keys or {}).get(word), features)
         opened.append(subject)
         if untrained and isinstance(subject, EncoderSubject):
             opened.append(dataclasses.replace(subject, untrained=True))
@@ -350,7 +381,7 @@ def open_subjects(
     return opened
 
 
-def _open(word: str, weights: Path | None, key: str | None) -> Subject:
+def _open(word: str, weights: Path | None, key: str | None, features: FeatureCache | None) -> Subject:
     path, place = Path(word), StoragePath.of(word)
     if word == PIXELS:
         return PixelSubject()
@@ -361,7 +392,7 @@ def _open(word: str, weights: Path | None, key: str | None) -> Subject:
     if is_run(path) and not (path / CARD_FILE).is_file():
         raise RunError(f"run {path} has no student yet; finish it with `eupe train ... --resume`")
     try:
-        return EncoderSubject(word, resolve_teacher(word, weights), weights, weights_key=key)
+        return EncoderSubject(word, resolve_teacher(word, weights), weights, weights_key=key, features=features)
     except TeacherError as error:
         if "/" in word and not path.exists():
             raise ConfigError(str(error)) from error

@@ -21,6 +21,8 @@ from eupe.train.card import CONFIG_FILE
 from eupe.train.config import TrainConfig
 
 REPORTS = "reports"
+FEATURES = "features"
+"""Folder of the tokens that evaluations share."""
 KEY_LENGTH = 8
 READ_PICTURES = ("train", "eval agreement")
 """Verbs that read the pictures of a store without an option that says where they are."""
@@ -32,6 +34,8 @@ INDIFFERENT: Mapping[str, Mapping[str, str]] = {
         "out": "named after the key",
         "results": "one more file for the results",
         "scratch": "where features are stored during an evaluation",
+        "features": "tokens of another evaluation are those that a pass would give, bit for bit",
+        "features-gb": "how many of them are kept",
     },
     "extract": indifferent(ExtractConfig),
     "train": indifferent(TrainConfig),
@@ -117,6 +121,8 @@ def _plan(step: Step, out: Path, inputs: Inputs, before: Mapping[str, PlannedSte
     words = [*step.verb.name.split(), *step.words({name: str(before[name].output) for name in step.needs})]
     if step.verb.name in READ_PICTURES and "corpus" not in step.options and (bucket := _bucket(step, before)):
         words += ["--corpus", bucket]
+    if FEATURES in step.verb.options and FEATURES not in step.options:
+        words += [f"--{FEATURES}", str(out / FEATURES)]
     if output is not None:
         words = [*_without_out(words, step), "--out", str(output)]
     report = out / REPORTS / f"{stem}.json"
@@ -149,7 +155,8 @@ def _stamps(step: Step, inputs: Inputs) -> tuple[dict[str, str], dict[str, str],
     pictures: dict[str, str] = {}
     missing = []
     for name, words in step.options.items():
-        for word in (word for word in words if isinstance(word, str) and name != "out"):
+        # what does not decide a result is not read: a folder of features may hold many gigabytes
+        for word in (word for word in words if isinstance(word, str) and name not in INDIFFERENT[""]):
             if name in PICTURES:
                 try:
                     whole = name == "data" and Path(word).is_dir()

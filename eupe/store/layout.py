@@ -41,6 +41,8 @@ SUMMARY, DENSE = "summary", "dense"
 PIXELS = "pixels"
 PHOTOMETRIC = "photometric"
 KINDS = (SUMMARY, DENSE)
+DESCRIPTIVE = ("name", "model", "note", "licence", "native_size")
+"""Fields of a teacher's card that do not decide its features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +150,7 @@ class StoreSpec:
         for recorded in ("versions", "samples_per_part", "calibration", "fidelity", "forward"):
             plain.pop(recorded, None)
         plain["corpus"] = {k: v for k, v in plain["corpus"].items() if k == "fingerprint"}
-        descriptive = ("name", "model", "note", "licence", "native_size")
-        plain["teacher"] = {k: v for k, v in plain["teacher"].items() if k not in descriptive}
+        plain["teacher"] = {k: v for k, v in plain["teacher"].items() if k not in DESCRIPTIVE}
         return plain
 
     @classmethod

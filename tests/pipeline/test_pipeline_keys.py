@@ -13,6 +13,7 @@ from making import make_corpus
 from planning import VERBS, plan, pretend_done, write_files
 
 from eupe.corpus.index import index_folder, write_index
+from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.plan import INDIFFERENT
 from eupe.pipeline.validate import GIVEN, TAKES
 
@@ -78,6 +79,24 @@ def test_outputs_are_named_by_step_and_key_and_found_by_the_steps_that_need_them
         f"viz {expert.output} {planned['direct'].output} --images photos --out {planned['page'].output} --json"
     )
     assert " ".join(planned["agreement"].command()) == f"eval agreement {planned['student'].output} --k 5 --json"
+
+
+def test_evaluations_share_a_folder_of_features_unless_they_name_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = """
+out: out
+steps:
+  knn: {eval knn: {subjects: dinov2, data: photos}}
+  linear: {eval linear: {subjects: dinov2, data: photos, features: mine, features-gb: 3}}
+  zeroshot: {eval zeroshot: {subjects: dinov2, data: photos}}
+  page: {viz: {items: dinov2, images: photos, out: page.html}}
+"""
+    Path("mine").mkdir()
+    monkeypatch.setattr(Inputs, "content", lambda inputs, words: pytest.fail("read") if words == "mine" else None)
+    words = {name: " ".join(one.words) for name, one in plan(recipe).items()}
+    assert words["knn"].endswith("--data photos --features out/features")
+    assert words["zeroshot"].endswith("--data photos --features out/features")
+    assert words["linear"].endswith("--data photos --features mine --features-gb 3")
+    assert "--features" not in words["page"]
 
 
 def one_step(verb: str, options: dict[str, object]) -> str:

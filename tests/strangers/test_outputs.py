@@ -151,6 +151,28 @@ def test_a_folder(verb: str, world: World, tmp_path: Path, run: Callable[..., An
     assert tree(out) == made and own_link.is_symlink()
 
 
+def test_a_folder_of_features(world: World, tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    words = ["eval", "knn", world.run, "--data", world.photos, "--k", 3, "--size", 32, "--features"]
+    (foreign := tmp_path / "foreign").mkdir()
+    (foreign / "x").write_bytes(FOREIGN)
+    (link := tmp_path / "link").symlink_to(foreign)
+    (file := tmp_path / "file").write_bytes(FOREIGN)
+    for place in (foreign, link, file):
+        refused(run_eupe(*words, place))
+    assert tree(tmp_path) == {"foreign/x": FOREIGN, "file": FOREIGN}
+    for place in (Path("/proc/eupe"), file / "below"):
+        outcome = run_eupe(*words, place)
+        assert outcome.code == 0 and "features are not kept" in outcome.err, "an evaluation does without"
+    out = tmp_path / "out"
+    assert run_eupe(*words, out).code == 0
+    made = tree(out)
+    assert {Path(name).suffix for name in made} == {".TAG", ".npz"}
+    (own_link := tmp_path / "own").symlink_to(out)
+    for place in (out, own_link):
+        assert run_eupe(*words, place).code == 0
+    assert tree(out) == made and own_link.is_symlink()
+
+
 @pytest.mark.parametrize("verb", ["export", "scenes"])
 def test_a_link_in_place_of_an_unfinished_folder(
     verb: str, world: World, tmp_path: Path, run: Callable[..., Any]
