@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +88,21 @@ class Distiller(nn.Module):
         )
         self.norms = norms
         self.dtype = dtype
+        self.encoder_frozen = False
+        """Whether the encoder is a fixed function at present: the heads alone are trained."""
         self._config = card.config
         self._weights = loss_weights(card)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules; a frozen encoder stays in evaluation mode.
+
+        Its batch norms then use the running statistics that belong to its weights, and leave them as they are. So the
+        heads learn from the features that the encoder is known for, whatever the statistics of these views.
+        """
+        super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
+        return self
 
     @property
     def kinds(self) -> list[list[str]]:
