@@ -39,7 +39,8 @@ METHOD = "method"
 colours in a step, and channels that hardly vary are normalised like all others.
 2: pictures are held out by content, the decay rises, each view gets its own colours, `normalise.LEAST_STD` applies,
 and the number of views that a batch norm sees is part of the run's identity.
-3: an encoder from `--init` under heads that are not is protected by default (see `encoder_schedule`).
+3: an encoder from `--init` under heads that are not is protected by default (see `encoder_schedule`), and one of
+convolutions computes channels last, which changes its rounding.
 """
 NEWEST_METHOD = 3
 PROTECTION = ("freeze_encoder", "encoder_lr_mult")

@@ -15,7 +15,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from eupe.common.compute import dtype_name
+from eupe.common.compute import dtype_name, fastest_format
 from eupe.errors import ConfigError, TrainingError
 from eupe.models.encoder import build_encoder, has_batch_norm, rescale_rope, save_encoder
 from eupe.models.meta import built_on_meta
@@ -66,6 +66,9 @@ class Trainer:
         self.initialised: InitReport | None = None
         if config.init is not None:
             self.initialised = self._initialise(config.init)
+        # FSDP2 shards contiguous tensors only
+        if method_of(card) > 2 and not config.shard:
+            self.distiller.use_memory_format(fastest_format(self.distiller.encoder.model))
         # before DDP, which expects a gradient for every trainable parameter, and before the optimizer
         freeze_unused(self.distiller)
         if config.rope_rescale is not None:
