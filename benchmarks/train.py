@@ -1,6 +1,6 @@
 """Claims about training from a store, side by side: waiting for data, the loader alone, online distillation, memory.
 
-python -m benchmarks.train {wait,loader,online,quality,memory} --folder SCRATCH [--size PX ...] [--repeats N]
+python -m benchmarks.train {wait,loader,online,layout,quality,memory} --folder SCRATCH [--size PX ...] [--repeats N]
 
 The pictures are real photographs with four crops each, repeated under other keys where more are needed. The teacher is
 DINOv2-S at the student's size, rounded down to a multiple of its patch of 14. The store in SCRATCH is compressed;
@@ -14,6 +14,8 @@ the stream with reading, decoding and its own step.
 
 `online` compares training from a store, including extraction, with a teacher that runs in every step, by the rates of
 a few steps. Its second teacher has ViT-L's size and random weights.
+
+`layout` compares steps of a convolutional student channels last and channels first, on batches in memory.
 
 `quality` compares the students of both. `memory` measures the memory of a run's process over an epoch.
 """
@@ -35,6 +37,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks import student as of_student
@@ -396,6 +399,27 @@ def ablations(
     return from_store, [ABLATIONS * epochs * o for o in online]
 
 
+def measure_layout(given: Given) -> None:
+    """Compare steps of a student in the memory format that it is trained in with steps channels first."""
+    for size in given.sizes:
+        teacher = loaded(SMALL, teacher_side(size))
+        store = store_for(given, teacher, teacher_side(size))
+        last, first = (Run(config_of(given, store, size)) for _ in range(2))
+        first.trainer.distiller.use_memory_format(torch.contiguous_format)
+        kept = last.in_memory()
+        print(f"\n{describe(given, size, teacher)}\n", flush=True)
+        found = interleaved(
+            {
+                "as it is trained": partial(last.timed, lambda _, kept=kept: kept, given.steps),
+                "channels first": partial(first.timed, lambda _, kept=kept: kept, given.steps),
+            },
+            given.repeats,
+        )
+        print_times(found)
+        as_trained, channels_first = found.values()
+        print_ratios(("channels first / as it is trained", ratio(channels_first, as_trained), ""))
+
+
 def measure_quality(given: Given) -> None:
     """Compare students with the same views, steps and seed: fp16 targets from a store, or float32 targets online."""
     whole, (size,) = index_folder(ASSETS / "photos"), given.sizes
@@ -489,6 +513,11 @@ DEFAULTS: dict[str, tuple[Callable[[Given], None], dict[str, Any]]] = {
         | {"steps": 24, "repeats": 7},
     ),
     "online": (measure_online, {**VIT_T, "sizes": (224,), "pictures": 64, "steps": 5, "repeats": 3}),
+    "layout": (
+        measure_layout,
+        {"student": "tf_efficientnet_lite0", "head_width": 512, "batch_size": 32, "sizes": (128,), "pictures": 64}
+        | {"steps": 4, "repeats": 5},
+    ),
     "quality": (
         measure_quality,
         {"student": of_student.STUDENT, "head_width": 512, "batch_size": of_student.BATCH_SIZE, "sizes": (112,)}

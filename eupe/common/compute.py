@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eupe.errors import ConfigError
 
@@ -103,11 +103,30 @@ class Tokens:
     """[B, h, w, D], row by row from the top left."""
 
 
-def normalise(views_u8_BHWC: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def fastest_format(model: nn.Module) -> torch.memory_format:
+    """Return the memory format in which a model computes fastest: channels last if it consists of convolutions.
+
+    The libraries convolve in that format, and would otherwise convert the input and output of each layer. A single
+    convolution is a patch embedding. Models with attention stay as they are: they spend their time elsewhere.
+    """
+    parts = [*model.modules()]
+    # not "atten", which is in Flatten as well
+    attends = any("attention" in name or "attn" in name for name in (type(part).__name__.lower() for part in parts))
+    convolves = sum(isinstance(part, nn.Conv2d) for part in parts) > 1
+    return torch.channels_last if convolves and not attends else torch.contiguous_format
+
+
+def normalise(
+    views_u8_BHWC: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
     """Return uint8 [B, H, W, C] pictures as normalised float32 [B, C, H, W], on the same device."""
     assert views_u8_BHWC.dtype == torch.uint8
     device = views_u8_BHWC.device
-    pixels = views_u8_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
+    pixels = views_u8_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format) / 255
     mean_C11 = torch.tensor(mean, device=device).view(-1, 1, 1)
     std_C11 = torch.tensor(std, device=device).view(-1, 1, 1)
     return (pixels - mean_C11) / std_C11

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from eupe.common.compute import pick_device
+from eupe.common.compute import fastest_format, pick_device
 from eupe.common.storage import AnyPath
 from eupe.errors import RunError
 from eupe.models.encoder import load_encoder
@@ -99,4 +99,5 @@ def open_run(path: Path, *, corpus: AnyPath | None = None) -> Run:
         distiller.heads.load_state_dict(load_file(path / HEADS_FILE))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunError(f"run {path} has no usable heads ({error}); finish it with `eupe train ... --resume`") from error
+    distiller.use_memory_format(fastest_format(distiller.encoder.model))
     return Run(path, card, distiller, targets, device)

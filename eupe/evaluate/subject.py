@@ -257,12 +257,13 @@ class EncoderSubject:
         device = pick_device()
         dtype = compute_dtype("auto", device)
         if not self.untrained:
-            return load_teacher(
+            loaded = load_teacher(
                 self.spec, weights=self.weights, key=self.weights_key, device=device, dtype=dtype, sizes=(size,)
             )
+            return loaded.in_fastest_format()
         seed = read_card(Path(self.spec.model)).config["seed"] if self.kind == "run" else 0
         teacher = build_teacher(self.spec, size=size, seed=seed)
-        return Teacher(self.spec, teacher.module.to(device), device, dtype)
+        return Teacher(self.spec, teacher.module.to(device), device, dtype).in_fastest_format()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from eupe.errors import ConfigError, RunError
 from eupe.models.encoder import check_student, has_batch_norm, has_rope, load_card, near, on_paper, why_no_run
 from eupe.store import Store
 from eupe.store.layout import KINDS
-from eupe.train.config import MixedIn, TrainConfig, parse_mix
+from eupe.train.config import ENCODER_LR_MULT, FROZEN_SHARE, MixedIn, TrainConfig, parse_mix
 from eupe.train.targets import HoldoutBy, TargetSet
 
 CONFIG_FILE = "config.json"
@@ -39,8 +39,12 @@ METHOD = "method"
 colours in a step, and channels that hardly vary are normalised like all others.
 2: pictures are held out by content, the decay rises, each view gets its own colours, `normalise.LEAST_STD` applies,
 and the number of views that a batch norm sees is part of the run's identity.
+3: an encoder from `--init` under heads that are not is protected by default (see `encoder_schedule`), and one of
+convolutions computes channels last, which changes its rounding.
 """
-NEWEST_METHOD = 2
+NEWEST_METHOD = 3
+PROTECTION = ("freeze_encoder", "encoder_lr_mult")
+"""Options that protect an encoder from `--init` from heads that are not."""
 VERSIONED = ("eupe", "torch", "timm", "pillow")
 
 
@@ -189,8 +193,10 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
         "weight": parse_weights(config.weight, cards),
         "init": None if config.init is None else _digest(config.init),
     }
+    method = begun_method(config.out)
+    decisive |= encoder_schedule(config, cards, method)
     # method 1 had no such keys; without them the cards of its runs still compare equal
-    if (method := begun_method(config.out)) > 1:
+    if method > 1:
         decisive[METHOD] = method
         if config.photometric == "eupe":
             _require_plain_colours(corpora)
@@ -239,6 +245,74 @@ def holdout_by(method: int) -> HoldoutBy:
     return "content" if method > 1 else "key"
 
 
+def encoder_schedule(config: TrainConfig, targets: Sequence[Mapping[str, Any]], method: int) -> dict[str, float | None]:
+    """Return `freeze_encoder` and `encoder_lr_mult` of a run; None where the encoder is trained as the heads are.
+
+    By default an encoder from `--init` is protected until heads that start from random weights have learned something:
+    their first gradients are noise, and would ruin it.
+
+    Args:
+        targets: as in `RunCard.targets`.
+        method: the run's method version; methods 1 and 2 protect nothing by default.
+    """
+    protected = method > 2 and config.init is not None and has_fresh_heads(config.init, targets, config.head_width)
+    frozen, mult = config.freeze_encoder, config.encoder_lr_mult
+    if frozen is None:
+        frozen = FROZEN_SHARE if protected else 0.0
+    if mult is None:
+        mult = ENCODER_LR_MULT if protected else 1.0
+    # None, because the cards of runs from before these options have no such keys and must still compare equal
+    return dict(zip(PROTECTION, (frozen or None, None if mult == 1 else mult), strict=True))
+
+
+def has_fresh_heads(init: Path, targets: Sequence[Mapping[str, Any]], head_width: int) -> bool:
+    """Return whether a student that starts from `init` has a head that does not; see `init_from_run`.
+
+    Args:
+        init: a run or a weights file, which has no heads.
+        targets: as in `RunCard.targets`.
+    """
+    if not is_run(init):
+        return True
+    known = read_card(init)
+    sources = same_teachers(targets, known.targets)
+    return known.config.get("head_width") != head_width or any(
+        i not in sources or target[f"{kind}_dim"] not in (0, known.targets[sources[i]].get(f"{kind}_dim"))
+        for i, target in enumerate(targets)
+        for kind in KINDS
+    )
+
+
+def same_teachers(targets: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """Return, for each target whose teacher a run knows, the run's target whose heads it takes.
+
+    The n-th target of a teacher takes the run's n-th, or the run's last if it has fewer.
+
+    Args:
+        targets: of the new run, as in `RunCard.targets`.
+        known: those of the run to start from.
+    """
+    places: dict[str, list[int]] = {}
+    for j, target in enumerate(known):
+        places.setdefault(target["teacher"], []).append(j)
+    teachers = [target["teacher"] for target in targets]
+    return {
+        i: places[teacher][min(teachers[:i].count(teacher), len(places[teacher]) - 1)]
+        for i, teacher in enumerate(teachers)
+        if teacher in places
+    }
+
+
+def frozen_steps(card: RunCard) -> int:
+    """Return the number of steps, from the first, in which the encoder is not trained."""
+    return round((card.config.get("freeze_encoder") or 0.0) * card.total_steps)
+
+
+def encoder_lr_mult(card: RunCard) -> float:
+    """Return the factor of the learning rate for the encoder."""
+    return float(card.config.get("encoder_lr_mult") or 1.0)
+
+
 def _require_plain_colours(corpora: Sequence[TargetSet]) -> None:
     """Raise ConfigError if views were recoloured in extraction: the student would see both changes."""
     for store in (store for corpus in corpora for store in corpus.stores):
@@ -276,6 +350,12 @@ def advice(config: TrainConfig, card: RunCard, corpora: Sequence[TargetSet]) -> 
             )
     if config.rope_rescale is not None and not has_rope(on_paper(card.config["student"])):
         notes.append(f"{card.config['student']} has no rotary position embedding, so --rope-rescale changes nothing")
+    if any(getattr(config, name) is None and card.config[name] is not None for name in PROTECTION):
+        notes.append(
+            f"the encoder starts from {config.init}, but heads start from random weights, whose gradients could ruin "
+            f"it: it is frozen in the first {frozen_steps(card)} of {card.total_steps} steps, and then trained at "
+            f"{encoder_lr_mult(card):g} of the learning rate (--freeze-encoder, --encoder-lr-mult)"
+        )
     if config.init is not None and is_run(config.init):
         before = read_card(config.init)
         fewer = before.config.get("holdout", 0) < card.config["holdout"]

@@ -46,9 +46,6 @@ class Trainables:
 
         Raises: RuntimeError unless their names and shapes are those of this model.
         """
-        if not self.optimizer.state:
-            # a new AdamW has no state yet, so there would be nothing to copy into
-            _make_slots(self.optimizer)
         places = self._places()
         if odd := sorted(places.keys() ^ tensors.keys()):
             raise RuntimeError(f"{len(odd)} tensors are missing or unknown ({', '.join(odd[:3])})")
@@ -60,12 +57,13 @@ class Trainables:
 
     def _places(self) -> dict[str, Tensor]:
         """Return the live tensors, in the same order on all workers."""
+        _fill_slots(self.optimizer)
         places = {f"encoder.{name}": value for name, value in self.distiller.encoder.state_dict().items()}
         places |= {f"heads.{name}": value for name, value in self.distiller.heads.state_dict().items()}
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for number, parameter in enumerate(parameters):
-            slots = self.optimizer.state.get(parameter, {})
-            places |= {f"optimizer.{number}.{name}": value for name, value in sorted(slots.items())}
+            slots = sorted(self.optimizer.state[parameter].items())
+            places |= {f"optimizer.{number}.{name}": value for name, value in slots}
         if self.ema is not None:
             places |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
         return places
@@ -89,10 +87,14 @@ def forget_after(run: Path, step: int) -> None:
             (run / FOLDER / _name(later)).unlink()
 
 
-def _make_slots(optimizer: torch.optim.Optimizer) -> None:
-    """Create AdamW's state as it is before the first step; AdamW itself creates it in that step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
+def _fill_slots(optimizer: torch.optim.Optimizer) -> None:
+    """Create AdamW's state, as it is before the first step, for parameters that have not made one.
+
+    AdamW itself creates it in that step: too late for a checkpoint that is loaded into a new run, and for one that is
+    saved while a part of the model is frozen.
+    """
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if not optimizer.state.get(parameter):
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32),
                 "exp_avg": torch.zeros_like(parameter),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 STANDARD, PHI_S, NONE = "standard", "phi-s", "none"
 NORMALISATIONS = (STANDARD, PHI_S, NONE)
 VIEW_ORDERS = ("all", "cycle", "draw")
+FROZEN_SHARE, ENCODER_LR_MULT = 0.2, 0.1
+"""Protection of an encoder from `--init` under heads that are not: their first gradients would ruin it."""
 
 HOW_DIVIDED = "how the work is divided"
 WHICH_STAY = "which checkpoints stay"
@@ -103,6 +105,21 @@ class TrainConfig:
     weight_decay: float = option(1e-4, "Weight decay of AdamW.", least=0, may_differ=True)
     warmup: float = option(
         0.05, "Share of the steps in which the learning rate rises.", least=0, below=1, may_differ=True
+    )
+    freeze_encoder: float | None = option(
+        None,
+        "Share of the steps, from the first, in which the heads are trained and the encoder is not.",
+        unset=f"{FROZEN_SHARE:g} if the encoder comes from --init and a head does not, 0 otherwise",
+        least=0,
+        below=1,
+        may_differ=True,
+    )
+    encoder_lr_mult: float | None = option(
+        None,
+        "Factor of the learning rate for the encoder.",
+        unset=f"{ENCODER_LR_MULT:g} if the encoder comes from --init and a head does not, 1 otherwise",
+        above=0,
+        may_differ=True,
     )
     clip: float | None = option(None, "Maximum norm of the gradient.", unset="no clipping", above=0, may_differ=True)
     ema: float | None = option(

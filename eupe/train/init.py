@@ -22,7 +22,7 @@ from eupe.models.checkpoints import (
     read_tensors,
 )
 from eupe.models.encoder import Encoder, load_card
-from eupe.train.card import HEADS_FILE, finished_card
+from eupe.train.card import HEADS_FILE, finished_card, same_teachers
 
 PATCHES = "patch_embed.proj.weight"
 POSITIONS = "pos_embed"
@@ -73,7 +73,7 @@ def init_from_run(
     theirs = _heads(read_tensors(run / HEADS_FILE))
     ours = {f"{i}.{kind}": head for i, pair in enumerate(heads) for kind, head in pair.named_children()}
     sources = {
-        f"{i}.{kind}": f"{j}.{kind}" for i, j in _same_teachers(targets, known).items() for kind in ("summary", "dense")
+        f"{i}.{kind}": f"{j}.{kind}" for i, j in same_teachers(targets, known).items() for kind in ("summary", "dense")
     }
     sources = {
         name: source
@@ -152,19 +152,6 @@ def _check_same_model(run: Path, encoder: Encoder) -> None:
         raise RunError(
             f"the student of {run} is a different model ({'; '.join(different)}); give its --student, or another run"
         )
-
-
-def _same_teachers(targets: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """Return, for each target whose teacher the run knows, the run's target whose heads it takes."""
-    places: dict[str, list[int]] = {}
-    for j, target in enumerate(known):
-        places.setdefault(target["teacher"], []).append(j)
-    teachers = [target["teacher"] for target in targets]
-    return {
-        i: places[teacher][min(teachers[:i].count(teacher), len(places[teacher]) - 1)]
-        for i, teacher in enumerate(teachers)
-        if teacher in places
-    }
 
 
 def _heads(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -43,8 +43,9 @@ class TrainStatus(Rates):
     losses: dict[str, float]
     """Per target and kind of token (`dinov2-s/dense`), not weighted."""
     learning_rate: float
+    """Of the heads; that of the encoder may differ."""
     gradient_norm: float
-    """Norm before clipping."""
+    """Norm before clipping, of what is trained in this step."""
 
     def words(self) -> str:
         """Return the text of a progress line: the loss, each target's loss, the rates."""

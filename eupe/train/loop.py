@@ -22,7 +22,7 @@ from eupe.common.reading import read_json
 from eupe.common.signals import stop_signals
 from eupe.common.storage import StoragePath
 from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, StorageError
-from eupe.train.card import CONFIG_FILE, REPORT_FILE, RunCard, advice, method_of, resolve, target_names
+from eupe.train.card import CONFIG_FILE, REPORT_FILE, RunCard, advice, holdout_by, method_of, resolve, target_names
 from eupe.train.checkpoint import steps_kept
 from eupe.train.config import TrainConfig
 from eupe.train.log import METRICS_FILE, Rates, RunLog, TrainStatus, require_wandb
@@ -109,7 +109,7 @@ def _trained(
         require_wandb()
     corpora = open_corpora(configs[0])
     cards = [resolve(config, corpora) for config in configs]
-    if len(set(map(method_of, cards))) > 1:
+    if len({holdout_by(method_of(card)) for card in cards}) > 1:
         raise RunError(
             "these runs were started by different versions of eupe, which hold out different pictures; resume them one "
             "by one"

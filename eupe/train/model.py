@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +88,28 @@ class Distiller(nn.Module):
         )
         self.norms = norms
         self.dtype = dtype
+        self.memory_format = torch.contiguous_format
+        """Memory format of the encoder's input."""
+        self.encoder_frozen = False
+        """Whether the encoder is a fixed function at present: the heads alone are trained."""
         self._config = card.config
         self._weights = loss_weights(card)
+
+    def use_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Lay out the encoder's weights and inputs in a memory format, which changes its speed and its rounding."""
+        self.encoder.to(memory_format=memory_format)
+        self.memory_format = memory_format
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules; a frozen encoder stays in evaluation mode.
+
+        Its batch norms then use the running statistics that belong to its weights, and leave them as they are. So the
+        heads learn from the features that the encoder is known for, whatever the statistics of these views.
+        """
+        super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
+        return self
 
     @property
     def kinds(self) -> list[list[str]]:
@@ -99,7 +120,8 @@ class Distiller(nn.Module):
         """Predict every target's tokens from views."""
         card = self.encoder.card
         with autocast(self.dtype, pixels_u8_BSSC.device):
-            tokens = self.encoder(normalise(pixels_u8_BSSC, card.mean, card.std))
+            pixels = normalise(pixels_u8_BSSC, card.mean, card.std, memory_format=self.memory_format)
+            tokens = self.encoder(pixels)
             return [head(tokens) for head in self.heads]
 
     def forward(self, batch: Batch) -> Losses:

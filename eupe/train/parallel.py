@@ -33,6 +33,8 @@ class World:
     def parallelize(self, distiller: Distiller, *, shard: bool) -> nn.Module:
         """Return the module as every worker runs it; gradients become the mean over workers.
 
+        To be called again, by all workers, after parameters were frozen or freed.
+
         Args:
             shard: whether to shard parameters over the workers and gather them block by block (FSDP2); the optimizer
                 must be built afterwards.
@@ -40,7 +42,11 @@ class World:
         if self.size == 1:
             return distiller
         if not shard:
+            # it expects a gradient for exactly those parameters that are trained when it is made
             return DistributedDataParallel(distiller)
+        if isinstance(distiller, FSDPModule):
+            # sharded already; FSDP2 looks in each step which parameters are trained
+            return distiller
         mesh = init_device_mesh(next(distiller.parameters()).device.type, (self.size,))
         # each block on its own, so that only one of them is gathered at a time
         for block in _blocks(distiller.encoder.model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,12 +15,20 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from eupe.common.compute import dtype_name
+from eupe.common.compute import dtype_name, fastest_format
 from eupe.errors import ConfigError, TrainingError
 from eupe.models.encoder import build_encoder, has_batch_norm, rescale_rope, save_encoder
 from eupe.models.meta import built_on_meta
 from eupe.store.layout import KINDS
-from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, method_of, target_names
+from eupe.train.card import (
+    HEADS_FILE,
+    NORMS_FILE,
+    RunCard,
+    encoder_lr_mult,
+    frozen_steps,
+    method_of,
+    target_names,
+)
 from eupe.train.checkpoint import Trainables, forget_after, load_checkpoint, on_cpu, save_checkpoint, save_tensors
 from eupe.train.config import TrainConfig
 from eupe.train.init import InitReport, init_from_run, init_from_weights
@@ -29,6 +38,9 @@ from eupe.train.parallel import World, forget_gathered, gradients_kept_local, wh
 from eupe.train.predict import norm_tensors
 from eupe.train.targets import Batch, TargetSet
 from eupe.train.validate import Gains
+
+PART, ENCODER, HEADS = "part", "encoder", "heads"
+"""Key of the optimizer's groups, and its values."""
 
 
 @dataclass
@@ -54,6 +66,9 @@ class Trainer:
         self.initialised: InitReport | None = None
         if config.init is not None:
             self.initialised = self._initialise(config.init)
+        # FSDP2 shards contiguous tensors only
+        if method_of(card) > 2 and not config.shard:
+            self.distiller.use_memory_format(fastest_format(self.distiller.encoder.model))
         # before DDP, which expects a gradient for every trainable parameter, and before the optimizer
         freeze_unused(self.distiller)
         if config.rope_rescale is not None:
@@ -68,6 +83,8 @@ class Trainer:
         self._model = world.parallelize(self.distiller, shard=config.shard)
         # after sharding, which replaces the parameters by sharded ones
         self.optimizer = adamw(self.distiller, card)
+        self._encoder_parameters = [p for p in self.distiller.encoder.parameters() if p.requires_grad]
+        self._frozen_steps, self._encoder_lr_mult = frozen_steps(card), encoder_lr_mult(card)
         self.ema = None if config.ema is None else Ema(self.distiller, config.ema)
         self._ema_rises = method_of(card) > 1
         self._names = target_names(card.targets)
@@ -98,6 +115,7 @@ class Trainer:
             microbatch: number of the microbatch within its step.
         """
         num_microbatches, step = self.config.accumulate, batch.request.step
+        self._freeze_encoder(step < self._frozen_steps)
         _seed(self.card.config["seed"], step, microbatch, self.world.rank)
         # the forward pass, too: DDP decides in it whether the backward pass averages gradients
         with gradients_kept_local(self._model, local=microbatch < num_microbatches - 1):
@@ -125,20 +143,26 @@ class Trainer:
         self._require_finite(loss, norm, step, done.keys)
         if self.config.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
-        rate = self.rate(step)
+        rates = self.rates(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rates[group[PART]]
+        # it skips parameters without a gradient, weight decay included: those of a frozen encoder
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
+            # the average of a frozen encoder is the encoder itself
             self.ema.update(step if self._ema_rises else None)
-        return Progress(loss, done.each, rate, norm)
+        return Progress(loss, done.each, rates[HEADS], norm)
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
+    def rates(self, step: int) -> dict[str, float]:
+        """Return the learning rates of a step, of the encoder and of the heads."""
         config, total = self.card.config, self.card.total_steps
         peak = peak_rate(config["lr"], scaling=config.get("lr_scaling"), batch_size=config["batch_size"])
-        return learning_rate(step, peak=peak, warmup_steps=round(config["warmup"] * total), total_steps=total)
+        begun = {ENCODER: (self._frozen_steps, self._encoder_lr_mult * peak), HEADS: (0, peak)}
+        return {
+            part: rate_from(begin, step, peak=highest, warmup=config["warmup"], total_steps=total)
+            for part, (begin, highest) in begun.items()
+        }
 
     def save(self, step: int) -> None:
         """Write a checkpoint; every worker must call this, and the main process writes.
@@ -179,6 +203,18 @@ class Trainer:
                 norms = [sizes[size] for sizes, size in zip(self.distiller.norms, judged_at, strict=True)]
                 save_tensors(norm_tensors(norms, gains), self.config.out / NORMS_FILE, step=step)
 
+    def _freeze_encoder(self, frozen: bool) -> None:
+        """Freeze the encoder, or train it again; all workers do so before the same step."""
+        if frozen == self.distiller.encoder_frozen:
+            return
+        for parameter in self._encoder_parameters:
+            parameter.requires_grad_(not frozen)
+        self.distiller.encoder_frozen = frozen
+        self.distiller.train()
+        self._model = self.world.parallelize(self.distiller, shard=self.config.shard)
+        # DDP refers to itself, so the former one would stay, with buckets as large as the gradients
+        gc.collect()
+
     def _initialise(self, source: Path) -> InitReport:
         if source.is_dir():
             return init_from_run(source, self.distiller.encoder, self.distiller.heads, targets=self.card.targets)
@@ -203,8 +239,9 @@ class Progress:
     each: dict[str, Tensor]
     """Losses by target and kind, of this worker's views."""
     learning_rate: float
+    """Of the heads; that of the encoder may differ."""
     gradient_norm: Tensor
-    """Norm before clipping."""
+    """Norm before clipping, of what is trained in this step."""
 
     def status(self, step: int, total_steps: int, rates: Rates) -> TrainStatus:
         """Return the results as numbers; reading them waits for the GPU."""
@@ -248,13 +285,17 @@ def adamw(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
 
     It applies to matrices and to class, register and position tokens, that is, to parameters of more than one axis.
 
+    Each group has the name of its part, encoder or heads, which have learning rates of their own.
+
     Source: the parameter groups of DINOv2 and DINOv3, which decay all but biases, norms and LayerScale.
     """
-    parameters = [p for p in distiller.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": card.config["weight_decay"]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    # in this order: checkpoints number the parameters of all groups
+    for decayed in (True, False):
+        for part, module in ((ENCODER, distiller.encoder), (HEADS, distiller.heads)):
+            parameters = [p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == decayed]
+            decay = card.config["weight_decay"] if decayed else 0.0
+            groups.append({"params": parameters, "weight_decay": decay, PART: part})
     return torch.optim.AdamW(groups, lr=card.config["lr"])
 
 
@@ -298,6 +339,21 @@ def peak_rate(lr: float, *, scaling: str | None, batch_size: int) -> float:
     Source: `scaling_rule: sqrt_wrt_1024` of DINOv3's and EUPE's released configurations.
     """
     return lr if scaling is None else lr * 4 * math.sqrt(batch_size / 1024)
+
+
+def rate_from(begin: int, step: int, *, peak: float, warmup: float, total_steps: int) -> float:
+    """Return the learning rate of what is trained from step `begin` on: 0 before, then a schedule over what is left.
+
+    It has a warm-up of its own, because AdamW's first updates have the full rate in every weight, however small the
+    gradient.
+
+    Args:
+        warmup: share of the steps that are left in which the rate rises.
+    """
+    if step < begin:
+        return 0.0
+    left = total_steps - begin
+    return learning_rate(step - begin, peak=peak, warmup_steps=round(warmup * left), total_steps=left)
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:

@@ -118,6 +118,7 @@ def printed(measure: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
                 "5 ablations, epochs of each: 10: online / store",
             ],
         ),
+        ("layout", ["channels first / as it is trained"]),
         ("memory", ["last / first after the warm-up"]),
     ],
 )

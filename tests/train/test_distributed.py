@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from making import make_corpus, make_store, tiny_config
 from ports import free_ports
 from processes import descendants_called
@@ -74,6 +75,26 @@ def test_a_spread_model_goes_the_way_of_a_whole_one_and_either_resumes_the_other
     train(replace(spread, resume=True))
     after = load_file(config.out / "student.safetensors")
     assert max((after[key] - before[key]).abs().max().item() for key in before) < 1e-4
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_frozen_encoder_is_averaged_over_workers_before_and_after_it_is_freed(
+    config: TrainConfig, tiny_weights: Path, shard: bool
+) -> None:
+    config = replace(config, init=tiny_weights, freeze_encoder=0.4, ema=0.9, clip=1.0, validate_every=3, keep=3)
+    shared = replace(config, shard=shard, accumulate=2)
+    train(shared)
+    alone = replace(config, num_workers=1, out=config.out.with_name("alone"))
+    train(alone)
+    assert losses_of(config.out) == pytest.approx(losses_of(alone.out), rel=1e-4)
+    assert furthest(config.out, alone.out) < 1e-4
+    frozen, freed, of_one = (
+        load_file(run / "checkpoints" / f"{step:08d}.safetensors")
+        for run, step in ((config.out, 4), (config.out, 12), (alone.out, 4))
+    )
+    encoder = [name for name in frozen if name.startswith("encoder.model.")]
+    assert encoder and all(torch.equal(frozen[name], of_one[name]) for name in encoder)
+    assert not any(torch.equal(frozen[name], freed[name]) for name in encoder)
 
 
 def worker_processes() -> list[int]:

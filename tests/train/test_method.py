@@ -22,7 +22,7 @@ from eupe.common.compute import normalise
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, RunError
 from eupe.store import Store
-from eupe.train.card import METHOD, MOST_PASSES, advice, read_card, resolve
+from eupe.train.card import METHOD, MOST_PASSES, NEWEST_METHOD, advice, read_card, resolve
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train, train_together
 from eupe.train.parallel import World
@@ -103,7 +103,7 @@ def as_begun_before(run: Path) -> None:
 def test_runs_that_were_begun_by_keys_and_a_fixed_decay_go_on_so(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, ema=0.9, steps=6, checkpoint_every=3, keep=2)
     train(config)
-    assert read_card(config.out).config[METHOD] == 2
+    assert read_card(config.out).config[METHOD] == NEWEST_METHOD
     shutil.copytree(config.out, old := tmp_path / "old")
     as_begun_before(old)
     assert train(replace(config, out=old)).cached, "finished before it did so"
@@ -163,7 +163,7 @@ def test_runs_of_two_methods_do_not_share_a_stream_and_a_newer_one_is_refused(co
     document = json.loads((config.out / "config.json").read_text())
     document["config"][METHOD] = 99
     (config.out / "config.json").write_text(json.dumps(document))
-    with pytest.raises(RunError, match="method 99, but this eupe knows only 1 to 2"):
+    with pytest.raises(RunError, match="method 99, but this eupe knows only 1 to 3"):
         train(again)
 
 
