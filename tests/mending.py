@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -28,13 +29,10 @@ from eupe.teachers.teacher import file_digest, load_teacher
 SAMPLES_PER_PART = 8
 
 
-def make_parts(
-    path: Path, corpus: Path, weights: Path, *, precision: str = "fp16", teacher: str | None = None
-) -> Store:
+def make_parts(path: Path, corpus: Path, weights: Path, **options: Any) -> Store:
     """Like `make_store`, in parts of eight samples."""
-    named = {} if teacher is None else {"teacher": teacher}
     with mock.patch("eupe.extract.parts.samples_per_part", lambda num_samples, num_bytes: SAMPLES_PER_PART):
-        return make_store(path, corpus, weights, precision=precision, **named)
+        return make_store(path, corpus, weights, **options)
 
 
 def extend(store: Store, corpus: Path, weights: Path, *, count: int) -> Store:

@@ -88,8 +88,9 @@ def _warn_of_values(report: ExtractReport) -> None:
 def warn_of_clipping(store: str, count: int, arrays: Sequence[str]) -> None:
     """Warn on standard error that values were too large for a store, and explain what that means."""
     if count:
+        of = " and ".join(arrays) or "maps that were pooled afterwards"  # then no norm tells which array has them
         err.print(
-            f"[yellow]warning:[/] {escaped(store)}: {count:,} values of {' and '.join(arrays)} are beyond 65,504, the "
+            f"[yellow]warning:[/] {escaped(store)}: {count:,} values of {of} are beyond 65,504, the "
             "largest value of fp16, and stored as that, in every precision and with every --dtype; a student learns "
             "the smaller value. A few such tokens do little harm; many (see `eupe store stats`) mean a damaged "
             "checkpoint or another normalisation of the pictures",

@@ -18,6 +18,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable l
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the file at --out even if nothing in it shows that eupe made it.")
 ]
+Precision = Annotated[str, info(ExtractConfig, "precision")]
+Grid = Annotated[int | None, info(ExtractConfig, "grid")]
 PicturesPath = Annotated[str | None, info(TrainConfig, "corpus")]
 CorpusPath = Annotated[str, info(ExtractConfig, "corpus")]
 Include = Annotated[list[str] | None, info(ExtractConfig, "include")]

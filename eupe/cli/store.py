@@ -1,4 +1,4 @@
-"""`eupe store`: look into a store, check it, repair it."""
+"""`eupe store`: look into a store, check it, repair it, convert it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from rich.table import Table
 from eupe.cli.console import err, escaped, finish, out, show
 from eupe.cli.extract import warn_of_clipping
 from eupe.cli.options import (
+    Grid,
     Json,
     Overwrite,
     PicturesPath,
+    Precision,
     StoredTeacher,
     StoredWeights,
     WeightsKey,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from eupe.store.summary import StoreSummary
 
 
-store_app = typer.Typer(no_args_is_help=True, help="Inspect, check and repair stores.")
+store_app = typer.Typer(no_args_is_help=True, help="Inspect, check, repair and convert stores.")
 
 
 @store_app.command("ls")
@@ -188,6 +190,31 @@ def store_repair(
     finish(dataclasses.asdict(report), as_json)
     if not (as_json or report.parts or report.documents or report.statistics):
         out.print("nothing to repair: the store is whole")
+
+
+@store_app.command("convert")
+def store_convert(
+    path: str,
+    precision: Precision,
+    out_path: Annotated[str, typer.Option("--out", help="The new store, also s3:// or gs://.")],
+    grid: Grid = None,
+    as_json: Json = False,
+) -> None:
+    """Store the features of a finished store at another precision or grid, in a new store; no teacher is run."""
+    from eupe.common.progress import amount, report_progress
+    from eupe.extract.convert import convert
+
+    with report_progress(err, "views", quiet=as_json) as progress:
+        report = convert(path, out_path, precision=precision, grid=grid, progress=progress.update)
+    finish(dataclasses.asdict(report), as_json)
+    if not as_json:
+        what = "nothing to do: the store holds all of this already" if report.cached else "done"
+        sizes = f"{amount(report.source_bytes)} before, {amount(report.stored_bytes)} after"
+        kept = [
+            f"{path} keeps a cosine of {each['mean']:.6f}, at least {each['p5']:.6f} for 95% of its tokens"
+            for path, each in report.fidelity.items()
+        ]
+        out.print(escaped("; ".join([what, f"{report.num_views:,} views", sizes, *kept])), soft_wrap=True)
 
 
 @store_app.command("audit")

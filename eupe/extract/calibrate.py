@@ -48,9 +48,13 @@ class Measured:
 
 def sample_task(spec: StoreSpec, corpus: Corpus) -> PartTask:
     """Return a task of pictures spread evenly over the corpus, enough for `SAMPLE_VIEWS` views."""
-    count = min(len(corpus), -(-SAMPLE_VIEWS // spec.num_views))
-    picked = np.unique(np.linspace(0, len(corpus) - 1, count).astype(np.int64))
-    return PartTask(0, tuple(samples_of(corpus.samples.take(picked))))
+    return PartTask(0, tuple(samples_of(corpus.samples.take(sample_places(len(corpus), spec.num_views)))))
+
+
+def sample_places(num_samples: int, num_views: int) -> NDArray[np.int64]:
+    """Return the places of a sample's pictures in an index; see `sample_task`."""
+    count = min(num_samples, -(-SAMPLE_VIEWS // num_views))
+    return np.unique(np.linspace(0, num_samples - 1, count).astype(np.int64))
 
 
 def require_features(spec: StoreSpec, part: Part) -> None:

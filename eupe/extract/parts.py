@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -12,8 +13,8 @@ from eupe.corpus.pictures import insides
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
 from eupe.extract.load import PartTask, Sample, WorkUnit
-from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, bytes_per_view, samples_per_part
-from eupe.store.precision import parse_precision
+from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, samples_per_part
+from eupe.store.precision import parse_precision, require_convertible
 from eupe.store.writer import installed_versions
 from eupe.teachers.spec import TeacherSpec
 
@@ -43,11 +44,7 @@ def store_spec(
         grid to which a map cannot be pooled.
     """
     sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=grid)
-    dense_dim = teacher.dense_dim if DENSE in kept else 0
-    summary_dim = teacher.summary_dim if SUMMARY in kept else 0
-    pixel_bytes = sum(3 * size * size for size in sizes) if pixels else 0
-    per_sample = views.num_views * (bytes_per_view(grids, dense_dim, summary_dim) + pixel_bytes)
-    return StoreSpec(
+    spec = StoreSpec(
         teacher={
             **teacher.to_json(),
             "architecture": teacher.architecture,
@@ -59,11 +56,34 @@ def store_spec(
         sizes=sizes,
         grids=grids,
         tokens=kept,
-        samples_per_part=samples_per_part(len(corpus), per_sample),
+        samples_per_part=1,
         precision=parse_precision(precision, kept),
         pixels=pixels,
         versions=installed_versions(),
     )
+    return replace(spec, samples_per_part=samples_per_part(len(corpus), spec.bytes_per_sample))
+
+
+def converted_spec(before: StoreSpec, precision: str, grid: int | None, *, where: str) -> StoreSpec:
+    """Return the spec of a conversion of a store, before its precision is measured.
+
+    Args:
+        precision, grid: as `store_spec`.
+        where: the store to convert, for error messages.
+    Raises: ConfigError if that store has less than what is requested, or has exactly that already.
+    """
+    wanted = parse_precision(precision, before.tokens)
+    require_convertible(before.precision, wanted, where=where)
+    if grid is not None and DENSE not in before.tokens:
+        raise ConfigError(f"--grid {grid} pools dense maps, of which {where} has none; leave it out")
+    sides = zip(before.sizes, before.grids, strict=True)
+    grids = tuple(_pooled_grid(own, grid, of=f"{where} at {size} px") for size, own in sides)
+    if (wanted, grids) == (before.precision, before.grids):
+        raise ConfigError(
+            f"{where} has this precision and grid already ({precision}, {'+'.join(map(str, grids))}); give another "
+            "--precision or --grid"
+        )
+    return replace(before, precision=wanted, grids=grids, calibration={}, fidelity={})
 
 
 def shape_of(
@@ -74,7 +94,7 @@ def shape_of(
     Raises: as `store_spec`; ConfigError for an unknown kind of token.
     """
     sizes = sizes or (teacher.native_size,)
-    grids = tuple(_pooled_grid(teacher, size, grid) for size in sizes)
+    grids = tuple(_pooled_grid(teacher.grid(size), grid, of=f"{teacher.name} at {size} px") for size in sizes)
     if not tokens or set(tokens) - set(KINDS):
         raise ConfigError(f"--tokens takes summary, dense, or both; got {','.join(tokens) or 'nothing'}")
     kept = tuple(k for k in KINDS if k in tokens and not (k == SUMMARY and teacher.summary == "none"))
@@ -98,17 +118,20 @@ def require_common_sizes(teachers: Sequence[TeacherSpec], sizes: Sequence[int]) 
             )
 
 
-def _pooled_grid(teacher: TeacherSpec, size: int, grid: int | None) -> int:
+def _pooled_grid(own: int, grid: int | None, *, of: str) -> int:
     """Return the number of cells along one side of the stored map.
 
-    Raises: ConfigError if the grid does not divide the teacher's own.
+    Args:
+        own: the same of the map before it is pooled.
+        grid: the requested number; None to leave the map as it is.
+        of: whose map it is, for the error message.
+    Raises: ConfigError if the grid does not divide the map.
     """
-    own = teacher.grid(size)
     if grid is None:
         return own
     if grid < 1 or own % grid:
         raise ConfigError(
-            f"--grid {grid} does not divide the {own}x{own} map of {teacher.name} at {size} px; give one of "
+            f"--grid {grid} does not divide the {own}x{own} map of {of}; give one of "
             f"{', '.join(str(g) for g in range(1, own + 1) if own % g == 0)}"
         )
     return grid

@@ -452,7 +452,7 @@ class Forward:
         for kind in self._spec.tokens:
             values = tokens.summary if kind == SUMMARY else pool_cells(tokens.dense, grid)
             assert values is not None
-            fp16_tokens.append(Fp16Tokens(feature_path(size, kind), start, *map(_to_host, _to_fp16(values))))
+            fp16_tokens.append(Fp16Tokens(feature_path(size, kind), start, *map(_to_host, to_fp16(values))))
         return fp16_tokens
 
 
@@ -489,7 +489,7 @@ def pool_cells(dense_BhwD: Tensor, grid: int) -> Tensor:
     return pooled.movedim(1, -1)
 
 
-def _to_fp16(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def to_fp16(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens as float16, and the numbers of clipped and of non-finite values.
 
     Values beyond float16's range are clipped; values that are not finite become NaN.

@@ -13,7 +13,7 @@ from typing import Any
 
 from eupe.corpus.views import parse_views
 from eupe.errors import EupeError
-from eupe.extract.parts import shape_of
+from eupe.extract.parts import converted_spec, shape_of
 from eupe.extract.plan_on_paper import NOMINAL_SHARES, stored_bytes_per_view
 from eupe.models.encoder import EncoderCard, load_card, timm_card
 from eupe.pipeline.inputs import Inputs
@@ -21,6 +21,7 @@ from eupe.pipeline.plan import PlannedStep
 from eupe.pipeline.recipe import Problems
 from eupe.pipeline.validate import RUN, Ref, Word
 from eupe.store import open_store
+from eupe.store.layout import StoreSpec
 from eupe.store.precision import FP16, parse_precision
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.run_adapter import as_teacher
@@ -83,6 +84,21 @@ class TrainCost:
 Cost = StoreCost | TrainCost
 
 
+def _cost(spec: StoreSpec, num_images: int | None) -> StoreCost:
+    """Return the estimated cost of a store; the corpus in its spec is not used."""
+    at_most = "asked" in spec.fidelity or bool(set(spec.precision.values()) - set(NOMINAL_SHARES))
+    precision = dict.fromkeys(spec.tokens, FP16) if at_most else spec.precision
+    teacher = TeacherSpec.from_json(spec.teacher)
+    pixels = sum(3 * size * size for size in spec.sizes) if spec.pixels else 0
+    return StoreCost(
+        num_images=num_images,
+        views_per_image=spec.num_views,
+        bytes_per_view=sum(stored_bytes_per_view(teacher, grid, precision)[1] for grid in spec.grids) + pixels,
+        sizes=spec.sizes,
+        at_most=at_most or bool(pixels),
+    )
+
+
 class Costs:
     """Estimates of the steps, made in order; errors from teachers and students become problems of the recipe."""
 
@@ -92,10 +108,11 @@ class Costs:
         self._problems = problems
         self._cards: dict[str, EncoderCard] = {}
         self._stores: dict[str, StoreCost] = {}
+        self._specs: dict[str, StoreSpec] = {}
         self._failed: set[str] = set()
 
     def of(self, planned: PlannedStep) -> Cost | None:
-        """Return the cost of a step; None if it is neither an extraction nor a training run, or cannot be estimated."""
+        """Return the cost of a step; None if it makes neither a store nor a run, or cannot be estimated."""
         step = planned.step
         # a step that needs a failed one is skipped, so that only the cause is reported
         if step.makes is None or self._failed & set(step.needs):
@@ -106,22 +123,21 @@ class Costs:
             if step.makes == RUN:
                 self._cards[step.name] = self._student(planned, params)
                 return self._run(planned, params)
-            self._stores[step.name] = self._store(planned, params)
+            make = self._extracted if step.verb.name == "extract" else self._converted
+            self._specs[step.name], num_images = make(planned, params)
+            self._stores[step.name] = _cost(self._specs[step.name], num_images)
             return self._stores[step.name]
         except EupeError as error:
             self._problems.add(f"steps.{step.name}.{step.verb.name}", str(error))
             self._failed.add(step.name)
             return None
 
-    def _store(self, planned: PlannedStep, params: Mapping[str, Any]) -> StoreCost:
+    def _extracted(self, planned: PlannedStep, params: Mapping[str, Any]) -> tuple[StoreSpec, int | None]:
+        """Return the spec of an extraction's store, without a corpus, and the number of its pictures if known."""
         teacher = self._teacher(planned, params["teacher"][0])
         sizes = tuple(sorted(set(params["sizes"] or ())))
         tokens = tuple(params["tokens"].split(","))
         sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=params["grid"])
-        precision = parse_precision(params["precision"], kept)
-        at_most = params["fidelity"] is not None or bool(set(precision.values()) - set(NOMINAL_SHARES))
-        if at_most:
-            precision = dict.fromkeys(kept, FP16)
         views = parse_views(
             params["views"],
             seed=params["seed"],
@@ -129,14 +145,32 @@ class Costs:
             ratio=params["ratio"],
             photometric=params["photometric"],
         )
-        pixels = sum(3 * size * size for size in sizes) if params["pixels"] else 0
-        return StoreCost(
-            num_images=self._count(planned, params),
-            views_per_image=views.num_views,
-            bytes_per_view=sum(stored_bytes_per_view(teacher, grid, precision)[1] for grid in grids) + pixels,
+        spec = StoreSpec(
+            teacher=teacher.to_json(),
+            corpus={},
+            views=views.to_json(),
             sizes=sizes,
-            at_most=at_most or bool(pixels),
+            grids=grids,
+            tokens=kept,
+            samples_per_part=1,
+            precision=parse_precision(params["precision"], kept),
+            pixels=params["pixels"],
+            fidelity={} if params["fidelity"] is None else {"asked": params["fidelity"]},
         )
+        return spec, self._count(planned, params)
+
+    def _converted(self, planned: PlannedStep, params: Mapping[str, Any]) -> tuple[StoreSpec, int | None]:
+        """Return the same of a store that is converted from an earlier step's, or from one outside the pipeline.
+
+        Raises: ConfigError if that store has less than what is requested.
+        """
+        (word,) = planned.step.options["path"]
+        if isinstance(word, Ref):
+            before, num_images, where = self._specs[word.step], self._stores[word.step].num_images, f"step {word.step}"
+        else:
+            before = open_store(word).spec
+            num_images, where = before.num_samples, word
+        return converted_spec(before, params["precision"], params["grid"], where=where), num_images
 
     def _teacher(self, planned: PlannedStep, words: str) -> TeacherSpec:
         (word,) = planned.step.options["teacher"]

@@ -20,6 +20,7 @@ from eupe.train.card import MOST_PASSES, passes_note
 
 HEADLINES: Mapping[str, Sequence[str]] = {
     "extract": ("num_views", "stored_bytes", "num_failed"),
+    "store convert": ("num_views", "stored_bytes"),
     "train": ("steps", "normalised"),
     "eval report": (),
     "export": ("least", "num_bytes"),

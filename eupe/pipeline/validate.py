@@ -15,7 +15,7 @@ from eupe.pipeline.verbs import Option, Verb
 from eupe.teachers.resolve import resolve_teacher
 
 STORE, RUN = "store", "run"
-MAKES = {"extract": STORE, "train": RUN}
+MAKES = {"extract": STORE, "store convert": STORE, "train": RUN}
 """Kinds of output that later steps can take, by verb; outputs of other verbs cannot be taken."""
 TAKES = {
     "teacher": (RUN,),
@@ -29,7 +29,7 @@ TAKES = {
     "items": (STORE, RUN),
 }
 """Options and arguments that may name an earlier step, and the kinds of output that the step must make."""
-GIVEN = {"out": ("extract", "train"), "json": (), "resume": ()}
+GIVEN = {"out": ("extract", "store convert", "train"), "json": (), "resume": ()}
 """Options that the pipeline sets itself, with the verbs; without verbs, for all."""
 
 

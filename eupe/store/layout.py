@@ -95,6 +95,13 @@ class StoreSpec:
         return self.segment_ends[-1] if self.segment_ends else 0
 
     @property
+    def bytes_per_sample(self) -> int:
+        """Return the bytes of one sample's raw fp16 features at all sizes, and of its pixels if they are kept."""
+        dims = [int(self.teacher[f"{kind}_dim"]) if kind in self.tokens else 0 for kind in (DENSE, SUMMARY)]
+        pixels = sum(3 * size * size for size in self.sizes) if self.pixels else 0
+        return self.num_views * (bytes_per_view(self.grids, *dims) + pixels)
+
+    @property
     def num_rows(self) -> int:
         """Return the length of the arrays; an extension begins a new part, so some rows before it may stay empty."""
         return int(self.part_rows(self.num_parts - 1).stop)
@@ -137,6 +144,12 @@ class StoreSpec:
     def array_calibration(self, path: str) -> Calibration | None:
         """Return the calibration that an int8 array is coded by; None for other arrays."""
         return Calibration.from_json(self.calibration[path]) if path in self.calibration else None
+
+    def measured_fidelity(self, path: str) -> Mapping[str, float] | None:
+        """Return what was measured of an array's precision: `mean`, `p5` and `share`; None if nothing was."""
+        measured = self.fidelity.get("measured", {}).get(path, {})
+        found: Mapping[str, float] | None = measured.get(self.precision[path.rpartition("/")[2]])
+        return found
 
     def to_json(self) -> dict[str, Any]:
         plain = to_plain(self)

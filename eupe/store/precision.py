@@ -27,6 +27,8 @@ FP16_MAX = 65504.0
 MANTISSA_BITS = 10
 SCALE_CHANNELS = 2
 INT8_LIMIT = 127
+INT8_BITS = 7
+"""Number of bits that int8 keeps of a token's largest channel."""
 INT8_FILL = 127
 """Fill value; two bytes of it are a float16 NaN."""
 CANDIDATES = (FP16, *(f"{BITROUND}:{bits}" for bits in range(MANTISSA_BITS - 1, 1, -1)), INT8)
@@ -93,19 +95,52 @@ def require_known(precision: str) -> str:
     )
 
 
+def require_convertible(stored: Mapping[str, str], wanted: Mapping[str, str], *, where: str) -> None:
+    """Raise ConfigError if tokens of a store would be stored as more than what is left of them.
+
+    Args:
+        stored: kind of token to its precision in the store.
+        wanted: the same as requested.
+        where: the store, for the error message.
+    """
+    for kind, precision in wanted.items():
+        if not _keeps_no_more(stored[kind], precision):
+            most = INT8 if stored[kind] == INT8 else f"bitround:B with B up to {_mantissa_bits(stored[kind])}"
+            raise ConfigError(
+                f"{where} has {kind} tokens in {stored[kind]}, and {precision} would claim more than is left of them; "
+                f"give --precision {kind}={most}, or make the other store with `eupe extract --precision {precision}`"
+            )
+
+
+def _keeps_no_more(stored: str, wanted: str) -> bool:
+    if wanted == stored or stored == FP16:
+        return True
+    if stored == INT8 or wanted == FP16:
+        return False
+    return _mantissa_bits(stored) >= (INT8_BITS if wanted == INT8 else _mantissa_bits(wanted))
+
+
+def _mantissa_bits(precision: str) -> int:
+    """Return the B of `bitround:B`."""
+    return int(precision.partition(":")[2])
+
+
 def stored_channels(precision: str, dim: int) -> int:
     """Return C, the number of channels that D channels take in the array."""
     return dim + SCALE_CHANNELS if precision == INT8 else dim
 
 
-def encode(tokens: NDArray[np.float16], precision: str, calibration: Calibration | None) -> NDArray[Any]:
-    """Code float16 tokens [..., D] as they are stored: float16 [..., D], or int8 [..., D + 2]. NaN tokens stay NaN."""
-    if precision == FP16:
+def encode(tokens: NDArray[Any], precision: str, calibration: Calibration | None) -> NDArray[Any]:
+    """Code float16 tokens [..., D] as they are stored: float16 [..., D], or int8 [..., D + 2]. NaN tokens stay NaN.
+
+    Tokens that are coded as int8 already are returned as they are.
+    """
+    if precision == FP16 or tokens.dtype == np.int8:
         return tokens
     if precision == INT8:
         assert calibration is not None
         return _encode_int8(tokens, calibration)
-    bits = int(precision.partition(":")[2])
+    bits = _mantissa_bits(precision)
     rounded = BitRound(bits).decode(BitRound(bits).encode(tokens.copy())).view(np.float16).reshape(tokens.shape)
     # rounding up may carry into the exponent: the largest values would become infinite, and NaN another value
     largest = np.float16((2 - 2.0**-bits) * 2.0**15)

@@ -380,7 +380,7 @@ class Store:
         if not self.finished:
             raise StoreError(
                 f"{self.path} is not finished: {len(self.missing_parts())} of {self.spec.num_parts} parts are missing; "
-                "run its `eupe extract` again to resume"
+                "run its `eupe extract` or `eupe store convert` again to resume"
             )
 
     def statistic(self, path: str) -> Any:
@@ -404,10 +404,20 @@ class Store:
     def read_async(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> PendingFeatures:
         """Start a `read`, and return without waiting for it."""
         size = self.spec.sizes[0] if size is None else size
-        paths = {name: name for name in ("boxes", "flips", *([PHOTOMETRIC] if self.spec.photometric else []))}
-        paths |= {kind: feature_path(size, kind) for kind in (SUMMARY, DENSE) if kind in self.spec.tokens}
+        paths = {kind: feature_path(size, kind) for kind in (SUMMARY, DENSE) if kind in self.spec.tokens}
         futures = {name: self._begin(path, rows, views) for name, path in paths.items()}
-        return PendingFeatures(self, size, futures)
+        return PendingFeatures(self, size, self._begin_views(rows, views) | futures)
+
+    def read_views(self, rows: Sequence[int], views: Sequence[int]) -> StoredViews:
+        """Read only the parameters of B views.
+
+        Raises: PartCorruptError; IndexError for a row or view that the store does not have.
+        """
+        return PendingFeatures(self, self.spec.sizes[0], self._begin_views(rows, views)).stored()
+
+    def _begin_views(self, rows: Sequence[int], views: Sequence[int]) -> dict[str, Any]:
+        names = ("boxes", "flips", *([PHOTOMETRIC] if self.spec.photometric else []))
+        return {name: self._begin(name, rows, views) for name in names}
 
     def read_summaries(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> NDArray[Any]:
         """Read only the summaries of B views, [B, Ds].

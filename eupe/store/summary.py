@@ -194,13 +194,11 @@ def summarise(store: Store) -> StoreSummary:
 
 
 def _token_summary(spec: StoreSpec, size: int, kind: str, stats: FullStats) -> TokenSummary:
-    precision = spec.precision[kind]
-    measured = spec.fidelity.get("measured", {}).get(feature_path(size, kind), {})
     return TokenSummary(
         size=size,
         kind=kind,
-        precision=precision,
-        fidelity=measured.get(precision),
+        precision=spec.precision[kind],
+        fidelity=spec.measured_fidelity(feature_path(size, kind)),
         count=stats.count,
         std=stats.std,
         dead_channels=tuple(stats.dead_channels),

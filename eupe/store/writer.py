@@ -96,8 +96,8 @@ class Part:
     boxes: NDArray[np.int32]
     flips: NDArray[np.bool_]
     digests: NDArray[np.uint64]
-    features: Mapping[str, NDArray[np.float16]]
-    """Array path (`224/dense`) to [samples, views, ...], as the teacher gave them."""
+    features: Mapping[str, NDArray[Any]]
+    """Array path (`224/dense`) to [samples, views, ...]: float16, as the teacher gave them, or int8 as it is stored."""
     pixels: Mapping[int, NDArray[np.uint8]] = field(default_factory=dict)
     """Size to [samples, views, size, size, 3]; empty unless the store keeps pixels."""
     num_clipped: int = 0
@@ -309,7 +309,7 @@ class StoreWriter:
 
 
 def _code_chunks(
-    chunks: Sequence[NDArray[np.float16]],
+    chunks: Sequence[NDArray[Any]],
     *,
     layout: ArrayLayout,
     precision: str,

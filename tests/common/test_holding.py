@@ -183,7 +183,7 @@ def test_one_whose_lease_was_taken_over_is_told_and_leaves_it(s3: S3Server) -> N
     assert b"another" in place.read(LEASE)
 
 
-@pytest.mark.parametrize("verb", ["train", "extract", "store repair", "run"])
+@pytest.mark.parametrize("verb", ["train", "extract", "store repair", "store convert", "run"])
 def test_every_verb_that_writes_respects_it(
     verb: str, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, tiny_store: Store, run_eupe: Callable[..., Any]
 ) -> None:
@@ -195,6 +195,7 @@ def test_every_verb_that_writes_respects_it(
         "train": [*train, "--holdout", 0.3, "--out", out],
         "extract": [*extract, "--size", 64, "--out", out],
         "store repair": ["store", "repair", out],
+        "store convert": ["store", "convert", tiny_store.path, "--precision", "int8", "--out", out],
         "run": ["run", tmp_path / "r.yaml"],
     }[verb]
     if verb == "store repair":

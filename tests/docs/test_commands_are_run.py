@@ -168,7 +168,7 @@ TRIPS = {
         smaller={"--out rendered": "--out rendered --pictures 24 --size 64"},
         leaves=("rendered/scenes.json", "tiny/scenes.json"),
     ),
-    "docs/store.md": Trip(takes=("store/dinov2.zarr=store/dinov2-s.zarr",)),
+    "docs/store.md": Trip(takes=("store/dinov2.zarr=store/dinov2-s.zarr",), says={"eupe store convert": "done; "}),
     "docs/teachers.md": Trip(says={"eupe teachers dinov2": "antialiases"}),
     "docs/training.md": Trip(
         takes=(

@@ -44,6 +44,7 @@ from eupe.store.precision import (
     decode,
     encode,
     parse_precision,
+    require_convertible,
     require_known,
     stored_channels,
 )
@@ -278,6 +279,27 @@ def test_unknown_precisions(word: str) -> None:
 def test_precision_for_each_kind(text: str, summary: str, dense: str) -> None:
     assert parse_precision(text, ("summary", "dense")) == {"summary": summary, "dense": dense}
     assert parse_precision(text, ("dense",)) == {"dense": dense}
+
+
+@pytest.mark.parametrize(
+    ("stored", "allowed"),
+    [
+        ("fp16", {"fp16", "bitround:9", "bitround:7", "bitround:6", "int8"}),
+        ("bitround:9", {"bitround:9", "bitround:7", "bitround:6", "int8"}),
+        ("bitround:7", {"bitround:7", "bitround:6", "int8"}),
+        ("bitround:6", {"bitround:6"}),
+        ("int8", {"int8"}),
+    ],
+)
+def test_tokens_are_converted_only_to_what_keeps_no_more_of_them(stored: str, allowed: set[str]) -> None:
+    for wanted in ("fp16", "bitround:9", "bitround:7", "bitround:6", "int8"):
+        if wanted in allowed:
+            require_convertible({"dense": stored}, {"dense": wanted}, where="s.zarr")
+        else:
+            with pytest.raises(
+                ConfigError, match=f"s.zarr has dense tokens in {stored}, and {wanted} would claim more"
+            ):
+                require_convertible({"dense": stored}, {"dense": wanted}, where="s.zarr")
 
 
 @pytest.mark.parametrize("text", ["patches=int8", "dense=int4", "dense=", "int8,fp16", "=int8", ""])

@@ -63,13 +63,14 @@ def folder_verbs(world: World) -> dict[str, Words]:
         "export": lambda out: ["export", world.run, "--format", "timm", "--out", out],
         "scenes": lambda out: ["--pictures", 24, "--size", 64, "--out", out],
         "extract": lambda out: [*extract, "--out", out],
+        "convert": lambda out: ["store", "convert", world.store, "--precision", "int8", "--out", out],
     }
 
 
 FILES = ("index", "report", "markdown", "stats", "page", "figure")
 READ_ONLY = {"index": 2}
 """Exit codes where the disk refuses; of all others 1, as of a disk that fills up."""
-FOLDERS = ("train", "export", "scenes", "extract")
+FOLDERS = ("train", "export", "scenes", "extract", "convert")
 
 
 def refused(outcome: Any, code: int = 2) -> None:
