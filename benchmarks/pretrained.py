@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,7 @@ from eupe.evaluate.subject import open_subjects
 from eupe.store.layout import KINDS
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
-from eupe.train.config import ENCODER_LR_MULT, FROZEN_SHARE, TrainConfig
+from eupe.train.config import ENCODER_LR_MULT, FROZEN_SHARE, RUNNING_NORMS, TrainConfig
 from eupe.train.loop import TrainReport, train
 from scenes.layouts import LAYOUTS, Request
 
@@ -50,13 +51,14 @@ EXPERTS = {
     "dinov2-s": Expert("vit_small_patch14_dinov2", 84),
     "efficientnet_lite0": Expert("tf_efficientnet_lite0", 96),
 }
-WAYS: dict[str, tuple[float | None, float | None]] = {
-    "all of it from the first step": (0.0, 1.0),
-    f"frozen in the first {FROZEN_SHARE:.0%} of the steps": (FROZEN_SHARE, 1.0),
-    f"at {ENCODER_LR_MULT:g} of the learning rate": (0.0, ENCODER_LR_MULT),
-    "both, which is the default": (None, None),
+WAYS: dict[str, dict[str, Any]] = {
+    "all of it from the first step": {"freeze_encoder": 0.0, "encoder_lr_mult": 1.0, "batch_norms": RUNNING_NORMS},
+    f"frozen in the first {FROZEN_SHARE:.0%} of the steps": {"encoder_lr_mult": 1.0, "batch_norms": RUNNING_NORMS},
+    f"at {ENCODER_LR_MULT:g} of the learning rate": {"freeze_encoder": 0.0, "batch_norms": RUNNING_NORMS},
+    "with frozen batch norms": {"freeze_encoder": 0.0, "encoder_lr_mult": 1.0},
+    "all three, which is the default": {},
 }
-"""How the encoder is trained: `--freeze-encoder`, `--encoder-lr-mult`."""
+"""How the encoder is trained."""
 TIMM_WORDS = {
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.cls_token": "cls_token",
@@ -154,7 +156,7 @@ def main() -> None:
     print("| the encoder | k-NN | summary | dense | training, s |\n|---|---|---|---|---|")
     before = accuracy(f"timm:{expert.arch}", data, expert.size, weights)
     print(f"| before | {before:.3f} | | | |", flush=True)
-    for number, (way, (frozen, mult)) in enumerate(WAYS.items()):
+    for number, (way, options) in enumerate(WAYS.items()):
         config = TrainConfig(
             targets=(store,),
             student=expert.arch,
@@ -166,8 +168,7 @@ def main() -> None:
             batch_size=BATCH_SIZE,
             head_width=HEAD_WIDTH,
             holdout=HOLDOUT,
-            freeze_encoder=frozen,
-            encoder_lr_mult=mult,
+            **options,
         )
         began = time.perf_counter()
         report = train(config)

@@ -23,7 +23,15 @@ from eupe.errors import ConfigError, RunError
 from eupe.models.encoder import check_student, has_batch_norm, has_rope, load_card, near, on_paper, why_no_run
 from eupe.store import Store
 from eupe.store.layout import KINDS
-from eupe.train.config import ENCODER_LR_MULT, FROZEN_SHARE, MixedIn, TrainConfig, parse_mix
+from eupe.train.config import (
+    ENCODER_LR_MULT,
+    FROZEN_NORMS,
+    FROZEN_SHARE,
+    RUNNING_NORMS,
+    MixedIn,
+    TrainConfig,
+    parse_mix,
+)
 from eupe.train.targets import HoldoutBy, TargetSet
 
 CONFIG_FILE = "config.json"
@@ -43,7 +51,7 @@ and the number of views that a batch norm sees is part of the run's identity.
 convolutions computes channels last, which changes its rounding.
 """
 NEWEST_METHOD = 3
-PROTECTION = ("freeze_encoder", "encoder_lr_mult")
+PROTECTION = ("freeze_encoder", "encoder_lr_mult", "batch_norms")
 """Options that protect an encoder from `--init` from heads that are not."""
 VERSIONED = ("eupe", "torch", "timm", "pillow")
 
@@ -245,24 +253,29 @@ def holdout_by(method: int) -> HoldoutBy:
     return "content" if method > 1 else "key"
 
 
-def encoder_schedule(config: TrainConfig, targets: Sequence[Mapping[str, Any]], method: int) -> dict[str, float | None]:
-    """Return `freeze_encoder` and `encoder_lr_mult` of a run; None where the encoder is trained as the heads are.
+def encoder_schedule(
+    config: TrainConfig, targets: Sequence[Mapping[str, Any]], method: int
+) -> dict[str, float | str | None]:
+    """Return the options that protect the encoder; None for each that treats the encoder as the heads.
 
-    By default an encoder from `--init` is protected until heads that start from random weights have learned something:
-    their first gradients are noise, and would ruin it.
+    By default an encoder from `--init` is protected from heads that start from random weights: their first gradients
+    are noise and would ruin it, and so would statistics of these views in batch norms whose weights hardly move.
 
     Args:
         targets: as in `RunCard.targets`.
         method: the run's method version; methods 1 and 2 protect nothing by default.
     """
     protected = method > 2 and config.init is not None and has_fresh_heads(config.init, targets, config.head_width)
-    frozen, mult = config.freeze_encoder, config.encoder_lr_mult
+    frozen, mult, norms = config.freeze_encoder, config.encoder_lr_mult, config.batch_norms
     if frozen is None:
         frozen = FROZEN_SHARE if protected else 0.0
     if mult is None:
         mult = ENCODER_LR_MULT if protected else 1.0
+    if norms is None:
+        norms = FROZEN_NORMS if protected else RUNNING_NORMS
     # None, because the cards of runs from before these options have no such keys and must still compare equal
-    return dict(zip(PROTECTION, (frozen or None, None if mult == 1 else mult), strict=True))
+    plain = (frozen or None, None if mult == 1 else mult, None if norms == RUNNING_NORMS else norms)
+    return dict(zip(PROTECTION, plain, strict=True))
 
 
 def has_fresh_heads(init: Path, targets: Sequence[Mapping[str, Any]], head_width: int) -> bool:
@@ -354,7 +367,8 @@ def advice(config: TrainConfig, card: RunCard, corpora: Sequence[TargetSet]) -> 
         notes.append(
             f"the encoder starts from {config.init}, but heads start from random weights, whose gradients could ruin "
             f"it: it is frozen in the first {frozen_steps(card)} of {card.total_steps} steps, and then trained at "
-            f"{encoder_lr_mult(card):g} of the learning rate (--freeze-encoder, --encoder-lr-mult)"
+            f"{encoder_lr_mult(card):g} of the learning rate, with {card.config['batch_norms'] or RUNNING_NORMS} batch "
+            "norms (--freeze-encoder, --encoder-lr-mult, --batch-norms)"
         )
     if config.init is not None and is_run(config.init):
         before = read_card(config.init)

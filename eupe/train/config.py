@@ -18,6 +18,7 @@ NORMALISATIONS = (STANDARD, PHI_S, NONE)
 VIEW_ORDERS = ("all", "cycle", "draw")
 FROZEN_SHARE, ENCODER_LR_MULT = 0.2, 0.1
 """Protection of an encoder from `--init` under heads that are not: their first gradients would ruin it."""
+FROZEN_NORMS, RUNNING_NORMS = BATCH_NORMS = "frozen", "running"
 
 HOW_DIVIDED = "how the work is divided"
 WHICH_STAY = "which checkpoints stay"
@@ -119,6 +120,13 @@ class TrainConfig:
         "Factor of the learning rate for the encoder.",
         unset=f"{ENCODER_LR_MULT:g} if the encoder comes from --init and a head does not, 1 otherwise",
         above=0,
+        may_differ=True,
+    )
+    batch_norms: str | None = option(
+        None,
+        "frozen: batch norms of the encoder keep the statistics that they start with; running: they follow the views.",
+        unset=f"{FROZEN_NORMS} if the encoder comes from --init and a head does not, {RUNNING_NORMS} otherwise",
+        choices=BATCH_NORMS,
         may_differ=True,
     )
     clip: float | None = option(None, "Maximum norm of the gradient.", unset="no clipping", above=0, may_differ=True)

@@ -13,11 +13,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from eupe.common.compute import Tokens, autocast, compute_dtype, normalise
 from eupe.models.encoder import Encoder, build_encoder
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.card import RunCard, loss_weights, method_of
+from eupe.train.config import FROZEN_NORMS
 from eupe.train.losses import dense_loss, draws, keep_teachers, match_grids, summary_loss
 from eupe.train.normalise import Normaliser, normalisers
 from eupe.train.targets import Batch, Request, TargetBatch, TargetSet
@@ -92,6 +94,8 @@ class Distiller(nn.Module):
         """Memory format of the encoder's input."""
         self.encoder_frozen = False
         """Whether the encoder is a fixed function at present: the heads alone are trained."""
+        self.batch_norms_frozen = card.config.get("batch_norms") == FROZEN_NORMS
+        """Whether the encoder's batch norms keep their running statistics, and use them in training."""
         self._config = card.config
         self._weights = loss_weights(card)
 
@@ -101,14 +105,18 @@ class Distiller(nn.Module):
         self.memory_format = memory_format
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all modules; a frozen encoder stays in evaluation mode.
+        """Set the mode of all modules; a frozen encoder, and batch norms that are frozen, stay in evaluation mode.
 
-        Its batch norms then use the running statistics that belong to its weights, and leave them as they are. So the
-        heads learn from the features that the encoder is known for, whatever the statistics of these views.
+        These batch norms use the running statistics that belong to the encoder's weights, and leave them as they are.
+        So the heads learn from the features that the encoder is known for, whatever the statistics of these views.
         """
         super().train(mode)
         if self.encoder_frozen:
             self.encoder.eval()
+        if self.batch_norms_frozen:
+            for module in self.encoder.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         return self
 
     @property

@@ -80,6 +80,7 @@ class Trainer:
         if config.compile:
             # in place: a wrapper would change the names of the tensors in checkpoints
             self.distiller.encoder.compile()
+        self.distiller.train()
         self._model = world.parallelize(self.distiller, shard=config.shard)
         # after sharding, which replaces the parameters by sharded ones
         self.optimizer = adamw(self.distiller, card)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eupe.errors import RunError
 from eupe.store import Store
-from eupe.train.card import METHOD, read_card, resolve
+from eupe.train.card import METHOD, PROTECTION, read_card, resolve
 from eupe.train.checkpoint import FOLDER
 from eupe.train.config import ENCODER_LR_MULT, FROZEN_SHARE, TrainConfig
 from eupe.train.log import TrainStatus
@@ -28,6 +28,8 @@ CPU = torch.device("cpu")
 STEPS = 10
 FROZEN = 2
 CNN = "test_resnet"
+PROTECTED = (FROZEN_SHARE, ENCODER_LR_MULT, "frozen")
+"""The defaults of PROTECTION for an encoder from weights under fresh heads."""
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +74,15 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def protection(config: TrainConfig) -> tuple[float | None, float | None]:
+def protection(config: TrainConfig) -> tuple[float | str | None, ...]:
     card = resolve(config, open_corpora(config)).config
-    return card["freeze_encoder"], card["encoder_lr_mult"]
+    return tuple(card[name] for name in PROTECTION)
 
 
 def as_begun_before(config: TrainConfig) -> None:
     """The card of a run as method 2 began it."""
     card = resolve(config, open_corpora(config)).to_json()
-    for name in ("freeze_encoder", "encoder_lr_mult"):
+    for name in PROTECTION:
         del card["config"][name]
     config.out.mkdir()
     (config.out / "config.json").write_text(json.dumps({**card, "config": {**card["config"], METHOD: 2}}))
@@ -95,17 +97,25 @@ def test_an_encoder_from_weights_is_frozen_at_first_and_the_run_says_so(config: 
         assert not same(after(config, step, "heads"), after(config, step + 1, "heads"))
     assert not same(after(config, FROZEN + 1, "encoder.model"), start)
     told = read_card(config.out).config
-    assert (told["freeze_encoder"], told["encoder_lr_mult"]) == (FROZEN_SHARE, ENCODER_LR_MULT)
+    assert tuple(told[name] for name in PROTECTION) == PROTECTED
     (note,) = (note for note in notes if "frozen" in note)
     assert f"in the first {FROZEN} of {STEPS} steps, and then trained at {ENCODER_LR_MULT:g} of the" in note
+    assert "with frozen batch norms" in note
 
 
-def test_either_option_makes_another_student_and_their_defaults_the_same_run(config: TrainConfig) -> None:
-    config = replace(config, steps=5)
+def test_each_option_makes_another_student_and_their_defaults_the_same_run(
+    config: TrainConfig, cnn_weights: Path
+) -> None:
+    config = replace(config, student=CNN, init=cnn_weights, steps=5)
     train(config)
-    assert train(replace(config, freeze_encoder=FROZEN_SHARE, encoder_lr_mult=ENCODER_LR_MULT)).cached
+    assert train(replace(config, **dict(zip(PROTECTION, PROTECTED, strict=True)))).cached  # type: ignore[arg-type]
     theirs = load_file(config.out / "student.safetensors")
-    for name, options in (("thawed", {"freeze_encoder": 0.0}), ("fast", {"encoder_lr_mult": 1.0})):
+    options: dict[str, object]
+    for name, options in (
+        ("thawed", {"freeze_encoder": 0.0}),
+        ("fast", {"encoder_lr_mult": 1.0}),
+        ("running", {"batch_norms": "running"}),
+    ):
         with pytest.raises(RunError, match=f"holds another run \\({next(iter(options))}: was .*, now None\\)"):
             train(replace(config, **options))  # type: ignore[arg-type]
         other = elsewhere(config, name, **options)
@@ -170,8 +180,25 @@ def test_running_statistics_and_averages_of_a_frozen_encoder_are_those_of_its_we
     for step in range(1, FROZEN + 1):
         assert same(after(config, step, "encoder.model"), start), "running statistics as well"
         assert same(after(config, step, "ema.encoder.model"), averaged)
-    later = after(config, FROZEN + 1, "encoder.model")
+    later = after(config, 4, "encoder.model")
+    statistics = [name for name in start if "running_" in name or "num_batches" in name]
+    assert all(torch.equal(later[name], start[name]) for name in statistics), "they stay when the weights are trained"
+    assert not torch.equal(later["bn1.weight"], start["bn1.weight"])
+    running = elsewhere(config, "running", batch_norms="running")
+    train(running)
+    later = after(running, FROZEN + 1, "encoder.model")
     assert not torch.equal(later["bn1.running_mean"], start["bn1.running_mean"])
+
+
+def test_frozen_batch_norms_compute_in_training_what_they_compute_afterwards(
+    config: TrainConfig, cnn_weights: Path
+) -> None:
+    trainer = trainer_of(replace(config, student=CNN, init=cnn_weights, freeze_encoder=0.0))
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    trained = trainer.distiller.predict(pixels)
+    with torch.no_grad():
+        for ours, theirs in zip(trained, trainer.distiller.eval().predict(pixels), strict=True):
+            assert all(map(torch.equal, ours, theirs))
 
 
 @pytest.fixture(scope="module")
@@ -207,18 +234,18 @@ def test_only_encoders_from_weights_under_fresh_heads_are_protected(
     config: TrainConfig, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path
 ) -> None:
     """As what is copied says: see `InitReport.fresh`."""
-    default = (FROZEN_SHARE, ENCODER_LR_MULT)
+    default, plain = PROTECTED, (None, None, None)
     assert protection(config) == default
     random = elsewhere(config, "random", init=None)
-    assert protection(random) == (None, None)
+    assert protection(random) == plain
     train(replace(random, steps=1))
     others = random_weights("test_vit2", tmp_path / "other.safetensors")
     other = make_store(tmp_path / "other.zarr", tiny_corpus, others, teacher="timm:test_vit2")
     onward = elsewhere(config, "onward", init=random.out)
     cases = {
-        "the same targets": (onward, (None, None)),
-        "another size": (replace(onward, size=(96,)), (None, None)),
-        "the same teacher twice": (replace(onward, targets=2 * config.targets), (None, None)),
+        "the same targets": (onward, plain),
+        "another size": (replace(onward, size=(96,)), plain),
+        "the same teacher twice": (replace(onward, targets=2 * config.targets), plain),
         "wider heads": (replace(onward, head_width=32), default),
         "another teacher": (replace(onward, targets=(other.path,)), default),
         "one teacher more": (replace(onward, targets=(*config.targets, other.path)), default),
@@ -231,14 +258,16 @@ def test_only_encoders_from_weights_under_fresh_heads_are_protected(
         heads_are_fresh = any(name.startswith("heads.") for name in trainer.initialised.fresh)
         # a weights file has no heads to tell of
         assert (heads_are_fresh or not each.init.is_dir()) == (expected == default), case  # type: ignore[union-attr]
-    assert protection(replace(onward, freeze_encoder=0.5, encoder_lr_mult=0.3)) == (0.5, 0.3)
+    asked = replace(onward, freeze_encoder=0.5, encoder_lr_mult=0.3, batch_norms="frozen")
+    assert protection(asked) == (0.5, 0.3, "frozen")
 
 
 def test_a_run_that_was_begun_without_protection_goes_on_without(config: TrainConfig) -> None:
     config = replace(config, steps=5)
-    before, now = elsewhere(config, "before"), elsewhere(config, "now", freeze_encoder=0.0, encoder_lr_mult=1.0)
+    before = elsewhere(config, "before")
+    now = elsewhere(config, "now", freeze_encoder=0.0, encoder_lr_mult=1.0, batch_norms="running")
     as_begun_before(before)
-    assert protection(before) == (None, None)
+    assert protection(before) == (None, None, None)
     train(before)
     assert read_card(before.out).config[METHOD] == 2
     train(now)
