@@ -38,7 +38,7 @@ LIBRARIES = (
 """The last line is what Ray's processes import; not Ray, which reads how to authenticate while it is imported."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROGRAMS = ("eupe", "python")
-COMMANDS = ("eupe", "scenes")
+COMMANDS = ("eupe", "scenes", "eupe.pipeline.starter")
 """What Python runs as `python -m`, and is forked."""
 PROGRAM = """#!{python} -IS
 import sys

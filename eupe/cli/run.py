@@ -36,7 +36,7 @@ def run_recipe(
     from eupe.pipeline.plan import REPORTS
     from eupe.pipeline.prepare import prepare, run
     from eupe.pipeline.recipe import parse_settings
-    from eupe.pipeline.show import show_plan, show_results
+    from eupe.pipeline.show import show_plan, show_results, step_words
     from eupe.pipeline.verbs import read_verbs
 
     verbs = read_verbs(typer.main.get_command(app))
@@ -48,7 +48,7 @@ def run_recipe(
             show_plan(prepared, out)
         return
     told = err if as_json else out  # with --json, standard output holds nothing but JSON
-    results = list(run(prepared, on_command=lambda command: told.print(f"$ {escaped(command)}", soft_wrap=True)))
+    results = list(run(prepared, on_step=lambda one: told.print(escaped(step_words(one)), soft_wrap=True)))
     if as_json:
         print(json.dumps({"out": str(prepared.recipe.out), "steps": [dataclasses.asdict(r) for r in results]}))
     else:

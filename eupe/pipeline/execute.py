@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +17,7 @@ from eupe.common.locks import lock_file
 from eupe.common.signals import stop_signals
 from eupe.errors import IncompleteError, StepError, StorageError
 from eupe.pipeline.plan import REPORTS, PlannedStep, read_report
+from eupe.pipeline.starter import RunningStep, Starter
 
 POLL_SECONDS = 0.2
 LOCK = ".lock"
@@ -41,22 +39,27 @@ class Result:
 
 
 def run_steps(
-    planned: Sequence[PlannedStep], out: Path, *, on_command: Callable[[str], None] = lambda command: None
+    planned: Sequence[PlannedStep], out: Path, *, on_step: Callable[[PlannedStep], None] = lambda step: None
 ) -> Iterator[Result]:
     """Run the steps in order, except those that are done, and yield the result of each.
 
     SIGINT, SIGTERM and SIGHUP are passed to the running step as SIGTERM, so that it commits what it has.
 
     Args:
-        on_command: called with each command before it runs.
+        on_step: called with each step before it runs.
     Raises: StepError with the exit code of a step that failed; IncompleteError after a stop signal; ConfigError if
         another process works in the directory; StorageError.
     """
-    with _alone(out) as lock, stop_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop_asked:
+    with (
+        _alone(out) as lock,
+        Starter() as starter,
+        stop_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop_asked,
+    ):
         for one in planned:
             kept = read_report(one.report) if one.state == "done" else None
             if kept is None:
-                kept = _run(one, lock, stop_asked, on_command)
+                on_step(one)
+                kept = _run(one, starter, lock, stop_asked)
             output = None if one.output is None else str(one.output)
             yield Result(
                 one.step.name, one.step.verb.name, one.state == "done", kept["seconds"], output, kept["report"]
@@ -65,24 +68,14 @@ def run_steps(
                 raise IncompleteError(f"stopped after step {one.step.name}; run the same command to resume")
 
 
-def _run(
-    one: PlannedStep, lock: int, stop_asked: Callable[[], bool], on_command: Callable[[str], None]
-) -> dict[str, Any]:
+def _run(one: PlannedStep, starter: Starter, lock: int, stop_asked: Callable[[], bool]) -> dict[str, Any]:
     """Run one step in a process and return its stored report."""
     one.report.unlink(missing_ok=True)  # the output may change from here on, so an old report no longer describes it
-    words = one.command()
-    command = shlex.join(["eupe", *words])
-    on_command(command)
+    line = one.line()
     printed = one.report.with_name(f".{one.report.name}.out")
     began = time.monotonic()
     with printed.open("wb") as stdout:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "eupe", *words],  # -P: import nothing from the working directory
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            start_new_session=True,  # a terminal's Ctrl-C reaches only this process, which passes it on once
-            pass_fds=(lock,),  # a step that outlives this process keeps the directory locked
-        )
+        child = starter.start(one.command(), stdout=stdout.fileno(), lock=lock)
         code = _wait(child, stop_asked)
     seconds = time.monotonic() - began
     if code and stop_asked():
@@ -92,18 +85,18 @@ def _run(
         error = StepError(f"step {one.step.name} ended {how}; fix the cause, then run the same command to resume there")
         error.exit_code = max(code, 1)
         raise error
-    kept = {"command": command, "content": one.content, "seconds": seconds, "report": _read(printed, one.step.name)}
+    kept = {"command": line, "content": one.content, "seconds": seconds, "report": _read(printed, one.step.name)}
     write_file(one.report, json.dumps(kept, indent=2) + "\n")
     printed.unlink()
     return kept
 
 
-def _wait(child: subprocess.Popen[bytes], stop_asked: Callable[[], bool]) -> int:
+def _wait(child: RunningStep, stop_asked: Callable[[], bool]) -> int:
     told = False
     while True:
         try:
-            return child.wait(timeout=POLL_SECONDS)
-        except subprocess.TimeoutExpired:
+            if (code := child.wait(POLL_SECONDS)) is not None:
+                return code
             if stop_asked() and not told:
                 child.terminate()
                 told = True

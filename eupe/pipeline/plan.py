@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,10 @@ class PlannedStep:
         """Return the command's words after `eupe`; a run that was already started is resumed."""
         begun = self.step.makes == RUN and self.output is not None and (self.output / CONFIG_FILE).exists()
         return [*self.words, *(["--resume"] if begun else []), "--json"]
+
+    def line(self) -> str:
+        """Return the command as one would type it."""
+        return shlex.join(["eupe", *self.command()])
 
 
 def plan_steps(steps: tuple[Step, ...], out: Path, inputs: Inputs) -> tuple[PlannedStep, ...]:

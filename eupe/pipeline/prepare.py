@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,7 +53,7 @@ def prepare(name: str, settings: Mapping[str, Any], verbs: Mapping[str, Verb]) -
     return Prepared(recipe, inputs, planned, reckoned)
 
 
-def run(prepared: Prepared, *, on_command: Callable[[str], None] = lambda command: None) -> Iterator[Result]:
+def run(prepared: Prepared, *, on_step: Callable[[PlannedStep], None] = lambda step: None) -> Iterator[Result]:
     """Run the steps that are not done; see `run_steps`.
 
     Raises: as `run_steps`; also ConfigError if pictures or weights are missing.
@@ -64,7 +63,7 @@ def run(prepared: Prepared, *, on_command: Callable[[str], None] = lambda comman
         for words in one.missing:
             problems.add(f"steps.{one.step.name}.{one.step.verb.name}", words)
     problems.require_none(prepared.recipe.path)
-    for result in run_steps(prepared.steps, prepared.recipe.out, on_command=on_command):
+    for result in run_steps(prepared.steps, prepared.recipe.out, on_step=on_step):
         prepared.inputs.keep()
         yield result
 
@@ -82,6 +81,6 @@ def _plain(one: PlannedStep, cost: Cost | None) -> dict[str, Any]:
         "missing": list(one.missing),
         "output": None if one.output is None else str(one.output),
         "report": str(one.report),
-        "command": shlex.join(["eupe", *one.command()]),
+        "command": one.line(),
         "cost": reckoned,
     }

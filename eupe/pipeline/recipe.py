@@ -17,6 +17,8 @@ from eupe.errors import ConfigError
 SHIPPED = resources.files("eupe") / "recipes"
 TOP = ("about", "out", "let", "steps")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+WHY = "why"
+"""Key of a step beside its verb: a line that says what the step is for."""
 NUM_IMAGES = "num-images"
 """Named value with the number of pictures, for a corpus that cannot be counted here."""
 
@@ -33,6 +35,8 @@ class RawStep:
     name: str
     verb: str
     options: Mapping[str, Any]
+    why: str = ""
+    """What the step is for, in a line."""
 
     def where(self, option: str | None = None) -> str:
         """Return the path of keys to the step, or to one of its options."""
@@ -175,15 +179,17 @@ def _step(name: Any, body: Any, values: Mapping[str, Any], problems: Problems) -
     if not isinstance(name, str) or not NAME.fullmatch(name):
         problems.add(where, "a step's name may contain only letters, digits, '-', '_' and '.'")
         return None
-    if not isinstance(body, dict) or len(body) != 1:
+    verbs = {key: value for key, value in body.items() if key != WHY} if isinstance(body, dict) else {}
+    if len(verbs) != 1:
         problems.add(where, "must be one verb with its options: {VERB: {OPTION: VALUE, ...}}")
         return None
-    ((verb, options),) = body.items()
+    ((verb, options),) = verbs.items()
     if not isinstance(options, dict | None):
         problems.add(f"{where}.{verb}", "must be a mapping of options to values")
         return None
     filled = {str(k): _put_in(v, f"{where}.{verb}.{k}", values, problems) for k, v in (options or {}).items()}
-    return RawStep(name, str(verb), filled)
+    why = _put_in(body.get(WHY, ""), f"{where}.{WHY}", values, problems)
+    return RawStep(name, str(verb), filled, " ".join(str(why).split()))
 
 
 def _put_in(value: Any, where: str, values: Mapping[str, Any], problems: Problems) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from eupe.common.printing import print_table
 from eupe.common.progress import amount
 from eupe.pipeline.costs import Cost, StoreCost, TrainCost
 from eupe.pipeline.execute import Result
+from eupe.pipeline.plan import PlannedStep
 from eupe.pipeline.prepare import Prepared
 from eupe.train.card import MOST_PASSES, passes_note
 
@@ -39,8 +39,7 @@ def show_plan(prepared: Prepared, console: Console) -> None:
         table.add_row(escape(one.step.name), one.state, cost_words(cost))
     print_table(console, table)
     for one in prepared.steps:
-        command = shlex.join(["eupe", *one.command()])
-        console.print(f"\n# {one.step.name}\n{command}", soft_wrap=True, markup=False)
+        console.print("\n" + step_words(one, prompt=""), soft_wrap=True, markup=False)
     console.print()
     stored = [cost.num_bytes for cost in prepared.costs if isinstance(cost, StoreCost)]
     if stored:
@@ -57,6 +56,12 @@ def show_plan(prepared: Prepared, console: Console) -> None:
             missing.setdefault(words, []).append(one.step.name)
     for words, steps in missing.items():
         console.print(f"missing, but needed by {', '.join(steps)}: {words}", soft_wrap=True, markup=False)
+
+
+def step_words(one: PlannedStep, *, prompt: str = "$ ") -> str:
+    """Return a step's name, what it is for, and its command, in two lines."""
+    name = f"{one.step.name}: {one.step.why}" if one.step.why else one.step.name
+    return f"# {name}\n{prompt}{one.line()}"
 
 
 def cost_words(cost: Cost | None) -> str:

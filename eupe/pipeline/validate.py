@@ -51,6 +51,8 @@ class Step:
     verb: Verb
     options: Mapping[str, tuple[Word, ...]]
     """Values as typed on the command line; for a flag, the flag itself."""
+    why: str = ""
+    """What the step is for, in a line; it decides nothing."""
 
     @property
     def makes(self) -> str | None:
@@ -99,7 +101,7 @@ def check_steps(recipe: Recipe, verbs: Mapping[str, Verb], problems: Problems) -
             given = option.name in GIVEN and raw.verb in (GIVEN[option.name] or (raw.verb,))
             if option.required and option.name not in raw.options and not given:
                 problems.add(raw.where(option.name), f"is missing; eupe {verb.name} needs it")
-        steps[raw.name] = Step(raw.name, verb, options)
+        steps[raw.name] = Step(raw.name, verb, options, raw.why)
     return tuple(steps.values())
 
 

@@ -15,6 +15,7 @@ from planning import VERBS, plan, pretend_done, write_files
 from eupe.corpus.index import index_folder, write_index
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.plan import INDIFFERENT
+from eupe.pipeline.show import step_words
 from eupe.pipeline.validate import GIVEN, TAKES
 
 RECIPE = """
@@ -61,6 +62,15 @@ def test_one_changed_line_redoes_what_depends_on_it_and_going_back_is_a_hit(
     pretend_done(changed)
     assert all(one.state == "done" for one in plan(RECIPE).values())
     assert all(one.state == "done" for one in plan(RECIPE, setting).values())
+
+
+def test_what_a_step_is_for_is_shown_and_decides_nothing() -> None:
+    said = RECIPE.replace("  agreement: {eval", "  agreement: {why: 'is it like its\n    target?', eval")
+    planned, before = plan(said), plan(RECIPE)
+    assert {name: one.key for name, one in planned.items()} == {name: one.key for name, one in before.items()}
+    line = before["agreement"].line()
+    assert step_words(planned["agreement"]) == f"# agreement: is it like its target?\n$ {line}"
+    assert step_words(before["agreement"]) == f"# agreement\n$ {line}"
 
 
 def test_outputs_are_named_by_step_and_key_and_found_by_the_steps_that_need_them() -> None:
