@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Dinov2Model
 
+from benchmarks.pretrained import in_timm_names
 from demo import assets as module
 from demo.assets import PHOTOGRAPHS, AssetError, WheelMember, prepare_assets, read_downscaled, tile_boxes
 
@@ -43,35 +44,6 @@ def files_below(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def timm_names(hub: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The hub's Dinov2Model tensors under timm's names for `vit_small_patch14_dinov2`."""
-    outside = {
-        "cls_token": "embeddings.cls_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-        "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-        "norm.weight": "layernorm.weight",
-        "norm.bias": "layernorm.bias",
-    }
-    inside = {
-        "norm1": "norm1",
-        "norm2": "norm2",
-        "attn.proj": "attention.output.dense",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    }
-    named = {new: hub[old] for new, old in outside.items()}
-    for layer in range(12):
-        block, source = f"blocks.{layer}", f"encoder.layer.{layer}"
-        for kind in ("weight", "bias"):
-            named |= {f"{block}.{new}.{kind}": hub[f"{source}.{old}.{kind}"] for new, old in inside.items()}
-            parts = [hub[f"{source}.attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
-            named[f"{block}.attn.qkv.{kind}"] = torch.cat(parts)
-        for scale in ("1", "2"):
-            named[f"{block}.ls{scale}.gamma"] = hub[f"{source}.layer_scale{scale}.lambda1"]
-    return named
-
-
 def test_dinov2_loads_without_missing_or_unexpected_keys(assets: Path) -> None:
     model, info = Dinov2Model.from_pretrained(assets / "weights/dinov2-small", output_loading_info=True)
 
@@ -85,7 +57,7 @@ def test_dinov2_loads_without_missing_or_unexpected_keys(assets: Path) -> None:
 def test_dinov2_tokens_agree_with_timm(assets: Path) -> None:
     folder = assets / "weights/dinov2-small"
     reference = timm.create_model("vit_small_patch14_dinov2", num_classes=0).eval()
-    reference.load_state_dict(timm_names(load_file(folder / "model.safetensors")), strict=True)
+    reference.load_state_dict(in_timm_names(load_file(folder / "model.safetensors")), strict=True)
     pixels = normalised(coffee(), 518, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     tokens = Dinov2Model.from_pretrained(folder).eval()(pixels).last_hidden_state
