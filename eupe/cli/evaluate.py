@@ -260,6 +260,10 @@ def eval_linear(
             help="Penalty on the weights; the best of several is used. May be repeated. Default: 1e-6 to 100."
         ),
     ] = None,
+    label_share: Annotated[
+        float, typer.Option(help="Share of the labelled pictures of each class to learn from, at least one of each.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of these pictures.")] = 0,
     image_key: ImageKey = None,
     image_column: ImageColumn = None,
     label_column: LabelColumn = None,
@@ -279,7 +283,15 @@ def eval_linear(
     choice = Choice(image_key, image_column, label_column)
 
     def judge(subject: Subject, on_step: OnStep) -> Result:
-        return linear(subject, data=data, penalties=tuple(penalty or PENALTIES), size=size, choice=choice)
+        return linear(
+            subject,
+            data=data,
+            penalties=tuple(penalty or PENALTIES),
+            size=size,
+            choice=choice,
+            label_share=label_share,
+            seed=seed,
+        )
 
     judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
 

@@ -7,6 +7,7 @@ with the training data's mean and standard deviation.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 
@@ -55,16 +56,24 @@ def linear(
     penalties: tuple[float, ...] = PENALTIES,
     size: int | None = None,
     choice: Choice = AS_FOUND,
+    label_share: float = 1.0,
+    seed: int = 0,
 ) -> Result:
     """Measure the accuracy of a linear classifier on a subject's summaries.
 
-    Raises: as `summaries_of`; ConfigError if fewer than two labels can be learned, no views are left to judge, or a
-        penalty is not finite and above 0.
+    Args:
+        label_share: share of the pictures of each label that the classifier may learn from; see `few_labels`.
+        seed: of the choice of these pictures.
+    Raises: as `summaries_of`; ConfigError if fewer than two labels can be learned, no views are left to judge, a
+        penalty is not finite and above 0, or the share is not above 0 and at most 1.
     """
+    if not 0 < label_share <= 1:
+        raise ConfigError(f"--label-share must be above 0 and at most 1, got {label_share:g}")
     if not penalties or not all(0 < penalty < math.inf for penalty in penalties):
         raise ConfigError(f"--penalty must be above 0, and finite, got {', '.join(f'{p:g}' for p in penalties)}")
     parts = summaries_of(subject, data, size=size, choice=choice)
     train, val = (parts.train, parts.val) if parts.train is not None else _split(parts.val, VAL_SHARE)
+    of_all, train = train, few_labels(train, label_share, seed=seed)
     names = order_labels(train.labels)
     if len(names) < 2 or not len(val):
         raise ConfigError(
@@ -96,10 +105,11 @@ def linear(
             **subject.protocol(parts.size),
             "penalties": list(penalties),
             "judged_on": "the val split" if parts.train is not None else f"{VAL_SHARE:.0%} of the pictures",
+            **({"label_share": label_share, "label_seed": seed} if label_share < 1 else {}),
             **parts.splits.protocol,
         },
         data={"path": parts.data, **parts.choice.given(), "train": len(train), "val": len(val), "labels": len(names)},
-        notes=(*_told(parts), *parts.splits.notes),
+        notes=(*_told(parts), *parts.splits.notes, *_told_share(train, of_all)),
     )
 
 
@@ -156,6 +166,26 @@ def fit_logistic(features_ND: Tensor, codes_N: Tensor, *, penalty: float, num_la
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     return Logistic(weight.detach(), bias.detach())
+
+
+def few_labels(whole: Summaries, share: float, *, seed: int) -> Summaries:
+    """Return a share of the pictures of each label, at least one of each, with all their views.
+
+    The pictures are drawn by a hash of seed and key, so those of a smaller share are among those of a larger one.
+    """
+    keys_of: dict[str, set[str]] = {}
+    for label, key in zip(whole.labels, whole.pictures, strict=True):
+        keys_of.setdefault(label, set()).add(key)
+    kept: set[str] = set()
+    for keys in keys_of.values():
+        ranked = sorted(keys, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+        kept.update(ranked[: max(1, round(share * len(keys)))])
+    return _picked(whole, np.array([key in kept for key in whole.pictures]))
+
+
+def _told_share(train: Summaries, of_all: Summaries) -> tuple[str, ...]:
+    counts = [len(set(part.pictures)) for part in (train, of_all)]
+    return () if counts[0] == counts[1] else (f"learned from the labels of {counts[0]:,} of {counts[1]:,} pictures",)
 
 
 def _told(parts: Parts) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from making import make_corpus
 from sklearn.linear_model import LogisticRegression
 
 from eupe.errors import ConfigError
-from eupe.evaluate.linear import PENALTIES, fit_logistic, linear
+from eupe.evaluate.knn import summaries_of
+from eupe.evaluate.linear import PENALTIES, few_labels, fit_logistic, linear
 from eupe.evaluate.subject import open_subjects
 from eupe.store import Store
 
@@ -41,7 +43,6 @@ def test_a_stores_summaries_are_split_by_picture(tiny_store: Store) -> None:
     assert result.data["train"] + result.data["val"] == 48
     assert result.data["val"] % 2 == 0
     assert result.scores["penalty"] == 1e-2
-    from eupe.evaluate.knn import summaries_of
     from eupe.train.targets import is_held_out
 
     whole = summaries_of(subject, None, size=None).val
@@ -100,3 +101,35 @@ def test_penalties_of_the_verb_decide(tmp_path: Path, run_eupe: Callable[..., An
     weak, strong = (json.loads(run_eupe(*words, "--penalty", p).out)["results"][0] for p in (1e-3, 1000.0))
     assert (weak["scores"]["penalty"], strong["scores"]["penalty"]) == (1e-3, 1000.0)
     assert weak["scores"]["accuracy"] > strong["scores"]["accuracy"]
+
+
+def test_a_share_of_the_labels_is_of_each_class_and_within_a_larger_share(tiny_store: Store) -> None:
+    (subject,) = open_subjects([str(tiny_store.path)], {})
+    whole = summaries_of(subject, None, size=None).val
+    shares = {share: few_labels(whole, share, seed=0) for share in (1e-9, 0.3, 0.7, 1.0)}
+    assert shares[1.0].pictures == whole.pictures
+    for smaller, larger in pairwise(shares.values()):
+        assert set(smaller.pictures) < set(larger.pictures)
+    assert sorted(set(shares[1e-9].labels)) == sorted(set(whole.labels)), "at least one of each"
+    for label in set(whole.labels):
+        keys = {key for key, named in zip(whole.pictures, whole.labels, strict=True) if named == label}
+        kept = [key for key, named in zip(shares[0.3].pictures, shares[0.3].labels, strict=True) if named == label]
+        assert len(set(kept)) == round(0.3 * len(keys)) and len(kept) == 2 * len(set(kept)), "all views of each"
+    assert few_labels(whole, 0.3, seed=1).pictures != shares[0.3].pictures
+
+
+def test_fewer_labels_and_their_seed_decide_and_are_recorded(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    corpus = make_corpus(tmp_path / "c", count=60)
+    words = ["eval", "linear", "pixels", "--data", corpus, "--size", 32, "--penalty", 0.01, "--json"]
+    whole, few, other = (
+        json.loads(run_eupe(*words, *more).out)["results"][0]
+        for more in ((), ("--label-share", 0.1), ("--label-share", 0.1, "--seed", 1))
+    )
+    assert whole["data"]["train"] > few["data"]["train"] == other["data"]["train"]
+    assert whole["scores"]["accuracy"] > few["scores"]["accuracy"]
+    assert few["protocol"]["label_share"] == 0.1 and "label_share" not in whole["protocol"]
+    assert (few["protocol"]["label_seed"], other["protocol"]["label_seed"]) == (0, 1)
+    assert any("learned from the labels of" in note for note in few["notes"])
+    for share in ("0", "1.5", "nan"):
+        refused = run_eupe(*words, "--label-share", share)
+        assert refused.code == 2 and f"--label-share must be above 0 and at most 1, got {share}" in refused.err
