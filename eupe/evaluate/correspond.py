@@ -31,8 +31,8 @@ from eupe.store.layout import DENSE
 SIZES = {14: 448}
 SIZE = 512
 ALPHA = 0.1
-BAND_ROWS = 32
-"""Rows of the resized features that are in memory at a time."""
+TINY = 1e-24
+"""Least squared norm, for tokens of zeros."""
 
 
 def correspond(
@@ -96,39 +96,54 @@ def nearest_points(
 ) -> NDArray[np.float64]:
     """Return for each source point the target pixel with the greatest cosine of features, [P, 2] as x and y.
 
+    Features are resized bilinearly, as by `F.interpolate` with `align_corners=False`. Resizing is linear, so products
+    with tokens are resized in place of tokens, which have a hundred times as many values.
+
     Args:
-        source_hwD, target_hwD: float32 tokens, resized bilinearly to `size` x `size`, a band of rows at a time.
+        source_hwD, target_hwD: float32 tokens, resized to `size` x `size`.
         points_P2: x and y in pixels of the source view; centres of pixels have integer coordinates.
     """
-    columns, rows = points_P2.round().astype(int).clip(0, size - 1).T
-    wanted_PD = torch.stack([_band(source_hwD, row, row + 1, size)[0, x] for row, x in zip(rows, columns, strict=True)])
-    wanted_PD = F.normalize(wanted_PD, dim=1)
-    best_P = torch.full((len(points_P2),), -torch.inf, device=target_hwD.device)
-    at_P = torch.zeros(len(points_P2), dtype=torch.int64, device=target_hwD.device)
-    for start in range(0, size, BAND_ROWS):
-        band = _band(target_hwD, start, min(start + BAND_ROWS, size), size)
-        cosine_PN = wanted_PD @ F.normalize(band.flatten(0, 1), dim=1).T
-        greatest_P, place_P = cosine_PN.max(dim=1)
-        better_P = greatest_P > best_P
-        best_P = torch.where(better_P, greatest_P, best_P)
-        at_P = torch.where(better_P, place_P + start * size, at_P)
-    at = at_P.cpu().numpy()
+    columns, rows = torch.from_numpy(points_P2.round().astype(int).clip(0, size - 1).T).to(source_hwD.device)
+    parts = [
+        weight_SS[rows, columns, None] * tokens_hwD[places_S[rows], places_S[columns]]
+        for tokens_hwD, weight_SS, places_S in _corners(source_hwD, size)
+    ]
+    wanted_PD = torch.stack(parts).sum(dim=0)
+    products_Phw = torch.einsum("pd,hwd->phw", wanted_PD, target_hwD)
+    products_PSS = F.interpolate(products_Phw[None], size=(size, size), mode="bilinear", align_corners=False)[0]
+    at = (products_PSS / resized_norms(target_hwD, size)).flatten(1).argmax(dim=1).cpu().numpy()
     return np.stack([at % size, at // size], axis=1).astype(np.float64)
 
 
-def _band(tokens_hwD: Tensor, first: int, last: int, size: int) -> Tensor:
-    """Return rows `first` to `last` - 1 of the tokens resized to `size` x `size`, [rows, size, D].
+def resized_norms(tokens_hwD: Tensor, size: int) -> Tensor:
+    """Return the norms of tokens that are resized bilinearly, [S, S], from products of neighbouring tokens."""
+    corners = _corners(tokens_hwD, size)
+    squared_SS = torch.zeros(size, size, device=tokens_hwD.device)
+    for i, (ours_hwD, our_weight_SS, places_S) in enumerate(corners):
+        for theirs_hwD, their_weight_SS, _ in corners[: i + 1]:
+            products_hw = (ours_hwD * theirs_hwD).sum(dim=-1)
+            twice = 1 if theirs_hwD is ours_hwD else 2
+            squared_SS += twice * our_weight_SS * their_weight_SS * products_hw[places_S][:, places_S]
+    return squared_SS.clamp_min(TINY).sqrt()
 
-    Resizing is bilinear, as by `F.interpolate` with `align_corners=False`.
+
+def _corners(tokens_hwD: Tensor, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return, for each of the four tokens around a pixel: all such tokens [h, w, D], their weights, and places.
+
+    The weights are those of each pixel, [S, S]. Places [S] are the row or column of a pixel's token in the first.
     """
     side = tokens_hwD.shape[0]
-    down = ((torch.arange(first, last, device=tokens_hwD.device) + 0.5) * side / size - 0.5).clamp(0, side - 1)
-    above = down.floor().long()
-    below = (above + 1).clamp(max=side - 1)
-    share = (down - above)[:, None, None]
-    rows = tokens_hwD[above] * (1 - share) + tokens_hwD[below] * share
-    resized = F.interpolate(rows.permute(0, 2, 1), size=size, mode="linear", align_corners=False)
-    return resized.permute(0, 2, 1)
+    exact_S = ((torch.arange(size, device=tokens_hwD.device) + 0.5) * side / size - 0.5).clamp(0, side - 1)
+    places_S = exact_S.floor().long()
+    share_S = exact_S - places_S
+    shares = (1 - share_S, share_S)
+    next_h = (torch.arange(side, device=tokens_hwD.device) + 1).clamp(max=side - 1)
+    rows = (tokens_hwD, tokens_hwD[next_h])
+    return [
+        (tokens if right == 0 else tokens[:, next_h], shares[below][:, None] * shares[right], places_S)
+        for below, tokens in enumerate(rows)
+        for right in (0, 1)
+    ]
 
 
 def to_view(points_P2: NDArray[np.float64], params: ViewParams, size: int) -> NDArray[np.float64]:

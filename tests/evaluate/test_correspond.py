@@ -14,7 +14,7 @@ from planted import spair
 
 from eupe.corpus.views import NEUTRAL, ViewParams
 from eupe.errors import ConfigError, CorpusError, StoreError
-from eupe.evaluate.correspond import ALPHA, SIZE, SIZES, correspond, from_view, nearest_points, to_view
+from eupe.evaluate.correspond import ALPHA, SIZE, SIZES, correspond, from_view, nearest_points, resized_norms, to_view
 from eupe.evaluate.subject import open_subjects
 
 
@@ -41,6 +41,14 @@ def test_the_nearest_place_is_that_of_a_map_resized_as_a_whole(size: int) -> Non
         x, y = (round(float(v)) for v in point)
         cosine = F.cosine_similarity(resized[0][:, y, x, None, None], resized[1], dim=0)
         assert float(cosine[int(place[1]), int(place[0])]) == pytest.approx(float(cosine.max()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("side", "size"), [(5, 40), (4, 4), (1, 8), (7, 30)])
+def test_norms_are_those_of_a_resized_map(side: int, size: int) -> None:
+    tokens = torch.randn(side, side, 6, generator=torch.Generator().manual_seed(0))
+    tokens[0, 0] = 0
+    resized = F.interpolate(tokens.permute(2, 0, 1)[None], size=(size, size), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(resized_norms(tokens, size), resized.norm(dim=0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("flip", [False, True])
