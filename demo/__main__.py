@@ -22,6 +22,7 @@ from eupe.cli import app
 from eupe.errors import EupeError
 from eupe.pipeline.execute import Result
 from eupe.pipeline.prepare import prepare, run
+from eupe.pipeline.show import step_words
 from eupe.pipeline.verbs import read_verbs
 from scenes.make import ScenesConfig, make_scenes
 
@@ -57,8 +58,8 @@ def run_desk() -> list[Result]:
     """Run the recipe, as `eupe run desk` does."""
     settings = {"assets": str(ASSETS), "out": str(OUT)}
     prepared = prepare("desk", settings, read_verbs(typer.main.get_command(app)))
-    told = lambda command: console.print(f"\n[bold]$ {escape(command)}[/]", soft_wrap=True)  # noqa: E731
-    return list(run(prepared, on_command=told))
+    told = lambda one: console.print(f"\n[bold]{escape(step_words(one))}[/]", soft_wrap=True)  # noqa: E731
+    return list(run(prepared, on_step=told))
 
 
 def show(results: dict[str, Result]) -> None:

@@ -62,7 +62,7 @@ class Starter:
             # -P: import nothing from the working directory; a session: a terminal's Ctrl-C reaches only this process
             command = [sys.executable, "-P", "-m", "eupe.pipeline.starter"]
             with theirs:
-                self._process = subprocess.Popen(command, stdin=theirs, start_new_session=True)
+                self._process = subprocess.Popen(command, stdin=theirs.fileno(), start_new_session=True)
         told = json.dumps(list(words)).encode()
         socket.send_fds(self._control, [NUMBER.pack(len(told))], [stdout, lock])
         self._control.sendall(told)
