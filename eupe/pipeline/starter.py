@@ -77,19 +77,27 @@ class RunningStep:
         self._process = _receive_number(control)
 
     def wait(self, seconds: float) -> int | None:
-        """Return the exit code, negative for a signal's; None if the step runs on after these seconds."""
+        """Return the exit code, negative for a signal's; None if the step runs on after these seconds.
+
+        If the process that forks was killed, the step is killed, too, because nobody can tell how it ends.
+        """
         if self._process is None:
             return -signal.SIGKILL
         if not select.select([self._control], [], [], seconds)[0]:
             return None
-        status = _receive_number(self._control)
-        return -signal.SIGKILL if status is None else os.waitstatus_to_exitcode(status)
+        if (status := _receive_number(self._control)) is not None:
+            return os.waitstatus_to_exitcode(status)
+        self._send(signal.SIGKILL)
+        return -signal.SIGKILL
 
     def terminate(self) -> None:
         """Send SIGTERM."""
+        self._send(signal.SIGTERM)
+
+    def _send(self, number: signal.Signals) -> None:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process, signal.SIGTERM)
+                os.kill(self._process, number)
 
 
 def _receive_number(control: socket.socket) -> int | None:

@@ -72,6 +72,10 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
         time.sleep(0.05)
 
 
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def verbs(commands: Sequence[str]) -> list[str]:
     return [command.split()[0] for command in commands]
 
@@ -187,7 +191,8 @@ def test_while_a_step_outlives_a_killed_pipeline_no_other_begins(tmp_path: Path,
     write(tmp_path, training_of(tiny_store.path, 20_000), let="{every: 20}")
     process = begin(tmp_path, program=PYTHON)
     wait_for(lambda: list((tmp_path / "out").glob("student-*/checkpoints/*.safetensors")), process)
-    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (starter,) = children(process.pid)
+    (step,) = children(starter)
     try:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -196,7 +201,7 @@ def test_while_a_step_outlives_a_killed_pipeline_no_other_begins(tmp_path: Path,
         assert "out is being written by `eupe run`" in " ".join(second.err.split())
         assert not is_free(tmp_path / "out/.lock")
     finally:
-        os.kill(int(child), signal.SIGTERM)
+        os.kill(step, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE_S
     while not is_free(tmp_path / "out/.lock"):
         assert time.monotonic() < deadline

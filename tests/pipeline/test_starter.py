@@ -64,4 +64,6 @@ def test_a_step_whose_starter_was_killed_counts_as_killed(tmp_path: Path) -> Non
         assert starter._process is not None
         starter._process.kill()
         assert step.wait(PATIENCE_S) == -signal.SIGKILL
+        while os.read(reading, 1 << 16):
+            pass  # its output ends, so it has ended, too
         os.close(reading)
