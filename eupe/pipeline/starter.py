@@ -127,7 +127,10 @@ def _serve(control: socket.socket) -> list[str] | None:
             return words
         for file in files:
             os.close(file)
-        control.sendall(NUMBER.pack(child))
+        try:
+            control.sendall(NUMBER.pack(child))
+        except OSError:  # the pipeline went while the libraries were imported, and never saw this step begin
+            os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
         with contextlib.suppress(OSError):  # the pipeline may be gone
             control.sendall(NUMBER.pack(status))

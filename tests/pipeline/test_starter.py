@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from eupe.common.locks import lock_file
-from eupe.pipeline.starter import Starter
+from eupe.pipeline.starter import NUMBER, Starter
 
 pytestmark = pytest.mark.usefixtures("forked")
 
@@ -67,3 +69,18 @@ def test_a_step_whose_starter_was_killed_counts_as_killed(tmp_path: Path) -> Non
         while os.read(reading, 1 << 16):
             pass  # its output ends, so it has ended, too
         os.close(reading)
+
+
+def test_a_step_whose_pipeline_went_before_it_began_does_not_run(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    reading, writing = narrow_pipe()
+    words = json.dumps(["teachers"]).encode()
+    with ours, theirs, (tmp_path / "lock").open("w") as lock:
+        socket.send_fds(ours, [NUMBER.pack(len(words))], [writing, lock.fileno()])
+        ours.sendall(words)
+        ours.close()
+        os.close(writing)
+        command = [sys.executable, "-P", "-m", "eupe.pipeline.starter"]
+        assert subprocess.run(command, stdin=theirs.fileno(), timeout=PATIENCE_S).returncode == 0
+    assert os.read(reading, 1) == b""
+    os.close(reading)
