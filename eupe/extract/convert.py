@@ -115,7 +115,7 @@ def _in_parts(before: StoreSpec, spec: StoreSpec) -> StoreSpec:
     """Return the spec of a conversion with the number of samples in a part, and the libraries that write it."""
     per_part = before.samples_per_part
     if spec.grids != before.grids:
-        # as many as extraction takes; at least the source's, so that no part of it is divided
+        # the number that extraction takes, but no fewer than the source's, so that none of its parts is divided
         per_part = max(per_part, samples_per_part(before.corpus["segments"][0], spec.bytes_per_sample))
     return replace(spec, samples_per_part=per_part, versions=_with_writers(before.versions))
 

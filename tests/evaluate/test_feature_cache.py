@@ -35,7 +35,7 @@ KINDS = ("summary", "dense")
 
 @dataclass
 class Work:
-    """What encoders were asked to do."""
+    """Records each pass of an encoder."""
 
     passes: list[tuple[tuple[str, ...], str, int]] = field(default_factory=list)
     """Kinds of token, crop and number of pictures of each pass."""

@@ -52,7 +52,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_weights: Path) -> Store:
-    """In fp16. Not to be changed."""
+    """A store in fp16, not to be changed."""
     return make_parts(tmp_path_factory.mktemp("source") / "s.zarr", corpus, tiny_weights, **OPTIONS)
 
 
@@ -67,7 +67,7 @@ def lossy(tmp_path_factory: pytest.TempPathFactory, source: Store) -> Path:
 
 
 def every_view(store: Store, path: str) -> NDArray[np.float64]:
-    """Of the samples that have features, decoded: [samples, views, ...]."""
+    """Decode the features of the samples that have any: [samples, views, ...]."""
     rows, k = store.rows(store.keys), store.spec.num_views
     places = [row for row in rows for _ in range(k)], list(range(k)) * len(rows)
     decoded = store.read_tokens(path, *places).decode()
@@ -75,7 +75,7 @@ def every_view(store: Store, path: str) -> NDArray[np.float64]:
 
 
 def pooling_fp16() -> Any:
-    """As if the teacher gave what fp16 keeps of its maps."""
+    """Make the teacher give what fp16 keeps of its maps."""
     return mock.patch("eupe.extract.worker.pool_cells", lambda dense, grid: pool_cells(to_fp16(dense)[0], grid))
 
 
@@ -213,7 +213,7 @@ class Killed(BaseException):
 def test_a_killed_conversion_goes_on_to_the_same_bytes(
     tmp_path: Path, source: Store, lossy: Path, monkeypatch: pytest.MonkeyPatch, changes: int
 ) -> None:
-    """Killed after so many changes of the storage: among its first documents, its parts, its statistics."""
+    """Killed after a number of changes of the storage: among its first documents, its parts, its statistics."""
     left = changes
 
     def dying(change: Callable[..., object]) -> Callable[..., object]:

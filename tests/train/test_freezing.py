@@ -59,7 +59,7 @@ def trainer_of(config: TrainConfig) -> Trainer:
 
 
 def after(config: TrainConfig, step: int, part: str) -> dict[str, Tensor]:
-    """What a checkpoint holds of a part: `encoder.model`, `heads`, `ema.encoder.model`."""
+    """Return the tensors of a part in a checkpoint: `encoder.model`, `heads`, `ema.encoder.model`."""
     tensors = load_file(config.out / FOLDER / f"{step:08d}.safetensors")
     return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
 
@@ -233,7 +233,7 @@ def test_a_run_stopped_before_at_or_after_the_end_of_the_freezing_resumes_bit_fo
 def test_only_encoders_from_weights_under_fresh_heads_are_protected(
     config: TrainConfig, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path
 ) -> None:
-    """As what is copied says: see `InitReport.fresh`."""
+    """The protection agrees with what was copied: see `InitReport.fresh`."""
     default, plain = PROTECTED, (None, None, None)
     assert protection(config) == default
     random = elsewhere(config, "random", init=None)
