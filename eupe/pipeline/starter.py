@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -144,10 +145,8 @@ def main() -> None:
     gc.freeze()
     words = _serve(socket.socket(fileno=os.dup(sys.stdin.fileno())))
     if words is not None:
-        from eupe.__main__ import run
-
         sys.argv = ["eupe", *words]
-        run()
+        runpy.run_module("eupe", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
