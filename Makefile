@@ -9,6 +9,8 @@ export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 # Tests run side by side: threads that wait for each other must not spin on a core that another test needs.
 export OMP_WAIT_POLICY := passive
+# Every process would compile all modules that it imports, which takes most of its start.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Processes get whole files of tests (tests/conftest.py says in which order). One a core, but slow tests, which are many
 # processes themselves, are at most two at a time.
