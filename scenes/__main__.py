@@ -23,10 +23,14 @@ def scenes(
     pictures: Annotated[int, typer.Option(help="Number of pictures of each task.")] = 300,
     size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 224,
     seed: Annotated[int, typer.Option(help="Seed of the random scenes.")] = 0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER", help="Make only this folder, such as classification. Repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Render pictures with exact labels, masks, depth, correspondences, captions and questions."""
-    config = make.ScenesConfig(out=out_path, pictures=pictures, size=size, seed=seed)
+    config = make.ScenesConfig(out=out_path, pictures=pictures, size=size, seed=seed, only=only or ())
     with report_progress(err, "pictures", quiet=as_json) as progress:
         report = make.make_scenes(config, progress=lambda done, of: progress.update("rendering", done, of))
     finish(dataclasses.asdict(report), as_json)

@@ -45,6 +45,8 @@ class ScenesConfig:
     size: int
     """Side of the pictures in pixels."""
     seed: int
+    only: Sequence[str] = ()
+    """Folders to make, such as `classification`; all by default."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ScenesReport:
 def make_scenes(
     config: ScenesConfig, *, processes: int | None = None, progress: Progress | None = None
 ) -> ScenesReport:
-    """Render all layouts; the same request again finds them done.
+    """Render all layouts, or those asked for; the same request again finds them done.
 
     Args:
         processes: number of processes, by default one per core; the pictures do not depend on it.
@@ -68,15 +70,16 @@ def make_scenes(
     Raises: ConfigError for an invalid option, or a folder that holds something else; StorageError if the folder cannot
         be written; IncompleteError if a signal stopped the work or a process died.
     """
-    request = _checked(config)
+    request, layouts = _checked(config), _chosen_layouts(config.only)
     try:
-        if (counts := _finished(config.out, request)) is not None:
+        if (counts := _finished(config.out, request, layouts)) is not None:
             return ScenesReport(str(config.out), counts, cached=True)
         with unfinished(config.out, verb="python -m scenes") as folder:
-            if (counts := _finished(config.out, request)) is not None:  # another process may have finished it meanwhile
+            # another process may have finished it meanwhile
+            if (counts := _finished(config.out, request, layouts)) is not None:
                 return ScenesReport(str(config.out), counts, cached=True)
             cores = len(os.sched_getaffinity(0))
-            counts = _fill(folder, request, processes or cores, progress or (lambda *_: None))
+            counts = _fill(folder, request, layouts, processes or cores, progress or (lambda *_: None))
             publish(folder, config.out)
     except OSError as error:
         if isinstance(error, StorageError):
@@ -99,7 +102,16 @@ def _checked(config: ScenesConfig) -> Request:
     return Request(pictures=config.pictures, size=config.size, seed=config.seed)
 
 
-def _finished(out: Path, request: Request) -> Mapping[str, Mapping[str, int]] | None:
+def _chosen_layouts(only: Sequence[str]) -> list[str]:
+    """Return the layouts that make these folders, in the order of LAYOUTS; all if none is given."""
+    made_by = {folder: layout for layout in LAYOUTS for folder in layout.split(" and ")}
+    if unknown := [folder for folder in only if folder not in made_by]:
+        raise ConfigError(f"--only {unknown[0]} is not a folder of scenes; give one of {', '.join(made_by)}")
+    chosen = {made_by[folder] for folder in only}
+    return [layout for layout in LAYOUTS if layout in chosen or not only]
+
+
+def _finished(out: Path, request: Request, layouts: Sequence[str]) -> Mapping[str, Mapping[str, int]] | None:
     """Return the counts if this very request was done before; None if there is nothing.
 
     Raises: ConfigError if something else is there.
@@ -112,6 +124,8 @@ def _finished(out: Path, request: Request) -> Mapping[str, Mapping[str, int]] | 
         counts: Mapping[str, Mapping[str, int]] = card["counts"]
         asked = _identity(request)
         different = [f"{k} {stored.get(k)} there, {v} requested" for k, v in asked.items() if stored.get(k) != v]
+        if list(counts) != layouts:
+            different.append(f"{', '.join(counts)} there, {', '.join(layouts)} requested")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{out} exists and is not a folder of scenes; give another --out") from error
     if different:
@@ -125,9 +139,11 @@ def _identity(request: Request) -> dict[str, int]:
     return {"version": VERSION, **asdict(request)}
 
 
-def _fill(folder: Path, request: Request, processes: int, progress: Progress) -> Mapping[str, Mapping[str, int]]:
-    jobs = [(layout, number) for layout in LAYOUTS for number in range(request.pictures)]
-    drawn: dict[str, list[Any]] = {layout: [] for layout in LAYOUTS}
+def _fill(
+    folder: Path, request: Request, layouts: Sequence[str], processes: int, progress: Progress
+) -> Mapping[str, Mapping[str, int]]:
+    jobs = [(layout, number) for layout in layouts for number in range(request.pictures)]
+    drawn: dict[str, list[Any]] = {layout: [] for layout in layouts}
     signals = (signal.SIGINT, signal.SIGTERM)
     with stop_signals(*signals) as stop_asked, closing(_drawn(folder, request, jobs, processes)) as results:
         for done, ((layout, _), result) in enumerate(zip(jobs, results, strict=True)):
@@ -137,7 +153,7 @@ def _fill(folder: Path, request: Request, processes: int, progress: Progress) ->
                 raise IncompleteError(
                     "stopped before all scenes were made, and nothing was kept; run the same command again"
                 )
-    counts = {layout: LAYOUTS[layout].finish(folder, request, drawn[layout]) for layout in LAYOUTS}
+    counts = {layout: LAYOUTS[layout].finish(folder, request, drawn[layout]) for layout in layouts}
     card = {"request": _identity(request), "categories": CATEGORIES, "classes": CLASSES, "counts": counts}
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
     return counts

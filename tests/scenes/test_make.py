@@ -77,6 +77,21 @@ def test_the_same_request_is_found_done_and_another_is_refused(tmp_path: Path, q
         make_scenes(config(out, pictures=30, size=56), processes=1)
 
 
+def test_only_the_folders_that_were_asked_for_are_made(
+    tmp_path: Path, quick: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (layout,) = make.LAYOUTS.values()
+    monkeypatch.setattr(make, "LAYOUTS", {"one": layout, "two and three": layout, "four": layout})
+    for only, made in ((("three", "one"), ["one", "two and three"]), ((), ["one", "two and three", "four"])):
+        asked = replace(config(tmp_path / "-".join(made)), only=only)
+        assert list(make_scenes(asked, processes=1).counts) == made
+        assert make_scenes(asked, processes=1).cached
+    with pytest.raises(ConfigError, match="one, two and three there, four requested"):
+        make_scenes(replace(config(tmp_path / "one-two and three"), only=("four",)), processes=1)
+    with pytest.raises(ConfigError, match="--only five is not a folder of scenes; give one of one, two, three, four"):
+        make_scenes(replace(config(tmp_path / "other"), only=("five",)), processes=1)
+
+
 def test_scenes_of_an_older_version_are_refused(
     tmp_path: Path, quick: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
