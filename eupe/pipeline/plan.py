@@ -172,7 +172,7 @@ def _stamps(step: Step, inputs: Inputs) -> tuple[dict[str, str], dict[str, str],
                 pictures |= {} if stamp is None else {word: stamp}
             elif (digest := inputs.content(word)) is not None:
                 files[word] = digest
-            elif name == "weights" and word != "hub":
+            elif name in ("weights", "init") and word != "hub":
                 missing.append(f"weights {word.rpartition('=')[2]} do not exist")
     return files, pictures, missing
 
