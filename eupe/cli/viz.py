@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,6 @@ from eupe.cli.options import (
     local_weights,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 def viz(
     items: Annotated[list[str], typer.Argument(help="Stores, training runs, teachers, or `pixels`: one column each.")],
@@ -29,6 +26,16 @@ def viz(
     limit: Annotated[int, typer.Option(help="Number of pictures.")] = 8,
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Side of each model's input in pixels, rounded down to a multiple of its patch. Default: its own.",
+        ),
+    ] = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Also draw every run and teacher with random weights.")
+    ] = False,
     foreground: Annotated[
         bool,
         typer.Option("--foreground", help="Colour only the foreground, which is found by a model's first component."),
@@ -47,6 +54,8 @@ def viz(
         limit=limit,
         weights=local_weights(weights, items),
         weights_keys=local_keys(weights_key),
+        size=size,
+        untrained=untrained,
         foreground=foreground,
         cell_px=cell,
         overwrite=overwrite,

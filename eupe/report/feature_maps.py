@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -198,10 +199,11 @@ def _require_same_views(pictures: Sequence[Picture], cached: Stored) -> None:
             )
 
 
-def stored(subject: StoreSubject, pictures: Sequence[Picture]) -> Features:
-    """Read view 0 of each picture, at the store's largest size.
+def stored(subject: StoreSubject, pictures: Sequence[Picture], *, size: int | None = None) -> Features:
+    """Read view 0 of each picture at the given size, or else the store's largest.
 
-    Raises: CorpusError if a picture is not the one that the store's teacher saw; PartCorruptError.
+    Raises: ConfigError if the store lacks the size; CorpusError if a picture is not the one that the store's teacher
+        saw; PartCorruptError.
     """
     for picture in pictures:
         if subject.places[picture.key][1] != picture.sha256:
@@ -210,19 +212,21 @@ def stored(subject: StoreSubject, pictures: Sequence[Picture]) -> Features:
                 "give --images the pictures that it was extracted from, or extract again"
             )
     rows = [subject.places[picture.key][0] for picture in pictures]
-    return subject.store.read(rows, [0] * len(rows), size=subject.size(None))
+    return subject.store.read(rows, [0] * len(rows), size=subject.size(size))
 
 
-def dense_of(subject: EncoderSubject | PixelSubject, views: Sequence[View]) -> NDArray[np.float32]:
-    """Return dense tokens [P, h, w, D] at the subject's own size.
+def dense_of(
+    subject: EncoderSubject | PixelSubject, views: Sequence[View], *, size: int | None = None
+) -> NDArray[np.float32]:
+    """Return dense tokens [P, h, w, D] at the given size, or else the subject's own.
 
     Raises: TeacherError, RunError if the subject cannot be loaded.
     """
-    size = subject.size(None)
+    size = subject.size(size)
     parts = (views[i : i + BATCH] for i in range(0, len(views), BATCH))
     tokens = [
         encoded(
-            lambda views: subject.encode(views, size=size),
+            partial(subject.encode, size=size),
             np.stack([view.render(size) for view in part]),
             of=subject.name,
         ).dense.cpu()
@@ -233,22 +237,36 @@ def dense_of(subject: EncoderSubject | PixelSubject, views: Sequence[View]) -> N
 
 
 def run_of(subject: Subject) -> Path | None:
-    """Return the subject's training run, if it is one."""
+    """Return the subject's training run, if it is one, trained or not."""
     return Path(subject.spec.model) if isinstance(subject, EncoderSubject) and subject.kind == "run" else None
 
 
 def with_short_names(subjects: Sequence[Subject]) -> list[Subject]:
-    """Replace the path of each store and run by its last part, if that is unambiguous."""
+    """Replace the path of each store and run by its last part, if that is unambiguous; say which are untrained."""
     short = [Path(each.name).name if isinstance(each, StoreSubject) or run_of(each) else each.name for each in subjects]
-    unique = Counter(short)
-    pairs = zip(subjects, short, strict=True)
-    return [replace(each, name=name) if unique[name] == 1 else each for each, name in pairs]
+    unique = Counter(zip(short, map(is_untrained, subjects), strict=True))
+    named = []
+    for each, name in zip(subjects, short, strict=True):
+        untrained = is_untrained(each)
+        chosen = name if unique[name, untrained] == 1 else each.name
+        named.append(replace(each, name=f"{chosen}, untrained" if untrained else chosen))
+    return named
+
+
+def is_untrained(subject: Subject) -> bool:
+    """Return whether the subject has random weights in place of its own."""
+    return isinstance(subject, EncoderSubject) and subject.untrained
 
 
 def model_column(
-    subject: Subject, views: Sequence[View], cached: Features | None = None, *, foreground: bool = False
+    subject: Subject,
+    views: Sequence[View],
+    cached: Features | None = None,
+    *,
+    size: int | None = None,
+    foreground: bool = False,
 ) -> ModelColumn:
-    """Build a model's column: its features and their colours.
+    """Build a model's column: its features at the given size, or else its own, and their colours.
 
     Raises: ConfigError if features are not all finite.
     """
@@ -258,13 +276,13 @@ def model_column(
         dense = cached.dense.astype(np.float32)
         about = str(subject.store.spec.teacher["name"])
     else:
-        dense = dense_of(subject, views)
+        dense = dense_of(subject, views, size=size)
         if run := run_of(subject):
             about = load_card(run).arch
     if not np.isfinite(dense).all():
         raise ConfigError(f"{subject.name} gives features that are not finite, which have no colours; leave it out")
     colours = colour_maps(dense, foreground=foreground)
-    return ModelColumn(subject.name, subject.kind, about, subject.size(None), dense, colours)
+    return ModelColumn(subject.name, subject.kind, about, subject.size(size), dense, colours)
 
 
 def colour_maps(dense_PhwD: Maps, *, foreground: bool) -> Colours:

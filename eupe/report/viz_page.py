@@ -50,6 +50,8 @@ def write_maps(
     limit: int = 8,
     weights: Mapping[str, Path] | None = None,
     weights_keys: Mapping[str, str] | None = None,
+    size: int | None = None,
+    untrained: bool = False,
     foreground: bool = False,
     cell_px: int | None = None,
     overwrite: bool = False,
@@ -63,6 +65,8 @@ def write_maps(
         limit: the most pictures to show.
         weights: local weights to use instead of the hub's, for teachers among the models.
         weights_keys: key of a teacher's tensors in a weights file of several models.
+        size: side of each model's input in pixels, rounded down to its patch; by default each model's own.
+        untrained: also draw every run and teacher with random weights.
         foreground: colour only the foreground, found by each model's own first component.
         cell_px: side of a figure's cells.
         overwrite: replace what is there, whoever made it.
@@ -70,18 +74,22 @@ def write_maps(
         if `out` cannot be written.
     """
     _require_words(out, limit, cell_px)
-    opened = feature_maps.with_short_names(open_subjects(models, weights or {}, keys=weights_keys))
+    opened = feature_maps.with_short_names(open_subjects(models, weights or {}, keys=weights_keys, untrained=untrained))
     stores = [each for each in opened if isinstance(each, StoreSubject)]
     for each in stores:
         each.require(DENSE)
     place = make_place(out, sources=[images], overwrite=overwrite)  # refused before the slow work
     corpus = open_corpus(images)
-    runs = {each.name: run for each in opened if (run := feature_maps.run_of(each))}
+    trained = [each for each in opened if not feature_maps.is_untrained(each)]
+    runs = {each.name: run for each in trained if (run := feature_maps.run_of(each))}
     pictures = feature_maps.choose_pictures(feature_maps.list_pictures(corpus, stores, list(runs.values())), limit)
     layout = plan_figure(len(pictures), 1 + len(opened), cell_px) if out.suffix == FIGURE else None
-    cached = {each.name: feature_maps.stored(each, pictures) for each in stores}
+    cached = {each.name: feature_maps.stored(each, pictures, size=size) for each in stores}
     views = feature_maps.open_views(corpus.root, pictures, [(each, cached[each.name]) for each in stores])
-    columns = [feature_maps.model_column(each, views, cached.get(each.name), foreground=foreground) for each in opened]
+    columns = [
+        feature_maps.model_column(each, views, cached.get(each.name), size=size, foreground=foreground)
+        for each in opened
+    ]
     cells = [view.cell(layout.cell if layout else feature_maps.SHOWN_PX) for view in views]
     data: bytes | str
     if layout:

@@ -30,6 +30,8 @@ from eupe.corpus.index import index_folder
 from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import NEUTRAL, ViewParams, ViewSpec, render_view
 from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageError
+from eupe.evaluate.pictures import centre
+from eupe.evaluate.subject import EncoderSubject, open_subjects
 from eupe.models.encoder import load_encoder
 from eupe.models.pca import find_foreground, fit_pca
 from eupe.report.feature_maps import MIN_TOKENS, SHOWN_PX, Picture, choose_pictures
@@ -240,6 +242,20 @@ class TestPage:
         with torch.inference_mode():
             dense = encoder(pixels).dense.numpy()
         _assert_same_maps(page.maps(2), fit_pca(dense).rgb(dense))
+
+    def test_models_are_drawn_at_another_size_and_with_random_weights(self, world: World, tmp_path: Path) -> None:
+        options = {"limit": 3, "size": 3 * TINY_SIZE // 2 + 3, "untrained": True}
+        page = make_page(world, tmp_path / "page.html", world.run, "pixels", **options)
+        assert page.report.models == ("run", "run, untrained", "pixels")
+        assert page.text.count('<svg class="chart"') == 2  # random weights have no history
+        images = [decode_image((world.corpus / key).read_bytes()) for key in page.keys]
+        size = 3 * TINY_SIZE // 2
+        views = np.stack([render_view(image, centre(*image.size)[0], size) for image in images])
+        for model, subject in enumerate(open_subjects([str(world.run)], {}, untrained=True)):
+            assert isinstance(subject, EncoderSubject)
+            dense = subject.encode(views, size=size).dense.numpy()
+            _assert_same_maps(page.maps(model), fit_pca(dense).rgb(dense))
+        assert np.abs(np.stack(page.maps(0)).astype(int) - np.stack(page.maps(1))).mean() > 5
 
     def test_recoloured_views_are_shown_as_the_teacher_saw_them(self, world: World, tmp_path: Path) -> None:
         store = tmp_path / "recoloured.zarr"
