@@ -301,17 +301,19 @@ PRODUCTS = (
 )
 
 
-def prepare_assets(out: Path) -> None:
+def prepare_assets(out: Path, *, below: str = "") -> None:
     """Make the products that `out` lacks or holds in another version; leave the others untouched.
 
     It is safe to kill, and to run twice at once. To have a product made again, delete its folder.
 
+    Args:
+        below: only products in this folder, such as `weights`.
     Raises: AssetError if weights cannot be downloaded or converted.
     """
     out.mkdir(parents=True, exist_ok=True)
     with _exclusive(out / ".lock"):
         for product in PRODUCTS:
-            if not _is_current(product, out):
+            if product.path.startswith(below) and not _is_current(product, out):
                 _make(product, out)
 
 

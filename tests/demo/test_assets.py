@@ -180,6 +180,17 @@ def test_killed_run_leaves_no_product_and_the_next_run_makes_it(
     assert not (tmp_path / ".partial").exists()
 
 
+def test_only_what_was_asked_for_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tuple(module.Product(path=path, version=1, build=lambda folder: None) for path in ("a/b", "c"))
+    monkeypatch.setattr(module, "PRODUCTS", made)
+
+    prepare_assets(tmp_path, below="a")
+    assert (tmp_path / "a/b").is_dir() and not (tmp_path / "c").exists()
+
+    prepare_assets(tmp_path)
+    assert (tmp_path / "c").is_dir()
+
+
 def test_new_version_replaces_the_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build_first(folder: Path) -> None:
         (folder / "first").touch()

@@ -110,7 +110,7 @@ TRIPS = {
     "docs/gallery.md": Trip(
         takes=(
             *("runs/proxy=demo-out/proxy-274602a3", "runs/tiny=demo-out/student-ba566ef4"),
-            "rendered/classification/val=assets/scenes/classification/val",
+            "rendered/classification/val=assets/rendered/classification/val",
         ),
         assets=True,
     ),
