@@ -69,6 +69,8 @@ def linear(
     """
     if not 0 < label_share <= 1:
         raise ConfigError(f"--label-share must be above 0 and at most 1, got {label_share:g}")
+    if seed and label_share == 1:
+        raise ConfigError(f"--seed {seed} chooses the pictures of --label-share, which is 1; give both, or neither")
     if not penalties or not all(0 < penalty < math.inf for penalty in penalties):
         raise ConfigError(f"--penalty must be above 0, and finite, got {', '.join(f'{p:g}' for p in penalties)}")
     parts = summaries_of(subject, data, size=size, choice=choice)

@@ -133,3 +133,5 @@ def test_fewer_labels_and_their_seed_decide_and_are_recorded(tmp_path: Path, run
     for share in ("0", "1.5", "nan"):
         refused = run_eupe(*words, "--label-share", share)
         assert refused.code == 2 and f"--label-share must be above 0 and at most 1, got {share}" in refused.err
+    refused = run_eupe(*words, "--seed", 1)
+    assert refused.code == 2 and "--seed 1 chooses the pictures of --label-share" in refused.err
