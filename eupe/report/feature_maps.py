@@ -244,18 +244,12 @@ def run_of(subject: Subject) -> Path | None:
 def with_short_names(subjects: Sequence[Subject]) -> list[Subject]:
     """Replace the path of each store and run by its last part, if that is unambiguous; say which are untrained."""
     short = [Path(each.name).name if isinstance(each, StoreSubject) or run_of(each) else each.name for each in subjects]
-    unique = Counter(zip(short, map(is_untrained, subjects), strict=True))
+    unique = Counter((name, each.untrained) for each, name in zip(subjects, short, strict=True))
     named = []
     for each, name in zip(subjects, short, strict=True):
-        untrained = is_untrained(each)
-        chosen = name if unique[name, untrained] == 1 else each.name
-        named.append(replace(each, name=f"{chosen}, untrained" if untrained else chosen))
+        chosen = name if unique[name, each.untrained] == 1 else each.name
+        named.append(replace(each, name=f"{chosen}, untrained" if each.untrained else chosen))
     return named
-
-
-def is_untrained(subject: Subject) -> bool:
-    """Return whether the subject has random weights in place of its own."""
-    return isinstance(subject, EncoderSubject) and subject.untrained
 
 
 def model_column(

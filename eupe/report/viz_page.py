@@ -80,8 +80,7 @@ def write_maps(
         each.require(DENSE)
     place = make_place(out, sources=[images], overwrite=overwrite)  # refused before the slow work
     corpus = open_corpus(images)
-    trained = [each for each in opened if not feature_maps.is_untrained(each)]
-    runs = {each.name: run for each in trained if (run := feature_maps.run_of(each))}
+    runs = {each.name: run for each in opened if not each.untrained and (run := feature_maps.run_of(each))}
     pictures = feature_maps.choose_pictures(feature_maps.list_pictures(corpus, stores, list(runs.values())), limit)
     layout = plan_figure(len(pictures), 1 + len(opened), cell_px) if out.suffix == FIGURE else None
     cached = {each.name: feature_maps.stored(each, pictures, size=size) for each in stores}
