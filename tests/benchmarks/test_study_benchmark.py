@@ -19,7 +19,7 @@ SUBJECTS = sorted({row for question in QUESTIONS for row in question.rows})
 
 
 def run_of(values: dict[str, float]) -> dict[str, Any]:
-    """What `eupe run study --json` prints, where each subject has one value on two tasks."""
+    """Build the output of `eupe run study --json` in which each subject has one value on two tasks."""
     trained = [name for name in values if name not in ("untrained", "pixels", *study.EXPERTS)]
     steps = [{"step": name, "verb": "train", "output": f"out/{name}-01ab", "report": {}} for name in trained]
     for task, verb, less in (("knn", "eval knn", False), ("depth", "eval depth", True)):
