@@ -22,6 +22,7 @@ from eupe.cli.options import (
     LocalWeights,
     Overwrite,
     PicturesPath,
+    Size,
     local_keys,
     local_weights,
 )
@@ -45,10 +46,6 @@ Subjects = Annotated[
 Untrained = Annotated[bool, typer.Option("--untrained", help="Also judge every run and teacher with random weights.")]
 Results = Annotated[
     Path | None, typer.Option(help="Also append the results to this file (.jsonl); a run keeps its own, too.")
-]
-Size = Annotated[
-    int | None,
-    typer.Option(min=1, help="Side of the encoder's input in pixels, rounded down to a multiple of its patch."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Number of pictures to take from each split, the first ones.")]
 Neighbours = Annotated[

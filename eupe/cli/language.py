@@ -15,7 +15,6 @@ from eupe.cli.evaluate import (
     FeaturesGb,
     OnStep,
     Results,
-    Size,
     Subjects,
     Untrained,
     eval_app,
@@ -29,6 +28,7 @@ from eupe.cli.options import (
     LocalKeys,
     LocalWeights,
     Overwrite,
+    Size,
 )
 
 if TYPE_CHECKING:

@@ -34,6 +34,10 @@ LocalKeys = Annotated[
         "--weights-key", help="TEACHER=KEY: the key of its weights in a file of several models, such as teacher or ema."
     ),
 ]
+Size = Annotated[
+    int | None,
+    typer.Option(min=1, help="Side of the encoder's input in pixels, rounded down to a multiple of its patch."),
+]
 WeightsKey = Annotated[str | None, typer.Option(help=WEIGHTS_KEY)]
 
 

@@ -14,6 +14,7 @@ from eupe.cli.options import (
     LocalKeys,
     LocalWeights,
     Overwrite,
+    Size,
     local_keys,
     local_weights,
 )
@@ -26,13 +27,7 @@ def viz(
     limit: Annotated[int, typer.Option(help="Number of pictures.")] = 8,
     weights: LocalWeights = None,
     weights_key: LocalKeys = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Side of each model's input in pixels, rounded down to a multiple of its patch. Default: its own.",
-        ),
-    ] = None,
+    size: Size = None,
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Also draw every run and teacher with random weights.")
     ] = False,
