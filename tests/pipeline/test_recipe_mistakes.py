@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planning import problems_of
+from planning import problems_of, write_files
 
 from eupe.errors import ConfigError
 
@@ -135,6 +135,19 @@ def test_all_mistakes_come_together_with_exit_code_2_and_nothing_is_run(
         assert "r.yaml has 5 mistakes, so nothing was run" in outcome.err
         for where in ("b.train.targets", "b.train.steps", "d.viz.items", "d.viz.images", "d.viz.out"):
             assert f"  steps.{where}: " in outcome.err
+    assert not (tmp_path / "o").exists()
+
+
+def test_weights_to_start_from_that_are_not_there_are_shown_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_eupe: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
+    student = "b: {train: {targets: a, student: test_vit, init: weights/none.bin, steps: 2}}"
+    (tmp_path / "r.yaml").write_text(recipe(STORE, student))
+    shown, run = run_eupe("run", "r.yaml", "--dry-run"), run_eupe("run", "r.yaml")
+    assert shown.code == 0 and "needed by b: weights weights/none.bin do not exist" in " ".join(shown.out.split())
+    assert run.code == 2 and "steps.b.train: weights weights/none.bin do not exist" in " ".join(run.err.split())
     assert not (tmp_path / "o").exists()
 
 
