@@ -19,6 +19,8 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
+from demo.outcome import share_closed
+
 UNTRAINED = "-untrained"
 TASKS = {
     "knn": "k-NN",
@@ -112,12 +114,11 @@ def gaps_closed(scores: Scores, subject: str) -> list[float]:
     before = BEFORE.get(subject, "untrained")
     means = []
     for by_task in scores.values():
-        shares = []
-        for found in by_task.values():
-            best = max(found[expert] for expert in EXPERTS)
-            if best > found[before]:
-                shares.append(min(1.0, (found[subject] - found[before]) / (best - found[before])))
-        means.append(fmean(shares))
+        shares = [
+            share_closed(found[before], found[subject], max(found[expert] for expert in EXPERTS))
+            for found in by_task.values()
+        ]
+        means.append(fmean(share for share in shares if share is not None))
     return means
 
 

@@ -81,9 +81,8 @@ def cost(results: Sequence[Result]) -> str:
     runs = "; ".join(
         f"{one.step}: {one.report['steps']} steps, {one.seconds:.0f} s" for one in results if one.verb == "train"
     )
-    return (
-        f"Caches: {len(stores)} stores, {num_bytes / 1e6:.0f} MB, {caching:.0f} s, which later students share; {runs}."
-    )
+    caches = f"{len(stores)} stores, {num_bytes / 1e6:.0f} MB, {caching:.0f} s, which later students share"
+    return f"Caches: {caches}. Training: {runs}."
 
 
 if __name__ == "__main__":

@@ -61,9 +61,14 @@ def gaps_closed(scores: Sequence[Score], subject: str) -> dict[str, float]:
     closed = {}
     for task in _tasks(scores):
         before, best = quality[task, subject + BEFORE], max(_experts(scores, task).values())
-        if best > before:
-            closed[task] = min(1.0, (quality[task, subject] - before) / (best - before))
+        if (share := share_closed(before, quality[task, subject], best)) is not None:
+            closed[task] = share
     return closed
+
+
+def share_closed(before: float, after: float, best: float) -> float | None:
+    """Return the share of a gap that was closed, at most 1, where more is better; None if there was no gap."""
+    return min(1.0, (after - before) / (best - before)) if best > before else None
 
 
 def conclude(scores: Sequence[Score]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from demo.__main__ import cost
 from demo.outcome import Score, conclude, gaps_closed, read_scores, results_table, write_scores
 from eupe.pipeline.execute import Result
 
@@ -101,6 +102,16 @@ def test_the_sentence_follows_the_numbers(student_depth: float, told: str) -> No
     assert "efficientnet-lite0 is better at categories" in sentence
     assert "the proxy became better than it was at 2 of 2 tasks and closed 40% of the gap" in sentence
     assert told in sentence
+
+
+def test_the_cost_is_that_of_all_caches_and_of_each_training() -> None:
+    store = {"stored_bytes": 20_000_000}
+    stores = [Result(name, "extract", True, 30.0, f"out/{name}.zarr", store) for name in ("a", "b")]
+    trained = Result("proxy", "train", False, 110.4, "out/proxy-01ab", {"steps": 100})
+
+    assert cost([*stores, trained]) == (
+        "Caches: 2 stores, 40 MB, 60 s, which later students share. Training: proxy: 100 steps, 110 s."
+    )
 
 
 def test_the_table_has_a_row_for_each_subject_in_order() -> None:
