@@ -45,12 +45,15 @@ def main() -> None:
         with report_progress(console, "pictures", quiet=False) as progress:
             make_scenes(SCENES, progress=lambda done, of: progress.update("rendering", done, of))
         results = run_desk()
+        show(results)
     except AssetError as error:
         sys.exit(f"error: {error}")
     except EupeError as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    show(results)
+    except OSError as error:
+        console.print(f"error: {ASSETS} or {OUT} cannot be written ({error})", markup=False, soft_wrap=True)
+        sys.exit(2)
     page = next(Path(one.output).resolve() for one in results if one.step == "page" and one.output is not None)
     console.print(f"\n{time.monotonic() - began:.0f} s in all; look at [bold]{page}[/]", soft_wrap=True)
 

@@ -111,7 +111,7 @@ def results_table(scores: Sequence[Score]) -> Table:
 
 def write_scores(scores: Sequence[Score], path: Path) -> None:
     """Write the scores as a JSON list."""
-    write_file(path, (json.dumps([asdict(score) for score in scores], indent=1) + "\n").encode())
+    write_file(path, json.dumps([asdict(score) for score in scores], indent=1) + "\n")
 
 
 def _tasks(scores: Sequence[Score]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from demo import __main__ as demo
 from demo.__main__ import cost
 from demo.outcome import Score, conclude, gaps_closed, read_scores, results_table, write_scores
 from eupe.pipeline.execute import Result
@@ -102,6 +103,19 @@ def test_the_sentence_follows_the_numbers(student_depth: float, told: str) -> No
     assert "efficientnet-lite0 is better at categories" in sentence
     assert "the proxy became better than it was at 2 of 2 tasks and closed 40% of the gap" in sentence
     assert told in sentence
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(demo, "ASSETS", tmp_path / "file/assets")
+
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+
+    assert ended.value.code == 2
+    assert "file/assets or demo-out cannot be written (" in "".join(capsys.readouterr().out.split("\n"))
 
 
 def test_the_cost_is_that_of_all_caches_and_of_each_training() -> None:
