@@ -1,6 +1,8 @@
 """What a mistake's sentence advises can be followed: it names what is there, and where a value came from."""
 
 import json
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -150,6 +152,11 @@ DEATH = (
     "  File \"actors.py\", line 4, in __init__\n    import timm\nModuleNotFoundError: No module named 'timm'"
 )
 
+OUT_OF_MEMORY = (
+    "The actor is dead because its worker process has died. Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: "
+    "Task was killed due to the node running low on memory."
+)
+
 
 def test_of_a_worker_that_could_not_begin_the_exception_is_told() -> None:
     assert cause_of(RuntimeError(DEATH)) == "ModuleNotFoundError: No module named 'timm'"
@@ -157,6 +164,9 @@ def test_of_a_worker_that_could_not_begin_the_exception_is_told() -> None:
     assert cause_of(many) == "ModuleNotFoundError: No module named 'timm'"
     assert cause_of(RuntimeError("The actor died unexpectedly.\n\tclass_name: A\nowner: gone")).endswith(
         "unexpectedly."
+    )
+    assert cause_of(RuntimeError(f"It died.\n\tpid: 1\n{OUT_OF_MEMORY}\nMore memory is better.")) == (
+        "It died. (NODE_OUT_OF_MEMORY: Task was killed due to the node running low on memory)"
     )
     assert cause_of(RuntimeError("")) == "RuntimeError"
     assert cause_of(RuntimeError("\x1b[36mray::A\x1b[39m is gone")) == "ray::A is gone"
@@ -170,13 +180,20 @@ def test_ray_tells_of_such_a_worker_as_the_words_above() -> None:
 
         def ask(self) -> None: ...
 
+    class Crashing:
+        def ask(self) -> None:
+            os._exit(1)
+
     ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         with pytest.raises(ray.exceptions.ActorDiedError) as died:
             ray.get(ray.remote(Unborn).remote().ask.remote())
+        with pytest.raises(ray.exceptions.ActorDiedError) as crashed:
+            ray.get(ray.remote(Crashing).remote().ask.remote())
     finally:
         ray.shutdown()
     assert cause_of(died.value) == "ModuleNotFoundError: No module named 'timm'"
+    assert re.fullmatch(r"The actor died unexpectedly [^(]*\(SYSTEM_ERROR: [^()]+\)", cause_of(crashed.value))
 
 
 def test_commands_to_paste_are_on_one_line(

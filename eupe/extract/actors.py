@@ -54,6 +54,8 @@ COMPARED_VIEWS = 8
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(: |$)")
 """The line of a traceback that names the exception."""
+_EXIT = re.compile(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?:\. |\.?$)")
+"""How the process ended, as far as Ray knows, in its line on an actor that died: `NODE_OUT_OF_MEMORY`, for example."""
 
 
 Process = tuple[str, int]
@@ -384,10 +386,12 @@ def when_there(actor: Any) -> Any:
 
 
 def cause_of(error: Exception) -> str:
-    """Return one line of Ray's report of a death: the exception that ended the worker, if any, or what happened."""
+    """Return one line from Ray's report of a death: the exception that ended the worker, or what happened and how."""
     first, *others = _ANSI.sub("", str(error)).splitlines() or [type(error).__name__]
-    raised = [line for line in others if _EXCEPTION.match(line)] if "creation task" in first else []
-    return raised[-1] if raised else first
+    if raised := [line for line in others if _EXCEPTION.match(line)] if "creation task" in first else []:
+        return raised[-1]
+    exits = [": ".join(found.groups()) for line in others if (found := _EXIT.search(line))]
+    return f"{first} ({exits[0]})" if exits else first
 
 
 def get(reference: Any) -> Any:
