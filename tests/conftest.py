@@ -153,8 +153,8 @@ def ray_address(warm_python: str) -> Iterator[str]:
     """
     from shared_ray import running_ray
 
-    # without a token, which a process that has imported Ray already would not look for
-    with running_ray(warm_python, {**os.environ, "RAY_AUTH_MODE": "disabled"}) as address:
+    # Ray asks for a token once this process has started a Ray itself, and cannot do so before.
+    with running_ray(warm_python, {"RAY_AUTH_MODE": "disabled", **os.environ}) as address:
         yield address
 
 
