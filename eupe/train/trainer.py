@@ -297,7 +297,9 @@ def adamw(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
             parameters = [p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == decayed]
             decay = card.config["weight_decay"] if decayed else 0.0
             groups.append({"params": parameters, "weight_decay": decay, PART: part})
-    return torch.optim.AdamW(groups, lr=card.config["lr"])
+    # On a GPU, PyTorch chooses a fast way itself; on a CPU, the default takes twice as long.
+    on_cpu = all(parameter.device.type == "cpu" for parameter in distiller.parameters())
+    return torch.optim.AdamW(groups, lr=card.config["lr"], fused=True if on_cpu else None)
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:

@@ -1,6 +1,7 @@
 """Losses and grids against slow references written out here."""
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -83,13 +84,16 @@ def test_the_smaller_grid_is_resized_to_the_larger(student: int, teacher: int) -
         assert matched_t is t
 
 
-def test_resizing_is_bicubic_per_channel() -> None:
+@pytest.mark.parametrize(("before", "side"), [(4, 7), (3, 8), (1, 2), (16, 18)])
+def test_resizing_is_bicubic_per_channel(before: int, side: int) -> None:
     """Against a slow bicubic (a = -0.75, half-pixel centres, edges repeated), one channel at a time."""
-    tokens = torch.randn(1, 4, 4, 3, generator=torch.Generator().manual_seed(1))
-    resized = resize_grid(tokens, 7)
-    for channel in range(3):
-        expected = slow_bicubic(tokens[0, :, :, channel].double().numpy(), 7)
-        np.testing.assert_allclose(resized[0, :, :, channel].numpy(), expected, atol=1e-5)
+    tokens = torch.randn(2, before, before, 3, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        resized = resize_grid(tokens.bfloat16(), side)
+    assert resized.dtype == torch.float32
+    for view, channel in product(range(2), range(3)):
+        expected = slow_bicubic(tokens.bfloat16()[view, :, :, channel].double().numpy(), side)
+        np.testing.assert_allclose(resized[view, :, :, channel].numpy(), expected, atol=1e-5)
 
 
 def slow_bicubic(image: np.ndarray, side: int) -> np.ndarray:
