@@ -20,15 +20,15 @@ from eupe.train.config import TrainConfig
 from eupe.train.log import TrainStatus
 from eupe.train.loop import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("forked")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("joined")]
 WORKERS = 2
 
 
 @pytest.fixture
 def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
-    return tiny_config(
-        tiny_store.path, tmp_path / "run", steps=12, checkpoint_every=4, log_every=1, num_workers=WORKERS
-    )
+    """On the Ray that the tests share."""
+    options = {"steps": 12, "checkpoint_every": 4, "log_every": 1, "num_workers": WORKERS}
+    return tiny_config(tiny_store.path, tmp_path / "run", ray_address=os.environ["RAY_ADDRESS"], **options)
 
 
 def losses_of(run: Path) -> list[float]:
@@ -39,21 +39,6 @@ def losses_of(run: Path) -> list[float]:
 def furthest(one: Path, other: Path) -> float:
     ours, theirs = (load_file(run / "student.safetensors") for run in (one, other))
     return max((ours[key] - theirs[key]).abs().max().item() for key in theirs)
-
-
-def test_two_workers_go_the_way_of_one(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where --out is relative: workers are in another directory."""
-    monkeypatch.chdir(tmp_path)
-    config = replace(config, out=Path("run"))
-    seen: list[TrainStatus] = []
-    report = train(config, on_status=seen.append)
-    alone = replace(config, num_workers=1, out=config.out.with_name("alone"))
-    train(alone)
-    assert losses_of(config.out) == pytest.approx(losses_of(alone.out), rel=1e-4)
-    assert furthest(config.out, alone.out) < 1e-4
-    assert [status.step for status in seen] == list(range(1, 13))
-    assert report.steps == 12 and train(config).cached
-    assert not (config.out / "ray").exists()
 
 
 def test_a_spread_model_goes_the_way_of_a_whole_one_and_either_resumes_the_other(config: TrainConfig) -> None:
@@ -146,3 +131,21 @@ def test_a_mistake_that_workers_find_is_the_users(config: TrainConfig, tmp_path:
 def test_a_cluster_that_is_not_there_is_refused(config: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="no Ray cluster answers at --ray-address"):
         train(replace(config, ray_address=f"127.0.0.1:{free_ports(1)[0]}"))
+
+
+def test_two_workers_go_the_way_of_one(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where --out is relative, since workers are in another directory; on a Ray of their own.
+
+    It is the last: a process that has started a Ray itself would ask the shared one for a token.
+    """
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, out=Path("run"), ray_address=None)
+    seen: list[TrainStatus] = []
+    report = train(config, on_status=seen.append)
+    alone = replace(config, num_workers=1, out=config.out.with_name("alone"))
+    train(alone)
+    assert losses_of(config.out) == pytest.approx(losses_of(alone.out), rel=1e-4)
+    assert furthest(config.out, alone.out) < 1e-4
+    assert [status.step for status in seen] == list(range(1, 13))
+    assert report.steps == 12 and train(config).cached
+    assert not (config.out / "ray").exists()
