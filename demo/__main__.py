@@ -30,7 +30,7 @@ from scenes.make import ScenesConfig, make_scenes
 ASSETS = Path("assets")
 OUT = Path("demo-out")
 
-SCENES = ScenesConfig(out=ASSETS / "rendered", pictures=300, size=128, seed=0, only=("classification", "segmentation"))
+SCENES = ScenesConfig(out=ASSETS / "rendered", pictures=260, size=128, seed=0, only=("classification", "segmentation"))
 
 console = Console(highlight=False, width=max(Console().width, 110))
 
