@@ -84,7 +84,7 @@ class Bench:
     def prepare(self, pictures: int) -> None:
         """Render pictures; collect those to learn from, none of which is judged, in a folder without labels."""
         wanted = ("classification", "segmentation")
-        make_scenes(ScenesConfig(self.scenes, pictures, 128, seed=0, only=wanted))
+        make_scenes(ScenesConfig(out=self.scenes, pictures=pictures, size=128, seed=0, only=wanted))
         self.corpus.mkdir(exist_ok=True)
         for part in ("classification/train", "segmentation/images/training"):
             for picture in (self.scenes / part).rglob("*.jpg"):
@@ -105,7 +105,7 @@ class Bench:
 
     def distil(self, out: Path, epochs: int, lr: float, seed: int) -> None:
         """Train a student with lightly-train, and keep its encoder as a run of eupe does, to be judged likewise."""
-        encoder = build_encoder(STUDENT, size=SIZE)
+        encoder = build_encoder(STUDENT, size=128)  # as judged; its weights are the same for any
         work = self.folder / "lightly" / out.name
         options: dict[str, Any] = {
             "out": str(work),
@@ -171,12 +171,15 @@ class Kept:
         return self.found[name]
 
 
-def affordable(kept: Kept, name: str, run: Callable[[int], None], few: int, many: int, budget: float) -> int:
-    """Return how many steps or epochs fit into a budget of seconds, by the times of two short runs."""
+def affordable(
+    kept: Kept, name: str, run: Callable[[int], None], few: int, many: int, budget: float
+) -> tuple[int, float]:
+    """Return how many steps or epochs fit into a budget of seconds, by the times of two short runs; and their time."""
     short = kept.get(f"{name}, {few} to time it", lambda: seconds(partial(run, few)))
     long = kept.get(f"{name}, {many} to time it", lambda: seconds(partial(run, many)))
     each = (long - short) / (many - few)
-    return max(1, few + int((budget - short) / each))
+    count = max(1, few + int((budget - short) / each))
+    return count, short + (count - few) * each
 
 
 def mean_closed(scores: Scores, name: str) -> float:
@@ -191,14 +194,12 @@ def measure(bench: Bench, kept: Kept, budget: float, seeds: Sequence[int]) -> li
     rate = {tool: rates[0] for tool, rates in LEARNING_RATES.items()}
     distil = lambda epochs: bench.distil(bench.folder / f"trial-{epochs}", epochs, rate[THEIRS], 0)  # noqa: E731
     train = lambda steps: bench.train(bench.folder / f"trial-{steps}", steps, rate[OURS], 0)  # noqa: E731
-    lengths = {
-        THEIRS: affordable(kept, THEIRS, distil, 1, 3, budget),
-        OURS: affordable(kept, OURS, train, 10, 60, budget - extraction),
-        SHARED: affordable(kept, OURS, train, 10, 60, budget / 2 - extraction / RUNS),
-    }
+    epochs, theirs = affordable(kept, THEIRS, distil, 1, 3, budget)
+    fit = partial(affordable, kept, OURS, train, 10, 60)
+    lengths = {THEIRS: epochs, OURS: fit(theirs - extraction)[0], SHARED: fit(theirs / 2 - extraction / RUNS)[0]}
 
     def student(way: str, lr: float, seed: int) -> Path:
-        out = bench.folder / f"{way.replace(' ', '-')}-{lr:g}-{seed}"
+        out = bench.folder / f"{way.replace(', ', '-').replace(' ', '-')}-{lr:g}-{seed}"
         run = bench.distil if way == THEIRS else bench.train
         kept.get(out.name, lambda: seconds(partial(run, out, lengths[way], lr, seed)))
         return out
