@@ -68,7 +68,7 @@ def resize_grid(tokens_BhwD: Tensor, side: int) -> Tensor:
     weights_Sh = F.interpolate(units, size=(side, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T
     with torch.autocast(tokens_BhwD.device.type, enabled=False):
         rows = weights_Sh @ tokens_BhwD.float().flatten(2)
-        return weights_Sh @ rows.unflatten(2, (before, -1))
+        return weights_Sh @ rows.reshape(len(rows), side, before, -1)
 
 
 COUNTER = (0, 0, 0, 1)
