@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from eupe.common.compute import pick_device
 from eupe.common.prefetch import map_ahead
+from eupe.common.resize import interpolation_matrix
 from eupe.corpus.views import ViewParams
 from eupe.errors import ConfigError, CorpusError, TrainingError
 from eupe.evaluate.encode import EncodedViews
@@ -182,4 +182,9 @@ def require_same_sides(mapped: Mapped, i: int, truth: Truth) -> Truth:
 
 
 def _resized(said_BChw: Tensor, sides: tuple[int, ...]) -> Tensor:
-    return F.interpolate(said_BChw.float(), size=tuple(sides), mode="bilinear", align_corners=False)
+    matrices = (
+        interpolation_matrix(before, after, mode="bilinear", device=said_BChw.device)
+        for before, after in zip(said_BChw.shape[2:], sides, strict=True)
+    )
+    rows_Hh, columns_Ww = matrices
+    return rows_Hh @ said_BChw.float() @ columns_Ww.T

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eupe.common.resize import interpolation_matrix
+
 COSINE_WEIGHT = 0.9
 SMOOTH_L1_WEIGHT = 0.1
 
@@ -58,17 +60,12 @@ def match_grids(student_BhwD: Tensor, teacher_BhwD: Tensor) -> tuple[Tensor, Ten
 
 
 def resize_grid(tokens_BhwD: Tensor, side: int) -> Tensor:
-    """Resize a token grid to `side` x `side` cells by bicubic interpolation, float32 [B, side, side, D].
-
-    One matrix for the rows and the same for the columns: on a CPU, with its gradient, ten times faster than to
-    interpolate images of D channels. The matrix is what interpolation makes of each unit vector.
-    """
+    """Resize a token grid to `side` x `side` cells by bicubic interpolation, float32 [B, side, side, D]."""
     before = tokens_BhwD.shape[1]
-    units = torch.eye(before, device=tokens_BhwD.device)[None, :, :, None]
-    weights_Sh = F.interpolate(units, size=(side, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T
+    matrix_Sh = interpolation_matrix(before, side, mode="bicubic", device=tokens_BhwD.device)
     with torch.autocast(tokens_BhwD.device.type, enabled=False):
-        rows = weights_Sh @ tokens_BhwD.float().flatten(2)
-        return weights_Sh @ rows.reshape(len(rows), side, before, -1)
+        rows = matrix_Sh @ tokens_BhwD.float().flatten(2)
+        return matrix_Sh @ rows.reshape(len(rows), side, before, -1)
 
 
 COUNTER = (0, 0, 0, 1)
