@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 
 from benchmarks.features import ASSETS
 from benchmarks.pretrained import in_timm_names
-from benchmarks.study import interval
+from benchmarks.study import interval, judged
 from demo.assets import prepare_assets
 from demo.outcome import share_closed
 from eupe.models.encoder import build_encoder, save_encoder
@@ -58,7 +58,7 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Bench:
-    """Where everything is."""
+    """The files of a comparison, and its commands."""
 
     folder: Path
     python: str
@@ -139,9 +139,8 @@ class Bench:
         for task, (data, *how) in JUDGED.items():
             said = self.run("eval", task, *named, "--data", self.scenes / data, "--size", 128, *how, *words, "--json")
             for result in json.loads(said)["results"]:
-                name = "untrained" if result["untrained"] else Path(result["subject"]).name
-                value = next(iter(result["scores"].values()))
-                scores.setdefault(name, {})[task] = -value if result["lower_is_better"] else value
+                name, quality = judged(result, Path(result["subject"]).name)
+                scores.setdefault(name, {})[task] = quality
         return scores
 
 
@@ -157,7 +156,7 @@ def seconds(call: Callable[[], None]) -> float:
 
 
 class Kept:
-    """What was measured, kept in a file, so that nothing is measured twice."""
+    """Measurements by name, kept in a file, so that nothing is measured twice."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -67,11 +67,15 @@ def read_scores(run: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         if (task := step["step"].removesuffix(UNTRAINED)) not in TASKS:
             continue
         for result in step["report"]["results"]:
-            subject = steps.get(Path(result["subject"]).name, result["subject"])
-            value = next(iter(result["scores"].values()))
-            name = "untrained" if result["untrained"] else subject
-            scores.setdefault(task, {})[name] = -value if result["lower_is_better"] else value
+            name, quality = judged(result, steps.get(Path(result["subject"]).name, result["subject"]))
+            scores.setdefault(task, {})[name] = quality
     return scores
+
+
+def judged(result: Mapping[str, Any], subject: str) -> tuple[str, float]:
+    """Return a subject's name, or `untrained`, and its first measure, negated where less is better."""
+    value = next(iter(result["scores"].values()))
+    return "untrained" if result["untrained"] else subject, -value if result["lower_is_better"] else value
 
 
 def interval(values: Sequence[float]) -> float:
