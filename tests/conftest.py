@@ -153,7 +153,7 @@ def ray_address(warm_python: str) -> Iterator[str]:
     """
     from shared_ray import running_ray
 
-    # Ray asks for a token once this process has started a Ray itself, and cannot do so before.
+    # A process that has started a Ray itself uses a token from then on, and cannot before: so this Ray does as it does.
     with running_ray(warm_python, {"RAY_AUTH_MODE": "disabled", **os.environ}) as address:
         yield address
 

@@ -182,9 +182,8 @@ def require_same_sides(mapped: Mapped, i: int, truth: Truth) -> Truth:
 
 
 def _resized(said_BChw: Tensor, sides: tuple[int, ...]) -> Tensor:
-    matrices = (
+    rows_Hh, columns_Ww = (
         interpolation_matrix(before, after, mode="bilinear", device=said_BChw.device)
         for before, after in zip(said_BChw.shape[2:], sides, strict=True)
     )
-    rows_Hh, columns_Ww = matrices
     return rows_Hh @ said_BChw.float() @ columns_Ww.T

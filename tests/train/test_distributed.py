@@ -26,7 +26,7 @@ WORKERS = 2
 
 @pytest.fixture
 def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
-    """On the Ray that the tests share."""
+    """Return options for two workers on the Ray that the tests share."""
     options = {"steps": 12, "checkpoint_every": 4, "log_every": 1, "num_workers": WORKERS}
     return tiny_config(tiny_store.path, tmp_path / "run", ray_address=os.environ["RAY_ADDRESS"], **options)
 
