@@ -119,7 +119,7 @@ class Bench:
             "optim_args": {"lr": lr},
             "transform_args": {
                 "image_size": [SIZE, SIZE],
-                "normalize": {"mean": encoder.card.mean, "std": encoder.card.std},
+                "normalize": {"mean": encoder.spec.mean, "std": encoder.spec.std},
             },
             "accelerator": "cpu",
             "overwrite": True,

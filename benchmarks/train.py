@@ -57,11 +57,11 @@ from eupe.store.layout import KINDS
 from eupe.store.writer import finish_store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, load_teacher
-from eupe.train.card import RunCard, resolve
 from eupe.train.config import TrainConfig
 from eupe.train.log import TrainStatus
 from eupe.train.loop import judged, train, training_sample
 from eupe.train.parallel import World
+from eupe.train.run_spec import RunSpec, resolve
 from eupe.train.stream import PREFETCH_BATCHES, Meter, open_corpora, stream, training_requests
 from eupe.train.targets import Batch, Request, TargetSet
 from eupe.train.trainer import Trainer
@@ -163,13 +163,13 @@ class Run:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.corpora: list[TargetSet] = open_corpora(config)
-        self.card: RunCard = resolve(config, self.corpora)
+        self.spec: RunSpec = resolve(config, self.corpora)
         self.device = pick_device()
-        self.trainer = Trainer(config, self.card, self.corpora[0], world=World(), device=self.device)
+        self.trainer = Trainer(config, self.spec, self.corpora[0], world=World(), device=self.device)
         self._first = 0
 
     def requests(self, first_step: int) -> Iterator[Request]:
-        return training_requests(self.card, self.corpora, World(), first_step=first_step, num_microbatches=1)
+        return training_requests(self.spec, self.corpora, World(), first_step=first_step, num_microbatches=1)
 
     def cached(self, first_step: int = 0) -> Iterator[Batch]:
         return stream(self.corpora, self.requests(first_step), self.device)
@@ -270,7 +270,7 @@ class Bare:
 
     def __init__(self, run: Run, views: int) -> None:
         (self._targets,) = run.corpora
-        self._length, self._size = run.config.batch_size, run.card.size
+        self._length, self._size = run.config.batch_size, run.spec.size
         self._store = self._targets.stores[0]
         chosen = islice(run.requests(0), -(-views // self._length))
         self._batches = [request.views.tolist() for request in chosen]
@@ -458,7 +458,7 @@ def agreement_of(given: Given, store: Path, size: int, seed: int, teacher: Onlin
     (targets,) = run.corpora
 
     def batches(views: Any) -> Iterator[Batch]:
-        return stream([targets], judged(run.card, views), run.device)
+        return stream([targets], judged(run.spec, views), run.device)
 
     gains = fit_gains(run.trainer.distiller, batches(training_sample(targets)), run.device)
     held_out = batches(targets.views_of(targets.held_out))

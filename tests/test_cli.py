@@ -166,8 +166,8 @@ def test_the_list_of_teachers_is_quick_and_complete(run_eupe: Run) -> None:
     outcome = run_eupe("teachers")
     assert outcome.code == 0
     assert "dinov3" in outcome.out
-    card = json.loads(run_eupe("teachers", "pe-core-g").out)
-    assert (card["dense_dim"], card["summary"], card["prefix_tokens"]) == (1536, "attention_pool", 0)
+    spec = json.loads(run_eupe("teachers", "pe-core-g").out)
+    assert (spec["dense_dim"], spec["summary"], spec["prefix_tokens"]) == (1536, "attention_pool", 0)
 
 
 def test_every_verb_explains_itself() -> None:

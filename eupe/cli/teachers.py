@@ -1,4 +1,4 @@
-"""`eupe teachers`: the list, a card, and the comparison with the libraries."""
+"""`eupe teachers`: the list, one in detail, and the comparison with the libraries."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NEAR_FP32 = 0.999
 
 @teachers_app.callback(invoke_without_command=True)
 def teachers(context: typer.Context) -> None:
-    """List the known teachers; with NAME, show its card."""
+    """List the known teachers; with NAME, show its spec and a note on it."""
     from eupe.teachers.registry import REGISTRY
 
     if context.invoked_subcommand is not None:
@@ -66,7 +66,7 @@ def teachers_show(
         Path | None, typer.Option(help="Local weights; files next to them may give the mean and std.")
     ] = None,
 ) -> None:
-    """Show the card of one teacher."""
+    """Show the spec of one teacher."""
     from eupe.teachers.preprocess import where_from
     from eupe.teachers.resolve import resolve_teacher
 

@@ -1,4 +1,4 @@
-"""Names for what an encoder's two outputs are, without torch, so that a teacher's card can be read without it."""
+"""Names for what an encoder's two outputs are, without torch, so that a teacher's spec can be read without it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ them, if the model has no final norm; `last_stage`, a CNN's last stage before it
 LOCAL_DIR = "local-dir:"
 """Prefix of a directory's path, which timm takes in place of an architecture."""
 
-CARD_FILE = "student.json"
+STUDENT_FILE = "student.json"
 WEIGHTS_FILE = "student.safetensors"
-RUN_FILES = (CARD_FILE, "options.yaml")
+RUN_FILES = (STUDENT_FILE, "options.yaml")
 """Files that mark a training run: its student, once it is finished, and its options, from the beginning."""

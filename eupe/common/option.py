@@ -36,7 +36,7 @@ class Option:
     indifferent: str = ""
     """Reason why another value leads to the same result; empty if it leads to another one."""
     recorded_as: str = ""
-    """What a run's card has in its place, if not the option itself: `total_steps`."""
+    """What a run's spec has in its place, if not the option itself: `total_steps`."""
     may_differ: bool = False
     """Whether students that share a stream, or teachers that share a pass over the pictures, may differ in it."""
     each: bool = False

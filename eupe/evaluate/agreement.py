@@ -23,13 +23,13 @@ from eupe.errors import ConfigError
 from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
 from eupe.evaluate.neighbours import fitting_k, most_together, mutual_neighbours
 from eupe.evaluate.result import Result
-from eupe.evaluate.run import Run, open_run, read_card
+from eupe.evaluate.run import Run, open_run, read_run_spec
 from eupe.models.encoder import Encoder
 from eupe.store.layout import SUMMARY
-from eupe.train.card import target_names
 from eupe.train.loop import judged, training_sample
 from eupe.train.losses import match_grids
 from eupe.train.model import Distiller
+from eupe.train.run_spec import target_names
 from eupe.train.sampling import Views
 from eupe.train.stream import stream
 from eupe.train.targets import Batch
@@ -100,7 +100,7 @@ def agreement(path: Path, *, corpus: AnyPath | None = None, neighbours: int | No
     neighbours = fitting_k(neighbours, pictures)
     trained, untrained = _measure(run, run.distiller, neighbours), _measure(run, run.untrained(), neighbours)
     targets = []
-    for i, name in enumerate(target_names(run.card.targets)):
+    for i, name in enumerate(target_names(run.spec.targets)):
         kinds = {
             kind: KindAgreement(
                 cosine=values["raw"],
@@ -124,8 +124,8 @@ def agreement(path: Path, *, corpus: AnyPath | None = None, neighbours: int | No
 
 def agreement_results(report: Agreement) -> list[Result]:
     """Return two results per target, of the trained and the untrained student; the first score is a mean over kinds."""
-    card = read_card(Path(report.run))
-    sizes = zip(report.targets, card.targets, card.target_sizes, strict=True)
+    spec = read_run_spec(Path(report.run))
+    sizes = zip(report.targets, spec.targets, spec.target_sizes, strict=True)
     return [
         Result(
             task=TASK,
@@ -134,10 +134,10 @@ def agreement_results(report: Agreement) -> list[Result]:
             untrained=untrained,
             scores=_scores(target, untrained),
             protocol={
-                "size": card.size,
+                "size": spec.size,
                 "target_size": target_sizes[0],
-                "holdout": card.config["holdout"],
-                "normalise": card.config["normalise"],
+                "holdout": spec.config["holdout"],
+                "normalise": spec.config["normalise"],
                 "k": report.neighbours,
                 "neighbours": "views of other pictures",
                 "dtype": report.dtype,
@@ -147,7 +147,7 @@ def agreement_results(report: Agreement) -> list[Result]:
                 "path": store["path"],
                 "target": target.target,
                 "fingerprint": store["fingerprint"],
-                "pictures": card.pictures[0],
+                "pictures": spec.pictures[0],
                 "views": report.num_views,
             },
         )
@@ -211,7 +211,7 @@ def _pictures(run: Run) -> Tensor:
 
 def _measure(run: Run, distiller: Distiller, neighbours: int) -> _Measured:
     def batches(views: Views) -> Iterator[Batch]:
-        return stream([run.targets], judged(run.card, views), run.device)
+        return stream([run.targets], judged(run.spec, views), run.device)
 
     # Gains come from training views, so that no held-out target influences its own score.
     gains = fit_gains(distiller, batches(training_sample(run.targets)), run.device)

@@ -149,12 +149,12 @@ def _compare(pair: PairedStores, neighbours: int, on_views: OnViews) -> Pair:
     # Popped, so that the large sums of one kind are freed before the next.
     alike = {kind: _alike(sums.pop(kind)) for kind in pair.kinds}
     mutual, chance = _neighbours(pair, summaries, neighbours)
-    cards = [store.spec.teacher for store in pair.stores]
+    specs = [store.spec.teacher for store in pair.stores]
     kind = DENSE if DENSE in pair.kinds else SUMMARY
     return Pair(
         name=name,
         stores=(str(pair.stores[0].path), str(pair.stores[1].path)),
-        teachers=(str(cards[0]["name"]), str(cards[1]["name"])),
+        teachers=(str(specs[0]["name"]), str(specs[1]["name"])),
         num_pictures=pair.num_pictures,
         num_views=len(pair.views),
         grid=pair.grid if DENSE in pair.kinds else None,
@@ -169,8 +169,8 @@ def _compare(pair: PairedStores, neighbours: int, on_views: OnViews) -> Pair:
             forward=alike[kind].forward,
             backward=alike[kind].backward,
             num_pictures=pair.num_pictures,
-            width=max(int(card[f"{kind}_dim"]) for card in cards),
-            cards=(cards[0], cards[1]),
+            width=max(int(spec[f"{kind}_dim"]) for spec in specs),
+            specs=(specs[0], specs[1]),
         ),
     )
 

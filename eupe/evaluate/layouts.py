@@ -44,7 +44,7 @@ NYU_LISTS: dict[str, str] = {"train": "nyu_train.txt", "val": "nyu_test.txt"}
 NYU_SIDES = (640, 480)
 UNIT_FILE = "depth-unit.txt"
 """File in a data set's folder that holds the value of `--depth-unit` for its depth maps."""
-SCENES_CARD = "scenes.json"
+SCENES_FILE = "scenes.json"
 """File above a data set's folder that marks rendered scenes (docs/scenes.md), whose depth is in millimetres."""
 COCO_CAPTIONS, COCO_PICTURES = "captions_val2017.json", "val2017"
 QUESTIONS = "questions.json"
@@ -385,8 +385,8 @@ def stated_unit(data: Path, given: DepthUnit | None, maps: Sequence[Path]) -> De
         return None if stated.word == told_unit(maps[0], None) else stated
     path = maps[0]
     values = _read_values(path)
-    # Scenes rendered before they got a `depth-unit.txt` are recognised by their card.
-    usual = (data / NYU_LISTS["train"]).exists() or (data.parent / SCENES_CARD).exists()
+    # Scenes rendered before they got a `depth-unit.txt` are recognised by their file.
+    usual = (data / NYU_LISTS["train"]).exists() or (data.parent / SCENES_FILE).exists()
     if values.dtype.kind in "iu" and values.dtype.itemsize > 1 and not usual:
         raise CorpusError(
             f"depth map {path} holds whole numbers up to {values.max():,}, and nothing states the depth of one step; "

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eupe.common.reading import read_json
-from eupe.evaluate.run import is_run, read_card
+from eupe.evaluate.run import is_run, read_run_spec
 from eupe.teachers.run_adapter import OWN_LICENCE
-from eupe.train.card import RunCard
 from eupe.train.loop import INIT_FILE
+from eupe.train.run_spec import RunSpec
 
 UNKNOWN = "unknown"
 
@@ -30,13 +30,13 @@ class Origin:
         return " of ".join(reversed(self.through))
 
 
-def origins(run: Path, card: RunCard) -> list[Origin]:
+def origins(run: Path, spec: RunSpec) -> list[Origin]:
     """Return the origins of a run's student, each once.
 
     They are the teachers of its targets, the origins of targets that are runs, and those of the run that it was
     initialised from.
     """
-    return list(dict.fromkeys(_origins(run, card, ())))
+    return list(dict.fromkeys(_origins(run, spec, ())))
 
 
 def origins_behind(place: str, learner: Path) -> list[Origin]:
@@ -49,13 +49,13 @@ def origins_behind(place: str, learner: Path) -> list[Origin]:
     return list(dict.fromkeys(_behind(place, learner, ())))
 
 
-def _origins(run: Path, card: RunCard, between: tuple[str, ...]) -> Iterator[Origin]:
+def _origins(run: Path, spec: RunSpec, between: tuple[str, ...]) -> Iterator[Origin]:
     """Yield the origins of a run's student; one may come more than once.
 
     Args:
         between: paths of the runs from the nearest to the student up to this one; empty for the student's own run.
     """
-    for target in [*card.targets, *(target for mixed in card.mix for target in mixed["targets"])]:
+    for target in [*spec.targets, *(target for mixed in spec.mix for target in mixed["targets"])]:
         if target["licence"] == OWN_LICENCE:
             yield from _behind(target["teacher"], run, between)
         else:
@@ -70,7 +70,7 @@ def _behind(place: str, learner: Path, between: tuple[str, ...]) -> Iterator[Ori
         return
     for found in (Path(place), learner.parent / Path(place).name):
         if is_run(found):
-            yield from _origins(found, read_card(found), (*between, place))
+            yield from _origins(found, read_run_spec(found), (*between, place))
             return
     yield Origin(Path(place).name, f"{UNKNOWN}: no run is here that could tell which teachers it had", _names(between))
 

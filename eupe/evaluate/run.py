@@ -16,10 +16,18 @@ from eupe.common.compute import fastest_format, pick_device
 from eupe.common.storage import AnyPath
 from eupe.errors import RunError
 from eupe.models.encoder import load_encoder
-from eupe.train.card import CONFIG_FILE, HEADS_FILE, RunCard, finished_card, holdout_by, method_of, store_fingerprint
-from eupe.train.card import is_run as is_run
-from eupe.train.card import read_card as read_card
 from eupe.train.model import Distiller, build_distiller
+from eupe.train.run_spec import (
+    CONFIG_FILE,
+    HEADS_FILE,
+    RunSpec,
+    finished_run_spec,
+    holdout_by,
+    method_of,
+    store_fingerprint,
+)
+from eupe.train.run_spec import is_run as is_run
+from eupe.train.run_spec import read_run_spec as read_run_spec
 from eupe.train.targets import TargetSet, holdout_words, is_held_out, open_targets
 
 DECISIVE = ("student", "size", "head_width", "seed", "dtype", "normalise", "target_size", "holdout")
@@ -31,18 +39,18 @@ class Run:
     """A trained student with its heads, and the targets that it learned from."""
 
     path: Path
-    card: RunCard
+    spec: RunSpec
     distiller: Distiller
     targets: TargetSet
     device: torch.device
 
     @property
     def size(self) -> int:
-        return self.card.size
+        return self.spec.size
 
     def untrained(self) -> Distiller:
         """Build student and heads with random weights, as before the first step of a run without `--init`."""
-        return build_distiller(self.card, self.targets, self.device)
+        return build_distiller(self.spec, self.targets, self.device)
 
 
 def not_learned(samples: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> list[bool]:
@@ -54,7 +62,7 @@ def not_learned(samples: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> l
     """
     held = np.full(len(samples), bool(runs))
     for run in runs:
-        share, by = holdout(run), holdout_by(method_of(read_card(run)))
+        share, by = holdout(run), holdout_by(method_of(read_run_spec(run)))
         held &= [is_held_out(word, share) for word in holdout_words(samples, by)]
     return held.tolist()
 
@@ -64,7 +72,7 @@ def holdout(path: Path) -> float:
 
     Raises: RunError if there is no run, or it records no such share.
     """
-    share = read_card(path).config.get("holdout")
+    share = read_run_spec(path).config.get("holdout")
     if not isinstance(share, int | float) or not 0 <= share <= 1:
         raise RunError(
             f"run {path} has a {CONFIG_FILE} whose holdout is {share!r}, not a share from 0 to 1; restore it"
@@ -75,17 +83,17 @@ def holdout(path: Path) -> float:
 def open_run(path: Path, *, corpus: AnyPath | None = None) -> Run:
     """Load student and heads, and open the stores that they learned from.
 
-    Raises: RunError if the run is not finished, its card or heads cannot be used, or a store is not the one that it
+    Raises: RunError if the run is not finished, its spec or heads cannot be used, or a store is not the one that it
         learned from; StoreError or CorpusError if its targets or pictures are missing, or do not fit.
     """
-    card = finished_card(path)
-    lacking = [name for name in DECISIVE if name not in card.config]
-    lacking += [name for target in card.targets for name in ("path", "fingerprint") if name not in target]
+    spec = finished_run_spec(path)
+    lacking = [name for name in DECISIVE if name not in spec.config]
+    lacking += [name for target in spec.targets for name in ("path", "fingerprint") if name not in target]
     if lacking:
         raise RunError(f"run {path} has a {CONFIG_FILE} without {', '.join(lacking)}; restore it, or train again")
-    stores = [target["path"] for target in card.targets]
-    targets = open_targets(stores, corpus=corpus, holdout=holdout(path), holdout_by=holdout_by(method_of(card)))
-    for store, target in zip(targets.stores, card.targets, strict=True):
+    stores = [target["path"] for target in spec.targets]
+    targets = open_targets(stores, corpus=corpus, holdout=holdout(path), holdout_by=holdout_by(method_of(spec)))
+    for store, target in zip(targets.stores, spec.targets, strict=True):
         if store_fingerprint(store) != target["fingerprint"]:
             raise RunError(
                 f"{store.path} is not the store that {path} learned from; it was made again, with other contents"
@@ -93,11 +101,11 @@ def open_run(path: Path, *, corpus: AnyPath | None = None) -> Run:
     targets.check_views()
     device = pick_device()
     encoder = load_encoder(path)
-    distiller = build_distiller(card, targets, device)
+    distiller = build_distiller(spec, targets, device)
     try:
         distiller.encoder.load_state_dict(encoder.state_dict())
         distiller.heads.load_state_dict(load_file(path / HEADS_FILE))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunError(f"run {path} has no usable heads ({error}); finish it with `eupe train ... --resume`") from error
     distiller.use_memory_format(fastest_format(distiller.encoder.model))
-    return Run(path, card, distiller, targets, device)
+    return Run(path, spec, distiller, targets, device)

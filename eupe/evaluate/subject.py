@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eupe.common.compute import Tokens, compute_dtype, dtype_name, pick_device
-from eupe.common.kinds import CARD_FILE
+from eupe.common.kinds import STUDENT_FILE
 from eupe.common.storage import StoragePath
 from eupe.corpus.index import Corpus
 from eupe.corpus.views import ViewParams
@@ -29,7 +29,7 @@ from eupe.evaluate.feature_cache import FeatureCache
 from eupe.evaluate.feature_key import CROPS, encoder_digest, views_key
 from eupe.evaluate.pictures import CropFunction, Pictures
 from eupe.evaluate.result import Result
-from eupe.evaluate.run import is_run, read_card
+from eupe.evaluate.run import is_run, read_run_spec
 from eupe.store import Store, open_store
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.teachers.resolve import resolve_teacher
@@ -261,7 +261,7 @@ class EncoderSubject:
                 self.spec, weights=self.weights, key=self.weights_key, device=device, dtype=dtype, sizes=(size,)
             )
             return loaded.in_fastest_format()
-        seed = read_card(Path(self.spec.model)).config["seed"] if self.kind == "run" else 0
+        seed = read_run_spec(Path(self.spec.model)).config["seed"] if self.kind == "run" else 0
         teacher = build_teacher(self.spec, size=size, seed=seed)
         return Teacher(self.spec, teacher.module.to(device), device, dtype).in_fastest_format()
 
@@ -390,7 +390,7 @@ def _open(word: str, weights: Path | None, key: str | None, features: FeatureCac
         store = open_store(place)
         store.require_finished()
         return StoreSubject(word, store)
-    if is_run(path) and not (path / CARD_FILE).is_file():
+    if is_run(path) and not (path / STUDENT_FILE).is_file():
         raise RunError(f"run {path} has no student yet; finish it with `eupe train ... --resume`")
     try:
         return EncoderSubject(word, resolve_teacher(word, weights), weights, weights_key=key, features=features)

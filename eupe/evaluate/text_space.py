@@ -25,8 +25,8 @@ from eupe.teachers.registry import ALIASES
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import file_digest
-from eupe.train.card import finished_card, target_names
 from eupe.train.predict import KindPredictor, load_predictors
+from eupe.train.run_spec import finished_run_spec, target_names
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def _ways(
     run = Path(spec.model)
     if run in (earlier for earlier, _ in heads):
         return [], [f"run {run} is its own teacher"]
-    card = finished_card(run)
+    learned = finished_run_spec(run)
     ways: list[Way] = []
     dead_ends: list[str] = []
-    for i, (name, target) in enumerate(zip(target_names(card.targets), card.targets, strict=True)):
+    for i, (name, target) in enumerate(zip(target_names(learned.targets), learned.targets, strict=True)):
         if not target["summary_dim"]:
             dead_ends.append(f"run {run} has no head for the summary of {name}")
             continue
@@ -127,7 +127,7 @@ def to_text_space(subject: Subject, way: Way, summaries_NDs: Tensor) -> Tensor:
     for number, (run, target) in enumerate(way.heads):
         if taught is not None:
             _require_unchanged(run, taught.get("weights_sha256"), of=learner)
-        learner, taught = str(run), finished_card(run).targets[target]
+        learner, taught = str(run), finished_run_spec(run).targets[target]
         predictor = load_predictors(run)[target].kinds[SUMMARY]
         assert isinstance(predictor, KindPredictor)
         if number == 0 and subject.untrained:  # only the student's own head; those of proxies stay trained

@@ -53,7 +53,7 @@ def judge(
     backward: Predicted | None,
     num_pictures: int,
     width: int,
-    cards: tuple[Mapping[str, Any], Mapping[str, Any]],
+    specs: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> Verdict:
     """Judge two teachers by one kind of token.
 
@@ -61,14 +61,14 @@ def judge(
         forward: prediction of the second teacher from the first.
         backward: prediction of the first from the second.
         width: the larger of the two widths.
-        cards: the teachers' cards, as stores hold them.
+        specs: the teachers' specs, as stores hold them.
     """
     if forward is None or backward is None or cka is None:
         return Verdict("unclear", f"the {kind} tokens of {names[0]} or {names[1]} do not vary: nothing to compare")
     few = _too_few(forward.samples, width, num_pictures)
     word, meaning = _meaning(names, cka, forward, backward, few)
     said = f"R² of {kind} tokens is {forward.r2:.2f} to {names[1]}, {backward.r2:.2f} to {names[0]}, CKA {cka:.2f}"
-    fight = word != "redundant" and all(is_clip_like(card) for card in cards)
+    fight = word != "redundant" and all(is_clip_like(spec) for spec in specs)
     note = "; both are CLIP-like, and the paper found such a pair to fight" if fight else ""
     return Verdict(word, f"{meaning} ({said}){note}")
 
@@ -99,10 +99,10 @@ def _too_few(samples: int, width: int, num_pictures: int) -> str:
     return f"{samples} training samples for {width} channels" if samples < SAMPLES_PER_CHANNEL * width else ""
 
 
-def is_clip_like(card: Mapping[str, Any]) -> bool:
+def is_clip_like(spec: Mapping[str, Any]) -> bool:
     """Return whether a teacher was trained to match pictures with texts, judging by its name and model.
 
     A run's name says nothing, so a run never counts.
     """
-    named = f"{card['name']} {card['model']}".lower()
-    return card["backend"] != "run" and any(word in named for word in CLIP_LIKE)
+    named = f"{spec['name']} {spec['model']}".lower()
+    return spec["backend"] != "run" and any(word in named for word in CLIP_LIKE)

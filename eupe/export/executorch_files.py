@@ -39,7 +39,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
             traced = torch.export.export(graph, (torch.zeros(1, 3, source.size, source.size),))
             program = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()]).to_executorch()
     except Exception as error:  # tracers raise many types of exceptions
-        arch = source.encoder.card.arch
+        arch = source.encoder.spec.arch
         raise ConfigError(
             f"{arch} cannot be lowered for ExecuTorch ({brief_root(error)}); use --format onnx"
         ) from error

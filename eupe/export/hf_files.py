@@ -18,7 +18,7 @@ from eupe.export.config import ExportConfig
 from eupe.export.heads import save_heads, say_again
 from eupe.export.hf_names import Native, native
 from eupe.export.source import ForwardFunction, Source, Written
-from eupe.models.encoder import EncoderCard
+from eupe.models.encoder import EncoderSpec
 from eupe.teachers.weights import quiet_transformers
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -37,7 +37,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
         timm_files.write(source, config, folder)
         return Written(WRAPPER)
     _save_native(translated, folder)
-    plain = preprocessor(source.encoder.card)
+    plain = preprocessor(source.encoder.spec)
     (folder / PREPROCESSOR_FILE).write_text(json.dumps(plain, indent=2) + "\n")
     save_heads(source.heads, folder)
     return Written(translated.model)
@@ -45,31 +45,31 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
 
 def native_of(source: Source) -> Native | None:
     """Return the student as one of the library's own models; None if the library has no such model."""
-    card = source.encoder.card
-    return native(card.arch.split(".")[0], source.encoder.model, card.size)
+    spec = source.encoder.spec
+    return native(spec.arch.split(".")[0], source.encoder.model, spec.size)
 
 
 def reopen(source: Source, folder: Path) -> ForwardFunction:
     """Load the directory as a user would; return a function that runs its model."""
     from transformers import AutoModel
 
-    card, translated = source.encoder.card, native_of(source)
+    spec, translated = source.encoder.spec, native_of(source)
     with quiet_transformers():
         model = AutoModel.from_pretrained(str(folder), local_files_only=True).eval()
 
     @torch.inference_mode()
     def forward(pixels: Tensor) -> dict[str, Tensor]:
         answer = model(pixels)
-        tokens = {"summary": answer.pooler_output, "dense": _dense(card, translated, model, answer, pixels)}
+        tokens = {"summary": answer.pooler_output, "dense": _dense(spec, translated, model, answer, pixels)}
         return tokens | say_again(folder, tokens)
 
     return forward
 
 
-def _dense(card: EncoderCard, translated: Native | None, model: Any, answer: Any, pixels: Tensor) -> Tensor:
+def _dense(spec: EncoderSpec, translated: Native | None, model: Any, answer: Any, pixels: Tensor) -> Tensor:
     if translated is None:
-        return timm_files.dense_of(card, model.timm_model, answer.last_hidden_state, pixels)
-    grid = (pixels.shape[-2] // card.patch, pixels.shape[-1] // card.patch)
+        return timm_files.dense_of(spec, model.timm_model, answer.last_hidden_state, pixels)
+    grid = (pixels.shape[-2] // spec.patch, pixels.shape[-1] // spec.patch)
     dense: Tensor = answer.last_hidden_state[:, translated.prefix :].unflatten(1, grid)
     return dense
 
@@ -85,19 +85,19 @@ def _save_native(translated: Native, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def preprocessor(card: EncoderCard) -> dict[str, Any]:
+def preprocessor(spec: EncoderSpec) -> dict[str, Any]:
     """Return the settings of the centre view: resize the shorter side to the input's, crop the centre, normalise."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": card.size},
+        "size": {"shortest_edge": spec.size},
         "resample": BICUBIC,
         "do_center_crop": True,
-        "crop_size": {"height": card.size, "width": card.size},
+        "crop_size": {"height": spec.size, "width": spec.size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(card.mean),
-        "image_std": list(card.std),
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
     }

@@ -85,7 +85,7 @@ def export(config: ExportConfig) -> ExportReport:
             return kept
         written = _written(source, config, folder)
         proof = _proven(source, config, folder)
-        learned_from = origins(config.run, source.card)
+        learned_from = origins(config.run, source.spec)
         text = write_card(source, config, written, proof, learned_from)
         (folder / CARD_FILE).write_text(text, encoding="utf-8", errors="replace")
         files = {file.name: file.stat().st_size for file in folder.iterdir()}
@@ -94,7 +94,7 @@ def export(config: ExportConfig) -> ExportReport:
             cached=False,
             format=config.format,
             kind=written.kind,
-            arch=source.encoder.card.arch,
+            arch=source.encoder.spec.arch,
             size=source.size,
             precision=config.precision,
             outputs={name: asdict(found) for name, found in proof.outputs.items()},
@@ -149,7 +149,7 @@ def _held_against_the_run(source: Source, config: ExportConfig, folder: Path, wh
     """
     try:
         exported = FORMATS[config.format].reopen(source, folder)
-        proof = prove(source.reference, exported, source.encoder.card, _sizes(source, config))
+        proof = prove(source.reference, exported, source.encoder.spec, _sizes(source, config))
     except EupeError:
         raise
     except Exception as error:  # libraries raise many types of exceptions
@@ -176,7 +176,7 @@ def _identity(source: Source, config: ExportConfig) -> dict[str, Any]:
 
 def _sizes(source: Source, config: ExportConfig) -> Sequence[tuple[int, int]]:
     """Return the heights and widths to verify: the export's size, and others if any size should work."""
-    size, patch = source.size, source.encoder.card.patch
+    size, patch = source.size, source.encoder.spec.patch
     if not config.dynamic_size:
         return [(size, size)]
     return [(size, size), (size + patch, size + patch), (size, size + 2 * patch), (size + 3 * patch, size)]

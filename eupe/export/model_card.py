@@ -19,7 +19,7 @@ from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, ExportConfig
 from eupe.export.snippets import snippet
 from eupe.export.source import Source, Written
 from eupe.export.verify import LEAST, Proof
-from eupe.train.card import REPORT_FILE, target_names
+from eupe.train.run_spec import REPORT_FILE, target_names
 
 RECIPE = (
     *("size", "batch_size", "lr", "lr_scaling", "weight_decay", "clip", "rope_rescale", "ema", "normalise", "drop"),
@@ -49,7 +49,7 @@ def write_card(source: Source, config: ExportConfig, written: Written, proof: Pr
     Raises: RunError if the run's own reports cannot be read.
     """
     parts = [
-        front_matter(config, source.encoder.card.arch),
+        front_matter(config, source.encoder.spec.arch),
         f"# {config.out.absolute().name}\n",
         _about(source, written.kind),
         "## Use\n",
@@ -72,21 +72,21 @@ def write_card(source: Source, config: ExportConfig, written: Written, proof: Pr
 
 
 def _about(source: Source, kind: str) -> str:
-    card = source.encoder.card
+    spec = source.encoder.spec
     heads = f"; with the heads of {', '.join(source.heads)}" if source.heads else ""
     return (
-        f"`{card.arch}` for pictures of {card.size} px, distilled from the cached features of vision foundation models "
+        f"`{spec.arch}` for pictures of {spec.size} px, distilled from the cached features of vision foundation models "
         f"by [eupe](https://arxiv.org/abs/2603.22387) {eupe.__version__}. This directory: {kind}{heads}.\n\n"
-        f"It gives a summary of {card.summary_dim} numbers ({card.summary}) and one token of {card.dense_dim} numbers "
-        f"({card.dense}) for every {card.patch} x {card.patch} pixels.\n"
+        f"It gives a summary of {spec.summary_dim} numbers ({spec.summary}) and one token of {spec.dense_dim} numbers "
+        f"({spec.dense}) for every {spec.patch} x {spec.patch} pixels.\n"
     )
 
 
 def _preparation(source: Source) -> str:
-    card = source.encoder.card
-    mean, std = (", ".join(f"{x:g}" for x in values) for values in (card.mean, card.std))
+    spec = source.encoder.spec
+    mean, std = (", ".join(f"{x:g}" for x in values) for values in (spec.mean, spec.std))
     return (
-        f"Input: RGB, the square in the middle, resized to {card.size} px (bicubic, antialiased), divided by 255, "
+        f"Input: RGB, the square in the middle, resized to {spec.size} px (bicubic, antialiased), divided by 255, "
         f"minus ({mean}), divided by ({std}); float32, channels first.\n"
     )
 
@@ -116,15 +116,15 @@ def _licences(origins: Sequence[Origin]) -> str:
 
 
 def _training(source: Source) -> str:
-    card = source.card
-    chosen = [(name, json.dumps(card.config[name])) for name in RECIPE if card.config.get(name) is not None]
+    spec = source.spec
+    chosen = [(name, json.dumps(spec.config[name])) for name in RECIPE if spec.config.get(name) is not None]
     targets = [
         (name, f"`{target['fingerprint']}`", str(target["summary_dim"]), str(target["dense_dim"]))
-        for name, target in zip(target_names(card.targets), card.targets, strict=True)
+        for name, target in zip(target_names(spec.targets), spec.targets, strict=True)
     ]
-    pictures = ", ".join(f"`{digest}`" for digest in card.pictures)
+    pictures = ", ".join(f"`{digest}`" for digest in spec.pictures)
     return (
-        _table(("option", "value"), [("steps", f"{card.total_steps:,}"), *chosen])
+        _table(("option", "value"), [("steps", f"{spec.total_steps:,}"), *chosen])
         + "\n"
         + _table(("target", "fingerprint of its store", "summary", "dense"), targets)
         + f"\nDigest of the pictures' names: {pictures}.\n"
@@ -168,7 +168,7 @@ def _held_out(report: Path) -> list[tuple[str, str, str, str]]:
 
 
 def _versions(source: Source) -> str:
-    trained: Mapping[str, str] = source.card.versions
+    trained: Mapping[str, str] = source.spec.versions
     said = ", ".join(f"{name} {version}" for name, version in trained.items()) or "unknown versions"
     return f"Trained with {said}; exported with eupe {eupe.__version__}, timm {timm.__version__}.\n"
 

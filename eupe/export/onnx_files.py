@@ -72,7 +72,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
     opset = _strip(path)
     onnx.checker.check_model(str(path), full_check=True)
     if config.dynamic_size:
-        notes.append(f"Height and width may be any multiples of {source.encoder.card.patch} pixels.")
+        notes.append(f"Height and width may be any multiples of {source.encoder.spec.patch} pixels.")
     return Written(f"an ONNX graph (opset {opset}, {config.precision})", tuple(notes))
 
 
@@ -81,14 +81,14 @@ def _require_other_sizes(source: Source) -> None:
 
     Raises: ConfigError if it does not.
     """
-    card = source.encoder.card
+    spec = source.encoder.spec
     encoder = copy.deepcopy(source.encoder).to("meta")
-    for rows, columns in ((card.size, card.size), (card.size + card.patch, card.size + 2 * card.patch)):
+    for rows, columns in ((spec.size, spec.size), (spec.size + spec.patch, spec.size + 2 * spec.patch)):
         try:
             encoder(torch.zeros(1, 3, rows, columns, device="meta"))
         except Exception as error:  # libraries raise many types of exceptions
             raise ConfigError(
-                f"--dynamic-size does not work for {card.arch}, which takes only one size "
+                f"--dynamic-size does not work for {spec.arch}, which takes only one size "
                 f"({brief_root(error)}); leave --dynamic-size out"
             ) from error
 
@@ -136,10 +136,10 @@ def _trace(graph: nn.Module, source: Source, config: ExportConfig) -> Any:
 
     Raises: ConfigError if it cannot be traced.
     """
-    card = source.encoder.card
+    spec = source.encoder.spec
     dynamic: dict[int, Any] = {0: torch.export.Dim("batch")}
     if config.dynamic_size:
-        dynamic |= {2: card.patch * torch.export.Dim("rows"), 3: card.patch * torch.export.Dim("columns")}
+        dynamic |= {2: spec.patch * torch.export.Dim("rows"), 3: spec.patch * torch.export.Dim("columns")}
     try:
         program = torch.onnx.export(
             graph,
@@ -152,6 +152,6 @@ def _trace(graph: nn.Module, source: Source, config: ExportConfig) -> Any:
         )
     except Exception as error:  # tracers raise many types of exceptions
         hint = "leave --dynamic-size out" if config.dynamic_size else "use --format timm"
-        raise ConfigError(f"{card.arch} cannot be traced into an ONNX graph ({brief_root(error)}); {hint}") from error
+        raise ConfigError(f"{spec.arch} cannot be traced into an ONNX graph ({brief_root(error)}); {hint}") from error
     assert program is not None
     return program

@@ -53,7 +53,7 @@ def quantise(path: Path, source: Source, ask: Callable[[Path], ForwardFunction],
     quantise_weights(prepared, ways[WEIGHTS])
     if (share := _share(ways[WEIGHTS], prepared)) > LARGEST_SIZE:
         raise ConfigError(
-            f"--precision int8 would leave most of {source.encoder.card.arch} at {source.size} px in float32, with "
+            f"--precision int8 would leave most of {source.encoder.spec.arch} at {source.size} px in float32, with "
             f"{share:.0%} of the bytes of the float32 graph; use --precision fp16 or fp32"
         )
     ranging, choosing = _pictures(source, calibrate)
@@ -135,7 +135,7 @@ def _axis_of_outputs(node: Any) -> int:
 
 def _pictures(source: Source, calibrate: AnyPath | None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return the pictures for calibration, and those to compare the methods on."""
-    size = source.encoder.card.size
+    size = source.encoder.spec.size
     if calibrate is None:
         ranging, choosing = (varied_pictures(size, size, seed=seed) for seed in SEEDS)
         return ranging, choosing
@@ -154,8 +154,8 @@ def _likeness(source: Source, forward: ForwardFunction, pictures: NDArray[np.uin
 
 
 def _batches(source: Source, pictures: NDArray[np.uint8]) -> list[torch.Tensor]:
-    card = source.encoder.card
-    return list(torch.split(normalise(torch.from_numpy(pictures.copy()), card.mean, card.std), BATCH))
+    spec = source.encoder.spec
+    return list(torch.split(normalise(torch.from_numpy(pictures.copy()), spec.mean, spec.std), BATCH))
 
 
 class _Reader:

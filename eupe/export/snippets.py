@@ -55,17 +55,17 @@ def _timm(source: Source) -> tuple[list[str], list[str]]:
         "with torch.inference_mode():",
         "    features = model.forward_features(pixels)",
         "    summary = model.forward_head(features, pre_logits=True)",
-        *(f"    {line}" for line in dense_lines(source.encoder.card, source.encoder.model)),
+        *(f"    {line}" for line in dense_lines(source.encoder.spec, source.encoder.model)),
     ]
     return once, each
 
 
 def _hf(source: Source) -> tuple[list[str], list[str]]:
-    card, translated = source.encoder.card, native_of(source)
+    spec, translated = source.encoder.spec, native_of(source)
     if translated is None:
-        dense = dense_lines(card, source.encoder.model, features="answer.last_hidden_state", name="model.timm_model")
+        dense = dense_lines(spec, source.encoder.model, features="answer.last_hidden_state", name="model.timm_model")
     else:
-        cells = f"(pixels.shape[-2] // {card.patch}, pixels.shape[-1] // {card.patch})"
+        cells = f"(pixels.shape[-2] // {spec.patch}, pixels.shape[-1] // {spec.patch})"
         dense = [f"dense = answer.last_hidden_state[:, {translated.prefix}:].unflatten(1, {cells})"]
     once = [
         "import torch",
@@ -117,14 +117,14 @@ def _executorch(source: Source) -> tuple[list[str], list[str]]:
 
 def _prepared(source: Source) -> list[str]:
     """Return lines of code that turn a picture into `pixels` with Pillow and NumPy alone."""
-    card = source.encoder.card
+    spec = source.encoder.spec
     return [
         'picture = Image.open(PICTURE).convert("RGB")',
         "side = min(picture.size)",
         "left, top = (picture.width - side) // 2, (picture.height - side) // 2",
         "picture = picture.crop((left, top, left + side, top + side))",
-        f"picture = picture.resize(({card.size}, {card.size}), Image.Resampling.BICUBIC)",
+        f"picture = picture.resize(({spec.size}, {spec.size}), Image.Resampling.BICUBIC)",
         "pixels = np.asarray(picture, np.float32) / 255",
-        f"pixels = (pixels - np.float32({list(card.mean)})) / np.float32({list(card.std)})",
+        f"pixels = (pixels - np.float32({list(spec.mean)})) / np.float32({list(spec.std)})",
         "pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])",
     ]

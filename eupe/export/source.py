@@ -18,11 +18,11 @@ from eupe.errors import ConfigError, RunError, TeacherError
 from eupe.export.config import ExportConfig
 from eupe.export.heads import chosen, folded
 from eupe.models.checkpoints import load_state_dict_strictly
-from eupe.models.encoder import Encoder, build_encoder, load_encoder, timm_card
+from eupe.models.encoder import Encoder, build_encoder, load_encoder, timm_spec
 from eupe.teachers.weights import brief
-from eupe.train.card import HEADS_FILE, NORMS_FILE, RunCard, finished_card
 from eupe.train.init import fitted
 from eupe.train.predict import load_predictors
+from eupe.train.run_spec import HEADS_FILE, NORMS_FILE, RunSpec, finished_run_spec
 
 ForwardFunction = Callable[[Tensor], dict[str, Tensor]]
 """A function from normalised float32 pixels [B, 3, H, W] to outputs by name: `summary` [B, Ds], `dense` [B, h, w, D],
@@ -44,7 +44,7 @@ class Source:
     """A run to export."""
 
     run: Path
-    card: RunCard
+    spec: RunSpec
     encoder: Encoder
     """The student laid out for the size of the export, in evaluation mode, on the CPU, in float32."""
     heads: dict[str, nn.Sequential]
@@ -56,7 +56,7 @@ class Source:
 
     @property
     def size(self) -> int:
-        return self.encoder.card.size
+        return self.encoder.spec.size
 
     @property
     def outputs(self) -> list[str]:
@@ -70,7 +70,7 @@ def open_source(config: ExportConfig) -> Source:
     Raises: RunError if the run is not finished, or is damaged; ConfigError for a size that its architecture does not
         take, or heads that it does not have.
     """
-    card = finished_card(config.run)
+    spec = finished_run_spec(config.run)
     trained = load_encoder(config.run).eval().requires_grad_(False)
     predictors = chosen(load_predictors(config.run), config.heads) if config.heads else []
 
@@ -86,8 +86,8 @@ def open_source(config: ExportConfig) -> Source:
     files = [WEIGHTS_FILE, *((HEADS_FILE, NORMS_FILE) if predictors else ())]
     return Source(
         run=config.run,
-        card=card,
-        encoder=_laid_out(trained, config.size or trained.card.size, config),
+        spec=spec,
+        encoder=_laid_out(trained, config.size or trained.spec.size, config),
         heads={name: head.requires_grad_(False) for name, head in heads.items()},
         reference=reference,
         digest=_digest([config.run / name for name in files]),
@@ -99,12 +99,12 @@ def _laid_out(trained: Encoder, size: int, config: ExportConfig) -> Encoder:
 
     Raises: ConfigError if the architecture does not take the size.
     """
-    arch, own, run = trained.card.arch, trained.card.size, config.run
+    arch, own, run = trained.spec.arch, trained.spec.size, config.run
     if size == own:
         return trained
-    timm_card(arch, size)
+    timm_spec(arch, size)
     if config.dynamic_size:  # the graph resamples positions itself; resampling twice would give other positions
-        return Encoder(replace(trained.card, size=size), trained.model)
+        return Encoder(replace(trained.spec, size=size), trained.model)
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.random.fork_rng(devices=[]):

@@ -19,7 +19,7 @@ import eupe
 from eupe.export.config import ExportConfig
 from eupe.export.heads import save_heads, say_again
 from eupe.export.source import ForwardFunction, Source, Written
-from eupe.models.encoder import EncoderCard
+from eupe.models.encoder import EncoderSpec
 from eupe.models.proxy import in_stock_timm
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -32,7 +32,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
 
     Raises: OSError, SafetensorError.
     """
-    plain = hub_config(source.encoder.card, source.encoder.model)
+    plain = hub_config(source.encoder.spec, source.encoder.model)
     (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=2) + "\n")
     weights = {name: tensor.contiguous() for name, tensor in source.encoder.model.state_dict().items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -48,24 +48,24 @@ def reopen(source: Source, folder: Path) -> ForwardFunction:
     def forward(pixels: Tensor) -> dict[str, Tensor]:
         features = model.forward_features(pixels)
         summary = model.forward_head(features, pre_logits=True)
-        tokens = {"summary": summary, "dense": dense_of(source.encoder.card, model, features, pixels)}
+        tokens = {"summary": summary, "dense": dense_of(source.encoder.spec, model, features, pixels)}
         return tokens | say_again(folder, tokens)
 
     return forward
 
 
-def hub_config(card: EncoderCard, model: Any) -> dict[str, Any]:
+def hub_config(spec: EncoderSpec, model: Any) -> dict[str, Any]:
     """Return timm's config.json of the hub, which says how to build the architecture and how to prepare pictures.
 
     Args:
-        model: a timm model of the architecture, laid out for `card.size`.
+        model: a timm model of the architecture, laid out for `spec.size`.
     """
-    arch, own_args = in_stock_timm(card.arch.split(".")[0])
+    arch, own_args = in_stock_timm(spec.arch.split(".")[0])
     default = model.pretrained_cfg
     args = dict(own_args)
     if default["fixed_input_size"]:
-        args["img_size"] = card.size
-    pool = POOLS.get(card.summary)
+        args["img_size"] = spec.size
+    pool = POOLS.get(spec.summary)
     if isinstance(getattr(model, "global_pool", None), str) and pool not in (None, model.global_pool):
         args["global_pool"] = pool
     return {
@@ -77,13 +77,13 @@ def hub_config(card: EncoderCard, model: Any) -> dict[str, Any]:
         "pretrained_cfg": {
             "tag": f"eupe_{eupe.__version__}",
             "custom_load": False,
-            "input_size": [3, card.size, card.size],
+            "input_size": [3, spec.size, spec.size],
             "fixed_input_size": default["fixed_input_size"],
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "center",
-            "mean": list(card.mean),
-            "std": list(card.std),
+            "mean": list(spec.mean),
+            "std": list(spec.std),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": default.get("first_conv"),
@@ -93,19 +93,19 @@ def hub_config(card: EncoderCard, model: Any) -> dict[str, Any]:
     }
 
 
-def dense_of(card: EncoderCard, model: Any, features: Tensor, pixels: Tensor) -> Tensor:
+def dense_of(spec: EncoderSpec, model: Any, features: Tensor, pixels: Tensor) -> Tensor:
     """Return dense tokens [B, h, w, D] from timm's features of pictures, using timm alone; see `dense_lines`."""
     if features.ndim == 3:
-        grid = (pixels.shape[-2] // card.patch, pixels.shape[-1] // card.patch)
-        return features[:, card.prefix_tokens :].reshape(len(features), *grid, -1)
-    if card.dense == "last_stage":
+        grid = (pixels.shape[-2] // spec.patch, pixels.shape[-1] // spec.patch)
+        return features[:, spec.prefix_tokens :].reshape(len(features), *grid, -1)
+    if spec.dense == "last_stage":
         features = model.forward_intermediates(pixels, indices=1)[1][0]
-    elif _head_norms(card, model):
+    elif _head_norms(spec, model):
         features = model.head.norm(features)
     return features if _channels_last(model) else features.permute(0, 2, 3, 1)
 
 
-def dense_lines(card: EncoderCard, model: Any, *, features: str = "features", name: str = "model") -> list[str]:
+def dense_lines(spec: EncoderSpec, model: Any, *, features: str = "features", name: str = "model") -> list[str]:
     """Return lines of code that do the same as `dense_of`, from `pixels`.
 
     Args:
@@ -113,19 +113,19 @@ def dense_lines(card: EncoderCard, model: Any, *, features: str = "features", na
         name: the variable of the model.
     """
     if hasattr(model, "num_prefix_tokens"):
-        cells = f"(pixels.shape[-2] // {card.patch}, pixels.shape[-1] // {card.patch})"
-        return [f"dense = {features}[:, {card.prefix_tokens}:].unflatten(1, {cells})"]
-    if card.dense == "last_stage":
+        cells = f"(pixels.shape[-2] // {spec.patch}, pixels.shape[-1] // {spec.patch})"
+        return [f"dense = {features}[:, {spec.prefix_tokens}:].unflatten(1, {cells})"]
+    if spec.dense == "last_stage":
         source = f"{name}.forward_intermediates(pixels, indices=1)[1][0]"
     else:
-        source = f"{name}.head.norm({features})" if _head_norms(card, model) else features
+        source = f"{name}.head.norm({features})" if _head_norms(spec, model) else features
     return [f"dense = {source}" if _channels_last(model) else f"dense = {source}.permute(0, 2, 3, 1)"]
 
 
-def _head_norms(card: EncoderCard, model: Any) -> bool:
+def _head_norms(spec: EncoderSpec, model: Any) -> bool:
     """Return whether a CNN's map needs the norm that timm keeps in the head, after the pooling."""
     norm = getattr(getattr(model, "head", None), "norm", None)
-    return card.dense == "normed" and isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
+    return spec.dense == "normed" and isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
 
 
 def _channels_last(model: Any) -> bool:

@@ -21,7 +21,7 @@ from eupe.evaluate.latency import time_passes
 from eupe.export.config import FP16, FP32, INT8
 from eupe.export.pictures import varied_pictures
 from eupe.export.source import ForwardFunction
-from eupe.models.encoder import EncoderCard
+from eupe.models.encoder import EncoderSpec
 
 LEAST: Mapping[str, float] = {FP32: 0.9999, FP16: 0.999, INT8: -1.0}
 """Least cosine that every token must reach, by precision; for int8 it is only reported, and users decide."""
@@ -65,7 +65,7 @@ class Proof:
 
 
 def prove(
-    reference: ForwardFunction, exported: ForwardFunction, card: EncoderCard, sizes: Sequence[tuple[int, int]]
+    reference: ForwardFunction, exported: ForwardFunction, spec: EncoderSpec, sizes: Sequence[tuple[int, int]]
 ) -> Proof:
     """Run both models on the same pictures and compare their outputs.
 
@@ -75,7 +75,7 @@ def prove(
     likenesses = []
     num_pictures = 0
     for height, width in sizes:
-        pixels = normalise(torch.from_numpy(varied_pictures(height, width)), card.mean, card.std)
+        pixels = normalise(torch.from_numpy(varied_pictures(height, width)), spec.mean, spec.std)
         num_pictures += len(pixels)
         want = _asked(reference, pixels, cycle([REFERENCE_BATCH]))
         got = _asked(exported, pixels, cycle(BATCHES))

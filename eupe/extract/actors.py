@@ -107,8 +107,8 @@ class JobActors:
         return [self._digest(i) for i in range(len(self._teachers))]
 
     def _digest(self, teacher: int) -> str:
-        card = self._teachers[teacher]
-        weights = self.configs[teacher].weights or own_weights(card)
+        spec = self._teachers[teacher]
+        weights = self.configs[teacher].weights or own_weights(spec)
         if weights is not None:
             return file_digest(weights, self.configs[teacher].weights_key)
         return str(self._ask("weights_sha256", teacher))
@@ -266,7 +266,7 @@ class ExtractActor:
         self._cores = num_cpus
         prepare_process()
         self._configs = configs
-        self._cards = teachers
+        self._specs = teachers
         self._corpus_root = corpus_root
         self._loading = threading.Lock()  # Ray runs the calls in several threads
         self._loaded: dict[int, Teacher] = {}
@@ -277,12 +277,12 @@ class ExtractActor:
 
     def _teacher(self, i: int) -> Teacher:
         if i not in self._loaded:
-            config, card = self._configs[i], self._cards[i]
+            config, spec = self._configs[i], self._specs[i]
             device = pick_device()
-            sizes = config.sizes or (card.native_size,)
+            sizes = config.sizes or (spec.native_size,)
             dtype = compute_dtype(config.dtype, device)
             self._loaded[i] = load_teacher(
-                card, weights=config.weights, key=config.weights_key, device=device, dtype=dtype, sizes=sizes
+                spec, weights=config.weights, key=config.weights_key, device=device, dtype=dtype, sizes=sizes
             )
         return self._loaded[i]
 

@@ -197,7 +197,7 @@ def estimate(
         sample cannot be written to the temporary folder.
     """
     configs = [with_absolute_paths(config) for config in configs]
-    cards = checked_teachers(configs)
+    described = checked_teachers(configs)
     first = configs[0]
     on_stage("indexing")
     patterns = Patterns(first.include, first.exclude)
@@ -205,13 +205,15 @@ def estimate(
     device = pick_device()
     dtype = compute_dtype(first.dtype, device)
     specs = [
-        wanted_spec(config, card, corpus, weights_sha256="", dtype=dtype_name(dtype))
-        for config, card in zip(configs, cards, strict=True)
+        wanted_spec(config, teacher, corpus, weights_sha256="", dtype=dtype_name(dtype))
+        for config, teacher in zip(configs, described, strict=True)
     ]
     on_stage("loading teacher")
     teachers = [
-        load_teacher(card, weights=config.weights, key=config.weights_key, device=device, dtype=dtype, sizes=spec.sizes)
-        for config, card, spec in zip(configs, cards, specs, strict=True)
+        load_teacher(
+            teacher, weights=config.weights, key=config.weights_key, device=device, dtype=dtype, sizes=spec.sizes
+        )
+        for config, teacher, spec in zip(configs, described, specs, strict=True)
     ]
     prepare_process()
     alone = tuple(

@@ -30,15 +30,15 @@ def stored_teacher(store: Store, given: str | None, weights: Path | None = None)
         weights: local weights; a teacher that is given gets mean and std from their own files.
     Raises: TeacherError if the teacher was in a folder that is gone.
     """
-    card = TeacherSpec.from_json(store.spec.teacher) if given is None else resolve_teacher(given, weights)
-    place = card.place
+    spec = TeacherSpec.from_json(store.spec.teacher) if given is None else resolve_teacher(given, weights)
+    place = spec.place
     if place.exists():
-        return card.at(place.absolute())
+        return spec.at(place.absolute())
     if place.is_absolute():
         raise TeacherError(
             f"the teacher that made {store.path} is no longer at {place}; give its new location with --teacher"
         )
-    return card
+    return spec
 
 
 def weights_file(teacher: TeacherSpec, given: Path | None) -> Path | None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import eupe.models.proxy  # noqa: F401 - registers its architectures with timm
 from eupe.common.compute import Tokens
 from eupe.common.files import replacing, share, write_file
-from eupe.common.kinds import CARD_FILE, LOCAL_DIR, WEIGHTS_FILE, DenseKind, SummaryKind
+from eupe.common.kinds import LOCAL_DIR, STUDENT_FILE, WEIGHTS_FILE, DenseKind, SummaryKind
 from eupe.common.reading import from_plain, read_json, to_plain
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly
@@ -47,7 +47,7 @@ def remembered(answer: Question) -> Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderCard:
+class EncoderSpec:
     """The data that is needed to build an encoder again, and to know its outputs without building it."""
 
     arch: str
@@ -67,33 +67,33 @@ class EncoderCard:
     """Per-channel normalisation of RGB in [0, 1]."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the card as plain JSON, with tuples as lists."""
+        """Return the spec as plain JSON, with tuples as lists."""
         return to_plain(self)
 
     @classmethod
-    def from_json(cls, card: Any) -> EncoderCard:
-        """Build a card from the JSON of `to_json`.
+    def from_json(cls, spec: Any) -> EncoderSpec:
+        """Build a spec from the JSON of `to_json`.
 
         Raises: ConfigError that names the fields that are missing, unknown, or hold an unknown word or a value of the
             wrong kind.
         """
-        if not isinstance(card, Mapping):
-            raise ConfigError(f"an encoder card must be an object, not {type(card).__name__}")
+        if not isinstance(spec, Mapping):
+            raise ConfigError(f"an encoder spec must be an object, not {type(spec).__name__}")
         names = {field.name for field in dataclasses.fields(cls)}
-        if wrong := sorted(names ^ set(card)):
-            raise ConfigError(f"an encoder card has missing or unknown fields: {', '.join(wrong)}")
-        if card["summary"] not in get_args(SummaryKind) or card["dense"] not in get_args(DenseKind):
-            raise ConfigError(f"an encoder card has unknown kinds: {card['summary']!r}, {card['dense']!r}")
-        values = from_plain(card)
+        if wrong := sorted(names ^ set(spec)):
+            raise ConfigError(f"an encoder spec has missing or unknown fields: {', '.join(wrong)}")
+        if spec["summary"] not in get_args(SummaryKind) or spec["dense"] not in get_args(DenseKind):
+            raise ConfigError(f"an encoder spec has unknown kinds: {spec['summary']!r}, {spec['dense']!r}")
+        values = from_plain(spec)
         if wrong := [name for name, value in values.items() if not _is_of_its_kind(name, value)]:
             raise ConfigError(
-                f"an encoder card has invalid fields: {', '.join(f'{name} {card[name]!r}' for name in wrong)}"
+                f"an encoder spec has invalid fields: {', '.join(f'{name} {spec[name]!r}' for name in wrong)}"
             )
         return cls(**values)
 
 
 def _is_of_its_kind(name: str, value: Any) -> bool:
-    """Return whether a card's field may have this value; any string passes for a word."""
+    """Return whether a spec's field may have this value; any string passes for a word."""
     if name in ("size", "patch", "dense_dim", "summary_dim", "prefix_tokens"):
         return type(value) is int and value >= (0 if name in ("summary_dim", "prefix_tokens") else 1)
     if name in ("mean", "std"):
@@ -128,8 +128,8 @@ def timm_tokens(
 
 
 @remembered
-def timm_card(arch: str, size: int | None) -> EncoderCard:
-    """Return the card of a timm architecture as an encoder, from a build on the meta device: no weights, no memory.
+def timm_spec(arch: str, size: int | None) -> EncoderSpec:
+    """Return the spec of a timm architecture as an encoder, from a build on the meta device: no weights, no memory.
 
     Args:
         arch: architecture with or without a pretrained tag; the tag (or the default one) decides mean and std.
@@ -148,7 +148,7 @@ def timm_card(arch: str, size: int | None) -> EncoderCard:
             f"size {size} does not work for {arch}: {refusal}; {_other_sizes(arch, size, own, patch)}"
         ) from refusal
     assert tokens.summary is not None
-    return EncoderCard(
+    return EncoderSpec(
         arch=arch,
         size=size,
         patch=patch,
@@ -176,7 +176,7 @@ def check_student(arch: str, sizes: Sequence[int], *, views: int) -> None:
 @remembered
 def _try_student(arch: str, sizes: tuple[int, ...], views: int) -> None:
     for size in sizes:
-        timm_card(arch, size)
+        timm_spec(arch, size)
     with built_on_meta():
         model = create_timm(arch, size=sizes[0]).train()
     kinds: dict[str, Any] = {"summary": summary_kind(model), "dense": dense_kind(model)}
@@ -367,16 +367,16 @@ def dense_kind(model: Any) -> DenseKind:
 
 
 class Encoder(nn.Module):
-    """A timm model with its card: normalised pixels in, Tokens out."""
+    """A timm model with its spec: normalised pixels in, Tokens out."""
 
-    def __init__(self, card: EncoderCard, model: nn.Module) -> None:
+    def __init__(self, spec: EncoderSpec, model: nn.Module) -> None:
         super().__init__()
-        self.card = card
+        self.spec = spec
         self.model = model
 
     def forward(self, pixels_BCHW: Tensor) -> Tokens:
         """Return the tokens of normalised float pixels, in the dtype that the model computes in."""
-        return timm_tokens(self.model, pixels_BCHW, summary=self.card.summary, dense=self.card.dense)
+        return timm_tokens(self.model, pixels_BCHW, summary=self.spec.summary, dense=self.spec.dense)
 
 
 def build_encoder(arch: str, *, size: int) -> Encoder:
@@ -384,14 +384,14 @@ def build_encoder(arch: str, *, size: int) -> Encoder:
 
     Inputs of other sizes than `size` work if the architecture can take them and the patch divides them.
 
-    Raises: ConfigError as `timm_card` does.
+    Raises: ConfigError as `timm_spec` does.
     """
-    card = timm_card(arch, size)
-    return Encoder(card, create_timm(arch, size=size))
+    spec = timm_spec(arch, size)
+    return Encoder(spec, create_timm(arch, size=size))
 
 
 def save_encoder(encoder: Encoder, directory: Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write the weights, then the card, each as a whole or not at all.
+    """Write the weights, then the spec, each as a whole or not at all.
 
     Args:
         weights: tensors to write instead of the encoder's own, by their names in its model.
@@ -404,21 +404,21 @@ def save_encoder(encoder: Encoder, directory: Path, *, weights: Mapping[str, Ten
         with replacing(directory / WEIGHTS_FILE) as unfinished:
             safetensors.torch.save_file(weights, unfinished)
             share(unfinished)
-        # The card comes last: a run that has one counts as finished.
-        write_file(directory / CARD_FILE, json.dumps(encoder.card.to_json(), indent=2) + "\n")
+        # The spec comes last: a run that has one counts as finished.
+        write_file(directory / STUDENT_FILE, json.dumps(encoder.spec.to_json(), indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise StorageError(f"the student cannot be written to {directory}: {error}") from error
 
 
-def load_card(directory: Path) -> EncoderCard:
-    """Read the card of the student in a run's directory.
+def load_encoder_spec(directory: Path) -> EncoderSpec:
+    """Read the spec of the student in a run's directory.
 
-    Raises: RunError that names the directory if there is no readable card.
+    Raises: RunError that names the directory if there is no readable spec.
     """
     try:
-        return EncoderCard.from_json(read_json(directory / CARD_FILE))
+        return EncoderSpec.from_json(read_json(directory / STUDENT_FILE))
     except (OSError, ValueError) as error:
-        raise RunError(why_no_run(directory, CARD_FILE, error)) from error
+        raise RunError(why_no_run(directory, STUDENT_FILE, error)) from error
 
 
 def why_no_run(directory: Path, file: str, error: Exception) -> str:
@@ -435,18 +435,18 @@ def why_no_run(directory: Path, file: str, error: Exception) -> str:
 def load_encoder(directory: Path) -> Encoder:
     """Load the student of a training run on the CPU, every weight from the file; leave torch's generator as it is.
 
-    Raises: RunError that names the directory if card or weights are missing, unreadable or do not fit each other.
+    Raises: RunError that names the directory if spec or weights are missing, unreadable or do not fit each other.
     """
-    card = load_card(directory)
+    spec = load_encoder_spec(directory)
     try:
         weights = safetensors.torch.load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{directory} holds no readable {WEIGHTS_FILE} ({error})") from error
     try:
         with torch.random.fork_rng(devices=[]):
-            encoder = build_encoder(card.arch, size=card.size)
-        if encoder.card != card:
-            raise ConfigError(f"the installed timm {timm.__version__} builds a different {card.arch}: {encoder.card}")
+            encoder = build_encoder(spec.arch, size=spec.size)
+        if encoder.spec != spec:
+            raise ConfigError(f"the installed timm {timm.__version__} builds a different {spec.arch}: {encoder.spec}")
         load_state_dict_strictly(encoder.model, weights, source=str(directory / WEIGHTS_FILE))
     except (ConfigError, TeacherError) as error:
         raise RunError(f"the student in {directory} cannot be rebuilt: {error}") from error

@@ -1,7 +1,7 @@
-"""Estimated costs of steps: bytes of stores from teachers' cards, and the views and bytes that training reads.
+"""Estimated costs of steps: bytes of stores from teachers' specs, and the views and bytes that training reads.
 
 Nothing is measured and no weights are read. Shares of raw fp16 are nominal, as in `eupe plan --num-images`. For a
-teacher that an earlier step trains, the card of its student's architecture is used.
+teacher that an earlier step trains, the spec of its student's architecture is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from eupe.corpus.views import parse_views
 from eupe.errors import EupeError
 from eupe.extract.parts import converted_spec, shape_of
 from eupe.extract.plan_on_paper import NOMINAL_SHARES, stored_bytes_per_view
-from eupe.models.encoder import EncoderCard, load_card, timm_card
+from eupe.models.encoder import EncoderSpec, load_encoder_spec, timm_spec
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.plan import PlannedStep
 from eupe.pipeline.recipe import Problems
@@ -26,9 +26,9 @@ from eupe.store.precision import FP16, parse_precision
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.run_adapter import as_teacher
 from eupe.teachers.spec import TeacherSpec
-from eupe.train.card import passes, require_bare_student
 from eupe.train.config import TrainConfig
 from eupe.train.options import configs_given
+from eupe.train.run_spec import passes, require_bare_student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class Costs:
         self._inputs = inputs
         self._num_images = num_images
         self._problems = problems
-        self._cards: dict[str, EncoderCard] = {}
+        self._students: dict[str, EncoderSpec] = {}
         self._stores: dict[str, StoreCost] = {}
         self._specs: dict[str, StoreSpec] = {}
         self._failed: set[str] = set()
@@ -121,7 +121,7 @@ class Costs:
         params = step.verb.parsed(planned.words[len(step.verb.name.split()) :])
         try:
             if step.makes == RUN:
-                self._cards[step.name] = self._student(planned, params)
+                self._students[step.name] = self._student(planned, params)
                 return self._run(planned, params)
             make = self._extracted if step.verb.name == "extract" else self._converted
             self._specs[step.name], num_images = make(planned, params)
@@ -174,7 +174,7 @@ class Costs:
 
     def _teacher(self, planned: PlannedStep, words: str) -> TeacherSpec:
         (word,) = planned.step.options["teacher"]
-        return as_teacher(self._cards[word.step], words) if isinstance(word, Ref) else resolve_teacher(words)
+        return as_teacher(self._students[word.step], words) if isinstance(word, Ref) else resolve_teacher(words)
 
     def _count(self, planned: PlannedStep, params: Mapping[str, Any]) -> int | None:
         limit = params["limit"]
@@ -201,16 +201,16 @@ class Costs:
         (config,) = configs_given(recipe=params["recipe"], config=params["config"], given=params)
         return config, planned.step.options.get("targets") or [str(path) for path in config.targets]
 
-    def _student(self, planned: PlannedStep, params: Mapping[str, Any]) -> EncoderCard:
-        """Return the card of the given architecture, or of the run that the student starts from."""
+    def _student(self, planned: PlannedStep, params: Mapping[str, Any]) -> EncoderSpec:
+        """Return the spec of the given architecture, or of the run that the student starts from."""
         config, targets = self._config(planned, params)
         require_bare_student(config)
         (first,) = planned.step.options.get("init", (None,))
         arch = config.student
         if not arch:
             assert first is not None
-            arch = (self._cards[first.step] if isinstance(first, Ref) else load_card(Path(first))).arch
-        return timm_card(arch, (config.size or self._sizes(targets[0]))[0])
+            arch = (self._students[first.step] if isinstance(first, Ref) else load_encoder_spec(Path(first))).arch
+        return timm_spec(arch, (config.size or self._sizes(targets[0]))[0])
 
     def _sizes(self, target: Word) -> tuple[int, ...]:
         return self._stores[target.step].sizes if isinstance(target, Ref) else open_store(target).spec.sizes

@@ -18,8 +18,8 @@ from eupe.extract.config import ExtractConfig
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.validate import MAKES, RUN, STORE, Ref, Step
 from eupe.store.reader import ROOT_DOCUMENT
-from eupe.train.card import CONFIG_FILE
 from eupe.train.config import TrainConfig
+from eupe.train.run_spec import CONFIG_FILE
 
 REPORTS = "reports"
 FEATURES = "features"

@@ -16,7 +16,7 @@ from eupe.pipeline.costs import Cost, StoreCost, TrainCost
 from eupe.pipeline.execute import Result
 from eupe.pipeline.plan import PlannedStep
 from eupe.pipeline.prepare import Prepared
-from eupe.train.card import MOST_PASSES, passes_note
+from eupe.train.run_spec import MOST_PASSES, passes_note
 
 HEADLINES: Mapping[str, Sequence[str]] = {
     "extract": ("num_views", "stored_bytes", "num_failed"),

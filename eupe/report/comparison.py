@@ -18,7 +18,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-from eupe.common.kinds import CARD_FILE
+from eupe.common.kinds import STUDENT_FILE
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate import agreement, conflict, latency
 from eupe.evaluate.result import EVALUATIONS_FILE, Result, newest, read_results
@@ -55,7 +55,7 @@ class Model:
     def run(self) -> Path | None:
         """Return the run's directory, if it is a run and its student is there."""
         path = Path(self.subject)
-        is_there = os.path.isfile(path / CARD_FILE)  # noqa: PTH113 - `Path.is_file` raises for a name that is too long
+        is_there = os.path.isfile(path / STUDENT_FILE)  # noqa: PTH113 - `Path.is_file` raises for a name that is too long
         return path if self.kind == "run" and is_there else None
 
 
@@ -171,7 +171,7 @@ def _read(place: Path) -> list[Result]:
     if place.is_dir():
         if not is_run(place):
             raise ConfigError(f"{place} is a folder but not a training run; give runs, or files of results (.jsonl)")
-        if not (place / CARD_FILE).is_file():
+        if not (place / STUDENT_FILE).is_file():
             raise RunError(f"run {place} is not finished; finish it with `eupe train ... --resume`, then evaluate it")
     results = read_results(place)
     if not results:

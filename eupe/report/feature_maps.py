@@ -26,7 +26,7 @@ from eupe.evaluate.encode import BATCH, encoded
 from eupe.evaluate.pictures import Pictures, centre
 from eupe.evaluate.run import not_learned
 from eupe.evaluate.subject import EncoderSubject, PixelSubject, StoreSubject, Subject
-from eupe.models.encoder import load_card
+from eupe.models.encoder import load_encoder_spec
 from eupe.models.pca import Maps, find_foreground, fit_pca, leading_directions
 from eupe.store import Features
 
@@ -272,7 +272,7 @@ def model_column(
     else:
         dense = dense_of(subject, views, size=size)
         if run := run_of(subject):
-            about = load_card(run).arch
+            about = load_encoder_spec(run).arch
     if not np.isfinite(dense).all():
         raise ConfigError(f"{subject.name} gives features that are not finite, which have no colours; leave it out")
     colours = colour_maps(dense, foreground=foreground)

@@ -19,7 +19,7 @@ from eupe.evaluate.conflict import TASK as CONFLICT
 from eupe.evaluate.latency import TASK as LATENCY
 from eupe.evaluate.licences import UNKNOWN, Origin, origins, origins_behind
 from eupe.evaluate.result import Result
-from eupe.evaluate.run import is_run, read_card
+from eupe.evaluate.run import is_run, read_run_spec
 from eupe.evaluate.subject import open_subjects
 from eupe.evaluate.verdict import JUDGED, MEASURED
 from eupe.report import comparison_text, feature_maps
@@ -247,7 +247,7 @@ def _of_run(name: str, run: Path) -> list[Licence]:
     """Return the licences of a run's teachers, and of the teachers behind those that are runs themselves."""
     if not is_run(run):
         return [Licence(name, str(run), "", f"{UNKNOWN}: the run is not here")]
-    return _said(name, origins(run, read_card(run)))
+    return _said(name, origins(run, read_run_spec(run)))
 
 
 def _said(name: str, found: Sequence[Origin]) -> list[Licence]:

@@ -12,8 +12,8 @@ from eupe.common.reading import parse_json, read_json
 from eupe.errors import RunError
 from eupe.report.charts import Point, Series
 from eupe.store.layout import DENSE
-from eupe.train.card import REPORT_FILE
 from eupe.train.log import METRICS_FILE
+from eupe.train.run_spec import REPORT_FILE
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ PIXELS = "pixels"
 PHOTOMETRIC = "photometric"
 KINDS = (SUMMARY, DENSE)
 DESCRIPTIVE = ("name", "model", "note", "licence", "native_size")
-"""Fields of a teacher's card that do not decide its features."""
+"""Fields of a teacher's spec that do not decide its features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class StoreSpec:
     """Specification of a store: everything that decides its content; stored as `attributes.eupe` of the root group."""
 
     teacher: Mapping[str, Any]
-    """The teacher's card, with `weights_sha256` and the compute `dtype`."""
+    """The teacher's spec, with `weights_sha256` and the compute `dtype`."""
     corpus: Mapping[str, Any]
     """`fingerprint` of all samples; `segments`, the number of samples at first and of each extension; `root`, the place
     of the pictures, for the reader's convenience. Only the fingerprint is compared."""

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from eupe.common.compute import Tokens
 from eupe.errors import ConfigError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
-from eupe.models.encoder import create_timm, near, timm_card, timm_tokens
+from eupe.models.encoder import create_timm, near, timm_spec, timm_tokens
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import hub_errors, quiet_open_clip
 
@@ -163,16 +163,16 @@ def _settings(arch: str, tag: str) -> dict[str, Any]:
 
 def _describe_trunk(name: str, vision: dict[str, Any], common: dict[str, Any]) -> TeacherSpec:
     try:
-        card = timm_card(vision["timm_model_name"], vision["image_size"])
+        spec = timm_spec(vision["timm_model_name"], vision["image_size"])
     except ConfigError as error:
         raise TeacherError(f"teacher {name}: {error}") from error
     return TeacherSpec(
-        patch=card.patch,
-        dense_dim=card.dense_dim,
-        summary_dim=card.summary_dim,
-        prefix_tokens=card.prefix_tokens,
-        summary=card.summary,
-        dense=card.dense,
+        patch=spec.patch,
+        dense_dim=spec.dense_dim,
+        summary_dim=spec.summary_dim,
+        prefix_tokens=spec.prefix_tokens,
+        summary=spec.summary,
+        dense=spec.dense,
         **common,
     )
 

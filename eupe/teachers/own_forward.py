@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from eupe.common.kinds import CARD_FILE, WEIGHTS_FILE
+from eupe.common.kinds import STUDENT_FILE, WEIGHTS_FILE
 from eupe.common.reading import read_json
 from eupe.errors import TeacherError
 from eupe.models.checkpoints import read_checkpoint
-from eupe.models.encoder import load_card
+from eupe.models.encoder import load_encoder_spec
 from eupe.models.meta import built_on_meta
 from eupe.teachers.preprocess import (
     OPEN_CLIP_FILE,
@@ -181,10 +181,10 @@ def _wrapped_model(folder: Path) -> Any:
 
 def _run_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnModel:
     directory = Path(spec.model)
-    card = load_card(directory)
-    model = timm.create_model(card.arch, num_classes=0)
+    encoder = load_encoder_spec(directory)
+    model = timm.create_model(encoder.arch, num_classes=0)
     if hasattr(model, "set_input_size"):
-        model.set_input_size((card.size, card.size))
+        model.set_input_size((encoder.size, encoder.size))
     model.load_state_dict(read_checkpoint(weights or directory / WEIGHTS_FILE, key=key, fitting=model.state_dict()))
     return _with_timm_forward(spec, model, weights)
 
@@ -262,10 +262,10 @@ def _prepared_as_open_clip_folder(folder: Path) -> Prepare | None:
 
 
 def _prepared_as_run(folder: Path) -> Prepare | None:
-    if not (folder / CARD_FILE).is_file():
+    if not (folder / STUDENT_FILE).is_file():
         return None
-    card = load_card(folder)
-    return timm_preparation({"mean": card.mean, "std": card.std})
+    spec = load_encoder_spec(folder)
+    return timm_preparation({"mean": spec.mean, "std": spec.std})
 
 
 def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:

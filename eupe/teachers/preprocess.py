@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eupe.common.kinds import CARD_FILE
+from eupe.common.kinds import STUDENT_FILE
 from eupe.common.reading import read_json
 from eupe.errors import RunError, TeacherError
 from eupe.teachers.spec import TeacherSpec
@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 TIMM_FILE, OPEN_CLIP_FILE = "config.json", "open_clip_config.json"
 NESTED_FILE, PROCESSOR_FILE = "processor_config.json", "preprocessor_config.json"
 """Files of transformers; the first is read instead of the second if it has an image processor inside."""
-OWN_FILES = (TIMM_FILE, OPEN_CLIP_FILE, CARD_FILE, NESTED_FILE, PROCESSOR_FILE)
+OWN_FILES = (TIMM_FILE, OPEN_CLIP_FILE, STUDENT_FILE, NESTED_FILE, PROCESSOR_FILE)
 """All files beside a model's weights that are read."""
 HARMLESS_ARGS = {"img_size", "global_pool", "dynamic_img_size", "strict_img_size", "num_classes", "in_chans"}
 """timm's model_args that need no check here: the weights' names and shapes show it if one of them is wrong."""
@@ -72,7 +72,7 @@ def where_from(spec: TeacherSpec, weights: Path | None) -> str:
     if weights is not None and weights.exists() and (found := normalisation_beside(spec, weights)) is not None:
         return str((weights if weights.is_dir() else weights.parent) / found.file)
     if spec.is_local_dir or spec.backend == "run":
-        return str(spec.place / (TIMM_FILE if spec.is_local_dir else CARD_FILE))
+        return str(spec.place / (TIMM_FILE if spec.is_local_dir else STUDENT_FILE))
     if not spec.name.startswith(f"{spec.backend}:"):
         return "the table of teachers"
     if spec.backend != "hf":
@@ -251,15 +251,15 @@ def _of_transformers(spec: TeacherSpec, folder: Path) -> Normalisation | None:
 
 
 def _of_run(spec: TeacherSpec, folder: Path) -> Normalisation | None:
-    if not (folder / CARD_FILE).is_file():
+    if not (folder / STUDENT_FILE).is_file():
         return None
-    from eupe.models.encoder import load_card
+    from eupe.models.encoder import load_encoder_spec
 
     try:
-        card = load_card(folder)
+        encoder = load_encoder_spec(folder)
     except RunError as error:
         raise TeacherError(str(error)) from error
-    return Normalisation(card.mean, card.std, CARD_FILE)
+    return Normalisation(encoder.mean, encoder.std, STUDENT_FILE)
 
 
 _READERS: dict[str, Callable[[TeacherSpec, Path], Normalisation | None]] = {

@@ -8,7 +8,7 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-from eupe.common.kinds import CARD_FILE, RUN_FILES
+from eupe.common.kinds import RUN_FILES, STUDENT_FILE
 from eupe.errors import TeacherError
 from eupe.teachers.registry import ALIASES, REGISTRY
 from eupe.teachers.spec import TeacherSpec
@@ -26,7 +26,7 @@ def resolve_teacher(name: str, weights: Path | None = None) -> TeacherSpec:
     Args:
         weights: local weights; the spec gets mean and std from their own files.
     Raises: TeacherError for any other name, with similar names, and for files beside the weights that cannot be used;
-        RunError for a run whose card is unreadable.
+        RunError for a run whose spec is unreadable.
     """
     spec = _known(name)
     if weights is None:
@@ -41,7 +41,7 @@ def _known(name: str) -> TeacherSpec:
     backend, colon, rest = name.partition(":")
     if colon and backend in _DESCRIBERS and rest:
         return _described(_DESCRIBERS[backend], name)
-    if (Path(name) / CARD_FILE).is_file():
+    if (Path(name) / STUDENT_FILE).is_file():
         return _described("eupe.teachers.run_adapter", name.rstrip("/"))
     raise TeacherError(_unknown(name))
 
@@ -57,9 +57,9 @@ def _unknown(name: str) -> str:
         return f"{no_directory(path)}; for a model on the hub, write hf:{name}"
     if path.is_dir():
         if any((path / file).is_file() for file in RUN_FILES):
-            return f"run {name} is not finished: it has no {CARD_FILE}; finish it with `eupe train ... --resume`"
+            return f"run {name} is not finished: it has no {STUDENT_FILE}; finish it with `eupe train ... --resume`"
         return (
-            f"{name} is not a training run, because it has no {CARD_FILE}; "
+            f"{name} is not a training run, because it has no {STUDENT_FILE}; "
             f"for a Hugging Face model directory, write hf:{name}"
         )
     near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], n=3)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from eupe.common.compute import Tokens
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
-from eupe.models.encoder import Encoder, EncoderCard, build_encoder, load_card, load_encoder
+from eupe.models.encoder import Encoder, EncoderSpec, build_encoder, load_encoder, load_encoder_spec
 from eupe.teachers.spec import TeacherSpec
 
 OWN_LICENCE = "own"
@@ -18,28 +18,28 @@ OWN_LICENCE = "own"
 def describe(directory: str) -> TeacherSpec:
     """Return the spec of the student in a run's directory.
 
-    Raises: RunError if there is no readable card.
+    Raises: RunError if there is no readable `student.json`.
     """
-    return as_teacher(load_card(Path(directory)), directory)
+    return as_teacher(load_encoder_spec(Path(directory)), directory)
 
 
-def as_teacher(card: EncoderCard, directory: str) -> TeacherSpec:
+def as_teacher(spec: EncoderSpec, directory: str) -> TeacherSpec:
     """Return the spec of a student whose run is, or will be, in a directory."""
     return TeacherSpec(
         name=directory,
         backend="run",
         model=directory,
-        patch=card.patch,
-        dense_dim=card.dense_dim,
-        summary_dim=card.summary_dim,
-        prefix_tokens=card.prefix_tokens,
-        summary=card.summary,
-        dense=card.dense,
-        native_size=card.size,
-        mean=card.mean,
-        std=card.std,
+        patch=spec.patch,
+        dense_dim=spec.dense_dim,
+        summary_dim=spec.summary_dim,
+        prefix_tokens=spec.prefix_tokens,
+        summary=spec.summary,
+        dense=spec.dense,
+        native_size=spec.size,
+        mean=spec.mean,
+        std=spec.std,
         licence=OWN_LICENCE,
-        note=f"trained here: {card.arch}",
+        note=f"trained here: {spec.arch}",
     )
 
 
@@ -55,10 +55,10 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
 def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Encoder:
     """Build the run's encoder with random weights.
 
-    Raises: RunError if the run has no card; ConfigError if the installed timm does not know its architecture.
+    Raises: RunError if the run has no `student.json`; ConfigError if the installed timm does not know its architecture.
     """
-    card = load_card(Path(spec.model))
-    return build_encoder(card.arch, size=card.size)
+    encoder = load_encoder_spec(Path(spec.model))
+    return build_encoder(encoder.arch, size=encoder.size)
 
 
 def tokens(model: nn.Module, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:

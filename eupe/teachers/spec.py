@@ -87,15 +87,15 @@ class TeacherSpec:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> TeacherSpec:
-        """Build a spec from the JSON of `to_json`, ignoring what a store adds to the card.
+        """Build a spec from the JSON of `to_json`, ignoring what a store adds to the spec.
 
         Raises: TeacherError if a field is missing.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in plain]:
-            raise TeacherError(f"a teacher's card has no {', '.join(missing)}; give the teacher by its name")
+            raise TeacherError(f"a teacher's spec has no {', '.join(missing)}; give the teacher by its name")
         return cls(**from_plain({name: plain[name] for name in names}))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the card as plain JSON, with tuples as lists."""
+        """Return the spec as plain JSON, with tuples as lists."""
         return to_plain(self)

@@ -13,7 +13,7 @@ from torch import Tensor
 from eupe.common.compute import Tokens
 from eupe.errors import ConfigError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
-from eupe.models.encoder import create_timm, remembered, timm_card, timm_config, timm_tokens
+from eupe.models.encoder import create_timm, remembered, timm_config, timm_spec, timm_tokens
 from eupe.models.meta import built_on_meta
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.weights import hub_errors, own_weights
@@ -27,7 +27,7 @@ def describe(name: str) -> TeacherSpec:
     """
     arch = name.removeprefix("timm:")
     try:
-        card = timm_card(arch, None)
+        spec = timm_spec(arch, None)
     except ConfigError as error:
         raise TeacherError(f"teacher {name}: {error}") from error
     config = timm_config(arch)
@@ -36,15 +36,15 @@ def describe(name: str) -> TeacherSpec:
         name=name,
         backend="timm",
         model=arch,
-        patch=card.patch,
-        dense_dim=card.dense_dim,
-        summary_dim=card.summary_dim,
-        prefix_tokens=card.prefix_tokens,
-        summary=card.summary,
-        dense=card.dense,
-        native_size=card.size,
-        mean=card.mean,
-        std=card.std,
+        patch=spec.patch,
+        dense_dim=spec.dense_dim,
+        summary_dim=spec.summary_dim,
+        prefix_tokens=spec.prefix_tokens,
+        summary=spec.summary,
+        dense=spec.dense,
+        native_size=spec.size,
+        mean=spec.mean,
+        std=spec.std,
         licence=config.license or "unknown",
     )
 

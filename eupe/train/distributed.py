@@ -15,11 +15,11 @@ from eupe.common.cores import num_cores
 from eupe.common.signals import stop_signals
 from eupe.common.storage import AnyPath, StoragePath
 from eupe.errors import ConfigError, EupeError, IncompleteError, TrainingError
-from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig, parse_mix
 from eupe.train.log import TrainStatus
 from eupe.train.loop import TrainReport, train_as_worker
 from eupe.train.parallel import World
+from eupe.train.run_spec import RunSpec
 from eupe.train.stream import open_corpora
 
 RESTARTS = 10
@@ -62,7 +62,7 @@ class _Desk:
 
 
 def train_on_ray(
-    configs: Sequence[TrainConfig], cards: Sequence[RunCard], on_status: Callable[[int, TrainStatus], None]
+    configs: Sequence[TrainConfig], specs: Sequence[RunSpec], on_status: Callable[[int, TrainStatus], None]
 ) -> list[TrainReport]:
     """Run `train_as_worker` in `num_workers` processes, each with a share of every batch.
 
@@ -83,7 +83,7 @@ def train_on_ray(
         desk = ray.remote(num_cpus=0)(_Desk).remote()
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"configs": [_absolute(each) for each in configs], "cards": list(cards), "desk": desk},
+            train_loop_config={"configs": [_absolute(each) for each in configs], "specs": list(specs), "desk": desk},
             scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
             run_config=RunConfig(
                 name=RAY_FOLDER,
@@ -131,7 +131,7 @@ def _work(told: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
-    configs, cards, desk = told["configs"], told["cards"], told["desk"]
+    configs, specs, desk = told["configs"], told["specs"], told["desk"]
     # Ray has restarted the workers; an error already recorded for the user would only occur again
     if isinstance(ray.get(desk.result.remote()), EupeError):
         return
@@ -152,7 +152,7 @@ def _work(told: dict[str, Any]) -> None:
         threading.Thread(target=listen, daemon=True).start()
     try:
         outcome: list[TrainReport] | EupeError = train_as_worker(
-            configs, cards, open_corpora(configs[0]), world, get_device(), tell, asked.is_set
+            configs, specs, open_corpora(configs[0]), world, get_device(), tell, asked.is_set
         )
     except Exception as error:
         if (told_error := _for_the_user(error)) is not None:

@@ -21,8 +21,8 @@ from eupe.models.checkpoints import (
     read_checkpoint,
     read_tensors,
 )
-from eupe.models.encoder import Encoder, load_card
-from eupe.train.card import HEADS_FILE, finished_card, same_teachers
+from eupe.models.encoder import Encoder, load_encoder_spec
+from eupe.train.run_spec import HEADS_FILE, finished_run_spec, same_teachers
 
 PATCHES = "patch_embed.proj.weight"
 POSITIONS = "pos_embed"
@@ -64,10 +64,10 @@ def init_from_run(
     Args:
         encoder: of the architecture that the run trained; its input size may differ.
         heads: a `TargetHeads` for each target.
-        targets: the new run's, as in `RunCard.targets`.
+        targets: the new run's, as in `RunSpec.targets`.
     Raises: RunError if the run is missing, unfinished, damaged or of another architecture; then nothing has changed.
     """
-    known = finished_card(run).targets
+    known = finished_run_spec(run).targets
     _check_same_model(run, encoder)
     student = fitted(read_tensors(run / WEIGHTS_FILE), encoder.model)
     theirs = _heads(read_tensors(run / HEADS_FILE))
@@ -84,7 +84,7 @@ def init_from_run(
         # all files are read and heads chosen by now, so a refusal here leaves everything unchanged
         load_state_dict_strictly(encoder.model, student, source=str(run / WEIGHTS_FILE))
     except TeacherError as error:
-        raise RunError(f"a run at {encoder.card.size} px cannot start from {run}: {error}") from error
+        raise RunError(f"a run at {encoder.spec.size} px cannot start from {run}: {error}") from error
     for name, source in sources.items():
         load_state_dict_strictly(ours[name], theirs[source], source=str(run / HEADS_FILE))
     filled = [encoder.model, *(ours[name] for name in sources)]
@@ -116,7 +116,7 @@ def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
     share = filled / _num_parameters(model)
     if share < LEAST_SHARE:
         raise TeacherError(
-            f"the weights in {path} fill {share:.1%} of {encoder.card.arch}, less than {LEAST_SHARE:.0%}: "
+            f"the weights in {path} fill {share:.1%} of {encoder.spec.arch}, less than {LEAST_SHARE:.0%}: "
             f"{describe_misfits(find_misfits(model, state))}; give weights of a model of the same widths, with "
             "timm's tensor names"
         )
@@ -147,7 +147,7 @@ def fitted(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 def _check_same_model(run: Path, encoder: Encoder) -> None:
     """Raise RunError if the two models differ in anything but their input size."""
-    got, expected = (card.to_json() | {"size": None} for card in (load_card(run), encoder.card))
+    got, expected = (spec.to_json() | {"size": None} for spec in (load_encoder_spec(run), encoder.spec))
     if different := [f"{key}: got {got[key]}, expected {expected[key]}" for key in got if got[key] != expected[key]]:
         raise RunError(
             f"the student of {run} is a different model ({'; '.join(different)}); give its --student, or another run"

@@ -15,8 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from eupe.common.files import replacing, write_file
 from eupe.errors import ConfigError
-from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
+from eupe.train.run_spec import RunSpec
 
 METRICS_FILE = "metrics.jsonl"
 PICTURES = "pictures"
@@ -61,7 +61,7 @@ class TrainStatus(Rates):
 class RunLog:
     """The log files of a run: `metrics.jsonl`, `pictures/`, TensorBoard and, if requested, Weights & Biases."""
 
-    def __init__(self, config: TrainConfig, card: RunCard, first_step: int) -> None:
+    def __init__(self, config: TrainConfig, spec: RunSpec, first_step: int) -> None:
         """Open the log of a run that starts or resumes after `first_step` steps; lines of later steps are dropped.
 
         Raises: ConfigError if Weights & Biases is requested but not available.
@@ -72,7 +72,7 @@ class RunLog:
             # a killed run may have logged steps after its last checkpoint; they are repeated and logged again
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first_step]
             write_file(self._path, "".join(f"{line}\n" for line in kept))
-        self._wandb = None if config.wandb is None else _WandbRun(run, config.wandb, card)
+        self._wandb = None if config.wandb is None else _WandbRun(run, config.wandb, spec)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def __enter__(self) -> RunLog:
@@ -128,7 +128,7 @@ class RunLog:
 class _WandbRun:
     """A run of Weights & Biases, the same one after `--resume`; its entries for steps that are repeated stay."""
 
-    def __init__(self, run: Path, project: str, card: RunCard) -> None:
+    def __init__(self, run: Path, project: str, spec: RunSpec) -> None:
         """Start or resume the run.
 
         Raises: ConfigError if Weights & Biases is not installed or refuses.
@@ -146,7 +146,7 @@ class _WandbRun:
                 reinit="create_new",
                 name=run.name,
                 dir=run,
-                config=card.to_json(),
+                config=spec.to_json(),
                 settings=self._wandb.Settings(console="off"),
             )
         except self._wandb.Error as error:

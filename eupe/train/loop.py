@@ -22,13 +22,13 @@ from eupe.common.reading import read_json
 from eupe.common.signals import stop_signals
 from eupe.common.storage import StoragePath
 from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, StorageError
-from eupe.train.card import CONFIG_FILE, REPORT_FILE, RunCard, advice, holdout_by, method_of, resolve, target_names
 from eupe.train.checkpoint import steps_kept
 from eupe.train.config import TrainConfig
 from eupe.train.log import METRICS_FILE, Rates, RunLog, TrainStatus, require_wandb
 from eupe.train.options import OPTIONS_FILE, write_options
 from eupe.train.parallel import World
 from eupe.train.pictures import SHOWN_VIEWS, dense_maps, draw_maps
+from eupe.train.run_spec import CONFIG_FILE, REPORT_FILE, RunSpec, advice, holdout_by, method_of, resolve, target_names
 from eupe.train.sampling import Views
 from eupe.train.stream import Meter, open_corpora, stream, training_requests
 from eupe.train.targets import Batch, Request, TargetSet
@@ -90,7 +90,7 @@ def train_together(
 
     Args:
         on_status: called with a student's index among the configs, and its status.
-        on_note: called before the first step with what the user may not have intended; see `eupe.train.card.advice`.
+        on_note: called before the first step with what the user may not have intended; see `run_spec.advice`.
     Raises: as `train`; ConfigError if the students need different streams.
     """
     _require_one_stream(configs)
@@ -108,15 +108,15 @@ def _trained(
     if any(config.wandb is not None for config in configs):
         require_wandb()
     corpora = open_corpora(configs[0])
-    cards = [resolve(config, corpora) for config in configs]
-    if len({holdout_by(method_of(card)) for card in cards}) > 1:
+    specs = [resolve(config, corpora) for config in configs]
+    if len({holdout_by(method_of(spec)) for spec in specs}) > 1:
         raise RunError(
             "these runs were started by different versions of eupe, which hold out different pictures; resume them one "
             "by one"
         )
     for corpus in corpora:
-        corpus.require_pictures(*cards[0].config["size"])
-    reports = [_recognise(config, card) for config, card in zip(configs, cards, strict=True)]
+        corpus.require_pictures(*specs[0].config["size"])
+    reports = [_recognise(config, spec) for config, spec in zip(configs, specs, strict=True)]
     unfinished = [i for i, report in enumerate(reports) if report is None]
     if unfinished:
         for corpus in corpora:
@@ -125,16 +125,16 @@ def _trained(
         for i in unfinished:
             holder.hold(StoragePath.of(configs[i].out))
             # again, now under the lock: another process may have begun or finished the run meanwhile
-            if _recognise(configs[i], cards[i]) is not None:
+            if _recognise(configs[i], specs[i]) is not None:
                 raise RunError(
                     f"{configs[i].out} was finished just now by another `eupe train`; run the same command again"
                 )
-            _begin(configs[i], cards[i])
-        for note in dict.fromkeys(note for i in unfinished for note in advice(configs[i], cards[i], corpora)):
+            _begin(configs[i], specs[i])
+        for note in dict.fromkeys(note for i in unfinished for note in advice(configs[i], specs[i], corpora)):
             on_note(note)
         made = _train_unfinished(
             [configs[i] for i in unfinished],
-            [cards[i] for i in unfinished],
+            [specs[i] for i in unfinished],
             corpora,
             lambda i, status: on_status(unfinished[i], status),
         )
@@ -145,21 +145,21 @@ def _trained(
 
 def _train_unfinished(
     configs: list[TrainConfig],
-    cards: list[RunCard],
+    specs: list[RunSpec],
     corpora: list[TargetSet],
     on_status: Callable[[int, TrainStatus], None],
 ) -> list[TrainReport]:
     if configs[0].num_workers > 1:
         from eupe.train.distributed import train_on_ray
 
-        return train_on_ray(configs, cards, on_status)
+        return train_on_ray(configs, specs, on_status)
     with stop_signals(signal.SIGINT, signal.SIGTERM) as stop_asked:
-        return train_as_worker(configs, cards, corpora, World(), pick_device(), on_status, stop_asked)
+        return train_as_worker(configs, specs, corpora, World(), pick_device(), on_status, stop_asked)
 
 
 def train_as_worker(
     configs: Sequence[TrainConfig],
-    cards: Sequence[RunCard],
+    specs: Sequence[RunSpec],
     corpora: Sequence[TargetSet],
     world: World,
     device: torch.device,
@@ -171,18 +171,18 @@ def train_as_worker(
     Raises: as `train`.
     """
     trainers = [
-        Trainer(config, card, corpora[0], world=world, device=device)
-        for config, card in zip(configs, cards, strict=True)
+        Trainer(config, spec, corpora[0], world=world, device=device)
+        for config, spec in zip(configs, specs, strict=True)
     ]
     first_step = _common_step([config.out for config in configs])
-    if not world.agree(f"{first_step} {[card.to_json() for card in cards]}"):
+    if not world.agree(f"{first_step} {[spec.to_json() for spec in specs]}"):
         raise RunError(
             f"workers see different contents in {configs[0].out}; --out must be a folder that all workers share"
         )
     try:
         with ExitStack() as stack:
             logs = [
-                stack.enter_context(RunLog(each.config, each.card, first_step))
+                stack.enter_context(RunLog(each.config, each.spec, first_step))
                 for each in trainers
                 if world.is_main_process
             ]
@@ -190,7 +190,7 @@ def train_as_worker(
             for trainer in trainers:
                 trainer.resume(first_step)
             seconds, rates = loop.run(first_step, on_status, stop_asked).totals()
-            found = loop.validate(cards[0].total_steps)
+            found = loop.validate(specs[0].total_steps)
         return [loop.finish(trainer, seconds, rates, each) for trainer, each in zip(trainers, found, strict=True)]
     except EupeError:
         raise
@@ -216,10 +216,10 @@ class TrainLoop:
         self.corpora = corpora
         self.logs = logs
         self.device = device
-        card, targets = trainers[0].card, corpora[0]
+        spec, targets = trainers[0].spec, corpora[0]
         held_out = targets.views_of(targets.held_out)
         self._judged = evenly_spaced(held_out, VALIDATION_VIEWS)
-        self._shown = list(stream([targets], judged(card, evenly_spaced(held_out, SHOWN_VIEWS)), device))
+        self._shown = list(stream([targets], judged(spec, evenly_spaced(held_out, SHOWN_VIEWS)), device))
 
     def run(
         self, first_step: int, on_status: Callable[[int, TrainStatus], None], stop_asked: Callable[[], bool]
@@ -229,24 +229,24 @@ class TrainLoop:
         Raises: TrainingError before an update that is not finite; IncompleteError, with a checkpoint, if asked to stop;
             StorageError, CorpusError, PartCorruptError.
         """
-        config, card, world = self.trainers[0].config, self.trainers[0].card, self.trainers[0].world
+        config, spec, world = self.trainers[0].config, self.trainers[0].spec, self.trainers[0].world
         requests = training_requests(
-            card, self.corpora, world, first_step=first_step, num_microbatches=config.accumulate
+            spec, self.corpora, world, first_step=first_step, num_microbatches=config.accumulate
         )
         meter = Meter(world.size)
         batches = meter.waiting(stream(self.corpora, requests, self.device))
-        for step in range(first_step, card.total_steps):
+        for step in range(first_step, spec.total_steps):
             for microbatch in range(config.accumulate):
                 batch = next(batches)
                 # all students learn from the batch while it is loaded, so it is read and decoded once
                 for trainer in self.trainers:
                     trainer.forward_backward(batch, microbatch=microbatch)
             progress = [trainer.optimizer_step(step) for trainer in self.trainers]
-            done, last = step + 1, step + 1 == card.total_steps
+            done, last = step + 1, step + 1 == spec.total_steps
             if done % config.log_every == 0 or last:
                 rates = meter.rates()
                 for i, log in enumerate(self.logs):
-                    status = progress[i].status(done, card.total_steps, rates)
+                    status = progress[i].status(done, spec.total_steps, rates)
                     log.step(status)
                     on_status(i, status)
             # the last step is validated in `train_as_worker`, for the report
@@ -258,7 +258,7 @@ class TrainLoop:
                 for trainer in self.trainers:
                     trainer.save(done)
             if stopping:
-                raise IncompleteError(f"stopped after step {done} of {card.total_steps}; resume with --resume")
+                raise IncompleteError(f"stopped after step {done} of {spec.total_steps}; resume with --resume")
         return meter
 
     def validate(self, step: int) -> list[Judged]:
@@ -271,7 +271,7 @@ class TrainLoop:
             # the averages are in place for validation only; training continues with the weights
             with trainer.averaged():
                 found.append(self._judge(trainer))
-                maps = dense_maps(trainer.distiller, self._shown, target_names(trainer.card.targets), self.device)
+                maps = dense_maps(trainer.distiller, self._shown, target_names(trainer.spec.targets), self.device)
             for log in self.logs[i : i + 1]:
                 log.validation(step, found[-1].cosines)
                 if maps:
@@ -280,11 +280,11 @@ class TrainLoop:
 
     def finish(self, trainer: Trainer, seconds: float, rates: Rates, found: Judged) -> TrainReport:
         """Write the student, and then the report, which marks the run as finished."""
-        trainer.export(trainer.card.total_steps, found.gains)
+        trainer.export(trainer.spec.total_steps, found.gains)
         report = TrainReport(
             run=str(trainer.config.out),
             cached=False,
-            steps=trainer.card.total_steps,
+            steps=trainer.spec.total_steps,
             pictures=self.corpora[0].num_joined,
             left_out=self.corpora[0].left_out,
             seconds=seconds,
@@ -300,25 +300,25 @@ class TrainLoop:
         return report
 
     def _judge(self, trainer: Trainer) -> Judged:
-        card, targets, distiller = trainer.card, self.corpora[0], trainer.distiller
+        spec, targets, distiller = trainer.spec, self.corpora[0], trainer.distiller
 
         def batches(views: Views) -> Iterator[Batch]:
-            return stream([targets], judged(card, views), self.device)
+            return stream([targets], judged(spec, views), self.device)
 
         gains = fit_gains(distiller, batches(training_sample(targets)), self.device)
         totals = held_out_cosines(distiller, batches(self._judged), self.device, gains)
         cosines = {
             name: {kind: cosines.means() for kind, cosines in kinds.items()}
-            for name, kinds in zip(target_names(card.targets), totals, strict=True)
+            for name, kinds in zip(target_names(spec.targets), totals, strict=True)
         }
         return Judged(cosines, gains)
 
 
-def judged(card: RunCard, views: Views) -> Iterator[Request]:
+def judged(spec: RunSpec, views: Views) -> Iterator[Request]:
     """Yield requests for all of the views, in order, at the first sizes; small enough for any GPU that trains."""
-    sizes = tuple(sizes[0] for sizes in card.target_sizes)
+    sizes = tuple(sizes[0] for sizes in spec.target_sizes)
     for start in range(0, len(views), JUDGED_AT_ONCE):
-        yield Request(views=views[start : start + JUDGED_AT_ONCE], size=card.size, target_sizes=sizes)
+        yield Request(views=views[start : start + JUDGED_AT_ONCE], size=spec.size, target_sizes=sizes)
 
 
 def training_sample(targets: TargetSet) -> Views:
@@ -360,7 +360,7 @@ def _require_one_stream(configs: Sequence[TrainConfig]) -> None:
                 raise ConfigError(f"students that share a stream cannot differ in {name}: {ours} and {theirs}")
 
 
-def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
+def _recognise(config: TrainConfig, spec: RunSpec) -> TrainReport | None:
     """Return the report of a finished run; None for a run that is to be trained.
 
     Raises: RunError if the directory holds another run, or an unfinished one and `--resume` was not given.
@@ -373,7 +373,7 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
             raise RunError(f"{run} already exists and is not a training run; give another --out")
         return None
     try:
-        kept = RunCard.from_json(read_json(run / CONFIG_FILE))
+        kept = RunSpec.from_json(read_json(run / CONFIG_FILE))
         report = None
         if (run / REPORT_FILE).exists():
             report = TrainReport(**{**read_json(run / REPORT_FILE), "cached": True})
@@ -383,7 +383,7 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
         ) from error
     if report is None and not (run / METRICS_FILE).exists() and not steps_kept(run):
         return None  # an earlier attempt failed before its first step; start over
-    if different := kept.differences(card):
+    if different := kept.differences(spec):
         raise RunError(
             f"{run} holds another run ({'; '.join(different)}); give another --out, or the options of that run"
         )
@@ -394,16 +394,16 @@ def _recognise(config: TrainConfig, card: RunCard) -> TrainReport | None:
     return None
 
 
-def _begin(config: TrainConfig, card: RunCard) -> None:
-    """Create the run's directory, and write its card and options there.
+def _begin(config: TrainConfig, spec: RunSpec) -> None:
+    """Create the run's directory, and write its spec and options there.
 
     Raises: StorageError.
     """
     run = config.out
     try:
         run.mkdir(parents=True, exist_ok=True)
-        write_options(config, card, run / OPTIONS_FILE)
-        _write_json(run / CONFIG_FILE, card.to_json())
+        write_options(config, spec, run / OPTIONS_FILE)
+        _write_json(run / CONFIG_FILE, spec.to_json())
     except OSError as error:
         raise StorageError(f"run {run} cannot be written: {error}") from error
 

@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from eupe.common.compute import Tokens, autocast, compute_dtype, normalise
 from eupe.models.encoder import Encoder, build_encoder
 from eupe.store.layout import DENSE, SUMMARY
-from eupe.train.card import RunCard, loss_weights, method_of
 from eupe.train.config import FROZEN_NORMS
 from eupe.train.losses import dense_loss, draws, keep_teachers, match_grids, summary_loss
 from eupe.train.normalise import Normaliser, normalisers
+from eupe.train.run_spec import RunSpec, loss_weights, method_of
 from eupe.train.targets import Batch, Request, TargetBatch, TargetSet
 
 
@@ -74,19 +74,19 @@ class Distiller(nn.Module):
     """The student, one pair of heads per target, and the targets' normalisers."""
 
     def __init__(
-        self, card: RunCard, encoder: Encoder, norms: list[dict[int, dict[str, Normaliser]]], *, dtype: torch.dtype
+        self, spec: RunSpec, encoder: Encoder, norms: list[dict[int, dict[str, Normaliser]]], *, dtype: torch.dtype
     ) -> None:
-        """Build the heads for a student and the targets of a card.
+        """Build the heads for a student and the targets of a spec.
 
         Args:
             norms: normalisers per target, by input size and kind of token.
         """
         super().__init__()
         self.encoder = encoder
-        widths = (encoder.card.summary_dim, encoder.card.dense_dim)
+        widths = (encoder.spec.summary_dim, encoder.spec.dense_dim)
         self.heads = nn.ModuleList(
-            TargetHeads(widths, (target["summary_dim"], target["dense_dim"]), card.config["head_width"])
-            for target in card.targets
+            TargetHeads(widths, (target["summary_dim"], target["dense_dim"]), spec.config["head_width"])
+            for target in spec.targets
         )
         self.norms = norms
         self.dtype = dtype
@@ -94,10 +94,10 @@ class Distiller(nn.Module):
         """Memory format of the encoder's input."""
         self.encoder_frozen = False
         """Whether the encoder is a fixed function at present: the heads alone are trained."""
-        self.batch_norms_frozen = card.config.get("batch_norms") == FROZEN_NORMS
+        self.batch_norms_frozen = spec.config.get("batch_norms") == FROZEN_NORMS
         """Whether the encoder's batch norms keep their running statistics, and use them in training."""
-        self._config = card.config
-        self._weights = loss_weights(card)
+        self._config = spec.config
+        self._weights = loss_weights(spec)
 
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
         """Lay out the encoder's weights and inputs in a memory format, which changes its speed and its rounding."""
@@ -126,9 +126,9 @@ class Distiller(nn.Module):
 
     def predict(self, pixels_u8_BSSC: Tensor) -> Predictions:
         """Predict every target's tokens from views."""
-        card = self.encoder.card
+        spec = self.encoder.spec
         with autocast(self.dtype, pixels_u8_BSSC.device):
-            pixels = normalise(pixels_u8_BSSC, card.mean, card.std, memory_format=self.memory_format)
+            pixels = normalise(pixels_u8_BSSC, spec.mean, spec.std, memory_format=self.memory_format)
             tokens = self.encoder(pixels)
             return [head(tokens) for head in self.heads]
 
@@ -157,20 +157,20 @@ class Distiller(nn.Module):
         return keep_teachers(losses_TB, drawn.to(losses_TB.device), drop=config["drop"])
 
 
-def build_distiller(card: RunCard, targets: TargetSet, device: torch.device) -> Distiller:
+def build_distiller(spec: RunSpec, targets: TargetSet, device: torch.device) -> Distiller:
     """Build student and heads as at step 0, in evaluation mode; seed torch's generators with the run's seed."""
     # every worker must draw the same weights: FSDP2 does not broadcast them
-    torch.manual_seed(card.config["seed"])
-    encoder = build_encoder(card.config["student"], size=card.size)
+    torch.manual_seed(spec.config["seed"])
+    encoder = build_encoder(spec.config["student"], size=spec.size)
     norms = [
         {
-            size: normalisers(store, size, device, card.config["normalise"], floored=method_of(card) > 1)
+            size: normalisers(store, size, device, spec.config["normalise"], floored=method_of(spec) > 1)
             for size in sizes
         }
-        for store, sizes in zip(targets.stores, card.target_sizes, strict=True)
+        for store, sizes in zip(targets.stores, spec.target_sizes, strict=True)
     ]
-    dtype = compute_dtype(card.config["dtype"], device)
-    return Distiller(card, encoder, norms, dtype=dtype).to(device).eval()
+    dtype = compute_dtype(spec.config["dtype"], device)
+    return Distiller(spec, encoder, norms, dtype=dtype).to(device).eval()
 
 
 def target_losses(

@@ -21,8 +21,8 @@ from eupe.common.option import flag_name, option_types, options_of
 from eupe.common.reading import from_plain, parse_yaml
 from eupe.errors import ConfigError
 from eupe.models.encoder import near
-from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
+from eupe.train.run_spec import RunSpec
 
 OPTIONS_FILE = "options.yaml"
 RECIPES = ("stage1", "stage2", "stage3")
@@ -164,11 +164,11 @@ def read_options(path: Path) -> Options:
     return options
 
 
-def write_options(config: TrainConfig, card: RunCard, path: Path) -> None:
+def write_options(config: TrainConfig, spec: RunSpec, path: Path) -> None:
     """Write every option of a run, as it was resolved, to a file for `--config`."""
     resolved = {name: getattr(config, name) for name, option in options_of(TrainConfig).items() if option.in_files}
-    resolved |= {name: card.config[name] for name in ("student", "size")}
-    resolved |= {"steps": card.total_steps, "epochs": None}
+    resolved |= {name: spec.config[name] for name in ("student", "size")}
+    resolved |= {"steps": spec.total_steps, "epochs": None}
     plain = {name.replace("_", "-"): _plain(value) for name, value in resolved.items() if value is not None}
     write_file(path, yaml.safe_dump(plain, sort_keys=False))
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from eupe.common.compute import Tokens
 from eupe.errors import RunError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly, read_tensors
-from eupe.models.encoder import load_card
+from eupe.models.encoder import load_encoder_spec
 from eupe.models.meta import built_on_meta
 from eupe.store.layout import KINDS
-from eupe.train.card import HEADS_FILE, NORMS_FILE, REPORT_FILE, finished_card, target_names
 from eupe.train.model import AdapterHead
 from eupe.train.normalise import Normaliser
+from eupe.train.run_spec import HEADS_FILE, NORMS_FILE, REPORT_FILE, finished_run_spec, target_names
 from eupe.train.validate import Gains
 
 
@@ -76,7 +76,7 @@ class TargetPredictor(nn.Module):
 
         Args:
             name: see `target_names`.
-            target: as in `RunCard.targets`.
+            target: as in `RunSpec.targets`.
             student: the width of each kind of token.
             rotated: the kinds that were rotated for the loss.
         """
@@ -105,14 +105,14 @@ def load_predictors(run: Path) -> list[TargetPredictor]:
     Raises: RunError if the run is not finished, was finished by a version that wrote no norms, or its files do not fit
         each other.
     """
-    card, student = finished_card(run), load_card(run)
+    spec, student = finished_run_spec(run), load_encoder_spec(run)
     heads, norms = _read(run / HEADS_FILE), _read(run / NORMS_FILE)
     widths = dict(zip(KINDS, (student.summary_dim, student.dense_dim), strict=True))
     predictors = []
-    for i, (name, target) in enumerate(zip(target_names(card.targets), card.targets, strict=True)):
+    for i, (name, target) in enumerate(zip(target_names(spec.targets), spec.targets, strict=True)):
         rotated = [kind for kind in KINDS if f"{i}.{kind}.rotation" in norms]
         with built_on_meta():
-            predictor = TargetPredictor(name, target, widths, card.config["head_width"], rotated)
+            predictor = TargetPredictor(name, target, widths, spec.config["head_width"], rotated)
         state = {f"{kind}.head.{tensor}": value for (kind, tensor), value in _of(heads, i).items()}
         state |= {f"{kind}.{tensor}": value for (kind, tensor), value in _of(norms, i).items()}
         try:

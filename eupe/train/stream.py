@@ -1,4 +1,4 @@
-"""The batches of a run, loaded ahead of their use: each is a pure function of (card, step, worker)."""
+"""The batches of a run, loaded ahead of their use: each is a pure function of (spec, step, worker)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from eupe.common.prefetch import map_ahead
-from eupe.train.card import RunCard, begun_method, holdout_by, method_of
 from eupe.train.config import TrainConfig, parse_mix
 from eupe.train.log import Rates
 from eupe.train.parallel import World
+from eupe.train.run_spec import RunSpec, begun_method, holdout_by, method_of
 from eupe.train.sampling import Mix, Sampler
 from eupe.train.targets import Batch, Request, TargetSet, open_targets
 
@@ -41,16 +41,16 @@ def open_corpora(config: TrainConfig) -> list[TargetSet]:
     ]
 
 
-def mix_of(card: RunCard, corpora: Sequence[TargetSet]) -> Mix:
+def mix_of(spec: RunSpec, corpora: Sequence[TargetSet]) -> Mix:
     """Build the mix that decides which corpus, and which of its views, each step takes."""
-    shares = [float(mixed["share"]) for mixed in card.mix]
-    seed = card.config["seed"]
+    shares = [float(mixed["share"]) for mixed in spec.mix]
+    seed = spec.config["seed"]
     samplers = tuple(
         Sampler(
             samples=corpus.training,
             num_views=corpus.num_views,
             seed=seed,
-            views=card.config["views"],
+            views=spec.config["views"],
             parts=corpus.training_parts,
         )
         for corpus in corpora
@@ -59,12 +59,12 @@ def mix_of(card: RunCard, corpora: Sequence[TargetSet]) -> Mix:
 
 
 def training_requests(
-    card: RunCard, corpora: Sequence[TargetSet], world: World, *, first_step: int, num_microbatches: int
+    spec: RunSpec, corpora: Sequence[TargetSet], world: World, *, first_step: int, num_microbatches: int
 ) -> Iterator[Request]:
     """Yield what one worker trains on from a step to the end, each step in `num_microbatches` microbatches."""
-    mix, config = mix_of(card, corpora), card.config
-    choices, colours_by_view = [config["size"], *card.target_sizes], method_of(card) > 1
-    for step in range(first_step, card.total_steps):
+    mix, config = mix_of(spec, corpora), spec.config
+    choices, colours_by_view = [config["size"], *spec.target_sizes], method_of(spec) > 1
+    for step in range(first_step, spec.total_steps):
         corpus, views = mix.batch(step, batch_size=config["batch_size"], rank=world.rank, world=world.size)
         size, *target_sizes = draw_sizes(config["seed"], step, choices)
         length = len(views) // num_microbatches

@@ -20,15 +20,6 @@ from eupe.errors import ConfigError, TrainingError
 from eupe.models.encoder import build_encoder, has_batch_norm, rescale_rope, save_encoder
 from eupe.models.meta import built_on_meta
 from eupe.store.layout import KINDS
-from eupe.train.card import (
-    HEADS_FILE,
-    NORMS_FILE,
-    RunCard,
-    encoder_lr_mult,
-    frozen_steps,
-    method_of,
-    target_names,
-)
 from eupe.train.checkpoint import Trainables, forget_after, load_checkpoint, on_cpu, save_checkpoint, save_tensors
 from eupe.train.config import TrainConfig
 from eupe.train.init import InitReport, init_from_run, init_from_weights
@@ -36,6 +27,15 @@ from eupe.train.log import Rates, TrainStatus
 from eupe.train.model import Distiller, Ema, build_distiller
 from eupe.train.parallel import World, forget_gathered, gradients_kept_local, whole
 from eupe.train.predict import norm_tensors
+from eupe.train.run_spec import (
+    HEADS_FILE,
+    NORMS_FILE,
+    RunSpec,
+    encoder_lr_mult,
+    frozen_steps,
+    method_of,
+    target_names,
+)
 from eupe.train.targets import Batch, TargetSet
 from eupe.train.validate import Gains
 
@@ -56,18 +56,18 @@ class Trainer:
     """A student with everything that training changes, and its training step."""
 
     def __init__(
-        self, config: TrainConfig, card: RunCard, targets: TargetSet, *, world: World, device: torch.device
+        self, config: TrainConfig, spec: RunSpec, targets: TargetSet, *, world: World, device: torch.device
     ) -> None:
         self.config = config
-        self.card = card
+        self.spec = spec
         self.world = world
         self.device = device
-        self.distiller = build_distiller(card, targets, device).train()
+        self.distiller = build_distiller(spec, targets, device).train()
         self.initialised: InitReport | None = None
         if config.init is not None:
             self.initialised = self._initialise(config.init)
         # FSDP2 shards contiguous tensors only
-        if method_of(card) > 2 and not config.shard:
+        if method_of(spec) > 2 and not config.shard:
             self.distiller.use_memory_format(fastest_format(self.distiller.encoder.model))
         # before DDP, which expects a gradient for every trainable parameter, and before the optimizer
         freeze_unused(self.distiller)
@@ -83,12 +83,12 @@ class Trainer:
         self.distiller.train()
         self._model = world.parallelize(self.distiller, shard=config.shard)
         # after sharding, which replaces the parameters by sharded ones
-        self.optimizer = adamw(self.distiller, card)
+        self.optimizer = adamw(self.distiller, spec)
         self._encoder_parameters = [p for p in self.distiller.encoder.parameters() if p.requires_grad]
-        self._frozen_steps, self._encoder_lr_mult = frozen_steps(card), encoder_lr_mult(card)
+        self._frozen_steps, self._encoder_lr_mult = frozen_steps(spec), encoder_lr_mult(spec)
         self.ema = None if config.ema is None else Ema(self.distiller, config.ema)
-        self._ema_rises = method_of(card) > 1
-        self._names = target_names(card.targets)
+        self._ema_rises = method_of(spec) > 1
+        self._names = target_names(spec.targets)
         self._step = _Step()
         self._dtype = dtype_name(self.distiller.dtype)
 
@@ -117,7 +117,7 @@ class Trainer:
         """
         num_microbatches, step = self.config.accumulate, batch.request.step
         self._freeze_encoder(step < self._frozen_steps)
-        _seed(self.card.config["seed"], step, microbatch, self.world.rank)
+        _seed(self.spec.config["seed"], step, microbatch, self.world.rank)
         # the forward pass, too: DDP decides in it whether the backward pass averages gradients
         with gradients_kept_local(self._model, local=microbatch < num_microbatches - 1):
             losses = self._model(batch)
@@ -157,7 +157,7 @@ class Trainer:
 
     def rates(self, step: int) -> dict[str, float]:
         """Return the learning rates of a step, of the encoder and of the heads."""
-        config, total = self.card.config, self.card.total_steps
+        config, total = self.spec.config, self.spec.total_steps
         peak = peak_rate(config["lr"], scaling=config.get("lr_scaling"), batch_size=config["batch_size"])
         begun = {ENCODER: (self._frozen_steps, self._encoder_lr_mult * peak), HEADS: (0, peak)}
         return {
@@ -200,7 +200,7 @@ class Trainer:
             if self.world.is_main_process:
                 save_encoder(encoder, self.config.out, weights=weights)
                 save_tensors(of_heads, self.config.out / HEADS_FILE, step=step)
-                judged_at = (sizes[0] for sizes in self.card.target_sizes)
+                judged_at = (sizes[0] for sizes in self.spec.target_sizes)
                 norms = [sizes[size] for sizes, size in zip(self.distiller.norms, judged_at, strict=True)]
                 save_tensors(norm_tensors(norms, gains), self.config.out / NORMS_FILE, step=step)
 
@@ -218,7 +218,7 @@ class Trainer:
 
     def _initialise(self, source: Path) -> InitReport:
         if source.is_dir():
-            return init_from_run(source, self.distiller.encoder, self.distiller.heads, targets=self.card.targets)
+            return init_from_run(source, self.distiller.encoder, self.distiller.heads, targets=self.spec.targets)
         return init_from_weights(source, self.distiller.encoder)
 
     def _require_finite(self, loss: Tensor, norm: Tensor, step: int, keys: set[str]) -> None:
@@ -267,21 +267,21 @@ def freeze_unused(distiller: Distiller) -> None:
     They would have no gradient to average over workers, and no optimizer state to put into a checkpoint.
     """
     kinds = {kind for kinds in distiller.kinds for kind in kinds}
-    card = distiller.encoder.card
+    spec = distiller.encoder.spec
     if kinds == set(KINDS):
         return
     with built_on_meta():
-        model = build_encoder(card.arch, size=card.size).train()
+        model = build_encoder(spec.arch, size=spec.size).train()
     with torch.device("meta"):
         # on the meta device a backward pass costs nothing and shows which parameters get a gradient
-        tokens = vars(model(torch.zeros(2, 3, card.size, card.size)))
+        tokens = vars(model(torch.zeros(2, 3, spec.size, spec.size)))
         torch.autograd.backward([tokens[kind].sum() for kind in sorted(kinds)])
     unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     for name, parameter in distiller.encoder.named_parameters():
         parameter.requires_grad_(name not in unused)
 
 
-def adamw(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
+def adamw(distiller: Distiller, spec: RunSpec) -> torch.optim.Optimizer:
     """Build AdamW with weight decay for all parameters but biases, norms and scales.
 
     It applies to matrices and to class, register and position tokens, that is, to parameters of more than one axis.
@@ -295,11 +295,11 @@ def adamw(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
     for decayed in (True, False):
         for part, module in ((ENCODER, distiller.encoder), (HEADS, distiller.heads)):
             parameters = [p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == decayed]
-            decay = card.config["weight_decay"] if decayed else 0.0
+            decay = spec.config["weight_decay"] if decayed else 0.0
             groups.append({"params": parameters, "weight_decay": decay, PART: part})
     # On a GPU, PyTorch chooses a fast way itself; on a CPU, the default takes twice as long.
     on_cpu = all(parameter.device.type == "cpu" for parameter in distiller.parameters())
-    return torch.optim.AdamW(groups, lr=card.config["lr"], fused=True if on_cpu else None)
+    return torch.optim.AdamW(groups, lr=spec.config["lr"], fused=True if on_cpu else None)
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
@@ -323,14 +323,14 @@ def recompute_activations(distiller: Distiller) -> None:
     model = distiller.encoder.model
     if has_batch_norm(model):
         raise ConfigError(
-            f"--recompute would count every batch twice in the running statistics of {distiller.encoder.card.arch}; "
+            f"--recompute would count every batch twice in the running statistics of {distiller.encoder.spec.arch}; "
             "leave it out"
         )
     try:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:
         raise ConfigError(
-            f"--recompute: timm cannot recompute the activations of {distiller.encoder.card.arch}; leave it out"
+            f"--recompute: timm cannot recompute the activations of {distiller.encoder.spec.arch}; leave it out"
         ) from error
 
 

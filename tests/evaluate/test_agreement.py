@@ -75,10 +75,10 @@ def test_cka_is_of_the_prediction_and_of_the_students_own_tokens(run: Path, tiny
     views = targets.views_of(targets.held_out)
     stored = tiny_store.read(tiny_store.rows([targets.keys[i] for i in views[:, 0]]), views[:, 1].tolist())
     pixels = torch.stack([opened_view(targets, *view, stored, i) for i, view in enumerate(views.tolist())])
-    card = opened.distiller.encoder.card
+    spec = opened.distiller.encoder.spec
     with torch.inference_mode():
         summary, dense = opened.distiller.predict(pixels)[0]
-        own = opened.distiller.encoder(normalise(pixels, card.mean, card.std))
+        own = opened.distiller.encoder(normalise(pixels, spec.mean, spec.std))
     width = dense.shape[-1]
     std = tiny_store.stats(64, "dense").std
     kinds = agreement(run).targets[0].kinds

@@ -286,7 +286,7 @@ class TestCommandLine:
         assert "Measured: linear CKA" in said and "Judged: redundant is R² of at least 0.9" in said
 
 
-CARD = {"name": "toy", "model": "toy", "backend": "timm"}
+SPEC = {"name": "toy", "model": "toy", "backend": "timm"}
 PAPER = ("siglip2-b-256", "pe-core-g", "clip-l14")
 
 
@@ -307,7 +307,7 @@ PAPER = ("siglip2-b-256", "pe-core-g", "clip-l14")
 )
 def test_verdicts(cka: float | None, forward: float, backward: float, samples: int, pictures: int, word: str) -> None:
     ways = {"forward": Predicted(forward, 1.0, samples), "backward": Predicted(backward, 1.0, samples)}
-    said = judge(("A", "B"), kind="dense", cka=cka, num_pictures=pictures, width=100, cards=(CARD, CARD), **ways)
+    said = judge(("A", "B"), kind="dense", cka=cka, num_pictures=pictures, width=100, specs=(SPEC, SPEC), **ways)
     assert said.word == word
     if word == "contained":
         assert ("B can be read off A" if forward > backward else "A can be read off B") in said.why
@@ -323,7 +323,7 @@ def test_verdicts(cka: float | None, forward: float, backward: float, samples: i
     ],
 )
 def test_two_clip_like_teachers_get_the_papers_warning(first: str, second: str, backend: str, fight: bool) -> None:
-    cards = tuple({"name": name, "model": "m", "backend": backend} for name in (first, second))
+    specs = tuple({"name": name, "model": "m", "backend": backend} for name in (first, second))
     ways = dict.fromkeys(("forward", "backward"), Predicted(0.5, 1.0, 10**6))
-    said = judge(("A", "B"), kind="dense", cka=0.5, num_pictures=999, width=10, cards=(cards[0], cards[1]), **ways)
+    said = judge(("A", "B"), kind="dense", cka=0.5, num_pictures=999, width=10, specs=(specs[0], specs[1]), **ways)
     assert ("the paper found such a pair to fight" in said.why) == fight

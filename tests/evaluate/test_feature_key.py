@@ -26,7 +26,7 @@ def teacher(weights: Path, *, dtype: torch.dtype = torch.float32) -> Teacher:
     return load_teacher(spec, weights=weights, device=torch.device("cpu"), dtype=dtype, sizes=(64,))
 
 
-def of_card(**fields: Any) -> Change:
+def of_spec(**fields: Any) -> Change:
     return lambda one, patch: replace(one, spec=replace(one.spec, **fields))
 
 
@@ -65,9 +65,9 @@ def of_version(one: Teacher, patch: pytest.MonkeyPatch) -> Teacher:
 
 
 DECISIVE: dict[str, Change] = {
-    "mean": of_card(mean=(0.5, 0.5, 0.4)),
-    "std": of_card(std=(0.5, 0.5, 0.4)),
-    "summary": of_card(summary="mean"),
+    "mean": of_spec(mean=(0.5, 0.5, 0.4)),
+    "std": of_spec(std=(0.5, 0.5, 0.4)),
+    "summary": of_spec(summary="mean"),
     "weight": of_weight,
     "heads": of_module("blocks.0.attn", "num_heads", 1),
     "epsilon": of_module("norm", "eps", 0.5),
@@ -80,7 +80,7 @@ DECISIVE: dict[str, Change] = {
     "threads": of_threads,
 }
 DESCRIPTIVE: dict[str, Change] = {
-    "name": of_card(name="another", model="elsewhere", note="said", licence="other", native_size=999),
+    "name": of_spec(name="another", model="elsewhere", note="said", licence="other", native_size=999),
     "loaded again": lambda one, patch: one,
 }
 

@@ -88,9 +88,9 @@ def side_by_side(folder: Path, first: Path, second: Path) -> Path:
     for file in ("heads.safetensors", "norms.safetensors"):
         renamed = {name.replace("0.", "1.", 1): value for name, value in load_file(second / file).items()}
         save_file({**load_file(first / file), **renamed}, folder / file)
-    cards = [json.loads((run / "config.json").read_text()) for run in (first, second)]
-    cards[0]["targets"] += cards[1]["targets"]
-    (folder / "config.json").write_text(json.dumps(cards[0]))
+    specs = [json.loads((run / "config.json").read_text()) for run in (first, second)]
+    specs[0]["targets"] += specs[1]["targets"]
+    (folder / "config.json").write_text(json.dumps(specs[0]))
     return folder
 
 
@@ -264,8 +264,8 @@ def test_what_leads_nowhere_is_told_why(chain: Chain, tmp_path: Path, monkeypatc
     run.mkdir()
     for file in ("student.json", "student.safetensors", "report.json"):
         (run / file).symlink_to(chain.student / file)
-    card = json.loads((chain.student / "config.json").read_text())
-    (target,) = card["targets"]
+    spec = json.loads((chain.student / "config.json").read_text())
+    (target,) = spec["targets"]
     for changed, said in (
         ({"teacher": "clip-b16"}, "that of clip-b16-proj after it"),
         ({"teacher": "dinov2-s"}, "dinov2-s has no text space"),
@@ -274,7 +274,7 @@ def test_what_leads_nowhere_is_told_why(chain: Chain, tmp_path: Path, monkeypatc
         ({"teacher": str(run)}, "is its own teacher"),
         ({"summary_dim": 0}, "has no head for the summary of proxy"),
     ):
-        (run / "config.json").write_text(json.dumps({**card, "targets": [{**target, **changed}]}))
+        (run / "config.json").write_text(json.dumps({**spec, "targets": [{**target, **changed}]}))
         with pytest.raises(ConfigError, match=said):
             choose_way(subject_of(run), None)
     (run / "report.json").unlink()

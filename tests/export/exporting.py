@@ -26,10 +26,10 @@ from eupe.models.encoder import Encoder, build_encoder, load_encoder, save_encod
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
 from eupe.teachers.verify import compare
-from eupe.train.card import RunCard, target_names
 from eupe.train.model import TargetHeads
 from eupe.train.normalise import Normaliser
 from eupe.train.predict import norm_tensors
+from eupe.train.run_spec import RunSpec, target_names
 
 SIZE = 64
 VIT, CONVNEXT = "vit_tiny_patch16_dinov3_qkvb", "test_convnext"
@@ -71,8 +71,8 @@ def some_slow(*fast: Any, slow: Sequence[Any]) -> list[Any]:
 
 
 def target(teacher: str, *, licence: str = "apache-2.0", summary: int = 20, dense: int = 12) -> dict[str, Any]:
-    card = {"path": f"{teacher}.zarr", "fingerprint": "f" * 8, "teacher": teacher, "licence": licence}
-    return {**card, "summary_dim": summary, "dense_dim": dense}
+    spec = {"path": f"{teacher}.zarr", "fingerprint": "f" * 8, "teacher": teacher, "licence": licence}
+    return {**spec, "summary_dim": summary, "dense_dim": dense}
 
 
 DINO, LITE = target("dinov2-s"), target("efficientnet-lite0", licence="mit", summary=0)
@@ -114,7 +114,7 @@ def finished_run(
     """The files of a finished run."""
     with torch.random.fork_rng(devices=[]):
         encoder = build_encoder(arch, size=size)
-        widths = (encoder.card.summary_dim, encoder.card.dense_dim)
+        widths = (encoder.spec.summary_dim, encoder.spec.dense_dim)
         heads = nn.ModuleList(TargetHeads(widths, (t["summary_dim"], t["dense_dim"]), HEAD_WIDTH) for t in targets)
     fill(encoder.model, seed)
     settle(encoder.model, size)
@@ -129,10 +129,10 @@ def finished_run(
     gains = [dict.fromkeys(has, 0.3 + i) for i, has in enumerate(kinds)]
     save_file(norm_tensors(norms, gains), folder / "norms.safetensors")
     config = {"student": arch, "size": [size], "head_width": HEAD_WIDTH, "lr": 0.001, "batch_size": 32, "seed": 0}
-    card = RunCard(
+    spec = RunSpec(
         config=config, targets=tuple(map(dict, targets)), pictures=("d" * 8,), total_steps=1234, versions={"torch": "9"}
     )
-    (folder / "config.json").write_text(json.dumps(card.to_json()))
+    (folder / "config.json").write_text(json.dumps(spec.to_json()))
     validation = {
         name: {kind: {"raw": 0.81, "mean_raw": 0.7, "normalised": 0.5} for kind in has}
         for name, has in zip(target_names(targets), kinds, strict=True)
@@ -168,7 +168,7 @@ def centre_view(path: Path, size: int) -> Tensor:
 def tokens_of(run: Path, path: Path, size: int = SIZE) -> tuple[Encoder, Tensor, Tensor]:
     """The run's encoder, and its summary and dense tokens of a picture's centre view."""
     encoder = load_encoder(run).eval()
-    tokens = encoder(normalise(centre_view(path, size), encoder.card.mean, encoder.card.std))
+    tokens = encoder(normalise(centre_view(path, size), encoder.spec.mean, encoder.spec.std))
     assert tokens.summary is not None
     return encoder, tokens.summary, tokens.dense
 
@@ -182,11 +182,11 @@ def least_cosine(got: Any, want: Tensor) -> float:
 def assert_teaches(name: str, run: Path) -> None:
     """As a teacher an export gives the tokens of the run that it is of, and its library agrees."""
     spec, student = resolve_teacher(name), load_encoder(run).eval()
-    assert (spec.native_size, spec.mean, spec.std) == (SIZE, student.card.mean, student.card.std)
+    assert (spec.native_size, spec.mean, spec.std) == (SIZE, student.spec.mean, student.spec.std)
     teacher = load_teacher(spec, weights=None, device=torch.device("cpu"), dtype=torch.float32, sizes=(SIZE,))
     views = torch.from_numpy(varied_pictures(SIZE, SIZE, seed=7))
     with torch.inference_mode():
-        got, want = teacher(views), student(normalise(views, student.card.mean, student.card.std))
+        got, want = teacher(views), student(normalise(views, student.spec.mean, student.spec.std))
     assert least_cosine(got.summary, want.summary) > 0.99999
     assert least_cosine(got.dense, want.dense) > 0.99999
     found = compare(spec)

@@ -14,10 +14,10 @@ from making import make_corpus
 from eupe.errors import RunError
 from eupe.evaluate.result import Result
 from eupe.evaluate.run import holdout, open_run
-from eupe.models.encoder import load_card
+from eupe.models.encoder import load_encoder_spec
 from eupe.report.comparison import merge
 from eupe.report.training_curves import read_history
-from eupe.train.card import read_card
+from eupe.train.run_spec import read_run_spec
 
 Run = Callable[..., Any]
 DEEP = "[" * 200_000
@@ -62,24 +62,24 @@ def refused(outcome: Any, *said: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("3", "an encoder card must be an object, not int"),
+        ("3", "an encoder spec must be an object, not int"),
         (DEEP, "it is nested too deeply"),
-        ({"size": "a"}, "an encoder card has invalid fields: size 'a'"),
-        ({"size": 0}, "an encoder card has invalid fields: size 0"),
-        ({"arch": 3, "patch": "x"}, "an encoder card has invalid fields: arch 3, patch 'x'"),
-        ({"summary_dim": -1}, "an encoder card has invalid fields: summary_dim -1"),
-        ({"mean": [0.5, 0.5]}, "an encoder card has invalid fields: mean [0.5, 0.5]"),
-        ({"std": [0.5, 0.5, None]}, "an encoder card has invalid fields: std [0.5, 0.5, None]"),
-        ({"dense": ["normed"]}, "an encoder card has unknown kinds"),
+        ({"size": "a"}, "an encoder spec has invalid fields: size 'a'"),
+        ({"size": 0}, "an encoder spec has invalid fields: size 0"),
+        ({"arch": 3, "patch": "x"}, "an encoder spec has invalid fields: arch 3, patch 'x'"),
+        ({"summary_dim": -1}, "an encoder spec has invalid fields: summary_dim -1"),
+        ({"mean": [0.5, 0.5]}, "an encoder spec has invalid fields: mean [0.5, 0.5]"),
+        ({"std": [0.5, 0.5, None]}, "an encoder spec has invalid fields: std [0.5, 0.5, None]"),
+        ({"dense": ["normed"]}, "an encoder spec has unknown kinds"),
     ],
 )
-def test_cards_of_students_that_are_none(
+def test_specs_of_students_that_are_none(
     change: str | dict[str, Any], said: str, run: Path, spoilt: Callable[..., Path]
 ) -> None:
-    card = json.loads((run / "student.json").read_text())
-    text = change if isinstance(change, str) else json.dumps({**card, **change})
+    spec = json.loads((run / "student.json").read_text())
+    text = change if isinstance(change, str) else json.dumps({**spec, **change})
     with pytest.raises(RunError) as raised:
-        load_card(spoilt("student.json", text))
+        load_encoder_spec(spoilt("student.json", text))
     assert said in str(raised.value) and "no readable student.json" in str(raised.value)
 
 
@@ -114,20 +114,20 @@ def test_logs_of_runs_that_are_none(line: str, spoilt: Callable[..., Path]) -> N
     ],
 )
 def test_configs_of_runs_that_are_none(change: dict[str, Any], run: Path, spoilt: Callable[..., Path]) -> None:
-    card = json.loads((run / "config.json").read_text())
+    spec = json.loads((run / "config.json").read_text())
     with pytest.raises(RunError, match=r"is not a training run: no readable config\.json"):
-        read_card(spoilt("config.json", json.dumps({**card, **change})))
+        read_run_spec(spoilt("config.json", json.dumps({**spec, **change})))
     with pytest.raises(RunError, match=r"is not a training run: no readable config\.json"):
-        read_card(spoilt("config.json", DEEP))
+        read_run_spec(spoilt("config.json", DEEP))
 
 
 def test_a_run_that_does_not_say_what_it_held_out(
     run: Path, spoilt: Callable[..., Path], tmp_path: Path, run_eupe: Run
 ) -> None:
-    card = json.loads((run / "config.json").read_text())
+    spec = json.loads((run / "config.json").read_text())
     pictures = make_corpus(tmp_path / "pictures", count=3)
-    card["config"].pop("holdout", None)
-    silent = spoilt("config.json", json.dumps(card))
+    spec["config"].pop("holdout", None)
+    silent = spoilt("config.json", json.dumps(spec))
     out = tmp_path / "page.html"
     refused(
         run_eupe("viz", silent, "--images", pictures, "--out", out), f"run {silent} has a config.json whose holdout"
@@ -138,14 +138,14 @@ def test_a_run_that_does_not_say_what_it_held_out(
     )
     refused(run_eupe("eval", "agreement", silent), f"run {silent} has a config.json without ", "holdout")
     for share in ("0.1", 2, -0.5, [0.1]):
-        card["config"]["holdout"] = share
+        spec["config"]["holdout"] = share
         with pytest.raises(RunError, match="not a share from 0 to 1"):
-            holdout(spoilt("config.json", json.dumps(card)))
-    card["config"]["holdout"] = 0.25
-    assert holdout(spoilt("config.json", json.dumps(card))) == 0.25
-    del card["targets"][0]["fingerprint"]
+            holdout(spoilt("config.json", json.dumps(spec)))
+    spec["config"]["holdout"] = 0.25
+    assert holdout(spoilt("config.json", json.dumps(spec))) == 0.25
+    del spec["targets"][0]["fingerprint"]
     with pytest.raises(RunError, match=r"has a config\.json without .*fingerprint; restore it"):
-        open_run(spoilt("config.json", json.dumps(card)))
+        open_run(spoilt("config.json", json.dumps(spec)))
 
 
 @pytest.mark.parametrize(

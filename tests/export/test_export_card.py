@@ -15,13 +15,13 @@ from eupe.evaluate.licences import Origin, origins
 from eupe.evaluate.result import Result, keep_results
 from eupe.export.config import ExportConfig
 from eupe.export.job import ExportReport, export
-from eupe.train.card import read_card
+from eupe.train.run_spec import read_run_spec
 
 ARCH = "test_vit"
 
 
 def of(run: Path) -> list[Origin]:
-    return origins(run, read_card(run))
+    return origins(run, read_run_spec(run))
 
 
 def export_of(run: Path, **options: Any) -> tuple[ExportReport, str]:

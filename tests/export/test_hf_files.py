@@ -54,7 +54,7 @@ def test_the_auto_classes_give_the_run_s_tokens(arch: str, exports: Exports) -> 
     encoder, model = load_encoder(exports.run(arch)).eval(), AutoModel.from_pretrained(exports.out(arch)).eval()
     assert type(model).__name__ == CLASSES[arch]
     assert json.loads((exports.out(arch) / "export.json").read_text())["report"]["kind"] == CLASSES[arch]
-    pixels = normalise(torch.from_numpy(varied_pictures(SIZE, SIZE, seed=7)), encoder.card.mean, encoder.card.std)
+    pixels = normalise(torch.from_numpy(varied_pictures(SIZE, SIZE, seed=7)), encoder.spec.mean, encoder.spec.std)
     with torch.inference_mode():
         answer, tokens = model(pixel_values=pixels), encoder(pixels)
     assert least_cosine(answer.pooler_output, tokens.summary) > 0.99999
@@ -76,11 +76,11 @@ def test_the_image_processor_prepares_what_the_student_was_trained_on(
     arch: str, exports: Exports, tmp_path: Path
 ) -> None:
     prepare = AutoImageProcessor.from_pretrained(exports.out(arch))
-    card = load_encoder(exports.run(arch)).card
+    spec = load_encoder(exports.run(arch)).spec
     for width, most in ((110, 0.01), (150, 0.1)):  # of a wide one, crop and resize come in another order
         path = photograph(tmp_path / "p.png", width=width)
         pixels = prepare(Image.open(path), return_tensors="pt")["pixel_values"]
-        ours = normalise(centre_view(path, SIZE), card.mean, card.std)
+        ours = normalise(centre_view(path, SIZE), spec.mean, spec.std)
         assert pixels.shape == ours.shape
         assert (pixels - ours).abs().mean() < most
     if CLASSES[arch] != "TimmWrapperModel":
@@ -176,7 +176,7 @@ def test_llava_sees_through_an_export(exports: Exports) -> None:
     words = torch.tensor([[1, *[picture_token] * (registers + cells), 7, 8]])
     encoder = load_encoder(exports.run(VIT)).eval()
     views = torch.from_numpy(varied_pictures(SIZE, SIZE)[[0, 8]])
-    pixels = normalise(views, encoder.card.mean, encoder.card.std)
+    pixels = normalise(views, encoder.spec.mean, encoder.spec.std)
     seen: list[Any] = []
     llava.model.multi_modal_projector.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     with torch.inference_mode():

@@ -63,8 +63,8 @@ def asked(run: Path, out: Path, pixels: torch.Tensor) -> tuple[dict[str, Any], A
 
 
 def pictures(run: Path, height: int = SIZE, width: int = SIZE) -> torch.Tensor:
-    card = load_encoder(run).card
-    return normalise(torch.from_numpy(varied_pictures(height, width, seed=7)), card.mean, card.std)
+    spec = load_encoder(run).spec
+    return normalise(torch.from_numpy(varied_pictures(height, width, seed=7)), spec.mean, spec.std)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -256,10 +256,10 @@ def test_ranges_are_those_of_the_pictures_that_are_given(
     assert outcome.code == 0, outcome.err
     (note,) = json.loads(outcome.out)["notes"]
     kept, told = re.search(r"(\w+) was kept \(least cosine on 4 of your pictures for selection: (.*)\)", note).groups()  # type: ignore[union-attr]
-    card = load_encoder(run).card
+    spec = load_encoder(run).spec
     images = [Image.open(path).convert("RGB") for path in sorted(folder.rglob("*.png"))[1::2]]
-    views = [render_view(each, centre(*each.size)[0], card.size) for each in images]
-    got, want = asked(run, out, normalise(torch.from_numpy(np.stack(views)), card.mean, card.std))
+    views = [render_view(each, centre(*each.size)[0], spec.size) for each in images]
+    got, want = asked(run, out, normalise(torch.from_numpy(np.stack(views)), spec.mean, spec.std))
     least = min(least_cosine(got[kind], getattr(want, kind)) for kind in ("summary", "dense"))
     assert f"{kept} {least:.4f}" in told
     assert json.loads(run_eupe(*words).out)["cached"]

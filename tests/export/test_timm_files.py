@@ -59,16 +59,16 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 def test_timm_s_own_forward_pass_gives_the_run_s_summary(arch: str, exports: Exports) -> None:
     encoder, out = load_encoder(exports.run(arch)).eval(), exports.out(arch)
     model = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
-    pixels = normalise(torch.from_numpy(varied_pictures(SIZE, SIZE, seed=7)), encoder.card.mean, encoder.card.std)
+    pixels = normalise(torch.from_numpy(varied_pictures(SIZE, SIZE, seed=7)), encoder.spec.mean, encoder.spec.std)
     with torch.inference_mode():
         assert least_cosine(model(pixels), encoder(pixels).summary) > 0.99999
-    assert encoder.card.summary == SUMMARIES[arch]
+    assert encoder.spec.summary == SUMMARIES[arch]
     assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "colleagues can read the weights, too"
     assert model.num_features == json.loads((out / "config.json").read_text())["num_features"]
     settings = timm.data.resolve_model_data_config(model)
     assert tuple(settings["input_size"]) == (3, SIZE, SIZE)
     assert (settings["crop_pct"], settings["interpolation"], settings["crop_mode"]) == (1.0, "bicubic", "center")
-    assert (tuple(settings["mean"]), tuple(settings["std"])) == (encoder.card.mean, encoder.card.std)
+    assert (tuple(settings["mean"]), tuple(settings["std"])) == (encoder.spec.mean, encoder.spec.std)
 
 
 def assert_said(names: dict[str, Any], run: Path, path: Path) -> None:
@@ -76,7 +76,7 @@ def assert_said(names: dict[str, Any], run: Path, path: Path) -> None:
     encoder, summary, dense = tokens_of(run, path)
     assert least_cosine(names["summary"], summary) > 0.99999
     assert least_cosine(names["dense"], dense) > 0.99999
-    assert names["dense"].shape[1:3] == (SIZE // encoder.card.patch,) * 2
+    assert names["dense"].shape[1:3] == (SIZE // encoder.spec.patch,) * 2
     teachers = names["teachers"]
     assert teachers.keys() == {"dinov2-s.summary", "dinov2-s.dense", "efficientnet-lite0.dense"}
     with torch.inference_mode():
@@ -152,7 +152,7 @@ def test_another_size_is_that_of_the_run_at_that_size(arch: str, exports: Export
     assert export(ExportConfig(run=run, out=out, format="timm", size=96)).size == 96
     model = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
     encoder = load_encoder(run).eval()
-    pixels = normalise(torch.from_numpy(varied_pictures(96, 96, seed=7)), encoder.card.mean, encoder.card.std)
+    pixels = normalise(torch.from_numpy(varied_pictures(96, 96, seed=7)), encoder.spec.mean, encoder.spec.std)
     with torch.inference_mode():
         assert least_cosine(model(pixels), encoder(pixels).summary) > 0.99999
     assert tuple(timm.data.resolve_model_data_config(model)["input_size"]) == (3, 96, 96)

@@ -315,7 +315,7 @@ def test_a_full_temporary_disk_is_one_sentence(
         assert "committed" not in said and not list(tmp_path.iterdir())
 
 
-def test_on_paper_the_bytes_follow_from_the_cards() -> None:
+def test_on_paper_the_bytes_follow_from_the_specs() -> None:
     plan = estimate_on_paper(PaperConfig(teachers=("pe-core-g", "dinov3-h+"), num_images=1000, views=TWO_CROPS))
     first, second = plan.teachers
     assert first.raw_bytes_per_view == 2 * (32 * 32 + 1) * 1536

@@ -92,9 +92,9 @@ def test_parts_of_different_sizes_share_one_decoding(
     asked = (("timm:test_vit", tiny_weights, TINY_SIZE), (OTHER, other_weights, OTHER_SIZE))
     for i, (name, weights, size) in enumerate(asked):
         monkeypatch.setattr("eupe.extract.parts.samples_per_part", lambda *_, i=i: 8 << 2 * i)
-        card = resolve_teacher(name)
+        described = resolve_teacher(name)
         spec = store_spec(
-            card,
+            described,
             index,
             views=TWO_CROPS,
             sizes=(size,),
@@ -105,7 +105,7 @@ def test_parts_of_different_sizes_share_one_decoding(
         places.append(tmp_path / f"{i}.zarr")
         create_store(places[i], spec)
         options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "sizes": (size,)}
-        teacher = load_teacher(card, weights=weights, **options)
+        teacher = load_teacher(described, weights=weights, **options)
         extractors.append(PartExtractor(teacher, spec, corpus_root=index.root, views=TWO_CROPS, batch_size=8))
     worker = Worker(extractors, places)
     units = list(plan_work_units([c.spec for c in extractors], index.samples, [(), ()]))

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from eupe.common.compute import normalise
-from eupe.common.kinds import CARD_FILE, WEIGHTS_FILE
+from eupe.common.kinds import STUDENT_FILE, WEIGHTS_FILE
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.models import encoder as encoder_module
 from eupe.models.checkpoints import load_state_dict_strictly
 from eupe.models.encoder import (
     Encoder,
-    EncoderCard,
+    EncoderSpec,
     build_encoder,
     check_student,
     load_encoder,
     remembered,
     save_encoder,
-    timm_card,
+    timm_spec,
     timm_tokens,
 )
 from eupe.models.meta import built_on_meta
@@ -90,14 +90,14 @@ def test_tokens_are_the_library_s_own(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", STUDENTS)
-def test_card_is_known_without_building(arch: str) -> None:
+def test_spec_is_known_without_building(arch: str) -> None:
     size, patch, dense_dim, summary_dim, prefix, summary, dense = STUDENTS[arch]
-    card = timm_card(arch, size)
+    spec = timm_spec(arch, size)
     config = timm.get_pretrained_cfg(arch)
-    assert (card.arch, card.size, card.patch, card.prefix_tokens) == (arch, size, patch, prefix)
-    assert (card.dense_dim, card.summary_dim, card.summary, card.dense) == (dense_dim, summary_dim, summary, dense)
-    assert (card.mean, card.std) == (config.mean, config.std)
-    assert EncoderCard.from_json(json.loads(json.dumps(card.to_json()))) == card
+    assert (spec.arch, spec.size, spec.patch, spec.prefix_tokens) == (arch, size, patch, prefix)
+    assert (spec.dense_dim, spec.summary_dim, spec.summary, spec.dense) == (dense_dim, summary_dim, summary, dense)
+    assert (spec.mean, spec.std) == (config.mean, config.std)
+    assert EncoderSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
 @pytest.mark.parametrize("arch", STUDENTS)
@@ -173,9 +173,9 @@ def test_an_architecture_is_asked_about_once_and_a_directory_each_time() -> None
 
 def test_unknown_architecture_names_near_ones() -> None:
     with pytest.raises(ConfigError, match=r"did you mean .*vit_small_patch16_224"):
-        timm_card("vit_smal_patch16_224", 224)
+        timm_spec("vit_smal_patch16_224", 224)
     with pytest.raises(ConfigError, match="no weights"):
-        timm_card("resnet18.nonsense", 224)
+        timm_spec("resnet18.nonsense", 224)
 
 
 @pytest.mark.parametrize("size", [250, 8])
@@ -186,9 +186,9 @@ def test_size_that_the_patch_does_not_divide_is_refused(size: int) -> None:
 
 def test_model_without_a_grid_is_refused() -> None:
     with pytest.raises(ConfigError, match="neither"):
-        timm_card("mixer_s32_224", None)
+        timm_spec("mixer_s32_224", None)
     with pytest.raises(ConfigError, match="EfficientFormer gives neither"):
-        timm_card("efficientformer_l1", 64)
+        timm_spec("efficientformer_l1", 64)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +211,9 @@ def test_model_without_a_grid_is_refused() -> None:
 )
 def test_sizes_that_are_advised_work(arch: str, size: int, words: str) -> None:
     with pytest.raises(ConfigError, match=f"size {size} does not work for {arch}: {words}") as refused:
-        timm_card(arch, size)
+        timm_spec(arch, size)
     for advised in re.findall(r"(\d+)(?= or \d+$|$)", str(refused.value)):
-        assert timm_card(arch, int(advised)).size == int(advised)
+        assert timm_spec(arch, int(advised)).size == int(advised)
         check_student(arch, [int(advised)], views=2)
 
 
@@ -261,10 +261,10 @@ def test_save_and_load_give_the_same_tokens(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     again = load_encoder(tmp_path).eval()
     assert torch.equal(torch.get_rng_state(), state), "loading must not disturb the generator"
-    assert again.card == encoder.card
+    assert again.spec == encoder.spec
     with torch.no_grad():
         assert torch.equal(again(pixels(64)).dense, encoder(pixels(64)).dense)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [STUDENT_FILE, WEIGHTS_FILE]
 
 
 def test_failed_save_leaves_the_old_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,11 +291,11 @@ def test_unusable_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=tmp_path.name):
         load_encoder(tmp_path)
     (tmp_path / WEIGHTS_FILE).write_bytes(weights)
-    card = json.loads((tmp_path / CARD_FILE).read_text())
-    (tmp_path / CARD_FILE).write_text(json.dumps(card | {"arch": "resnet34"}))
+    spec = json.loads((tmp_path / STUDENT_FILE).read_text())
+    (tmp_path / STUDENT_FILE).write_text(json.dumps(spec | {"arch": "resnet34"}))
     with pytest.raises(RunError, match="cannot be rebuilt"):
         load_encoder(tmp_path)
-    (tmp_path / CARD_FILE).write_text(json.dumps(card | {"dense": "smooth"}))
+    (tmp_path / STUDENT_FILE).write_text(json.dumps(spec | {"dense": "smooth"}))
     with pytest.raises(RunError, match="smooth"):
         load_encoder(tmp_path)
 

@@ -10,7 +10,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from eupe.common.compute import normalise
-from eupe.models.encoder import Encoder, build_encoder, load_encoder, save_encoder, timm_card, timm_tokens
+from eupe.models.encoder import Encoder, build_encoder, load_encoder, save_encoder, timm_spec, timm_tokens
 from eupe.models.meta import built_on_meta
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
@@ -45,15 +45,15 @@ def test_each_has_its_size_and_the_blocks_of_a_perception_encoder(arch: str) -> 
 
 
 @pytest.mark.parametrize(("arch", "size"), [*((arch, 512) for arch in PE_CORE), (SMALL, 256), (SMALL, 384)])
-def test_the_card_is_known_without_memory(arch: str, size: int) -> None:
+def test_the_spec_is_known_without_memory(arch: str, size: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    card = timm_card(arch, size)
+    spec = timm_spec(arch, size)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "kilobytes; the giant has 7.4 GB"
     width = PE_CORE[arch][1]
-    assert (card.size, card.patch, card.dense_dim, card.summary_dim, card.prefix_tokens) == (size, 16, width, width, 5)
-    assert (card.summary, card.dense) == ("cls", "normed")
-    assert (card.mean, card.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    assert timm_card(SMALL, None).size == 256
+    assert (spec.size, spec.patch, spec.dense_dim, spec.summary_dim, spec.prefix_tokens) == (size, 16, width, width, 5)
+    assert (spec.summary, spec.dense) == ("cls", "normed")
+    assert (spec.mean, spec.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert timm_spec(SMALL, None).size == 256
 
 
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (384, 384), (256, 384)])
@@ -88,7 +88,7 @@ def test_rotary_angles_are_dinov3_s_on_the_perception_encoder_s_channels() -> No
 
 
 def test_every_parameter_learns() -> None:
-    encoder = Encoder(timm_card(SMALL, 64), timm.create_model(SMALL, num_classes=0, depth=2))
+    encoder = Encoder(timm_spec(SMALL, 64), timm.create_model(SMALL, num_classes=0, depth=2))
     tokens = encoder(torch.randn(2, 3, 64, 64))
     assert tokens.summary is not None
     (tokens.dense.square().sum() + tokens.summary.square().sum()).backward()
@@ -100,10 +100,10 @@ def test_saved_and_loaded_it_gives_the_same_tokens_at_any_size(tmp_path: Path) -
     encoder = build_encoder(SMALL, size=64).eval()
     save_encoder(encoder, tmp_path)
     again = load_encoder(tmp_path).eval()
-    pixels = normalise(views(96), again.card.mean, again.card.std)
+    pixels = normalise(views(96), again.spec.mean, again.spec.std)
     with torch.no_grad():
         want, got = encoder(pixels), again(pixels)
-    assert again.card == encoder.card
+    assert again.spec == encoder.spec
     assert torch.equal(want.dense, got.dense) and torch.equal(want.summary, got.summary)
 
 

@@ -151,8 +151,8 @@ def make_run(path: Path, *, targets: list[dict[str, Any]] | None = None, seed: i
     """A finished run as far as a report asks."""
     torch.manual_seed(seed)
     save_encoder(build_encoder("test_vit", size=64), path)
-    card = {"config": {"holdout": 0.3, "seed": seed}, "targets": targets or [], "mix": [], "pictures": []}
-    (path / "config.json").write_text(json.dumps({**card, "total_steps": 1}))
+    spec = {"config": {"holdout": 0.3, "seed": seed}, "targets": targets or [], "mix": [], "pictures": []}
+    (path / "config.json").write_text(json.dumps({**spec, "total_steps": 1}))
     return path
 
 
@@ -371,7 +371,7 @@ class TestPage:
         ]
         first, second = svgs.values()
         assert [len(titled(first)), len(titled(second))] == [3, 2]
-        (hollow,) = (title for title, dot in titled(first).items() if "fill: var(--card)" in dot.attrib["style"])
+        (hollow,) = (title for title, dot in titled(first).items() if "fill: var(--spec)" in dot.attrib["style"])
         assert hollow == "dinov2-s (a): 0.99 at 30", "what has a mark is not compared"
         (line,) = (path for path in first.iter("path") if "stroke-dasharray: 2,4" in path.attrib["style"])
         assert len(places(line)) == 2
@@ -387,7 +387,7 @@ class TestPage:
         torch.manual_seed(0)
         encoder = build_encoder("test_vit", size=64).eval()
         with torch.inference_mode():
-            pixels = normalise(torch.from_numpy(rendered), encoder.card.mean, encoder.card.std)
+            pixels = normalise(torch.from_numpy(rendered), encoder.spec.mean, encoder.spec.std)
             dense = encoder(pixels).dense.numpy()
         (run,) = maps.runs
         difference = run.colours.maps_PhwC.astype(int) - fit_pca(dense).rgb(dense).astype(int)

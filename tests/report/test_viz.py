@@ -238,7 +238,7 @@ class TestPage:
         difference = np.stack(page.views()).astype(int) - rendered(SHOWN_PX)
         assert np.abs(difference).mean() < 3  # JPEG
         encoder = load_encoder(world.run).eval()
-        pixels = normalise(torch.from_numpy(rendered(encoder.card.size)), encoder.card.mean, encoder.card.std)
+        pixels = normalise(torch.from_numpy(rendered(encoder.spec.size)), encoder.spec.mean, encoder.spec.std)
         with torch.inference_mode():
             dense = encoder(pixels).dense.numpy()
         _assert_same_maps(page.maps(2), fit_pca(dense).rgb(dense))

@@ -38,9 +38,9 @@ def names(folder: Path, ending: str) -> list[str]:
 
 
 def test_every_file_is_of_a_layout_and_the_card_counts_them(scenes: Path) -> None:
-    card = json.loads((scenes / "scenes.json").read_text())
-    assert card["request"] == {"version": 1, "pictures": PICTURES, "size": SIZE, "seed": SEED}
-    assert card["categories"] == list(CATEGORIES)
+    spec = json.loads((scenes / "scenes.json").read_text())
+    assert spec["request"] == {"version": 1, "pictures": PICTURES, "size": SIZE, "seed": SEED}
+    assert spec["categories"] == list(CATEGORIES)
     assert {p.name for p in scenes.iterdir()} == {
         "classification",
         "segmentation",
@@ -51,7 +51,7 @@ def test_every_file_is_of_a_layout_and_the_card_counts_them(scenes: Path) -> Non
         "scenes.json",
     }
     files = [path for path in scenes.rglob("*") if path.is_file()]
-    pairs = card["counts"]["correspondence"]["pairs"]
+    pairs = spec["counts"]["correspondence"]["pairs"]
     pictures = [path for path in files if path.suffix in (".jpg", ".png")]
     assert len(pictures) == PICTURES * (1 + 2 + 2 + 1 + 1 + 1)
     others = ["classes.txt", "depth-unit.txt", "test.txt", "captions", "questions", "scenes.json"]

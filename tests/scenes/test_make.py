@@ -105,9 +105,9 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, quick: list[
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     (tmp_path / "file").write_text("x")
-    (tmp_path / "card").mkdir()
-    (tmp_path / "card/scenes.json").write_text("[]")
-    for name in ("mine", "file", "card"):
+    (tmp_path / "spec").mkdir()
+    (tmp_path / "spec/scenes.json").write_text("[]")
+    for name in ("mine", "file", "spec"):
         with pytest.raises(ConfigError, match="exists and is not a folder of scenes; give another --out"):
             make_scenes(config(tmp_path / name), processes=1)
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"

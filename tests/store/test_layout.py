@@ -155,10 +155,10 @@ def test_bytes_per_view_counts_the_stored_arrays() -> None:
 
 
 json_scalars = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text()
-cards = st.dictionaries(st.text(), json_scalars | st.lists(json_scalars, max_size=3), max_size=5)
+specs = st.dictionaries(st.text(), json_scalars | st.lists(json_scalars, max_size=3), max_size=5)
 
 
-@given(teacher=cards, views=cards, sizes=st.lists(st.integers(1, 999), min_size=1, max_size=3, unique=True))
+@given(teacher=specs, views=specs, sizes=st.lists(st.integers(1, 999), min_size=1, max_size=3, unique=True))
 def test_a_spec_survives_json(teacher: dict[str, Any], views: dict[str, Any], sizes: list[int]) -> None:
     base = make_spec()
     spec = replace(

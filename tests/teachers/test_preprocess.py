@@ -290,12 +290,12 @@ def test_a_row_takes_the_word_of_any_librarys_file(tmp_path: Path) -> None:
     assert resolve_teacher("radio-v4-h", tmp_path) is REGISTRY["radio-v4-h"], "timm's RADIO is normalised outside"
     run = tmp_path / "run"
     save_encoder(build_encoder("test_vit", size=96), run)
-    card = json.loads((run / "student.json").read_text())
-    (run / "student.json").write_text(json.dumps({**card, "mean": MEAN, "std": STD}))
+    spec = json.loads((run / "student.json").read_text())
+    (run / "student.json").write_text(json.dumps({**spec, "mean": MEAN, "std": STD}))
     assert resolve_teacher("timm:test_vit", run / "student.safetensors").mean == MEAN
 
 
-def test_what_agrees_leaves_the_card_as_it_is(tmp_path: Path) -> None:
+def test_what_agrees_leaves_the_spec_as_it_is(tmp_path: Path) -> None:
     """So that stores made before are the same stores."""
     row = REGISTRY["dinov2-s"]
     settings = {**PLAIN, "image_mean": list(row.mean), "image_std": list(row.std)}

@@ -191,7 +191,7 @@ def test_a_broken_adapter_leaves_with_1(
         ("siglip-b-224", {"mean": (0.485, 0.456, 0.406)}),
     ],
 )
-def test_a_card_with_another_normalisation_is_found_out(name: str, change: dict[str, Any]) -> None:
+def test_a_spec_with_another_normalisation_is_found_out(name: str, change: dict[str, Any]) -> None:
     wrong = dataclasses.replace(REGISTRY[name], **change)
     assert not compare(wrong, full_up_to=NEVER_FULL).agrees
 

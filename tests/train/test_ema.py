@@ -9,10 +9,10 @@ from making import tiny_config
 from torch import nn
 
 from eupe.store import Store
-from eupe.train.card import resolve
 from eupe.train.checkpoint import load_checkpoint, save_checkpoint
 from eupe.train.model import Ema
 from eupe.train.parallel import World
+from eupe.train.run_spec import resolve
 from eupe.train.stream import open_corpora
 from eupe.train.trainer import Trainer
 
@@ -101,8 +101,8 @@ def test_an_exception_while_applied_leaves_the_modules_own_values(module: nn.Mod
 def test_averages_go_through_a_checkpoint_to_the_bit(tiny_store: Store, tmp_path: Path) -> None:
     config = tiny_config(tiny_store.path, tmp_path, student="test_resnet", steps=1, batch_size=4, head_width=8, ema=0.9)
     corpora = open_corpora(config)
-    card = resolve(config, corpora)
-    saved, loaded = (Trainer(config, card, corpora[0], world=World(), device=CPU) for _ in range(2))
+    spec = resolve(config, corpora)
+    saved, loaded = (Trainer(config, spec, corpora[0], world=World(), device=CPU) for _ in range(2))
     assert saved.ema is not None and loaded.ema is not None
     with torch.no_grad():
         for value in saved.distiller.state_dict().values():

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from eupe.errors import RunError
 from eupe.store import Store
-from eupe.train.card import METHOD, PROTECTION, read_card, resolve
 from eupe.train.checkpoint import FOLDER
 from eupe.train.config import ENCODER_LR_MULT, FROZEN_SHARE, TrainConfig
 from eupe.train.log import TrainStatus
 from eupe.train.loop import train, train_together
 from eupe.train.parallel import World
+from eupe.train.run_spec import METHOD, PROTECTION, read_run_spec, resolve
 from eupe.train.stream import open_corpora, stream, training_requests
 from eupe.train.trainer import Trainer, learning_rate, rate_from
 
@@ -75,17 +75,17 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 def protection(config: TrainConfig) -> tuple[float | str | None, ...]:
-    card = resolve(config, open_corpora(config)).config
-    return tuple(card[name] for name in PROTECTION)
+    spec = resolve(config, open_corpora(config)).config
+    return tuple(spec[name] for name in PROTECTION)
 
 
 def as_begun_before(config: TrainConfig) -> None:
-    """The card of a run as method 2 began it."""
-    card = resolve(config, open_corpora(config)).to_json()
+    """The spec of a run as method 2 began it."""
+    spec = resolve(config, open_corpora(config)).to_json()
     for name in PROTECTION:
-        del card["config"][name]
+        del spec["config"][name]
     config.out.mkdir()
-    (config.out / "config.json").write_text(json.dumps({**card, "config": {**card["config"], METHOD: 2}}))
+    (config.out / "config.json").write_text(json.dumps({**spec, "config": {**spec["config"], METHOD: 2}}))
 
 
 def test_an_encoder_from_weights_is_frozen_at_first_and_the_run_says_so(config: TrainConfig) -> None:
@@ -96,7 +96,7 @@ def test_an_encoder_from_weights_is_frozen_at_first_and_the_run_says_so(config: 
         assert same(after(config, step, "encoder.model"), start), "neither updates nor weight decay"
         assert not same(after(config, step, "heads"), after(config, step + 1, "heads"))
     assert not same(after(config, FROZEN + 1, "encoder.model"), start)
-    told = read_card(config.out).config
+    told = read_run_spec(config.out).config
     assert tuple(told[name] for name in PROTECTION) == PROTECTED
     (note,) = (note for note in notes if "frozen" in note)
     assert f"in the first {FROZEN} of {STEPS} steps, and then trained at {ENCODER_LR_MULT:g} of the" in note
@@ -153,7 +153,7 @@ def test_a_frozen_encoder_builds_no_graph_and_stays_in_evaluation_mode(config: T
     trainer.distiller.encoder.register_forward_hook(
         lambda module, given, tokens: graphs.append(tokens.dense.requires_grad)
     )
-    requests = training_requests(trainer.card, corpora, World(), first_step=0, num_microbatches=1)
+    requests = training_requests(trainer.spec, corpora, World(), first_step=0, num_microbatches=1)
     for batch in stream(corpora, requests, CPU):
         step = batch.request.step
         trainer.forward_backward(batch, microbatch=0)
@@ -269,7 +269,7 @@ def test_a_run_that_was_begun_without_protection_goes_on_without(config: TrainCo
     as_begun_before(before)
     assert protection(before) == (None, None, None)
     train(before)
-    assert read_card(before.out).config[METHOD] == 2
+    assert read_run_spec(before.out).config[METHOD] == 2
     train(now)
     assert same(load_file(before.out / "student.safetensors"), load_file(now.out / "student.safetensors"))
     assert train(before).cached

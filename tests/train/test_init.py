@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eupe.errors import RunError, TeacherError
 from eupe.evaluate.run import open_run
-from eupe.models.encoder import Encoder, build_encoder, save_encoder, timm_card
+from eupe.models.encoder import Encoder, build_encoder, save_encoder, timm_spec
 from eupe.store import Store
 from eupe.train.config import TrainConfig
 from eupe.train.init import InitReport, init_from_run, init_from_weights
@@ -29,7 +29,7 @@ KINDS = ("summary", "dense")
 
 def shallow(arch: str, size: int, *, depth: int = 2) -> Encoder:
     model = timm.create_model(arch, num_classes=0, depth=depth, img_size=size, dynamic_img_size=True)
-    return Encoder(timm_card(arch, size), model)
+    return Encoder(timm_spec(arch, size), model)
 
 
 def noise(model: nn.Module, path: Path) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def new_student(
 ) -> tuple[Encoder, nn.ModuleList]:
     torch.manual_seed(11)
     encoder = build_encoder(arch, size=size)
-    widths = (encoder.card.summary_dim, encoder.card.dense_dim)
+    widths = (encoder.spec.summary_dim, encoder.spec.dense_dim)
     return encoder, nn.ModuleList(TargetHeads(widths, (t["summary_dim"], t["dense_dim"]), head_width) for t in targets)
 
 
@@ -186,8 +186,8 @@ def finished(folder: Path, encoder: Encoder, heads: nn.ModuleList, targets: list
     """The files of a finished run, without the training."""
     save_encoder(encoder, folder)
     save_file(heads.state_dict(), folder / "heads.safetensors")
-    card = {"config": {}, "targets": targets, "mix": [], "pictures": [], "total_steps": 1}
-    (folder / "config.json").write_text(json.dumps(card))
+    spec = {"config": {}, "targets": targets, "mix": [], "pictures": [], "total_steps": 1}
+    (folder / "config.json").write_text(json.dumps(spec))
     (folder / "report.json").write_text("{}")
     return folder
 

@@ -16,10 +16,10 @@ from PIL import Image
 from eupe.errors import ConfigError
 from eupe.store import Store
 from eupe.train import stream as stream_module
-from eupe.train.card import RunCard
 from eupe.train.config import TrainConfig
 from eupe.train.log import Rates, RunLog, TrainStatus
 from eupe.train.loop import train
+from eupe.train.run_spec import RunSpec
 from eupe.train.stream import Meter
 from eupe.train.targets import Batch, Request
 
@@ -96,13 +96,13 @@ def test_a_meter_counts_the_pictures_of_all_workers_and_the_share_of_waiting(mon
 
 def test_lines_of_steps_that_will_be_done_again_are_dropped(config: TrainConfig) -> None:
     config.out.mkdir()
-    with RunLog(config, CARD, 0) as log:
+    with RunLog(config, SPEC, 0) as log:
         for step in range(1, 6):
             log.step(status(step))
             log.validation(step, {})
     with (config.out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1')
-    with RunLog(config, CARD, 3) as log:
+    with RunLog(config, SPEC, 3) as log:
         log.step(status(4))
     assert [line["step"] for line in lines(config.out)] == [1, 1, 2, 2, 3, 3, 4]
 
@@ -116,7 +116,7 @@ def test_the_gradients_norm_is_noted_before_it_is_clipped(config: TrainConfig) -
     assert clipped[0]["gradient_norm"] == plain[0]["gradient_norm"] > 1e-3
 
 
-CARD = RunCard(config={"lr": 0.5}, targets=(), pictures=(), total_steps=9)
+SPEC = RunSpec(config={"lr": 0.5}, targets=(), pictures=(), total_steps=9)
 
 
 class FakeWandb(types.ModuleType):
@@ -215,7 +215,7 @@ def test_the_package_itself_keeps_two_students_apart_offline(
     configs = [replace(config, out=config.out / name, wandb="project") for name in "ab"]
     for each in configs:
         each.out.mkdir(parents=True)
-    with RunLog(configs[0], CARD, 0) as one, RunLog(configs[1], CARD, 0) as other:
+    with RunLog(configs[0], SPEC, 0) as one, RunLog(configs[1], SPEC, 0) as other:
         for log, loss in ((one, 0.123456), (other, 0.654321)):
             log.step(replace(status(), loss=loss))
             log.picture(3, Image.new("RGB", (8, 8)))

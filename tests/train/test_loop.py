@@ -49,7 +49,7 @@ def test_a_run_leaves_a_student_heads_metrics_and_a_report(config: TrainConfig) 
     assert all(0 <= status.data_wait <= 1 and status.images_per_s > 0 for status in seen)
     assert [line["step"] for line in lines(config.out, "loss")] == list(range(1, 13))
     assert [line["step"] for line in lines(config.out, "validation")] == [6, 12]
-    assert load_encoder(config.out).card.arch == TINY_STUDENT
+    assert load_encoder(config.out).spec.arch == TINY_STUDENT
     heads = load_file(config.out / "heads.safetensors")
     assert {name.split(".")[1] for name in heads} == {"summary", "dense"}
     board = EventAccumulator(str(config.out / "tensorboard"))
@@ -234,7 +234,7 @@ def test_a_student_s_pretrained_tag_is_refused_and_with_weights_it_tells_their_n
         assert not config.out.exists()
     train(replace(config, student=TAGGED, init=tiny_weights, steps=1, lr=1e-9))
     encoder = load_encoder(config.out)
-    assert encoder.card.mean == (0.5, 0.5, 0.5)
+    assert encoder.spec.mean == (0.5, 0.5, 0.5)
     name = "blocks.0.mlp.fc1.weight"
     torch.testing.assert_close(encoder.model.state_dict()[name], load_file(tiny_weights)[name], rtol=0, atol=1e-6)
 
@@ -244,7 +244,7 @@ def test_a_run_that_was_begun_when_tags_were_taken_goes_on(
 ) -> None:
     config = replace(config, student=TAGGED, steps=2)
     with monkeypatch.context() as before:
-        before.setattr("eupe.train.card.require_bare_student", lambda config: None)
+        before.setattr("eupe.train.run_spec.require_bare_student", lambda config: None)
         first = train(config)
     assert train(config) == replace(first, cached=True)
     (config.out / "report.json").unlink()

@@ -19,10 +19,10 @@ from eupe.models.encoder import build_encoder, on_paper
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
-from eupe.train.card import METHOD, resolve
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 from eupe.train.parallel import World
+from eupe.train.run_spec import METHOD, resolve
 from eupe.train.stream import open_corpora, stream, training_requests
 from eupe.train.trainer import Trainer
 
@@ -40,9 +40,9 @@ def config(tiny_store: Store, tmp_path: Path) -> TrainConfig:
 
 def trainer_of(config: TrainConfig, **recorded: object) -> Trainer:
     corpora = open_corpora(config)
-    card = resolve(config, corpora)
-    card = replace(card, config={**card.config, **recorded})
-    return Trainer(config, card, corpora[0], world=World(), device=CPU)
+    spec = resolve(config, corpora)
+    spec = replace(spec, config={**spec.config, **recorded})
+    return Trainer(config, spec, corpora[0], world=World(), device=CPU)
 
 
 def formats(module: nn.Module) -> set[torch.memory_format]:
@@ -95,7 +95,7 @@ def test_a_student_of_convolutions_trains_channels_last_and_loses_as_much(config
     trainer, corpora = trainer_of(config), open_corpora(config)
     distiller = trainer.distiller
     assert formats(distiller.encoder) == {LAST} and distiller.memory_format == LAST
-    requests = training_requests(trainer.card, corpora, World(), first_step=0, num_microbatches=1)
+    requests = training_requests(trainer.spec, corpora, World(), first_step=0, num_microbatches=1)
     batch, _ = stream(corpora, requests, CPU)
     ours = distiller(batch).total
     distiller.use_memory_format(FIRST)

@@ -22,10 +22,10 @@ from eupe.common.compute import normalise
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, RunError
 from eupe.store import Store
-from eupe.train.card import METHOD, MOST_PASSES, NEWEST_METHOD, advice, read_card, resolve
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train, train_together
 from eupe.train.parallel import World
+from eupe.train.run_spec import METHOD, MOST_PASSES, NEWEST_METHOD, advice, read_run_spec, resolve
 from eupe.train.stream import open_corpora
 from eupe.train.targets import Request, is_held_out, open_targets
 from eupe.train.trainer import Trainer, synchronised
@@ -49,8 +49,8 @@ def test_targets_are_those_of_the_size_that_fits_the_students(
     config: TrainConfig, sizes_store: Store, size: tuple[int, ...], target: int
 ) -> None:
     config = replace(config, targets=(sizes_store.path,), size=size)
-    card = resolve(config, open_corpora(config))
-    assert card.target_sizes == [(target,)]
+    spec = resolve(config, open_corpora(config))
+    assert spec.target_sizes == [(target,)]
 
 
 def notes_of(config: TrainConfig) -> list[str]:
@@ -94,7 +94,7 @@ def test_copies_of_a_picture_are_held_out_together(twins: Store) -> None:
 
 
 def as_begun_before(run: Path) -> None:
-    """The card as the first versions left it, after three of six steps."""
+    """The spec as the first versions left it, after three of six steps."""
     document = json.loads((run / "config.json").read_text())
     del document["config"][METHOD]
     (run / "config.json").write_text(json.dumps(document))
@@ -103,7 +103,7 @@ def as_begun_before(run: Path) -> None:
 def test_runs_that_were_begun_by_keys_and_a_fixed_decay_go_on_so(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, ema=0.9, steps=6, checkpoint_every=3, keep=2)
     train(config)
-    assert read_card(config.out).config[METHOD] == NEWEST_METHOD
+    assert read_run_spec(config.out).config[METHOD] == NEWEST_METHOD
     shutil.copytree(config.out, old := tmp_path / "old")
     as_begun_before(old)
     assert train(replace(config, out=old)).cached, "finished before it did so"
@@ -115,7 +115,7 @@ def test_runs_that_were_begun_by_keys_and_a_fixed_decay_go_on_so(config: TrainCo
         halves.append(replace(config, out=tmp_path / name))
     whole = halves[1]
     train(whole)
-    assert METHOD not in read_card(whole.out).config
+    assert METHOD not in read_run_spec(whole.out).config
     shutil.copytree(whole.out, halves[0].out, dirs_exist_ok=True)
     for name in ("report.json", "checkpoints/00000006.safetensors"):
         (halves[0].out / name).unlink()
@@ -214,7 +214,7 @@ def test_a_student_without_rotary_positions_says_that_nothing_is_rescaled(config
 def test_how_many_views_a_batch_norm_sees_makes_another_run(config: TrainConfig) -> None:
     config = replace(config, student="test_resnet", steps=2)
     train(config)
-    assert read_card(config.out).config["batch_norm_views"] == 8
+    assert read_run_spec(config.out).config["batch_norm_views"] == 8
     with pytest.raises(RunError, match="batch_norm_views: was 8, now 4"):
         train(replace(config, accumulate=2))
     tokens = replace(config, student=TINY_STUDENT, out=config.out.with_name("vit"))
@@ -250,6 +250,6 @@ def test_a_scaled_rate_is_what_is_trained_with_and_noted(config: TrainConfig) ->
         line = json.loads((config.out / "metrics.jsonl").read_text().splitlines()[0])
         rates[scaling] = line["learning_rate"]
     assert rates["sqrt"] == pytest.approx(rates[None] * 4 * (8 / 1024) ** 0.5)
-    assert read_card(config.out).config["lr_scaling"] == "sqrt"
+    assert read_run_spec(config.out).config["lr_scaling"] == "sqrt"
     with pytest.raises(ConfigError, match="--lr-scaling 'linear' is unknown; give sqrt, or leave it out"):
         replace(config, lr_scaling="linear")

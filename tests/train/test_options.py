@@ -9,7 +9,7 @@ import yaml
 from making import TINY_STUDENT
 
 from eupe.errors import ConfigError
-from eupe.models.encoder import timm_card
+from eupe.models.encoder import timm_spec
 from eupe.store import Store
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
@@ -62,7 +62,7 @@ def test_a_recipe_has_the_papers_numbers_and_flags_override_them(recipe: str) ->
 
 def test_the_proxy_of_stage_1_takes_its_size() -> None:
     options = train_options(recipe="stage1", config=None, flags={})
-    assert timm_card(options["student"], options["size"][0]).dense_dim == 1536
+    assert timm_spec(options["student"], options["size"][0]).dense_dim == 1536
 
 
 def test_the_third_stage_goes_on_from_a_run() -> None:

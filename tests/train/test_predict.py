@@ -42,15 +42,15 @@ def small(out: Path, *stores: Store, **options: Any) -> TrainConfig:
 
 
 def batches(run: Run, views: Views) -> Iterator[Batch]:
-    return stream([run.targets], judged(run.card, views), run.device)
+    return stream([run.targets], judged(run.spec, views), run.device)
 
 
 def without_stores(run: Path, folder: Path) -> Path:
     """The run elsewhere, on a machine that has none of its targets."""
     copy = shutil.copytree(run, folder / "elsewhere")
-    card = json.loads((copy / "config.json").read_text())
-    card["targets"] = [{**target, "path": "/nowhere.zarr"} for target in card["targets"]]
-    (copy / "config.json").write_text(json.dumps(card))
+    spec = json.loads((copy / "config.json").read_text())
+    spec["targets"] = [{**target, "path": "/nowhere.zarr"} for target in spec["targets"]]
+    (copy / "config.json").write_text(json.dumps(spec))
     return copy
 
 
@@ -82,7 +82,7 @@ def test_predictions_without_stores_are_those_that_agreement_is_measured_on(
     got: dict[tuple[int, str], list[Tensor]] = {}
     with torch.inference_mode():
         for batch in batches(run, held_out):
-            tokens = encoder(normalise(batch.pixels, encoder.card.mean, encoder.card.std))
+            tokens = encoder(normalise(batch.pixels, encoder.spec.mean, encoder.spec.std))
             for i, predictor in enumerate(predictors):
                 for kind, said in zip(("summary", "dense"), predictor(tokens), strict=True):
                     if said is not None:

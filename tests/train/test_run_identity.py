@@ -12,9 +12,9 @@ from making import TINY_STUDENT, TINY_TEACHER, make_store
 
 from eupe.common.option import option_types, options_of
 from eupe.errors import ConfigError
-from eupe.train.card import resolve
 from eupe.train.config import TrainConfig
 from eupe.train.loop import _require_one_stream
+from eupe.train.run_spec import resolve
 from eupe.train.stream import open_corpora
 
 OPTIONS = options_of(TrainConfig)
@@ -79,10 +79,10 @@ def test_an_option_makes_another_run_unless_its_field_says_why_not(
 ) -> None:
     before, after = with_and_without(name, config, tiny_corpus)
     assert getattr(before, name) != getattr(after, name)
-    cards = [resolve(each, open_corpora(each)) for each in (before, after)]
-    differences = cards[0].differences(cards[1])
+    specs = [resolve(each, open_corpora(each)) for each in (before, after)]
+    differences = specs[0].differences(specs[1])
     assert bool(differences) != bool(OPTIONS[name].indifferent)
-    assert (name in cards[0].config) == (not OPTIONS[name].indifferent and not OPTIONS[name].recorded_as) or (
+    assert (name in specs[0].config) == (not OPTIONS[name].indifferent and not OPTIONS[name].recorded_as) or (
         name == "init"
     ), "an option is recorded itself, or as something else"
 

@@ -14,12 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eupe.models.pca import fit_pca
 from eupe.store import Store
-from eupe.train.card import resolve
 from eupe.train.config import TrainConfig
 from eupe.train.loop import judged, train
 from eupe.train.losses import match_grids
 from eupe.train.model import build_distiller
 from eupe.train.pictures import CELL_PX, GAP_PX, TITLE_PX, DenseMaps, dense_maps, draw_maps
+from eupe.train.run_spec import resolve
 from eupe.train.stream import open_corpora, stream
 
 CPU = torch.device("cpu")
@@ -66,12 +66,12 @@ def test_a_row_shows_a_held_out_view_the_stored_map_and_the_exported_students(
     config = replace(config, targets=(*config.targets, fine.path), ema=0.5)
     train(config)
     corpora = open_corpora(config)
-    card = resolve(config, corpora)
+    spec = resolve(config, corpora)
     targets = corpora[0]
     held_out = targets.views_of(targets.held_out)
     chosen = held_out[[i * (len(held_out) - 1) // 3 for i in range(4)]]
-    (batch,) = stream(corpora, judged(card, chosen), CPU)
-    distiller = build_distiller(card, targets, CPU)
+    (batch,) = stream(corpora, judged(spec, chosen), CPU)
+    distiller = build_distiller(spec, targets, CPU)
     distiller.encoder.model.load_state_dict(load_file(config.out / "student.safetensors"))
     distiller.heads.load_state_dict(load_file(config.out / "heads.safetensors"))
     with torch.no_grad():
@@ -93,11 +93,11 @@ def test_a_row_shows_a_held_out_view_the_stored_map_and_the_exported_students(
 
 def test_a_student_that_predicts_the_target_has_its_colours_and_a_constant_one_has_one(config: TrainConfig) -> None:
     corpora = open_corpora(config)
-    card = resolve(config, corpora)
+    spec = resolve(config, corpora)
     views = corpora[0].views_of(corpora[0].held_out)[:4]
-    batches = [batch for part in (views[:2], views[2:]) for batch in stream(corpora, judged(card, part), CPU)]
+    batches = [batch for part in (views[:2], views[2:]) for batch in stream(corpora, judged(spec, part), CPU)]
     assert len(batches) == 2
-    maps = dense_maps(build_distiller(card, corpora[0], CPU), batches, ["it"], CPU)["it"]
+    maps = dense_maps(build_distiller(spec, corpora[0], CPU), batches, ["it"], CPU)["it"]
     assert maps.stored.shape == maps.predicted.shape and len(maps.stored) == 4
     constant = np.zeros_like(maps.stored)
     grids = [draw_maps(batches, {"it": DenseMaps(maps.stored, p)}) for p in (maps.stored, constant)]

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from eupe.corpus.views import ViewSpec, apply_photometric, draw_colours, render_view
 from eupe.errors import ConfigError, RunError, TrainingError
 from eupe.store import Store
-from eupe.train.card import RunCard, resolve
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train, train_together
 from eupe.train.model import Distiller, build_distiller
 from eupe.train.parallel import World
+from eupe.train.run_spec import RunSpec, resolve
 from eupe.train.stream import draw_sizes, open_corpora, stream, training_requests
 from eupe.train.targets import Batch
 
@@ -40,8 +40,8 @@ def config(pyramid: Store, tmp_path: Path) -> TrainConfig:
 
 def batches_of(config: TrainConfig, *, world: World | None = None) -> list[Batch]:
     corpora = open_corpora(config)
-    card = resolve(config, corpora)
-    requests = training_requests(card, corpora, world or World(), first_step=0, num_microbatches=config.accumulate)
+    spec = resolve(config, corpora)
+    requests = training_requests(spec, corpora, world or World(), first_step=0, num_microbatches=config.accumulate)
     return list(stream(corpora, requests, CPU))
 
 
@@ -275,7 +275,7 @@ def test_the_third_stage_goes_on_from_the_second(config: TrainConfig, tmp_path: 
     report = train(third)
     told = json.loads((third.out / "init.json").read_text())
     assert told["share"] == 1.0 and not told["fresh"] and report.steps == 6
-    assert distiller_of(third).encoder.card.arch == TINY_STUDENT
+    assert distiller_of(third).encoder.spec.arch == TINY_STUDENT
     start = load_file(config.out / "student.safetensors")
     train(replace(third, out=tmp_path / "still", lr=1e-12))
     end = load_file(tmp_path / "still" / "student.safetensors")
@@ -326,11 +326,11 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
 
     adamw = trainer.adamw
 
-    def poisoned(distiller: Distiller, card: RunCard) -> torch.optim.Optimizer:
+    def poisoned(distiller: Distiller, spec: RunSpec) -> torch.optim.Optimizer:
         steps = iter(range(100))
         weight = next(distiller.heads.parameters())
         weight.register_hook(lambda gradient: gradient * (torch.inf if next(steps) == 3 else 1))
-        return adamw(distiller, card)
+        return adamw(distiller, spec)
 
     monkeypatch.setattr(trainer, "adamw", poisoned)
     with pytest.raises(TrainingError, match=r"the norm of its gradient is (inf|nan), so nothing was updated"):
@@ -344,13 +344,13 @@ def test_the_same_pictures_make_the_same_run(
 ) -> None:
     """A store that was made again, with a picture that it could not read, has the same specification."""
     train(config)
-    card = RunCard.from_json(json.loads((config.out / "config.json").read_text()))
-    assert card.differences(card) == []
-    assert card.differences(replace(card, pictures=("x",))) == [
+    spec = RunSpec.from_json(json.loads((config.out / "config.json").read_text()))
+    assert spec.differences(spec) == []
+    assert spec.differences(replace(spec, pictures=("x",))) == [
         "the set of pictures that all targets have differs (a store was repaired or extended)"
     ]
     with pytest.raises(RunError, match="the set of pictures that all targets have differs"):
-        write_json(config.out / "config.json", {**card.to_json(), "pictures": ["x"]})
+        write_json(config.out / "config.json", {**spec.to_json(), "pictures": ["x"]})
         train(replace(config, resume=True))
 
 

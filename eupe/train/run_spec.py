@@ -1,4 +1,4 @@
-"""The run card: everything that decides a run's outcome."""
+"""The run spec: everything that decides a run's outcome."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eupe.common.kinds import WEIGHTS_FILE
 from eupe.common.option import options_of
 from eupe.common.reading import read_json
 from eupe.errors import ConfigError, RunError
-from eupe.models.encoder import check_student, has_batch_norm, has_rope, load_card, near, on_paper, why_no_run
+from eupe.models.encoder import check_student, has_batch_norm, has_rope, load_encoder_spec, near, on_paper, why_no_run
 from eupe.store import Store
 from eupe.store.layout import KINDS
 from eupe.train.config import (
@@ -41,7 +41,7 @@ REPORT_FILE = "report.json"
 MOST_PASSES = 100
 """Passes over each stored view above which the command warns; the paper draws new crops at each step."""
 METHOD = "method"
-"""Key in a card's `config`: the version of the training method beyond the options; 1 if the card has no such key.
+"""Key in a spec's `config`: the version of the training method beyond the options; 1 if the spec has no such key.
 
 1: pictures are held out by key, the decay of `--ema` is fixed, `--photometric` gives all views of a picture the same
 colours in a step, and channels that hardly vary are normalised like all others.
@@ -57,8 +57,8 @@ VERSIONED = ("eupe", "torch", "timm", "pillow")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunCard:
-    """Everything that decides a run's outcome, stored as `config.json`; two runs with equal cards are the same run."""
+class RunSpec:
+    """Everything that decides a run's outcome, stored as `config.json`; two runs with equal specs are the same run."""
 
     config: dict[str, Any]
     targets: tuple[dict[str, Any], ...]
@@ -76,20 +76,20 @@ class RunCard:
         return plain
 
     @classmethod
-    def from_json(cls, plain: Any) -> RunCard:
-        """Build a card from its JSON form.
+    def from_json(cls, plain: Any) -> RunSpec:
+        """Build a spec from its JSON form.
 
         Raises: TypeError, KeyError.
         """
-        card = cls(**{**plain, **{name: tuple(plain[name]) for name in ("targets", "mix", "pictures")}})
-        if not isinstance(card.config, dict) or not isinstance(card.versions, dict):
+        spec = cls(**{**plain, **{name: tuple(plain[name]) for name in ("targets", "mix", "pictures")}})
+        if not isinstance(spec.config, dict) or not isinstance(spec.versions, dict):
             raise TypeError("config and versions are not both objects")
-        if type(card.total_steps) is not int:
+        if type(spec.total_steps) is not int:
             raise TypeError("total_steps is not a whole number")
-        targets = [*card.targets, *_mixed_in(card)]
+        targets = [*spec.targets, *_mixed_in(spec)]
         if not all(isinstance(target[word], str) for target in targets for word in ("teacher", "licence")):
             raise TypeError("a target's teacher or licence is not a string")
-        return card
+        return spec
 
     @property
     def size(self) -> int:
@@ -101,12 +101,12 @@ class RunCard:
         """Return, per target, the feature sizes that each step draws from."""
         return [tuple(sizes) for sizes in self.config["target_size"]]
 
-    def differences(self, other: RunCard) -> list[str]:
-        """Return one phrase per difference that makes the other card another run's; targets' paths do not count."""
+    def differences(self, other: RunSpec) -> list[str]:
+        """Return one phrase per difference that makes the other spec another run's; targets' paths do not count."""
         phrases = [
             f"{name}: was {self.config.get(name)}, now {other.config.get(name)}"
             for name in sorted({*self.config, *other.config})
-            # as JSON: a card that was read back has lists where a new one has tuples
+            # as JSON: a spec that was read back has lists where a new one has tuples
             if _plain(self.config.get(name)) != _plain(other.config.get(name))
         ]
         if self.total_steps != other.total_steps:
@@ -125,13 +125,13 @@ class RunCard:
         return phrases
 
 
-def read_card(run: Path) -> RunCard:
-    """Read the card of a training run.
+def read_run_spec(run: Path) -> RunSpec:
+    """Read the spec of a training run.
 
     Raises: RunError if there is none.
     """
     try:
-        return RunCard.from_json(read_json(run / CONFIG_FILE))
+        return RunSpec.from_json(read_json(run / CONFIG_FILE))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(why_no_run(run, CONFIG_FILE, error)) from error
 
@@ -139,37 +139,37 @@ def read_card(run: Path) -> RunCard:
 def is_run(path: Path) -> bool:
     """Return whether a folder holds a training run; a `config.json` alone may be another library's."""
     try:
-        read_card(path)
+        read_run_spec(path)
     except RunError:
         return False
     return True
 
 
-def finished_card(run: Path) -> RunCard:
-    """Read the card of a finished run.
+def finished_run_spec(run: Path) -> RunSpec:
+    """Read the spec of a finished run.
 
     Raises: RunError if there is no run, or an unfinished one.
     """
-    card = read_card(run)
+    spec = read_run_spec(run)
     if not (run / REPORT_FILE).exists():
         raise RunError(f"run {run} is not finished: it has no {REPORT_FILE}; finish it with `eupe train ... --resume`")
-    return card
+    return spec
 
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _targets(card: RunCard) -> list[dict[str, Any]]:
-    return list(card.targets)
+def _targets(spec: RunSpec) -> list[dict[str, Any]]:
+    return list(spec.targets)
 
 
-def _mixed_in(card: RunCard) -> list[dict[str, Any]]:
-    return [store for mixed in card.mix for store in mixed["targets"]]
+def _mixed_in(spec: RunSpec) -> list[dict[str, Any]]:
+    return [store for mixed in spec.mix for store in mixed["targets"]]
 
 
-def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
-    """Resolve a config to the card of its run: fill in defaults, turn epochs into steps, describe the targets.
+def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunSpec:
+    """Resolve a config to the spec of its run: fill in defaults, turn epochs into steps, describe the targets.
 
     Args:
         corpora: the targets of `config.targets`, then those of `config.mix`.
@@ -178,7 +178,7 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
     """
     targets = corpora[0]
     require_bare_student(config)
-    student = config.student or load_card(_run(config.init)).arch
+    student = config.student or load_encoder_spec(_run(config.init)).arch
     sizes = config.size or targets.stores[0].spec.sizes[:1]
     check_student(student, sizes, views=config.batch_size // (config.num_workers * config.accumulate))
     target_sizes = [config.target_size or (nearest_size(store, sizes[0]),) for store in targets.stores]
@@ -187,7 +187,7 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
             _require_same_teacher(store, first)
             _require_sizes(store, wanted)
     mixes = parse_mix(config.mix, num_targets=len(config.targets))
-    cards = tuple(target_card(store) for store in targets.stores)
+    specs = tuple(target_spec(store) for store in targets.stores)
     decisive = {
         name: getattr(config, name)
         for name, option in options_of(TrainConfig).items()
@@ -198,23 +198,23 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunCard:
         "student": student,
         "size": sizes,
         "target_size": target_sizes,
-        "weight": parse_weights(config.weight, cards),
+        "weight": parse_weights(config.weight, specs),
         "init": None if config.init is None else _digest(config.init),
     }
     method = begun_method(config.out)
-    decisive |= encoder_schedule(config, cards, method)
-    # method 1 had no such keys; without them the cards of its runs still compare equal
+    decisive |= encoder_schedule(config, specs, method)
+    # method 1 had no such keys; without them the specs of its runs still compare equal
     if method > 1:
         decisive[METHOD] = method
         if config.photometric == "eupe":
             _require_plain_colours(corpora)
         if has_batch_norm(on_paper(student)):
             decisive["batch_norm_views"] = _batch_norm_views(config)
-    return RunCard(
+    return RunSpec(
         config=decisive,
-        targets=cards,
+        targets=specs,
         mix=tuple(
-            {"share": mixed.share, "targets": tuple(target_card(store) for store in corpus.stores)}
+            {"share": mixed.share, "targets": tuple(target_spec(store) for store in corpus.stores)}
             for mixed, corpus in zip(mixes, corpora[1:], strict=True)
         ),
         pictures=tuple(hashlib.sha256("\0".join(corpus.keys).encode()).hexdigest() for corpus in corpora),
@@ -229,18 +229,18 @@ def begun_method(run: Path) -> int:
     Raises: as `method_of`.
     """
     try:
-        card = read_card(run)
+        spec = read_run_spec(run)
     except RunError:
         return NEWEST_METHOD
-    return method_of(card)
+    return method_of(spec)
 
 
-def method_of(card: RunCard) -> int:
+def method_of(spec: RunSpec) -> int:
     """Return the method version that a run trains by.
 
-    Raises: RunError if its card names a version that is unknown here.
+    Raises: RunError if its spec names a version that is unknown here.
     """
-    version = card.config.get(METHOD, 1)
+    version = spec.config.get(METHOD, 1)
     if version not in range(1, NEWEST_METHOD + 1):
         raise RunError(
             f"{CONFIG_FILE} says {METHOD} {version!r}, but this eupe knows only 1 to {NEWEST_METHOD}; update eupe"
@@ -262,7 +262,7 @@ def encoder_schedule(
     are noise and would ruin it, and so would statistics of these views in batch norms whose weights hardly move.
 
     Args:
-        targets: as in `RunCard.targets`.
+        targets: as in `RunSpec.targets`.
         method: the run's method version; methods 1 and 2 protect nothing by default.
     """
     protected = method > 2 and config.init is not None and has_fresh_heads(config.init, targets, config.head_width)
@@ -273,7 +273,7 @@ def encoder_schedule(
         mult = ENCODER_LR_MULT if protected else 1.0
     if norms is None:
         norms = FROZEN_NORMS if protected else RUNNING_NORMS
-    # None, because the cards of runs from before these options have no such keys and must still compare equal
+    # None, because the specs of runs from before these options have no such keys and must still compare equal
     plain = (frozen or None, None if mult == 1 else mult, None if norms == RUNNING_NORMS else norms)
     return dict(zip(PROTECTION, plain, strict=True))
 
@@ -283,11 +283,11 @@ def has_fresh_heads(init: Path, targets: Sequence[Mapping[str, Any]], head_width
 
     Args:
         init: a run or a weights file, which has no heads.
-        targets: as in `RunCard.targets`.
+        targets: as in `RunSpec.targets`.
     """
     if not is_run(init):
         return True
-    known = read_card(init)
+    known = read_run_spec(init)
     sources = same_teachers(targets, known.targets)
     return known.config.get("head_width") != head_width or any(
         i not in sources or target[f"{kind}_dim"] not in (0, known.targets[sources[i]].get(f"{kind}_dim"))
@@ -302,7 +302,7 @@ def same_teachers(targets: Sequence[Mapping[str, Any]], known: Sequence[Mapping[
     The n-th target of a teacher takes the run's n-th, or the run's last if it has fewer.
 
     Args:
-        targets: of the new run, as in `RunCard.targets`.
+        targets: of the new run, as in `RunSpec.targets`.
         known: those of the run to start from.
     """
     places: dict[str, list[int]] = {}
@@ -316,14 +316,14 @@ def same_teachers(targets: Sequence[Mapping[str, Any]], known: Sequence[Mapping[
     }
 
 
-def frozen_steps(card: RunCard) -> int:
+def frozen_steps(spec: RunSpec) -> int:
     """Return the number of steps, from the first, in which the encoder is not trained."""
-    return round((card.config.get("freeze_encoder") or 0.0) * card.total_steps)
+    return round((spec.config.get("freeze_encoder") or 0.0) * spec.total_steps)
 
 
-def encoder_lr_mult(card: RunCard) -> float:
+def encoder_lr_mult(spec: RunSpec) -> float:
     """Return the factor of the learning rate for the encoder."""
-    return float(card.config.get("encoder_lr_mult") or 1.0)
+    return float(spec.config.get("encoder_lr_mult") or 1.0)
 
 
 def _require_plain_colours(corpora: Sequence[TargetSet]) -> None:
@@ -352,35 +352,35 @@ def nearest_size(store: Store, size: int) -> int:
     return min(store.spec.sizes, key=lambda each: (abs(each - size), -each))
 
 
-def advice(config: TrainConfig, card: RunCard, corpora: Sequence[TargetSet]) -> list[str]:
+def advice(config: TrainConfig, spec: RunSpec, corpora: Sequence[TargetSet]) -> list[str]:
     """Return what the user may not have intended, one sentence each, such as targets of another size."""
     notes = []
-    for target, sizes in zip(card.targets, card.target_sizes, strict=True):
-        if not config.target_size and list(sizes) != [card.size]:
+    for target, sizes in zip(spec.targets, spec.target_sizes, strict=True):
+        if not config.target_size and list(sizes) != [spec.size]:
             notes.append(
-                f"{target['path']} has no features at the student's {card.size} px; the student learns from those at "
+                f"{target['path']} has no features at the student's {spec.size} px; the student learns from those at "
                 f"{sizes[0]} px"
             )
-    if config.rope_rescale is not None and not has_rope(on_paper(card.config["student"])):
-        notes.append(f"{card.config['student']} has no rotary position embedding, so --rope-rescale changes nothing")
-    if any(getattr(config, name) is None and card.config[name] is not None for name in PROTECTION):
+    if config.rope_rescale is not None and not has_rope(on_paper(spec.config["student"])):
+        notes.append(f"{spec.config['student']} has no rotary position embedding, so --rope-rescale changes nothing")
+    if any(getattr(config, name) is None and spec.config[name] is not None for name in PROTECTION):
         notes.append(
             f"the encoder starts from {config.init}, but heads start from random weights, whose gradients could ruin "
-            f"it: it is frozen in the first {frozen_steps(card)} of {card.total_steps} steps, and then trained at "
-            f"{encoder_lr_mult(card):g} of the learning rate, with {card.config['batch_norms'] or RUNNING_NORMS} batch "
+            f"it: it is frozen in the first {frozen_steps(spec)} of {spec.total_steps} steps, and then trained at "
+            f"{encoder_lr_mult(spec):g} of the learning rate, with {spec.config['batch_norms'] or RUNNING_NORMS} batch "
             "norms (--freeze-encoder, --encoder-lr-mult, --batch-norms)"
         )
     if config.init is not None and is_run(config.init):
-        before = read_card(config.init)
-        fewer = before.config.get("holdout", 0) < card.config["holdout"]
-        if fewer or holdout_by(method_of(before)) != holdout_by(method_of(card)):
+        before = read_run_spec(config.init)
+        fewer = before.config.get("holdout", 0) < spec.config["holdout"]
+        if fewer or holdout_by(method_of(before)) != holdout_by(method_of(spec)):
             notes.append(
                 f"{config.init} held out other pictures, so it may have been trained on some that are held out here, "
                 "and what is measured on them may be too good"
             )
-    shares = [1 - sum(mixed["share"] for mixed in card.mix), *(mixed["share"] for mixed in card.mix)]
+    shares = [1 - sum(mixed["share"] for mixed in spec.mix), *(mixed["share"] for mixed in spec.mix)]
     for corpus, share in zip(corpora, shares, strict=True):
-        times = passes(card.total_steps * config.batch_size * share, len(corpus.training) * corpus.num_views)
+        times = passes(spec.total_steps * config.batch_size * share, len(corpus.training) * corpus.num_views)
         notes.append(passes_note(f"each stored view of {corpus.stores[0].path}", times))
     return notes
 
@@ -408,7 +408,7 @@ def require_bare_student(config: TrainConfig) -> None:
     if not tag or config.init is not None or not is_model(arch):
         return
     with suppress(RunError):
-        if read_card(config.out).config.get("student") == config.student:
+        if read_run_spec(config.out).config.get("student") == config.student:
             return
     raise ConfigError(
         f"--student {config.student} names pretrained weights ({tag}), but a student starts from random ones; give "
@@ -480,8 +480,8 @@ def _digest(init: Path) -> str:
     return digest.hexdigest()
 
 
-def target_card(store: Store) -> dict[str, Any]:
-    """Return a target's entry in the run card."""
+def target_spec(store: Store) -> dict[str, Any]:
+    """Return a target's entry in the run spec."""
     teacher = store.spec.teacher
     return {
         "path": str(store.path),
@@ -495,7 +495,7 @@ def target_card(store: Store) -> dict[str, Any]:
 
 
 def target_names(targets: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return one name per target of a card: its teacher's, numbered if several targets share it."""
+    """Return one name per target of a spec: its teacher's, numbered if several targets share it."""
     names = [Path(target["teacher"]).name for target in targets]
     return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
 
@@ -532,12 +532,12 @@ def parse_weights(words: Sequence[str], targets: Sequence[Mapping[str, Any]]) ->
     return weights
 
 
-def loss_weights(card: RunCard) -> list[dict[str, float]]:
+def loss_weights(spec: RunSpec) -> list[dict[str, float]]:
     """Return, per target, the factor of each kind of token's loss."""
-    weights: dict[str, float] = card.config["weight"]
+    weights: dict[str, float] = spec.config["weight"]
     return [
         {known.rpartition("/")[2]: w for known, w in weights.items() if known.rpartition("/")[0] == name}
-        for name in target_names(card.targets)
+        for name in target_names(spec.targets)
     ]
 
 
