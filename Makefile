@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FLOORS := $(abspath $(VENV)/floors)
+EXECUTORCH := $(abspath $(VENV)/executorch)
+PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
@@ -13,10 +16,12 @@ export OMP_WAIT_POLICY := passive
 unexport PYTHONDONTWRITEBYTECODE
 
 # Processes get whole files of tests (tests/conftest.py says in which order). One a core, but slow tests, which are many
-# processes themselves, are at most two at a time.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# processes themselves, are at most two at a time. One thread each: the processes take all cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: demo test test-slow test-floors test-executorch lint types check clean
+.PHONY: demo environments test test-slow test-floors test-executorch lint types check clean
+
+environments: $(STAMP) $(FLOORS)/.installed $(EXECUTORCH)/.installed
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
@@ -27,21 +32,15 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m slow --maxprocesses 2
 
-# The oldest releases that pyproject.toml allows, beside those that are installed and ahead of them on the path.
-FLOORS := $(abspath $(VENV)/floors)
-test-floors: $(STAMP)
-	$(BIN)/python -m pip install -qqq --no-compile --upgrade --target $(FLOORS) $$($(BIN)/python tests/floors.py)
-	$(BIN)/python -m pip install -qqq --no-compile --upgrade --no-deps --target $(FLOORS) \
-		$$($(BIN)/python tests/floors.py torch)
+# The oldest releases that pyproject.toml allows, ahead of those that are installed on the path.
+test-floors: $(STAMP) $(FLOORS)/.installed
 	PYTHONPATH=$(FLOORS):$(CURDIR) $(BIN)/python -m pytest --no-header tests/test_floors.py tests/golden/test_golden.py \
 		tests/corpus/test_tables.py::test_tables_in_a_bucket tests/train/test_method.py tests/report/test_charts.py \
 		tests/extract/test_job.py::test_a_job_on_ray_makes_the_store_that_one_process_makes \
 		"tests/teachers/test_verify_cards.py::test_real_weights"
 
-# ExecuTorch brings a package that makes every import of Transformers print warnings, so it is installed last of all.
-test-executorch: $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[executorch]'
-	$(BIN)/python -m pytest tests/export/test_executorch_files.py
+test-executorch: $(EXECUTORCH)/.installed
+	$(EXECUTORCH)/bin/python -m pytest tests/export/test_executorch_files.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -54,11 +53,28 @@ types: $(STAMP)
 check: lint types test test-slow test-floors test-executorch
 
 # Python compiles a module when it is first imported; pip would compile all of them, which takes as long as unpacking them.
-$(STAMP): pyproject.toml
+$(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip
+	touch $@
+
+$(STAMP): pyproject.toml | $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --no-compile torch torchvision
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	touch $@
+
+$(FLOORS)/.installed: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install -qqq --no-compile --upgrade --target $(FLOORS) $$($(BIN)/python tests/floors.py)
+	$(BIN)/python -m pip install -qqq --no-compile --upgrade --no-deps --target $(FLOORS) \
+		$$($(BIN)/python tests/floors.py torch)
+	touch $@
+
+# ExecuTorch brings a package that makes every import of Transformers print warnings, so it has an environment of its own,
+# on top of the first.
+$(EXECUTORCH)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(EXECUTORCH)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PACKAGES))')" > $$($(EXECUTORCH)/bin/python $(PACKAGES))/first.pth
+	$(EXECUTORCH)/bin/python -m pip install --quiet --no-compile --editable '.[executorch]'
 	touch $@
 
 clean:
