@@ -43,7 +43,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Typer builds the whole command line again for each command; a user's process does it once.
 typer.main.get_command = cache(typer.main.get_command)
 
-FIRST = ("test_at_scale_is_run.py", "test_rendered.py")
+FIRST = ("test_at_scale_is_run.py", "test_rendered.py", "test_distributed.py")
 """The longest; while the first makes what all pages presuppose, no other page waits for it."""
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
