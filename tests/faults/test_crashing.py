@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixture
 
 MANY_VIEWS = ViewSpec(policy="rrc", num_views=16)
 """32 pictures to a part."""
-PATIENCE = 20.0
-"""Seconds for one picture, and for a process that decodes to begin with the first."""
+PATIENCE = 10.0
+"""Seconds for one picture."""
 DEADLY = {"class0/0003.png": "segfault", "class1/0007.png": "endless", "class2/0020.png": "greedy"}
 
 

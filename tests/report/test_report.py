@@ -371,7 +371,7 @@ class TestPage:
         ]
         first, second = svgs.values()
         assert [len(titled(first)), len(titled(second))] == [3, 2]
-        (hollow,) = (title for title, dot in titled(first).items() if "fill: var(--spec)" in dot.attrib["style"])
+        (hollow,) = (title for title, dot in titled(first).items() if "fill: var(--card)" in dot.attrib["style"])
         assert hollow == "dinov2-s (a): 0.99 at 30", "what has a mark is not compared"
         (line,) = (path for path in first.iter("path") if "stroke-dasharray: 2,4" in path.attrib["style"])
         assert len(places(line)) == 2
