@@ -81,8 +81,8 @@ def test_a_killed_run_goes_on_to_the_same_end(work: Path, run: Run) -> None:
     theirs, ours = (load_file(work / name / "student.safetensors") for name in ("expected-run", "half-run"))
     assert ours.keys() == theirs.keys()
     apart = np.concatenate([np.abs(ours[name] - tensor).ravel() for name, tensor in theirs.items()])
-    # Each step of AdamW moves a weight by some 1e-3, whatever its gradient: if that is next to nothing, its sign depends on
-    # how a processor, or a number of threads, rounds. So a few weights may be apart, and all others may not.
+    # Each step of AdamW moves a weight by some 1e-3, even if its gradient is next to nothing; the direction is then one
+    # of rounding, which other processors and other numbers of threads do differently. So a few weights may be apart.
     assert np.quantile(apart, 0.999) < 1e-4 and apart.max() < 1e-3
     steps = [
         [json.loads(line).get("step") for line in (work / name / "metrics.jsonl").read_text().splitlines()]
