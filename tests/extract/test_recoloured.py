@@ -205,7 +205,7 @@ def test_centred_views_are_recoloured_by_the_seed(tmp_path: Path, corpus: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("joined")
 def test_the_command_makes_the_store_that_one_process_makes(
     tmp_path: Path, corpus: Path, tiny_weights: Path, whole: Store, run_eupe: Run
 ) -> None:

@@ -291,7 +291,7 @@ def test_damage_that_stays_is_told(store: Path, tiny_weights: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("joined")
 def test_the_verb_repairs_on_ray(store: Path, whole: Path, tmp_path: Path, tiny_weights: Path, run_eupe: Run) -> None:
     turn("64/dense/c/1/0/0/0/0")(store)
     lose("parts/00002.parquet")(store)

@@ -16,7 +16,7 @@ Run = Callable[..., Any]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("joined")
 def test_pictures_that_came_back_are_made_and_the_others_stay(
     tmp_path: Path, tiny_weights: Path, run_eupe: Run
 ) -> None:

@@ -133,7 +133,7 @@ def words(corpus: Path, *more: object) -> list[object]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("joined")
 def test_two_teachers_on_ray_leave_what_each_leaves_alone(
     tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, other_weights: Path, run_eupe: Run
 ) -> None:

@@ -23,7 +23,7 @@ from planning import plan
 from eupe.common.storage import StoragePath
 from eupe.store import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("forked")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("joined")]
 
 PYTHON = sys.executable
 """Before it is forked: its processes are one another's children, as a user's are."""
