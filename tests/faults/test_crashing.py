@@ -1,6 +1,8 @@
 """Pictures that kill whoever decodes them, through the command line: they cost their own rows and nothing else."""
 
 import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from making import make_corpus, make_store
 from planting import planted_environment, poison
 from running import assert_same_store, begin, finish, store_files
+from shared_ray import running_ray
 
 from eupe.corpus.views import ViewSpec
 from eupe.store import open_store
@@ -22,10 +25,20 @@ PATIENCE = 10.0
 DEADLY = {"class0/0003.png": "segfault", "class1/0007.png": "endless", "class2/0020.png": "greedy"}
 
 
-def extract(corpus: Path, weights: Path, out: Path, *more: object, planted: bool) -> tuple[int, str]:
+@pytest.fixture(scope="module")
+def planted(warm_python: str) -> Iterator[dict[str, str]]:
+    """Variables of commands whose pictures are deadly, and that join a Ray whose workers have them, too."""
+    variables = planted_environment(patience=PATIENCE)
+    with running_ray(warm_python, {"RAY_AUTH_MODE": "disabled", **os.environ, **variables}) as address:
+        yield {**variables, "RAY_ADDRESS": address}
+
+
+def extract(
+    corpus: Path, weights: Path, out: Path, *more: object, environment: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     words = ["extract", "--teacher", "timm:test_vit", "--weights", weights, "--corpus", corpus, "--out", out]
     words += ["--size", 64, "--views", "rrc:16", "--dtype", "fp32", "--batch-size", 8, *more]
-    return finish(begin(*words, environment=planted_environment(patience=PATIENCE) if planted else {}))
+    return finish(begin(*words, environment=environment or {}))
 
 
 def ledger(out: Path) -> dict[str, Any]:
@@ -35,7 +48,9 @@ def ledger(out: Path) -> dict[str, Any]:
     return dict(json.loads(output))
 
 
-def test_crashing_samples_are_rows_with_reasons_and_others_are_unharmed(tmp_path: Path, tiny_weights: Path) -> None:
+def test_crashing_samples_are_rows_with_reasons_and_others_are_unharmed(
+    tmp_path: Path, tiny_weights: Path, planted: dict[str, str]
+) -> None:
     corpus = make_corpus(tmp_path / "corpus", count=40)
     for key, how in DEADLY.items():
         poison(corpus / key, how)
@@ -43,7 +58,7 @@ def test_crashing_samples_are_rows_with_reasons_and_others_are_unharmed(tmp_path
     assert whole.spec.num_parts == 2 and not len(whole.failed)
     out = tmp_path / "s.zarr"
 
-    code, output = extract(corpus, tiny_weights, out, planted=True)
+    code, output = extract(corpus, tiny_weights, out, environment=planted)
     assert code == 0, output
     assert "Traceback" not in output
     failures = {key: reason for reason, keys in ledger(out)["failures"].items() for key in keys}
@@ -59,18 +74,20 @@ def test_crashing_samples_are_rows_with_reasons_and_others_are_unharmed(tmp_path
     assert np.array_equal(ours.boxes, theirs.boxes)
     assert np.array_equal(ours.dense, theirs.dense)
 
-    code, output = extract(corpus, tiny_weights, out, "--retry-failed", planted=False)
+    code, output = extract(corpus, tiny_weights, out, "--retry-failed")
     assert code == 0, output
     assert_same_store(out, store_files(whole.path.local))
 
 
-def test_crashing_samples_among_the_pictures_that_a_teacher_is_tried_on(tmp_path: Path, tiny_weights: Path) -> None:
+def test_crashing_samples_among_the_pictures_that_a_teacher_is_tried_on(
+    tmp_path: Path, tiny_weights: Path, planted: dict[str, str]
+) -> None:
     """They cost neither the measured precision nor the arithmetic's; the sample holds the whole corpus."""
     corpus = make_corpus(tmp_path / "corpus", count=6)
     poison(corpus / "class0/0000.png", "segfault")
     poison(corpus / "class2/0005.png", "endless")
     out = tmp_path / "s.zarr"
-    code, output = extract(corpus, tiny_weights, out, "--dtype", "bf16", "--precision", "int8", planted=True)
+    code, output = extract(corpus, tiny_weights, out, "--dtype", "bf16", "--precision", "int8", environment=planted)
     assert code == 0, output
     assert {key for keys in ledger(out)["failures"].values() for key in keys} == {"class0/0000.png", "class2/0005.png"}
     store = open_store(out)
@@ -80,13 +97,13 @@ def test_crashing_samples_among_the_pictures_that_a_teacher_is_tried_on(tmp_path
 
 @pytest.mark.parametrize("hows", [("segfault", "greedy", "segfault", "endless", "greedy"), ("endless",)])
 def test_a_corpus_of_nothing_but_crashing_samples_comes_to_an_end(
-    hows: tuple[str, ...], tmp_path: Path, tiny_weights: Path
+    hows: tuple[str, ...], tmp_path: Path, tiny_weights: Path, planted: dict[str, str]
 ) -> None:
     """Without features there is no store to finish, and the reasons are on record."""
     corpus = make_corpus(tmp_path / "corpus", count=len(hows))
     for picture, how in zip(sorted(corpus.rglob("*.png")), hows, strict=True):
         poison(picture, how)
-    code, output = extract(corpus, tiny_weights, tmp_path / "s.zarr", planted=True)
+    code, output = extract(corpus, tiny_weights, tmp_path / "s.zarr", environment=planted)
     assert code == 2, output
     assert "no picture of the corpus could be read" in " ".join(output.split()) and "Traceback" not in output
     failed = open_store(tmp_path / "s.zarr").failed
