@@ -43,8 +43,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Typer builds the whole command line again for each command; a user's process does it once.
 typer.main.get_command = cache(typer.main.get_command)
 
-FIRST = ("test_at_scale_is_run.py", "test_rendered.py", "test_distributed.py")
-"""The longest; while the first makes what all pages presuppose, no other page waits for it."""
+FIRST = (
+    "test_at_scale_is_run.py",
+    "test_rendered.py",
+    "test_distributed.py",
+    "test_mutations.py",
+    "test_files_of_a_step.py",
+    "test_real_weights.py",
+)
+"""The longest, and few but long tests; while the first makes what all pages presuppose, no other page waits for it."""
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")

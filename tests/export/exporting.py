@@ -33,15 +33,26 @@ from eupe.train.run_spec import RunSpec, target_names
 
 SIZE = 64
 VIT, CONVNEXT = "vit_tiny_patch16_dinov3_qkvb", "test_convnext"
-SHALLOW_VIT = "shallow_dinov3"
+SHALLOW_VIT, SHALLOW_TEST_VIT, SHALLOW_TEST_VIT3 = "shallow_dinov3", "shallow_test_vit", "shallow_test_vit3"
 HEAD_WIDTH = 24
-default_cfgs = generate_default_cfgs({SHALLOW_VIT: timm.get_pretrained_cfg(VIT).to_dict()})
+WHOLE = {SHALLOW_VIT: VIT, SHALLOW_TEST_VIT: "test_vit", SHALLOW_TEST_VIT3: "test_vit3"}
+"""ViTs of two blocks, to those of timm with all of theirs: a graph is traced several times as fast."""
+default_cfgs = generate_default_cfgs({name: timm.get_pretrained_cfg(whole).to_dict() for name, whole in WHOLE.items()})
 
 
 @register_model
 def shallow_dinov3(pretrained: bool = False, **options: Any) -> Any:
-    """`VIT` with two blocks of its twelve: a graph is traced six times as fast."""
-    return timm.create_model(VIT, pretrained, **{**options, "depth": 2})
+    return timm.create_model(WHOLE[SHALLOW_VIT], pretrained, **{**options, "depth": 2})
+
+
+@register_model
+def shallow_test_vit(pretrained: bool = False, **options: Any) -> Any:
+    return timm.create_model(WHOLE[SHALLOW_TEST_VIT], pretrained, **{**options, "depth": 2})
+
+
+@register_model
+def shallow_test_vit3(pretrained: bool = False, **options: Any) -> Any:
+    return timm.create_model(WHOLE[SHALLOW_TEST_VIT3], pretrained, **{**options, "depth": 2})
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from exporting import (
     CONVNEXT,
+    SHALLOW_TEST_VIT,
+    SHALLOW_TEST_VIT3,
     SHALLOW_VIT,
     SIZE,
     Exports,
@@ -41,7 +43,7 @@ from eupe.export.source import open_source
 from eupe.models.encoder import load_encoder
 from eupe.train.predict import load_predictors
 
-ARCHS = some_slow(CONVNEXT, slow=["test_vit", SHALLOW_VIT])
+ARCHS = some_slow(CONVNEXT, slow=[SHALLOW_TEST_VIT, SHALLOW_VIT])
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_a_graph_is_valid_and_the_card_s_code_runs_it(arch: str, graphs: Exports
 
 @pytest.mark.parametrize(
     ("arch", "size"),
-    some_slow(("test_vit", 96), slow=[("test_vit3", None), (CONVNEXT, None), (SHALLOW_VIT, None)]),
+    some_slow((SHALLOW_TEST_VIT, 96), slow=[(SHALLOW_TEST_VIT3, None), (CONVNEXT, None), (SHALLOW_VIT, None)]),
 )
 def test_a_dynamic_graph_takes_any_size_that_the_patch_divides(
     arch: str, size: int | None, graphs: Exports, tmp_path: Path
@@ -124,7 +126,7 @@ def size_of(out: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["test_vit", CONVNEXT, SHALLOW_VIT])
+@pytest.mark.parametrize("arch", [SHALLOW_TEST_VIT, CONVNEXT, SHALLOW_VIT])
 def test_half_precision_halves_the_file_and_keeps_the_tokens(arch: str, graphs: Exports, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(ExportConfig(run=graphs.run(arch), out=out, format="onnx", heads=("all",), precision="fp16"))
@@ -250,7 +252,7 @@ def test_ranges_are_those_of_the_pictures_that_are_given(
 ) -> None:
     """The cosine that is told of them is that of the graph that was left, on every other picture."""
     folder = make_corpus(tmp_path / "own", count=9, classes=3)
-    run, out = graphs.run("test_vit"), tmp_path / "out"
+    run, out = graphs.run(SHALLOW_TEST_VIT), tmp_path / "out"
     words = ["export", run, "--format", "onnx", "--precision", "int8", "--calibrate", folder, "--out", out, "--json"]
     outcome = run_eupe(*words)
     assert outcome.code == 0, outcome.err
@@ -271,7 +273,7 @@ def test_ranges_are_those_of_the_pictures_that_are_given(
 def test_calibration_needs_two_pictures(graphs: Exports, tmp_path: Path) -> None:
     folder = make_corpus(tmp_path / "own", count=1, classes=1)
     config = ExportConfig(
-        run=graphs.run("test_vit"), out=tmp_path / "out", format="onnx", precision="int8", calibrate=folder
+        run=graphs.run(SHALLOW_TEST_VIT), out=tmp_path / "out", format="onnx", precision="int8", calibrate=folder
     )
     with pytest.raises(CorpusError, match="has only one picture; give at least two"):
         export(config)
@@ -290,9 +292,9 @@ def test_weights_beyond_the_limit_of_one_file_lie_beside_it(
 ) -> None:
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
     out = tmp_path / "out"
-    export(ExportConfig(run=graphs.run("test_vit"), out=out, format="onnx"))
+    export(ExportConfig(run=graphs.run(SHALLOW_TEST_VIT), out=out, format="onnx"))
     assert (out / "model.onnx.data").stat().st_size > (out / "model.onnx").stat().st_size
-    got, want = asked(graphs.run("test_vit"), out, pictures(graphs.run("test_vit"))[:2])
+    got, want = asked(graphs.run(SHALLOW_TEST_VIT), out, pictures(graphs.run(SHALLOW_TEST_VIT))[:2])
     assert least_cosine(got["summary"], want.summary) > 0.99999
 
 
@@ -308,7 +310,7 @@ def test_rotary_positions_that_trace_are_timm_s(x_first: bool, halves: bool, row
 def test_the_command_line_takes_precision_and_any_size(
     graphs: Exports, tmp_path: Path, run_eupe: Callable[..., Any]
 ) -> None:
-    run = graphs.run("test_vit")
+    run = graphs.run(SHALLOW_TEST_VIT)
     for name, option in (("plain", []), ("half", ["--precision", "fp16"]), ("any", ["--dynamic-size"])):
         outcome = run_eupe("export", run, "--format", "onnx", "--out", tmp_path / name, *option)
         assert outcome.code == 0, outcome.err
