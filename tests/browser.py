@@ -111,7 +111,7 @@ class Browser:
             self._events.append(self._receive())
 
     def complaints(self) -> list[str]:
-        """What was thrown, printed, refused or popped up since the page was opened."""
+        """Return what was thrown, printed, refused or popped up since the page was opened."""
         self.run("0")
         return [json.dumps(event["params"]) for event in self._events if event["method"] in COMPLAINTS]
 
@@ -150,7 +150,7 @@ class Browser:
                 self.call("Input.dispatchKeyEvent", type=kind, key=key)
 
     def look(self, element: str) -> NDArray[np.uint8]:
-        """How an element is drawn: [height, width, 3]."""
+        """Return an element's pixels as they are drawn: [height, width, 3]."""
         left, top, width, height = self.box(element)
         across, down = self.run("[scrollX, scrollY]")
         clip = {"x": left + across, "y": top + down, "width": width, "height": height, "scale": 1}

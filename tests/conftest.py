@@ -84,7 +84,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileS
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For what all processes of a test run share; each of them makes it under a lock, if it is not there yet."""
+    """Return the folder that all processes of a test run share; what is missing there is made under a lock."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     folder.mkdir(exist_ok=True)
@@ -137,7 +137,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny
 
 @pytest.fixture(scope="session")
 def warm_python() -> Iterator[str]:
-    """In place of `sys.executable`: commands of eupe and processes of Ray begin with their libraries imported."""
+    """Yield a Python to use as `sys.executable`: eupe's commands and Ray's processes start with libraries imported."""
     from warm import warm_programs
 
     with warm_programs(os.environ) as programs:
@@ -154,9 +154,9 @@ def forked(warm_python: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def ray_address(warm_python: str) -> Iterator[str]:
-    """Where a Ray of two CPUs runs, whose workers begin with their libraries imported.
+    """Yield the address of a Ray of two CPUs, whose workers start with their libraries imported.
 
-    It ends with its module: beside one that goes on, a cluster that `ray start` makes was once not answered.
+    It ends with its module: a cluster that `ray start` made beside a running Ray once did not answer.
     """
     from shared_ray import running_ray
 
@@ -206,7 +206,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended."""
+    """The exit code of a command, and what it printed."""
 
     code: int
     out: str

@@ -39,7 +39,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Fault:
-    """What to answer in place of the server, to requests that it holds for."""
+    """An error that is sent in place of the server's answer, to the requests for which `holds_for` is true."""
 
     status: int
     code: str
@@ -87,7 +87,7 @@ class S3Server:
         self.forget()
 
     def forget(self) -> None:
-        """What was asked before."""
+        """Forget the requests that were made before."""
         self.asked, self.most_at_once = [], 0
 
     def put_quickly(self, key: str, data: bytes) -> None:

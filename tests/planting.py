@@ -19,7 +19,7 @@ def poison(picture: Path, how: str) -> None:
 
 
 class Outcomes:
-    """What becomes of the next of some attempts, by all processes of an environment together; kept in a file."""
+    """The planned outcomes of the next attempts, which all processes of an environment share through a file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -46,7 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_store: Store, tiny_weig
 
 @pytest.fixture
 def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In the world, where no pictures may be indexed, and no Ray answers."""
+    """Return the world, now the working directory, where indexing pictures fails the test and no Ray answers."""
 
     def no_ray(**_: Any) -> None:
         raise ConnectionError("could not find any running Ray instance")

@@ -238,7 +238,7 @@ def test_a_family_and_its_options_through_the_command_line(tiny_store: Store, tm
 
 
 def test_the_package_is_found_beside_a_folder_of_its_name(tmp_path: Path) -> None:
-    """As in the folder above a checkout."""
+    """The folder above a checkout holds a folder `eupe`, which must not hide the package."""
     (tmp_path / "eupe" / "store").mkdir(parents=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-m", "eupe", "--version"]

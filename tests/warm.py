@@ -111,7 +111,7 @@ def _name(words: Sequence[str]) -> str:
 
 
 def _is_forked(words: Sequence[str]) -> bool:
-    """Whether words for Python are a command, or a script, as Ray's workers are; its agents need pipes."""
+    """Return whether Python's words run in a fork: a command, or a script like Ray's workers; its agents need pipes."""
     script = next(word for word in [*words[1:], "-"] if word != "-u")
     return _is_command(words) or (script.endswith(".py") and "agent" not in script)
 

@@ -16,7 +16,7 @@ from benchmarks import pretrained
 def test_each_way_of_training_is_compared_with_what_was_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the smaller expert; `tests/demo/test_assets.py` shows that the other's weights fit timm's names."""
+    """The smaller expert is the student; `tests/demo/test_assets.py` tests the other's weights in timm's names."""
     words = ["pretrained", "--folder", tmp_path, "--student", "efficientnet_lite0", "--pictures", 72, "--steps", 2]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     pretrained.main()

@@ -95,7 +95,7 @@ def test_flatness_sees_a_leak_and_forgives_the_warm_up() -> None:
 
 
 def printed(measure: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a whole benchmark prints, over as little as it takes."""
+    """Return what a whole benchmark prints when it does the least possible; check that it leaves no files."""
     words = ["train", measure, "--folder", str(folder), *TINY, "--size", "112", "--repeats", "2"]
     monkeypatch.setattr(sys, "argv", [*words, *(("--teachers", "dinov2-s") if measure == "online" else ())])
     train.main()

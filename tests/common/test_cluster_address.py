@@ -83,7 +83,7 @@ def test_a_ray_that_is_slow_to_start_gets_another_chance(slow_starts: int, monke
     "form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}/?x=1", "auto"]
 )
 def test_a_cluster_that_is_gone_is_a_sentence(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before Ray, which would wait for minutes, is asked; also where it remembers the address by itself."""
+    """The address is tried before Ray is asked, which would wait for minutes; so is the one that `auto` stands for."""
     monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was asked"))
     monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.1)
     with socket.socket() as free:

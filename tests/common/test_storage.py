@@ -56,7 +56,7 @@ def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_two_dots_lead_up_from_where_a_link_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the system sees it; objects of such a place can be written, listed and read."""
+    """A path with `..` after a link means what it means to the system; its objects can be written, listed and read."""
     (tmp_path / "disk" / "here").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "here")
     monkeypatch.chdir(tmp_path / "link")

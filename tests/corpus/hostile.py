@@ -153,7 +153,7 @@ def after_soi(data: bytes, segment: bytes) -> bytes:
 
 
 def sof_at(data: bytes) -> int:
-    """Where the frame header's marker stands, of baseline and progressive JPEGs."""
+    """Return the offset of the frame header's marker in a baseline or progressive JPEG."""
     return max(data.find(b"\xff\xc0\x00\x11"), data.find(b"\xff\xc2\x00\x11"))
 
 
@@ -254,7 +254,7 @@ def _bytes(data: bytes) -> Iterator[bytes]:
 
 
 def _interlaced(pixels: Pixels, num_passes: int = 7) -> bytes:
-    """By Adam7, and as many of its passes as are asked for."""
+    """Return an RGB PNG that is interlaced by Adam7, with only the first `num_passes` of its seven passes."""
     passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
     parts = [pixels[y::dy, x::dx] for y, x, dy, dx in passes[:num_passes]]
     raw = b"".join(b"\0" + row.tobytes() for part in parts if part.size for row in part)
@@ -494,7 +494,7 @@ def _gif(
     offset: tuple[int, int] = (0, 0),
     codes: int | None = None,
 ) -> bytes:
-    """Of 16 colours, its codes never compressed: a clear code before each run of twelve."""
+    """Return a GIF of 16 colours whose codes are never compressed: a clear code comes before each run of twelve."""
     height, width = screen or indices.shape
     data = b"GIF89a" + struct.pack("<2H3B", width, height, 0x80 | 0x73, 0, 0) + colours.tobytes()
     for frame in range(frames):

@@ -81,7 +81,7 @@ def test_any_bytes_make_a_picture_or_one_line() -> None:
 
 
 def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path: Path) -> None:
-    """In a process of its own, which a pipe that is opened would keep for ever."""
+    """A pipe that is opened waits forever, so the corpus is read in a process of its own."""
     picture(1).save(tmp_path / "good.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "endless.png").symlink_to("/dev/zero")

@@ -243,7 +243,7 @@ def test_rendering_recolours_after_the_flip() -> None:
 
 
 def by_the_specification(view: Pixels, params: Photometric) -> Pixels:
-    """What FORMAT.md says, pixel by pixel, in Python's integers (and float32 for hue)."""
+    """Apply the changes as FORMAT.md describes them, pixel by pixel, in Python's integers (and float32 for hue)."""
     now = [[[int(v) for v in pixel] for pixel in row] for row in view]
     side = len(now)
 

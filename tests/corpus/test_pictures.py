@@ -54,7 +54,7 @@ def test_a_disk_that_is_away_is_told_from_a_bad_file(
         raise OSError(code, os.strerror(code))
 
     class Refusing:
-        """As tensorstore says it."""
+        """An object store whose reads fail with the words of tensorstore."""
 
         def read(self, name: str) -> Any:
             raise ValueError(f"UNKNOWN: Failed to open {name}: {os.strerror(code)} [os_error_code='{code}']")

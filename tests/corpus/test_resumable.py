@@ -38,7 +38,7 @@ def stop_after(count: int) -> Callable[[int, int], None]:
 
 
 def hashed(work: Callable[[], Any]) -> int:
-    """How many pictures are hashed meanwhile."""
+    """Return the number of pictures that are hashed while `work` runs."""
     sha256, calls = hashlib.sha256, []
     with mock.patch("hashlib.sha256", lambda *data: calls.append(1) or sha256(*data)):
         work()

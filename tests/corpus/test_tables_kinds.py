@@ -223,7 +223,7 @@ def test_paths_as_tools_write_them(tmp_path: Path) -> None:
 
 
 def save_to_disk(folder: Path, tables: list[pa.Table], *, batch: int = 2) -> Path:
-    """As `datasets` leaves it: streams of record batches, and what is in them."""
+    """Write tables as `datasets` does: streams of record batches, and JSON files that list them. Return the folder."""
     folder.mkdir(parents=True)
     names = [f"data-{i:05d}-of-{len(tables):05d}.arrow" for i in range(len(tables))]
     for name, made in zip(names, tables, strict=True):

@@ -36,7 +36,7 @@ def test_center_is_the_largest_centred_square(width: int, height: int) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(100, 60), (61, 100), (1, 9)])
 def test_squash_is_the_whole_picture(width: int, height: int) -> None:
-    """As torchvision resizes it to a square, without keeping its shape."""
+    """A squashed view is the picture as torchvision resizes it to a square, without keeping its aspect ratio."""
     image = picture(3, width, height)
     params = draw_view(ViewSpec(policy="squash"), "key", 0, width, height)
     assert params == ((0, 0, width, height), False, NEUTRAL)

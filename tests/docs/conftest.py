@@ -34,7 +34,7 @@ def pages_ray(readers_programs: Path, shared_folder: Path) -> Iterator[dict[str,
 
 @pytest.fixture(scope="package")
 def presupposed(shared_folder: Path, assets: Path, readers_programs: Path, pages_ray: dict[str, str]) -> Path:
-    """What pages presuppose, all of it, made by one of the processes. Not to be changed."""
+    """Return a folder with all files that pages presuppose, made by one of the processes; tests must not change it."""
     folder = shared_folder / "presupposed"
     whole = shared_folder / "presupposed.whole"
     with FileLock(shared_folder / "presupposed.lock"):

@@ -31,7 +31,7 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    """Of a page, in its order."""
+    """Return the fenced blocks of a page, in its order."""
     found = re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page].read_text(), flags=re.MULTILINE | re.DOTALL)
     return [Block(language, body) for language, body in found]
 

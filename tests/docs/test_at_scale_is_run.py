@@ -64,7 +64,7 @@ def wait_for_the_job(walk: Walk, address: str) -> None:
 
 @contextmanager
 def ray_folder() -> Iterator[Path]:
-    """For `ray start --temp-dir`; in the end the processes that name it are ended, as `ray stop` would end all."""
+    """Yield a folder for `ray start --temp-dir`, then kill processes that name it; `ray stop` would kill every Ray."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 bytes at most
     try:
         yield folder

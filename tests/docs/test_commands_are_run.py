@@ -40,7 +40,7 @@ AT_SCALE = "docs/extract-at-scale.md"
 
 @dataclass(frozen=True)
 class Trip:
-    """How a page is walked."""
+    """Settings for a walk through a page: what it needs, what is made smaller, what it must print and leave."""
 
     takes: tuple[str, ...] = ()
     """What it presupposes, of what `presupposed` makes."""
@@ -203,7 +203,7 @@ def test_what_is_not_run_is_in_the_documents() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_commands_are_marked(page: str) -> None:
-    """As `bash`, by which they are found; and no other block is."""
+    """Blocks of commands are found by their mark `bash`, so a block without a mark must not hold commands."""
     assert unmarked_commands(page) == []
 
 

@@ -64,7 +64,7 @@ class Walk:
             self.run("python page.py")
 
     def run(self, command: str) -> str:
-        """What a command prints; it must succeed, and leave what it was told to make."""
+        """Run a command and return what it prints; it must succeed, and leave what it was told to make."""
         if command.startswith("export "):
             self.environment |= dict(word.split("=", 1) for word in shlex.split(command)[1:])
             return ""

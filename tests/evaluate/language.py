@@ -30,7 +30,7 @@ CLIP_SIZE = 32
 
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
-    """While `patch` lasts, these teachers' models are small, and computed in float32 on any machine."""
+    """Make these teachers' models small, and computed in float32 on any machine, while `patch` lasts."""
     create_timm = timm.create_model
 
     def create_small(name: str, *words: Any, **options: Any) -> Any:

@@ -45,7 +45,7 @@ def changed(given: Features, how: Callable[[NDArray[np.float64]], NDArray[np.flo
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Not to be changed."""
+    """Return a finished store of 40 pictures, two views each; tests must not change it."""
     return plant_store(tmp_path_factory.mktemp("conflict") / "first.zarr", KEYS, features(0))
 
 

@@ -91,7 +91,7 @@ def test_what_lies_beyond_the_greatest_depth_does_not_count(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("shrunk", [1, 2])
 def test_nyus_pictures_are_judged_in_eigens_crop(tmp_path: Path, shrunk: int) -> None:
-    """Of pictures of another size the same share is judged; what lies outside could be anything."""
+    """Pictures of another size are judged on the same share of their area; what lies outside does not matter."""
     data = nyu(tmp_path / "a", width=640 // shrunk, height=480 // shrunk)
     x0, y0, x1, y1 = (round(at / shrunk) for at in EIGEN_CROP)
     before = judged(data, training=Training(steps=2, lr=1e-3, warmup=0)).scores

@@ -75,7 +75,7 @@ def test_a_training_split_votes_as_in_scikit_learn_however_it_is_cut(monkeypatch
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_single_precision_finds_the_same_neighbours_far_from_the_origin(metric: Any) -> None:
-    """As on a GPU; features of encoders lie around a mean that is longer than what tells them apart."""
+    """Distances are float32, as on a GPU; the mean of an encoder's features is longer than what tells them apart."""
     generator = np.random.default_rng(0)
     features = generator.normal(size=(300, 64)) + 300 * generator.normal(size=64) / 8
     near = nearest(*[torch.from_numpy(features).float()] * 2, None, k=10, metric=metric, exact=torch.float32)

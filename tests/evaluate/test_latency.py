@@ -26,7 +26,7 @@ Run = Callable[..., Any]
 
 
 class Attention(nn.Module):
-    """Of 3 heads, 4 channels each, by the library's fused function."""
+    """Attention with 3 heads of 4 channels each, by PyTorch's fused function."""
 
     def forward(self, x_BND: Tensor) -> Tensor:
         heads = x_BND.unflatten(2, (3, 4)).transpose(1, 2)
@@ -48,7 +48,7 @@ def test_a_multiply_add_is_two_flops(module: nn.Module, shape: tuple[int, ...], 
 
 
 def test_torchs_own_attention_layer_is_counted() -> None:
-    """As in open_clip's towers; by itself it takes a fused way in evaluation."""
+    """open_clip's towers use this layer, which takes a fused path in evaluation mode by default."""
     attention = nn.MultiheadAttention(12, 3, batch_first=True).eval().requires_grad_(False)
     flops = count_flops(lambda x: attention(x, x, x, need_weights=False), torch.zeros(2, 11, 12))
     assert flops == 2 * (2 * 11 * 12 * 36 + 2 * 3 * 2 * 11 * 11 * 4 + 2 * 11 * 12 * 12)

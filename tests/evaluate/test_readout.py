@@ -68,7 +68,7 @@ def planted() -> Planted:
 
 
 def pooled(planted: Planted, kind: str) -> float:
-    """What a linear rule makes of the mean over tokens times the question's words at their places."""
+    """Return the accuracy of a linear rule on the mean over tokens times the question's words at their places."""
     vocabulary = sorted({w for each in planted.train for w in enumerate(question_words(each.question))})
 
     def rows(questions: list[Question]) -> Any:
@@ -88,14 +88,14 @@ def pooled(planted: Planted, kind: str) -> float:
 
 
 def test_it_reads_what_pooled_features_cannot_bind(planted: Planted) -> None:
-    """Which of several things has which colour, and which is left: both are gone from the mean over tokens."""
+    """The mean over tokens does not tell which thing has which colour, or which is further left; the readout does."""
     assert planted.answered("colour") > 0.9 > 0.75 > pooled(planted, "colour")
     assert planted.answered("position") > 0.75 > 0.65 > pooled(planted, "position")
     assert planted.answered("count") > 0.65
 
 
 def test_words_come_to_look_at_what_they_name(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On pictures that it never saw, though nothing tells where a thing is."""
+    """Words look at their things on pictures that the readout never saw, although nothing tells where a thing is."""
     kept: list[tuple[Readout, Asked]] = []
 
     def remember(readout: Readout, features: Features, asked: Asked, *, batch_size: int) -> torch.Tensor:
@@ -198,7 +198,7 @@ def test_all_pictures_are_drawn_before_one_is_drawn_again() -> None:
 
 
 def test_words_are_found_before_questions_are_answered() -> None:
-    """In the first third of the steps answers teach nothing."""
+    """Answers teach the queries nothing in the first steps, whose share is `finding` (a third by default)."""
     features, asked, of_kind = tiny()
     codes = torch.tensor([0, 2, 2, 1])
     others = torch.tensor([1, 2, 2, 0])

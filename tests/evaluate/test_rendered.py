@@ -41,7 +41,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scores(scenes: Path, assets: Path) -> dict[str, list[Scores]]:
-    """By task: DINOv2-S, the same with random weights, raw pixels."""
+    """Return the scores by task, of three subjects: DINOv2-S, the same with random weights, and raw pixels."""
     weights = {"dinov2-s": assets / "weights" / "dinov2-small"}
     found: dict[str, list[Scores]] = {}
     for subject in open_subjects(["dinov2-s", "pixels"], weights, untrained=True):

@@ -144,7 +144,7 @@ def test_labels_of_a_list_are_not_taken_for_folders(tmp_path: Path) -> None:
 
 
 def test_folders_inside_a_tar_are_splits_too() -> None:
-    """Whether labels are their first folders, or those below the splits."""
+    """Folders in a tar are splits whether the labels are their first folders or those below the splits."""
     for labels in (["data"] * 4, ["cat", "dog", "dog", "cat"]):
         keys = [f"x.tar/data/{path}.png" for path in ("train/cat/1", "train/dog/2", "val/dog/3", "val/cat/4")]
         train, val, chosen = part_samples(keys, labels, "d")

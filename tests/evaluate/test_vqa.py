@@ -86,7 +86,7 @@ def test_the_commonest_answer_is_that_to_the_same_question() -> None:
 
 
 def test_words_are_numbers_at_their_places() -> None:
-    """Of the training split alone: what is new in val, or beyond its longest question, is not known."""
+    """Words and places come from train alone; val's new words, and those past train's longest question, are unknown."""
     assert question_words("Is the mug, left of the BALL?") == ["is", "the", "mug", "left", "of", "the", "ball"]
 
     def question(text: str) -> Question:

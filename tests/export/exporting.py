@@ -153,7 +153,7 @@ def finished_run(
 
 
 def norm(width: int, seed: int, *, rotated: bool) -> Normaliser:
-    """Of features that are neither centred nor of one scale."""
+    """Return a normaliser of features that are neither centred nor all of one scale."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(3, width, generator=generator)
     rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q.contiguous() if rotated else None
@@ -191,7 +191,7 @@ def least_cosine(got: Any, want: Tensor) -> float:
 
 
 def assert_teaches(name: str, run: Path) -> None:
-    """As a teacher an export gives the tokens of the run that it is of, and its library agrees."""
+    """Check that an export, used as a teacher, gives its run's tokens, and that its library agrees."""
     spec, student = resolve_teacher(name), load_encoder(run).eval()
     assert (spec.native_size, spec.mean, spec.std) == (SIZE, student.spec.mean, student.spec.std)
     teacher = load_teacher(spec, weights=None, device=torch.device("cpu"), dtype=torch.float32, sizes=(SIZE,))
@@ -205,7 +205,7 @@ def assert_teaches(name: str, run: Path) -> None:
 
 
 def said_in_a_loop(out: Path, pictures: Sequence[Path]) -> list[dict[str, Any]]:
-    """What the card's code says of each picture, where all that stands behind its loading is run in a loop."""
+    """Return what the card's code gives for each picture when all of it after the loading runs in a loop."""
     once, blank, each = code_of(out / "README.md").rpartition("\n\n")
     body = "".join(f"    {line}\n" for line in each.splitlines())
     loop = f"{once}{blank}for PICTURE in PICTURES:\n{body}    said_of.append((summary, dense, teachers))\n"

@@ -48,7 +48,7 @@ ARCHS = some_slow(CONVNEXT, slow=[SHALLOW_TEST_VIT, SHALLOW_VIT])
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    """Of one size, with heads."""
+    """Return ONNX exports of one size, with heads; tests must not change them."""
     return Exports(tmp_path_factory.mktemp("onnx"), "onnx", rotated=True)
 
 

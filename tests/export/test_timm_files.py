@@ -72,7 +72,7 @@ def test_timm_s_own_forward_pass_gives_the_run_s_summary(arch: str, exports: Exp
 
 
 def assert_said(names: dict[str, Any], run: Path, path: Path) -> None:
-    """What the card's code said of a picture is what the run says of it."""
+    """Check that the card's code gives what the run gives for a picture: its tokens and its predictions of teachers."""
     encoder, summary, dense = tokens_of(run, path)
     assert least_cosine(names["summary"], summary) > 0.99999
     assert least_cosine(names["dense"], dense) > 0.99999

@@ -147,7 +147,7 @@ def test_tolerances_are_those_of_the_precision(angle: float, passes: set[str]) -
 
 
 def test_tokens_that_are_nothing_in_both_are_the_same_and_in_one_are_not() -> None:
-    """As those of a CNN whose last layer is a ReLU."""
+    """A CNN whose last layer is a ReLU may give tokens of zeros; they are the same only if both sides have them."""
     nothing = with_token(outputs(), lambda t: 0 * t)
     found = compare(nothing, nothing)["dense"]
     assert (found.least, found.stretched) == (pytest.approx(1), 0)

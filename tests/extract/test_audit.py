@@ -77,7 +77,7 @@ def row_of(row: dict[str, Any]) -> Row:
 
 @pytest.fixture
 def store(tmp_path: Path, tiny_store: Store) -> Store:
-    """To be changed; one part."""
+    """Return a copy of the tiny store, which has one part, for a test to change."""
     shutil.copytree(Path(tiny_store.path), tmp_path / "s.zarr")
     return open_store(tmp_path / "s.zarr")
 

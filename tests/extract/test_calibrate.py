@@ -26,7 +26,7 @@ def every_dense(store: Store) -> NDArray[np.float64]:
 
 
 def standardised_cosines(kept: Store, exact: Store) -> NDArray[np.float64]:
-    """Of every dense token, standardised by the statistics of the exact store."""
+    """Return the cosine of each dense token in both stores, standardised by the statistics of the exact store."""
     stats = exact.stats(64, "dense")
     a, b = ((every_dense(store) - stats.mean) / stats.std for store in (kept, exact))
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)

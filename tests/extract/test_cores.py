@@ -33,7 +33,7 @@ Run = Callable[..., Any]
 
 
 class Observed:
-    """Which threads have computed, by how many of torch's threads each, and how many batches were under way at once."""
+    """A record of threads that compute, torch's threads in each, threads that decode, and the most batches at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.threads: set[int] = set()
@@ -69,7 +69,7 @@ class Observed:
 
 
 def in_another_thread(work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """As Ray runs an actor's methods."""
+    """Run a call in another thread, as Ray runs an actor's methods, and return its result."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work, *arguments, **named).result()
 
@@ -99,7 +99,7 @@ def test_a_worker_computes_on_the_cpus_that_it_was_given(
     tiny_weights: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the trial of batch sizes before, and without it; each call in a thread of its own."""
+    """The batch size is found by a trial, or given; each call runs in a thread of its own."""
     monkeypatch.setattr(actors, "this_process", lambda: ("node", os.getpid()))
     monkeypatch.setattr(actors, "fastest_batch", lambda *a, real=actors.fastest_batch: min(2, real(*a)))
     before = torch.get_num_threads()

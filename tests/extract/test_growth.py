@@ -84,7 +84,7 @@ def test_other_options_never_extend(tmp_path: Path, tiny_weights: Path, run_eupe
 def test_the_same_store_is_found_under_any_name(
     tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no --out is given, the directory is looked through first."""
+    """The directory of stores is searched for the same store first when no --out is given."""
     monkeypatch.chdir(tmp_path)
     make_store(tmp_path / "store" / "my-old-name.zarr", tiny_corpus, tiny_weights)
     make_store(tmp_path / "store" / "other.zarr", tiny_corpus, tiny_weights, fidelity=0.999)

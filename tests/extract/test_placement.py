@@ -9,7 +9,7 @@ from eupe.extract.actors import Node, place_workers
 
 
 def seated(nodes: list[Node], cpus: int, gpus: float) -> int:
-    """How many workers of that size Ray can run at once."""
+    """Return the number of workers of that size that Ray can run at once."""
     count = 0
     for node in nodes:
         free_cpus, free_gpus = float(node.cpus), node.gpus + 1e-6

@@ -47,7 +47,7 @@ def test_threads_allocate_from_one_arena(tmp_path: Path) -> None:
 
 
 def test_cores_have_one_thread_each_and_the_caller_keeps_its_own() -> None:
-    """In a process whose torch has been told a number, as a worker's is."""
+    """Each core has one thread even in a process that has set torch's number of threads, as a worker does."""
     code = (
         "import torch; torch.set_num_threads(3); from eupe.extract.worker import single_threads;"
         "cores = single_threads(2); there = [cores.submit(torch.__config__.parallel_info) for _ in range(2)];"

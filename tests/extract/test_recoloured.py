@@ -46,19 +46,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_weights: Path) -> Store:
-    """Not to be changed."""
+    """Return a finished store of recoloured views of the corpus, with pixels; tests must not change it."""
     path = tmp_path_factory.mktemp("stores") / "s.zarr"
     return make_store(path, corpus, tiny_weights, views=VIEWS, sizes=SIZES, pixels=True)
 
 
 @pytest.fixture
 def store(whole: Store, tmp_path: Path) -> Store:
-    """To be damaged."""
+    """Return a copy of the store for a test to damage."""
     return open_store(shutil.copytree(whole.path.local, tmp_path / "s.zarr"))
 
 
 def replayed(folder: Path, key: str, box: list[int], flip: bool, params: list[float], size: int) -> Pixels:
-    """As FORMAT.md tells it, without the renderer."""
+    """Return a view's pixels, replayed as FORMAT.md describes it, without the renderer."""
     view = decode_image((folder / key).read_bytes()).crop(tuple(box)).resize((size, size), Image.Resampling.BICUBIC)
     view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view
     return apply_photometric(np.asarray(view), Photometric(*params))

@@ -32,13 +32,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tiny_weights: Path) -> Path:
-    """Not to be changed."""
+    """Return a finished store of three parts; tests must not change it."""
     return Path(make_parts(tmp_path_factory.mktemp("whole") / "s.zarr", corpus, tiny_weights).path)
 
 
 @pytest.fixture
 def store(whole: Path, tmp_path: Path) -> Path:
-    """To be damaged."""
+    """Return a copy of the store for a test to damage."""
     return shutil.copytree(whole, tmp_path / "s.zarr")
 
 

@@ -361,7 +361,7 @@ def test_no_features_at_all_is_not_called_unreadable(tmp_path: Path, dtype: str,
 
 
 def store_of(folder: Path, teacher: Any, dtype: str = "fp32") -> Store:
-    """Of three pictures, in one batch."""
+    """Make a finished store of three pictures, which are computed in one batch."""
     index = index_folder(make_corpus(folder / "c", count=3, classes=1))
     plan = store_spec(
         resolve_teacher(TINY_TEACHER),

@@ -96,7 +96,7 @@ def assert_same_store(out: Path, expected: dict[str, bytes]) -> None:
 
 
 def own_address() -> str:
-    """By which Ray knows this machine."""
+    """Return the address by which Ray knows this machine."""
     return str(ray.util.get_node_ip_address())
 
 
@@ -113,7 +113,7 @@ class RayHead:
     """Of its clients: the token that it asks for."""
 
     def ask(self, path: str) -> str:
-        """What its server says at `/api/PATH`."""
+        """Return what the cluster's server answers at `/api/PATH`."""
         token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         asked = urllib.request.Request(f"{self.jobs_url}/api/{path}", headers=token)
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -123,7 +123,7 @@ class RayHead:
 
 @contextmanager
 def ray_head(num_cpus: int) -> Iterator[RayHead]:
-    """On ports and in a folder of its own; `ray stop` would end every other Ray on this machine, too."""
+    """Run a Ray on ports and in a folder of its own, and yield it; `ray stop` would end every other Ray here, too."""
     port, dashboard, agent, client = free_ports(4)
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 bytes at most
     words: list[object] = [RAY, "start", "--head", "--block", "--port", port]

@@ -48,7 +48,7 @@ forking.set_forkserver_preload([*LIBRARIES, "eupe.cli", "eupe.extract.job"])
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens, and when."""
+    """A fault and when it happens."""
 
     kind: str
     after: int
@@ -77,7 +77,7 @@ def drive(words: Sequence[str], log: Path) -> None:
 
 @dataclass(frozen=True)
 class Ground:
-    """Where the campaigns take place."""
+    """The cluster on which the campaigns run, with their planned faults and the words of their command."""
 
     cluster: Cluster
     writes: Outcomes
@@ -283,7 +283,7 @@ def test_a_worker_that_dies_while_it_tries_the_teacher_is_replaced(
 def test_a_teacher_that_kills_every_worker_ends_the_job(
     ground: Ground, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Where it was tried once, and a store is there, too: on machines with less memory, say."""
+    """The job ends even if the teacher was tried before and a store exists, say on machines with less memory."""
     out = tmp_path / "s.zarr"
     unpack({name: data for name, data in undisturbed.items() if not name.startswith(("parts/", "stats/"))}, out)
     ground.loads.plan(["SIGKILL"] * 100)

@@ -81,7 +81,7 @@ def job(head: RayHead, *words: object) -> tuple[int, str]:
 def test_a_submitted_job_succeeds_and_leaves_the_store_of_one_process(
     head: RayHead, tmp_path: Path, tiny_corpus: Path, tiny_weights: Path, tiny_store: Store
 ) -> None:
-    """By the address that Ray sets in a job; and one with a mistake in it fails with the sentence that says what."""
+    """A job finds the cluster by the address that Ray sets in it; one with a mistake fails and says what it is."""
     eupe = [sys.executable, "-m", "eupe", *extract_words(tiny_corpus, tiny_weights, tmp_path / "s.zarr", views=2)]
     (folder := tmp_path / "cwd").mkdir()
     (folder / "note.txt").write_text("goes to the cluster\n")
@@ -102,7 +102,7 @@ def test_a_submitted_job_succeeds_and_leaves_the_store_of_one_process(
 def test_a_driver_killed_is_started_again_elsewhere(
     head: RayHead, tmp_path: Path, many_pictures: Path, tiny_weights: Path
 ) -> None:
-    """From another working directory; what was committed is not made again."""
+    """The second driver runs in another working directory, and does not make again what was committed."""
     out = tmp_path / "s.zarr"
     words = [*extract_words(many_pictures, tiny_weights, out, views=16), "--ray-address", head.address]
     (first := tmp_path / "first").mkdir()

@@ -42,7 +42,7 @@ def extract(
 
 
 def ledger(out: Path) -> dict[str, Any]:
-    """What `eupe store info` says of a store."""
+    """Return what `eupe store info` reports of a store."""
     code, output = finish(begin("store", "info", out, "--json"))
     assert code == 0, output
     return dict(json.loads(output))
@@ -99,7 +99,7 @@ def test_crashing_samples_among_the_pictures_that_a_teacher_is_tried_on(
 def test_a_corpus_of_nothing_but_crashing_samples_comes_to_an_end(
     hows: tuple[str, ...], tmp_path: Path, tiny_weights: Path, planted: dict[str, str]
 ) -> None:
-    """Without features there is no store to finish, and the reasons are on record."""
+    """The job fails, because a store without features cannot be finished; the reasons are on record."""
     corpus = make_corpus(tmp_path / "corpus", count=len(hows))
     for picture, how in zip(sorted(corpus.rglob("*.png")), hows, strict=True):
         poison(picture, how)

@@ -199,7 +199,7 @@ def test_the_shards_of_this_store_are_compressed(store: Path, written: dict[str,
 def test_the_example_of_the_format_page_runs(
     read_by_zarrita: dict[str, Any], store: Path, written: dict[str, NDArray[Any]]
 ) -> None:
-    """After the fixture has installed zarrita."""
+    """The fixture `read_by_zarrita` has zarrita installed before the example runs."""
     page = Path(layout.__file__).with_name("FORMAT.md").read_text("utf-8")
     (example,) = re.findall(r"```js\n(.*?)```", page, re.DOTALL)
     # the page reads the third sample of part 1, where this store's part 1 has one

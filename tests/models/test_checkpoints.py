@@ -35,7 +35,7 @@ def ahead(prefix: str, state: State) -> State:
 
 
 def other(state: State) -> State:
-    """Of a model with the same names and other shapes."""
+    """Return the state of a model with the same names and other shapes."""
     return {name: torch.cat([tensor, tensor]) if tensor.ndim else tensor for name, tensor in state.items()}
 
 

@@ -20,7 +20,7 @@ VERBS: dict[str, Verb] = read_verbs(typer.main.get_command(app))
 
 
 def problems_of(text: str, settings: Mapping[str, Any] | None = None) -> list[str]:
-    """What is wrong with the text of a recipe."""
+    """Return the mistakes in the text of a recipe."""
     problems = Problems()
     check_steps(parse_recipe("r.yaml", text, settings or {}, problems), VERBS, problems)
     return problems.found
@@ -36,7 +36,7 @@ def plan(text: str, settings: Mapping[str, Any] | None = None) -> dict[str, Plan
 
 
 def pretend_done(planned: Mapping[str, PlannedStep], *names: str) -> None:
-    """As if the steps had been run: an output, and a kept report."""
+    """Write what steps leave when they have run: an output folder, and a kept report."""
     for name in names or planned:
         one = planned[name]
         one.report.parent.mkdir(parents=True, exist_ok=True)

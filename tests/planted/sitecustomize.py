@@ -61,7 +61,7 @@ def little_patience(module):
 
 
 def failing_writes(module):
-    """Of objects of parts, in the middle of each."""
+    """Make planned writes of parts' objects fail in the middle, and all writes of these objects take longer."""
     write = module.write_file
 
     def failing(path, blocks):

@@ -20,7 +20,7 @@ def drawn_in(page: str) -> dict[str, ElementTree.Element]:
 
 
 def titled(svg: ElementTree.Element) -> dict[str, ElementTree.Element]:
-    """What is said where the pointer is on it: a path for each title."""
+    """Return the path of each mark that shows a title under the pointer, by title."""
     return {str(group[0].text): group[1] for group in svg.iter("g")}
 
 
@@ -37,7 +37,7 @@ def curves(svg: ElementTree.Element) -> list[Places]:
 
 
 def values(svg: ElementTree.Element, heights: Places) -> Places:
-    """What the vertical axis, if it is linear, says of heights in px."""
+    """Return the values at heights in px, as a linear vertical axis shows them."""
     grid = [places(path)[0, 1] for path in svg.iter("path") if "stroke: var(--line)" in path.attrib["style"]]
     beside = (text for text in svg.iter("text") if 20 < float(text.get("x", "0")) < LEFT)
     numbers = [float(text.text or "") for text in beside]

@@ -65,7 +65,7 @@ def commit_again(store: Store, path: Path, *, parts: int | None = None) -> None:
 
 @pytest.fixture(scope="module")
 def planted(tiny_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
+    """Return a finished store with a hostile name, a constant channel and a loud cell; tests must not change it."""
     path = tmp_path_factory.mktemp("stats") / f"{HOSTILE}.zarr"
     commit_again(tiny_store, path)
     finish_store(path)

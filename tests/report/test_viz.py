@@ -51,7 +51,7 @@ HOLDOUT = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What the pages are made of. Not to be changed."""
+    """The files that the pages are made of; tests must not change them."""
 
     corpus: Path
     weights: Path
@@ -441,7 +441,7 @@ def _assert_same_maps(got: list[Pixels], expected: Pixels) -> None:
 class TestErrors:
     @pytest.fixture
     def out(self, tmp_path: Path) -> Iterator[Path]:
-        """Where a page must not appear."""
+        """Yield the path of a page; check afterwards that the test wrote no page."""
         path = tmp_path / "page.html"
         yield path
         assert not path.is_file() and not list(tmp_path.glob(".page*"))

@@ -34,14 +34,14 @@ GRIDS, DIM, PICTURES = (6, 4, 9), 24, 2
 
 
 def features(grid: int, dim: int = DIM, *, pictures: int = PICTURES, seed: int = 0) -> NDArray[np.float32]:
-    """With a mean, as real ones have, few strong directions, and tokens of many lengths."""
+    """Return features that have, like real ones, a mean, few strong directions, and tokens of many lengths."""
     rng = np.random.default_rng(seed)
     dense = rng.normal(size=(pictures, grid, grid, dim)) * np.geomspace(3, 0.05, dim) + 0.5
     return (dense * rng.uniform(0.1, 10, size=(pictures, grid, grid, 1))).astype(np.float32)
 
 
 def cosines_of(dense_hwD: NDArray[np.generic]) -> Cosines:
-    """Of all pairs of cells: [N, N]."""
+    """Return the cosines of all pairs of cells: [N, N]."""
     cosines: Cosines = cosine_similarity(dense_hwD.reshape(-1, dense_hwD.shape[-1]).astype(float))
     return cosines
 
@@ -110,7 +110,7 @@ def page_of(models: Sequence[ModelColumn]) -> str:
 
 
 def codes_in(page: str) -> list[NDArray[np.int8]]:
-    """Of every map in the page, picture by picture: [N, K]."""
+    """Return the codes of every map in the page, picture by picture: [N, K]."""
     found = re.findall(r'data-grid="(\d+)" data-features="([^"]*)"', page)
     return [np.frombuffer(base64.b64decode(text), np.int8).reshape(int(grid) ** 2, -1) for grid, text in found]
 
@@ -155,7 +155,7 @@ def frame(row: int, column: int) -> str:
 
 
 def shown_cosines(browser: Browser, row: int) -> list[Cosines]:
-    """Of every map of a row."""
+    """Return the cosines that the browser has for every map of a row."""
     frames = [f"Array.from({frame(row, 1 + i)}.querySelector('canvas').cosines)" for i in range(len(GRIDS))]
     return [np.array(browser.run(expression)) for expression in frames]
 
@@ -165,7 +165,7 @@ def readings(browser: Browser, row: int) -> list[str]:
 
 
 def expected_cosines(page: str, row: int, x: float, y: float) -> list[Cosines]:
-    """Of every map of a row to the patches at a place."""
+    """Return, for every map of a row, the cosines with the patch at a place; x and y are shares of the side."""
     of_row = codes_in(page)[row * len(GRIDS) : (row + 1) * len(GRIDS)]
     return [
         cosine_similarity(codes.astype(float))[int(y * grid) * grid + int(x * grid)]
@@ -260,7 +260,7 @@ class TestInABrowser:
     def test_one_component_alone_is_its_shade_along_the_scale(
         self, tmp_path: Path, browser: Browser, scripts: bool
     ) -> None:
-        """As drawn on the screen, cell by cell."""
+        """The colours are compared as they are drawn on the screen, cell by cell."""
         models = columns()
         (tmp_path / "page.html").write_text(page_of(models))
         browser.open(tmp_path / "page.html", scripts=scripts)

@@ -47,7 +47,7 @@ def in_frustum(foot: tuple[float, ...], top: tuple[float, ...], foot_radius: flo
 
 
 def in_polygon(corners: list[tuple[float, float]], p: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """By the crossings of a line to the left."""
+    """Return which points [n, 2] lie in a polygon: those whose ray to the right crosses an odd number of edges."""
     odd = np.zeros(len(p), bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
         crosses = (ay > p[:, 1]) != (by > p[:, 1])

@@ -41,7 +41,7 @@ def intrinsics(camera: Camera, size: int) -> NDArray[np.float64]:
 
 
 def pixels_of(points: Any, camera: Camera, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where points [n, 3] of the world appear, [n, 2], and how far before the camera's plane, [n]."""
+    """Return the pixels [n, 2] of points [n, 3] of the world, and their distances [n] before the camera's plane."""
     seen = intrinsics(camera, size) @ np.c_[points, np.ones(len(points))].T
     return (seen[:2] / seen[2]).T, seen[2]
 

@@ -15,7 +15,7 @@ REACH = 5.0
 
 
 def rays(count: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """From a sphere of radius 2 to points near the middle; directions of many lengths. Both [n, 3]."""
+    """Return origins on a sphere of radius 2 and directions to points near the middle, of many lengths: both [n, 3]."""
     rng = np.random.default_rng(seed)
     origin = rng.standard_normal((count, 3))
     origin *= 2 / np.linalg.norm(origin, axis=1, keepdims=True)

@@ -169,7 +169,7 @@ def test_a_sign_shows_its_word_and_no_other() -> None:
 
 
 def correlation(points: NDArray[np.float32], level: NDArray[np.float64], ink: NDArray[np.uint8]) -> float:
-    """Of the brightness at points of the board with the ink that belongs there: left to right, top to bottom."""
+    """Return the correlation of brightness and ink at points of the board; `ink` runs left to right, top to bottom."""
     height, width = ink.shape
     left, top = -BOARD[0], BOARD_HEIGHT + BOARD[1]
     column = np.clip(((points[:, 0] - left) / (2 * BOARD[0]) * width).astype(int), 0, width - 1)

@@ -122,7 +122,7 @@ class Case:
 
     @cached_property
     def kept(self) -> Arrays:
-        """What comes back: features as their precision leaves them."""
+        """Return the arrays as a store gives them back: features as their precision leaves them."""
         return {path: self._kept(path, values) for path, values in self.arrays.items()}
 
     def _kept(self, path: str, values: NDArray[Any]) -> NDArray[Any]:
@@ -134,7 +134,7 @@ class Case:
         return naive_bitround(values, int(precision.removeprefix("bitround:")))
 
     def expected(self, rows: Sequence[int], views: Sequence[int], size: int) -> Arrays:
-        """What `Store.read` is to give, one view at a time."""
+        """Return what `Store.read` must give for rows and views, put together one view at a time."""
         sample_at = {place: sample for sample, place in enumerate(self.places)}
         paths = {"boxes": "boxes", "flips": "flips"}
         paths |= {kind: f"{size}/{kind}" for kind in self.spec.tokens}
@@ -246,7 +246,7 @@ def as_arrays(features: Features) -> Arrays:
 
 
 def assert_same_bits(got: Arrays, expected: Arrays) -> None:
-    """Of NaN decoded from int8, which come as float32, any will do."""
+    """Check that arrays are equal to the bit; only NaN in float32, as decoding int8 gives it, may have any bits."""
     assert got.keys() == expected.keys()
     for name, values in expected.items():
         assert got[name].dtype == values.dtype, name

@@ -165,7 +165,7 @@ def empty(file: Path) -> None:
 
 
 def zero(file: Path) -> None:
-    """What a file system leaves of a file whose blocks were not flushed."""
+    """Fill a file with zeros, as a file system may leave one whose blocks were not flushed."""
     file.write_bytes(bytes(file.stat().st_size))
 
 

@@ -144,7 +144,7 @@ def crc32c(data: bytes) -> int:
 
 
 def checked(data: bytes) -> bytes:
-    """What stands before the four bytes of its checksum."""
+    """Check the CRC-32C in the last four bytes, and return the bytes before it."""
     assert int.from_bytes(data[-4:], "little") == crc32c(data[:-4])
     return data[:-4]
 
@@ -218,7 +218,7 @@ def test_a_summary_shard_read_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_small_array_read_by_hand(case: Case, whole: Path) -> None:
-    """Not sharded: one chunk per part, padded with the fill value."""
+    """A small array is not sharded: it has one chunk per part, padded with the fill value."""
     chunk = numcodecs.Blosc().decode(checked((whole / "boxes/c/2/0/0").read_bytes()))
     boxes = np.frombuffer(chunk, "<i4").reshape(4, 3, 4)
     np.testing.assert_array_equal(boxes[:3], case.arrays["boxes"][8:])
@@ -275,7 +275,7 @@ def test_a_parts_file(case: Case, whole: Path) -> None:
 
 
 def read_safetensors(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
-    """By its specification: a length, a JSON header, the tensors' bytes."""
+    """Read tensors by the specification of safetensors: a length, a JSON header, the tensors' bytes."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     dtypes = {"F64": "<f8", "I64": "<i8"}
@@ -290,7 +290,7 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize("precision", [None, CODED], ids=["fp16", "coded"])
 def test_moments_and_statistics(tmp_path: Path, precision: dict[str, str] | None) -> None:
-    """Of each part what numpy says; the statistics are these merged in order, to the last bit."""
+    """Each part's moments are numpy's; the statistics are these moments merged in order, equal to the last bit."""
     case = make_case(make_spec(precision=precision), failed={5})
     path = tmp_path / "s.zarr"
     create_store(path, case.spec)

@@ -12,7 +12,7 @@ HEAVY = {"torch", "torchvision", "timm", "transformers", "open_clip", "ray"}
 
 @pytest.mark.parametrize("module", ["eupe.store", "eupe.store.writer"])
 def test_the_store_loads_no_framework(module: str) -> None:
-    """In a fresh interpreter, for this one has loaded everything."""
+    """The import runs in a fresh interpreter, because this one has loaded everything."""
     command = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
     ran = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     loaded = set(ran.stdout.split())

@@ -127,9 +127,9 @@ def test_a_killed_finish_leaves_the_store_unfinished_and_the_next_gives_the_same
 
 
 def test_a_killed_extension_can_be_done_again(tmp_path: Path, kill_after: Kill) -> None:
-    """From the first metadata to the last of the merged moments.
+    """The kills come at every second change, from the first metadata to the last of the merged moments.
 
-    The statistics may differ in their last bits where those from before were lost while the new ones were written.
+    The statistics may differ in their last bits if the old ones were lost while the new ones were written.
     """
     grown = make_case(make_spec(segments=[6, 5], grids=SMALL), failed={5})
     first = make_case(make_spec(num_samples=6, grids=SMALL), failed={5})

@@ -36,7 +36,7 @@ class Once(list[int]):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
-    """Of 4 and of 16 parts."""
+    """Return two stores, of 4 and of 16 parts."""
     made = []
     for num_parts in (4, 16):
         spec = make_spec(num_samples=num_parts, num_views=1, samples_per_part=1, tokens=("summary",), grids={32: 2})
@@ -126,7 +126,7 @@ def test_keys_of_a_store_are_made_into_a_list_once(stores: list[Store], monkeypa
 def test_an_earlier_index_is_asked_only_for_rows_near_those_at_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In whatever order its rows are: pieces that are asked for in order look at each row about once."""
+    """Pieces asked for in order look at each row of the earlier index about once, whatever the order of its rows."""
     names = [f"{i:03d}.png" for i in range(40)]
     for name in names:
         (tmp_path / name).write_bytes(name.encode())

@@ -37,7 +37,7 @@ def views_of(path: Path, name: str = DENSE) -> LocalViews:
 
 
 def open_files(store: Path) -> int:
-    """Of a store, in this process."""
+    """Return the number of a store's files that this process has open."""
     gc.collect()
     return sum(os.path.realpath(link).startswith(str(store)) for link in Path("/proc/self/fd").iterdir())
 

@@ -88,7 +88,7 @@ def test_bitround_of_every_float16_is_the_naive_one(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", range(1, 10))
 def test_bitround_is_nearest_and_ties_go_to_the_even_one(bits: int) -> None:
-    """By its definition: no representable value is nearer; between two that are as near, the last bit kept is zero."""
+    """The result is a nearest representable value; of two equally near ones, that whose last kept bit is zero."""
     grid = np.array(representable(bits))
     step = 1 << (10 - bits)
     for below, above in pairwise(grid.tolist()):
@@ -152,7 +152,7 @@ def test_int8_reads_as_nan_exactly_where_a_value_was_nan(drawn: tuple[NDArray[np
     hnp.arrays(np.float32, 6, elements=st.floats(0.5, 1000, width=32)),
 )
 def test_int8_is_near_by_half_a_step(tokens: NDArray[np.float16], std: NDArray[np.float32]) -> None:
-    """In exact arithmetic: half a step of max|z| / 127, and a little for the scale's own eleven bits."""
+    """The error is at most half a step of max|z| / 127, plus a little, because the scale has only eleven bits."""
     calibration = Calibration(np.zeros(tokens.shape[1], np.float32), std[: tokens.shape[1]])
     back = decode(encode(tokens, "int8", calibration), "int8", calibration).astype(np.float64)
     z, z_back = (x.astype(np.float64) / calibration.std for x in (tokens, back))

@@ -318,7 +318,7 @@ def test_threads_change_no_bit(case: Case, whole: Path, tmp_path: Path) -> None:
 
 
 def first_of(grown: Case, num_samples: int) -> Case:
-    """What the store was before it grew."""
+    """Return the store as it was before it grew: its first samples."""
     spec = make_spec(num_samples=num_samples, precision=grown.spec.precision)
     arrays = {path: values[:num_samples] for path, values in grown.arrays.items()}
     return Case(spec, grown.rows[:num_samples], arrays)

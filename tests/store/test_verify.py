@@ -30,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_weig
 
 @pytest.fixture
 def store(whole: Path, tmp_path: Path) -> Path:
-    """To be damaged."""
+    """Return a copy of the store for a test to damage."""
     return shutil.copytree(whole, tmp_path / "s.zarr")
 
 

@@ -376,7 +376,7 @@ def test_a_part_whose_file_is_removed_is_missing_and_can_be_redone(case: Case, w
 
 
 def keys_of_a_commit(part: int) -> list[str]:
-    """In the order in which they are written."""
+    """Return the keys of the objects of a part, in the order in which they are written."""
     objects = ["/".join([array.path, "c", str(part), *"0" * (len(array.shape) - 1)]) for array in arrays(make_spec())]
     return [*objects, f"parts/{part:05d}.moments", f"parts/{part:05d}.parquet"]
 
@@ -494,7 +494,7 @@ def test_an_empty_folder_becomes_a_store(case: Case, tmp_path: Path) -> None:
 def test_a_disk_that_fails_while_a_store_is_made_is_one_sentence(
     case: Case, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is there already is a store to be; the same again completes it."""
+    """The files written before the failure open as an unfinished store; making the store again completes it."""
     create = StoragePath.create
 
     def refuse(place: StoragePath, name: str, data: bytes) -> bool:

@@ -296,7 +296,7 @@ def test_a_row_takes_the_word_of_any_librarys_file(tmp_path: Path) -> None:
 
 
 def test_what_agrees_leaves_the_spec_as_it_is(tmp_path: Path) -> None:
-    """So that stores made before are the same stores."""
+    """Settings that agree with the spec leave it unchanged, so that it still matches stores that were made before."""
     row = REGISTRY["dinov2-s"]
     settings = {**PLAIN, "image_mean": list(row.mean), "image_std": list(row.std)}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))

@@ -131,7 +131,7 @@ def test_a_run_s_weights_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_a_directory_s_own_files_are_named_for_what_they_are(tmp_path: Path) -> None:
-    """Not as something that the hub failed to send."""
+    """A git-LFS pointer in a local directory is reported as such, not as a file that the hub failed to send."""
     config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56)
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")

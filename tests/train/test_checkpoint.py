@@ -29,7 +29,7 @@ from eupe.train.model import Ema
 
 
 class Student(nn.Module):
-    """What a checkpoint wants of a distiller."""
+    """A model with the parts of a distiller that a checkpoint needs."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def refusal(path: Path, state: Trainables | None = None) -> str:
 
 
 def rewrite(path: Path, tensors: dict[str, Tensor]) -> None:
-    """With a checksum that is right."""
+    """Write tensors as a checkpoint whose checksum is right."""
     save_file(tensors, path, metadata={"step": "3", DTYPE: "fp32", CHECKSUM: checksum(tensors, 3)})
 
 

@@ -83,7 +83,7 @@ def test_a_frozen_encoder_is_averaged_over_workers_before_and_after_it_is_freed(
 
 
 def worker_processes() -> list[int]:
-    """Of Ray Train, below this process: a test beside this one may have its own."""
+    """Return Ray Train's worker processes below this one; a test that runs beside this one may have its own."""
     return descendants_called(b"ray::RayTrainWorker", os.getpid())
 
 

@@ -63,7 +63,7 @@ def test_averages_are_those_of_a_naive_loop_in_float64_also_of_batch_norms_stati
 
 
 def test_averages_of_half_precision_weights_are_kept_in_float32() -> None:
-    """In bfloat16, 0.999 of 1 and 0.001 of 1.01 is 1 for ever."""
+    """A bfloat16 average would stay 1 forever, because 0.999 times 1 plus 0.001 times 2 is rounded to 1."""
     module = nn.Linear(1, 1).to(torch.bfloat16)
     with torch.no_grad():
         module.weight.fill_(1.0)

@@ -89,7 +89,7 @@ def test_a_dinov3_starts_from_itself_whole(tmp_path: Path) -> None:
 def test_patches_and_positions_are_resampled_as_timm_does(
     source: str, arch: str, sides: tuple[int, int], tokens: int, tmp_path: Path
 ) -> None:
-    """With positions for the class token, and without."""
+    """The first model has a position for its class token; the second has none."""
     state = noise(shallow(source, sides[0]).model, tmp_path / "vit.safetensors")
     encoder = shallow(arch, sides[1])
     report = init_from_weights(tmp_path / "vit.safetensors", encoder)

@@ -45,7 +45,7 @@ def flat(values: torch.Tensor | NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def sylvester(order: int) -> NDArray[np.float64]:
-    """By its closed form: the sign of row i and column j is the parity of the bits that they share."""
+    """Return Sylvester's matrix by its closed form: the sign at (i, j) is the parity of the bits that i and j share."""
     return np.array([[(-1.0) ** (i & j).bit_count() for j in range(order)] for i in range(order)])
 
 

@@ -79,7 +79,7 @@ def test_huge_permutations_stay_inside_and_never_collide(size: int) -> None:
 
 
 def test_each_index_may_have_its_own_size_and_key() -> None:
-    """As computed one at a time, without NumPy."""
+    """The places equal those that are computed one index at a time, without NumPy."""
     sizes = np.array([1, 2, 3, 10, 10, 99, 100, 101, 10_007, 10**12])
     keys = many_keys(len(sizes))
     places = permute(sizes - 1, sizes, keys)

@@ -30,7 +30,7 @@ from eupe.train.validate import fit_gains, held_out_cosines, pairs
 
 @pytest.fixture(scope="module")
 def dense_store(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path, tiny_weights: Path) -> Store:
-    """Of the tiny corpus, dense tokens alone, at two sizes."""
+    """Return a store of the tiny corpus with dense tokens only, at two sizes."""
     folder = tmp_path_factory.mktemp("dense")
     return make_store(folder / "dense.zarr", tiny_corpus, tiny_weights, tokens=("dense",), sizes=(TINY_SIZE, 96))
 
