@@ -231,7 +231,7 @@ def _skins(body: Body, local: Floats) -> list[tuple[Floats, Floats]]:
 def turned(matrix: Floats, vectors: Floats) -> Floats:
     """Multiply a matrix [3, 3] with vectors [3, n], in the same order of operations on every machine and at every n."""
     x, y, z = vectors
-    return matrix[:, :1] * x + matrix[:, 1:2] * y + matrix[:, 2:] * z
+    return floats(matrix[:, :1] * x + matrix[:, 1:2] * y + matrix[:, 2:] * z)
 
 
 def dot(a: Floats, b: Floats) -> Floats:

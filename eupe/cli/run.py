@@ -33,7 +33,7 @@ def run_recipe(
 ) -> None:
     """Run a whole pipeline from one file; skip the steps that are already done."""
     from eupe.cli.app import app  # here, because it imports this module
-    from eupe.pipeline.plan import REPORTS
+    from eupe.pipeline.planned_steps import REPORTS
     from eupe.pipeline.prepare import prepare, run
     from eupe.pipeline.recipe import parse_settings
     from eupe.pipeline.show import show_plan, show_results, step_words

@@ -19,7 +19,7 @@ from eupe.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from eupe.teachers.verify import Comparison
+    from eupe.teachers.library_check import Comparison
 
 
 class _NameOrVerb(TyperGroup):
@@ -91,7 +91,7 @@ def teachers_verify(
 
     from eupe.common.compute import compute_dtype
     from eupe.common.progress import report_progress
-    from eupe.teachers.verify import LEAST, require_agreement, verify_teachers
+    from eupe.teachers.library_check import LEAST, require_agreement, verify_teachers
 
     if weights is not None and teacher is None:
         raise ConfigError("--weights belong to one teacher; give its NAME, too")

@@ -34,7 +34,7 @@ def train(
     """Distil cached targets into students; no teacher is loaded."""
     from eupe.common.progress import report_progress
     from eupe.train.loop import train_together
-    from eupe.train.options import configs_given, origins_told
+    from eupe.train.option_files import configs_given, origins_told
 
     origins = partial(origins_told, recipe=recipe, config=config, flags=given)
     with origins():

@@ -22,8 +22,8 @@ from eupe.common.storage import AnyPath
 from eupe.errors import ConfigError
 from eupe.evaluate.cka import PairSums, draw_cells, tokens_at
 from eupe.evaluate.neighbours import fitting_k, most_together, mutual_neighbours
+from eupe.evaluate.open_run import Run, open_run, read_run_spec
 from eupe.evaluate.result import Result
-from eupe.evaluate.run import Run, open_run, read_run_spec
 from eupe.models.encoder import Encoder
 from eupe.store.layout import SUMMARY
 from eupe.train.loop import judged, training_sample

@@ -22,8 +22,8 @@ from eupe.common.compute import pick_device
 from eupe.corpus.views import ViewParams
 from eupe.errors import ConfigError
 from eupe.evaluate.encode import EncodedViews
+from eupe.evaluate.judged_pictures import whole
 from eupe.evaluate.layouts import PointPair, point_pairs
-from eupe.evaluate.pictures import whole
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import Subject, require_one_view, result_of
 from eupe.store.layout import DENSE

@@ -30,8 +30,8 @@ from eupe.evaluate.dense_probe import (
     train_head,
 )
 from eupe.evaluate.encode import EncodedViews
+from eupe.evaluate.judged_pictures import windows
 from eupe.evaluate.layouts import NYU_SIDES, DepthUnit, Mapped, depth_split, read_depth, stated_unit, told_unit
-from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import Subject, result_of
 from eupe.store.layout import DENSE

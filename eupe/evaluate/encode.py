@@ -24,7 +24,7 @@ from eupe.common.cores import control_groups
 from eupe.common.prefetch import map_ahead
 from eupe.corpus.views import ViewParams, render_view
 from eupe.errors import ConfigError, StorageError
-from eupe.evaluate.pictures import CropFunction, Pictures, centre, whole
+from eupe.evaluate.judged_pictures import CropFunction, Pictures, centre, whole
 from eupe.store.layout import DENSE, SUMMARY
 
 Encode = Callable[[NDArray[np.uint8]], Tokens]

@@ -24,7 +24,7 @@ from eupe.common.cores import cpu_name
 from eupe.common.prefetch import map_ahead
 from eupe.corpus.views import KERNEL
 from eupe.evaluate.encode import BATCH
-from eupe.evaluate.pictures import STRIDE, CropFunction, Pictures, centre, whole, windows
+from eupe.evaluate.judged_pictures import STRIDE, CropFunction, Pictures, centre, whole, windows
 from eupe.store.layout import DESCRIPTIVE
 from eupe.teachers.teacher import Teacher
 

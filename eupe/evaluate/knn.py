@@ -16,8 +16,8 @@ from torch import Tensor
 from eupe.common.storage import AnyPath
 from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.errors import ConfigError
+from eupe.evaluate.judged_pictures import centre
 from eupe.evaluate.neighbours import QUERIES, Metric, nearest
-from eupe.evaluate.pictures import centre
 from eupe.evaluate.result import Result
 from eupe.evaluate.splits import (
     Labelled,

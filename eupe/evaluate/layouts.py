@@ -32,8 +32,8 @@ from eupe.common.reading import read_json
 from eupe.common.storage import StoragePath
 from eupe.corpus.pictures import EXTENSIONS
 from eupe.errors import ConfigError, CorpusError
+from eupe.evaluate.judged_pictures import Pictures
 from eupe.evaluate.masks import LOSSY, NAMED, SUFFIXES
-from eupe.evaluate.pictures import Pictures
 from eupe.evaluate.splits import split_role
 
 Split = Literal["train", "val"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eupe.common.reading import read_json
-from eupe.evaluate.run import is_run, read_run_spec
+from eupe.evaluate.open_run import is_run, read_run_spec
 from eupe.teachers.run_adapter import OWN_LICENCE
 from eupe.train.loop import INIT_FILE
 from eupe.train.run_spec import RunSpec

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from eupe.errors import ConfigError
+from eupe.evaluate.judged_pictures import centre
 from eupe.evaluate.layouts import caption_split
-from eupe.evaluate.pictures import centre
 from eupe.evaluate.prompts import AS_IT_IS, Classes
 from eupe.evaluate.ranking import best_places, share_within
 from eupe.evaluate.result import Result

@@ -28,9 +28,9 @@ from eupe.evaluate.dense_probe import (
     train_head,
 )
 from eupe.evaluate.encode import EncodedViews
+from eupe.evaluate.judged_pictures import windows
 from eupe.evaluate.layouts import Mapped, class_names, mask_split
 from eupe.evaluate.masks import CLASS_NUMBERS, NOTHING, Classes, MaskCode, find_classes
-from eupe.evaluate.pictures import windows
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import Subject, result_of
 from eupe.store.layout import DENSE

@@ -22,7 +22,7 @@ from eupe.corpus.choice import Choice as Taken
 from eupe.corpus.index import Corpus, open_corpus
 from eupe.corpus.pictures import EXTENSIONS, insides
 from eupe.errors import ConfigError, CorpusError
-from eupe.evaluate.pictures import Pictures
+from eupe.evaluate.judged_pictures import Pictures
 
 Role = Literal["train", "val", "test"]
 ROLES: dict[str, Role] = {

@@ -27,9 +27,9 @@ from eupe.errors import ConfigError, RunError, StoreError, TeacherError
 from eupe.evaluate.encode import EncodedViews, encode_views, require_finite, room_for
 from eupe.evaluate.feature_cache import FeatureCache
 from eupe.evaluate.feature_key import CROPS, encoder_digest, views_key
-from eupe.evaluate.pictures import CropFunction, Pictures
+from eupe.evaluate.judged_pictures import CropFunction, Pictures
+from eupe.evaluate.open_run import is_run, read_run_spec
 from eupe.evaluate.result import Result
-from eupe.evaluate.run import is_run, read_run_spec
 from eupe.store import Store, open_store
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.teachers.resolve import resolve_teacher

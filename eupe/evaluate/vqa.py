@@ -20,9 +20,9 @@ from torch import Tensor
 from eupe.errors import ConfigError
 from eupe.evaluate.components import COMPONENTS, Features, as_features
 from eupe.evaluate.encode import MEMORY_SHARE, free_bytes
+from eupe.evaluate.judged_pictures import Pictures, whole
 from eupe.evaluate.layouts import Question, question_set, question_words
 from eupe.evaluate.linear import TUNING_SHARE
-from eupe.evaluate.pictures import Pictures, whole
 from eupe.evaluate.readout import Asked, Fitting, fit, read
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import Subject, require_one_view, result_of

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from eupe.common.storage import AnyPath
 from eupe.corpus.choice import AS_FOUND, Choice
-from eupe.evaluate.pictures import centre
+from eupe.evaluate.judged_pictures import centre
 from eupe.evaluate.prompts import class_numbers, folder_classes
 from eupe.evaluate.ranking import best_places, share_within
 from eupe.evaluate.result import Result

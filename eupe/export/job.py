@@ -22,8 +22,8 @@ from eupe.evaluate.licences import origins
 from eupe.export import executorch_files, hf_files, onnx_files, timm_files
 from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, TIMM, ExportConfig
 from eupe.export.model_card import write_card
+from eupe.export.proof import Proof, prove, require_sameness
 from eupe.export.source import ForwardFunction, Source, Written, open_source
-from eupe.export.verify import Proof, prove, require_sameness
 from eupe.teachers.weights import brief
 
 RECORD_FILE = "export.json"
@@ -44,7 +44,7 @@ class ExportReport:
     size: int
     precision: str
     outputs: dict[str, dict[str, float]]
-    """Agreement by output, see `eupe.export.verify.Likeness`."""
+    """Agreement by output, see `eupe.export.proof.Likeness`."""
     num_pictures: int
     torch_ms: float
     exported_ms: float

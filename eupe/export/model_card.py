@@ -16,9 +16,9 @@ from eupe.errors import RunError
 from eupe.evaluate.licences import Origin
 from eupe.evaluate.result import Result, newest, read_results
 from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, ExportConfig
+from eupe.export.proof import LEAST, Proof
 from eupe.export.snippets import snippet
 from eupe.export.source import Source, Written
-from eupe.export.verify import LEAST, Proof
 from eupe.train.run_spec import REPORT_FILE, target_names
 
 RECIPE = (

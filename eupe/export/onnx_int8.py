@@ -14,9 +14,9 @@ from eupe.common.compute import normalise
 from eupe.common.storage import AnyPath
 from eupe.errors import ConfigError, CorpusError
 from eupe.export.config import INT8
-from eupe.export.pictures import some_pictures, varied_pictures
+from eupe.export.proof import MOST_ASTRAY, Likeness, compare, worst
+from eupe.export.sample_pictures import some_pictures, varied_pictures
 from eupe.export.source import ForwardFunction, Source
-from eupe.export.verify import MOST_ASTRAY, Likeness, compare, worst
 
 SEEDS = (1, 2)
 """Seeds of the pictures for calibration, and of those to compare the methods on; the proof uses other pictures."""

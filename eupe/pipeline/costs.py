@@ -17,9 +17,9 @@ from eupe.extract.parts import converted_spec, shape_of
 from eupe.extract.plan_on_paper import NOMINAL_SHARES, stored_bytes_per_view
 from eupe.models.encoder import EncoderSpec, load_encoder_spec, timm_spec
 from eupe.pipeline.inputs import Inputs
-from eupe.pipeline.plan import PlannedStep
+from eupe.pipeline.planned_steps import PlannedStep
 from eupe.pipeline.recipe import Problems
-from eupe.pipeline.validate import RUN, Ref, Word
+from eupe.pipeline.steps import RUN, Ref, Word
 from eupe.store import open_store
 from eupe.store.layout import StoreSpec
 from eupe.store.precision import FP16, parse_precision
@@ -27,7 +27,7 @@ from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.run_adapter import as_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.train.config import TrainConfig
-from eupe.train.options import configs_given
+from eupe.train.option_files import configs_given
 from eupe.train.run_spec import passes, require_bare_student
 
 

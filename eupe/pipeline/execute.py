@@ -16,7 +16,7 @@ from eupe.common.files import write_file
 from eupe.common.locks import lock_file
 from eupe.common.signals import stop_signals
 from eupe.errors import IncompleteError, StepError, StorageError
-from eupe.pipeline.plan import REPORTS, PlannedStep, read_report
+from eupe.pipeline.planned_steps import REPORTS, PlannedStep, read_report
 from eupe.pipeline.starter import RunningStep, Starter
 
 POLL_SECONDS = 0.2

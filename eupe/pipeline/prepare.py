@@ -9,9 +9,9 @@ from typing import Any
 from eupe.pipeline.costs import Cost, Costs
 from eupe.pipeline.execute import Result, run_steps
 from eupe.pipeline.inputs import Inputs
-from eupe.pipeline.plan import PlannedStep, plan_steps
+from eupe.pipeline.planned_steps import PlannedStep, plan_steps
 from eupe.pipeline.recipe import Problems, Recipe, parse_recipe, read_recipe
-from eupe.pipeline.validate import check_steps
+from eupe.pipeline.steps import check_steps
 from eupe.pipeline.verbs import Verb
 
 

@@ -14,7 +14,7 @@ from eupe.common.printing import print_table
 from eupe.common.progress import amount
 from eupe.pipeline.costs import Cost, StoreCost, TrainCost
 from eupe.pipeline.execute import Result
-from eupe.pipeline.plan import PlannedStep
+from eupe.pipeline.planned_steps import PlannedStep
 from eupe.pipeline.prepare import Prepared
 from eupe.train.run_spec import MOST_PASSES, passes_note
 

@@ -21,8 +21,8 @@ from typing import Any
 from eupe.common.kinds import STUDENT_FILE
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate import agreement, conflict, latency
+from eupe.evaluate.open_run import is_run
 from eupe.evaluate.result import EVALUATIONS_FILE, Result, newest, read_results
-from eupe.evaluate.run import is_run
 from eupe.evaluate.subject import PIXELS
 
 ORDER = ("knn", "linear", "zeroshot", "retrieval", "vqa", "segment", "depth", "correspond")

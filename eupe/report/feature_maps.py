@@ -23,8 +23,8 @@ from eupe.corpus.pictures import Inside, insides
 from eupe.corpus.views import ViewParams, render_view
 from eupe.errors import ConfigError, CorpusError
 from eupe.evaluate.encode import BATCH, encoded
-from eupe.evaluate.pictures import Pictures, centre
-from eupe.evaluate.run import not_learned
+from eupe.evaluate.judged_pictures import Pictures, centre
+from eupe.evaluate.open_run import not_learned
 from eupe.evaluate.subject import EncoderSubject, PixelSubject, StoreSubject, Subject
 from eupe.models.encoder import load_encoder_spec
 from eupe.models.pca import Maps, find_foreground, fit_pca, leading_directions

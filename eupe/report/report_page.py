@@ -18,8 +18,8 @@ from eupe.evaluate.agreement import TASK as AGREEMENT
 from eupe.evaluate.conflict import TASK as CONFLICT
 from eupe.evaluate.latency import TASK as LATENCY
 from eupe.evaluate.licences import UNKNOWN, Origin, origins, origins_behind
+from eupe.evaluate.open_run import is_run, read_run_spec
 from eupe.evaluate.result import Result
-from eupe.evaluate.run import is_run, read_run_spec
 from eupe.evaluate.subject import open_subjects
 from eupe.evaluate.verdict import JUDGED, MEASURED
 from eupe.report import comparison_text, feature_maps

@@ -17,7 +17,7 @@ from eupe.common.compute import normalise
 from eupe.errors import ConfigError, RunError
 from eupe.evaluate import agreement as module
 from eupe.evaluate.agreement import agreement, agreement_results
-from eupe.evaluate.run import open_run
+from eupe.evaluate.open_run import open_run
 from eupe.store import Store
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train

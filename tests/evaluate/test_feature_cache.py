@@ -24,7 +24,7 @@ from eupe.evaluate import feature_cache
 from eupe.evaluate import subject as subject_module
 from eupe.evaluate.encode import EncodedViews
 from eupe.evaluate.feature_cache import TAG_FILE, FeatureCache, open_features
-from eupe.evaluate.pictures import Pictures, centre, windows
+from eupe.evaluate.judged_pictures import Pictures, centre, windows
 from eupe.evaluate.subject import Subject, open_subjects
 from eupe.teachers.teacher import Teacher
 

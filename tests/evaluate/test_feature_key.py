@@ -14,7 +14,7 @@ from making import picture, random_weights
 from eupe.common.storage import StoragePath
 from eupe.evaluate import feature_key
 from eupe.evaluate.feature_key import encoder_digest, views_key
-from eupe.evaluate.pictures import Pictures, centre, whole, windows
+from eupe.evaluate.judged_pictures import Pictures, centre, whole, windows
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, build_teacher, load_teacher
 

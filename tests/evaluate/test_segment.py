@@ -16,7 +16,7 @@ from eupe.corpus.views import NEUTRAL, ViewParams, ViewSpec, render_view
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.evaluate.dense_probe import Training, predictions, view_of
 from eupe.evaluate.encode import EncodedViews
-from eupe.evaluate.pictures import windows
+from eupe.evaluate.judged_pictures import windows
 from eupe.evaluate.segment import (
     IGNORED,
     SIZE,

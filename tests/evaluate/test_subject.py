@@ -18,7 +18,7 @@ from eupe.common.storage import StoragePath
 from eupe.corpus.views import render_view
 from eupe.errors import ConfigError, CorpusError, RunError, StorageError, StoreError
 from eupe.evaluate import encode as encode_module
-from eupe.evaluate.pictures import Pictures, centre, windows
+from eupe.evaluate.judged_pictures import Pictures, centre, windows
 from eupe.evaluate.result import Result, keep_results, newest, read_results, require_place
 from eupe.evaluate.subject import PixelSubject, open_subjects
 from eupe.store import Store

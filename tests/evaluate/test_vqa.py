@@ -16,8 +16,8 @@ from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, CorpusError, StoreError
 from eupe.evaluate import vqa as module
 from eupe.evaluate.components import Features, as_features
+from eupe.evaluate.judged_pictures import whole
 from eupe.evaluate.layouts import Question, question_set, question_words
-from eupe.evaluate.pictures import whole
 from eupe.evaluate.readout import Fitting, fit
 from eupe.evaluate.subject import Subject, open_subjects
 from eupe.evaluate.vqa import commonest_answers, vqa

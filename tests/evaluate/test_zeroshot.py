@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.errors import ConfigError, RunError
-from eupe.evaluate.pictures import centre
+from eupe.evaluate.judged_pictures import centre
 from eupe.evaluate.prompts import Classes
 from eupe.evaluate.splits import labelled_splits
 from eupe.evaluate.subject import Subject, open_subjects

@@ -21,11 +21,11 @@ from eupe.common.compute import normalise
 from eupe.corpus.awkward import picture
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
-from eupe.export.pictures import varied_pictures
+from eupe.export.sample_pictures import varied_pictures
 from eupe.models.encoder import Encoder, build_encoder, load_encoder, save_encoder
+from eupe.teachers.library_check import compare
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
-from eupe.teachers.verify import compare
 from eupe.train.model import TargetHeads
 from eupe.train.normalise import Normaliser
 from eupe.train.predict import norm_tensors

@@ -12,8 +12,8 @@ from exporting import finished_run
 from making import make_corpus
 
 from eupe.errors import RunError
+from eupe.evaluate.open_run import holdout, open_run
 from eupe.evaluate.result import Result
-from eupe.evaluate.run import holdout, open_run
 from eupe.models.encoder import load_encoder_spec
 from eupe.report.comparison import merge
 from eupe.report.training_curves import read_history

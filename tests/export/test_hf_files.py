@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from eupe.common.compute import normalise
 from eupe.export.hf_names import native
-from eupe.export.pictures import varied_pictures
+from eupe.export.sample_pictures import varied_pictures
 from eupe.models.encoder import load_encoder
 
 CLASSES = {

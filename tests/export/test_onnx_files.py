@@ -33,12 +33,12 @@ import eupe
 from eupe.common.compute import normalise
 from eupe.corpus.views import render_view
 from eupe.errors import ConfigError, CorpusError
-from eupe.evaluate.pictures import centre
+from eupe.evaluate.judged_pictures import centre
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
 from eupe.export.onnx_int8 import quantise, quantise_weights
-from eupe.export.pictures import varied_pictures
 from eupe.export.rotary import TracedRotary
+from eupe.export.sample_pictures import varied_pictures
 from eupe.export.source import open_source
 from eupe.models.encoder import load_encoder
 from eupe.train.predict import load_predictors

@@ -31,7 +31,7 @@ from eupe.common.compute import Tokens, normalise
 from eupe.export.authors import in_authors_names
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
-from eupe.export.pictures import varied_pictures
+from eupe.export.sample_pictures import varied_pictures
 from eupe.models.encoder import load_encoder
 from eupe.train.predict import load_predictors
 

@@ -16,9 +16,9 @@ from eupe.errors import ConformanceError
 from eupe.export import job
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
-from eupe.export.pictures import varied_pictures
+from eupe.export.proof import Proof, compare, require_sameness
+from eupe.export.sample_pictures import varied_pictures
 from eupe.export.source import Source, Written
-from eupe.export.verify import Proof, compare, require_sameness
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import typer
 
 from eupe.cli import app
 from eupe.pipeline.inputs import Inputs
-from eupe.pipeline.plan import PlannedStep, plan_steps
+from eupe.pipeline.planned_steps import PlannedStep, plan_steps
 from eupe.pipeline.recipe import Problems, parse_recipe
-from eupe.pipeline.validate import check_steps
+from eupe.pipeline.steps import check_steps
 from eupe.pipeline.verbs import Verb, read_verbs
 
 VERBS: dict[str, Verb] = read_verbs(typer.main.get_command(app))

@@ -14,9 +14,9 @@ from planning import VERBS, plan, pretend_done, write_files
 
 from eupe.corpus.index import index_folder, write_index
 from eupe.pipeline.inputs import Inputs
-from eupe.pipeline.plan import INDIFFERENT
+from eupe.pipeline.planned_steps import INDIFFERENT
 from eupe.pipeline.show import step_words
-from eupe.pipeline.validate import GIVEN, TAKES
+from eupe.pipeline.steps import GIVEN, TAKES
 
 RECIPE = """
 out: out

@@ -30,7 +30,7 @@ from eupe.corpus.index import index_folder
 from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import NEUTRAL, ViewParams, ViewSpec, render_view
 from eupe.errors import ConfigError, CorpusError, EupeError, RunError, StorageError
-from eupe.evaluate.pictures import centre
+from eupe.evaluate.judged_pictures import centre
 from eupe.evaluate.subject import EncoderSubject, open_subjects
 from eupe.models.encoder import load_encoder
 from eupe.models.pca import find_foreground, fit_pca

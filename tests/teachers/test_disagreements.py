@@ -31,11 +31,11 @@ from eupe.common.compute import normalise
 from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.models.meta import built_on_meta
+from eupe.teachers.library_check import random_pair
 from eupe.teachers.own_forward import NARROW_CONV_WIDTH, NARROW_CONVNEXT, NARROW_WIDTH, fill_at_random, narrow
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import Teacher, load_teacher
-from eupe.teachers.verify import random_pair
 
 SEEN = 0.9999
 """Cosines below it are a disagreement; above it, `eupe teachers verify` calls tokens the same."""

@@ -19,11 +19,11 @@ from transformers import AutoImageProcessor, CLIPImageProcessor, Dinov2Config, D
 from eupe.errors import TeacherError
 from eupe.models.encoder import build_encoder, save_encoder
 from eupe.teachers import hf_adapter, preprocess
+from eupe.teachers.library_check import compare
 from eupe.teachers.own_forward import built_narrow, fill_at_random, narrow, save_own
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher, require_weights
-from eupe.teachers.verify import compare
 from eupe.teachers.weights import weights_digest
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)

@@ -35,12 +35,12 @@ from transformers import (
     ViTModel,
 )
 
+from eupe.teachers.library_check import random_pair
 from eupe.teachers.own_forward import NARROW_WIDTH, fill_at_random, hf_forward, narrow
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import load_teacher
-from eupe.teachers.verify import random_pair
 
 TIMM_ROWS = [row for row in REGISTRY.values() if row.backend == "timm"]
 

@@ -18,11 +18,10 @@ from transformers import Dinov2Config, Dinov2Model
 from eupe.common.compute import Tokens
 from eupe.errors import ConformanceError
 from eupe.models.encoder import build_encoder, save_encoder
-from eupe.teachers import hf_adapter, open_clip_adapter, timm_adapter
-from eupe.teachers import verify as verify_module
+from eupe.teachers import hf_adapter, library_check, open_clip_adapter, timm_adapter
+from eupe.teachers.library_check import Comparison, Cosine, awkward_views, compare, random_pair, require_agreement
 from eupe.teachers.own_forward import fill_at_random
 from eupe.teachers.registry import REGISTRY
-from eupe.teachers.verify import Comparison, Cosine, awkward_views, compare, random_pair, require_agreement
 
 Run = Callable[..., Any]
 NEVER_FULL = 0
@@ -51,7 +50,7 @@ def test_one_row_of_each_kind_agrees(name: str) -> None:
 
 def test_the_whole_registry_from_the_command_line(run_eupe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {name: REGISTRY[name] for name in ("efficientnet-lite0", "clip-b32")}
-    monkeypatch.setattr(verify_module, "REGISTRY", few)
+    monkeypatch.setattr(library_check, "REGISTRY", few)
     code, report = verified(run_eupe)
     assert code == 0
     assert {row["teacher"]: row["build"] for row in report["teachers"]} == {
@@ -105,7 +104,7 @@ OTHER_KINDS = ["test_vit", "test_resnet", "test_convnext", "test_nfnet", "mobile
 
 @pytest.mark.parametrize("name", [f"timm:{arch}" for arch in OTHER_KINDS])
 def test_any_timm_architecture(name: str) -> None:
-    found = compare(verify_module.resolve_teacher(name))
+    found = compare(library_check.resolve_teacher(name))
     assert found.agrees and (found.build, found.weights) == ("full", "random weights")
 
 
@@ -115,7 +114,7 @@ def test_local_weights_decide_the_features(tmp_path: Path, monkeypatch: pytest.M
     fill_at_random(model)
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(model.state_dict(), path)
-    spec = verify_module.resolve_teacher("timm:test_vit")
+    spec = library_check.resolve_teacher("timm:test_vit")
     assert compare(spec, path).agrees
     other = {name: tensor.flip(0) for name, tensor in model.state_dict().items()}
     monkeypatch.setattr(timm_adapter, "read_checkpoint", lambda path, **options: other)
@@ -172,7 +171,7 @@ def test_a_broken_adapter_leaves_with_1(
     breaking: Callable[..., Any], kind: str, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timm_adapter, "tokens", breaking(timm_adapter.tokens))
-    monkeypatch.setattr(verify_module, "FULL_BY_NAME", NEVER_FULL)
+    monkeypatch.setattr(library_check, "FULL_BY_NAME", NEVER_FULL)
     code, report = verified(run_eupe, "eupe-t")
     assert code == 1
     (row,) = report["teachers"]
@@ -230,8 +229,8 @@ def test_mistakes(run_eupe: Run, tmp_path: Path) -> None:
 
 
 def test_one_that_raises_is_a_failed_row_and_the_others_go_on(run_eupe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_module, "REGISTRY", {name: REGISTRY[name] for name in ("eupe-t", "dinov2-s")})
-    monkeypatch.setattr(verify_module, "FULL_IN_REGISTRY", NEVER_FULL)
+    monkeypatch.setattr(library_check, "REGISTRY", {name: REGISTRY[name] for name in ("eupe-t", "dinov2-s")})
+    monkeypatch.setattr(library_check, "FULL_IN_REGISTRY", NEVER_FULL)
     monkeypatch.setattr(timm_adapter, "tokens", lambda model, spec, pixels: {}["rope"])
     code, report = verified(run_eupe)
     assert code == 1
@@ -247,15 +246,15 @@ def test_one_that_raises_is_a_failed_row_and_the_others_go_on(run_eupe: Run, mon
 
 def test_a_spec_that_promises_other_shapes_is_a_failed_row_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = dataclasses.replace(REGISTRY["eupe-t"], summary_dim=191)
-    monkeypatch.setattr(verify_module, "REGISTRY", {"eupe-t": wrong})
-    (found,) = verify_module.verify_teachers(None)
+    monkeypatch.setattr(library_check, "REGISTRY", {"eupe-t": wrong})
+    (found,) = library_check.verify_teachers(None)
     assert found.failure is not None and "but its spec says" in found.failure
 
 
 def test_a_temporary_folder_that_refuses_is_one_sentence(
     run_eupe: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(verify_module, "REGISTRY", {"eupe-t": REGISTRY["eupe-t"]})
+    monkeypatch.setattr(library_check, "REGISTRY", {"eupe-t": REGISTRY["eupe-t"]})
 
     def assert_one_sentence() -> None:
         for words in (["timm:test_vit"], []):

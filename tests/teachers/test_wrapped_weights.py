@@ -19,10 +19,10 @@ from eupe.evaluate.subject import EncoderSubject, open_subjects
 from eupe.extract.actors import JobActors
 from eupe.extract.config import ExtractConfig
 from eupe.extract.job import checked_teachers
+from eupe.teachers.library_check import compare
 from eupe.teachers.own_forward import fill_at_random, narrow
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher
-from eupe.teachers.verify import compare
 
 State = dict[str, Tensor]
 NAME = "timm:test_vit"

@@ -15,7 +15,7 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
 from eupe.errors import RunError, TeacherError
-from eupe.evaluate.run import open_run
+from eupe.evaluate.open_run import open_run
 from eupe.models.encoder import Encoder, build_encoder, save_encoder, timm_spec
 from eupe.store import Store
 from eupe.train.config import TrainConfig

@@ -13,7 +13,7 @@ from eupe.models.encoder import timm_spec
 from eupe.store import Store
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
-from eupe.train.options import OPTIONS_FILE, RECIPES, read_options, train_configs, train_options
+from eupe.train.option_files import OPTIONS_FILE, RECIPES, read_options, train_configs, train_options
 
 PAPER: dict[str, dict[str, Any]] = {
     "stage1": {"head_width": 1536, "student": "vit_giant_patch16_eupe"},

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eupe.common.compute import normalise
 from eupe.errors import RunError
-from eupe.evaluate.run import Run, open_run
+from eupe.evaluate.open_run import Run, open_run
 from eupe.models.encoder import load_encoder
 from eupe.store import Store
 from eupe.train.config import TrainConfig

@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from eupe.models.pca import fit_pca
 from eupe.store import Store
 from eupe.train.config import TrainConfig
+from eupe.train.dense_maps import CELL_PX, GAP_PX, TITLE_PX, DenseMaps, dense_maps, draw_maps
 from eupe.train.loop import judged, train
 from eupe.train.losses import match_grids
 from eupe.train.model import build_distiller
-from eupe.train.pictures import CELL_PX, GAP_PX, TITLE_PX, DenseMaps, dense_maps, draw_maps
 from eupe.train.run_spec import resolve
 from eupe.train.stream import open_corpora, stream
 

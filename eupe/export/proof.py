@@ -19,7 +19,7 @@ from eupe.common.compute import normalise
 from eupe.errors import ConformanceError
 from eupe.evaluate.latency import time_passes
 from eupe.export.config import FP16, FP32, INT8
-from eupe.export.pictures import varied_pictures
+from eupe.export.sample_pictures import varied_pictures
 from eupe.export.source import ForwardFunction
 from eupe.models.encoder import EncoderSpec
 

@@ -14,8 +14,8 @@ from eupe.corpus.awkward import picture
 from eupe.corpus.index import open_corpus
 from eupe.corpus.pictures import insides
 from eupe.corpus.views import render_view
-from eupe.evaluate.pictures import Pictures, centre
-from eupe.teachers.verify import awkward_views
+from eupe.evaluate.judged_pictures import Pictures, centre
+from eupe.teachers.library_check import awkward_views
 
 SMOOTH, NOISY = 4, 2
 FLAT = ((0, 0, 0), (255, 255, 255), (200, 30, 90))

@@ -16,7 +16,7 @@ from eupe.corpus.sources import corpus_root
 from eupe.errors import EupeError
 from eupe.extract.config import ExtractConfig
 from eupe.pipeline.inputs import Inputs
-from eupe.pipeline.validate import MAKES, RUN, STORE, Ref, Step
+from eupe.pipeline.steps import MAKES, RUN, STORE, Ref, Step
 from eupe.store.reader import ROOT_DOCUMENT
 from eupe.train.config import TrainConfig
 from eupe.train.run_spec import CONFIG_FILE
