@@ -15,7 +15,7 @@ from eupe.common.compute import Tokens
 from eupe.errors import ConfigError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
 from eupe.models.encoder import create_timm, near, timm_spec, timm_tokens
-from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.spec import TeacherSpec, encoder_fields
 from eupe.teachers.weights import hub_errors, quiet_open_clip
 
 
@@ -167,12 +167,7 @@ def _describe_trunk(name: str, vision: dict[str, Any], common: dict[str, Any]) -
     except ConfigError as error:
         raise TeacherError(f"teacher {name}: {error}") from error
     return TeacherSpec(
-        patch=spec.patch,
-        dense_dim=spec.dense_dim,
-        summary_dim=spec.summary_dim,
-        prefix_tokens=spec.prefix_tokens,
-        summary=spec.summary,
-        dense=spec.dense,
+        **encoder_fields(spec),
         **common,
     )
 

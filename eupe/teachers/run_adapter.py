@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from eupe.common.compute import Tokens
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
 from eupe.models.encoder import Encoder, EncoderSpec, build_encoder, load_encoder, load_encoder_spec
-from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.spec import TeacherSpec, encoder_fields
 
 OWN_LICENCE = "own"
 """Licence of a student that was trained here, although its teachers have licences, too."""
@@ -29,12 +29,7 @@ def as_teacher(spec: EncoderSpec, directory: str) -> TeacherSpec:
         name=directory,
         backend="run",
         model=directory,
-        patch=spec.patch,
-        dense_dim=spec.dense_dim,
-        summary_dim=spec.summary_dim,
-        prefix_tokens=spec.prefix_tokens,
-        summary=spec.summary,
-        dense=spec.dense,
+        **encoder_fields(spec),
         native_size=spec.size,
         mean=spec.mean,
         std=spec.std,

@@ -7,13 +7,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from eupe.common.kinds import LOCAL_DIR, DenseKind, SummaryKind
 from eupe.common.reading import from_plain, to_plain
 from eupe.errors import TeacherError
 
-__all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec"]
+if TYPE_CHECKING:
+    from eupe.models.encoder import EncoderSpec
+
+__all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec", "encoder_fields"]
 
 Backend = Literal["timm", "hf", "open_clip", "run"]
 """The library that a teacher comes from; `run` is a training run of eupe's."""
@@ -99,3 +102,9 @@ class TeacherSpec:
     def to_json(self) -> dict[str, Any]:
         """Return the spec as plain JSON, with tuples as lists."""
         return to_plain(self)
+
+
+def encoder_fields(encoder: EncoderSpec) -> dict[str, Any]:
+    """Return the fields of a teacher's spec that its encoder decides, but for size, mean and std."""
+    names = ("patch", "dense_dim", "summary_dim", "prefix_tokens", "summary", "dense")
+    return {name: getattr(encoder, name) for name in names}

@@ -15,7 +15,7 @@ from eupe.errors import ConfigError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
 from eupe.models.encoder import create_timm, remembered, timm_config, timm_spec, timm_tokens
 from eupe.models.meta import built_on_meta
-from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.spec import TeacherSpec, encoder_fields
 from eupe.teachers.weights import hub_errors, own_weights
 
 
@@ -36,12 +36,7 @@ def describe(name: str) -> TeacherSpec:
         name=name,
         backend="timm",
         model=arch,
-        patch=spec.patch,
-        dense_dim=spec.dense_dim,
-        summary_dim=spec.summary_dim,
-        prefix_tokens=spec.prefix_tokens,
-        summary=spec.summary,
-        dense=spec.dense,
+        **encoder_fields(spec),
         native_size=spec.size,
         mean=spec.mean,
         std=spec.std,
