@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from timm.models import generate_default_cfgs, register_model
+from shallow import register_shallow
 from torch import Tensor, nn
 
 from eupe.common.compute import normalise
@@ -33,26 +32,10 @@ from eupe.train.run_spec import RunSpec, target_names
 
 SIZE = 64
 VIT, CONVNEXT = "vit_tiny_patch16_dinov3_qkvb", "test_convnext"
-SHALLOW_VIT, SHALLOW_TEST_VIT, SHALLOW_TEST_VIT3 = "shallow_dinov3", "shallow_test_vit", "shallow_test_vit3"
 HEAD_WIDTH = 24
-WHOLE = {SHALLOW_VIT: VIT, SHALLOW_TEST_VIT: "test_vit", SHALLOW_TEST_VIT3: "test_vit3"}
-"""ViTs of two blocks, to those of timm with all of theirs: a graph is traced several times as fast."""
-default_cfgs = generate_default_cfgs({name: timm.get_pretrained_cfg(whole).to_dict() for name, whole in WHOLE.items()})
-
-
-@register_model
-def shallow_dinov3(pretrained: bool = False, **options: Any) -> Any:
-    return timm.create_model(WHOLE[SHALLOW_VIT], pretrained, **{**options, "depth": 2})
-
-
-@register_model
-def shallow_test_vit(pretrained: bool = False, **options: Any) -> Any:
-    return timm.create_model(WHOLE[SHALLOW_TEST_VIT], pretrained, **{**options, "depth": 2})
-
-
-@register_model
-def shallow_test_vit3(pretrained: bool = False, **options: Any) -> Any:
-    return timm.create_model(WHOLE[SHALLOW_TEST_VIT3], pretrained, **{**options, "depth": 2})
+SHALLOW_VIT = register_shallow("shallow_dinov3", VIT, depth=2)
+SHALLOW_TEST_VIT = register_shallow("shallow_test_vit", "test_vit", depth=2)
+SHALLOW_TEST_VIT3 = register_shallow("shallow_test_vit3", "test_vit3", depth=2)
 
 
 @dataclass(frozen=True)

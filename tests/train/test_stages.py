@@ -3,15 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from making import TINY_STUDENT, make_corpus, make_store, random_weights, tiny_config
 from safetensors.torch import load_file
-from timm.models import register_model
+from shallow import register_shallow
 
 from eupe.corpus.views import ViewSpec, apply_photometric, draw_colours, render_view
 from eupe.errors import ConfigError, RunError, TrainingError
@@ -26,12 +24,6 @@ from eupe.train.targets import Batch
 
 CPU = torch.device("cpu")
 VIEWS = ViewSpec(policy="rrc", num_views=2)
-
-
-@register_model
-def vit_of_one_block(pretrained: bool = False, **options: Any) -> Any:
-    """`test_vit`, which has six: a graph compiles sooner."""
-    return timm.create_model("test_vit", pretrained, **{**options, "depth": 1})
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +299,7 @@ def test_views_of_an_epoch_are_cycled_or_all(config: TrainConfig) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_student_goes_the_way_of_a_plain_one(config: TrainConfig, tmp_path: Path) -> None:
-    config = replace(config, student="vit_of_one_block")
+    config = replace(config, student=register_shallow("vit_of_one_block", "test_vit", depth=1))
     train(config)
     train(replace(config, out=tmp_path / "compiled", compile=True))
     ours, theirs = (load_file(run / "student.safetensors") for run in (config.out, tmp_path / "compiled"))
