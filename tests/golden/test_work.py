@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_end(work: Path, run: Run) -> None:
     apart = np.concatenate([np.abs(ours[name] - tensor).ravel() for name, tensor in theirs.items()])
     # Each step of AdamW moves a weight by some 1e-3, even if its gradient is next to nothing; the direction is then one
     # of rounding, which other processors and other numbers of threads do differently. So a few weights may be apart.
-    assert np.quantile(apart, 0.999) < 1e-4 and apart.max() < 1e-3
+    assert np.quantile(apart, 0.999) < 1e-4 and apart.max() < 5e-4
     steps = [
         [json.loads(line).get("step") for line in (work / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("expected-run", "half-run")
