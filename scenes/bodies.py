@@ -142,7 +142,7 @@ def _upright(axis: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _cross(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the cross product of two vectors [3], ten times as fast as `np.cross`."""
+    """Return the cross product of two vectors [3], many times as fast as `np.cross`."""
     (ax, ay, az), (bx, by, bz) = a.tolist(), b.tolist()
     return np.array([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
 
