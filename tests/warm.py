@@ -28,35 +28,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from warm_ask import is_command, name_of, receive
+
 LIBRARIES = (
     *("torch", "torch.utils.tensorboard", "torchvision", "timm", "timm.data", "open_clip", "transformers"),
     "transformers.models.dinov2.modeling_dinov2",
     *("pyarrow.dataset", "pyarrow.parquet", "zarr", "tensorstore", "numcodecs", "safetensors.torch", "yaml"),
     *("rich.console", "rich.table", "rich.progress", "typer", "PIL.Image", "PIL.ImageDraw", "onnx"),
     *("aiohttp", "click", "google.protobuf.json_format", "jsonschema", "prometheus_client", "requests"),
+    *("colorful", "pydantic"),
 )
-"""The last line is what Ray's processes import; not Ray, which reads how to authenticate while it is imported."""
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The last lines are what Ray's processes import; not Ray, which reads how to authenticate while it is imported."""
 PROGRAMS = ("eupe", "python")
-COMMANDS = ("eupe", "scenes", "eupe.pipeline.starter")
-"""What Python runs as `python -m`, and is forked."""
 PROGRAM = """#!{python} -IS
 import sys
 
 sys.path.insert(0, {here!r})
-from warm import ask
+from warm_ask import ask
 
 ask({place!r}, sys.argv)
 """
-
-
-AGENT = """
-import os, runpy, sys
-sys.executable, sys.argv = sys.argv[1], [word for word in sys.argv[2:] if word != "-u"]
-sys.path[0] = os.path.dirname(sys.argv[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-"""Ray's agents, which need pipes and are not forked, have Python started by the name that they take for their own."""
 
 
 @contextmanager
@@ -85,49 +76,6 @@ def warm_programs(environment: Mapping[str, str]) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def ask(place: str, words: list[str]) -> None:
-    """Have a command run by the process at a place, and end as it ends; what else Python is given, it runs itself."""
-    if _name(words) == "python" and not _is_forked(words):
-        called_so = ["-c", AGENT, words[0]] if any("agent" in word for word in words[1:3]) else []
-        os.execv(sys.executable, [sys.executable, *called_so, *words[1:]])
-    with socket.socket(socket.AF_UNIX) as asking:
-        asking.connect(place)
-        told = json.dumps({"words": words, "folder": str(Path.cwd()), "environment": dict(os.environ)}).encode()
-        socket.send_fds(asking, [struct.pack("Q", len(told))], [0, 1, 2])
-        asking.sendall(told)
-        for number in PASSED_ON:
-            signal.signal(number, lambda number, _: asking.sendall(bytes([number])))
-        ended = _receive(asking, 8)
-    (status,) = struct.unpack("Q", ended) if len(ended) == 8 else (signal.SIGKILL,)
-    if os.WIFSIGNALED(status):
-        if os.WTERMSIG(status) in PASSED_ON:
-            signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
-        os.kill(os.getpid(), os.WTERMSIG(status))
-    os._exit(os.waitstatus_to_exitcode(status))
-
-
-def _name(words: Sequence[str]) -> str:
-    return Path(words[0]).name
-
-
-def _is_forked(words: Sequence[str]) -> bool:
-    """Return whether Python's words run in a fork: a command, or a script like Ray's workers; its agents need pipes."""
-    script = next(word for word in [*words[1:], "-"] if word != "-u")
-    return _is_command(words) or (script.endswith(".py") and "agent" not in script)
-
-
-def _is_command(words: Sequence[str]) -> bool:
-    return [word for word in words[1:4] if word != "-P"][:2] in [["-m", name] for name in COMMANDS]
-
-
-def _receive(connection: socket.socket, length: int) -> bytes:
-    """That many bytes, or fewer where the other side has gone."""
-    got = b""
-    while len(got) < length and (more := connection.recv(length - len(got))):
-        got += more
-    return got
-
-
 def serve(listening: socket.socket) -> None:
     """Fork for each command that is asked for, and once more to wait for its end, until standard input ends.
 
@@ -146,7 +94,7 @@ def serve(listening: socket.socket) -> None:
 def _attend(connection: socket.socket) -> None:
     """Run one command in a child and tell how it ended; signals of the one who asks, and its death, are passed on."""
     length, files, _, _ = socket.recv_fds(connection, 8, 3)
-    asked = json.loads(_receive(connection, *struct.unpack("Q", length)))
+    asked = json.loads(receive(connection, *struct.unpack("Q", length)))
     child = os.fork()
     if child == 0:
         connection.close()
@@ -193,13 +141,13 @@ def _become(asked: dict[str, object], files: list[int]) -> None:
     sys.path[1:1] = [path for path in named if path and path not in sys.path]
     _customise(named)
     sys.executable = str(Path(words[0]).with_name("python"))
-    if _name(words) == "python" and not _is_command(words):
+    if name_of(words) == "python" and not is_command(words):
         sys.argv = [word for word in words[1:] if word != "-u"]
         sys.path[0] = str(Path(sys.argv[0]).parent)
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
-        sys.argv = words[words.index("-m") + 1 :] if _is_command(words) else words
-        runpy.run_module(_name(sys.argv), run_name="__main__")
+        sys.argv = words[words.index("-m") + 1 :] if is_command(words) else words
+        runpy.run_module(name_of(sys.argv), run_name="__main__")
 
 
 def _customise(named: Sequence[str]) -> None:
@@ -217,5 +165,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(sys.executable).parent)
     for library in LIBRARIES:
         importlib.import_module(library)
+    sys.modules["PIL.Image"].init()
     gc.freeze()
     serve(listening)
