@@ -127,6 +127,7 @@ def test_a_picture_that_changed_in_its_tar_fails_alone(tiny_weights: Path, tmp_p
     assert open_store(store.path).finished
 
 
+@pytest.mark.usefixtures("joined")
 def test_the_command_line_extracts_tars_and_trains_from_them(
     tiny_corpus: Path, tiny_weights: Path, tmp_path: Path, run_eupe
 ) -> None:  # type: ignore[no-untyped-def]
@@ -145,6 +146,6 @@ def test_the_command_line_extracts_tars_and_trains_from_them(
     assert np.abs(features(ours)[0].astype(float) - features(theirs)[0].astype(float)).max() < 0.02
     outcome = run_eupe(
         *("train", "--targets", store, "--student", "test_vit", "--out", tmp_path / "run", "--size", 64),
-        *("--steps", 2, "--batch-size", 8),
+        *("--steps", 2, "--batch-size", 8, "--head-width", 32),
     )
     assert outcome.code == 0, outcome.err

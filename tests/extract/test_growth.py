@@ -22,6 +22,7 @@ def words(corpus: Path, weights: Path, *more: object) -> list[object]:
     return [*given, "--views", "rrc:2", "--dtype", "fp32", "--json", *more]
 
 
+@pytest.mark.usefixtures("joined")
 def test_a_corpus_grows_and_only_what_is_new_is_computed(tmp_path: Path, tiny_weights: Path, run_eupe: Run) -> None:
     corpus, out = make_corpus(tmp_path / "c", count=7), tmp_path / "s.zarr"
     options = ("--precision", "dense=int8", "--grid", 2, "--pixels")

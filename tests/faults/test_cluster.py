@@ -135,19 +135,19 @@ def test_two_nodes_share_the_parts(tmp_path: Path, many_pictures: Path, tiny_wei
     )
     try:
         cluster.add_node(num_cpus=1)
-        words = extract_words(many_pictures, tiny_weights, out, views=64)
+        words = extract_words(many_pictures, tiny_weights, out, views=32)
         code, output = finish(begin(*words, "--workers", 2, "--ray-address", cluster.address, cwd=tmp_path))
         assert code == 0, output
         tasks = list_tasks(address=cluster.address, filters=[("name", "=", "ExtractActor.run")], detail=True)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert Counter(task.state for task in tasks) == {"FINISHED": 16}
+    assert Counter(task.state for task in tasks) == {"FINISHED": 8}
     assert len({task.node_id for task in tasks}) == 2
     line = re.compile(rf"  {re.escape(socket.gethostname())}: 1 workers, \d+\.\d views/s, 0 failed")
     assert len(line.findall(output)) >= 2, output
     with on_one_core():
-        alone = make_store(tmp_path / "e.zarr", many_pictures, tiny_weights, views=replace(MANY_VIEWS, num_views=64))
+        alone = make_store(tmp_path / "e.zarr", many_pictures, tiny_weights, views=replace(MANY_VIEWS, num_views=32))
     assert_same_store(out, store_files(alone.path.local))
 
 

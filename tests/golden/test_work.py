@@ -111,6 +111,7 @@ def _root(work: Path, name: str) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("joined")
 def test_a_killed_extraction_goes_on_and_its_store_grows_is_mended_and_trains(work: Path, run: Run) -> None:
     half, whole = work / "half.zarr", work / "whole.zarr"
     kept = {name: data for name, data in files(half).items() if name.startswith(("parts/0", "256/dense/c"))}

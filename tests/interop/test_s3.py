@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from making import TINY_STUDENT, make_corpus, make_store, tiny_config
-from object_store import S3Server, download, objects, upload
+from object_store import CREDENTIALS, S3Server, download, objects, upload
+from shared_ray import running_ray
 
 from eupe.common.storage import StoragePath
 from eupe.corpus.views import ViewSpec
@@ -18,13 +20,21 @@ from eupe.errors import ConfigError
 from eupe.store import Store, open_store
 from eupe.train.loop import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("joined")]
 
 Run = Callable[..., Any]
 
 SIZE = 160
 VIEWS = ViewSpec(policy="rrc", num_views=8)
 """With 32 pictures: two parts."""
+
+
+@pytest.fixture(scope="module")
+def ray_address(warm_python: str, s3_server: S3Server) -> Iterator[str]:
+    """Yield the address of a Ray whose workers find the S3 server, as those of a user's Ray find the user's."""
+    variables = {"AWS_ENDPOINT_URL": s3_server.url, "no_proxy": "127.0.0.1", **CREDENTIALS}
+    with running_ray(warm_python, {"RAY_AUTH_MODE": "disabled", **os.environ, **variables}) as address:
+        yield address
 
 
 def content(store: Store) -> dict[str, bytes]:

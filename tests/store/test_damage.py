@@ -207,7 +207,7 @@ def test_a_flipped_bit_in_a_commit_file_is_never_read(whole: Path, copy: Path) -
     data = file.read_bytes()
     samples, metadata = open_store(whole).samples, read_part_metadata(StoragePath.of(whole), 1)
     outcomes = set()
-    for position in range(0, len(data), 7):
+    for position in range(0, len(data), 13):
         damaged = bytearray(data)
         damaged[position] ^= 1 << position % 8
         file.write_bytes(damaged)

@@ -61,7 +61,7 @@ def folder_verbs(world: World) -> dict[str, Words]:
     return {
         "train": lambda out: [*train_words, "--out", out],
         "export": lambda out: ["export", world.run, "--format", "timm", "--out", out],
-        "scenes": lambda out: ["--pictures", 24, "--size", 64, "--out", out],
+        "scenes": lambda out: ["--pictures", 24, "--size", 32, "--only", "classification", "--out", out],
         "extract": lambda out: [*extract, "--out", out],
         "convert": lambda out: ["store", "convert", world.store, "--precision", "int8", "--out", out],
     }
