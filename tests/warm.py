@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -38,7 +39,7 @@ LIBRARIES = (
     *("aiohttp", "click", "google.protobuf.json_format", "jsonschema", "prometheus_client", "requests"),
     *("colorful", "pydantic"),
 )
-"""The last lines are what Ray's processes import; not Ray, which reads how to authenticate while it is imported."""
+"""The last lines are what Ray's processes import; not Ray, which reads its variables while it is imported."""
 PROGRAMS = ("eupe", "python")
 PROGRAM = """#!{python} -IS
 import sys
@@ -48,6 +49,15 @@ from warm_ask import ask
 
 ask({place!r}, sys.argv)
 """
+SERVER = """
+import sys
+
+sys.path.insert(0, {here!r})
+from warm import main
+
+main({listening})
+"""
+"""Not a file: where a command spawns a process, that would run the file first."""
 
 
 @contextmanager
@@ -66,7 +76,8 @@ def warm_programs(environment: Mapping[str, str]) -> Iterator[Path]:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(place))
         listening.listen()
-        words = [sys.executable, __file__, str(listening.fileno())]
+        server = SERVER.format(here=str(Path(__file__).parent), listening=listening.fileno())
+        words = [sys.executable, "-c", server]
         process = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], env={**environment})
     try:
         yield folder
@@ -158,13 +169,12 @@ def _customise(named: Sequence[str]) -> None:
             runpy.run_path(str(file))
 
 
-if __name__ == "__main__":
-    import importlib
-
-    listening = socket.socket(fileno=int(sys.argv[1]))
-    sys.path[0] = str(Path(sys.executable).parent)
+def main(number: int) -> None:
+    """Import the libraries, then serve at a listening socket of that number."""
+    del sys.path[:2]  # this folder, and the one that the server was started in
+    sys.path.insert(0, str(Path(sys.executable).parent))
     for library in LIBRARIES:
         importlib.import_module(library)
     sys.modules["PIL.Image"].init()
     gc.freeze()
-    serve(listening)
+    serve(socket.socket(fileno=number))

@@ -1,5 +1,6 @@
 """Real features beat random ones, and these are compared with raw pixels, on every task with rendered truth."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,19 @@ import pytest
 from eupe.evaluate.correspond import correspond
 from eupe.evaluate.dense_probe import Training
 from eupe.evaluate.depth import depth
+from eupe.evaluate.feature_cache import open_features
 from eupe.evaluate.knn import knn
 from eupe.evaluate.linear import linear
 from eupe.evaluate.segment import segment
 from eupe.evaluate.subject import open_subjects
-from eupe.evaluate.vqa import vqa
+from eupe.evaluate.vqa import FITTING, vqa
 from scenes.layouts import LAYOUTS, Request
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SIZE = 112
 FAST = Training(steps=100, lr=3e-3, warmup=0.1)
+FEW_STEPS = replace(FITTING, steps=300)
 SCENES = Request(pictures=72, size=112, seed=0)
 QUESTIONS = Request(pictures=120, size=168, seed=0)
 """More pictures, and larger ones, than all else needs."""
@@ -44,14 +47,15 @@ def scores(scenes: Path, assets: Path) -> dict[str, list[Scores]]:
     """Return the scores by task, of three subjects: DINOv2-S, the same with random weights, and raw pixels."""
     weights = {"dinov2-s": assets / "weights" / "dinov2-small"}
     found: dict[str, list[Scores]] = {}
-    for subject in open_subjects(["dinov2-s", "pixels"], weights, untrained=True):
+    kept = open_features(scenes / "features", on_note=print)
+    for subject in open_subjects(["dinov2-s", "pixels"], weights, untrained=True, features=kept):
         for result in (
             knn(subject, data=scenes / "classification", size=SIZE),
             linear(subject, data=scenes / "classification", size=SIZE, penalties=(1.0,)),
             segment(subject, data=scenes / "segmentation", size=SIZE, training=FAST),
             depth(subject, data=scenes / "depth", size=SIZE, training=FAST),
             correspond(subject, data=scenes / "correspondence", size=SIZE),
-            vqa(subject, data=scenes / "questions", size=QUESTIONS.size, dropouts=(0.5,)),
+            vqa(subject, data=scenes / "questions", size=QUESTIONS.size, fitting=FEW_STEPS, dropouts=(0.5,)),
         ):
             found.setdefault(result.task, []).append(result.scores)
     for task, each in found.items():
