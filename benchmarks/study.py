@@ -25,7 +25,9 @@ UNTRAINED = "-untrained"
 TASKS = {
     "knn": "k-NN",
     "knn-digits": "k-NN, digits",
+    "knn-clipart": "k-NN, clip art",
     "linear": "linear",
+    "linear-clipart": "linear, clip art",
     "linear-tenth": "linear, 10%",
     "linear-hundredth": "linear, 1%",
     "segment": "mIoU",
