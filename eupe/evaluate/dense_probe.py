@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from eupe.train.trainer import learning_rate
 Truth = NDArray[Any]
 ReadTruth = Callable[[int], Truth]
 """Function from a picture's index to its ground-truth map, [H, W]."""
+
+Head = TypeVar("Head", bound=nn.Module)
 
 BATCHES_AHEAD = 4
 
@@ -59,24 +61,29 @@ class Training:
 
 
 def train_head(
-    head: nn.Module,
+    make_head: Callable[[int], Head],
     encoded: EncodedViews,
     read_truth: ReadTruth,
     loss: Callable[[Tensor, Tensor], Tensor],
     how: Training,
     *,
     on_step: Callable[[int, int], None] = lambda done, of: None,
-) -> None:
-    """Train the head with AdamW on batches of views, drawn without replacement in each epoch; leave it in eval mode.
+) -> Head:
+    """Train a head with AdamW on batches of views, drawn without replacement in each epoch; return it in eval mode.
+
+    Its weights are drawn with the seed of `how`; the caller's random state stays as it was.
 
     Args:
-        head: module from dense tokens [B, h, w, D] to [B, C, h, w], which is resized bilinearly to the view.
+        make_head: function from D to a module from dense tokens [B, h, w, D] to [B, C, h, w], which is resized
+            bilinearly to the view.
         loss: function of the predictions [B, C, S, S] and the views' ground truth [B, S, S].
     Raises: TrainingError if the loss is not finite; CorpusError if a map cannot be read.
     """
     device = pick_device()
     assert encoded.dense is not None
-    head.to(device).train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)
+        head = make_head(encoded.dense.shape[-1]).to(device).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=how.lr, betas=how.betas, weight_decay=how.weight_decay)
     for step, (tokens, truth) in enumerate(_batches(encoded, read_truth, how)):
         for group in optimizer.param_groups:
@@ -93,7 +100,7 @@ def train_head(
             nn.utils.clip_grad_norm_(head.parameters(), how.clip)
         optimizer.step()
         on_step(step + 1, how.steps)
-    head.eval()
+    return head.eval()
 
 
 def _batches(encoded: EncodedViews, read_truth: ReadTruth, how: Training) -> Iterator[tuple[Tensor, Tensor]]:

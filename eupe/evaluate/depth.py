@@ -105,7 +105,8 @@ def depth(
         subject.encode_views(part.pictures, kinds=[DENSE], size=chosen, crop=windows, scratch=scratch)
         for part in (val, train)
     )
-    head = _trained_head(seen_train, reads["train"], training, max_m, on_step)
+    make_head = partial(LinearDepth, min_m=MIN_M, max_m=max_m)
+    head = train_head(make_head, seen_train, reads["train"], partial(_loss, max_m=max_m), training, on_step=on_step)
     errors = _errors(head, seen_val, reads["val"], val, max_m)
     if not errors:
         raise CorpusError(f"the depth maps of the val split of {data} hold nothing between {MIN_M:g} and {max_m:g} m")
@@ -125,10 +126,7 @@ def depth(
         data={"path": str(data), "train": len(train.maps), "val": len(errors)},
         notes=[
             f"judged: {len(errors):,} pictures of {val.name}, by {len(train.maps):,} of {train.name}",
-            *(
-                f"depth of {part.name}, read as {told_unit(part.maps[0], unit)} (--depth-unit): {ranges[split].told}"
-                for split, part in splits.items()
-            ),
+            *(_told_range(part, unit, ranges[split]) for split, part in splits.items()),
         ],
     )
 
@@ -144,23 +142,8 @@ def _require_judged(ranges: Mapping[str, Range], data: Path, max_m: float) -> No
             )
 
 
-def _trained_head(
-    seen: EncodedViews, read_truth: ReadTruth, training: Training, max_m: float, on_step: Callable[[int, int], None]
-) -> LinearDepth:
-    """Return a depth head trained on dense tokens; the caller's random state stays as it was."""
-    assert seen.dense is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        head = LinearDepth(seen.dense.shape[-1], min_m=MIN_M, max_m=max_m)
-        train_head(
-            head,
-            seen,
-            read_truth,
-            lambda said, truth: scale_invariant_loss(said[:, 0], truth, max_m=max_m),
-            training,
-            on_step=on_step,
-        )
-    return head
+def _loss(said_B1SS: Tensor, truth_BSS: Tensor, *, max_m: float) -> Tensor:
+    return scale_invariant_loss(said_B1SS[:, 0], truth_BSS, max_m=max_m)
 
 
 def _errors(
@@ -222,6 +205,10 @@ class Range:
 
 def _short(metres: float) -> str:
     return f"{metres:,.0f}" if metres >= 1000 else f"{metres:.3g}"
+
+
+def _told_range(part: Mapped, unit: DepthUnit | None, found: Range) -> str:
+    return f"depth of {part.name}, read as {told_unit(part.maps[0], unit)} (--depth-unit): {found.told}"
 
 
 def _range(pictures: int, read_truth: ReadTruth, max_m: float) -> Range:

@@ -67,12 +67,7 @@ def linear(
     Raises: as `summaries_of`; ConfigError if fewer than two labels can be learned, no views are left to judge, a
         penalty is not finite and above 0, or the share is not above 0 and at most 1.
     """
-    if not 0 < label_share <= 1:
-        raise ConfigError(f"--label-share must be above 0 and at most 1, got {label_share:g}")
-    if seed and label_share == 1:
-        raise ConfigError(f"--seed {seed} chooses the pictures of --label-share, which is 1; give both, or neither")
-    if not penalties or not all(0 < penalty < math.inf for penalty in penalties):
-        raise ConfigError(f"--penalty must be above 0, and finite, got {', '.join(f'{p:g}' for p in penalties)}")
+    _require_settings(penalties, label_share, seed)
     parts = summaries_of(subject, data, size=size, choice=choice)
     train, val = (parts.train, parts.val) if parts.train is not None else _split(parts.val, VAL_SHARE)
     of_all, train = train, few_labels(train, label_share, seed=seed)
@@ -113,6 +108,15 @@ def linear(
         data={"path": parts.data, **parts.choice.given(), "train": len(train), "val": len(val), "labels": len(names)},
         notes=(*_told(parts), *parts.splits.notes, *_told_share(train, of_all)),
     )
+
+
+def _require_settings(penalties: tuple[float, ...], label_share: float, seed: int) -> None:
+    if not 0 < label_share <= 1:
+        raise ConfigError(f"--label-share must be above 0 and at most 1, got {label_share:g}")
+    if seed and label_share == 1:
+        raise ConfigError(f"--seed {seed} chooses the pictures of --label-share, which is 1; give both, or neither")
+    if not penalties or not all(0 < penalty < math.inf for penalty in penalties):
+        raise ConfigError(f"--penalty must be above 0, and finite, got {', '.join(f'{p:g}' for p in penalties)}")
 
 
 def choose_penalty(

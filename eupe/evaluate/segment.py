@@ -102,14 +102,8 @@ def segment(
         # val first: if both do not fit, the error comes before the long pass over train
         for part, mapped in (("val", val), ("train", train))
     }
-    dense = encoded["train"].dense
-    assert dense is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        head = LinearSegmenter(dense.shape[-1], classes.count)
-        train_head(
-            head, encoded["train"], partial(read_labels, classes, train), segmentation_loss, training, on_step=on_step
-        )
+    make_head, reads = partial(LinearSegmenter, num_classes=classes.count), partial(read_labels, classes, train)
+    head = train_head(make_head, encoded["train"], reads, segmentation_loss, training, on_step=on_step)
     confusion = _confusion(head, encoded["val"], partial(read_labels, classes, val), classes.count)
     if not confusion.sum():
         raise CorpusError(f"the masks of the val split of {data} hold no class at all, only {classes.told}")

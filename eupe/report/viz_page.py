@@ -90,11 +90,8 @@ def write_maps(
         for each in opened
     ]
     cells = [view.cell(layout.cell if layout else feature_maps.SHOWN_PX) for view in views]
-    data: bytes | str
-    if layout:
-        data = draw_figure(layout, cells, columns)
-    else:
-        data = render_maps(cells, columns, [(name, read_history(run)) for name, run in runs.items()])
+    histories = [] if layout else [(name, read_history(run)) for name, run in runs.items()]
+    data: bytes | str = draw_figure(layout, cells, columns) if layout else render_maps(cells, columns, histories)
     return VizReport(
         out=str(out),
         models=tuple(column.name for column in columns),
