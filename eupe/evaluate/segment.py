@@ -94,17 +94,18 @@ def segment(
         data=data,
         whole=len(shown.maps) == len(whole.maps),
     )
-    for part in (train, val):
-        require_truth(len(part.maps), partial(read_labels, classes, part))
+    read_train, read_val = (partial(read_labels, classes, part) for part in (train, val))
+    require_truth(len(train.maps), read_train)
+    require_truth(len(val.maps), read_val)
     chosen = subject.size(size, usual=SIZE)
     encoded = {
         part: subject.encode_views(mapped.pictures, kinds=[DENSE], size=chosen, crop=windows, scratch=scratch)
         # val first: if both do not fit, the error comes before the long pass over train
         for part, mapped in (("val", val), ("train", train))
     }
-    make_head, reads = partial(LinearSegmenter, num_classes=classes.count), partial(read_labels, classes, train)
-    head = train_head(make_head, encoded["train"], reads, segmentation_loss, training, on_step=on_step)
-    confusion = _confusion(head, encoded["val"], partial(read_labels, classes, val), classes.count)
+    make_head = partial(LinearSegmenter, num_classes=classes.count)
+    head = train_head(make_head, encoded["train"], read_train, segmentation_loss, training, on_step=on_step)
+    confusion = _confusion(head, encoded["val"], read_val, classes.count)
     if not confusion.sum():
         raise CorpusError(f"the masks of the val split of {data} hold no class at all, only {classes.told}")
     return result_of(
