@@ -194,12 +194,8 @@ def s3_server() -> Iterator[S3Server]:
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """An S3 server on this machine with an empty bucket; `s3://` URLs lead to it."""
-    from object_store import CREDENTIALS
-
-    for name, value in CREDENTIALS.items():
+    for name, value in s3_server.variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     s3_server.begin()
     return s3_server
 

@@ -64,6 +64,8 @@ class S3Server:
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.port}"
+        self.variables = {**CREDENTIALS, "AWS_ENDPOINT_URL": self.url, "no_proxy": "127.0.0.1"}
+        """By which a process finds the server where an `s3://` URL leads."""
         self._buckets = itertools.count()
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.client: Any = boto3.client(

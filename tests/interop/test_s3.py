@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from making import TINY_STUDENT, make_corpus, make_store, tiny_config
-from object_store import CREDENTIALS, S3Server, download, objects, upload
+from object_store import S3Server, download, objects, upload
 from shared_ray import running_ray
 
 from eupe.common.storage import StoragePath
@@ -32,8 +32,7 @@ VIEWS = ViewSpec(policy="rrc", num_views=8)
 @pytest.fixture(scope="module")
 def ray_address(warm_python: str, s3_server: S3Server) -> Iterator[str]:
     """Yield the address of a Ray whose workers find the S3 server, as those of a user's Ray find the user's."""
-    variables = {"AWS_ENDPOINT_URL": s3_server.url, "no_proxy": "127.0.0.1", **CREDENTIALS}
-    with running_ray(warm_python, {"RAY_AUTH_MODE": "disabled", **os.environ, **variables}) as address:
+    with running_ray(warm_python, {"RAY_AUTH_MODE": "disabled", **os.environ, **s3_server.variables}) as address:
         yield address
 
 
