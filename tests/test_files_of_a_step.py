@@ -19,7 +19,7 @@ from eupe.train.loop import train
 from eupe.train.trainer import Trainer
 
 ROOT = Path(eupe.__file__).parent
-MOST_OF_A_STEP, MOST_OF_A_PART = 16, 18
+MOST_OF_A_STEP, MOST_OF_A_PART = 17, 18
 
 
 class Files:

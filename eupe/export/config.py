@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eupe.common.storage import AnyPath
 from eupe.errors import ConfigError
-from eupe.models.encoder import near
+from eupe.models.encoder_spec import near
 
 TIMM, HF, ONNX, EXECUTORCH = "timm", "hf", "onnx", "executorch"
 FORMATS = (TIMM, HF, ONNX, EXECUTORCH)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eupe.errors import ConfigError
 from eupe.export.config import ALL
-from eupe.models.encoder import near
+from eupe.models.encoder_spec import near
 from eupe.train.predict import KindPredictor, TargetPredictor
 
 HEADS_FILE = "heads.safetensors"

@@ -18,7 +18,7 @@ from eupe.export.config import ExportConfig
 from eupe.export.heads import save_heads, say_again
 from eupe.export.hf_names import Native, native
 from eupe.export.source import ForwardFunction, Source, Written
-from eupe.models.encoder import EncoderSpec
+from eupe.models.encoder_spec import EncoderSpec
 from eupe.teachers.weights import quiet_transformers
 
 PREPROCESSOR_FILE = "preprocessor_config.json"

@@ -21,7 +21,7 @@ from eupe.evaluate.latency import time_passes
 from eupe.export.config import FP16, FP32, INT8
 from eupe.export.sample_pictures import varied_pictures
 from eupe.export.source import ForwardFunction
-from eupe.models.encoder import EncoderSpec
+from eupe.models.encoder_spec import EncoderSpec
 
 LEAST: Mapping[str, float] = {FP32: 0.9999, FP16: 0.999, INT8: -1.0}
 """Least cosine that every token must reach, by precision; for int8 it is only reported, and users decide."""

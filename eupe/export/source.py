@@ -18,7 +18,8 @@ from eupe.errors import ConfigError, RunError, TeacherError
 from eupe.export.config import ExportConfig
 from eupe.export.heads import chosen, folded
 from eupe.models.checkpoints import load_state_dict_strictly
-from eupe.models.encoder import Encoder, build_encoder, load_encoder, timm_spec
+from eupe.models.encoder import Encoder, build_encoder, load_encoder
+from eupe.models.timm_models import timm_spec
 from eupe.teachers.weights import brief
 from eupe.train.init import fitted
 from eupe.train.predict import load_predictors

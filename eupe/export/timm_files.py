@@ -19,7 +19,7 @@ import eupe
 from eupe.export.config import ExportConfig
 from eupe.export.heads import save_heads, say_again
 from eupe.export.source import ForwardFunction, Source, Written
-from eupe.models.encoder import EncoderSpec
+from eupe.models.encoder_spec import EncoderSpec
 from eupe.models.proxy import in_stock_timm
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"

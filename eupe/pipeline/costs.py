@@ -15,7 +15,8 @@ from eupe.corpus.views import parse_views
 from eupe.errors import EupeError
 from eupe.extract.parts import converted_spec, shape_of
 from eupe.extract.plan_on_paper import NOMINAL_SHARES, stored_bytes_per_view
-from eupe.models.encoder import EncoderSpec, load_encoder_spec, timm_spec
+from eupe.models.encoder_spec import EncoderSpec, load_encoder_spec
+from eupe.models.timm_models import timm_spec
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.planned_steps import PlannedStep
 from eupe.pipeline.recipe import Problems

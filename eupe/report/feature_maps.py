@@ -26,7 +26,7 @@ from eupe.evaluate.encode import BATCH, encoded
 from eupe.evaluate.judged_pictures import Pictures, centre
 from eupe.evaluate.open_run import not_learned
 from eupe.evaluate.subject import EncoderSubject, PixelSubject, StoreSubject, Subject
-from eupe.models.encoder import load_encoder_spec
+from eupe.models.encoder_spec import load_encoder_spec
 from eupe.models.pca import Maps, find_foreground, fit_pca, leading_directions
 from eupe.store import Features
 

@@ -27,7 +27,7 @@ from eupe.common.kinds import STUDENT_FILE, WEIGHTS_FILE
 from eupe.common.reading import read_json
 from eupe.errors import TeacherError
 from eupe.models.checkpoints import read_checkpoint
-from eupe.models.encoder import load_encoder_spec
+from eupe.models.encoder_spec import load_encoder_spec
 from eupe.models.meta import built_on_meta
 from eupe.teachers.preprocess import (
     OPEN_CLIP_FILE,

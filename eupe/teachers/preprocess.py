@@ -253,7 +253,7 @@ def _of_transformers(spec: TeacherSpec, folder: Path) -> Normalisation | None:
 def _of_run(spec: TeacherSpec, folder: Path) -> Normalisation | None:
     if not (folder / STUDENT_FILE).is_file():
         return None
-    from eupe.models.encoder import load_encoder_spec
+    from eupe.models.encoder_spec import load_encoder_spec
 
     try:
         encoder = load_encoder_spec(folder)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from eupe.common.compute import Tokens
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
-from eupe.models.encoder import Encoder, EncoderSpec, build_encoder, load_encoder, load_encoder_spec
+from eupe.models.encoder import Encoder, build_encoder, load_encoder
+from eupe.models.encoder_spec import EncoderSpec, load_encoder_spec
 from eupe.teachers.spec import TeacherSpec, encoder_fields
 
 OWN_LICENCE = "own"

@@ -14,7 +14,7 @@ from eupe.common.reading import from_plain, to_plain
 from eupe.errors import TeacherError
 
 if TYPE_CHECKING:
-    from eupe.models.encoder import EncoderSpec
+    from eupe.models.encoder_spec import EncoderSpec
 
 __all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec", "encoder_fields"]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from eupe.common.compute import Tokens
 from eupe.errors import ConfigError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
-from eupe.models.encoder import create_timm, remembered, timm_config, timm_spec, timm_tokens
 from eupe.models.meta import built_on_meta
+from eupe.models.timm_models import create_timm, remembered, timm_config, timm_spec, timm_tokens
 from eupe.teachers.spec import TeacherSpec, encoder_fields
 from eupe.teachers.weights import hub_errors, own_weights
 

@@ -21,7 +21,8 @@ from eupe.models.checkpoints import (
     read_checkpoint,
     read_tensors,
 )
-from eupe.models.encoder import Encoder, load_encoder_spec
+from eupe.models.encoder import Encoder
+from eupe.models.encoder_spec import load_encoder_spec
 from eupe.train.run_spec import HEADS_FILE, finished_run_spec, same_teachers
 
 PATCHES = "patch_embed.proj.weight"

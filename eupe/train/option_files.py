@@ -20,7 +20,7 @@ from eupe.common.files import write_file
 from eupe.common.option import flag_name, option_types, options_of
 from eupe.common.reading import from_plain, parse_yaml
 from eupe.errors import ConfigError
-from eupe.models.encoder import near
+from eupe.models.encoder_spec import near
 from eupe.train.config import TrainConfig
 from eupe.train.run_spec import RunSpec
 

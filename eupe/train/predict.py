@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eupe.common.compute import Tokens
 from eupe.errors import RunError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly, read_tensors
-from eupe.models.encoder import load_encoder_spec
+from eupe.models.encoder_spec import load_encoder_spec
 from eupe.models.meta import built_on_meta
 from eupe.store.layout import KINDS
 from eupe.train.model import AdapterHead

@@ -20,7 +20,9 @@ from eupe.common.kinds import WEIGHTS_FILE
 from eupe.common.option import options_of
 from eupe.common.reading import read_json
 from eupe.errors import ConfigError, RunError
-from eupe.models.encoder import check_student, has_batch_norm, has_rope, load_encoder_spec, near, on_paper, why_no_run
+from eupe.models.encoder import check_student, has_batch_norm
+from eupe.models.encoder_spec import load_encoder_spec, near, why_no_run
+from eupe.models.timm_models import has_rope, on_paper
 from eupe.store import Store
 from eupe.store.layout import KINDS
 from eupe.train.config import (

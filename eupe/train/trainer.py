@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from eupe.common.compute import dtype_name, fastest_format
 from eupe.errors import ConfigError, TrainingError
-from eupe.models.encoder import build_encoder, has_batch_norm, rescale_rope, save_encoder
+from eupe.models.encoder import build_encoder, has_batch_norm, save_encoder
 from eupe.models.meta import built_on_meta
+from eupe.models.timm_models import rescale_rope
 from eupe.store.layout import KINDS
 from eupe.train.checkpoint import Trainables, forget_after, load_checkpoint, on_cpu, save_checkpoint, save_tensors
 from eupe.train.config import TrainConfig

@@ -14,7 +14,7 @@ from making import make_corpus
 from eupe.errors import RunError
 from eupe.evaluate.open_run import holdout, open_run
 from eupe.evaluate.result import Result
-from eupe.models.encoder import load_encoder_spec
+from eupe.models.encoder_spec import load_encoder_spec
 from eupe.report.comparison import merge
 from eupe.report.training_curves import read_history
 from eupe.train.run_spec import read_run_spec

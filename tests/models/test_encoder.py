@@ -18,18 +18,10 @@ from eupe.common.kinds import STUDENT_FILE, WEIGHTS_FILE
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.models import encoder as encoder_module
 from eupe.models.checkpoints import load_state_dict_strictly
-from eupe.models.encoder import (
-    Encoder,
-    EncoderSpec,
-    build_encoder,
-    check_student,
-    load_encoder,
-    remembered,
-    save_encoder,
-    timm_spec,
-    timm_tokens,
-)
+from eupe.models.encoder import Encoder, build_encoder, check_student, load_encoder, save_encoder
+from eupe.models.encoder_spec import EncoderSpec
 from eupe.models.meta import built_on_meta
+from eupe.models.timm_models import remembered, timm_spec, timm_tokens
 
 STUDENTS = {
     # arch: (size, patch, dense width, summary width, prefix, summary kind, dense kind)

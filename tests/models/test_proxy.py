@@ -10,8 +10,9 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from eupe.common.compute import normalise
-from eupe.models.encoder import Encoder, build_encoder, load_encoder, save_encoder, timm_spec, timm_tokens
+from eupe.models.encoder import Encoder, build_encoder, load_encoder, save_encoder
 from eupe.models.meta import built_on_meta
+from eupe.models.timm_models import timm_spec, timm_tokens
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from eupe.errors import RunError, TeacherError
 from eupe.evaluate.open_run import open_run
-from eupe.models.encoder import Encoder, build_encoder, save_encoder, timm_spec
+from eupe.models.encoder import Encoder, build_encoder, save_encoder
+from eupe.models.timm_models import timm_spec
 from eupe.store import Store
 from eupe.train.config import TrainConfig
 from eupe.train.init import InitReport, init_from_run, init_from_weights

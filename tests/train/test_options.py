@@ -9,7 +9,7 @@ import yaml
 from making import TINY_STUDENT
 
 from eupe.errors import ConfigError
-from eupe.models.encoder import timm_spec
+from eupe.models.timm_models import timm_spec
 from eupe.store import Store
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
