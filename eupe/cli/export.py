@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 
 def export_run(
     run: Annotated[Path, typer.Argument(help="A finished training run.")],
-    form: Annotated[str, typer.Option("--format", help="timm, hf (the Transformers library), onnx or executorch.")],
+    form: Annotated[str, typer.Option("--format", help="timm, hf (for Transformers), onnx, openvino or executorch.")],
     out_path: Annotated[Path, typer.Option("--out", help="The directory to create.")],
     size: Annotated[int | None, typer.Option(help="Side of the input in pixels. Default: the run's.")] = None,
     heads: Annotated[
         list[str] | None,
         typer.Option(help="all, or a target: also export the features that its head predicts. May be repeated."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Precision of an ONNX graph: fp32, fp16 or int8.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32; also fp16 (onnx, openvino) or int8 (onnx).")] = "fp32",
     calibrate: Annotated[
         str | None, typer.Option(help="Pictures from which the ranges of int8 are taken. Default: made-up ones.")
     ] = None,
     dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="Make an ONNX graph for any size that is a multiple of the patch.")
+        bool,
+        typer.Option("--dynamic-size", help="A graph for any multiple of the patch (onnx, openvino)."),
     ] = False,
     as_json: Json = False,
 ) -> None:

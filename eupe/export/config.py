@@ -9,8 +9,10 @@ from eupe.common.storage import AnyPath
 from eupe.errors import ConfigError
 from eupe.models.encoder_spec import near
 
-TIMM, HF, ONNX, EXECUTORCH = "timm", "hf", "onnx", "executorch"
-FORMATS = (TIMM, HF, ONNX, EXECUTORCH)
+TIMM, HF, ONNX, OPENVINO, EXECUTORCH = "timm", "hf", "onnx", "openvino", "executorch"
+FORMATS = (TIMM, HF, ONNX, OPENVINO, EXECUTORCH)
+GRAPHS = (ONNX, OPENVINO)
+"""Formats of which the precision can be chosen, and whether the size is fixed."""
 FP32, FP16, INT8 = "fp32", "fp16", "int8"
 PRECISIONS = (FP32, FP16, INT8)
 ALL = "all"
@@ -29,11 +31,11 @@ class ExportConfig:
     heads: tuple[str, ...] = ()
     """Names of the targets whose heads are exported too, or `all`."""
     precision: str = FP32
-    """Precision of the graph; only ONNX supports others than fp32."""
+    """Precision of the graph; ONNX supports fp32, fp16 and int8, OpenVINO fp32 and fp16, and others fp32."""
     calibrate: AnyPath | None = None
     """Pictures that the int8 ranges are calibrated on; None for generated pictures."""
     dynamic_size: bool = False
-    """Let an ONNX graph accept any size divisible by the patch size, not only `size`."""
+    """Let the graph accept any size divisible by the patch size, not only `size`."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError if a setting is invalid or does not fit the others."""
@@ -45,7 +47,13 @@ class ExportConfig:
         if self.size is not None and self.size < 1:
             raise ConfigError(f"--size must be at least 1 pixel, got {self.size}")
         idle = {"--precision": self.precision != FP32, "--dynamic-size": self.dynamic_size}
-        if self.format != ONNX and (given := [name for name, is_given in idle.items() if is_given]):
-            raise ConfigError(f"{given[0]} is only for --format {ONNX}; --format {self.format} does not support it")
+        if self.format not in GRAPHS and (given := [name for name, is_given in idle.items() if is_given]):
+            raise ConfigError(
+                f"{given[0]} is only for --format {' and '.join(GRAPHS)}; --format {self.format} does not support it"
+            )
+        if self.precision == INT8 and self.format != ONNX:
+            raise ConfigError(
+                f"--precision {INT8} is only for --format {ONNX}; --format {self.format} takes fp32, fp16"
+            )
         if self.calibrate is not None and self.precision != INT8:
             raise ConfigError(f"--calibrate is only for --precision {INT8}; {self.precision} needs no calibration")

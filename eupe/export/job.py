@@ -19,12 +19,12 @@ from eupe.common.reading import read_json
 from eupe.corpus.index import open_corpus
 from eupe.errors import ConfigError, ConformanceError, EupeError, StorageError
 from eupe.evaluate.licences import origins
-from eupe.export import executorch_files, hf_files, onnx_files, timm_files
-from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, TIMM, ExportConfig
+from eupe.export import executorch_files, hf_files, onnx_files, openvino_files, timm_files
+from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, OPENVINO, TIMM, ExportConfig
 from eupe.export.model_card import write_card
 from eupe.export.proof import Proof, prove, require_sameness
 from eupe.export.source import ForwardFunction, Source, Written, open_source
-from eupe.teachers.weights import brief
+from eupe.models.hub import brief
 
 RECORD_FILE = "export.json"
 CARD_FILE = "README.md"
@@ -65,6 +65,7 @@ FORMATS = {
     TIMM: _Format(timm_files.write, timm_files.reopen),
     HF: _Format(hf_files.write, hf_files.reopen),
     ONNX: _Format(onnx_files.write, onnx_files.reopen, onnx_files.require_packages),
+    OPENVINO: _Format(openvino_files.write, openvino_files.reopen, openvino_files.require_packages),
     EXECUTORCH: _Format(executorch_files.write, executorch_files.reopen, executorch_files.require_packages),
 }
 
@@ -206,7 +207,7 @@ def _recognise(out: Path, asked: dict[str, Any]) -> ExportReport | None:
             f"--out {out} holds this export, but its {damaged[0]} is missing or has changed in size; remove {out} and "
             "export again"
         )
-    if asked["precision"] == INT8 and not onnx_files.holds_int8(out):
+    if (asked["format"], asked["precision"]) == (ONNX, INT8) and not onnx_files.holds_int8(out):
         raise ConfigError(
             f"--out {out} holds an export that is called int8 but has float32 weights, as an earlier eupe wrote them "
             f"for CNNs; remove {out} and export again"

@@ -15,7 +15,7 @@ from eupe.common.reading import read_json
 from eupe.errors import RunError
 from eupe.evaluate.licences import Origin
 from eupe.evaluate.result import Result, newest, read_results
-from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, ExportConfig
+from eupe.export.config import HF, INT8, ExportConfig
 from eupe.export.proof import LEAST, Proof
 from eupe.export.snippets import snippet
 from eupe.export.source import Source, Written
@@ -32,7 +32,7 @@ LONGEST_VALUE = 60
 
 def front_matter(config: ExportConfig, arch: str) -> str:
     """Return the YAML header that the hub reads."""
-    library = {HF: "transformers", ONNX: "onnx", EXECUTORCH: "executorch"}.get(config.format, "timm")
+    library = "transformers" if config.format == HF else config.format
     plain = {
         "license": "other",
         "license_name": "licences-of-the-teachers",

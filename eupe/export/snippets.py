@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eupe.export.config import EXECUTORCH, HF, ONNX, ExportConfig
+from eupe.export.config import EXECUTORCH, HF, ONNX, OPENVINO, TIMM, ExportConfig
 from eupe.export.hf_files import native_of
 from eupe.export.source import Source
 from eupe.export.timm_files import dense_lines
@@ -28,8 +28,8 @@ def snippet(source: Source, config: ExportConfig) -> str:
 
     The lines that load the export come first, so that the rest can be run again for each picture.
     """
-    once, each = {HF: _hf, ONNX: _onnx, EXECUTORCH: _executorch}.get(config.format, _timm)(source)
-    if not source.heads or config.format in (ONNX, EXECUTORCH):
+    once, each = WRITERS[config.format](source)
+    if not source.heads or config.format not in (TIMM, HF):
         return f"{_lines(once)}\n{_lines(each)}"
     imports = once.index("")
     once = [*once[:imports], *HEADS_IMPORTS, *once[imports:]]
@@ -102,6 +102,24 @@ def _onnx(source: Source) -> tuple[list[str], list[str]]:
     return once, each
 
 
+def _openvino(source: Source) -> tuple[list[str], list[str]]:
+    once = [
+        "import numpy as np",
+        "import openvino",
+        "from PIL import Image",
+        "",
+        'in_float32 = {"INFERENCE_PRECISION_HINT": "f32"}',
+        'model = openvino.Core().compile_model(f"{DIR}/model.xml", "CPU", in_float32)',
+    ]
+    each = [
+        *_prepared(source),
+        'answers = model({"pixels": pixels})',
+        'summary, dense = answers["summary"], answers["dense"]',
+        *([f"teachers = [answers[name] for name in {list(source.heads)}]"] if source.heads else []),
+    ]
+    return once, each
+
+
 def _executorch(source: Source) -> tuple[list[str], list[str]]:
     outputs = "summary, dense, *teachers" if source.heads else "summary, dense"
     once = [
@@ -128,3 +146,7 @@ def _prepared(source: Source) -> list[str]:
         f"pixels = (pixels - np.float32({list(spec.mean)})) / np.float32({list(spec.std)})",
         "pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])",
     ]
+
+
+WRITERS = {TIMM: _timm, HF: _hf, ONNX: _onnx, OPENVINO: _openvino, EXECUTORCH: _executorch}
+"""Per format: the lines that load the export, and those that run it on a picture."""

@@ -37,7 +37,8 @@ def refused(run_eupe: Run, out: Path, *words: object) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--format", "tim"], "--format tim is unknown; did you mean timm?; use timm, hf, onnx, executorch"),
+        (["--format", "openvino", "--precision", "int8"], "--precision int8 is only for --format onnx"),
+        (["--format", "tim"], "--format tim is unknown; did you mean timm?; use timm, hf, onnx, openvino, executorch"),
         (["--format", "timm", "--size", 65], "its patch is 16 pixels and must divide the size; use 64 or 80"),
         (["--format", "timm", "--heads", "dino"], "--heads dino is not a target of the run; "),
         (["--format", "timm", "--precision", "fp16"], "--precision is only for --format onnx"),
@@ -114,6 +115,7 @@ def test_the_same_export_is_a_cache_hit_and_another_is_refused(run: Path, tmp_pa
     [
         ("onnx", "onnxruntime", "--format onnx needs more packages: pip install 'eupe[export]'"),
         ("onnx", "onnxscript", "--format onnx needs more packages: pip install 'eupe[export]'"),
+        ("openvino", "openvino", "--format openvino needs OpenVINO: pip install 'eupe[openvino]'"),
         ("executorch", "executorch.exir", "--format executorch needs ExecuTorch: pip install 'eupe[executorch]'"),
     ],
 )
