@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from eupe.common.storage import StoragePath
 from eupe.corpus.awkward import picture as picture
@@ -45,6 +46,11 @@ def tiny_config(target: StoragePath | str | Path, out: Path, **options: Any) -> 
     """A run of the tiny student on one store, in float32, with three tenths of the pictures held out."""
     usual = {"student": TINY_STUDENT, "batch_size": 8, "head_width": 32, "holdout": 0.3, "dtype": "fp32"}
     return TrainConfig(targets=(target,), out=out, **{**usual, **options})
+
+
+def own_net() -> nn.Module:
+    """A student that is named `making:own_net`."""
+    return nn.Conv2d(3, 8, 16, 16)
 
 
 def random_weights(arch: str, path: Path, seed: int = 0) -> Path:

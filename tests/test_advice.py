@@ -18,9 +18,9 @@ from making import TINY_STUDENT
 from eupe.errors import TeacherError
 from eupe.extract import job
 from eupe.extract.actors import cause_of
+from eupe.models import hub as hub_module
+from eupe.models.hub import hub_or_offline
 from eupe.store import Store
-from eupe.teachers import weights as weights_module
-from eupe.teachers.weights import hub_or_offline
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 
@@ -128,7 +128,7 @@ def test_an_option_that_was_typed_is_not_said_to_be_from_a_file(here: Path, run_
 def test_without_a_hub_the_cache_alone_is_asked_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from eupe.teachers.hf_adapter import describe
 
-    weights_module._hub_answers.cache_clear()
+    hub_module._hub_answers.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     began = time.monotonic()
@@ -136,12 +136,12 @@ def test_without_a_hub_the_cache_alone_is_asked_and_at_once(monkeypatch: pytest.
         describe("hf:nobody/nothing")
     assert time.monotonic() - began < 10
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
-    weights_module._hub_answers.cache_clear()
+    hub_module._hub_answers.cache_clear()
 
 
 def test_a_local_directory_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(weights_module, "_hub_answers", lambda endpoint: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub_module, "_hub_answers", lambda endpoint: pytest.fail("the hub was asked"))
     with hub_or_offline(str(tmp_path)):
         assert not huggingface_hub.constants.HF_HUB_OFFLINE
 

@@ -5,6 +5,7 @@ A verb lives in the file of its name. Heavy imports stay inside the verbs, so th
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -20,9 +21,11 @@ from eupe.cli.index import index
 from eupe.cli.plan import plan
 from eupe.cli.run import run_recipe
 from eupe.cli.store import store_app
+from eupe.cli.students import students
 from eupe.cli.teachers import teachers_app
 from eupe.cli.train import train
 from eupe.cli.viz import viz
+from eupe.common.kinds import TRUST_VARIABLE
 from eupe.errors import EupeError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=eupe.__doc__)
@@ -31,6 +34,7 @@ app.add_typer(eval_app, name="eval")
 app.add_typer(store_app, name="store")
 for verb in (index, extract, plan, train):
     app.command()(verb)
+app.command()(students)
 app.command("export")(export_run)
 app.command("run")(run_recipe)
 app.command()(viz)
@@ -63,5 +67,14 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    trust_factory: Annotated[
+        bool,
+        typer.Option(
+            "--trust-factory",
+            envvar=TRUST_VARIABLE,
+            help="Run the function that builds a student if a run, a recipe or a file of options names it.",
+        ),
+    ] = False,
 ) -> None:
-    pass
+    if trust_factory:
+        os.environ[TRUST_VARIABLE] = "1"  # for the processes that a verb starts, too

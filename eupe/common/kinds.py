@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-SummaryKind = Literal["cls", "cls_concat", "attention_pool", "projected", "mean", "pooled", "none"]
+SummaryKind = Literal["cls", "cls_concat", "attention_pool", "projected", "mean", "pooled", "own", "none"]
 """Source of the summary: `cls`, the class token as it leaves the backbone; `cls_concat`, several class tokens side by
 side (RADIO); `attention_pool`, a learned attention pool before any projection; `projected`, either of them after the
 projection to the text space; `mean`, the mean of the dense tokens; `pooled`, the library's own pooled vector before the
-classifier; `none`, no summary."""
+classifier; `own`, the vector that a module from outside the libraries returns beside its map; `none`, no summary."""
 
 DenseKind = Literal["normed", "raw", "last_stage"]
 """Source of the dense tokens: `normed`, after the model's final norm; `raw`, as the library's feature forward gives
@@ -21,3 +21,6 @@ STUDENT_FILE = "student.json"
 WEIGHTS_FILE = "student.safetensors"
 RUN_FILES = (STUDENT_FILE, "options.yaml")
 """Files that mark a training run: its student, once it is finished, and its options, from the beginning."""
+
+TRUST_VARIABLE = "EUPE_TRUST_FACTORY"
+"""Environment variable that `eupe --trust-factory` sets, so that the processes that it starts trust factories, too."""

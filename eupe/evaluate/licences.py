@@ -33,8 +33,8 @@ class Origin:
 def origins(run: Path, spec: RunSpec) -> list[Origin]:
     """Return the origins of a run's student, each once.
 
-    They are the teachers of its targets, the origins of targets that are runs, and those of the run that it was
-    initialised from.
+    They are the teachers of its targets, the origins of targets that are runs, those of the run that it was initialised
+    from, or the library's weights that it started from.
     """
     return list(dict.fromkeys(_origins(run, spec, ())))
 
@@ -60,7 +60,10 @@ def _origins(run: Path, spec: RunSpec, between: tuple[str, ...]) -> Iterator[Ori
             yield from _behind(target["teacher"], run, between)
         else:
             yield Origin(target["teacher"], target["licence"], _names(between))
-    if (start := _began_as(run)) is not None:
+    start, licence = _began_as(run)
+    if start is not None and licence is not None:
+        yield Origin(start, licence, _names(between))
+    elif start is not None:
         yield from _behind(start, run, between)
 
 
@@ -79,9 +82,10 @@ def _names(places: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(Path(place).name for place in places)
 
 
-def _began_as(run: Path) -> str | None:
-    """Return what `--init` named, or None."""
+def _began_as(run: Path) -> tuple[str | None, str | None]:
+    """Return what a run started from, and its licence if it is a library's weights; None for random weights."""
     try:
-        return str(read_json(run / INIT_FILE)["source"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        began = read_json(run / INIT_FILE)
+        return str(began["source"]), began.get("licence")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, None

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from eupe.common.compute import pick_device
 from eupe.errors import TeacherError
 from eupe.models.checkpoints import ALONE, load_state_dict_strictly, read_checkpoint
+from eupe.models.hub import brief, hub_or_offline, quiet_open_clip
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import brief, hub_or_offline, quiet_open_clip
 
 BATCH = 128
 WHOLE_MODEL = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from eupe.models.encoder import Encoder
-from eupe.teachers.weights import brief
+from eupe.models.hub import brief
 
 
 class Graph(nn.Module):

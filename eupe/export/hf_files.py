@@ -19,7 +19,7 @@ from eupe.export.heads import save_heads, say_again
 from eupe.export.hf_names import Native, native
 from eupe.export.source import ForwardFunction, Source, Written
 from eupe.models.encoder_spec import EncoderSpec
-from eupe.teachers.weights import quiet_transformers
+from eupe.models.hub import quiet_transformers
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 WRAPPER = "TimmWrapperModel"

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from eupe.common.kinds import WEIGHTS_FILE
 from eupe.errors import ConfigError, RunError, TeacherError
-from eupe.export.config import ExportConfig
+from eupe.export.config import EXECUTORCH, HF, ONNX, OPENVINO, TIMM, ExportConfig
 from eupe.export.heads import chosen, folded
 from eupe.models.checkpoints import load_state_dict_strictly
-from eupe.models.encoder import Encoder, build_encoder, load_encoder
-from eupe.models.timm_models import timm_spec
-from eupe.teachers.weights import brief
+from eupe.models.encoder import Encoder, build_encoder, encoder_spec, load_encoder
+from eupe.models.hub import brief
+from eupe.models.outside import is_outside
 from eupe.train.init import fitted
 from eupe.train.predict import load_predictors
 from eupe.train.run_spec import HEADS_FILE, NORMS_FILE, RunSpec, finished_run_spec
@@ -73,6 +73,12 @@ def open_source(config: ExportConfig) -> Source:
     """
     spec = finished_run_spec(config.run)
     trained = load_encoder(config.run).eval().requires_grad_(False)
+    if is_outside(trained.spec.arch) and config.format in (TIMM, HF):
+        raise ConfigError(
+            f"--format {config.format} is for students of timm; the weights of {trained.spec.arch} are in "
+            f"{config.run / WEIGHTS_FILE} by the names of its own tensors, for its own code; for a graph that needs "
+            f"none of it, give --format {ONNX}, {OPENVINO} or {EXECUTORCH}"
+        )
     predictors = chosen(load_predictors(config.run), config.heads) if config.heads else []
 
     @torch.inference_mode()
@@ -103,13 +109,13 @@ def _laid_out(trained: Encoder, size: int, config: ExportConfig) -> Encoder:
     arch, own, run = trained.spec.arch, trained.spec.size, config.run
     if size == own:
         return trained
-    timm_spec(arch, size)
+    encoder_spec(arch, size)
     if config.dynamic_size:  # the graph resamples positions itself; resampling twice would give other positions
         return Encoder(replace(trained.spec, size=size), trained.model)
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.random.fork_rng(devices=[]):
-            encoder = build_encoder(arch, size=size).eval().requires_grad_(False)
+            encoder = build_encoder(arch, size=size, known=trained.spec).eval().requires_grad_(False)
         load_state_dict_strictly(encoder.model, fitted(trained.model.state_dict(), encoder.model), source=str(run))
         with torch.inference_mode():  # the trained layout resamples its positions in every pass, so both must agree
             torch.testing.assert_close(encoder(pixels).dense, trained(pixels).dense, rtol=1e-3, atol=1e-3)

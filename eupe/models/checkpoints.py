@@ -6,6 +6,7 @@ A checkpoint is read as one flat table of tensors. Tensors in a nested dict get 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -407,3 +408,13 @@ def describe_misfits(misfits: Mapping[str, list[str]]) -> str:
         for kind, names in misfits.items()
         if names
     )
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the sha256 over name, dtype, shape and bytes of every tensor of the state dict, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        digest.update(plain.view(-1).view(torch.uint8).numpy())  # as bytes, because NumPy has no bfloat16
+    return digest.hexdigest()

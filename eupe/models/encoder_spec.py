@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +20,7 @@ class EncoderSpec:
     """The data that is needed to build an encoder again, and to know its outputs without building it."""
 
     arch: str
-    """timm architecture, with or without a pretrained tag."""
+    """timm architecture, with or without a pretrained tag, or the name of a student from outside timm."""
     size: int
     """Side in pixels of the square input that its position table is laid out for."""
     patch: int
@@ -34,10 +34,13 @@ class EncoderSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     """Per-channel normalisation of RGB in [0, 1]."""
+    origin: Mapping[str, Any] | None = field(default=None, compare=False)
+    """Library, version and configuration or digest of the source of an encoder from outside timm."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec as plain JSON, with tuples as lists."""
-        return to_plain(self)
+        plain = to_plain(self)
+        return {name: value for name, value in plain.items() if name != "origin" or value is not None}
 
     @classmethod
     def from_json(cls, spec: Any) -> EncoderSpec:
@@ -49,7 +52,7 @@ class EncoderSpec:
         if not isinstance(spec, Mapping):
             raise ConfigError(f"an encoder spec must be an object, not {type(spec).__name__}")
         names = {field.name for field in dataclasses.fields(cls)}
-        if wrong := sorted(names ^ set(spec)):
+        if wrong := sorted(names ^ {*spec, "origin"}):
             raise ConfigError(f"an encoder spec has missing or unknown fields: {', '.join(wrong)}")
         if spec["summary"] not in get_args(SummaryKind) or spec["dense"] not in get_args(DenseKind):
             raise ConfigError(f"an encoder spec has unknown kinds: {spec['summary']!r}, {spec['dense']!r}")
@@ -65,6 +68,8 @@ def _is_of_its_kind(name: str, value: Any) -> bool:
     """Return whether a spec's field may have this value; any string passes for a word."""
     if name in ("size", "patch", "dense_dim", "summary_dim", "prefix_tokens"):
         return type(value) is int and value >= (0 if name in ("summary_dim", "prefix_tokens") else 1)
+    if name == "origin":
+        return value is None or isinstance(value, Mapping)
     if name in ("mean", "std"):
         return isinstance(value, tuple) and len(value) == 3 and all(type(v) in (int, float) for v in value)
     return isinstance(value, str)

@@ -73,7 +73,7 @@ def timm_spec(arch: str, size: int | None) -> EncoderSpec:
     Raises: ConfigError for an unknown architecture (suggests similar names), a size that it does not take (suggests
         sizes that it does), or a model whose features are neither tokens nor a map.
     """
-    native = on_paper(arch)
+    native = timm_on_paper(arch)
     config = native.pretrained_cfg
     own, patch = config["input_size"][-1], _patch(native, arch)
     size = size or own
@@ -98,7 +98,7 @@ def timm_spec(arch: str, size: int | None) -> EncoderSpec:
     )
 
 
-def on_paper(arch: str) -> Any:
+def timm_on_paper(arch: str) -> Any:
     """Build a timm architecture at its own size, without weights or memory."""
     with built_on_meta():
         return create_timm(arch)
@@ -311,7 +311,7 @@ def _summary(
             return projected
         case "mean":
             return dense_BhwD.mean(dim=(1, 2))
-        case "none":
+        case "none" | "own":
             return None
 
 

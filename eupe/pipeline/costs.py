@@ -15,8 +15,9 @@ from eupe.corpus.views import parse_views
 from eupe.errors import EupeError
 from eupe.extract.parts import converted_spec, shape_of
 from eupe.extract.plan_on_paper import NOMINAL_SHARES, stored_bytes_per_view
+from eupe.models.encoder import encoder_spec
 from eupe.models.encoder_spec import EncoderSpec, load_encoder_spec
-from eupe.models.timm_models import timm_spec
+from eupe.models.outside import require_trust
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.planned_steps import PlannedStep
 from eupe.pipeline.recipe import Problems
@@ -29,7 +30,7 @@ from eupe.teachers.run_adapter import as_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.train.config import TrainConfig
 from eupe.train.option_files import configs_given
-from eupe.train.run_spec import passes, require_bare_student
+from eupe.train.run_spec import passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,13 +206,13 @@ class Costs:
     def _student(self, planned: PlannedStep, params: Mapping[str, Any]) -> EncoderSpec:
         """Return the spec of the given architecture, or of the run that the student starts from."""
         config, targets = self._config(planned, params)
-        require_bare_student(config)
         (first,) = planned.step.options.get("init", (None,))
         arch = config.student
         if not arch:
             assert first is not None
             arch = (self._students[first.step] if isinstance(first, Ref) else load_encoder_spec(Path(first))).arch
-        return timm_spec(arch, (config.size or self._sizes(targets[0]))[0])
+        require_trust(arch, "this recipe")
+        return encoder_spec(arch, (config.size or self._sizes(targets[0]))[0])
 
     def _sizes(self, target: Word) -> tuple[int, ...]:
         return self._stores[target.step].sizes if isinstance(target, Ref) else open_store(target).spec.sizes

@@ -22,10 +22,11 @@ from eupe.models.checkpoints import (
     require_no_adapter,
     require_readable,
 )
+from eupe.models.hub import at_revision, brief, hub_or_offline, quiet_transformers
 from eupe.models.meta import built_on_meta
 from eupe.teachers.preprocess import NESTED_FILE, UNIT, of_processor, processor_settings, timm_folder
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import at_revision, brief, hub_errors, hub_or_offline, quiet_transformers
+from eupe.teachers.weights import hub_errors
 
 Triple = tuple[float, float, float]
 

@@ -20,13 +20,13 @@ from eupe.corpus.awkward import awkward_pictures
 from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
 from eupe.errors import ConformanceError, EupeError, StorageError
+from eupe.models.hub import brief
 from eupe.models.meta import built_on_meta
 from eupe.teachers.own_forward import OwnModel, built_narrow, fill_at_random, narrow, own_model, save_own
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.teachers.teacher import Teacher, load_teacher
-from eupe.teachers.weights import brief
 
 LEAST = 0.9999
 """Cosine that every token must reach: kernels differ in rounding only."""

@@ -15,9 +15,10 @@ from eupe.common.compute import Tokens
 from eupe.errors import ConfigError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
 from eupe.models.encoder_spec import near
+from eupe.models.hub import quiet_open_clip
 from eupe.models.timm_models import create_timm, timm_spec, timm_tokens
 from eupe.teachers.spec import TeacherSpec, encoder_fields
-from eupe.teachers.weights import hub_errors, quiet_open_clip
+from eupe.teachers.weights import hub_errors
 
 
 def describe(name: str) -> TeacherSpec:

@@ -28,7 +28,9 @@ from eupe.common.reading import read_json
 from eupe.errors import TeacherError
 from eupe.models.checkpoints import read_checkpoint
 from eupe.models.encoder_spec import load_encoder_spec
+from eupe.models.hub import at_revision, quiet_open_clip, quiet_transformers
 from eupe.models.meta import built_on_meta
+from eupe.models.outside import is_outside
 from eupe.teachers.preprocess import (
     OPEN_CLIP_FILE,
     is_model,
@@ -38,7 +40,7 @@ from eupe.teachers.preprocess import (
     timm_folder,
 )
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import at_revision, hub_errors, quiet_open_clip, quiet_transformers
+from eupe.teachers.weights import hub_errors
 
 Prepare = Callable[[NDArray[np.uint8]], Tensor]
 """Function from square pictures [B, S, S, 3] to the pixels [B, 3, S, S] that a library's model takes."""
@@ -182,6 +184,8 @@ def _wrapped_model(folder: Path) -> Any:
 def _run_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnModel:
     directory = Path(spec.model)
     encoder = load_encoder_spec(directory)
+    if is_outside(encoder.arch):
+        raise TeacherError(f"{spec.name} is {encoder.arch}, whose own forward pass is the one that is used")
     model = timm.create_model(encoder.arch, num_classes=0)
     if hasattr(model, "set_input_size"):
         model.set_input_size((encoder.size, encoder.size))

@@ -18,8 +18,8 @@ import numpy as np
 from eupe.common.kinds import STUDENT_FILE
 from eupe.common.reading import read_json
 from eupe.errors import RunError, TeacherError
+from eupe.models.hub import at_revision, brief, hub_or_offline, quiet_transformers
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.weights import at_revision, brief, hub_or_offline, quiet_transformers
 
 Triple = tuple[float, float, float]
 

@@ -10,6 +10,7 @@ from eupe.common.compute import Tokens
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
 from eupe.models.encoder import Encoder, build_encoder, load_encoder
 from eupe.models.encoder_spec import EncoderSpec, load_encoder_spec
+from eupe.models.outside import require_trust
 from eupe.teachers.spec import TeacherSpec, encoder_fields
 
 OWN_LICENCE = "own"
@@ -54,7 +55,8 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Encoder:
     Raises: RunError if the run has no `student.json`; ConfigError if the installed timm does not know its architecture.
     """
     encoder = load_encoder_spec(Path(spec.model))
-    return build_encoder(encoder.arch, size=encoder.size)
+    require_trust(encoder.arch, spec.model)
+    return build_encoder(encoder.arch, size=encoder.size, known=encoder)
 
 
 def tokens(model: nn.Module, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from eupe.common.compute import Tokens, autocast, fastest_format, normalise
 from eupe.errors import TeacherError
-from eupe.models.checkpoints import require_readable
+from eupe.models.checkpoints import require_readable, weights_digest
 from eupe.teachers.spec import Backend, TeacherSpec
-from eupe.teachers.weights import file_digest, weights_digest
+from eupe.teachers.weights import file_digest
 
 __all__ = ["Teacher", "file_digest", "load_teacher", "require_weights", "weights_digest"]
 

@@ -37,8 +37,9 @@ class TrainConfig:
     )
     student: str = option(
         "",
-        "Any timm ViT or CNN, named without a pretrained tag. May be repeated: several students on the same stream, "
-        "with one --out for each.",
+        "Any timm ViT or CNN; NAME.TAG starts from pretrained weights. Or torchvision:NAME, hf:DIR_OR_REPO, or "
+        "PACKAGE.MODULE:FUNCTION, which returns a torch module. May be repeated, with one --out for each: several "
+        "students on the same stream.",
         each=True,
         may_differ=True,
     )
@@ -60,6 +61,12 @@ class TrainConfig:
         recorded_as="init, a digest of the weights",
     )
     """A run brings its heads as well."""
+    pretrained: bool = option(
+        False,
+        "Start from the weights that the student's library has for it, or that its factory returned. A student named "
+        "with a tag of timm's, NAME.TAG, always does, unless --init is given.",
+        recorded_as="pretrained, a digest of the weights",
+    )
     mix: tuple[str, ...] = option(
         (),
         "SHARE:STORE[,STORE...]: another corpus, and the share of the steps that train on it.",
@@ -226,6 +233,8 @@ class TrainConfig:
             wrong.append(f"--out must be a local folder, got {StoragePath.of(self.out)}")
         if not self.targets:
             wrong.append("give at least one store with --targets")
+        if self.pretrained and self.init is not None:
+            wrong.append("--pretrained and --init are two starts; give one of them")
         if not self.student and self.init is None:
             wrong.append("give --student, or a run to start from with --init")
         if self.dtype == "fp16":

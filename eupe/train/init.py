@@ -23,6 +23,7 @@ from eupe.models.checkpoints import (
 )
 from eupe.models.encoder import Encoder
 from eupe.models.encoder_spec import load_encoder_spec
+from eupe.models.pretrained import library_weights
 from eupe.train.run_spec import HEADS_FILE, finished_run_spec, same_teachers
 
 PATCHES = "patch_embed.proj.weight"
@@ -43,6 +44,8 @@ class InitReport:
     """Tensors of the encoder (`reg_token`) and whole heads (`heads.0.summary`) that keep their initialisation."""
     unused: tuple[str, ...]
     """Tensors and heads of the source that were not used, by the source's names."""
+    licence: str | None = None
+    """Licence of a library's weights; None for a run, or a file, which does not say one."""
 
     def __str__(self) -> str:
         """Return one line, with up to five names of each kind."""
@@ -131,6 +134,18 @@ def init_from_weights(path: Path, encoder: Encoder) -> InitReport:
     )
 
 
+def init_from_library(encoder: Encoder) -> InitReport:
+    """Start from the weights that the library of an encoder has for it.
+
+    Raises: ConfigError if they cannot be had, or do not fit.
+    """
+    found = library_weights(encoder.spec.arch, encoder.spec.size)
+    load_state_dict_strictly(encoder.model, found.state, source=found.name)
+    return InitReport(
+        source=found.name, num_tensors=len(found.state), share=1.0, fresh=(), unused=(), licence=found.licence
+    )
+
+
 def fitted(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Return the tensors with patch embedding and positions resampled if only the patch or the grid differs."""
     resampled, places = dict(state), model.state_dict()
@@ -148,7 +163,7 @@ def fitted(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 def _check_same_model(run: Path, encoder: Encoder) -> None:
     """Raise RunError if the two models differ in anything but their input size."""
-    got, expected = (spec.to_json() | {"size": None} for spec in (load_encoder_spec(run), encoder.spec))
+    got, expected = (spec.to_json() | {"size": None, "origin": None} for spec in (load_encoder_spec(run), encoder.spec))
     if different := [f"{key}: got {got[key]}, expected {expected[key]}" for key in got if got[key] != expected[key]]:
         raise RunError(
             f"the student of {run} is a different model ({'; '.join(different)}); give its --student, or another run"

@@ -21,6 +21,7 @@ from eupe.common.option import flag_name, option_types, options_of
 from eupe.common.reading import from_plain, parse_yaml
 from eupe.errors import ConfigError
 from eupe.models.encoder_spec import near
+from eupe.models.outside import require_trust
 from eupe.train.config import TrainConfig
 from eupe.train.run_spec import RunSpec
 
@@ -70,10 +71,10 @@ def configs_given(*, recipe: str | None, config: Path | None, given: Mapping[str
 
     Args:
         given: every flag by name of its field; None or an empty list for one that was not given.
-    Raises: as `train_configs`.
+    Raises: as `train_configs`; ConfigError for a function that builds the student if a file names it, unless trusted.
     """
     options = options_of(TrainConfig)
-    return train_configs(
+    configs = train_configs(
         recipe=recipe,
         config=config,
         flags={name: given[name] for name, option in options.items() if option.in_files and not option.each},
@@ -82,6 +83,10 @@ def configs_given(*, recipe: str | None, config: Path | None, given: Mapping[str
         outs=given["out"] or [],
         resume=given["resume"],
     )
+    if not given["student"]:
+        for each in configs:
+            require_trust(each.student, f"--config {config}")
+    return configs
 
 
 def train_options(*, recipe: str | None, config: Path | None, flags: Mapping[str, Any], init: bool = False) -> Options:

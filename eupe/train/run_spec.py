@@ -20,9 +20,11 @@ from eupe.common.kinds import WEIGHTS_FILE
 from eupe.common.option import options_of
 from eupe.common.reading import read_json
 from eupe.errors import ConfigError, RunError
-from eupe.models.encoder import check_student, has_batch_norm
+from eupe.models.encoder import check_student, has_batch_norm, on_paper
 from eupe.models.encoder_spec import load_encoder_spec, near, why_no_run
-from eupe.models.timm_models import has_rope, on_paper
+from eupe.models.outside import is_factory, require_trust, source_digest
+from eupe.models.pretrained import library_weights
+from eupe.models.timm_models import has_rope
 from eupe.store import Store
 from eupe.store.layout import KINDS
 from eupe.train.config import (
@@ -179,8 +181,7 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunSpec:
         lacks a size; if the batch exceeds the training views of a corpus; or if a corpus holds out no picture.
     """
     targets = corpora[0]
-    require_bare_student(config)
-    student = config.student or load_encoder_spec(_run(config.init)).arch
+    student = config.student or _student_of(_run(config.init))
     sizes = config.size or targets.stores[0].spec.sizes[:1]
     check_student(student, sizes, views=config.batch_size // (config.num_workers * config.accumulate))
     target_sizes = [config.target_size or (nearest_size(store, sizes[0]),) for store in targets.stores]
@@ -202,6 +203,8 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunSpec:
         "target_size": target_sizes,
         "weight": parse_weights(config.weight, specs),
         "init": None if config.init is None else _digest(config.init),
+        "pretrained": library_weights(student, sizes[0]).digest if is_pretrained(config) else None,
+        "source": source_digest(student) if is_factory(student) else None,
     }
     method = begun_method(config.out)
     decisive |= encoder_schedule(config, specs, method)
@@ -260,14 +263,17 @@ def encoder_schedule(
 ) -> dict[str, float | str | None]:
     """Return the options that protect the encoder; None for each that treats the encoder as the heads.
 
-    By default an encoder from `--init` is protected from heads that start from random weights: their first gradients
+    By default an encoder from weights is protected from heads that start from random weights: their first gradients
     are noise and would ruin it, and so would statistics of these views in batch norms whose weights hardly move.
 
     Args:
         targets: as in `RunSpec.targets`.
         method: the run's method version; methods 1 and 2 protect nothing by default.
     """
-    protected = method > 2 and config.init is not None and has_fresh_heads(config.init, targets, config.head_width)
+    from_weights = is_pretrained(config)
+    if config.init is not None:
+        from_weights = has_fresh_heads(config.init, targets, config.head_width)
+    protected = method > 2 and from_weights
     frozen, mult, norms = config.freeze_encoder, config.encoder_lr_mult, config.batch_norms
     if frozen is None:
         frozen = FROZEN_SHARE if protected else 0.0
@@ -367,10 +373,11 @@ def advice(config: TrainConfig, spec: RunSpec, corpora: Sequence[TargetSet]) -> 
         notes.append(f"{spec.config['student']} has no rotary position embedding, so --rope-rescale changes nothing")
     if any(getattr(config, name) is None and spec.config[name] is not None for name in PROTECTION):
         notes.append(
-            f"the encoder starts from {config.init}, but heads start from random weights, whose gradients could ruin "
-            f"it: it is frozen in the first {frozen_steps(spec)} of {spec.total_steps} steps, and then trained at "
-            f"{encoder_lr_mult(spec):g} of the learning rate, with {spec.config['batch_norms'] or RUNNING_NORMS} batch "
-            "norms (--freeze-encoder, --encoder-lr-mult, --batch-norms)"
+            f"the encoder starts from {config.init or 'pretrained weights'}, but heads start from random weights, "
+            f"whose gradients could ruin it: it is frozen in the first {frozen_steps(spec)} of {spec.total_steps} "
+            f"steps, and then trained at {encoder_lr_mult(spec):g} of the learning rate, with "
+            f"{spec.config['batch_norms'] or RUNNING_NORMS} batch norms (--freeze-encoder, --encoder-lr-mult, "
+            "--batch-norms)"
         )
     if config.init is not None and is_run(config.init):
         before = read_run_spec(config.init)
@@ -400,22 +407,29 @@ def passes_note(views: str, times: float) -> str:
     return note
 
 
-def require_bare_student(config: TrainConfig) -> None:
-    """Raise ConfigError if the student names pretrained weights that it would not start from.
+def is_pretrained(config: TrainConfig) -> bool:
+    """Return whether a student starts from the weights of its library, or of the function that builds it.
 
-    A tag is allowed with `--init`, where it says which mean and deviation the weights were trained with. A run that was
-    begun with a tag before tags were refused may be resumed.
+    With `--init`, a tag only says which mean and deviation the weights were trained with. A run that was begun with a
+    tag when a tag did not yet mean weights goes on as it began.
     """
-    arch, tag = split_model_name_tag(config.student)
-    if not tag or config.init is not None or not is_model(arch):
-        return
+    _, tag = split_model_name_tag(config.student)
+    if config.init is not None or not (config.pretrained or (tag and is_model(config.student))):
+        return False
     with suppress(RunError):
-        if read_run_spec(config.out).config.get("student") == config.student:
-            return
-    raise ConfigError(
-        f"--student {config.student} names pretrained weights ({tag}), but a student starts from random ones; give "
-        f"--student {arch}, or also give these weights as a file with --init"
-    )
+        begun = read_run_spec(config.out).config
+        return config.pretrained or begun.get("student") != config.student or begun.get("pretrained") is not None
+    return True
+
+
+def _student_of(run: Path) -> str:
+    """Return the name of a run's student, which the run says, not the user.
+
+    Raises: ConfigError for a function that is not trusted.
+    """
+    student = load_encoder_spec(run).arch
+    require_trust(student, str(run))
+    return student
 
 
 def _require_same_teacher(store: Store, first: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from eupe.models.timm_models import rescale_rope
 from eupe.store.layout import KINDS
 from eupe.train.checkpoint import Trainables, forget_after, load_checkpoint, on_cpu, save_checkpoint, save_tensors
 from eupe.train.config import TrainConfig
-from eupe.train.init import InitReport, init_from_run, init_from_weights
+from eupe.train.init import InitReport, init_from_library, init_from_run, init_from_weights
 from eupe.train.log import Rates, TrainStatus
 from eupe.train.model import Distiller, Ema, build_distiller
 from eupe.train.parallel import World, forget_gathered, gradients_kept_local, whole
@@ -67,6 +68,8 @@ class Trainer:
         self.initialised: InitReport | None = None
         if config.init is not None:
             self.initialised = self._initialise(config.init)
+        elif spec.config.get("pretrained") is not None:
+            self.initialised = init_from_library(self.distiller.encoder)
         # FSDP2 shards contiguous tensors only
         if method_of(spec) > 2 and not config.shard:
             self.distiller.use_memory_format(fastest_format(self.distiller.encoder.model))
@@ -269,12 +272,17 @@ def freeze_unused(distiller: Distiller) -> None:
     """
     kinds = {kind for kinds in distiller.kinds for kind in kinds}
     spec = distiller.encoder.spec
-    if kinds == set(KINDS):
+    outside = spec.origin is not None  # such a model may hold layers that no output depends on, as a pooler
+    if kinds == set(KINDS) and not outside:
         return
-    with built_on_meta():
-        model = build_encoder(spec.arch, size=spec.size).train()
-    with torch.device("meta"):
-        # on the meta device a backward pass costs nothing and shows which parameters get a gradient
+    if outside:
+        # a copy, as this changes running statistics; not on the meta device, which modules of others may not know
+        model, where = copy.deepcopy(distiller.encoder).train().cpu(), torch.device("cpu")
+    else:
+        where = torch.device("meta")  # a backward pass costs nothing there, and shows which parameters get a gradient
+        with built_on_meta():
+            model = build_encoder(spec.arch, size=spec.size).train()
+    with where, torch.random.fork_rng(devices=[]):
         tokens = vars(model(torch.zeros(2, 3, spec.size, spec.size)))
         torch.autograd.backward([tokens[kind].sum() for kind in sorted(kinds)])
     unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
@@ -331,7 +339,7 @@ def recompute_activations(distiller: Distiller) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:
         raise ConfigError(
-            f"--recompute: timm cannot recompute the activations of {distiller.encoder.spec.arch}; leave it out"
+            f"--recompute: the activations of {distiller.encoder.spec.arch} cannot be recomputed by timm; leave it out"
         ) from error
 
 

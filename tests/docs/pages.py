@@ -41,6 +41,12 @@ def commands(page: str) -> list[str]:
     return [command for block in blocks(page) if block.language == "bash" for command in block.commands()]
 
 
+def listing(page: str, language: str) -> str:
+    """A page's only block in a language, which the reader keeps as a file."""
+    (body,) = (block.body for block in blocks(page) if block.language == language)
+    return body
+
+
 def program(page: str) -> str:
     """A page's Python blocks as one."""
     return "\n".join(block.body for block in blocks(page) if block.language == "python")

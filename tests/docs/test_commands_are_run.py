@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from pages import PAGES, commands, has_anything_to_run, unmarked_commands
+from pages import PAGES, commands, has_anything_to_run, listing, unmarked_commands
 from presupposed import reader_environment, take
 from walking import NOT_RUN, Walk
 
@@ -169,6 +169,18 @@ TRIPS = {
         leaves=("rendered/scenes.json", "tiny/scenes.json"),
     ),
     "docs/store.md": Trip(takes=("store/dinov2.zarr=store/dinov2-s.zarr",), says={"eupe store convert": "done; "}),
+    "docs/students.md": Trip(
+        takes=("imagenet", "store/proxy.zarr"),
+        files={"nets.py": listing("docs/students.md", "py")},
+        smaller={
+            "--epochs 10": STEPS,
+            "resnet18.a1_in1k": "test_vit.r160_in1k",
+            "--size 224": "--size 56",
+            "eupe --trust-factory eval knn": "eupe --trust-factory eval knn --size 64",
+        },
+        says={"eupe students mobile": "mobilenetv4_conv_small.e", "PYTHONPATH=. eupe --trust-factory eval": "accuracy"},
+        leaves=("runs/better/init.json", "runs/dino/student.json", "own-onnx/model.onnx"),
+    ),
     "docs/teachers.md": Trip(says={"eupe teachers dinov2": "antialiases"}),
     "docs/training.md": Trip(
         takes=(

@@ -158,12 +158,12 @@ def test_what_teachers_and_students_refuse_is_told_before_anything_runs(
     wrong = "x: {extract: {teacher: dinov2, corpus: photos, size: 100}}"
     unknown = "b: {train: {targets: a, student: vit_tinny}}"
     after = "c: {extract: {teacher: b, corpus: photos}}"
-    tagged = "d: {train: {targets: a, student: test_vit.r160_in1k}}"
+    tagged = "d: {train: {targets: a, student: test_vit.nonsense}}"
     (tmp_path / "r.yaml").write_text(recipe(STORE, wrong, unknown, after, tagged))
     outcome = run_eupe("run", "r.yaml")
     assert outcome.code == 2
     assert "r.yaml has 3 mistakes" in outcome.err
-    assert "steps.d.train: --student test_vit.r160_in1k names pretrained weights" in " ".join(outcome.err.split())
+    assert "steps.d.train: timm has no weights 'test_vit.nonsense'" in " ".join(outcome.err.split())
     assert "steps.x.extract: size 100 does not work for teacher dinov2-s" in " ".join(outcome.err.split())
     assert "steps.b.train: " in outcome.err and "vit_tinny" in outcome.err
     (tmp_path / "r.yaml").write_text(recipe(STORE))

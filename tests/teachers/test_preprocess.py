@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 from transformers import AutoImageProcessor, CLIPImageProcessor, Dinov2Config, Dinov2Model
 
 from eupe.errors import TeacherError
+from eupe.models.checkpoints import weights_digest
 from eupe.models.encoder import build_encoder, save_encoder
 from eupe.teachers import hf_adapter, preprocess
 from eupe.teachers.library_check import compare
@@ -24,7 +25,6 @@ from eupe.teachers.own_forward import built_narrow, fill_at_random, narrow, save
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher, require_weights
-from eupe.teachers.weights import weights_digest
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
 SIZE = 56

@@ -15,8 +15,7 @@ from torch import nn
 from eupe.common.compute import fastest_format, normalise
 from eupe.evaluate.subject import EncoderSubject, open_subjects
 from eupe.models.checkpoints import read_metadata
-from eupe.models.encoder import build_encoder
-from eupe.models.timm_models import on_paper
+from eupe.models.encoder import build_encoder, on_paper
 from eupe.store import Store
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher

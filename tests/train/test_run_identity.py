@@ -45,6 +45,7 @@ def with_and_without(name: str, config: TrainConfig, corpus: Path) -> tuple[Trai
         "drop": {"targets": (folder / "store.zarr", folder / "other.zarr")},
         "epochs": {"steps": None},
         "shard": {"num_workers": 2},
+        "pretrained": {"student": "making:own_net"},
         "sync_batch_norm": {"num_workers": 2, "student": "test_resnet"},
     }
     special: dict[str, Any] = {
@@ -83,7 +84,7 @@ def test_an_option_makes_another_run_unless_its_field_says_why_not(
     differences = specs[0].differences(specs[1])
     assert bool(differences) != bool(OPTIONS[name].indifferent)
     assert (name in specs[0].config) == (not OPTIONS[name].indifferent and not OPTIONS[name].recorded_as) or (
-        name == "init"
+        name in ("init", "pretrained")
     ), "an option is recorded itself, or as something else"
 
 
