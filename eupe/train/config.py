@@ -18,6 +18,7 @@ NORMALISATIONS = (STANDARD, PHI_S, NONE)
 VIEW_ORDERS = ("all", "cycle", "draw")
 FROZEN_SHARE, ENCODER_LR_MULT = 0.2, 0.1
 """Protection of an encoder from `--init` under heads that are not: their first gradients would ruin it."""
+BANK_SIZE, BANK_TEMPERATURE = 1024, 0.07
 FROZEN_NORMS, RUNNING_NORMS = BATCH_NORMS = "frozen", "running"
 
 HOW_DIVIDED = "how the work is divided"
@@ -155,6 +156,34 @@ class TrainConfig:
         choices=NORMALISATIONS,
         may_differ=True,
     )
+    relational: float | None = option(
+        None,
+        "Weight of a loss on the similarities of the summaries that a worker takes at once: the student's own, each "
+        "target's.",
+        unset="0",
+        above=0,
+        may_differ=True,
+    )
+    gram: float | None = option(
+        None,
+        "Weight of a loss on the similarities of a view's cells: the student's own, each target's.",
+        unset="0",
+        above=0,
+        may_differ=True,
+    )
+    bank: float | None = option(
+        None,
+        "Weight of a loss on the similarities to summaries of other views, drawn from the cache once.",
+        unset="0",
+        above=0,
+        may_differ=True,
+    )
+    bank_size: int | None = option(
+        None, "Number of summaries in that bank.", unset=str(BANK_SIZE), least=2, may_differ=True
+    )
+    bank_temperature: float | None = option(
+        None, "Divides the similarities to the bank.", unset=f"{BANK_TEMPERATURE:g}", above=0, may_differ=True
+    )
     drop: float = option(
         0.0,
         "Probability of dropping a target's loss for a view; the largest is never dropped.",
@@ -233,6 +262,8 @@ class TrainConfig:
             wrong.append(f"--out must be a local folder, got {StoragePath.of(self.out)}")
         if not self.targets:
             wrong.append("give at least one store with --targets")
+        if self.bank is None and (self.bank_size is not None or self.bank_temperature is not None):
+            wrong.append("--bank-size and --bank-temperature belong to --bank; give it a weight, or leave them out")
         if self.pretrained and self.init is not None:
             wrong.append("--pretrained and --init are two starts; give one of them")
         if not self.student and self.init is None:

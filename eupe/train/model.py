@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from eupe.common.compute import Tokens, autocast, compute_dtype, normalise
 from eupe.models.encoder import Encoder, build_encoder
 from eupe.store.layout import DENSE, SUMMARY
-from eupe.train.config import FROZEN_NORMS
+from eupe.train.config import BANK_SIZE, BANK_TEMPERATURE, FROZEN_NORMS
 from eupe.train.losses import dense_loss, draws, keep_teachers, match_grids, summary_loss
 from eupe.train.normalise import Normaliser, normalisers
+from eupe.train.relations import BANK, RELATIONS, related, summary_bank
 from eupe.train.run_spec import RunSpec, loss_weights, method_of
 from eupe.train.targets import Batch, Request, TargetBatch, TargetSet
 
@@ -60,6 +61,10 @@ Predictions = list[tuple[Tensor | None, Tensor | None]]
 """Per target: summary [B, Ds] and dense [B, h, w, D], both normalised, dense on the student's grid."""
 
 
+Banks = list[dict[int, Tensor]]
+"""Per target and input size: normalised summaries [N, Ds] of other views; empty for a target without summary."""
+
+
 @dataclass(frozen=True)
 class Losses:
     """Losses of one batch of B views."""
@@ -67,19 +72,26 @@ class Losses:
     total: Tensor
     """float32 scalar with gradient: weighted losses, summed over targets and kinds, averaged over views."""
     each: list[dict[str, Tensor]]
-    """Per target and kind of token: the mean over views, not weighted, without gradient."""
+    """Per target and kind of token or relation: the mean over views, not weighted, without gradient."""
 
 
 class Distiller(nn.Module):
     """The student, one pair of heads per target, and the targets' normalisers."""
 
     def __init__(
-        self, spec: RunSpec, encoder: Encoder, norms: list[dict[int, dict[str, Normaliser]]], *, dtype: torch.dtype
+        self,
+        spec: RunSpec,
+        encoder: Encoder,
+        norms: list[dict[int, dict[str, Normaliser]]],
+        *,
+        dtype: torch.dtype,
+        banks: Banks | None = None,
     ) -> None:
         """Build the heads for a student and the targets of a spec.
 
         Args:
             norms: normalisers per target, by input size and kind of token.
+            banks: see `summary_banks`; None if the spec has no such loss.
         """
         super().__init__()
         self.encoder = encoder
@@ -89,6 +101,7 @@ class Distiller(nn.Module):
             for target in spec.targets
         )
         self.norms = norms
+        self.banks = banks or [{} for _ in norms]
         self.dtype = dtype
         self.memory_format = torch.contiguous_format
         """Memory format of the encoder's input."""
@@ -98,6 +111,7 @@ class Distiller(nn.Module):
         """Whether the encoder's batch norms keep their running statistics, and use them in training."""
         self._config = spec.config
         self._weights = loss_weights(spec)
+        self._relations = {name: weight for name in RELATIONS if (weight := spec.config.get(name))}
 
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
         """Lay out the encoder's weights and inputs in a memory format, which changes its speed and its rounding."""
@@ -126,27 +140,35 @@ class Distiller(nn.Module):
 
     def predict(self, pixels_u8_BSSC: Tensor) -> Predictions:
         """Predict every target's tokens from views."""
+        return self._tokens_and_predictions(pixels_u8_BSSC)[1]
+
+    def _tokens_and_predictions(self, pixels_u8_BSSC: Tensor) -> tuple[Tokens, Predictions]:
         spec = self.encoder.spec
         with autocast(self.dtype, pixels_u8_BSSC.device):
             pixels = normalise(pixels_u8_BSSC, spec.mean, spec.std, memory_format=self.memory_format)
             tokens = self.encoder(pixels)
-            return [head(tokens) for head in self.heads]
+            return tokens, [head(tokens) for head in self.heads]
 
     def forward(self, batch: Batch) -> Losses:
         """Compute the losses of a batch on this device."""
-        per_view = [
-            target_losses(prediction, target, norms[target.size])
-            for prediction, target, norms in zip(self.predict(batch.pixels), batch.targets, self.norms, strict=True)
-        ]
+        tokens, predictions = self._tokens_and_predictions(batch.pixels)
+        per_view = []
+        for prediction, target, norms, banks in zip(predictions, batch.targets, self.norms, self.banks, strict=True):
+            teacher = normalised(target, norms[target.size])
+            losses = target_losses(prediction, teacher)
+            if self._relations:
+                bank, heat = banks.get(target.size), self._config["bank_temperature"] or BANK_TEMPERATURE
+                losses |= related(self._relations, tokens, prediction[0], teacher, bank, temperature=heat)
+            per_view.append(losses)
         weighted_TB = torch.stack(
             [
-                torch.stack([weights[kind] * loss_B for kind, loss_B in losses.items()]).sum(dim=0)
+                torch.stack([(weights | self._relations)[name] * loss_B for name, loss_B in losses.items()]).sum(dim=0)
                 for losses, weights in zip(per_view, self._weights, strict=True)
             ]
         )
         if self._config["drop"]:
             weighted_TB = weighted_TB * self._kept(weighted_TB.detach(), batch.request)
-        each = [{kind: loss_B.detach().mean() for kind, loss_B in losses.items()} for losses in per_view]
+        each = [{name: loss_B.detach().mean() for name, loss_B in losses.items()} for losses in per_view]
         return Losses(weighted_TB.sum(dim=0).mean(), each)
 
     def _kept(self, losses_TB: Tensor, request: Request) -> Tensor:
@@ -170,22 +192,43 @@ def build_distiller(spec: RunSpec, targets: TargetSet, device: torch.device) -> 
         for store, sizes in zip(targets.stores, spec.target_sizes, strict=True)
     ]
     dtype = compute_dtype(spec.config["dtype"], device)
-    return Distiller(spec, encoder, norms, dtype=dtype).to(device).eval()
+    banks = summary_banks(spec, targets, norms) if spec.config.get(BANK) else None
+    return Distiller(spec, encoder, norms, dtype=dtype, banks=banks).to(device).eval()
 
 
-def target_losses(
-    prediction: tuple[Tensor | None, Tensor | None], target: TargetBatch, norms: dict[str, Normaliser]
-) -> dict[str, Tensor]:
-    """Return the paper's losses for one target, float32 [B] each.
+def summary_banks(spec: RunSpec, targets: TargetSet, norms: list[dict[int, dict[str, Normaliser]]]) -> Banks:
+    """Draw a bank of cached summaries for each target that has any, and each size, normalised."""
+    count, seed = spec.config["bank_size"] or BANK_SIZE, spec.config["seed"]
+    return [
+        {
+            size: kinds[SUMMARY](
+                summary_bank(targets, i, size, count=count, seed=seed).to(kinds[SUMMARY].centre.device)
+            )
+            for size, kinds in sizes.items()
+            if SUMMARY in kinds
+        }
+        for i, sizes in enumerate(norms)
+    ]
 
-    They are computed on normalised features, dense ones on the larger of the two grids.
+
+def normalised(target: TargetBatch, norms: dict[str, Normaliser]) -> dict[str, Tensor]:
+    """Return a target's tokens as the losses compare them, by kind: [B, Ds] and [B, h, w, D]."""
+    stored = {SUMMARY: target.summary, DENSE: target.dense}
+    return {kind: norms[kind](tokens) for kind, tokens in stored.items() if tokens is not None}
+
+
+def target_losses(prediction: tuple[Tensor | None, Tensor | None], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the paper's losses for one target, float32 [B] each, dense ones on the larger of the two grids.
+
+    Args:
+        teacher: the target's normalised tokens by kind.
     """
     summary, dense = prediction
     losses: dict[str, Tensor] = {}
-    if summary is not None and target.summary is not None:
-        losses[SUMMARY] = summary_loss(summary, norms[SUMMARY](target.summary))
-    if dense is not None and target.dense is not None:
-        losses[DENSE] = dense_loss(*match_grids(dense, norms[DENSE](target.dense)))
+    if summary is not None and SUMMARY in teacher:
+        losses[SUMMARY] = summary_loss(summary, teacher[SUMMARY])
+    if dense is not None and DENSE in teacher:
+        losses[DENSE] = dense_loss(*match_grids(dense, teacher[DENSE]))
     return losses
 
 

@@ -36,6 +36,7 @@ from eupe.train.config import (
     TrainConfig,
     parse_mix,
 )
+from eupe.train.relations import RELATIONS
 from eupe.train.targets import HoldoutBy, TargetSet
 
 CONFIG_FILE = "config.json"
@@ -191,6 +192,7 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunSpec:
             _require_sizes(store, wanted)
     mixes = parse_mix(config.mix, num_targets=len(config.targets))
     specs = tuple(target_spec(store) for store in targets.stores)
+    _require_tokens_for_relations(config, specs)
     decisive = {
         name: getattr(config, name)
         for name, option in options_of(TrainConfig).items()
@@ -211,6 +213,8 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunSpec:
     # method 1 had no such keys; without them the specs of its runs still compare equal
     if method > 1:
         decisive[METHOD] = method
+        if config.relational is not None:
+            decisive["relational_views"] = config.batch_size // (config.num_workers * config.accumulate)
         if config.photometric == "eupe":
             _require_plain_colours(corpora)
         if has_batch_norm(on_paper(student)):
@@ -332,6 +336,13 @@ def frozen_steps(spec: RunSpec) -> int:
 def encoder_lr_mult(spec: RunSpec) -> float:
     """Return the factor of the learning rate for the encoder."""
     return float(spec.config.get("encoder_lr_mult") or 1.0)
+
+
+def _require_tokens_for_relations(config: TrainConfig, targets: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ConfigError if a loss on relations has no target with the tokens that it compares."""
+    for name, kind in RELATIONS.items():
+        if getattr(config, name) is not None and not any(target[f"{kind}_dim"] for target in targets):
+            raise ConfigError(f"--{name} compares {kind} tokens, but no target has any; leave it out")
 
 
 def _require_plain_colours(corpora: Sequence[TargetSet]) -> None:

@@ -286,6 +286,14 @@ class TargetSet:
         )
         return Batch(request, pixels, targets, keys)
 
+    def read_summaries(self, store: int, views: Views, *, size: int) -> NDArray[np.float32]:
+        """Read the summaries of views from one store, as its teacher gave them, [B, Ds].
+
+        Raises: PartCorruptError.
+        """
+        rows = self._rows[store][views[:, 0]].tolist()
+        return np.asarray(self.stores[store].read_summaries(rows, views[:, 1].tolist(), size=size), np.float32)
+
     def _pixel_store(self, size: int) -> int | None:
         """Return the index of a store that keeps the views' pixels at a size; None if pictures are decoded."""
         if self.corpus_given:

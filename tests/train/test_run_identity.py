@@ -45,6 +45,8 @@ def with_and_without(name: str, config: TrainConfig, corpus: Path) -> tuple[Trai
         "drop": {"targets": (folder / "store.zarr", folder / "other.zarr")},
         "epochs": {"steps": None},
         "shard": {"num_workers": 2},
+        "bank_size": {"bank": 1.0},
+        "bank_temperature": {"bank": 1.0},
         "pretrained": {"student": "making:own_net"},
         "sync_batch_norm": {"num_workers": 2, "student": "test_resnet"},
     }
