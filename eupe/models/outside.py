@@ -383,7 +383,7 @@ def _hf(student: str, config: Any, size: int) -> nn.Module:
         with quiet_transformers():
             kind = hf_class(config)
             model = kind.from_config(config, trust_remote_code=False)
-            if not _interpolates(model) and getattr(config, "image_size", size) != size:
+            if getattr(config, "image_size", size) != size and not _takes(model, size):
                 config.image_size = size
                 model = kind.from_config(config, trust_remote_code=False)
     except Exception as error:  # the library refuses in many ways
@@ -392,6 +392,18 @@ def _hf(student: str, config: Any, size: int) -> nn.Module:
         raise ConfigError(f"{student} is no model of pictures alone: its input is {model.main_input_name}")
     built: nn.Module = model
     return built
+
+
+def _takes(model: nn.Module, size: int) -> bool:
+    """Return whether a model of Transformers takes pictures of a size that is not its configuration's."""
+    try:
+        with torch.inference_mode():
+            _output(HF, model.eval(), torch.zeros(1, 3, size, size))
+    except Exception:  # the library refuses in many ways
+        return False
+    finally:
+        model.train()
+    return True
 
 
 def hf_class(config: Any) -> Any:

@@ -225,6 +225,16 @@ def test_sizes_and_views_are_tried_before_anything_is_trained(nets: Path) -> Non
         check_student(cnn, [32], views=1)
 
 
+@pytest.mark.parametrize("kind", ["ViTConfig", "Dinov2WithRegistersConfig"])
+def test_positions_of_another_size_are_resampled_and_stay_the_library_s(kind: str, tmp_path: Path) -> None:
+    """So pretrained weights fit at every size."""
+    folder = saved(tmp_path / "model", kind, {**CONFIGS[kind][0], "image_size": 112})
+    encoder = build_encoder(f"hf:{folder}", size=64)
+    cells = 112 // encoder.spec.patch
+    assert encoder.model.state_dict()["embeddings.position_embeddings"].shape[1] == cells**2 + 1
+    assert tokens(encoder, pictures())[1].shape[1:3] == (64 // encoder.spec.patch,) * 2
+
+
 def test_clip_is_no_model_of_pictures_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no model of pictures alone: its input is input_ids"):
         encoder_spec(f"hf:{saved(tmp_path / 'clip', 'CLIPConfig', {})}", 64)
