@@ -16,6 +16,7 @@ from eupe.common.compute import fastest_format, pick_device
 from eupe.common.storage import AnyPath
 from eupe.errors import RunError
 from eupe.models.encoder import load_encoder
+from eupe.models.outside import require_trust
 from eupe.train.model import Distiller, build_distiller
 from eupe.train.run_spec import (
     CONFIG_FILE,
@@ -101,6 +102,7 @@ def open_run(path: Path, *, corpus: AnyPath | None = None) -> Run:
     targets.check_views()
     device = pick_device()
     encoder = load_encoder(path)
+    require_trust(spec.config["student"], str(path / CONFIG_FILE))  # it may name another than the student's file does
     distiller = build_distiller(spec, targets, device)
     try:
         distiller.encoder.load_state_dict(encoder.state_dict())

@@ -155,6 +155,21 @@ def test_a_file_s_word_runs_no_code_without_trust(
     assert outcome.code == 0, outcome.err
 
 
+def test_neither_file_of_a_run_runs_code_without_trust(
+    tiny_store: Store, own_module: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRUST_VARIABLE, "0")
+    run = own_module.parent / "run"
+    words = ("train", "--targets", tiny_store.path, "--student", "test_vit", "--out", run, *FEW)
+    assert run_eupe(*words).code == 0
+    spec = json.loads((run / "config.json").read_text())
+    spec["config"]["student"] = "detector:backbone"
+    (run / "config.json").write_text(json.dumps(spec))
+    own_module.write_text("raise SystemExit('run!')")
+    outcome = run_eupe("eval", "agreement", run)
+    assert outcome.code == 2 and "is built by detector:backbone, which is code" in " ".join(outcome.err.split())
+
+
 def weights_of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """What to type for a student with pretrained weights, which its library has fetched before; and these weights."""
     if name == "timm":
