@@ -38,7 +38,7 @@ TEACHER = "test_vit"
 
 @dataclass(frozen=True)
 class Row:
-    """What became of the smallest model of a file."""
+    """The outcome for the smallest model of a file."""
 
     file: str
     arch: str

@@ -49,7 +49,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tokens:
         """Return the tokens of normalised float pixels, in the dtype that the model computes in."""
-        if is_outside(self.spec.arch):
+        if self.spec.origin is not None:
             return outside_tokens(self.model, pixels_BCHW, self.spec)
         return timm_tokens(self.model, pixels_BCHW, summary=self.spec.summary, dense=self.spec.dense)
 
@@ -120,8 +120,7 @@ def load_encoder(directory: Path) -> Encoder:
         weights = safetensors.torch.load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{directory} holds no readable {WEIGHTS_FILE} ({error})") from error
-    if is_outside(spec.arch):
-        require_trust(spec.arch, str(directory))
+    require_trust(spec.arch, str(directory))
     try:
         encoder = _rebuilt(spec, weights, source=str(directory / WEIGHTS_FILE))
         _check_answer(spec, encoder)

@@ -82,6 +82,11 @@ def quiet_open_clip() -> Iterator[None]:
         logging.disable(before)
 
 
+def named(error: BaseException) -> str:
+    """Return the type of a library's error, and its message as `brief` gives it."""
+    return f"{type(error).__name__}: {brief(error)}"
+
+
 def brief(error: BaseException) -> str:
     """Return a library's error message on one line, cut to about 200 characters."""
     words = " ".join(str(error).split()) or type(error).__name__

@@ -26,7 +26,7 @@ from eupe.common.compute import Tokens
 from eupe.common.kinds import LOCAL_DIR, TRUST_VARIABLE, SummaryKind
 from eupe.errors import ConfigError
 from eupe.models.encoder_spec import EncoderSpec, near
-from eupe.models.hub import at_revision, brief, hub_or_offline, quiet_transformers
+from eupe.models.hub import at_revision, hub_or_offline, named, quiet_transformers
 
 TORCHVISION, HF = "torchvision:", "hf:"
 FACTORY = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
@@ -77,8 +77,7 @@ def build_outside(student: str, size: int, known: EncoderSpec | None = None) -> 
     if student.startswith(TORCHVISION):
         return torchvision_model(student.removeprefix(TORCHVISION), size)
     if student.startswith(HF):
-        config = hf_config(student) if known is None or known.origin is None else _config_from(known.origin["config"])
-        return _hf(student, config, size)
+        return _hf(student, hf_config(student, known), size)
     return _made(student)
 
 
@@ -221,7 +220,7 @@ def _looked_at(student: str, model: nn.Module, pixels: Tensor) -> tuple[Tokens, 
         output = _output(student, model, pixels)
     except Exception as error:  # models refuse in many ways
         raise ConfigError(
-            f"{student} does not take pictures of {size} px ({_named(error)}); give another --size"
+            f"{student} does not take pictures of {size} px ({named(error)}); give another --size"
         ) from error
     try:
         summary, dense = _parts(output)
@@ -354,27 +353,25 @@ def _quiet_torchvision() -> Iterator[None]:
 # --- Transformers ----------------------------------------------------------------------------------------------------
 
 
-def hf_config(student: str) -> Any:
-    """Return the configuration of a model in a directory or on the hub; its own code is never run.
+def hf_config(student: str, known: EncoderSpec | None = None) -> Any:
+    """Return the configuration of a model in a directory or on the hub, or that an earlier encoder was built from.
+
+    The model's own code is never run.
 
     Raises: ConfigError if there is none.
     """
     from transformers import AutoConfig
 
+    if known is not None and known.origin is not None:
+        return AutoConfig.for_model(**known.origin["config"])
     place, revision = at_revision(student.removeprefix(HF))
     try:
         with quiet_transformers(), hub_or_offline(place):
             return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     except Exception as error:  # the library refuses in many ways
         raise ConfigError(
-            f"--student {student} has no configuration that Transformers reads ({_named(error)})"
+            f"--student {student} has no configuration that Transformers reads ({named(error)})"
         ) from error
-
-
-def _config_from(plain: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**plain)
 
 
 def _hf(student: str, config: Any, size: int) -> nn.Module:
@@ -387,9 +384,9 @@ def _hf(student: str, config: Any, size: int) -> nn.Module:
                 config.image_size = size
                 model = kind.from_config(config, trust_remote_code=False)
     except Exception as error:  # the library refuses in many ways
-        raise ConfigError(f"{student} cannot be built by Transformers ({_named(error)})") from error
+        raise ConfigError(f"{student} cannot be built by Transformers ({named(error)})") from error
     if getattr(model, "main_input_name", None) != "pixel_values":
-        raise ConfigError(f"{student} is no model of pictures alone: its input is {model.main_input_name}")
+        raise ConfigError(f"{student} does not take pictures alone: its input is {model.main_input_name}")
     built: nn.Module = model
     return built
 
@@ -439,7 +436,7 @@ def _function(student: str) -> Callable[[], Any]:
         found: Any = importlib.import_module(module)
     except Exception as error:  # the module is the user's
         raise ConfigError(
-            f"--student {student}: the module {module} cannot be imported ({_named(error)}); "
+            f"--student {student}: the module {module} cannot be imported ({named(error)}); "
             "install its package, or add its folder to PYTHONPATH"
         ) from error
     for part in name.split("."):
@@ -459,7 +456,7 @@ def _made(student: str) -> nn.Module:
         model = function()
     except Exception as error:  # the function is the user's
         raise ConfigError(
-            f"--student {student} failed ({_named(error)}); it must return a torch.nn.Module "
+            f"--student {student} failed ({named(error)}); it must return a torch.nn.Module "
             "when it is called without arguments"
         ) from error
     if not isinstance(model, nn.Module):
@@ -483,7 +480,3 @@ def source_digest(student: str) -> str | None:
         return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except (TypeError, OSError):
         return None
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {brief(error)}"

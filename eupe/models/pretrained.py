@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eupe.errors import ConfigError
 from eupe.models.checkpoints import weights_digest
-from eupe.models.hub import at_revision, brief, hub_or_offline, quiet_transformers
+from eupe.models.hub import at_revision, hub_or_offline, named, quiet_transformers
 from eupe.models.outside import HF, TORCHVISION, build_outside, hf_class, hf_config, is_outside, torchvision_model
 from eupe.models.timm_models import create_timm, timm_config
 
@@ -47,7 +47,7 @@ def library_weights(student: str, size: int) -> LibraryWeights:
         raise
     except Exception as error:  # libraries, and the way to their hubs, fail in many ways
         raise ConfigError(
-            f"the pretrained weights of {student} cannot be had at {size} px ({type(error).__name__}: {brief(error)}); "
+            f"the pretrained weights of {student} cannot be had at {size} px ({named(error)}); "
             "give them as a file with --init"
         ) from error
     return LibraryWeights(name, licence, model.state_dict(), weights_digest(model))

@@ -227,7 +227,7 @@ def test_sizes_and_views_are_tried_before_anything_is_trained(nets: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["ViTConfig", "Dinov2WithRegistersConfig"])
 def test_positions_of_another_size_are_resampled_and_stay_the_library_s(kind: str, tmp_path: Path) -> None:
-    """So pretrained weights fit at every size."""
+    """Pretrained weights then fit at every size."""
     folder = saved(tmp_path / "model", kind, {**CONFIGS[kind][0], "image_size": 112})
     encoder = build_encoder(f"hf:{folder}", size=64)
     cells = 112 // encoder.spec.patch
@@ -236,7 +236,7 @@ def test_positions_of_another_size_are_resampled_and_stay_the_library_s(kind: st
 
 
 def test_clip_is_no_model_of_pictures_alone(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no model of pictures alone: its input is input_ids"):
+    with pytest.raises(ConfigError, match="does not take pictures alone: its input is input_ids"):
         encoder_spec(f"hf:{saved(tmp_path / 'clip', 'CLIPConfig', {})}", 64)
 
 

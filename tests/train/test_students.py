@@ -171,7 +171,7 @@ def test_neither_file_of_a_run_runs_code_without_trust(
 
 
 def weights_of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """What to type for a student with pretrained weights, which its library has fetched before; and these weights."""
+    """The words for a student with pretrained weights, which its library has fetched before, and these weights."""
     if name == "timm":
         torch.manual_seed(5)
         model = timm.create_model("test_resnet", num_classes=1000)
