@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from eupe.common.storage import StoragePath
 from eupe.corpus.awkward import picture as picture
@@ -119,3 +120,16 @@ def save_siglip_tokenizer(folder: Path) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="</s>", eos_token="</s>")
     made.save_pretrained(folder)
+
+
+def cached_timm(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Put random weights of a model of timm where its hub's library looks for what it has fetched; return them."""
+    torch.manual_seed(5)
+    model = timm.create_model(name.partition(".")[0], num_classes=1000)
+    snapshot = folder / f"hub/models--timm--{name}/snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    save_file(model.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    return model.state_dict()

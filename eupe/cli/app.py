@@ -17,6 +17,7 @@ from eupe.cli.console import err, escaped, out
 from eupe.cli.evaluate import eval_app
 from eupe.cli.export import export_run
 from eupe.cli.extract import extract
+from eupe.cli.finetune import finetune
 from eupe.cli.index import index
 from eupe.cli.plan import plan
 from eupe.cli.run import run_recipe
@@ -32,7 +33,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=eup
 app.add_typer(teachers_app, name="teachers")
 app.add_typer(eval_app, name="eval")
 app.add_typer(store_app, name="store")
-for verb in (index, extract, plan, train):
+for verb in (index, extract, plan, train, finetune):
     app.command()(verb)
 app.command()(students)
 app.command("export")(export_run)

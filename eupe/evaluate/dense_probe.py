@@ -91,7 +91,7 @@ def train_head(
                 step, peak=how.lr, warmup_steps=round(how.warmup * how.steps), total_steps=how.steps
             )
         said = head(tokens.to(device).float())
-        value = loss(_resized(said, truth.shape[1:]), truth.to(device))
+        value = loss(resized(said, truth.shape[1:]), truth.to(device))
         if not torch.isfinite(value):
             raise TrainingError(f"the head's loss is {value.item()} at step {step}; a lower --lr may help")
         optimizer.zero_grad(set_to_none=True)
@@ -142,7 +142,7 @@ def predictions(head: nn.Module, encoded: EncodedViews, read_truth: ReadTruth) -
         covered = torch.zeros(truth.shape, device=device)
         for v in np.flatnonzero(encoded.picture_V == i).tolist():
             x0, y0, x1, y1 = encoded.params[v].box
-            said = _resized(head(encoded.dense[v : v + 1].to(device).float()), (y1 - y0, x1 - x0))[0]
+            said = resized(head(encoded.dense[v : v + 1].to(device).float()), (y1 - y0, x1 - x0))[0]
             said = said.flip(-1) if encoded.params[v].flip else said
             if total is None:
                 total = said.new_zeros(len(said), *truth.shape)
@@ -188,7 +188,8 @@ def require_same_sides(mapped: Mapped, i: int, truth: Truth) -> Truth:
     return truth
 
 
-def _resized(said_BChw: Tensor, sides: tuple[int, ...]) -> Tensor:
+def resized(said_BChw: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """Return a head's output for every pixel, float32 [B, C, H, W], by bilinear interpolation to `sides`."""
     rows_Hh, columns_Ww = (
         interpolation_matrix(before, after, mode="bilinear", device=said_BChw.device)
         for before, after in zip(said_BChw.shape[2:], sides, strict=True)

@@ -10,10 +10,11 @@ cropped or recoloured at random, and test views are not mirrored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from eupe.evaluate.dense_probe import (
 )
 from eupe.evaluate.encode import EncodedViews
 from eupe.evaluate.judged_pictures import windows
-from eupe.evaluate.layouts import NYU_SIDES, DepthUnit, Mapped, depth_split, read_depth, stated_unit, told_unit
+from eupe.evaluate.layouts import NYU_SIDES, DepthUnit, Mapped, Split, depth_split, read_depth, stated_unit, told_unit
 from eupe.evaluate.result import Result
 from eupe.evaluate.subject import Subject, result_of
 from eupe.store.layout import DENSE
@@ -69,6 +70,79 @@ class LinearDepth(nn.Module):
         return (shares * self.bins_m).sum(dim=-1)[:, None]  # type: ignore[operator]
 
 
+@dataclass(frozen=True)
+class DepthMaps:
+    """Pictures with depth maps, of which every one was read."""
+
+    train: Mapped
+    val: Mapped
+    unit: DepthUnit | None
+    max_m: float
+    data: Path
+    ranges: tuple[Range, Range]
+    """Of the training maps, and of those that are judged."""
+
+    def read_train(self, i: int) -> NDArray[np.float32]:
+        """Read the depth of a training picture in metres, [H, W]."""
+        return _read(self.train, self.unit, i)
+
+    def read_val(self, i: int) -> NDArray[np.float32]:
+        """Read the depth of a judged picture in metres, [H, W]."""
+        return _read(self.val, self.unit, i)
+
+    def loss(self, said_B1SS: Tensor, truth_BSS: Tensor) -> Tensor:
+        """Return the scale-invariant loss of predicted depths, over the pixels that count."""
+        return scale_invariant_loss(said_B1SS[:, 0], truth_BSS, max_m=self.max_m)
+
+    def judge(self, head: nn.Module, seen: EncodedViews) -> dict[int, dict[str, float]]:
+        """Return the errors of each judged picture that has pixels that count, by its index; see `depth_errors`.
+
+        Raises: CorpusError if none has any.
+        """
+        errors = {}
+        for i, (said, truth) in zip(
+            np.unique(seen.picture_V).tolist(), predictions(head, seen, self.read_val), strict=True
+        ):
+            judged = _judged(truth, self.val, self.max_m) & torch.isfinite(said[0]).cpu().numpy()
+            if judged.any():
+                errors[i] = depth_errors(said[0].cpu().numpy()[judged], truth[judged])
+        if not errors:
+            raise CorpusError(
+                f"the depth maps of the val split of {self.data} hold nothing between {MIN_M:g} and {self.max_m:g} m"
+            )
+        return errors
+
+    @property
+    def notes(self) -> list[str]:
+        """Return a sentence on the range of each split, so that a wrong unit is noticed."""
+        parts = zip((self.train, self.val), self.ranges, strict=True)
+        return [_told_range(part, self.unit, found) for part, found in parts]
+
+
+def open_depth(
+    data: Path, *, unit: DepthUnit | None = None, max_m: float = MAX_M, limit: int | None = None
+) -> DepthMaps:
+    """Find the depth maps of a data set, their unit and their range; each is read once.
+
+    Args:
+        unit, max_m, limit: see `depth`.
+    Raises: ConfigError if `max_m` is no depth; CorpusError as `depth`.
+    """
+    if not MIN_M < max_m < math.inf:
+        raise ConfigError(f"--max-depth must be above {MIN_M:g} m, and finite, got {max_m:g}")
+    train, val = (depth_split(data, split).limited(limit) for split in get_args(Split))
+    unit = stated_unit(data, unit, train.maps)
+    ranges = tuple(_range(len(part.maps), partial(_read, part, unit), max_m) for part in (train, val))
+    for split, found in zip(get_args(Split), ranges, strict=True):
+        if not found.num_judged:
+            raise CorpusError(
+                f"the depth maps of the {split} split of {data} hold nothing between {MIN_M:g} and {max_m:g} m "
+                f"(found: {found.told}); --depth-unit sets the metres of one step, --max-depth the greatest depth "
+                "that counts"
+            )
+    return DepthMaps(train, val, unit, max_m, data, (ranges[0], ranges[1]))
+
+
 def depth(
     subject: Subject,
     *,
@@ -92,70 +166,35 @@ def depth(
     Raises: CorpusError if a map is missing or differs in size from its picture, or if a split has no depth that
         counts; StoreError, RunError, TeacherError, ConfigError.
     """
-    if not MIN_M < max_m < math.inf:
-        raise ConfigError(f"--max-depth must be above {MIN_M:g} m, and finite, got {max_m:g}")
-    splits = {split: depth_split(data, split).limited(limit) for split in ("train", "val")}
-    train, val = splits["train"], splits["val"]
-    unit = stated_unit(data, unit, train.maps)
-    reads = {split: partial(_read, part, unit) for split, part in splits.items()}
-    ranges = {split: _range(len(part.maps), reads[split], max_m) for split, part in splits.items()}
-    _require_judged(ranges, data, max_m)
+    maps = open_depth(data, unit=unit, max_m=max_m, limit=limit)
+    train, val = maps.train, maps.val
     chosen = subject.size(size, usual=SIZE)
     seen_val, seen_train = (  # the larger split last: if it does not fit in memory, only a short pass is lost
         subject.encode_views(part.pictures, kinds=[DENSE], size=chosen, crop=windows, scratch=scratch)
         for part in (val, train)
     )
     make_head = partial(LinearDepth, min_m=MIN_M, max_m=max_m)
-    head = train_head(make_head, seen_train, reads["train"], partial(_loss, max_m=max_m), training, on_step=on_step)
-    errors = _errors(head, seen_val, reads["val"], val, max_m)
-    if not errors:
-        raise CorpusError(f"the depth maps of the val split of {data} hold nothing between {MIN_M:g} and {max_m:g} m")
+    head = train_head(make_head, seen_train, maps.read_train, maps.loss, training, on_step=on_step)
+    errors = list(maps.judge(head, seen_val).values())
     return result_of(
         subject,
         task="depth",
-        scores={name: float(np.mean([error[name] for error in errors])) for name in errors[0]},
+        scores=depth_measures(errors),
         lower_is_better=True,
         protocol={
             **subject.protocol(chosen),
             **asdict(training),
             "max_m": max_m,
             "crop": val.crop,
-            **({} if unit is None else {"depth_unit": unit.word}),
+            **({} if maps.unit is None else {"depth_unit": maps.unit.word}),
             **val.protocol,
         },
         data={"path": str(data), "train": len(train.maps), "val": len(errors)},
         notes=[
             f"judged: {len(errors):,} pictures of {val.name}, by {len(train.maps):,} of {train.name}",
-            *(_told_range(part, unit, ranges[split]) for split, part in splits.items()),
+            *maps.notes,
         ],
     )
-
-
-def _require_judged(ranges: Mapping[str, Range], data: Path, max_m: float) -> None:
-    """Raise CorpusError if a split has no depth that counts."""
-    for split, found in ranges.items():
-        if not found.num_judged:
-            raise CorpusError(
-                f"the depth maps of the {split} split of {data} hold nothing between {MIN_M:g} and {max_m:g} m "
-                f"(found: {found.told}); --depth-unit sets the metres of one step, --max-depth the greatest depth "
-                "that counts"
-            )
-
-
-def _loss(said_B1SS: Tensor, truth_BSS: Tensor, *, max_m: float) -> Tensor:
-    return scale_invariant_loss(said_B1SS[:, 0], truth_BSS, max_m=max_m)
-
-
-def _errors(
-    head: LinearDepth, seen: EncodedViews, read_truth: ReadTruth, val: Mapped, max_m: float
-) -> list[dict[str, float]]:
-    """Return the errors of each picture that has pixels to judge."""
-    errors = []
-    for said, truth in predictions(head, seen, read_truth):
-        judged = _judged(truth, val, max_m) & torch.isfinite(said[0]).cpu().numpy()
-        if judged.any():
-            errors.append(depth_errors(said[0].cpu().numpy()[judged], truth[judged]))
-    return errors
 
 
 def scale_invariant_loss(metres_BSS: Tensor, truth_BSS: Tensor, *, max_m: float) -> Tensor:
@@ -176,6 +215,11 @@ def depth_errors(metres_N: NDArray[np.float32], truth_N: NDArray[np.float32]) ->
         "abs_rel": float((np.abs(said - true) / true).mean()),
         "delta1": float((np.maximum(said / true, true / said) < 1.25).mean()),
     }
+
+
+def depth_measures(errors: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the means of several pictures' errors."""
+    return {name: float(np.mean([error[name] for error in errors])) for name in errors[0]}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ with the training data's mean and standard deviation.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from eupe.corpus.choice import AS_FOUND, Choice
 from eupe.errors import ConfigError
 from eupe.evaluate.knn import Parts, Summaries, summaries_of
 from eupe.evaluate.result import Result
-from eupe.evaluate.splits import OTHERS, order_labels, tell_protocol
+from eupe.evaluate.splits import OTHERS, Labelled, Splits, few_pictures, order_labels, tell_protocol
 from eupe.evaluate.subject import Subject, result_of
 from eupe.train.targets import is_held_out
 
@@ -202,18 +201,8 @@ def fit_logistic(
 
 
 def few_labels(whole: Summaries, share: float, *, seed: int) -> Summaries:
-    """Return a share of the pictures of each label, at least one of each, with all their views.
-
-    The pictures are drawn by a hash of seed and key, so those of a smaller share are among those of a larger one.
-    """
-    keys_of: dict[str, set[str]] = {}
-    for label, key in zip(whole.labels, whole.pictures, strict=True):
-        keys_of.setdefault(label, set()).add(key)
-    kept: set[str] = set()
-    for keys in keys_of.values():
-        ranked = sorted(keys, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
-        kept.update(ranked[: max(1, round(share * len(keys)))])
-    return _picked(whole, np.array([key in kept for key in whole.pictures]))
+    """Return a share of the pictures of each label with all their views; see `few_pictures`."""
+    return _picked(whole, np.array(few_pictures(whole.labels, whole.pictures, share, seed=seed)))
 
 
 def _told_share(train: Summaries, of_all: Summaries) -> tuple[str, ...]:
@@ -223,12 +212,18 @@ def _told_share(train: Summaries, of_all: Summaries) -> tuple[str, ...]:
 
 def _told(parts: Parts) -> tuple[str, ...]:
     """Return notes on what is judged by what, one sentence each."""
-    whole, train = parts.splits.val, parts.splits.train
-    if train is not None:
-        return tell_protocol(whole, train)
+    train, val = learned_and_judged(parts.splits)
+    return tell_protocol(val, train)
+
+
+def learned_and_judged(splits: Splits) -> tuple[Labelled, Labelled]:
+    """Return the pictures to learn from and those to judge; without splits, a share is judged, by a hash of the key."""
+    whole = splits.val
+    if splits.train is not None:
+        return splits.train, whole
     held_out = [is_held_out(key, VAL_SHARE) for key in whole.pictures.keys]
     judged, rest = ([i for i, held in enumerate(held_out) if held == wanted] for wanted in (True, False))
-    return tell_protocol(replace(whole.pick(judged, ""), unlabelled=whole.unlabelled), whole.pick(rest, OTHERS))
+    return whole.pick(rest, OTHERS), replace(whole.pick(judged, ""), unlabelled=whole.unlabelled)
 
 
 def _split(whole: Summaries, share: float) -> tuple[Summaries, Summaries]:

@@ -7,8 +7,9 @@ randomly resized, mirrored or recoloured, unless they come from a store with sev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from eupe.errors import CorpusError
 from eupe.evaluate.dense_probe import (
-    ReadTruth,
     Training,
     predictions,
     require_same_sides,
@@ -62,6 +62,69 @@ def read_labels(classes: Classes, mapped: Mapped, i: int) -> NDArray[np.int32]:
     return require_same_sides(mapped, i, classes.read(mapped.maps[i]))
 
 
+@dataclass(frozen=True)
+class Masks:
+    """Pictures with masks, of which every one was read."""
+
+    train: Mapped
+    val: Mapped
+    classes: Classes
+    names: tuple[str, ...]
+    """Name of each class; its value in the masks if the data set names none."""
+    data: Path
+
+    def read_train(self, i: int) -> NDArray[np.int32]:
+        """Read the class numbers of a training picture's mask; see `read_labels`."""
+        return read_labels(self.classes, self.train, i)
+
+    def read_val(self, i: int) -> NDArray[np.int32]:
+        """Read the class numbers of a judged picture's mask; see `read_labels`."""
+        return read_labels(self.classes, self.val, i)
+
+    def judge(self, head: nn.Module, seen: EncodedViews) -> tuple[NDArray[np.int64], list[float]]:
+        """Count the pixels of all judged pictures by (label, prediction), [C, C].
+
+        Returns: the counts; for each picture its pixel accuracy, NaN if no pixel of it has a class.
+        Raises: CorpusError if that is so for all pictures.
+        """
+        confusion = np.zeros((self.classes.count, self.classes.count), dtype=np.int64)
+        accuracies = []
+        for logits, labels in predictions(head, seen, self.read_val):
+            found = confusion_in(logits, labels)
+            accuracies.append(pixel_accuracy(found) if found.any() else math.nan)
+            confusion += found
+        if not confusion.sum():
+            raise CorpusError(
+                f"the masks of the val split of {self.data} hold no class at all, only {self.classes.told}"
+            )
+        return confusion, accuracies
+
+
+def open_masks(data: Path, code: MaskCode = CLASS_NUMBERS, *, limit: int | None = None) -> Masks:
+    """Find the masks of a data set, what their values mean, and read each once.
+
+    Args:
+        code, limit: see `segment`.
+    Raises: CorpusError as `segment`.
+    """
+    whole, val = mask_split(data, "train"), mask_split(data, "val").limited(limit)
+    names, train = class_names(data), whole.limited(limit)
+    # without names, all masks decide the number of classes: the head must not depend on `limit`
+    shown = whole if names is None else train
+    classes = find_classes(
+        shown.maps,
+        code,
+        nothing=whole.nothing,
+        names=None if names is None else len(names),
+        data=data,
+        whole=len(shown.maps) == len(whole.maps),
+    )
+    masks = Masks(train, val, classes, names or tuple(code.words(classes.values)), data)
+    require_truth(len(train.maps), masks.read_train)
+    require_truth(len(val.maps), masks.read_val)
+    return masks
+
+
 def segment(
     subject: Subject,
     *,
@@ -82,53 +145,29 @@ def segment(
     Raises: CorpusError if a mask is missing, has another size than its picture, or a class out of range; StoreError,
         RunError, TeacherError, ConfigError.
     """
-    whole, val = mask_split(data, "train"), mask_split(data, "val").limited(limit)
-    names, train = class_names(data), whole.limited(limit)
-    # without names, all masks decide the number of classes: the head must not depend on `limit`
-    shown = whole if names is None else train
-    classes = find_classes(
-        shown.maps,
-        code,
-        nothing=whole.nothing,
-        names=None if names is None else len(names),
-        data=data,
-        whole=len(shown.maps) == len(whole.maps),
-    )
-    read_train, read_val = (partial(read_labels, classes, part) for part in (train, val))
-    require_truth(len(train.maps), read_train)
-    require_truth(len(val.maps), read_val)
+    masks = open_masks(data, code, limit=limit)
+    train, val = masks.train, masks.val
     chosen = subject.size(size, usual=SIZE)
     encoded = {
         part: subject.encode_views(mapped.pictures, kinds=[DENSE], size=chosen, crop=windows, scratch=scratch)
         # val first: if both do not fit, the error comes before the long pass over train
         for part, mapped in (("val", val), ("train", train))
     }
-    make_head = partial(LinearSegmenter, num_classes=classes.count)
-    head = train_head(make_head, encoded["train"], read_train, segmentation_loss, training, on_step=on_step)
-    confusion = _confusion(head, encoded["val"], read_val, classes.count)
-    if not confusion.sum():
-        raise CorpusError(f"the masks of the val split of {data} hold no class at all, only {classes.told}")
+    make_head = partial(LinearSegmenter, num_classes=masks.classes.count)
+    head = train_head(make_head, encoded["train"], masks.read_train, segmentation_loss, training, on_step=on_step)
+    confusion, _ = masks.judge(head, encoded["val"])
     return result_of(
         subject,
         task="segment",
         scores={"miou": mean_iou(confusion), "pixel_accuracy": pixel_accuracy(confusion)},
         protocol={**subject.protocol(chosen), **asdict(training), **code.protocol, **val.protocol},
-        data={"path": str(data), "train": len(train.maps), "val": len(val.maps), "classes": classes.count},
+        data={"path": str(data), "train": len(train.maps), "val": len(val.maps), "classes": masks.classes.count},
         notes=[
             f"judged: {len(val.maps):,} pictures of {val.name}, by {len(train.maps):,} of {train.name}; "
-            f"{classes.count:,} classes (values {classes.told}), {int(confusion.any(axis=1).sum()):,} of them judged"
+            f"{masks.classes.count:,} classes (values {masks.classes.told}), "
+            f"{int(confusion.any(axis=1).sum()):,} of them judged"
         ],
     )
-
-
-def _confusion(head: LinearSegmenter, seen: EncodedViews, read_truth: ReadTruth, num_classes: int) -> NDArray[np.int64]:
-    """Count the pixels of all pictures by (label, prediction), [C, C]."""
-    confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
-    for logits, labels in predictions(head, seen, read_truth):
-        reached = torch.isfinite(logits[0]).cpu().numpy()  # NaN where no view reaches; such pixels do not count
-        predicted = logits.argmax(dim=0).cpu().numpy()
-        confusion += confusion_of(predicted, np.where(reached, labels, IGNORED), num_classes)
-    return confusion
 
 
 def segmentation_loss(logits_BCSS: Tensor, labels_BSS: Tensor) -> Tensor:
@@ -137,6 +176,13 @@ def segmentation_loss(logits_BCSS: Tensor, labels_BSS: Tensor) -> Tensor:
     if (labels == IGNORED).all():
         return logits_BCSS.sum() * 0  # a mean over no pixels is NaN; this zero still has a gradient
     return F.cross_entropy(logits_BCSS, labels, ignore_index=IGNORED)
+
+
+def confusion_in(logits_CHW: Tensor, labels_HW: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Count a picture's pixels by (label, prediction), [C, C]; those that no view reaches have NaN and do not count."""
+    reached = torch.isfinite(logits_CHW[0]).cpu().numpy()
+    predicted = logits_CHW.argmax(dim=0).cpu().numpy()
+    return confusion_of(predicted, np.where(reached, labels_HW, IGNORED), len(logits_CHW))
 
 
 def confusion_of(predicted_HW: NDArray[np.int64], labels_HW: NDArray[np.int32], num_classes: int) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ a number or a word like `set` beside it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -131,6 +132,24 @@ def order_labels(labels: Iterable[str]) -> tuple[str, ...]:
     if all(INTEGER.fullmatch(label) for label in different):
         return tuple(sorted(different, key=lambda label: (int(label.partition(".")[0]), label)))
     return tuple(sorted(different))
+
+
+def few_pictures(labels: Sequence[str], keys: Sequence[str], share: float, *, seed: int) -> list[bool]:
+    """Return which rows are of a share of the pictures of each label, at least one of each.
+
+    The pictures are drawn by a hash of seed and key, so those of a smaller share are among those of a larger one.
+
+    Args:
+        labels, keys: of each row; a picture may have several rows.
+    """
+    keys_of: dict[str, set[str]] = {}
+    for label, key in zip(labels, keys, strict=True):
+        keys_of.setdefault(label, set()).add(key)
+    kept: set[str] = set()
+    for pictures in keys_of.values():
+        ranked = sorted(pictures, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+        kept.update(ranked[: max(1, round(share * len(pictures)))])
+    return [key in kept for key in keys]
 
 
 def labelled_splits(data: AnyPath, taken: Taken = AS_FOUND) -> Splits:

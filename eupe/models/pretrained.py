@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import is_model, split_model_name_tag
 from torch import Tensor, nn
 
 from eupe.errors import ConfigError
@@ -31,6 +32,11 @@ class LibraryWeights:
     state: Mapping[str, Tensor]
     digest: str
     """sha256 of names and values."""
+
+
+def has_tag(student: str) -> bool:
+    """Return whether a student is named with a tag of timm's, NAME.TAG, which stands for its weights."""
+    return bool(split_model_name_tag(student)[1]) and is_model(student)
 
 
 def library_weights(student: str, size: int) -> LibraryWeights:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from eupe.models.checkpoints import (
     read_checkpoint,
     read_tensors,
 )
-from eupe.models.encoder import Encoder
+from eupe.models.encoder import Encoder, build_encoder
 from eupe.models.encoder_spec import load_encoder_spec
 from eupe.models.pretrained import library_weights
 from eupe.train.run_spec import HEADS_FILE, finished_run_spec, same_teachers
@@ -144,6 +145,22 @@ def init_from_library(encoder: Encoder) -> InitReport:
     return InitReport(
         source=found.name, num_tensors=len(found.state), share=1.0, fresh=(), unused=(), licence=found.licence
     )
+
+
+def laid_out(encoder: Encoder, size: int, *, source: str) -> Encoder:
+    """Return an encoder for another input size with the same weights; a position table is resampled as `fitted` does.
+
+    Torch's generator is left as it is.
+
+    Args:
+        source: where the weights are from, for messages.
+    Raises: ConfigError if the architecture does not take the size; RuntimeError, ValueError, TeacherError if the
+        weights do not fit it there.
+    """
+    with torch.random.fork_rng(devices=[]):
+        other = build_encoder(encoder.spec.arch, size=size, known=encoder.spec)
+    load_state_dict_strictly(other.model, fitted(encoder.model.state_dict(), other.model), source=source)
+    return other
 
 
 def fitted(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:

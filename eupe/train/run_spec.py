@@ -14,8 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from timm.models import is_model, split_model_name_tag
-
 from eupe.common.kinds import WEIGHTS_FILE
 from eupe.common.option import options_of
 from eupe.common.reading import read_json
@@ -23,7 +21,7 @@ from eupe.errors import ConfigError, RunError
 from eupe.models.encoder import check_student, has_batch_norm, on_paper
 from eupe.models.encoder_spec import load_encoder_spec, near, why_no_run
 from eupe.models.outside import is_factory, require_trust, source_digest
-from eupe.models.pretrained import library_weights
+from eupe.models.pretrained import has_tag, library_weights
 from eupe.models.timm_models import has_rope
 from eupe.store import Store
 from eupe.store.layout import KINDS
@@ -424,8 +422,7 @@ def is_pretrained(config: TrainConfig) -> bool:
     With `--init`, a tag only says which mean and deviation the weights were trained with. A run that was begun with a
     tag when a tag did not yet mean weights goes on as it began.
     """
-    _, tag = split_model_name_tag(config.student)
-    if config.init is not None or not (config.pretrained or (tag and is_model(config.student))):
+    if config.init is not None or not (config.pretrained or has_tag(config.student)):
         return False
     with suppress(RunError):
         begun = read_run_spec(config.out).config

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-import timm
 import torch
 import torchvision
 import transformers
-from making import TINY_SIZE, make_store
-from safetensors.torch import load_file, save_file
+from making import TINY_SIZE, cached_timm, make_store
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eupe.common.kinds import TRUST_VARIABLE
@@ -173,16 +172,7 @@ def test_neither_file_of_a_run_runs_code_without_trust(
 def weights_of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """The words for a student with pretrained weights, which its library has fetched before, and these weights."""
     if name == "timm":
-        torch.manual_seed(5)
-        model = timm.create_model("test_resnet", num_classes=1000)
-        save_file(model.state_dict(), folder / "weights.safetensors")
-        snapshot = folder / "hub/models--timm--test_resnet.r160_in1k/snapshots" / ("0" * 40)
-        snapshot.mkdir(parents=True)
-        (snapshot.parents[1] / "refs").mkdir()
-        (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-        shutil.copy(folder / "weights.safetensors", snapshot / "model.safetensors")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
-        return ("--student", "test_resnet.r160_in1k"), model.state_dict()
+        return ("--student", "test_resnet.r160_in1k"), cached_timm(folder, "test_resnet.r160_in1k", monkeypatch)
     if name == "torchvision":
         torch.manual_seed(5)
         net = torchvision.models.shufflenet_v2_x0_5()
