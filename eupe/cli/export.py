@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def export_run(
-    run: Annotated[Path, typer.Argument(help="A finished training run.")],
+    run: Annotated[Path, typer.Argument(help="A finished training run, or a model that `eupe finetune` made.")],
     form: Annotated[str, typer.Option("--format", help="timm, hf (for Transformers), onnx, openvino or executorch.")],
     out_path: Annotated[Path, typer.Option("--out", help="The directory to create.")],
     size: Annotated[int | None, typer.Option(help="Side of the input in pixels. Default: the run's.")] = None,
@@ -36,7 +36,7 @@ def export_run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Export a run's student so that other programs can load it, with proof that it is the same model."""
+    """Export a student, or a fine-tuned model, so that other programs can load it, with proof that it is the same."""
     from eupe.export.config import ExportConfig
     from eupe.export.job import export
 

@@ -33,7 +33,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    graph = Graph(source.encoder, source.heads).eval()
+    graph = Graph(source).eval()
     try:
         with quiet():
             traced = torch.export.export(graph, (torch.zeros(1, 3, source.size, source.size),))

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from eupe.models.encoder import Encoder
+from eupe.export.source import Source
 from eupe.models.hub import brief
 
 
 class Graph(nn.Module):
     """A module from pixels to all outputs of an export, in their order."""
 
-    def __init__(self, encoder: Encoder, heads: Mapping[str, nn.Sequential]) -> None:
+    def __init__(self, source: Source) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.heads = nn.ModuleList(heads.values())
-        self.kinds = [name.rpartition(".")[2] for name in heads]
+        self.encoder = source.encoder
+        self.heads = nn.ModuleList(source.heads.values())
+        self.kinds = [source.kinds[name] for name in source.heads]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Compute the summary [B, Ds], dense [B, h, w, D] and each head's output of normalised pixels [B, 3, H, W]."""

@@ -48,7 +48,7 @@ def folded(predictor: KindPredictor) -> nn.Sequential:
     return nn.Sequential(first, norm, activation, said).eval()
 
 
-def save_heads(heads: Mapping[str, nn.Sequential], folder: Path) -> None:
+def save_heads(heads: Mapping[str, nn.Module], folder: Path) -> None:
     """Write `NAME.LAYER.weight` and `.bias` of every head to one file; write no file if there are no heads."""
     tensors = {f"{name}.{tensor}": value for name, head in heads.items() for tensor, value in head.state_dict().items()}
     if tensors:

@@ -18,7 +18,6 @@ from eupe.common.locks import unfinished
 from eupe.common.reading import read_json
 from eupe.corpus.index import open_corpus
 from eupe.errors import ConfigError, ConformanceError, EupeError, StorageError
-from eupe.evaluate.licences import origins
 from eupe.export import executorch_files, hf_files, onnx_files, openvino_files, timm_files
 from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, OPENVINO, TIMM, ExportConfig
 from eupe.export.model_card import write_card
@@ -28,6 +27,8 @@ from eupe.models.hub import brief
 
 RECORD_FILE = "export.json"
 CARD_FILE = "README.md"
+LABELS_FILE = "labels.txt"
+"""Names of a fine-tuned model's classes, one a line, in the order of its logits."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ FORMATS = {
 
 
 def export(config: ExportConfig) -> ExportReport:
-    """Export a finished run's student so that other programs can load it.
+    """Export a finished run's student, or a fine-tuned model, so that other programs can load it.
 
     Raises: ConfigError for settings that cannot work; RunError for a run that cannot be exported; ConformanceError if
         the written model is not the same; StorageError if writing fails. After an error no new directory is left.
@@ -86,8 +87,10 @@ def export(config: ExportConfig) -> ExportReport:
             return kept
         written = _written(source, config, folder)
         proof = _proven(source, config, folder)
-        learned_from = origins(config.run, source.spec)
-        text = write_card(source, config, written, proof, learned_from)
+        if source.classes:
+            labels = "".join(f"{name}\n" for name in source.classes)
+            (folder / LABELS_FILE).write_text(labels, encoding="utf-8", errors="replace")
+        text = write_card(source, config, written, proof)
         (folder / CARD_FILE).write_text(text, encoding="utf-8", errors="replace")
         files = {file.name: file.stat().st_size for file in folder.iterdir()}
         report = ExportReport(
@@ -103,7 +106,7 @@ def export(config: ExportConfig) -> ExportReport:
             torch_ms=proof.torch_ms,
             exported_ms=proof.exported_ms,
             num_bytes=sum(files.values()),
-            licences={origin.name: origin.licence for origin in learned_from},
+            licences={origin.name: origin.licence for origin in source.learned_from},
             notes=list(written.notes),
         )
         _keep(folder / RECORD_FILE, asked, report, proof, files)

@@ -19,37 +19,47 @@ from eupe.export.config import HF, INT8, ExportConfig
 from eupe.export.proof import LEAST, Proof
 from eupe.export.snippets import snippet
 from eupe.export.source import Source, Written
-from eupe.train.run_spec import REPORT_FILE, target_names
+from eupe.finetune.config import CLASSIFY, DEPTH, SEGMENT
+from eupe.train.run_spec import REPORT_FILE, RunSpec, target_names
 
 RECIPE = (
     *("size", "batch_size", "lr", "lr_scaling", "weight_decay", "clip", "rope_rescale", "ema", "normalise", "drop"),
     *("views", "photometric", "seed"),
 )
 """Options that a reader looks for first; the run's options.yaml has all of them."""
+FEATURES = "image-feature-extraction"
+PIPELINES = {CLASSIFY: "image-classification", SEGMENT: "image-segmentation", DEPTH: "depth-estimation"}
+"""The hub's words for the tasks of fine-tuned models."""
+MOST_NAMES = 200
+"""Number of classes that the card names."""
 LONGEST_VALUE = 60
 """Maximum number of characters of a value in a table."""
 
 
-def front_matter(config: ExportConfig, arch: str) -> str:
-    """Return the YAML header that the hub reads."""
+def front_matter(config: ExportConfig, arch: str, pipeline: str) -> str:
+    """Return the YAML header that the hub reads.
+
+    Args:
+        pipeline: the hub's word for what the model does.
+    """
     library = "transformers" if config.format == HF else config.format
     plain = {
         "license": "other",
         "license_name": "licences-of-the-teachers",
         "library_name": library,
-        "pipeline_tag": "image-feature-extraction",
-        "tags": ["eupe", "distillation", "feature-extraction", library, arch],
+        "pipeline_tag": pipeline,
+        "tags": ["eupe", "distillation", pipeline.removeprefix("image-"), library, arch],
     }
     return f"---\n{yaml.safe_dump(plain, sort_keys=False)}---\n"
 
 
-def write_card(source: Source, config: ExportConfig, written: Written, proof: Proof, origins: Sequence[Origin]) -> str:
+def write_card(source: Source, config: ExportConfig, written: Written, proof: Proof) -> str:
     """Return the whole README.
 
     Raises: RunError if the run's own reports cannot be read.
     """
     parts = [
-        front_matter(config, source.encoder.spec.arch),
+        front_matter(config, source.encoder.spec.arch, PIPELINES[source.facts.task] if source.facts else FEATURES),
         f"# {config.out.absolute().name}\n",
         _about(source, written.kind),
         "## Use\n",
@@ -60,11 +70,11 @@ def write_card(source: Source, config: ExportConfig, written: Written, proof: Pr
         "## Verification\n",
         _proof(proof, config.precision),
         "## Teachers and licences\n",
-        _licences(origins),
+        _licences(source.learned_from),
         "## Training\n",
-        _training(source),
+        _training(source.spec) if source.spec else _tuning(source),
         "## Results\n",
-        _measured(source.run),
+        _scores(source) if source.facts else _measured(source.run),
         "## Versions\n",
         _versions(source),
     ]
@@ -72,11 +82,15 @@ def write_card(source: Source, config: ExportConfig, written: Written, proof: Pr
 
 
 def _about(source: Source, kind: str) -> str:
-    spec = source.encoder.spec
-    heads = f"; with the heads of {', '.join(source.heads)}" if source.heads else ""
+    spec, facts = source.encoder.spec, source.facts
+    heads = f"; with the heads of {', '.join(source.heads)}" if source.heads and facts is None else ""
+    made = "distilled from the cached features of vision foundation models"
+    if facts is not None:
+        what = f"{len(facts.classes)} classes" if facts.classes else f"metres up to {facts.max_m:g}"
+        made = f"fine-tuned to {facts.task} ({what}; output `{next(iter(source.heads))}`)"
     return (
-        f"`{spec.arch}` for pictures of {spec.size} px, distilled from the cached features of vision foundation models "
-        f"by [eupe](https://arxiv.org/abs/2603.22387) {eupe.__version__}. This directory: {kind}{heads}.\n\n"
+        f"`{spec.arch}` for pictures of {spec.size} px, {made} by [eupe](https://arxiv.org/abs/2603.22387) "
+        f"{eupe.__version__}. This directory: {kind}{heads}.\n\n"
         f"It gives a summary of {spec.summary_dim} numbers ({spec.summary}) and one token of {spec.dense_dim} numbers "
         f"({spec.dense}) for every {spec.patch} x {spec.patch} pixels.\n"
     )
@@ -108,15 +122,33 @@ def _proof(proof: Proof, precision: str) -> str:
 
 
 def _licences(origins: Sequence[Origin]) -> str:
+    if not origins:
+        return "The weights were random before the training on labels.\n"
     rows = [(origin.name, origin.licence, origin.way) for origin in origins]
     return (
-        "The weights were trained on the features of these models, whose licences bind anyone who uses the weights.\n\n"
+        "The weights come from these models or their features; their licences bind anyone who uses the weights.\n\n"
         + _table(("learned from", "licence", "through"), rows)
     )
 
 
-def _training(source: Source) -> str:
-    spec = source.spec
+def _tuning(source: Source) -> str:
+    assert source.facts is not None
+    chosen = {"start": source.facts.start, **source.facts.data, **source.facts.settings}
+    rows = [(name, json.dumps(value)) for name, value in chosen.items() if value not in (None, False)]
+    return _table(("option", "value"), rows)
+
+
+def _scores(source: Source) -> str:
+    assert source.facts is not None
+    rows = [(name, _number(value)) for name, value in source.facts.scores.items()]
+    text = f"On {source.facts.data['judged']:,} pictures that it did not learn from:\n\n"
+    text += _table(("score", "value"), rows)
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(source.classes[:MOST_NAMES]))
+    more = ", ..." if len(source.classes) > MOST_NAMES else ""
+    return text + (f"\nClasses, in the order of the logits (`labels.txt`): {names}{more}.\n" if names else "")
+
+
+def _training(spec: RunSpec) -> str:
     chosen = [(name, json.dumps(spec.config[name])) for name in RECIPE if spec.config.get(name) is not None]
     targets = [
         (name, f"`{target['fingerprint']}`", str(target["summary_dim"]), str(target["dense_dim"]))
@@ -168,7 +200,8 @@ def _held_out(report: Path) -> list[tuple[str, str, str, str]]:
 
 
 def _versions(source: Source) -> str:
-    trained: Mapping[str, str] = source.spec.versions
+    of = source.spec or source.facts
+    trained: Mapping[str, str] = {} if of is None else of.versions
     said = ", ".join(f"{name} {version}" for name, version in trained.items()) or "unknown versions"
     return f"Trained with {said}; exported with eupe {eupe.__version__}, timm {timm.__version__}.\n"
 

@@ -6,6 +6,8 @@ Shapes: B pictures, H W pixels, h w cells, D width of a token.
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
     if config.dynamic_size:
         _require_other_sizes(source)
     path = folder / GRAPH_FILE
-    graph = Graph(source.encoder, source.heads).eval()
+    graph = Graph(source).eval()
     halved = HalfGraph(graph) if config.precision == FP16 else None
     model = (graph if halved is None else halved.inner).encoder.model
     with quiet(), traced_rotary(model) if config.dynamic_size else nullcontext():
@@ -69,7 +71,7 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
     if config.precision == INT8:
         with quiet():
             notes.append(quantise(path, source, lambda graph: _asking(graph, source.outputs), config.calibrate))
-    opset = _strip(path)
+    opset = _strip(path, source.classes)
     onnx.checker.check_model(str(path), full_check=True)
     if config.dynamic_size:
         notes.append(f"Height and width may be any multiples of {source.encoder.spec.patch} pixels.")
@@ -93,8 +95,12 @@ def _require_other_sizes(source: Source) -> None:
             ) from error
 
 
-def _strip(path: Path) -> int:
-    """Remove the exporter's metadata, such as paths of source files, and return the graph's opset."""
+def _strip(path: Path, classes: Sequence[str]) -> int:
+    """Remove the exporter's metadata, such as paths of source files, and return the graph's opset.
+
+    Args:
+        classes: names that become the only metadata, a JSON list, if there are any.
+    """
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)  # weights above 2 GB stay in their own file
@@ -102,6 +108,8 @@ def _strip(path: Path) -> int:
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
+    if classes:
+        onnx.helper.set_model_props(model, {"classes": json.dumps(classes)})
     onnx.save(model, str(path))
     return int(next(each.version for each in model.opset_import if not each.domain))
 

@@ -8,6 +8,7 @@ from eupe.export.config import EXECUTORCH, HF, ONNX, OPENVINO, TIMM, ExportConfi
 from eupe.export.hf_files import native_of
 from eupe.export.source import Source
 from eupe.export.timm_files import dense_lines
+from eupe.finetune.config import CLASSIFY, SEGMENT
 
 HEADS = """
 heads = load_file(f"{DIR}/heads.safetensors")
@@ -29,6 +30,8 @@ def snippet(source: Source, config: ExportConfig) -> str:
     The lines that load the export come first, so that the rest can be run again for each picture.
     """
     once, each = WRITERS[config.format](source)
+    if source.facts is not None:
+        return f"{_lines(_named(once, source))}\n{_lines([*each, *_answer(source)])}"
     if not source.heads or config.format not in (TIMM, HF):
         return f"{_lines(once)}\n{_lines(each)}"
     imports = once.index("")
@@ -37,17 +40,36 @@ def snippet(source: Source, config: ExportConfig) -> str:
     return f"{_lines(once)}{HEADS}{_lines([*each, 'teachers = {', *asked, '}'])}"
 
 
+def _named(once: list[str], source: Source) -> list[str]:
+    """Return lines that also read the names of the classes, if there are any."""
+    names = ['classes = open(f"{DIR}/labels.txt", encoding="utf-8").read().splitlines()'] if source.classes else []
+    return [*once, *names]
+
+
+def _answer(source: Source) -> list[str]:
+    """Return lines that tell the answer of a fine-tuned model for the first picture."""
+    assert source.facts is not None
+    if source.facts.task == CLASSIFY:
+        return ["answer = classes[int(logits[0].argmax())]"]
+    if source.facts.task == SEGMENT:
+        return [
+            "answer = [[classes[int(cell.argmax())] for cell in row] for row in logits[0]]  # a class for each cell"
+        ]
+    return ["answer = depth[0, :, :, 0]  # metres, for each cell"]
+
+
 def _lines(lines: Sequence[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
 def _timm(source: Source) -> tuple[list[str], list[str]]:
+    without_head = "" if source.facts else ", num_classes=0"
     once = [
         "import timm",
         "import torch",
         "from PIL import Image",
         "",
-        'model = timm.create_model(f"local-dir:{DIR}", pretrained=True, num_classes=0).eval()',
+        f'model = timm.create_model(f"local-dir:{{DIR}}", pretrained=True{without_head}).eval()',
         "prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
     ]
     each = [
@@ -56,6 +78,7 @@ def _timm(source: Source) -> tuple[list[str], list[str]]:
         "    features = model.forward_features(pixels)",
         "    summary = model.forward_head(features, pre_logits=True)",
         *(f"    {line}" for line in dense_lines(source.encoder.spec, source.encoder.model)),
+        *(["    logits = model.forward_head(features)"] if source.facts else []),
     ]
     return once, each
 
@@ -87,6 +110,7 @@ def _hf(source: Source) -> tuple[list[str], list[str]]:
 
 def _onnx(source: Source) -> tuple[list[str], list[str]]:
     teachers = ", ".join(f'"{name}"' for name in source.heads)
+    heads = _variables(source)
     once = [
         "import numpy as np",
         "import onnxruntime",
@@ -97,12 +121,13 @@ def _onnx(source: Source) -> tuple[list[str], list[str]]:
     each = [
         *_prepared(source),
         'summary, dense = session.run(["summary", "dense"], {"pixels": pixels})',
-        *([f'teachers = session.run([{teachers}], {{"pixels": pixels}})'] if source.heads else []),
+        *([f'{heads} = session.run([{teachers}], {{"pixels": pixels}})'] if source.heads else []),
     ]
     return once, each
 
 
 def _openvino(source: Source) -> tuple[list[str], list[str]]:
+    heads = _variables(source)
     once = [
         "import numpy as np",
         "import openvino",
@@ -115,13 +140,14 @@ def _openvino(source: Source) -> tuple[list[str], list[str]]:
         *_prepared(source),
         'answers = model({"pixels": pixels})',
         'summary, dense = answers["summary"], answers["dense"]',
-        *([f"teachers = [answers[name] for name in {list(source.heads)}]"] if source.heads else []),
+        *([f"{heads} = [answers[name] for name in {list(source.heads)}]"] if source.heads else []),
     ]
     return once, each
 
 
 def _executorch(source: Source) -> tuple[list[str], list[str]]:
-    outputs = "summary, dense, *teachers" if source.heads else "summary, dense"
+    teachers = ", *teachers" if source.heads else ""
+    outputs = "summary, dense" + (f", {', '.join(source.heads)}" if source.facts else teachers)
     once = [
         "import numpy as np",
         "import torch",
@@ -131,6 +157,11 @@ def _executorch(source: Source) -> tuple[list[str], list[str]]:
         'method = Runtime.get().load_program(f"{DIR}/model.pte").load_method("forward")',
     ]
     return once, [*_prepared(source), f"{outputs} = method.execute([torch.from_numpy(pixels)])"]
+
+
+def _variables(source: Source) -> str:
+    """Return the left side of an assignment of the outputs of all heads: a list, or a variable for each answer."""
+    return ", ".join(source.heads) + "," if source.facts else "teachers"
 
 
 def _prepared(source: Source) -> list[str]:

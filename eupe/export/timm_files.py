@@ -7,6 +7,7 @@ loads the same directory as a `TimmWrapperModel`.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import eupe
+from eupe.errors import ConfigError
 from eupe.export.config import ExportConfig
 from eupe.export.heads import save_heads, say_again
 from eupe.export.source import ForwardFunction, Source, Written
@@ -32,33 +34,50 @@ def write(source: Source, config: ExportConfig, folder: Path) -> Written:
 
     Raises: OSError, SafetensorError.
     """
-    plain = hub_config(source.encoder.spec, source.encoder.model)
+    plain = hub_config(source.encoder.spec, source.encoder.model, source.classes)
     (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=2) + "\n")
-    weights = {name: tensor.contiguous() for name, tensor in source.encoder.model.state_dict().items()}
+    weights = dict(source.encoder.model.state_dict())
+    if source.facts is None:
+        save_heads(source.heads, folder)
+    else:
+        weights |= _classifier(source, plain["pretrained_cfg"]["classifier"])
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    save_heads(source.heads, folder)
     return Written(f"timm {plain['architecture']}")
+
+
+def _classifier(source: Source, place: object) -> dict[str, Tensor]:
+    """Return a fine-tuned classifier's head by the name that timm has for the last layer of the architecture.
+
+    Raises: ConfigError if it has no such layer.
+    """
+    if not isinstance(place, str):
+        raise ConfigError(f"timm's {source.encoder.spec.arch} has no single classifier; give --format onnx")
+    (head,) = source.heads.values()
+    return {f"{place}.{name}": tensor for name, tensor in head.state_dict().items()}
 
 
 def reopen(source: Source, folder: Path) -> ForwardFunction:
     """Load the directory with timm as a user would; return a function that runs its model."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    tuned = source.facts is not None
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **({} if tuned else {"num_classes": 0})).eval()
 
     @torch.inference_mode()
     def forward(pixels: Tensor) -> dict[str, Tensor]:
         features = model.forward_features(pixels)
         summary = model.forward_head(features, pre_logits=True)
         tokens = {"summary": summary, "dense": dense_of(source.encoder.spec, model, features, pixels)}
-        return tokens | say_again(folder, tokens)
+        return tokens | ({name: model(pixels) for name in source.heads} if tuned else say_again(folder, tokens))
 
     return forward
 
 
-def hub_config(spec: EncoderSpec, model: Any) -> dict[str, Any]:
+def hub_config(spec: EncoderSpec, model: Any, classes: Sequence[str] = ()) -> dict[str, Any]:
     """Return timm's config.json of the hub, which says how to build the architecture and how to prepare pictures.
 
     Args:
         model: a timm model of the architecture, laid out for `spec.size`.
+        classes: names of what its last layer tells apart; none if it has no such layer.
     """
     arch, own_args = in_stock_timm(spec.arch.split(".")[0])
     default = model.pretrained_cfg
@@ -70,7 +89,8 @@ def hub_config(spec: EncoderSpec, model: Any) -> dict[str, Any]:
         args["global_pool"] = pool
     return {
         "architecture": arch,
-        "num_classes": 0,
+        "num_classes": len(classes),
+        **({"label_names": list(classes)} if classes else {}),
         "num_features": model.num_features,
         **({"global_pool": args["global_pool"]} if "global_pool" in args else {}),
         **({"model_args": args} if args else {}),
@@ -84,7 +104,7 @@ def hub_config(spec: EncoderSpec, model: Any) -> dict[str, Any]:
             "crop_mode": "center",
             "mean": list(spec.mean),
             "std": list(spec.std),
-            "num_classes": 0,
+            "num_classes": len(classes),
             "pool_size": None,
             "first_conv": default.get("first_conv"),
             "classifier": default.get("classifier"),

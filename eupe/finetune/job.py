@@ -29,6 +29,7 @@ from eupe.finetune.model import FineTuned, TaskFacts, save_model
 from eupe.finetune.results import Gain, Row, Trial, gains, rows
 from eupe.finetune.start import SCRATCH, WEIGHTS, Start, open_starts
 from eupe.finetune.tasks import Judged, Task
+from eupe.train.run_spec import library_versions
 
 ASKED_FILE = "finetune.json"
 REPORT_FILE = "report.json"
@@ -194,6 +195,7 @@ def _made(
         settings={**_settings(config), "label_share": share, "seed": seed},
         scores=judged.scores,
         data={"path": config.data, "learned": len(places), "judged": len(task.judged)},
+        versions=library_versions(),
     )
     save_model(model, facts, folder)
     write_file(folder / CURVE_FILE, "".join(f"{json.dumps(point)}\n" for point in curve))

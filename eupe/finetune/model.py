@@ -59,6 +59,8 @@ class TaskFacts:
     """On the judged pictures; the first is compared."""
     data: Mapping[str, Any]
     """Location of the pictures, and how many were learned from and judged."""
+    versions: Mapping[str, str]
+    """Of the libraries that decided the outcome."""
 
 
 class FineTuned(nn.Module):

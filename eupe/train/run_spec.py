@@ -159,6 +159,11 @@ def finished_run_spec(run: Path) -> RunSpec:
     return spec
 
 
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that train."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+
+
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
@@ -226,7 +231,7 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunSpec:
         ),
         pictures=tuple(hashlib.sha256("\0".join(corpus.keys).encode()).hexdigest() for corpus in corpora),
         total_steps=_total_steps(config, corpora, mixes),
-        versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+        versions=library_versions(),
     )
 
 
