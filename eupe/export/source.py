@@ -87,8 +87,13 @@ def open_source(config: ExportConfig) -> Source:
         heads that it does not have, or a format that has no place for its head.
     """
     if (config.run / ASKED_FILE).exists():
-        models = sorted(path.parent.name for path in config.run.glob(f"*/{TASK_FILE}"))
-        raise ConfigError(f"{config.run} holds several fine-tuned models; give one of them: {', '.join(models)}")
+        models = sorted(path.parent for path in config.run.glob(f"*/{TASK_FILE}"))
+        if len(models) != 1:
+            raise ConfigError(
+                f"{config.run} holds {len(models)} fine-tuned models; give one of them, such as "
+                f"{', '.join(map(str, models[:3])) or 'one that `eupe finetune` has finished'}"
+            )
+        config = replace(config, run=models[0])
     return _finetuned(config) if is_finetuned(config.run) else _of_run(config)
 
 

@@ -22,6 +22,7 @@ HEADLINES: Mapping[str, Sequence[str]] = {
     "extract": ("num_views", "stored_bytes", "num_failed"),
     "store convert": ("num_views", "stored_bytes"),
     "train": ("steps", "normalised"),
+    "finetune": ("mean",),
     "eval report": (),
     "export": ("least", "num_bytes"),
 }

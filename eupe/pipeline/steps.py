@@ -8,20 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm.models import is_model
+
 from eupe.errors import EupeError
 from eupe.evaluate.subject import PIXELS
+from eupe.models.outside import is_outside
 from eupe.pipeline.recipe import Problems, RawStep, Recipe
 from eupe.pipeline.verbs import Option, Verb
 from eupe.teachers.resolve import resolve_teacher
 
-STORE, RUN = "store", "run"
-MAKES = {"extract": STORE, "store convert": STORE, "train": RUN}
+STORE, RUN, TUNED = "store", "run", "fine-tuned model"
+MAKES = {"extract": STORE, "store convert": STORE, "train": RUN, "finetune": TUNED}
 """Kinds of output that later steps can take, by verb; outputs of other verbs cannot be taken."""
 TAKES = {
     "teacher": (RUN,),
     "targets": (STORE,),
     "init": (RUN,),
-    "run": (RUN,),
+    "run": (RUN, TUNED),
+    "subject": (RUN,),
     "path": (STORE,),
     "subjects": (STORE, RUN),
     "stores": (STORE,),
@@ -29,7 +33,7 @@ TAKES = {
     "items": (STORE, RUN),
 }
 """Options and arguments that may name an earlier step, and the kinds of output that the step must make."""
-GIVEN = {"out": ("extract", "store convert", "train"), "json": (), "resume": ()}
+GIVEN = {"out": ("extract", "store convert", "train", "finetune"), "json": (), "resume": ()}
 """Options that the pipeline sets itself, with the verbs; without verbs, for all."""
 
 
@@ -142,6 +146,8 @@ def _outside(option: str, word: str) -> str | None:
     if (
         option == "init" and "/" in word
     ):  # weights that are not there yet, like those of teachers; a step has no such name
+        return None
+    if option == "subject" and (is_outside(word) or is_model(word.partition(".")[0])):
         return None
     if option not in ("teacher", "items", "subjects"):
         return f"there is no file or folder {word}, either"

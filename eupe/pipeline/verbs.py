@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-STEPS = ("extract", "train", "eval", "export", "viz", "store convert", "store stats", "store verify")
+STEPS = ("extract", "train", "finetune", "eval", "export", "viz", "store convert", "store stats", "store verify")
 """Verbs, and groups of verbs, that a step may use."""
 
 

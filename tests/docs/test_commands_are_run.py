@@ -107,6 +107,22 @@ TRIPS = {
         ahead=LANGUAGE_MODEL,
         leaves=("tiny-timm/README.md", "tiny-timm/export.json", "tiny-onnx/model.onnx", "weights.safetensors"),
     ),
+    "docs/finetune.md": Trip(
+        takes=("runs/tiny", "labelled", "ADEChallengeData2016", "nyu"),
+        smaller={
+            "eupe finetune": "eupe finetune --epochs 0.5",
+            "resnet18.a1_in1k": "test_vit.r160_in1k",
+            "mobilenetv4_conv_small": "test_vit2",
+            "--size 128": "--size 64",
+        },
+        says={"eupe finetune runs/tiny --data labelled --label-share": "weights are better than random ones by"},
+        leaves=(
+            *(f"tuned/{name}" for name in ("finetune.json", "report.json", "report.html")),
+            *(f"tuned/weights-1-0/{name}" for name in ("student.json", "student.safetensors", "head.safetensors")),
+            *(f"tuned/weights-1-0/{name}" for name in ("task.json", "judged.json", "curve.jsonl")),
+            *("app/model.onnx", "app/labels.txt", "few-labels/scratch-0.1-2/task.json"),
+        ),
+    ),
     "docs/gallery.md": Trip(
         takes=(
             *("runs/proxy=demo-out/proxy-274602a3", "runs/tiny=demo-out/student-ba566ef4"),

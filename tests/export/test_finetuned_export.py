@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_the_code_on_the_card_answers_as_the_model_does(
     form: str, task: str, models: Callable[[str], Path], tmp_path: Path, run_eupe: Callable[..., Any]
 ) -> None:
     model, out = models(task), tmp_path / "out"
-    done = run_eupe("export", model, "--format", form, "--out", out, "--json")
+    done = run_eupe("export", model.parent, "--format", form, "--out", out, "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
     assert list(report["outputs"]) == ["summary", "dense", OUTPUT[task]]
@@ -92,11 +93,13 @@ def test_formats_without_a_place_for_a_head_are_refused(
     models: Callable[[str], Path], tmp_path: Path, run_eupe: Callable[..., Any]
 ) -> None:
     classify, segment = models("classify"), models("segment")
+    several = shutil.copytree(classify.parent, tmp_path / "several")
+    shutil.copytree(classify, several / "weights-1-1")
     cases = [
         ((classify, "--format", "hf"), "or timm"),
         ((segment, "--format", "timm"), "fine-tuned to segment; give --format onnx"),
         ((classify, "--format", "onnx", "--heads", "all"), "--heads is for the targets of a run"),
-        ((classify.parent, "--format", "onnx"), "give one of them: weights-1-0"),
+        ((several, "--format", "onnx"), "holds 2 fine-tuned models; give one of them"),
     ]
     for words, told in cases:
         done = run_eupe("export", *words, "--out", tmp_path / "out")

@@ -96,3 +96,25 @@ steps:
     shown = run_eupe("run", "r.yaml").out
     (row,) = [line for line in shown.splitlines() if line.split()[:1] == ["portable"]]
     assert "cached" in row and "summary least 1" in row
+
+
+def test_a_run_is_fine_tuned_and_the_model_exported_both_named_after_their_keys() -> None:
+    recipe = (
+        RECIPE
+        + """
+  tuned: {finetune: {subject: student, data: photos, epochs: 2, label-share: [0.1, 1], from-scratch: true}}
+  app: {export: {run: tuned, format: onnx, out: app}}
+  other: {finetune: {subject: resnet18.a1_in1k, data: photos}}
+"""
+    )
+    steps = plan(recipe)
+    tuned = steps["tuned"]
+    assert tuned.output == Path(f"out/tuned-{tuned.key[:8]}")
+    assert tuned.command() == [
+        *("finetune", str(steps["student"].output), "--data", "photos", "--epochs", "2"),
+        *("--label-share", "0.1", "--label-share", "1", "--from-scratch", "--out", str(tuned.output), "--json"),
+    ]
+    assert str(tuned.output) in steps["app"].command()
+    assert plan(recipe.replace("epochs: 2", "epochs: 3"))["app"].key != steps["app"].key
+    (told,) = problems_of(recipe.replace("resnet18.a1_in1k", "studnet"))
+    assert "there is no earlier step 'studnet'; did you mean student?" in told
