@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,14 +72,15 @@ def smallest(archs: list[str]) -> tuple[str, int]:
 
 
 def fitting_size(arch: str) -> int:
-    """Return a small size that an architecture takes, or else its own.
+    """Return a small size that an architecture takes, or else its own, or one near it.
 
     Raises: ConfigError if it takes none.
     """
-    try:
-        return timm_spec(arch, SIDE).size
-    except EupeError:
-        return timm_spec(arch, None).size
+    own = int(timm_on_paper(arch).pretrained_cfg["input_size"][-1])
+    for size in (SIDE, own, 256):
+        with suppress(EupeError):
+            return timm_spec(arch, size).size
+    return timm_spec(arch, None).size
 
 
 def tried(file: str, archs: list[str], store: Path, folder: Path) -> Row:

@@ -12,7 +12,8 @@ classifier; `own`, the vector that a module from outside the libraries returns b
 
 DenseKind = Literal["normed", "raw", "last_stage"]
 """Source of the dense tokens: `normed`, after the model's final norm; `raw`, as the library's feature forward gives
-them, if the model has no final norm; `last_stage`, a CNN's last stage before its head convolution."""
+them, if the model has no final norm; `last_stage`, a CNN's last stage before its head convolution, or that of a model
+whose features are no map."""
 
 LOCAL_DIR = "local-dir:"
 """Prefix of a directory's path, which timm takes in place of an architecture."""

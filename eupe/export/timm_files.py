@@ -115,12 +115,13 @@ def hub_config(spec: EncoderSpec, model: Any, classes: Sequence[str] = ()) -> di
 
 def dense_of(spec: EncoderSpec, model: Any, features: Tensor, pixels: Tensor) -> Tensor:
     """Return dense tokens [B, h, w, D] from timm's features of pictures, using timm alone; see `dense_lines`."""
+    if spec.dense == "last_stage":
+        last_stage: Tensor = model.forward_intermediates(pixels, indices=1)[1][0]
+        return last_stage.permute(0, 2, 3, 1)
     if features.ndim == 3:
         grid = (pixels.shape[-2] // spec.patch, pixels.shape[-1] // spec.patch)
         return features[:, spec.prefix_tokens :].reshape(len(features), *grid, -1)
-    if spec.dense == "last_stage":
-        features = model.forward_intermediates(pixels, indices=1)[1][0]
-    elif _head_norms(spec, model):
+    if _head_norms(spec, model):
         features = model.head.norm(features)
     return features if _channels_last(model) else features.permute(0, 2, 3, 1)
 
@@ -136,9 +137,8 @@ def dense_lines(spec: EncoderSpec, model: Any, *, features: str = "features", na
         cells = f"(pixels.shape[-2] // {spec.patch}, pixels.shape[-1] // {spec.patch})"
         return [f"dense = {features}[:, {spec.prefix_tokens}:].unflatten(1, {cells})"]
     if spec.dense == "last_stage":
-        source = f"{name}.forward_intermediates(pixels, indices=1)[1][0]"
-    else:
-        source = f"{name}.head.norm({features})" if _head_norms(spec, model) else features
+        return [f"dense = {name}.forward_intermediates(pixels, indices=1)[1][0].permute(0, 2, 3, 1)"]
+    source = f"{name}.head.norm({features})" if _head_norms(spec, model) else features
     return [f"dense = {source}" if _channels_last(model) else f"dense = {source}.permute(0, 2, 3, 1)"]
 
 

@@ -23,6 +23,12 @@ from eupe.errors import ConfigError
 from eupe.models.encoder_spec import EncoderSpec, near
 from eupe.models.meta import built_on_meta
 
+WITHOUT_A_MAP = (
+    *("CoaT", "CrossVit", "EfficientFormer", "EfficientViM", "Hiera", "Levit", "LevitDistilled", "MlpMixer"),
+    *("PoolingVisionTransformer", "Twins", "VOLO"),
+)
+"""Classes whose features are neither a map nor tokens after a known prefix: their last stage's map is taken."""
+
 Question = TypeVar("Question", bound=Callable[..., Any])
 
 
@@ -54,12 +60,12 @@ def timm_tokens(
     """
     features, last_stage = _features(model, pixels_BCHW, dense)
     _check_summary(model, features, summary)
-    if features.ndim == 3:
+    if last_stage is None and features.ndim == 3:
         prefix = model.num_prefix_tokens
         grid = _token_grid(model, pixels_BCHW, features.shape[1] - prefix)
         dense_BhwD = features[:, prefix:].reshape(features.shape[0], *grid, -1)  # tracers make len() a constant
     else:
-        dense_BhwD = _map_to_BhwD(model, features if last_stage is None else last_stage, dense)
+        dense_BhwD = _map_to_BhwD(model, features, dense) if last_stage is None else last_stage.permute(0, 2, 3, 1)
     return Tokens(summary=_summary(model, features, dense_BhwD, summary, class_tokens), dense=dense_BhwD)
 
 
@@ -251,6 +257,8 @@ def dense_kind(model: Any) -> DenseKind:
     Features wider than the last stage come from a convolution that serves the classifier (EfficientNet);
     narrower ones come from a neck (SAM), which is the model's actual output.
     """
+    if type(model).__name__ in WITHOUT_A_MAP:
+        return "last_stage"
     if hasattr(model, "num_prefix_tokens"):
         return "normed" if _is_norm(getattr(model, "norm", None)) else "raw"
     if _head_norm(model) is not None or _has_final_norm(model):
@@ -258,20 +266,23 @@ def dense_kind(model: Any) -> DenseKind:
     return "last_stage" if model.num_features > model.feature_info[-1]["num_chs"] else "raw"
 
 
-def _features(model: Any, pixels_BCHW: Tensor, dense: DenseKind) -> tuple[Tensor, Tensor | None]:
-    """Return the library's features, and the last stage's map if that is the requested dense kind."""
-    last_stage = None
-    if dense == "last_stage":
+def _features(model: Any, pixels_BCHW: Tensor, dense: DenseKind) -> tuple[Any, Tensor | None]:
+    """Return the library's features, and the last stage's map [B, D, h, w] if that is the requested dense kind.
+
+    With such a map, the features may be anything that the library's head takes.
+    """
+    has_tokens = hasattr(model, "num_prefix_tokens")
+    if dense == "last_stage" and not has_tokens:
         features, (last_stage,) = model.forward_intermediates(pixels_BCHW, indices=1)
-    else:
-        features = model.forward_features(pixels_BCHW)
-    is_tokens = isinstance(features, Tensor) and features.ndim == 3 and hasattr(model, "num_prefix_tokens")
+        return features, last_stage
+    features = model.forward_features(pixels_BCHW)
+    is_tokens = isinstance(features, Tensor) and features.ndim == 3 and has_tokens
     is_map = isinstance(features, Tensor) and features.ndim == 4
     if not is_tokens and not is_map:
         raise ConfigError(f"{type(model).__name__} gives neither patch tokens with a known prefix nor a feature map")
     if is_tokens and dense != dense_kind(model):
         raise ConfigError(f"{type(model).__name__} has no {dense!r} dense tokens, only {dense_kind(model)!r}")
-    return features, last_stage
+    return features, None
 
 
 def _map_to_BhwD(model: Any, feature_map: Tensor, dense: DenseKind) -> Tensor:
@@ -285,7 +296,7 @@ def _map_to_BhwD(model: Any, feature_map: Tensor, dense: DenseKind) -> Tensor:
     return feature_map if channels_last else feature_map.permute(0, 2, 3, 1)
 
 
-def _check_summary(model: Any, features: Tensor, summary: SummaryKind) -> None:
+def _check_summary(model: Any, features: Any, summary: SummaryKind) -> None:
     """Raise ConfigError if the model has no such summary."""
     if summary == "attention_pool" and getattr(model, "attn_pool", None) is None:
         raise ConfigError(f"{type(model).__name__} has no attention pool for its summary")
@@ -295,14 +306,12 @@ def _check_summary(model: Any, features: Tensor, summary: SummaryKind) -> None:
         raise ConfigError(f"{type(model).__name__} has no class token for its summary")
 
 
-def _summary(
-    model: Any, features: Tensor, dense_BhwD: Tensor, summary: SummaryKind, class_tokens: int
-) -> Tensor | None:
+def _summary(model: Any, features: Any, dense_BhwD: Tensor, summary: SummaryKind, class_tokens: int) -> Tensor | None:
     match summary:
         case "cls":
-            return features[:, 0]
+            return features[:, 0]  # type: ignore[no-any-return]
         case "cls_concat":
-            return features[:, :class_tokens].flatten(1)
+            return features[:, :class_tokens].flatten(1)  # type: ignore[no-any-return]
         case "attention_pool" | "pooled":
             pooled: Tensor = model.forward_head(features, pre_logits=True)
             return pooled

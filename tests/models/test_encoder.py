@@ -174,11 +174,18 @@ def test_size_that_the_patch_does_not_divide_is_refused(size: int) -> None:
         build_encoder("vit_small_patch16_224", size=size)
 
 
-def test_model_without_a_grid_is_refused() -> None:
-    with pytest.raises(ConfigError, match="neither"):
-        timm_spec("mixer_s32_224", None)
-    with pytest.raises(ConfigError, match="EfficientFormer gives neither"):
-        timm_spec("efficientformer_l1", 64)
+@pytest.mark.parametrize(("arch", "size"), [("levit_128s", 256), ("mixer_s32_224", 224), ("hiera_tiny_224", 224)])
+def test_tokens_without_a_known_prefix_are_laid_out_as_the_last_stage_has_them(arch: str, size: int) -> None:
+    """The map of the last stage, row by row and after the final norm if there is one, is what timm's features are."""
+    torch.manual_seed(0)
+    encoder = build_encoder(arch, size=size).eval()
+    with torch.no_grad():
+        tokens, features = encoder(pixels(size)), encoder.model.forward_features(pixels(size))
+        norm = encoder.model.norm if arch.startswith("mixer") else nn.Identity()
+        torch.testing.assert_close(norm(tokens.dense.flatten(1, 2)), features)
+        torch.testing.assert_close(tokens.summary, encoder.model.forward_head(features, pre_logits=True))
+    assert encoder.spec.dense == "last_stage"
+    check_student(arch, [size], views=2)
 
 
 @pytest.mark.parametrize(
