@@ -1,0 +1,282 @@
+"""The families of the table of teachers: what the rows of one have in common, and what users must know of it.
+
+If libraries disagree on the same weights, the note says which one is followed; `tests/teachers/test_disagreements.py`
+shows it. Resizing presets are not part of a teacher: all teachers of a corpus get the same views.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from eupe.teachers.spec import TeacherSpec
+
+Triple = tuple[float, float, float]
+
+IMAGENET: dict[str, Triple] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+OPENAI: dict[str, Triple] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+HALF: dict[str, Triple] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+SATELLITE: dict[str, Triple] = {"mean": (0.43, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
+
+APACHE = "Apache-2.0"
+DINOV3_LICENCE = "DINOv3-License"
+FAIR_LICENCE = "FAIR-Noncommercial-Research-License"
+NVIDIA_LICENCE = "NVIDIA-Open-Model-License"
+APPLE_LICENCE = "Apple-ASCL"
+
+
+_DINOV2 = (
+    "follows transformers, whose repository the weights are from; off 518 px (37x37) it resamples the position table "
+    "bicubic, timm antialiases, too: one and the same at 518 px, dense cosines down to 0.987 between them at 224 px"
+)
+_DINOV2_REGISTERS = (
+    "follows transformers, whose repository the weights are from; off 518 px (37x37) it resamples the position table "
+    "bicubic and antialiased, as timm does, and unlike DINOv2 without registers"
+)
+
+
+def dinov2(name: str, repository: str, width: int, registers: int = 0) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="hf",
+        model=f"facebook/{repository}",
+        patch=14,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=1 + registers,
+        summary="cls",
+        dense="normed",
+        native_size=224,
+        **IMAGENET,
+        licence=APACHE,
+        note=_DINOV2_REGISTERS if registers else _DINOV2,
+    )
+
+
+def dinov3(name: str, model: str, width: int, pixels: dict[str, Triple], licence: str = DINOV3_LICENCE) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=model,
+        patch=16,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=5,
+        summary="cls",
+        dense="normed",
+        native_size=256,
+        **pixels,
+        licence=licence,
+        note="summary is the class token, as in transformers; timm's own forward would give the mean of the patches; "
+        "follows timm, whose RoPE angles are float32 in any arithmetic, transformers' have the dtype of the pixels; "
+        "the view decides how pictures are resized: timm's preset is bicubic, transformers' a bilinear squash",
+    )
+
+
+def convnext(name: str, model: str, width: int, licence: str, note: str, native_size: int = 224) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=model,
+        patch=32,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=0,
+        summary="pooled",
+        dense="normed",
+        native_size=native_size,
+        **IMAGENET,
+        licence=licence,
+        note=note,
+    )
+
+
+def _and_projected(row: TeacherSpec, width: int) -> tuple[TeacherSpec, TeacherSpec]:
+    """Return the row, and NAME-proj, whose summary is projected to the text space."""
+    projected_name = f"{row.name}-proj"
+    ahead = f"the summary is ahead of the projection to the text space ({width} wide), {projected_name} has it behind"
+    behind = (
+        "the summary is behind the projection to the text space, as zero-shot needs it, not yet of unit length "
+        "(open_clip's encode_image, timm's own forward)"
+    )
+    return (
+        dataclasses.replace(row, note=f"{ahead}; {row.note}"),
+        dataclasses.replace(
+            row, name=projected_name, summary="projected", summary_dim=width, note=f"{behind}; {row.note}"
+        ),
+    )
+
+
+_PE_VIEWS = (
+    "the view decides how pictures are resized: timm's preset is a bicubic centre crop, open_clip's a bilinear squash"
+)
+
+
+def pe_core(
+    name: str, model: str, width: int, patch: int, size: int, prefix: int, projected: int
+) -> tuple[TeacherSpec, TeacherSpec]:
+    row = TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"vit_pe_core_{model}.fb",
+        patch=patch,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=prefix,
+        summary="attention_pool",
+        dense="normed",
+        native_size=size,
+        **HALF,
+        licence=APACHE,
+        note="it pools all tokens by attention, the class token among them where there is one; " + _PE_VIEWS,
+    )
+    return _and_projected(row, projected)
+
+
+def pe_raw(name: str, model: str, width: int, patch: int, size: int, prefix: int) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"vit_pe_{model}",
+        patch=patch,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=prefix,
+        summary="mean",
+        dense="raw",
+        native_size=size,
+        **HALF,
+        licence=APACHE,
+        note="tokens are the bare residual stream (no final norm, large range: look at the clip counts); the model was "
+        "trained without a summary, so the mean of the patch tokens stands in, un-normed, as in timm's own forward; "
+        "--tokens dense leaves it out; " + _PE_VIEWS,
+    )
+
+
+def clip(
+    name: str,
+    model: str,
+    width: int,
+    patch: int,
+    size: int,
+    licence: str,
+    pixels: dict[str, Triple] = OPENAI,
+    *,
+    projected: int,
+) -> tuple[TeacherSpec, TeacherSpec]:
+    row = TeacherSpec(
+        name=name,
+        backend="open_clip",
+        model=model,
+        patch=patch,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=1,
+        summary="cls",
+        dense="normed",
+        native_size=size,
+        **pixels,
+        licence=licence,
+        note="class and patch tokens after ln_post, as in open_clip and timm; "
+        "transformers' last_hidden_state has no post_layernorm on the patch tokens, and off the native size its "
+        f"position table is not antialiased; the activation is {'QuickGELU' if 'quickgelu' in model else 'GELU'}, as "
+        "in training: open_clip's and timm's names with the other one are refused for such weights",
+    )
+    return _and_projected(row, projected)
+
+
+def _siglip_gelu(model: str) -> str:
+    with_tanh = ("giantopt", "so400m_patch16", "large_patch16_siglip_512")
+    return "the tanh" if model.startswith(with_tanh) else "the exact"
+
+
+def siglip(name: str, model: str, width: int, patch: int, size: int) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"vit_{model}",
+        patch=patch,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=0,
+        summary="attention_pool",
+        dense="normed",
+        native_size=size,
+        **HALF,
+        licence=APACHE,
+        note="no class token: the summary is the attention pool, which is also the image embedding, as nothing is "
+        f"projected; follows timm, with {_siglip_gelu(model)} GELU, transformers' default is the tanh one for all; off "
+        "the native size timm antialiases the position table, transformers does not; the view decides how pictures are "
+        "resized: timm's preset is a centre crop of 90%, open_clip's and transformers' squash",
+    )
+
+
+def radio(name: str, model: str, width: int, class_tokens: int, prefix: int, corners: bool = False) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"naflexvit_{model}.c_radio",
+        patch=16,
+        dense_dim=width,
+        summary_dim=width * class_tokens,
+        prefix_tokens=prefix,
+        summary="cls_concat",
+        dense="raw",
+        native_size=512,
+        **OPENAI,
+        licence=NVIDIA_LICENCE,
+        note=f"summary is {class_tokens} class tokens side by side, one per teacher that the authors' summary_idxs "
+        "name; tokens have no final norm; follows timm, which leaves out the conditioner that normalises the pixels "
+        "inside the authors' and transformers' models (hf: teachers get pixels in [0, 1]): they are normalised once, "
+        f"here; off 2048 px the position table is bilinear, corners {'' if corners else 'not '}aligned, as timm has it "
+        "for each checkpoint; transformers never aligns them",
+    )
+
+
+def sam(name: str, model: str) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=model,
+        patch=16,
+        dense_dim=256,
+        summary_dim=0,
+        prefix_tokens=0,
+        summary="none",
+        dense="raw",
+        native_size=1024,
+        **IMAGENET,
+        licence=APACHE,
+        note="dense is the neck's output, which ends in its own norm; there is no summary, stores leave it out; "
+        "follows timm, which resamples the position table off 1024 px, where windows are padded and features degrade, "
+        "transformers refuses other sizes; the view decides how pictures are resized: transformers' preset shrinks "
+        "the longest side and pads",
+    )
+
+
+def efficientnet(name: str, model: str, pixels: dict[str, Triple]) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=model,
+        patch=32,
+        dense_dim=320,
+        summary_dim=1280,
+        prefix_tokens=0,
+        summary="pooled",
+        dense="last_stage",
+        native_size=224,
+        **pixels,
+        licence=APACHE,
+        note="dense is the map before the head convolution, summary the pooled vector behind it; the map that timm's "
+        "and transformers' feature forward ends in lies behind the convolution",
+    )
+
+
+HEAD_NORM = (
+    "dense is the last map under the final norm, summary its mean under that norm, as in transformers; timm's "
+    "forward_features ends ahead of the norm, which timm keeps behind the pooling"
+)
+CLASSIFIER = (
+    "a classifier's features; dense is the last map under the norm that timm keeps behind the pooling; timm's "
+    "forward_features and transformers' last_hidden_state end ahead of it"
+)
