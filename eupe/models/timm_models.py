@@ -261,6 +261,9 @@ def dense_kind(model: Any) -> DenseKind:
         return "last_stage"
     if hasattr(model, "num_prefix_tokens"):
         return "normed" if _is_norm(getattr(model, "norm", None)) else "raw"
+    tower = getattr(model, "encoder", model)  # timm wraps a language model's tower; the wrapper's norm follows pooling
+    if tower is not model or hasattr(model, "num_prefix_tokens"):
+        return "normed" if _is_norm(getattr(tower, "norm", None)) else "raw"
     if _head_norm(model) is not None or _has_final_norm(model):
         return "normed"
     return "last_stage" if model.num_features > model.feature_info[-1]["num_chs"] else "raw"

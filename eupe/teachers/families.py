@@ -15,6 +15,7 @@ Triple = tuple[float, float, float]
 IMAGENET: dict[str, Triple] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 OPENAI: dict[str, Triple] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 HALF: dict[str, Triple] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+UNIT: dict[str, Triple] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 SATELLITE: dict[str, Triple] = {"mean": (0.43, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
 
 APACHE = "Apache-2.0"
@@ -22,6 +23,7 @@ DINOV3_LICENCE = "DINOv3-License"
 FAIR_LICENCE = "FAIR-Noncommercial-Research-License"
 NVIDIA_LICENCE = "NVIDIA-Open-Model-License"
 APPLE_LICENCE = "Apple-ASCL"
+NONCOMMERCIAL = "CC-BY-NC-4.0"
 
 
 _DINOV2 = (
@@ -207,6 +209,131 @@ def siglip(name: str, model: str, width: int, patch: int, size: int) -> TeacherS
         f"projected; follows timm, with {_siglip_gelu(model)} GELU, transformers' default is the tanh one for all; off "
         "the native size timm antialiases the position table, transformers does not; the view decides how pictures are "
         "resized: timm's preset is a centre crop of 90%, open_clip's and transformers' squash",
+    )
+
+
+def siglip_naflex(name: str, model: str, width: int) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"naflexvit_{model}_patch16_siglip.v2_webli",
+        patch=16,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=0,
+        summary="attention_pool",
+        dense="normed",
+        native_size=384,
+        **HALF,
+        licence=APACHE,
+        note="a NaFlex SigLIP2 at a square: it was trained at each picture's own aspect ratio; here the view decides, "
+        "and no patch is padding; the summary is the attention pool; the position table is 16x16 (256 px), at other "
+        "sizes bilinear and antialiased, in timm as in transformers; the GELU is the tanh one",
+    )
+
+
+def tipsv2(name: str, model: str, width: int) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"vit_{model}_patch14_reg1_tipsv2.webli",
+        patch=14,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=2,
+        summary="cls",
+        dense="normed",
+        native_size=448,
+        **UNIT,
+        licence=APACHE,
+        note="pixels in [0, 1] go in: the model has no mean and std; the prefix is the class token and one register; "
+        "the class token is also the image embedding, as nothing is projected; off 448 px timm resamples the position "
+        "table bicubic, transformers bilinear",
+    )
+
+
+def aimv2(name: str, model: str, width: int, size: int) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"aimv2_{model}_patch14_{size}.apple_pt",
+        patch=14,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=0,
+        summary="mean",
+        dense="normed",
+        native_size=size,
+        **OPENAI,
+        licence=APPLE_LICENCE,
+        note="no class token: the summary is the mean of the patch tokens under the final RMS norm, as in timm's own "
+        "forward; transformers' model returns none, except for the lit weights, which are others; --tokens dense "
+        "leaves it out",
+    )
+
+
+def eva02_clip(
+    name: str, model: str, width: int, patch: int, size: int, *, projected: int
+) -> tuple[TeacherSpec, TeacherSpec]:
+    row = TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"eva02_{model}",
+        patch=patch,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=1,
+        summary="cls",
+        dense="normed",
+        native_size=size,
+        **OPENAI,
+        licence="MIT",
+        note="class and patch tokens pass the final norm; open_clip's tower is the same timm model; "
+        "the view decides how pictures are resized: timm's preset at 224 px is a centre crop of 90%, "
+        "open_clip's takes all of the shorter side",
+    )
+    return _and_projected(row, projected)
+
+
+def internvit(name: str, tag: str, licence: str) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"vit_intern300m_patch14_448.{tag}",
+        patch=14,
+        dense_dim=1024,
+        summary_dim=1024,
+        prefix_tokens=1,
+        summary="cls",
+        dense="raw",
+        native_size=448,
+        **IMAGENET,
+        licence=licence,
+        note="tokens have no final norm, in timm as in transformers (large range: look at the clip counts); InternVL "
+        "drops the class token, which is the summary here, and folds each 2x2 patches into one token afterwards: the "
+        "dense tokens are those before the fold",
+    )
+
+
+def qwen3_vl(name: str, model: str, width: int) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"qwen3_vit_{model}",
+        patch=16,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=0,
+        summary="mean",
+        dense="raw",
+        native_size=768,
+        **HALF,
+        licence=APACHE,
+        note="the tower of Qwen3-VL ahead of its merger, row by row, where transformers has the patches of each 2x2 "
+        "block one after the other; tokens have no final norm (large range: look at the clip counts); the model has no "
+        "summary, so the mean of the patch tokens stands in (timm's own forward norms that mean; --tokens dense leaves "
+        "it out); a picture is two equal frames, whose patch embeddings timm has added up; the position table is 48x48 "
+        "(768 px) and bilinear, corners aligned, at other sizes",
     )
 
 

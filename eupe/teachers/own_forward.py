@@ -154,7 +154,7 @@ def _narrow_options(spec: TeacherSpec) -> dict[str, Any]:
         return NARROW_CONVNEXT
     if spec.model.startswith("samvit"):
         return NARROW_SAM
-    if spec.model.endswith("-giant"):
+    if spec.model.endswith("-giant") or "giant_patch14_reg1_tipsv2" in spec.model:
         return NARROW_SWIGLU
     return {} if "efficientnet" in spec.model else NARROW_VIT
 

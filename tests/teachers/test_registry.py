@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from timm.layers import RmsNorm
 from torch import nn
 from transformers import (
     Dinov2Config,
@@ -76,11 +77,13 @@ def test_timm_rows(spec: TeacherSpec) -> None:
 
 def assert_kinds(spec: TeacherSpec, model: Any) -> None:
     """The kinds are what the architecture has: a final norm, an attention pool, a trained class token."""
-    if spec.prefix_tokens or spec.model.startswith("vit_"):
-        assert (spec.dense == "normed") == isinstance(model.norm, nn.LayerNorm)
+    if spec.prefix_tokens or spec.model.startswith(("vit_", "aimv2_")):
+        assert (spec.dense == "normed") == isinstance(model.norm, nn.LayerNorm | RmsNorm)
     if spec.model.startswith("convnext"):
         assert spec.dense == "normed" and type(model.head.norm).__name__.startswith("LayerNorm")
-    assert (spec.summary in ("attention_pool", "projected")) == (getattr(model, "attn_pool", None) is not None)
+    pools = getattr(model, "attn_pool", None) is not None
+    assert (spec.summary == "attention_pool") == (pools and isinstance(model.head, nn.Identity))
+    assert (spec.summary == "projected") == isinstance(getattr(model, "head", None), nn.Linear)
     assert (spec.summary == "none") == (spec.summary_dim == 0)
     if spec.summary in ("cls", "cls_concat"):
         assert spec.prefix_tokens * spec.dense_dim >= spec.summary_dim
