@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-SummaryKind = Literal["cls", "cls_concat", "attention_pool", "projected", "mean", "pooled", "own", "none"]
+SummaryKind = Literal["cls", "cls_concat", "cls_mean", "attention_pool", "projected", "mean", "pooled", "own", "none"]
 """Source of the summary: `cls`, the class token as it leaves the backbone; `cls_concat`, several class tokens side by
-side (RADIO); `attention_pool`, a learned attention pool before any projection; `projected`, either of them after the
-projection to the text space; `mean`, the mean of the dense tokens; `pooled`, the library's own pooled vector before the
-classifier; `own`, the vector that a module from outside the libraries returns beside its map; `none`, no summary."""
+side (RADIO); `cls_mean`, the class token and the mean of the dense tokens side by side (Virchow2); `attention_pool`, a
+learned attention pool before any projection; `projected`, the class token or the pool after the projection to the text
+space; `mean`, the mean of the dense tokens; `pooled`, the library's own pooled vector before the classifier; `own`, the
+vector that a module from outside the libraries returns beside its map; `none`, no summary."""
 
 DenseKind = Literal["normed", "raw", "last_stage"]
 """Source of the dense tokens: `normed`, after the model's final norm; `raw`, as the library's feature forward gives
@@ -17,6 +18,8 @@ whose features are no map."""
 
 LOCAL_DIR = "local-dir:"
 """Prefix of a directory's path, which timm takes in place of an architecture."""
+HF_HUB = "hf-hub:"
+"""Prefix of a repository on the hub in timm's layout, likewise."""
 
 STUDENT_FILE = "student.json"
 WEIGHTS_FILE = "student.safetensors"

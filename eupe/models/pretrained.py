@@ -92,11 +92,11 @@ def _hf(student: str) -> tuple[str, str, nn.Module]:
         model: nn.Module = hf_class(config).from_pretrained(
             place, revision=revision, config=config, dtype=torch.float32, trust_remote_code=False
         )
-    return place, _hf_licence(place, revision), model
+    return place, hub_licence(place, revision), model
 
 
-def _hf_licence(place: str, revision: str) -> str:
-    """Return the licence that the README of a directory or repository says."""
+def hub_licence(place: str, revision: str) -> str:
+    """Return the licence that the README of a directory or repository says; "unknown" if it says none."""
     from huggingface_hub import ModelCard
     from transformers.utils import cached_file
 

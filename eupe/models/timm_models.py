@@ -186,16 +186,20 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {words[:100]}{'...' if len(words) > 100 else ''}"
 
 
-def create_timm(arch: str, *, size: int | None = None, num_classes: int = 0, pretrained: bool = False) -> Any:
+def create_timm(
+    arch: str, *, size: int | None = None, num_classes: int = 0, pretrained: bool = False, **options: Any
+) -> Any:
     """Create a timm model, by default without classifier, that takes other sizes than its own if its class can.
 
     Args:
         size: side for which position tables are laid out; None for the architecture's own.
         num_classes: -1 for the number of classes that the pretrained weights have.
+        options: further arguments of the architecture.
     Raises: ConfigError for an unknown architecture or tag, and a directory that timm cannot read.
     """
     config = timm_config(arch)
-    options: dict[str, Any] = {} if num_classes < 0 else {"num_classes": num_classes}
+    if num_classes >= 0:
+        options["num_classes"] = num_classes
     if size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = size
     try:
@@ -305,7 +309,7 @@ def _check_summary(model: Any, features: Any, summary: SummaryKind) -> None:
         raise ConfigError(f"{type(model).__name__} has no attention pool for its summary")
     if summary == "projected" and isinstance(getattr(model, "head", None), nn.Identity | None):
         raise ConfigError(f"{type(model).__name__} was built without a projection for its summary")
-    if summary in ("cls", "cls_concat") and (features.ndim != 3 or not _has_class_token(model)):
+    if summary in ("cls", "cls_concat", "cls_mean") and (features.ndim != 3 or not _has_class_token(model)):
         raise ConfigError(f"{type(model).__name__} has no class token for its summary")
 
 
@@ -315,6 +319,9 @@ def _summary(model: Any, features: Any, dense_BhwD: Tensor, summary: SummaryKind
             return features[:, 0]  # type: ignore[no-any-return]
         case "cls_concat":
             return features[:, :class_tokens].flatten(1)  # type: ignore[no-any-return]
+            return features[:, :class_tokens].flatten(1)
+        case "cls_mean":
+            return torch.cat([features[:, 0], dense_BhwD.mean(dim=(1, 2))], dim=-1)
         case "attention_pool" | "pooled":
             pooled: Tensor = model.forward_head(features, pre_logits=True)
             return pooled

@@ -16,6 +16,7 @@ IMAGENET: dict[str, Triple] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.2
 OPENAI: dict[str, Triple] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 HALF: dict[str, Triple] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 UNIT: dict[str, Triple] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+H_OPTIMUS: dict[str, Triple] = {"mean": (0.707223, 0.578729, 0.703617), "std": (0.211883, 0.230117, 0.177517)}
 SATELLITE: dict[str, Triple] = {"mean": (0.43, 0.411, 0.296), "std": (0.213, 0.156, 0.143)}
 
 APACHE = "Apache-2.0"
@@ -24,6 +25,7 @@ FAIR_LICENCE = "FAIR-Noncommercial-Research-License"
 NVIDIA_LICENCE = "NVIDIA-Open-Model-License"
 APPLE_LICENCE = "Apple-ASCL"
 NONCOMMERCIAL = "CC-BY-NC-4.0"
+NO_DERIVATIVES = "CC-BY-NC-ND-4.0"
 
 
 _DINOV2 = (
@@ -108,6 +110,15 @@ def _and_projected(row: TeacherSpec, width: int) -> tuple[TeacherSpec, TeacherSp
     )
 
 
+ON_CARD_ONLY = (
+    "the card alone says that the layers are packed SwiGLUs with SiLU gates; the weights would fit with GELU in the "
+    "gates, too, which is what timm takes for packed SwiGLUs if nothing else is said"
+)
+H_OPTIMUS_PIXELS = "mean and std are its own, not ImageNet's"
+VIRCHOW2_SUMMARY = (
+    f"{ON_CARD_ONLY}; the summary is the class token and the mean of the patch tokens, without the registers, side by "
+    "side, as on the card"
+)
 _PE_VIEWS = (
     "the view decides how pictures are resized: timm's preset is a bicubic centre crop, open_clip's a bilinear squash"
 )
@@ -334,6 +345,35 @@ def qwen3_vl(name: str, model: str, width: int) -> TeacherSpec:
         "summary, so the mean of the patch tokens stands in (timm's own forward norms that mean; --tokens dense leaves "
         "it out); a picture is two equal frames, whose patch embeddings timm has added up; the position table is 48x48 "
         "(768 px) and bilinear, corners aligned, at other sizes",
+    )
+
+
+def pathology(
+    name: str,
+    repository: str,
+    width: int,
+    registers: int,
+    pixels: dict[str, Triple],
+    licence: str,
+    trap: str,
+    *,
+    with_mean: bool = False,
+) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="timm",
+        model=f"hf-hub:{repository}",
+        patch=14,
+        dense_dim=width,
+        summary_dim=width * 2 if with_mean else width,
+        prefix_tokens=1 + registers,
+        summary="cls_mean" if with_mean else "cls",
+        dense="normed",
+        native_size=224,
+        **pixels,
+        licence=licence,
+        note="for tiles of stained tissue; the repository asks for its terms to be accepted first; architecture and "
+        f"arguments are those of its config.json and its model card; {trap}",
     )
 
 

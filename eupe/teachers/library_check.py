@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from eupe.common.kinds import HF_HUB
 from eupe.corpus.awkward import awkward_pictures
 from eupe.corpus.pictures import decode_image
 from eupe.corpus.views import ViewSpec, draw_view, render_view
@@ -133,7 +134,8 @@ def compare(
     Args:
         full_up_to: number of parameters above which a registry row with random weights is built narrow.
     """
-    brings_its_own = spec.backend == "run" or spec.is_local_dir or spec.name.startswith("hf:")
+    is_place = spec.is_local_dir or spec.name.startswith(("hf:", f"timm:{HF_HUB}"))
+    brings_its_own = spec.backend == "run" or is_place
     if weights is not None or brings_its_own:
         teacher = _loaded(spec, weights, key)
         own, build, source = own_model(spec, weights, key), "full", str(weights or spec.model)

@@ -40,6 +40,7 @@ from eupe.teachers.preprocess import (
     timm_folder,
 )
 from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.timm_hub import card
 from eupe.teachers.weights import hub_errors
 
 Prepare = Callable[[NDArray[np.uint8]], Tensor]
@@ -154,7 +155,7 @@ def _narrow_options(spec: TeacherSpec) -> dict[str, Any]:
         return NARROW_CONVNEXT
     if spec.model.startswith("samvit"):
         return NARROW_SAM
-    if spec.model.endswith("-giant") or "giant_patch14_reg1_tipsv2" in spec.model:
+    if spec.model.endswith("-giant") or spec.hub_repository or "giant_patch14_reg1_tipsv2" in spec.model:
         return NARROW_SWIGLU
     return {} if "efficientnet" in spec.model else NARROW_VIT
 
@@ -162,14 +163,16 @@ def _narrow_options(spec: TeacherSpec) -> dict[str, Any]:
 def _timm_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnModel:
     if spec.name.startswith("hf:") and weights is None:
         return _with_timm_forward(spec, _wrapped_model(spec.place), spec.place)
-    loading: dict[str, Any] = {"pretrained": True} if spec.is_local_dir else {}
-    classifier = {} if spec.summary == "projected" else {"num_classes": 0}
+    from_hub = spec.hub_repository is not None and spec.name.startswith("timm:") and weights is None
+    loading: dict[str, Any] = {"pretrained": True} if spec.is_local_dir or from_hub else {}
+    arch, options = card(spec) or (spec.model, {})
+    options |= {} if spec.summary == "projected" else {"num_classes": 0}
     if weights is not None:
         with built_on_meta():
-            shapes = timm.create_model(spec.model, **classifier).state_dict()
+            shapes = timm.create_model(arch, **options).state_dict()
         state = read_checkpoint(weights, key=key, fitting=shapes)
         loading = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
-    model = timm.create_model(spec.model, **classifier, **loading)
+    model = timm.create_model(spec.model if from_hub else arch, **options, **loading)
     return _with_timm_forward(spec, model, weights)
 
 
@@ -306,6 +309,8 @@ def timm_forward(spec: TeacherSpec, model: Any, x: Tensor) -> tuple[Tensor, Tens
         case "attention_pool" | "projected" | "pooled":
             return dense, model(x)
     assert prefix is not None
+    if spec.summary == "cls_mean":
+        return dense, torch.cat([prefix[:, 0], dense.mean(1)], dim=-1)
     return dense, torch.cat(prefix[:, : spec.summary_dim // spec.dense_dim].unbind(1), dim=-1)
 
 

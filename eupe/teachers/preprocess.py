@@ -75,6 +75,8 @@ def where_from(spec: TeacherSpec, weights: Path | None) -> str:
         return str(spec.place / (TIMM_FILE if spec.is_local_dir else STUDENT_FILE))
     if not spec.name.startswith(f"{spec.backend}:"):
         return "the table of teachers"
+    if spec.hub_repository:
+        return f"{spec.hub_repository}/{TIMM_FILE}"
     if spec.backend != "hf":
         return f"{spec.backend}'s table of weights"
     if is_model(spec.place, "radio") or (found := of_processor(spec.model)) is None:
@@ -190,7 +192,7 @@ def _of_timm(spec: TeacherSpec, folder: Path) -> Normalisation | None:
         resolved = resolve_data_config(pretrained_cfg=resolve_pretrained_cfg(arch, own).to_dict())
     except Exception as error:
         raise TeacherError(f"timm cannot read {file} ({type(error).__name__}: {brief(error)})") from error
-    if spec.backend == "timm" and not spec.is_local_dir:
+    if spec.backend == "timm" and spec.architecture is not None:
         _check_architecture(spec, arch, args, file)
     return Normalisation(*_triples(resolved["mean"], resolved["std"], file), TIMM_FILE)
 

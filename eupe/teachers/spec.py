@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eupe.common.kinds import LOCAL_DIR, DenseKind, SummaryKind
+from eupe.common.kinds import HF_HUB, LOCAL_DIR, DenseKind, SummaryKind
 from eupe.common.reading import from_plain, to_plain
 from eupe.errors import TeacherError
 
@@ -30,8 +30,8 @@ class TeacherSpec:
     """Registry name, or the name that the user typed (`timm:...`, `hf:...`, `open_clip:...`, a run's directory)."""
     backend: Backend
     model: str
-    """timm `arch.tag` or `local-dir:DIR`, Hugging Face repository or directory, open_clip `arch@tag`, or a run's
-    directory."""
+    """timm `arch.tag`, `local-dir:DIR` or `hf-hub:REPOSITORY`, Hugging Face repository or directory, open_clip
+    `arch@tag`, or a run's directory."""
     patch: int
     """Pixels of input per dense cell, along either side."""
     dense_dim: int
@@ -70,7 +70,7 @@ class TeacherSpec:
 
         Together with the weights it determines what the model computes.
         """
-        if self.is_local_dir or self.backend not in ("timm", "open_clip"):
+        if self.is_local_dir or self.hub_repository or self.backend not in ("timm", "open_clip"):
             return None
         return re.split(r"[.@]", self.model)[0]
 
@@ -78,6 +78,11 @@ class TeacherSpec:
     def is_local_dir(self) -> bool:
         """Return whether `model` is a directory in timm's layout."""
         return self.model.startswith(LOCAL_DIR)
+
+    @property
+    def hub_repository(self) -> str | None:
+        """Return the repository, with @REVISION if there is one, of a model in timm's layout on the hub; else None."""
+        return self.model.removeprefix(HF_HUB) if self.model.startswith(HF_HUB) else None
 
     @property
     def place(self) -> Path:

@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from timm.layers import RmsNorm
+from timm.layers import RmsNorm, SwiGLUPacked
 from torch import nn
 from transformers import (
     Dinov2Config,
@@ -38,6 +38,24 @@ TIMM_TWINS = {
 """timm's version of the models that Hugging Face loads: the oracle for their widths."""
 
 
+SWIGLU = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+GIANT = {"patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536, "mlp_ratio": 2.66667 * 2}
+AT_224 = {"img_size": 224, "init_values": 1e-5, "num_classes": 0}
+CARDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hf-hub:MahmoodLab/UNI2-h": (
+        "vit_giant_patch14_224",
+        {**AT_224, **GIANT, **SWIGLU, "no_embed_class": True, "reg_tokens": 8},
+    ),
+    "hf-hub:paige-ai/Virchow2": (
+        "vit_huge_patch14_224",
+        {**AT_224, **SWIGLU, "reg_tokens": 4, "mlp_ratio": 5.3375, "global_pool": ""},
+    ),
+    "hf-hub:bioptimus/H-optimus-0": ("vit_giant_patch14_reg4_dinov2", AT_224),
+    "hf-hub:bioptimus/H-optimus-1": ("vit_giant_patch14_reg4_dinov2", AT_224),
+}
+"""What the model cards and config.json files on the hub say, in timm's own words."""
+
+
 def by_name(rows: list[TeacherSpec]) -> Any:
     return pytest.mark.parametrize("spec", rows, ids=[row.name for row in rows])
 
@@ -61,7 +79,21 @@ def promised(spec: TeacherSpec) -> tuple[Any, Any]:
     return (2, spec.summary_dim) if spec.summary_dim else None, (2, grid, grid, spec.dense_dim)
 
 
-@by_name(ROWS["timm"])
+@by_name([row for row in ROWS["timm"] if row.hub_repository])
+def test_rows_of_the_hub(spec: TeacherSpec) -> None:
+    """What the authors' model cards give to timm, which has no table of theirs; test_timm_hub.py loads from a hub."""
+    arch, options = CARDS[spec.model]
+    model = timm_on_meta(arch, **options)
+    assert (spec.dense_dim, spec.prefix_tokens) == (model.num_features, model.num_prefix_tokens)
+    assert (spec.patch, spec.native_size) == (model.patch_embed.patch_size[0], model.patch_embed.img_size[0])
+    with built_on_meta():
+        ours = timm_adapter.build(spec, sizes=(spec.native_size,))
+    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (ours, model)]
+    assert shapes[0] == shapes[1] and [*map(type, ours.modules())] == [*map(type, model.modules())]
+    assert meta_tokens(timm_adapter, model, spec) == promised(spec)
+
+
+@by_name([row for row in ROWS["timm"] if not row.hub_repository])
 def test_timm_rows(spec: TeacherSpec) -> None:
     model = timm_on_meta(spec.model, **({} if spec.summary == "projected" else {"num_classes": 0}))
     config = model.pretrained_cfg
