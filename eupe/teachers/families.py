@@ -377,6 +377,27 @@ def pathology(
     )
 
 
+def vjepa2(name: str, model: str, width: int, size: int, licence: str = APACHE) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        backend="hf",
+        model=f"facebook/vjepa2-{model}-fpc64-{size}",
+        patch=16,
+        dense_dim=width,
+        summary_dim=width,
+        prefix_tokens=0,
+        summary="mean",
+        dense="normed",
+        native_size=size,
+        **IMAGENET,
+        licence=licence,
+        note="a model of videos: a picture goes in twice, as the two equal frames of one tubelet, as transformers does "
+        "with a frame that is alone, and motion is not in the features; tokens are the encoder's, the predictor does "
+        f"not run; no class token, so the mean of the tokens stands in (--tokens dense leaves it out); {size} px only: "
+        "at other sizes transformers takes rows and columns of its rotary positions for others and says nothing",
+    )
+
+
 def radio(name: str, model: str, width: int, class_tokens: int, prefix: int, corners: bool = False) -> TeacherSpec:
     return TeacherSpec(
         name=name,

@@ -55,6 +55,10 @@ class Family:
     prefix: Callable[[Any], int] = lambda config: 1
     patch: Callable[[Any], int] = lambda config: _side(config, "patch_size")
     width: Callable[[Any], int] = lambda config: int(config.hidden_size)
+    size: Callable[[Any], int] = lambda config: _side(config, "image_size")
+    takes_other_sizes: bool = True
+    """False if the model's positions are laid out for its own size, and nothing would say that they do not fit."""
+    inputs: Callable[[Any, Tensor], dict[str, Tensor]] = lambda config, pixels_BCHW: {"pixel_values": pixels_BCHW}
     build: dict[str, Any] = field(default_factory=dict)
     """Extra arguments of the model's constructor."""
     run: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +68,12 @@ class Family:
 
 
 _INTERPOLATE = {"interpolate_pos_encoding": True}
+
+
+def _frames(config: Any, pixels_BCHW: Tensor) -> dict[str, Tensor]:
+    """Return each picture as the shortest video that the model takes: equal frames, as many as a tubelet is long."""
+    return {"pixel_values_videos": pixels_BCHW.unsqueeze(1).repeat(1, config.tubelet_size, 1, 1, 1)}
+
 
 FAMILIES: dict[str, Family] = {
     "dinov2": Family(
@@ -118,6 +128,26 @@ FAMILIES: dict[str, Family] = {
         normalisation=UNIT,
         prefix=lambda config: int(config.num_summary_tokens),
         note="the model normalises inside: pixels in [0, 1] go in, whatever the repository's preprocessor says",
+    ),
+    "metaclip_2_vision_model": Family(
+        model_class="MetaClip2VisionModel",
+        summary="cls",
+        dense="normed",
+        normalisation=OPENAI,
+        run=_INTERPOLATE,
+        note="patch tokens pass post_layernorm, as in open_clip and timm; the library's last_hidden_state has not",
+    ),
+    "vjepa2": Family(
+        model_class="VJEPA2Model",
+        summary="mean",
+        dense="normed",
+        normalisation=IMAGENET,
+        prefix=lambda config: 0,
+        size=lambda config: _side(config, "crop_size"),
+        takes_other_sizes=False,
+        inputs=_frames,
+        run={"skip_predictor": True},
+        note="a picture is a video of equal frames, as many as a tubelet is long; the summary is the tokens' mean",
     ),
     "vit": Family(
         model_class="ViTModel",
@@ -179,6 +209,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
     config = _vision_config(source, weights)
     _check_fits(spec, config, source)
     family = FAMILIES[config.model_type]
+    _check_sizes(spec, config, sizes)
     model_class = _library_class(family.model_class)
     options = {
         "config": config,
@@ -220,6 +251,7 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
         return own_model(spec).module
     config = _vision_config(spec.model)
     family = FAMILIES[config.model_type]
+    _check_sizes(spec, config, sizes)
     return _library_class(family.model_class)(config, **family.build)
 
 
@@ -230,15 +262,17 @@ def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
     those of open_clip and timm.
     """
     family = FAMILIES[model.config.model_type]
-    output = model(pixel_values=pixels_BCHW, **family.run)
+    output = model(**family.inputs(model.config, pixels_BCHW), **family.run)
     grid = (pixels_BCHW.shape[-2] // spec.patch, pixels_BCHW.shape[-1] // spec.patch)
     if model.config.model_type == "radio":
         return Tokens(summary=output.summary, dense=output.features.unflatten(1, grid))
     hidden = output.last_hidden_state
-    if model.config.model_type == "clip_vision_model":
+    if model.config.model_type in ("clip_vision_model", "metaclip_2_vision_model"):
         hidden = model.post_layernorm(hidden)
-    summary = output.pooler_output if spec.summary == "attention_pool" else hidden[:, 0]
-    return Tokens(summary=summary, dense=hidden[:, spec.prefix_tokens :].unflatten(1, grid))
+    dense = hidden[:, spec.prefix_tokens :]
+    pooled = {"attention_pool": lambda: output.pooler_output, "mean": lambda: dense.mean(1)}
+    summary = pooled.get(spec.summary, lambda: hidden[:, 0])()
+    return Tokens(summary=summary, dense=dense.unflatten(1, grid))
 
 
 def _vision_config(source: str, weights: Path | None = None) -> Any:
@@ -330,6 +364,17 @@ def _check_fits(spec: TeacherSpec, config: Any, source: str) -> None:
         raise TeacherError(f"{source} holds a different model than {spec.name}: {', '.join(wrong)}")
 
 
+def _check_sizes(spec: TeacherSpec, config: Any, sizes: tuple[int, ...]) -> None:
+    """Raise TeacherError for a size other than the model's own, if it takes no other."""
+    family = FAMILIES[config.model_type]
+    own = family.size(config)
+    if not family.takes_other_sizes and any(size != own for size in sizes):
+        raise TeacherError(
+            f"{spec.name} cannot take inputs of {', '.join(map(str, sizes))} px, because its positions are laid out "
+            f"for {own} px; use --size {own}"
+        )
+
+
 def _from_state_dict(
     model_class: Any, state: dict[str, Tensor], weights: Path, options: dict[str, Any]
 ) -> tuple[Any, Any]:
@@ -372,7 +417,7 @@ def _native_size(model: str, config: Any, patch: int) -> int:
     side = size.get("height") if isinstance(size, dict) else size[0] if isinstance(size, list) else size
     if isinstance(side, int) and side > 0 and side % patch == 0:
         return side
-    return max(_side(config, "image_size") // patch, 1) * patch
+    return max(FAMILIES[config.model_type].size(config) // patch, 1) * patch
 
 
 def _side(config: Any, name: str) -> int:

@@ -52,12 +52,30 @@ NARROW_SWIGLU: dict[str, Any] = {**NARROW_VIT, "mlp_ratio": 4}
 NARROW_CONVNEXT: dict[str, Any] = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, NARROW_CONV_WIDTH)}
 NARROW_SAM: dict[str, Any] = {**NARROW_VIT, "num_heads": 1, "global_attn_indexes": (1,)}
 
+NARROW_HF: dict[str, Any] = {"hidden_size": NARROW_WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+HF_DIMENSIONS: dict[str, dict[str, Any]] = {
+    "facebook/vjepa2-vitl-fpc64-256": {},
+    "facebook/vjepa2-vith-fpc64-256": {"hidden_size": 1280, "num_hidden_layers": 32},
+    **{
+        f"facebook/vjepa2-vitg-fpc64-{size}": {
+            "hidden_size": 1408,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 22,
+            "mlp_ratio": 48 / 11,
+        }
+        for size in (256, 384)
+    },
+}
+"""How the configurations of rows differ from those that transformers has by default, but for their input size."""
+
 NORMALISED_LIKE = {
     "dinov2": "vit_small_patch14_dinov2.lvd142m",
     "dinov2_with_registers": "vit_small_patch14_reg4_dinov2.lvd142m",
     "dinov3_vit": "vit_small_patch16_dinov3.lvd1689m",
     "dinov3_convnext": "convnext_tiny.dinov3_lvd1689m",
     "clip_vision_model": "vit_base_patch32_clip_224.openai",
+    "metaclip_2_vision_model": "vit_huge_patch14_clip_224.metaclip2_worldwide",
+    "vjepa2": "vit_small_patch14_dinov2.lvd142m",
     "siglip_vision_model": "vit_base_patch16_siglip_224.webli",
     "vit": "vit_base_patch16_224.augreg_in21k",
 }
@@ -147,6 +165,7 @@ def built_narrow(spec: TeacherSpec) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(timm, "create_model", timm_narrow))
         stack.enter_context(patch.object(open_clip, "create_model", open_clip_narrow))
+        stack.enter_context(patch.dict(HF_DIMENSIONS, dict.fromkeys(HF_DIMENSIONS, NARROW_HF)))
         yield
 
 
@@ -392,7 +411,7 @@ def _hf_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnMo
     import transformers
 
     if weights is None and not spec.name.startswith("hf:"):
-        return _random_dinov2(spec)
+        return _random_vjepa2(spec) if spec.model in HF_DIMENSIONS else _random_dinov2(spec)
     source = str(weights if weights and weights.is_dir() else weights.parent if weights else spec.model)
     if weights is not None and not (Path(source) / "config.json").exists():
         source = spec.model
@@ -409,6 +428,13 @@ def _hf_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnMo
             model = type(shapeless).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     prepare = _hf_prepare(spec, weights, getattr(config, "vision_config", config).model_type)
     return OwnModel(model, lambda x: hf_forward(model, x), prepare)
+
+
+def _random_vjepa2(spec: TeacherSpec) -> OwnModel:
+    from transformers import VJEPA2Config, VJEPA2Model
+
+    model = VJEPA2Model(VJEPA2Config(crop_size=spec.native_size, **HF_DIMENSIONS[spec.model]))
+    return OwnModel(model, lambda x: hf_forward(model, x), _hf_prepare(spec, None, "vjepa2"))
 
 
 def _random_dinov2(spec: TeacherSpec) -> OwnModel:
@@ -448,7 +474,11 @@ def hf_forward(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     vision = getattr(model, "vision_model", model)
     config = vision.config
-    resizes_itself = config.model_type in ("clip_vision_model", "siglip_vision_model", "vit")
+    if config.model_type == "vjepa2":  # which itself repeats a frame that is alone
+        dense = vision.get_vision_features(x.unsqueeze(1))
+        return dense, dense.mean(1)
+    clips = ("clip_vision_model", "metaclip_2_vision_model")
+    resizes_itself = config.model_type in (*clips, "siglip_vision_model", "vit")
     output = vision(x, interpolate_pos_encoding=True) if resizes_itself else vision(x)
     hidden = output.last_hidden_state
     match config.model_type:
@@ -456,7 +486,7 @@ def hf_forward(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
             return hidden[:, 1:], output.pooler_output
         case "dinov2_with_registers" | "dinov3_vit":
             return hidden[:, 1 + config.num_register_tokens :], output.pooler_output
-        case "clip_vision_model":
+        case "clip_vision_model" | "metaclip_2_vision_model":
             return vision.post_layernorm(hidden[:, 1:]), output.pooler_output
         case "siglip_vision_model":
             return hidden, output.pooler_output

@@ -33,7 +33,9 @@ TOLERANCE = 1e-4
 TIMM_FILE, OPEN_CLIP_FILE = "config.json", "open_clip_config.json"
 NESTED_FILE, PROCESSOR_FILE = "processor_config.json", "preprocessor_config.json"
 """Files of transformers; the first is read instead of the second if it has an image processor inside."""
-OWN_FILES = (TIMM_FILE, OPEN_CLIP_FILE, STUDENT_FILE, NESTED_FILE, PROCESSOR_FILE)
+VIDEO_FILE = "video_preprocessor_config.json"
+"""The file of a model of videos, which has no image processor."""
+OWN_FILES = (TIMM_FILE, OPEN_CLIP_FILE, STUDENT_FILE, NESTED_FILE, PROCESSOR_FILE, VIDEO_FILE)
 """All files beside a model's weights that are read."""
 HARMLESS_ARGS = {"img_size", "global_pool", "dynamic_img_size", "strict_img_size", "num_classes", "in_chans"}
 """timm's model_args that need no check here: the weights' names and shapes show it if one of them is wrong."""
@@ -138,29 +140,28 @@ def processor_settings(source: str) -> tuple[dict[str, Any] | None, str]:
             f"{source.rstrip('/')}/{NESTED_FILE} has image_mean under {hidden[0]!r}, where transformers' "
             f"AutoImageProcessor does not look; put these settings into a {PROCESSOR_FILE}"
         )
-    return None, PROCESSOR_FILE
+    return _cached_json(source, VIDEO_FILE), VIDEO_FILE
 
 
 def open_processor(source: str) -> Any:
-    """Open the library's own image processor; raise whatever the library raises."""
-    from transformers import AutoImageProcessor
+    """Open the library's own processor of pictures, or of videos if there is no other; raise whatever it raises."""
+    from transformers import AutoImageProcessor, AutoVideoProcessor
 
+    kind = AutoVideoProcessor if processor_settings(source)[1] == VIDEO_FILE else AutoImageProcessor
     with quiet_transformers(), hub_or_offline(source):
         name, revision = at_revision(source)
-        return AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return kind.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
 def processed(processor: Any, views_u8_BHWC: Any) -> Any:
     """Return the library processor's output for views that already have the right size: float array [B, 3, H, W]."""
+    alone = {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_last"}
     with quiet_transformers():
-        made = processor(
-            images=list(views_u8_BHWC),
-            do_resize=False,
-            do_center_crop=False,
-            do_pad=False,
-            input_data_format="channels_last",
-            return_tensors="np",
-        )
+        if "videos" in processor.model_input_names[0]:
+            one_frame_each = [view[None] for view in views_u8_BHWC]
+            made = processor(videos=one_frame_each, do_sample_frames=False, return_tensors="pt", **alone)
+            return np.asarray(made["pixel_values_videos"][:, 0])
+        made = processor(images=list(views_u8_BHWC), do_pad=False, return_tensors="np", **alone)
     return np.asarray(made["pixel_values"])
 
 

@@ -39,6 +39,7 @@ from eupe.teachers.families import (
     siglip,
     siglip_naflex,
     tipsv2,
+    vjepa2,
 )
 from eupe.teachers.spec import TeacherSpec
 
@@ -160,6 +161,10 @@ _ROWS = (
     pathology("virchow2", "paige-ai/Virchow2", 1280, 4, IMAGENET, NO_DERIVATIVES, VIRCHOW2_SUMMARY, with_mean=True),
     pathology("h-optimus-0", "bioptimus/H-optimus-0", 1536, 4, H_OPTIMUS, APACHE, H_OPTIMUS_PIXELS),
     pathology("h-optimus-1", "bioptimus/H-optimus-1", 1536, 4, H_OPTIMUS, NO_DERIVATIVES, H_OPTIMUS_PIXELS),
+    vjepa2("vjepa2-l", "vitl", 1024, 256, "MIT"),
+    vjepa2("vjepa2-h", "vith", 1280, 256),
+    vjepa2("vjepa2-g", "vitg", 1408, 256),
+    vjepa2("vjepa2-g-384", "vitg", 1408, 384),
     radio("radio-v3-b", "base_patch16_radio_v3", 768, class_tokens=3, prefix=8, corners=True),
     radio("radio-v3-l", "large_patch16_radio_v3", 1024, class_tokens=3, prefix=8),
     radio("radio-v3-h", "huge_patch16_radio_v3", 1280, class_tokens=3, prefix=8, corners=True),
@@ -196,6 +201,7 @@ ALIASES: dict[str, str] = {
     "aimv2": "aimv2-l-448",
     "internvit": "internvit-300m-v2.5",
     "qwen3-vl": "qwen3-vl-8b",
+    "vjepa2": "vjepa2-l",
     "radio": "radio-v4-h",
     "sam": "sam-b",
 }

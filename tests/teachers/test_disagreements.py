@@ -62,6 +62,7 @@ FAMILIES = {
     r"internvit-\S+": ("no final norm", "drops the class token", "2x2 patches"),
     r"(uni2-h|virchow2)": ("terms to be accepted", "packed SwiGLUs", "fit with GELU"),
     r"h-optimus-[01]": ("terms to be accepted", "not ImageNet's"),
+    r"vjepa2-\S+": ("two equal frames", "motion", "the predictor does not run", "--tokens dense", "px only"),
     r"qwen3-vl-\S+": ("ahead of its merger", "2x2 block", "no final norm", "--tokens dense", "two equal frames"),
     r"(metaclip2|clip)-\S+-proj": ("behind the projection", "encode_image", "no post_layernorm", "GELU"),
     r"siglip2-naflex-\S+": ("NaFlex", "aspect ratio", "attention pool", "16x16", "as in transformers"),

@@ -14,7 +14,15 @@ import torch
 from huggingface_hub import constants
 from teacher_checks import CPU, views
 from timm.models import save_for_hf
-from transformers import AutoImageProcessor, CLIPImageProcessor, Dinov2Config, Dinov2Model
+from transformers import (
+    AutoImageProcessor,
+    CLIPImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    VJEPA2Config,
+    VJEPA2Model,
+    VJEPA2VideoProcessor,
+)
 
 from eupe.errors import TeacherError
 from eupe.models.checkpoints import weights_digest
@@ -91,6 +99,19 @@ LIBRARIES: dict[str, Callable[[Path], tuple[str, Path | None]]] = {
     "transformers 5": lambda folder: (f"hf:{nested(folder)}", None),
     "beside --weights": lambda folder: (f"hf:{dinov2(folder / 'base')}", dinov2(folder / "tuned", do_normalize=True)),
 }
+
+
+def test_a_model_of_videos_has_a_processor_of_videos(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "crop_size": 64}
+    predictor = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+    VJEPA2Model(VJEPA2Config(**sizes, **predictor)).save_pretrained(tmp_path)
+    VJEPA2VideoProcessor(crop_size=64, image_mean=list(MEAN), image_std=list(STD)).save_pretrained(tmp_path)
+    (tmp_path / "video_preprocessor_config.json").stat()
+    spec = resolve_teacher(f"hf:{tmp_path}")
+    assert (spec.mean, spec.std, spec.native_size) == (MEAN, STD, 64)
+    assert run_eupe("teachers", "verify", f"hf:{tmp_path}").code == 0
+    with pytest.raises(TeacherError, match=r"cannot take inputs of 64, 96 px, .* use --size 64"):
+        load_teacher(spec, weights=None, device=CPU, dtype=torch.float32, sizes=(64, 96))
 
 
 def ignore_files(monkeypatch: pytest.MonkeyPatch) -> None:

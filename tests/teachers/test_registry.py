@@ -14,7 +14,9 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     RadioConfig,
+    VJEPA2Config,
 )
+from transformers.models.vjepa2.video_processing_vjepa2 import VJEPA2VideoProcessor
 
 from eupe.models.meta import built_on_meta
 from eupe.teachers import hf_adapter, open_clip_adapter, timm_adapter
@@ -137,7 +139,22 @@ def test_open_clip_rows(spec: TeacherSpec) -> None:
     assert meta_tokens(open_clip_adapter, visual, spec) == promised(spec)
 
 
-@by_name(ROWS["hf"])
+@by_name([row for row in ROWS["hf"] if "vjepa2" in row.model])
+def test_vjepa2_rows(spec: TeacherSpec) -> None:
+    """The library's defaults are those of the large model."""
+    config = VJEPA2Config()
+    assert (spec.patch, spec.prefix_tokens) == (config.patch_size, 0)
+    assert (spec.mean, spec.std) == (tuple(VJEPA2VideoProcessor.image_mean), tuple(VJEPA2VideoProcessor.image_std))
+    with built_on_meta():
+        model = hf_adapter.build(spec, sizes=(spec.native_size,)).eval()
+    assert model.config.crop_size == spec.native_size and spec.model.endswith(f"-{spec.native_size}")
+    if spec.name == "vjepa2-l":
+        assert model.config.to_dict() == config.to_dict()
+    model.encoder.layer = model.encoder.layer[:2]
+    assert meta_tokens(hf_adapter, model, spec) == promised(spec)
+
+
+@by_name([row for row in ROWS["hf"] if row.model in TIMM_TWINS])
 def test_hf_rows(spec: TeacherSpec) -> None:
     twin = timm_on_meta(TIMM_TWINS[spec.model])
     assert spec.dense_dim == twin.num_features

@@ -27,12 +27,16 @@ from transformers import (
     DINOv3ConvNextModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    MetaClip2VisionConfig,
+    MetaClip2VisionModel,
     RadioConfig,
     RadioModel,
     SiglipConfig,
     SiglipModel,
     ViTConfig,
     ViTModel,
+    VJEPA2Config,
+    VJEPA2Model,
 )
 
 from eupe.teachers.library_check import random_pair
@@ -129,6 +133,8 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 TINY_TOWER = {**TINY, "patch_size": 16, "image_size": 64}
 
 
+DIMENSIONS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+PREDICTOR = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
 HUGGING_FACE: dict[str, Callable[[], Any]] = {
     "dinov2": lambda: Dinov2Model(Dinov2Config(**TINY, image_size=56)),
     "dinov2_with_registers": lambda: Dinov2WithRegistersModel(
@@ -141,6 +147,8 @@ HUGGING_FACE: dict[str, Callable[[], Any]] = {
     "clip": lambda: CLIPModel(CLIPConfig(vision_config=TINY_TOWER, text_config={**TINY, "vocab_size": 49408})),
     "siglip": lambda: SiglipModel(SiglipConfig(vision_config=TINY_TOWER, text_config={**TINY, "vocab_size": 49408})),
     "radio": lambda: RadioModel(RadioConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)),
+    "vjepa2": lambda: VJEPA2Model(VJEPA2Config(**DIMENSIONS, crop_size=96, **PREDICTOR)),
+    "metaclip_2": lambda: MetaClip2VisionModel(MetaClip2VisionConfig(**TINY_TOWER)),
     "vit": lambda: ViTModel(ViTConfig(**TINY, image_size=64)),
 }
 

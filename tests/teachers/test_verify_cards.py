@@ -37,6 +37,7 @@ def verified(run_eupe: Run, *words: object) -> tuple[int, dict[str, Any]]:
 ONE_OF_EACH_KIND = [
     *("dinov2-s", "dinov2-g", "dinov2-reg-b", "dinov3-7b", "eupe-convnext-t", "pe-core-g", "pe-lang-g"),
     *("clip-l14", "siglip2-b-256", "radio-v4-h", "sam-b", "efficientnet-b0", "qwen3-vl-4b", "eva02-clip-b16-proj"),
+    "vjepa2-g-384",
 ]
 
 
