@@ -18,7 +18,7 @@ def parsed(command: str) -> dict[str, Any]:
     begin, line = (SCENES, scenes_app) if command.startswith(SCENES) else ("eupe ", app)
     words = shlex.split(command.removeprefix(begin))
     verb: Any = typer.main.get_command(line)
-    while hasattr(verb, "commands") and words:
+    while hasattr(verb, "commands") and words and not words[0].startswith("-"):
         named = verb.name == "teachers" and words[0] not in verb.commands
         verb = verb.commands["show" if named else words.pop(0)]
     params: dict[str, Any] = verb.make_context("eupe", words).params

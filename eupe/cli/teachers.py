@@ -36,14 +36,29 @@ NEAR_FP32 = 0.999
 
 
 @teachers_app.callback(invoke_without_command=True)
-def teachers(context: typer.Context) -> None:
+def teachers(
+    context: typer.Context,
+    licence: Annotated[
+        str | None, typer.Option(help="`permissive`: only teachers whose weights are under Apache-2.0, MIT or BSD.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the known teachers; with NAME, show its spec and a note on it."""
     from eupe.teachers.registry import REGISTRY
+    from eupe.teachers.spec import is_permissive
 
+    if licence not in (None, "permissive"):
+        raise ConfigError(f"--licence {licence} is unknown; give permissive (Apache-2.0, MIT and BSD), or leave it out")
     if context.invoked_subcommand is not None:
+        if licence is not None or as_json:
+            raise ConfigError("--licence and --json before a NAME or a command are for the list; leave them out")
+        return
+    rows = [spec for spec in REGISTRY.values() if licence is None or is_permissive(spec.licence)]
+    if as_json:
+        print(json.dumps({"teachers": [spec.to_json() for spec in rows]}))
         return
     table = Table("name", "backend", "model", "dense", "summary", "patch", "native", "licence", box=None)
-    for spec in REGISTRY.values():
+    for spec in rows:
         summary = f"{spec.summary_dim} {spec.summary}" if spec.summary_dim else "none"
         cells = (
             spec.name,

@@ -16,7 +16,10 @@ from eupe.errors import TeacherError
 if TYPE_CHECKING:
     from eupe.models.encoder_spec import EncoderSpec
 
-__all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec", "encoder_fields"]
+__all__ = ["Backend", "DenseKind", "SummaryKind", "TeacherSpec", "encoder_fields", "is_permissive"]
+
+PERMISSIVE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause")
+"""Licences, in lower case, that let anyone use, change and sell what they cover."""
 
 Backend = Literal["timm", "hf", "open_clip", "run"]
 """The library that a teacher comes from; `run` is a training run of eupe's."""
@@ -107,6 +110,11 @@ class TeacherSpec:
     def to_json(self) -> dict[str, Any]:
         """Return the spec as plain JSON, with tuples as lists."""
         return to_plain(self)
+
+
+def is_permissive(licence: str) -> bool:
+    """Return whether a licence of weights is Apache-2.0, MIT or BSD; one that is not known is not."""
+    return licence.lower() in PERMISSIVE
 
 
 def encoder_fields(encoder: EncoderSpec) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Every row of the registry against what its library says of the model, without weights or memory."""
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import open_clip
@@ -21,8 +23,9 @@ from transformers.models.vjepa2.video_processing_vjepa2 import VJEPA2VideoProces
 from eupe.models.meta import built_on_meta
 from eupe.teachers import hf_adapter, open_clip_adapter, timm_adapter
 from eupe.teachers.registry import ALIASES, REGISTRY
-from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.spec import TeacherSpec, is_permissive
 
+LICENCE = ("--licence", "permissive")
 ROWS = {
     backend: [row for row in REGISTRY.values() if row.backend == backend] for backend in ("timm", "open_clip", "hf")
 }
@@ -196,6 +199,28 @@ def test_rows_name_themselves_and_aliases_lead_to_rows() -> None:
     assert all(name == row.name for name, row in REGISTRY.items())
     assert set(ALIASES.values()) <= set(REGISTRY) and not set(ALIASES) & set(REGISTRY)
     assert ALIASES["dinov2"] == "dinov2-s"
+
+
+def test_the_list_by_licence(run_eupe: Callable[..., Any]) -> None:
+    every, few = (json.loads(run_eupe("teachers", *words, "--json").out)["teachers"] for words in ([], LICENCE))
+    assert [row["name"] for row in every] == list(REGISTRY)
+    assert {row["licence"] for row in few} == {"Apache-2.0", "MIT"}
+    closed = {row["name"] for row in every} - {row["name"] for row in few}
+    assert {"dinov3-s", "eupe-t", "radio-v4-h", "clip-dfn-l14", "metaclip2-h14", "aimv2-l-448", "uni2-h"} <= closed
+    assert not {"dinov2-s", "pe-core-g", "clip-b16", "tipsv2-b", "h-optimus-0", "vjepa2-l"} & closed
+    shown = run_eupe("teachers", *LICENCE).out
+    assert "dinov2-s" in shown and "dinov3" not in shown
+    for words, said in (
+        (["--licence", "free"], "--licence free is unknown; give permissive"),
+        ([*LICENCE, "dinov2"], "are for the list; leave them out"),
+    ):
+        outcome = run_eupe("teachers", *words)
+        assert outcome.code == 2 and said in " ".join(outcome.err.split())
+
+
+@pytest.mark.parametrize("licence", ["unknown", "unknown: no run is here", "other", "", "CC-BY-NC-4.0", "own"])
+def test_what_is_not_known_is_not_permissive(licence: str) -> None:
+    assert not is_permissive(licence) and is_permissive("mit") and is_permissive("BSD-3-Clause")
 
 
 def test_every_row_says_what_a_user_must_know() -> None:
