@@ -398,6 +398,26 @@ def vjepa2(name: str, model: str, width: int, size: int, licence: str = APACHE) 
     )
 
 
+SAM3 = TeacherSpec(
+    name="sam3",
+    backend="hf",
+    model="facebook/sam3",
+    patch=14,
+    dense_dim=1024,
+    summary_dim=0,
+    prefix_tokens=0,
+    summary="none",
+    dense="raw",
+    native_size=1008,
+    **HALF,
+    licence="SAM-License",
+    note="dense is what the image encoder gives ahead of its neck, with no final norm (large range: look at the clip "
+    "counts), where sam-* give the neck's output; there is no summary, stores leave it out; mean and std are 0.5, not "
+    "ImageNet's as of SAM; 1008 px only: the angles of its positions are laid out for them; of the repository, "
+    "which is a whole video model, only the encoder is kept",
+)
+
+
 def radio(name: str, model: str, width: int, class_tokens: int, prefix: int, corners: bool = False) -> TeacherSpec:
     return TeacherSpec(
         name=name,

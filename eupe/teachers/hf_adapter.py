@@ -56,6 +56,8 @@ class Family:
     patch: Callable[[Any], int] = lambda config: _side(config, "patch_size")
     width: Callable[[Any], int] = lambda config: int(config.hidden_size)
     size: Callable[[Any], int] = lambda config: _side(config, "image_size")
+    inside: str = ""
+    """Names of the tensors' place in the checkpoints of larger models, as a pattern; nothing else of these is used."""
     takes_other_sizes: bool = True
     """False if the model's positions are laid out for its own size, and nothing would say that they do not fit."""
     inputs: Callable[[Any, Tensor], dict[str, Tensor]] = lambda config, pixels_BCHW: {"pixel_values": pixels_BCHW}
@@ -149,6 +151,16 @@ FAMILIES: dict[str, Family] = {
         run={"skip_predictor": True},
         note="a picture is a video of equal frames, as many as a tubelet is long; the summary is the tokens' mean",
     ),
+    "sam3_vit_model": Family(
+        model_class="Sam3ViTModel",
+        summary="none",
+        dense="raw",
+        normalisation=HALF,
+        prefix=lambda config: 0,
+        inside=r"(detector_model\.)?(vision_encoder\.)?backbone\.",
+        takes_other_sizes=False,
+        note="the tokens of SAM 3's encoder ahead of its neck",
+    ),
     "vit": Family(
         model_class="ViTModel",
         summary="cls",
@@ -218,6 +230,8 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
         "ignore_mismatched_sizes": True,  # mismatches then appear in the report, which is checked
         **family.build,
     }
+    if family.inside:
+        options["key_mapping"] = {f"^{family.inside}": ""}
     with quiet_transformers():
         if weights is None:
             with hub_errors(spec):
@@ -228,7 +242,7 @@ def load(spec: TeacherSpec, *, weights: Path | None, key: str | None, sizes: tup
                 shapes = model_class(config, **family.build).state_dict()
             state = read_checkpoint(weights, key=key, fitting=shapes, whole=True)
             model, report = _from_state_dict(model_class, state, weights, options)
-    _check_report(report, source=str(weights or spec.model))
+    _check_report(report, source=str(weights or spec.model), others_may_be=bool(family.inside))
     return model
 
 
@@ -270,6 +284,8 @@ def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
     if model.config.model_type in ("clip_vision_model", "metaclip_2_vision_model"):
         hidden = model.post_layernorm(hidden)
     dense = hidden[:, spec.prefix_tokens :]
+    if spec.summary == "none":
+        return Tokens(summary=None, dense=dense.unflatten(1, grid))
     pooled = {"attention_pool": lambda: output.pooler_output, "mean": lambda: dense.mean(1)}
     summary = pooled.get(spec.summary, lambda: hidden[:, 0])()
     return Tokens(summary=summary, dense=dense.unflatten(1, grid))
@@ -300,7 +316,11 @@ def _vision_config(source: str, weights: Path | None = None) -> Any:
             f"{source} is a NaFlex SigLIP2, whose grid varies with the picture; "
             f"use a fixed-resolution one (for example siglip2-b-256)"
         )
-    config = getattr(config, "vision_config", config)
+    parts = (
+        ("detector_config", "vision_config", "backbone_config") if "sam3" in config.model_type else ("vision_config",)
+    )
+    for part in parts:
+        config = getattr(config, part, config)
     if config.model_type not in FAMILIES:
         raise TeacherError(
             f"{source} has model type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
@@ -386,11 +406,17 @@ def _from_state_dict(
     return model, report
 
 
-def _check_report(report: Any, *, source: str) -> None:
-    """Raise TeacherError if the library filled in, resized or ignored a weight that matters."""
+def _check_report(report: Any, *, source: str, others_may_be: bool) -> None:
+    """Raise TeacherError if the library filled in, resized or ignored a weight that matters.
+
+    Args:
+        others_may_be: whether the encoder is a part of a larger model, whose other weights do not matter.
+    """
     misfits = {
         "missing": sorted(name for name in report["missing_keys"] if not UNNEEDED_WEIGHTS.fullmatch(name)),
-        "unexpected": sorted(name for name in report["unexpected_keys"] if not UNUSED_WEIGHTS.match(name)),
+        "unexpected": sorted(
+            name for name in report["unexpected_keys"] if not (others_may_be or UNUSED_WEIGHTS.match(name))
+        ),
         "wrong shape": [f"{name} {tuple(have)} for {tuple(want)}" for name, have, want in report["mismatched_keys"]],
         "unreadable": list(report["error_msgs"]),
     }
@@ -399,6 +425,8 @@ def _check_report(report: Any, *, source: str) -> None:
 
 
 def _summary_dim(config: Any, width: int) -> int:
+    if FAMILIES[config.model_type].summary == "none":
+        return 0
     return width * len(config.summary_idxs) if config.model_type == "radio" else width
 
 
@@ -411,7 +439,12 @@ def _normalisation(model: str, family: Family) -> tuple[tuple[Triple, Triple], s
 
 
 def _native_size(model: str, config: Any, patch: int) -> int:
-    """Return the side that the repository's preprocessor produces if the patch divides it, else the model's own."""
+    """Return the side that the repository's preprocessor produces if the patch divides it, else the model's own.
+
+    It is the model's own, too, if it takes no other size.
+    """
+    if not FAMILIES[config.model_type].takes_other_sizes:
+        return FAMILIES[config.model_type].size(config)
     settings, _ = processor_settings(model)
     size = (settings or {}).get("crop_size") or (settings or {}).get("size") or {}
     side = size.get("height") if isinstance(size, dict) else size[0] if isinstance(size, list) else size

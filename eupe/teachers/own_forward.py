@@ -54,6 +54,7 @@ NARROW_SAM: dict[str, Any] = {**NARROW_VIT, "num_heads": 1, "global_attn_indexes
 
 NARROW_HF: dict[str, Any] = {"hidden_size": NARROW_WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
 HF_DIMENSIONS: dict[str, dict[str, Any]] = {
+    "facebook/sam3": {},
     "facebook/vjepa2-vitl-fpc64-256": {},
     "facebook/vjepa2-vith-fpc64-256": {"hidden_size": 1280, "num_hidden_layers": 32},
     **{
@@ -76,6 +77,7 @@ NORMALISED_LIKE = {
     "clip_vision_model": "vit_base_patch32_clip_224.openai",
     "metaclip_2_vision_model": "vit_huge_patch14_clip_224.metaclip2_worldwide",
     "vjepa2": "vit_small_patch14_dinov2.lvd142m",
+    "sam3_vit_model": "vit_base_patch16_siglip_224.webli",
     "siglip_vision_model": "vit_base_patch16_siglip_224.webli",
     "vit": "vit_base_patch16_224.augreg_in21k",
 }
@@ -411,7 +413,7 @@ def _hf_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnMo
     import transformers
 
     if weights is None and not spec.name.startswith("hf:"):
-        return _random_vjepa2(spec) if spec.model in HF_DIMENSIONS else _random_dinov2(spec)
+        return _random_hf(spec) if spec.model in HF_DIMENSIONS else _random_dinov2(spec)
     source = str(weights if weights and weights.is_dir() else weights.parent if weights else spec.model)
     if weights is not None and not (Path(source) / "config.json").exists():
         source = spec.model
@@ -430,11 +432,14 @@ def _hf_model(spec: TeacherSpec, weights: Path | None, key: str | None) -> OwnMo
     return OwnModel(model, lambda x: hf_forward(model, x), prepare)
 
 
-def _random_vjepa2(spec: TeacherSpec) -> OwnModel:
-    from transformers import VJEPA2Config, VJEPA2Model
+def _random_hf(spec: TeacherSpec) -> OwnModel:
+    from transformers import AutoModel, Sam3ViTConfig, VJEPA2Config
 
-    model = VJEPA2Model(VJEPA2Config(crop_size=spec.native_size, **HF_DIMENSIONS[spec.model]))
-    return OwnModel(model, lambda x: hf_forward(model, x), _hf_prepare(spec, None, "vjepa2"))
+    options = HF_DIMENSIONS[spec.model]
+    is_sam = "sam3" in spec.model
+    config = Sam3ViTConfig(**options) if is_sam else VJEPA2Config(crop_size=spec.native_size, **options)
+    model = AutoModel.from_config(config)
+    return OwnModel(model, lambda x: hf_forward(model, x), _hf_prepare(spec, None, config.model_type))
 
 
 def _random_dinov2(spec: TeacherSpec) -> OwnModel:
@@ -467,13 +472,16 @@ def _random_dinov2(spec: TeacherSpec) -> OwnModel:
     return OwnModel(model, lambda x: hf_forward(model, x), timm_preparation(timm.data.resolve_model_data_config(twin)))
 
 
-def hf_forward(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def hf_forward(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return dense [B, N, D] and summary as the library documents them for each model type.
 
     CLIP's patch tokens are normed here, as the registry promises; the library norms the class token only.
     """
-    vision = getattr(model, "vision_model", model)
+    detector = getattr(model, "detector_model", model)
+    vision = getattr(detector, "vision_encoder", getattr(detector, "vision_model", detector))
     config = vision.config
+    if "sam3" in config.model_type:
+        return vision(x).last_hidden_state, None
     if config.model_type == "vjepa2":  # which itself repeats a frame that is alone
         dense = vision.get_vision_features(x.unsqueeze(1))
         return dense, dense.mean(1)

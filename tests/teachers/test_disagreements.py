@@ -68,6 +68,7 @@ FAMILIES = {
     r"siglip2-naflex-\S+": ("NaFlex", "aspect ratio", "attention pool", "16x16", "as in transformers"),
     r"siglip2?-(?!naflex)\S+": ("no class token", "attention pool", "GELU", "antialiases", "centre crop", "squash"),
     r"radio-\S+": ("summary_idxs", "pixels in [0, 1]", "normalised once", "corners"),
+    r"sam3": ("ahead of its neck", "there is no summary", "0.5, not ImageNet's", "1008 px only"),
     r"sam-[blh]": ("there is no summary", "transformers refuses other sizes", "pads"),
     r"efficientnet-\S+": ("before the head convolution", "transformers'"),
 }

@@ -16,6 +16,8 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     RadioConfig,
+    Sam3ImageProcessor,
+    Sam3ViTConfig,
     VJEPA2Config,
 )
 from transformers.models.vjepa2.video_processing_vjepa2 import VJEPA2VideoProcessor
@@ -155,6 +157,16 @@ def test_vjepa2_rows(spec: TeacherSpec) -> None:
         assert model.config.to_dict() == config.to_dict()
     model.encoder.layer = model.encoder.layer[:2]
     assert meta_tokens(hf_adapter, model, spec) == promised(spec)
+
+
+def test_sam3_is_the_library_s_default() -> None:
+    row, config, processor = REGISTRY["sam3"], Sam3ViTConfig(), Sam3ImageProcessor
+    assert (row.patch, row.dense_dim, row.native_size) == (config.patch_size, config.hidden_size, config.image_size)
+    assert (row.mean, row.std) == (tuple(processor.image_mean), tuple(processor.image_std))
+    with built_on_meta():
+        model = hf_adapter.build(row, sizes=(row.native_size,)).eval()
+    model.layers = model.layers[:1]
+    assert meta_tokens(hf_adapter, model, row) == promised(row)
 
 
 @by_name([row for row in ROWS["hf"] if row.model in TIMM_TWINS])

@@ -13,15 +13,18 @@ import pytest
 import timm
 import torch
 import transformers
-from teacher_checks import assert_same_tokens, clip_in_hugging_face_names, load_state, views
+from safetensors.torch import save_file
+from teacher_checks import CPU, assert_same_tokens, clip_in_hugging_face_names, load_state, views
 from timm.models.qwen3_vit import checkpoint_filter_fn_classifier
 from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionConfig, Qwen3VLVisionModel
 from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2VisionConfig, Tipsv2VisionModel
 
+from eupe.errors import TeacherError
 from eupe.teachers.own_forward import NARROW_WIDTH, fill_at_random, narrow, open_clip_preparation
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
+from eupe.teachers.teacher import load_teacher
 
 State = dict[str, Tensor]
 DIMENSIONS: dict[str, Any] = {"hidden_size": NARROW_WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -166,6 +169,34 @@ def test_the_same_in_transformers(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         dense, summary = run(pictures.permute(0, 3, 1, 2))
     assert_same_tokens(teacher(pictures), dense, summary)
+
+
+@pytest.mark.parametrize("way", ["directory", "weights"])
+def test_sam3_is_the_image_encoder_of_a_whole_video_model(way: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    windows = {"image_size": 112, "pretrain_image_size": 56, "window_size": 4, "global_attn_indexes": [1]}
+    config = transformers.Sam3VisionConfig(
+        backbone_config=transformers.Sam3ViTConfig(**sizes, **windows), fpn_hidden_size=16
+    )
+    own = transformers.Sam3VisionModel(config).eval()
+    fill_at_random(own)
+    whole = transformers.Sam3VideoConfig(detector_config=transformers.Sam3Config(vision_config=config))
+    whole.save_pretrained(tmp_path)
+    processor = transformers.Sam3ImageProcessor(do_resize=False)
+    processor.save_pretrained(tmp_path)
+    state = {f"detector_model.vision_encoder.{name}": tensor for name, tensor in own.state_dict().items()}
+    state |= {"detector_model.detr_encoder.x": torch.ones(1), "tracker_model.x": torch.ones(1)}
+    save_file(state, tmp_path / "model.safetensors")
+    spec, pictures = resolve_teacher(f"hf:{tmp_path}"), views(112)
+    assert (spec.summary, spec.dense, spec.native_size) == ("none", "raw", 112)
+    weights = tmp_path if way == "weights" else None
+    teacher = load_teacher(spec, weights=weights, device=CPU, dtype=torch.float32, sizes=(112,))
+    with torch.no_grad():
+        inputs = processor(pictures.permute(0, 3, 1, 2), return_tensors="pt")
+        dense = own(inputs["pixel_values"]).last_hidden_state
+    assert_same_tokens(teacher(pictures), dense, None)
+    with pytest.raises(TeacherError, match="use --size 112"):
+        load_teacher(spec, weights=None, device=CPU, dtype=torch.float32, sizes=(56,))
 
 
 @pytest.mark.usefixtures("narrow_vits")
