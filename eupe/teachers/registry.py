@@ -186,6 +186,26 @@ _ROWS = (
 
 REGISTRY: dict[str, TeacherSpec] = {row.name: row for row in _ROWS}
 
+_DEPTH_ANYTHING_3 = (
+    "Depth Anything 3 is in none of timm, transformers and open_clip; a release of one of them that has it would make "
+    "it possible; its encoder began as DINOv2 (dinov2-l)"
+)
+_MOONVIT = (
+    "MoonViT's repository needs code of its own, which eupe does not run, and transformers has it only as the tower of "
+    "Kimi K2.5, beside a whole language model; a library that loads the tower alone would make it possible"
+)
+_INTERNVIT_6B = (
+    "InternViT-6B's repository needs code of its own, which eupe does not run, and transformers has it only as the "
+    "tower of InternVL, beside a whole language model; a library that loads the tower alone would make it possible, as "
+    "timm loads internvit-300m-v2.5"
+)
+UNCARRIED: dict[str, str] = {
+    **dict.fromkeys(("depth-anything-3", "depth-anything-v3", "da3"), _DEPTH_ANYTHING_3),
+    **dict.fromkeys(("moonvit", "moonvit-so400m", "kimi-vl", "kimi-k2.5"), _MOONVIT),
+    **dict.fromkeys(("internvit-6b", "internvit-6b-v2.5"), _INTERNVIT_6B),
+}
+"""Teachers that users ask for and no library carries, with the reason and what would help."""
+
 ALIASES: dict[str, str] = {
     "dinov2": "dinov2-s",
     "dinov2-reg": "dinov2-reg-s",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eupe.common.kinds import RUN_FILES, STUDENT_FILE
 from eupe.errors import TeacherError
-from eupe.teachers.registry import ALIASES, REGISTRY
+from eupe.teachers.registry import ALIASES, REGISTRY, UNCARRIED
 from eupe.teachers.spec import TeacherSpec
 
 _DESCRIBERS = {
@@ -62,6 +62,8 @@ def _unknown(name: str) -> str:
             f"{name} is not a training run, because it has no {STUDENT_FILE}; "
             f"for a Hugging Face model directory, write hf:{name}"
         )
+    if (why := UNCARRIED.get(name.lower().replace("_", "-"))) is not None:
+        return f"there is no teacher {name!r}: {why}"
     near = difflib.get_close_matches(name, [*REGISTRY, *ALIASES], n=3)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     return f"there is no teacher {name!r}; {hint}`eupe teachers` lists them all"

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import (
@@ -17,7 +19,7 @@ from transformers import (
 
 from eupe.errors import RunError, TeacherError
 from eupe.models.encoder import build_encoder, save_encoder
-from eupe.teachers.registry import ALIASES, REGISTRY
+from eupe.teachers.registry import ALIASES, REGISTRY, UNCARRIED
 from eupe.teachers.resolve import resolve_teacher
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -44,6 +46,23 @@ def test_unknown_names_list_near_ones(typed: str, hint: str) -> None:
     with pytest.raises(TeacherError) as error:
         resolve_teacher(typed)
     assert hint in str(error.value) and "`eupe teachers`" in str(error.value)
+
+
+@pytest.mark.parametrize("name", UNCARRIED)
+def test_what_no_library_carries_is_said_in_a_sentence(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/teachers.md").read_text()
+    assert name not in {*REGISTRY, *ALIASES} and f"`{name}`" in page
+    for typed in (name, name.upper().replace("-", "_")):
+        with pytest.raises(TeacherError, match=r"there is no teacher .*: .* would make it possible") as error:
+            resolve_teacher(typed)
+        assert "\n" not in str(error.value)
+
+
+def test_extract_says_it_before_any_work(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    words = ["--teacher", "depth-anything-3", "--corpus", tmp_path, "--out", tmp_path / "store.zarr"]
+    outcome = run_eupe("extract", *words)
+    assert outcome.code == 2 and "in none of timm, transformers and open_clip" in " ".join(outcome.err.split())
+    assert not (tmp_path / "store.zarr").exists()
 
 
 def test_name_like_nothing_points_to_the_list() -> None:
