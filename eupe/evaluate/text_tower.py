@@ -37,6 +37,10 @@ TIMM_TO_OPEN_CLIP: dict[str, str] = {
     "vit_pe_core_base_patch16_224.fb": "PE-Core-B-16@meta",
     "vit_pe_core_large_patch14_336.fb": "PE-Core-L-14-336@meta",
     "vit_pe_core_gigantic_patch14_448.fb": "PE-Core-bigG-14-448@meta",
+    "eva02_base_patch16_clip_224.merged2b": "EVA02-B-16@merged2b_s8b_b131k",
+    "eva02_large_patch14_clip_224.merged2b": "EVA02-L-14@merged2b_s4b_b131k",
+    "eva02_large_patch14_clip_336.merged2b": "EVA02-L-14-336@merged2b_s6b_b61k",
+    "eva02_enormous_patch14_clip_224.laion2b_plus": "EVA02-E-14-plus@laion2b_s9b_b144k",
     "vit_base_patch16_siglip_224.webli": "ViT-B-16-SigLIP@webli",
     "vit_base_patch16_siglip_256.webli": "ViT-B-16-SigLIP-256@webli",
     "vit_base_patch16_siglip_384.webli": "ViT-B-16-SigLIP-384@webli",
@@ -103,7 +107,8 @@ def text_model(spec: TeacherSpec) -> str | None:
         was not trained with texts.
     """
     if spec.backend == "timm":
-        embedding = "projected" if "_pe_core_" in spec.model else "attention_pool"
+        has_projection = "_pe_core_" in spec.model or spec.model.startswith("eva02_")
+        embedding = "projected" if has_projection else "attention_pool"
         return TIMM_TO_OPEN_CLIP.get(spec.model) if spec.summary == embedding else None
     return spec.model if spec.backend == "open_clip" and spec.summary == "projected" else None
 
@@ -115,6 +120,8 @@ def why_no_text(spec: TeacherSpec) -> str:
             f"the summary of {spec.name} is taken before the projection to the text space, that of {spec.name}-proj "
             "after it"
         )
+    if spec.name.startswith(("siglip2-naflex", "tipsv2")):
+        return f"open_clip does not have the text tower of {spec.name}"
     return f"{spec.name} has no text space"
 
 
@@ -128,7 +135,10 @@ def load_tower(spec: TeacherSpec, *, weights: Path | None = None) -> TextTower:
     """
     model_name = text_model(spec)
     if model_name is None:
-        raise TeacherError(f"{why_no_text(spec)}; only clip-*-proj, pe-core-*-proj and siglip* have text towers")
+        raise TeacherError(
+            f"{why_no_text(spec)}; only clip-*-proj, metaclip2-*-proj, eva02-clip-*-proj, pe-core-*-proj and siglip* "
+            "have text towers"
+        )
     arch, _, tag = model_name.partition("@")
     tokenize = _tokenizer(spec, arch, weights)
     model = _from_hub(spec, arch, tag) if weights is None else _from_file(arch, weights)

@@ -92,8 +92,11 @@ def test_every_teacher_with_a_text_space_has_its_tower(monkeypatch: pytest.Monke
     monkeypatch.undo()
     with_text = {name: text_model(row) for name, row in REGISTRY.items()}
     assert {name for name, model in with_text.items() if model} == {
-        name for name in REGISTRY if name.endswith("-proj") or name.startswith("siglip")
+        name for name in REGISTRY if name.endswith("-proj") or (name.startswith("siglip") and "naflex" not in name)
     }
+    for name in ("siglip2-naflex-b", "tipsv2-b"):
+        with pytest.raises(TeacherError, match=f"open_clip does not have the text tower of {name}"):
+            load_tower(REGISTRY[name])
     for name, model in with_text.items():
         if model is None:
             continue
@@ -102,7 +105,7 @@ def test_every_teacher_with_a_text_space_has_its_tower(monkeypatch: pytest.Monke
         assert tag in open_clip.list_pretrained_tags_by_model(arch)
         assert config["embed_dim"] == row.summary_dim
         assert config["vision_cfg"].get("timm_model_name", "") == (row.architecture if row.backend == "timm" else "")
-        vocabulary = {"siglip-": 32000, "siglip2": 256000}.get(name[:7], 49408)
+        vocabulary = {"siglip-": 32000, "siglip2": 256000, "metacli": 901629}.get(name[:7], 49408)
         assert config["text_cfg"]["vocab_size"] == vocabulary
 
 
