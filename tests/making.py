@@ -133,3 +133,10 @@ def cached_timm(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> dic
     save_file(model.state_dict(), snapshot / "model.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
     return model.state_dict()
+def hub_snapshot(hub: Path, repository: str) -> Path:
+    """Make a repository's folder in a hub's cache, in the hub's own layout, and return it."""
+    root, revision = hub / f"models--{repository.replace('/', '--')}", "0" * 40
+    (snapshot := root / "snapshots" / revision).mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(revision)
+    return snapshot

@@ -59,6 +59,12 @@ def library_weights(student: str, size: int) -> LibraryWeights:
     return LibraryWeights(name, licence, model.state_dict(), weights_digest(model))
 
 
+def pretrained_licence(student: str) -> str:
+    """Return the licence of the weights that `library_weights` would give, as far as it is known without the hub."""
+    config: Any = None if is_outside(student) else timm_config(student)
+    return UNKNOWN if config is None else config.license or UNKNOWN
+
+
 def _with_weights(student: str, size: int) -> tuple[str, str, nn.Module]:
     if not is_outside(student):
         return _timm(student, size)

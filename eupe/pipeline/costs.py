@@ -13,11 +13,14 @@ from typing import Any
 
 from eupe.corpus.views import parse_views
 from eupe.errors import EupeError
+from eupe.evaluate.licences import UNKNOWN, Origin, origins_behind
+from eupe.evaluate.open_run import is_run
 from eupe.extract.parts import converted_spec, shape_of
 from eupe.extract.plan_on_paper import NOMINAL_SHARES, stored_bytes_per_view
 from eupe.models.encoder import encoder_spec
 from eupe.models.encoder_spec import EncoderSpec, load_encoder_spec
 from eupe.models.outside import require_trust
+from eupe.models.pretrained import pretrained_licence
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.planned_steps import PlannedStep
 from eupe.pipeline.recipe import Problems
@@ -26,11 +29,11 @@ from eupe.store import open_store
 from eupe.store.layout import StoreSpec
 from eupe.store.precision import FP16, parse_precision
 from eupe.teachers.resolve import resolve_teacher
-from eupe.teachers.run_adapter import as_teacher
+from eupe.teachers.run_adapter import OWN_LICENCE, as_teacher
 from eupe.teachers.spec import TeacherSpec
 from eupe.train.config import TrainConfig
 from eupe.train.option_files import configs_given
-from eupe.train.run_spec import passes
+from eupe.train.run_spec import is_pretrained, passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,8 @@ class Costs:
         self._stores: dict[str, StoreCost] = {}
         self._specs: dict[str, StoreSpec] = {}
         self._failed: set[str] = set()
+        self.origins: list[Origin] = []
+        """What the students come from besides one another: teachers and weights, in the order of the steps."""
 
     def of(self, planned: PlannedStep) -> Cost | None:
         """Return the cost of a step; None if it makes neither a store nor a run, or cannot be estimated."""
@@ -137,6 +142,8 @@ class Costs:
     def _extracted(self, planned: PlannedStep, params: Mapping[str, Any]) -> tuple[StoreSpec, int | None]:
         """Return the spec of an extraction's store, without a corpus, and the number of its pictures if known."""
         teacher = self._teacher(planned, params["teacher"][0])
+        if not isinstance(planned.step.options["teacher"][0], Ref):
+            self._note(teacher.name, teacher.licence)
         sizes = tuple(sorted(set(params["sizes"] or ())))
         tokens = tuple(params["tokens"].split(","))
         sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=params["grid"])
@@ -178,6 +185,10 @@ class Costs:
         (word,) = planned.step.options["teacher"]
         return as_teacher(self._students[word.step], words) if isinstance(word, Ref) else resolve_teacher(words)
 
+    def _note(self, name: str, licence: str) -> None:
+        """Note a teacher or other weights; in place of a run, what is behind it."""
+        self.origins += origins_behind(name, Path(name)) if licence == OWN_LICENCE else [Origin(name, licence)]
+
     def _count(self, planned: PlannedStep, params: Mapping[str, Any]) -> int | None:
         limit = params["limit"]
         counted = None
@@ -190,6 +201,10 @@ class Costs:
 
     def _run(self, planned: PlannedStep, params: Mapping[str, Any]) -> TrainCost:
         config, targets = self._config(planned, params)
+        if config.init is not None and not isinstance(planned.step.options.get("init", (None,))[0], Ref):
+            self._note(str(config.init), OWN_LICENCE if is_run(config.init) else f"{UNKNOWN}: a file does not say")
+        elif is_pretrained(config):
+            self._note(config.student, pretrained_licence(config.student))
         steps = config.steps or self._steps(targets[0], config.epochs or 1.0, config.holdout, config.batch_size)
         bytes_per_view = sum(self._bytes_read(word) for word in targets)
         stored = self._stored_views(targets[0])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from eupe.evaluate.licences import Origin
 from eupe.pipeline.costs import Cost, Costs
 from eupe.pipeline.execute import Result, run_steps
 from eupe.pipeline.inputs import Inputs
@@ -13,6 +14,7 @@ from eupe.pipeline.planned_steps import PlannedStep, plan_steps
 from eupe.pipeline.recipe import Problems, Recipe, parse_recipe, read_recipe
 from eupe.pipeline.steps import check_steps
 from eupe.pipeline.verbs import Verb
+from eupe.teachers.spec import is_permissive
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Prepared:
     inputs: Inputs
     steps: tuple[PlannedStep, ...]
     costs: tuple[Cost | None, ...]
+    origins: tuple[Origin, ...]
+    """The teachers and weights that the students come from, each once."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result of a dry run as plain JSON data."""
@@ -30,6 +34,10 @@ class Prepared:
             "recipe": self.recipe.path,
             "out": str(self.recipe.out),
             "steps": [_plain(*pair) for pair in zip(self.steps, self.costs, strict=True)],
+            "licences": [
+                {"name": each.name, "licence": each.licence, "permissive": is_permissive(each.licence)}
+                for each in self.origins
+            ],
         }
 
 
@@ -50,7 +58,7 @@ def prepare(name: str, settings: Mapping[str, Any], verbs: Mapping[str, Verb]) -
     costs = Costs(inputs, recipe.num_images, problems)
     reckoned = tuple(costs.of(one) for one in planned)
     problems.require_none(name)
-    return Prepared(recipe, inputs, planned, reckoned)
+    return Prepared(recipe, inputs, planned, reckoned, tuple(dict.fromkeys(costs.origins)))
 
 
 def run(prepared: Prepared, *, on_step: Callable[[PlannedStep], None] = lambda step: None) -> Iterator[Result]:

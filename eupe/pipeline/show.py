@@ -12,10 +12,12 @@ from rich.table import Table
 
 from eupe.common.printing import print_table
 from eupe.common.progress import amount
+from eupe.evaluate.licences import Origin
 from eupe.pipeline.costs import Cost, StoreCost, TrainCost
 from eupe.pipeline.execute import Result
 from eupe.pipeline.planned_steps import PlannedStep
 from eupe.pipeline.prepare import Prepared
+from eupe.teachers.spec import is_permissive
 from eupe.train.run_spec import MOST_PASSES, passes_note
 
 HEADLINES: Mapping[str, Sequence[str]] = {
@@ -47,6 +49,8 @@ def show_plan(prepared: Prepared, console: Console) -> None:
         known = sum(number for number in stored if number is not None)
         unknown = f" and {stored.count(None)} of unknown size" if None in stored else ""
         console.print(f"all stores: {amount(known)}{unknown}, estimated: nothing was measured", soft_wrap=True)
+    if prepared.origins:
+        console.print(licence_words(prepared.origins), soft_wrap=True, markup=False)
     for one, cost in zip(prepared.steps, prepared.costs, strict=True):
         if isinstance(cost, TrainCost) and cost.passes is not None and cost.passes > MOST_PASSES:
             note = passes_note(f"{one.step.name}: each stored view", cost.passes)
@@ -57,6 +61,13 @@ def show_plan(prepared: Prepared, console: Console) -> None:
             missing.setdefault(words, []).append(one.step.name)
     for words, steps in missing.items():
         console.print(f"missing, but needed by {', '.join(steps)}: {words}", soft_wrap=True, markup=False)
+
+
+def licence_words(origins: Sequence[Origin]) -> str:
+    """Return the licences of all weights that the students come from, and whether all of them are permissive."""
+    closed = [origin.name for origin in origins if not is_permissive(origin.licence)]
+    verdict = f"not Apache, MIT or BSD: {', '.join(closed)}" if closed else "all are Apache, MIT or BSD"
+    return f"licences: {', '.join(f'{origin.name} {origin.licence}' for origin in origins)}; {verdict}"
 
 
 def step_words(one: PlannedStep, *, prompt: str = "$ ") -> str:

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import timm
 import torch
-from making import save_siglip_tokenizer
+from making import hub_snapshot, save_siglip_tokenizer
 from safetensors.torch import save_file
 from torch import nn
 
 NARROW = ("dinov2-b", "clip-b16", "clip-b16-proj", "siglip2-b-256")
-REVISION = "0" * 40
 
 
 def fill_hub(home: Path, dinov2_small: Path) -> None:
@@ -28,20 +27,11 @@ def fill_hub(home: Path, dinov2_small: Path) -> None:
     Args:
         dinov2_small: the folder of its real weights.
     """
-    shutil.copytree(dinov2_small, _snapshot(home, "facebook/dinov2-small"), dirs_exist_ok=True)
+    shutil.copytree(dinov2_small, hub_snapshot(home / "hub", "facebook/dinov2-small"), dirs_exist_ok=True)
     for repository, write in MODELS.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            write(_snapshot(home, repository))
-
-
-def _snapshot(home: Path, repository: str) -> Path:
-    """A repository's folder in the hub's own layout."""
-    root = home / "hub" / f"models--{repository.replace('/', '--')}"
-    (snapshot := root / "snapshots" / REVISION).mkdir(parents=True)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text(REVISION)
-    return snapshot
+            write(hub_snapshot(home / "hub", repository))
 
 
 def _dinov2_base(folder: Path) -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from making import make_corpus
 from planning import plan
+from timm.models import save_for_hf
 
 from eupe.common.storage import StoragePath
 from eupe.store import Store
@@ -43,9 +45,9 @@ class Ended:
         return re.findall(r"^\$ eupe (.*)$", self.err, re.MULTILINE)
 
 
-def begin(folder: Path, *words: str, program: str | None = None) -> subprocess.Popen[str]:
+def begin(folder: Path, *words: str, program: str | None = None, recipe: str = "r.yaml") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [program or sys.executable, "-m", "eupe", "run", "r.yaml", "--json", *words],
+        [program or sys.executable, "-m", "eupe", "run", recipe, "--json", *words],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -60,8 +62,8 @@ def end(process: subprocess.Popen[str]) -> Ended:
     return Ended(process.returncode, steps, err)
 
 
-def run(folder: Path, *words: str) -> Ended:
-    return end(begin(folder, *words))
+def run(folder: Path, *words: str, recipe: str = "r.yaml") -> Ended:
+    return end(begin(folder, *words, recipe=recipe))
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -83,6 +85,24 @@ def verbs(commands: Sequence[str]) -> list[str]:
 def write(folder: Path, steps: str, *, let: str = "{}") -> Path:
     (folder / "r.yaml").write_text(f"out: out\nlet: {let}\nsteps:\n{steps}")
     return folder
+
+
+def test_the_recipe_open_in_miniature(tmp_path: Path) -> None:
+    """Random weights stand in for those of the experts, and for those that proxy and student start from."""
+    make_corpus(tmp_path / "photos", count=120)
+    for split in ("train", "val"):
+        make_corpus(tmp_path / "labelled" / split, count=12)
+    save_for_hf(timm.create_model("test_vit", num_classes=0), tmp_path / "expert", safe_serialization=True)
+    small = {"size": 64, "batch-size": 8, "proxy-steps": 2, "student-steps": 2, "views": "rrc:1", "out": "out"}
+    small |= {"corpus": "photos", "labelled": "labelled"}
+    small |= dict.fromkeys(("texts", "language", "parts"), "timm:local-dir:expert")
+    small |= dict.fromkeys(("proxy", "student"), "test_vit")
+    words = [word for name, value in small.items() for word in ("--set", f"{name}={value}")]
+    ended = run(tmp_path, *words, recipe="open")
+    assert ended.code == 0, ended.err
+    assert verbs(ended.commands) == [*["extract"] * 3, "train", "extract", "train", "eval", "eval", "export"]
+    exported = json.loads((tmp_path / ended.steps["timm"]["output"] / "config.json").read_text())
+    assert exported["architecture"] == "test_vit"
 
 
 def test_the_whole_way_runs_once_and_again_only_what_a_change_touches(tmp_path: Path, tiny_weights: Path) -> None:

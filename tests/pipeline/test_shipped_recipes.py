@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -9,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from making import make_corpus
 from planning import plan, problems_of
 
 from eupe.extract.plan_on_paper import NOMINAL_SHARES
 from eupe.pipeline.recipe import shipped_names
+from eupe.teachers.registry import REGISTRY
 
 Run = Callable[..., Any]
 
-MUST_BE_SET: dict[str, list[str]] = {"eupe": ["--set", "corpus=nowhere", "--set", "labelled=nowhere"]}
+PICTURES = ["--set", "corpus=nowhere", "--set", "labelled=nowhere"]
+MUST_BE_SET: dict[str, list[str]] = {"eupe": PICTURES, "open": PICTURES}
 
 
 def dry(run_eupe: Run, *words: object) -> dict[str, dict[str, Any]]:
@@ -44,6 +48,44 @@ def test_every_shipped_recipe_is_valid_without_its_pictures(
     assert shown.code == 0
     assert all(step in shown.out for step in steps)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_licence_behind_the_recipe_open_is_permissive(run_eupe: Run) -> None:
+    """As the table of teachers and timm say it of each teacher and each start that its commands name."""
+    outcome = run_eupe("run", "open", *MUST_BE_SET["open"], "--dry-run", "--json")
+    plain = json.loads(outcome.out)
+    words = [word for step in plain["steps"] for word in step["command"].split()]
+    outputs = {step["output"] for step in plain["steps"]}
+    named = {
+        option: {value for word, value in itertools.pairwise(words) if word == option and value not in outputs}
+        for option in ("--teacher", "--student", "--init", "--weights")
+    }
+    found = {name: REGISTRY[name].licence for name in named["--teacher"]}
+    found |= {name: timm.get_pretrained_cfg(name).license for name in named["--student"]}
+    assert len(named["--teacher"]) == 3 and len(named["--student"]) == 2 and not named["--init"] | named["--weights"]
+    assert {licence.lower() for licence in found.values()} <= {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause"}
+    assert {each["name"]: each["licence"] for each in plain["licences"]} == found
+    assert all(each["permissive"] for each in plain["licences"])
+
+
+def test_a_dry_run_says_which_licence_is_not_permissive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_eupe: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = " ".join(run_eupe("run", "eupe", *MUST_BE_SET["eupe"], "--dry-run").out.split())
+    assert "dinov3-h+ DINOv3-License; not Apache, MIT or BSD: dinov3-h+" in shown
+    (tmp_path / "weights.bin").write_bytes(b"")
+    (tmp_path / "r.yaml").write_text(
+        """
+out: o
+steps:
+  expert: {extract: {teacher: sam, corpus: photos, tokens: dense}}
+  student: {train: {targets: expert, student: test_vit, size: 64, init: weights.bin, steps: 1}}
+  further: {train: {targets: expert, init: student, steps: 1}}
+"""
+    )
+    shown = run_eupe("run", "r.yaml", "--dry-run").out
+    assert "sam-b Apache-2.0, weights.bin unknown: a file does not say; not Apache, MIT or BSD: weights.bin" in shown
 
 
 def test_the_recipe_in_the_documentation_is_valid() -> None:

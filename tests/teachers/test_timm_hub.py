@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from making import hub_snapshot
 from safetensors.torch import save_file
 from teacher_checks import CPU, assert_same_tokens, views
 from timm.layers import SwiGLUPacked
@@ -43,15 +44,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
 """Architecture, model_args and pixels of a repository's config.json, and what its model card adds in Python."""
 
 
-def repository(hub: Path, name: str) -> Path:
-    """Return a repository's folder in the layout of the hub's cache."""
-    root = hub / f"models--{name.replace('/', '--')}"
-    (snapshot := root / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text("0" * 40)
-    return snapshot
-
-
 def publish(folder: Path, model: nn.Module, arch: str, options: dict[str, Any], **config: Any) -> None:
     plain = {"architecture": arch, "num_classes": 0, "model_args": options}
     pretrained = {"input_size": [3, 224, 224], "fixed_input_size": False, "num_classes": 0, "classifier": "head"}
@@ -76,7 +68,7 @@ def published_row(hub: Path, name: str) -> Any:
     arch, options, pixels, card = CONFIGS[name]
     model = timm.create_model(arch, **{**options, **card}).eval()
     fill_at_random(model)
-    publish(repository(hub, REGISTRY[name].hub_repository or ""), model, arch, options, **pixels)
+    publish(hub_snapshot(hub, REGISTRY[name].hub_repository or ""), model, arch, options, **pixels)
     return model
 
 
@@ -125,7 +117,7 @@ def test_a_config_that_contradicts_the_card_is_refused(hub: Path) -> None:
 def test_any_repository_in_timm_s_layout(hub: Path, run_eupe: Callable[..., Any]) -> None:
     model = timm.create_model("test_vit", reg_tokens=3, num_classes=0)
     fill_at_random(model)
-    folder = repository(hub, "somebody/vit")
+    folder = hub_snapshot(hub, "somebody/vit")
     pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "input_size": [3, 160, 160]}
     publish(folder, model, "test_vit", {"reg_tokens": 3, "img_size": 160}, **pixels)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
@@ -141,7 +133,7 @@ def test_arguments_that_do_not_fit_the_weights_are_said(hub: Path) -> None:
     """As of a repository whose packed SwiGLU stands on a model card that eupe does not know."""
     model = timm.create_model("test_vit", mlp_ratio=4, **ON_THE_CARD)
     publish(
-        repository(hub, "somebody/swiglu"),
+        hub_snapshot(hub, "somebody/swiglu"),
         model,
         "test_vit",
         {"mlp_ratio": 4, "img_size": 160},
@@ -153,8 +145,8 @@ def test_arguments_that_do_not_fit_the_weights_are_said(hub: Path) -> None:
 
 
 def test_mistakes_with_repositories(hub: Path, run_eupe: Callable[..., Any]) -> None:
-    (repository(hub, "somebody/bert") / "config.json").write_text('{"model_type": "bert"}')
-    (repository(hub, "somebody/empty") / "config.json").write_text('{"architecture": "test_vit"}')
+    (hub_snapshot(hub, "somebody/bert") / "config.json").write_text('{"model_type": "bert"}')
+    (hub_snapshot(hub, "somebody/empty") / "config.json").write_text('{"architecture": "test_vit"}')
     for words, said in (
         (["timm:hf-hub:nobody/nothing"], "config.json of nobody/nothing cannot be fetched from the hub"),
         (["timm:hf-hub:somebody/bert"], "give hf:somebody/bert"),
