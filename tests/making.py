@@ -126,13 +126,11 @@ def cached_timm(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> dic
     """Put random weights of a model of timm where its hub's library looks for what it has fetched; return them."""
     torch.manual_seed(5)
     model = timm.create_model(name.partition(".")[0], num_classes=1000)
-    snapshot = folder / f"hub/models--timm--{name}/snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    save_file(model.state_dict(), snapshot / "model.safetensors")
+    save_file(model.state_dict(), hub_snapshot(folder / "hub", f"timm/{name}") / "model.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
     return model.state_dict()
+
+
 def hub_snapshot(hub: Path, repository: str) -> Path:
     """Make a repository's folder in a hub's cache, in the hub's own layout, and return it."""
     root, revision = hub / f"models--{repository.replace('/', '--')}", "0" * 40

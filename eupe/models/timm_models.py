@@ -263,8 +263,6 @@ def dense_kind(model: Any) -> DenseKind:
     """
     if type(model).__name__ in WITHOUT_A_MAP:
         return "last_stage"
-    if hasattr(model, "num_prefix_tokens"):
-        return "normed" if _is_norm(getattr(model, "norm", None)) else "raw"
     tower = getattr(model, "encoder", model)  # timm wraps a language model's tower; the wrapper's norm follows pooling
     if tower is not model or hasattr(model, "num_prefix_tokens"):
         return "normed" if _is_norm(getattr(tower, "norm", None)) else "raw"
@@ -319,7 +317,6 @@ def _summary(model: Any, features: Any, dense_BhwD: Tensor, summary: SummaryKind
             return features[:, 0]  # type: ignore[no-any-return]
         case "cls_concat":
             return features[:, :class_tokens].flatten(1)  # type: ignore[no-any-return]
-            return features[:, :class_tokens].flatten(1)
         case "cls_mean":
             return torch.cat([features[:, 0], dense_BhwD.mean(dim=(1, 2))], dim=-1)
         case "attention_pool" | "pooled":
