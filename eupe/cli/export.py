@@ -26,7 +26,7 @@ def export_run(
         list[str] | None,
         typer.Option(help="all, or a target: also export the features that its head predicts. May be repeated."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32; also fp16 (onnx, openvino) or int8 (onnx).")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32; also fp16 or int8 (onnx, openvino).")] = "fp32",
     calibrate: Annotated[
         str | None, typer.Option(help="Pictures from which the ranges of int8 are taken. Default: made-up ones.")
     ] = None,

@@ -31,7 +31,7 @@ class ExportConfig:
     heads: tuple[str, ...] = ()
     """Names of the targets whose heads are exported too, or `all`."""
     precision: str = FP32
-    """Precision of the graph; ONNX supports fp32, fp16 and int8, OpenVINO fp32 and fp16, and others fp32."""
+    """Precision of the graph; ONNX and OpenVINO support fp32, fp16 and int8, others fp32."""
     calibrate: AnyPath | None = None
     """Pictures that the int8 ranges are calibrated on; None for generated pictures."""
     dynamic_size: bool = False
@@ -50,10 +50,6 @@ class ExportConfig:
         if self.format not in GRAPHS and (given := [name for name, is_given in idle.items() if is_given]):
             raise ConfigError(
                 f"{given[0]} is only for --format {' and '.join(GRAPHS)}; --format {self.format} does not support it"
-            )
-        if self.precision == INT8 and self.format != ONNX:
-            raise ConfigError(
-                f"--precision {INT8} is only for --format {ONNX}; --format {self.format} takes fp32, fp16"
             )
         if self.calibrate is not None and self.precision != INT8:
             raise ConfigError(f"--calibrate is only for --precision {INT8}; {self.precision} needs no calibration")

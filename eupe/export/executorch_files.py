@@ -15,7 +15,7 @@ from eupe.export.source import ForwardFunction, Source, Written
 PROGRAM_FILE = "model.pte"
 
 
-def require_packages() -> None:
+def require_packages(precision: str) -> None:
     """Raise ConfigError if ExecuTorch is not installed."""
     try:
         with quiet():

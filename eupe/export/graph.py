@@ -5,10 +5,11 @@ Shapes: B pictures, H W pixels, h w cells, D width of a token, Ds width of the s
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from torch import Tensor, nn
 
@@ -34,11 +35,11 @@ class Graph(nn.Module):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the logs and warnings of tracers; the export is verified by its outputs instead."""
+    """Silence the logs, warnings and progress of tracers; the export is verified by its outputs instead."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

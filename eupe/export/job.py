@@ -59,7 +59,8 @@ class ExportReport:
 class _Format:
     write: Callable[[Source, ExportConfig, Path], Written]
     reopen: Callable[[Source, Path], ForwardFunction]
-    require_packages: Callable[[], None] = lambda: None
+    require_packages: Callable[[str], None] = lambda precision: None
+    """Raises ConfigError if a package is missing that the format needs for a precision."""
 
 
 FORMATS = {
@@ -77,7 +78,7 @@ def export(config: ExportConfig) -> ExportReport:
     Raises: ConfigError for settings that cannot work; RunError for a run that cannot be exported; ConformanceError if
         the written model is not the same; StorageError if writing fails. After an error no new directory is left.
     """
-    FORMATS[config.format].require_packages()
+    FORMATS[config.format].require_packages(config.precision)
     source = open_source(config)
     asked = _identity(source, config)
     if (kept := _recognise(config.out, asked)) is not None:

@@ -29,7 +29,7 @@ TRACED_BATCH = 2
 """Batch size for tracing; the tracer would take 1 for a constant."""
 
 
-def require_packages() -> None:
+def require_packages(precision: str) -> None:
     """Raise ConfigError if the packages that write and run graphs are not installed."""
     try:
         import onnx  # noqa: F401

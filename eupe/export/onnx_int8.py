@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-from eupe.common.compute import normalise
 from eupe.common.storage import AnyPath
-from eupe.errors import ConfigError, CorpusError
-from eupe.export.config import INT8
-from eupe.export.proof import MOST_ASTRAY, Likeness, compare, worst
-from eupe.export.sample_pictures import some_pictures, varied_pictures
+from eupe.export.int8 import BATCH, DYNAMIC, STATIC, WEIGHTS, calibration_pictures, keep_best, require_smaller
 from eupe.export.source import ForwardFunction, Source
 
-SEEDS = (1, 2)
-"""Seeds of the pictures for calibration, and of those to compare the methods on; the proof uses other pictures."""
-MOST = 256
-"""Maximum number of the user's pictures; half of them for calibration, half for the comparison."""
-BATCH = 4
-DYNAMIC, STATIC, WEIGHTS = "dynamic", "static", "weights"
 _PRODUCTS = ("Conv", "MatMul", "Gemm")
-MOST_ASTRAY_KEPT = 0.8 * MOST_ASTRAY[INT8]
-"""Largest error of a method that computes in int8; below an export's limit, because the proof has other pictures."""
-LARGEST_SIZE = 0.6
-"""Largest size of an int8 graph as a share of float32's bytes; a graph whose weights are all in int8 has about 0.27."""
 
 
 def quantise(path: Path, source: Source, ask: Callable[[Path], ForwardFunction], calibrate: AnyPath | None) -> str:
@@ -51,33 +36,15 @@ def quantise(path: Path, source: Source, ask: Callable[[Path], ForwardFunction],
     quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
     ways = {way: path.with_name(f"{way}.onnx") for way in (DYNAMIC, STATIC, WEIGHTS)}
     quantise_weights(prepared, ways[WEIGHTS])
-    if (share := _share(ways[WEIGHTS], prepared)) > LARGEST_SIZE:
-        raise ConfigError(
-            f"--precision int8 would leave most of {source.encoder.spec.arch} at {source.size} px in float32, with "
-            f"{share:.0%} of the bytes of the float32 graph; use --precision fp16 or fp32"
-        )
-    ranging, choosing = _pictures(source, calibrate)
-    _quantise_arithmetic(prepared, ways[DYNAMIC], ways[STATIC], _Reader(_batches(source, ranging)))
-    sizes = {way: _share(graph, prepared) for way, graph in ways.items()}
-    found = {way: _likeness(source, ask(graph), choosing) for way, graph in ways.items() if sizes[way] <= LARGEST_SIZE}
-    good = [way for way in found if way != WEIGHTS and found[way].astray <= MOST_ASTRAY_KEPT]
-    best = max(good or [WEIGHTS], key=lambda way: found[way].least)
+    whole_bytes = prepared.stat().st_size
+    require_smaller(ways[WEIGHTS].stat().st_size / whole_bytes, source)
+    pictures = calibration_pictures(source, calibrate)
+    _quantise_arithmetic(prepared, ways[DYNAMIC], ways[STATIC], _Reader(pictures.ranging.split(BATCH)))
+    best, note = keep_best(source, ways, whole_bytes, ask, pictures)
     ways[best].replace(path)
     for leftover in (prepared, *ways.values()):
         leftover.unlink(missing_ok=True)
-    said = ", ".join(
-        f"{way} {found[way].least:.4f}" if way in found else f"{way} leaves most weights in float32" for way in ways
-    )
-    on = "generated pictures" if calibrate is None else f"{len(choosing)} of your pictures"
-    return (
-        f"int8: of the methods to quantise, {best} was kept (least cosine on {on} for selection: {said}); the "
-        f"graph has {sizes[best]:.0%} of the bytes of the float32 graph"
-        f"{', and computes in float32' if best == WEIGHTS else ''}."
-    )
-
-
-def _share(graph: Path, whole: Path) -> float:
-    return graph.stat().st_size / whole.stat().st_size
+    return note
 
 
 def _quantise_arithmetic(prepared: Path, dynamic: Path, static: Path, reader: _Reader) -> None:
@@ -133,36 +100,11 @@ def _axis_of_outputs(node: Any) -> int:
     return 0 if node.op_type == "Conv" or is_transposed else -1
 
 
-def _pictures(source: Source, calibrate: AnyPath | None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return the pictures for calibration, and those to compare the methods on."""
-    size = source.encoder.spec.size
-    if calibrate is None:
-        ranging, choosing = (varied_pictures(size, size, seed=seed) for seed in SEEDS)
-        return ranging, choosing
-    own = some_pictures(calibrate, size, most=MOST)
-    if len(own) < 2:
-        raise CorpusError(f"--calibrate {calibrate} has only one picture; give at least two, at best a few hundred")
-    return own[::2], own[1::2]
-
-
-def _likeness(source: Source, forward: ForwardFunction, pictures: NDArray[np.uint8]) -> Likeness:
-    """Return the worst agreement of all outputs with the run's."""
-    answers = [(source.reference(pixels), forward(pixels)) for pixels in _batches(source, pictures)]
-    sides = zip(*answers, strict=True)
-    want, got = ({name: torch.cat([each[name] for each in side]) for name in side[0]} for side in sides)
-    return worst(list(compare(want, got).values()))
-
-
-def _batches(source: Source, pictures: NDArray[np.uint8]) -> list[torch.Tensor]:
-    spec = source.encoder.spec
-    return list(torch.split(normalise(torch.from_numpy(pictures.copy()), spec.mean, spec.std), BATCH))
-
-
 class _Reader:
     """Batches in the form that ONNX Runtime's calibrator reads."""
 
-    def __init__(self, batches: list[torch.Tensor]) -> None:
-        self._left: Iterator[torch.Tensor] = iter(batches)
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self._left: Iterator[Tensor] = iter(batches)
 
     def get_next(self) -> dict[str, Any] | None:
         pixels = next(self._left, None)

@@ -37,7 +37,6 @@ def refused(run_eupe: Run, out: Path, *words: object) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--format", "openvino", "--precision", "int8"], "--precision int8 is only for --format onnx"),
         (["--format", "tim"], "--format tim is unknown; did you mean timm?; use timm, hf, onnx, openvino, executorch"),
         (["--format", "timm", "--size", 65], "its patch is 16 pixels and must divide the size; use 64 or 80"),
         (["--format", "timm", "--heads", "dino"], "--heads dino is not a target of the run; "),
@@ -116,6 +115,11 @@ def test_the_same_export_is_a_cache_hit_and_another_is_refused(run: Path, tmp_pa
         ("onnx", "onnxruntime", "--format onnx needs more packages: pip install 'eupe[export]'"),
         ("onnx", "onnxscript", "--format onnx needs more packages: pip install 'eupe[export]'"),
         ("openvino", "openvino", "--format openvino needs OpenVINO: pip install 'eupe[openvino]'"),
+        (
+            "openvino --precision int8",
+            "nncf",
+            "--format openvino needs OpenVINO and NNCF: pip install 'eupe[openvino]'",
+        ),
         ("executorch", "executorch.exir", "--format executorch needs ExecuTorch: pip install 'eupe[executorch]'"),
     ],
 )
@@ -130,7 +134,7 @@ def test_packages_that_are_missing(
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    found = refused(run_eupe, tmp_path / "out", run, "--format", form)
+    found = refused(run_eupe, tmp_path / "out", run, "--format", *form.split())
     assert said in found and f"No module named '{package}'" in found
 
 

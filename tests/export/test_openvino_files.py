@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import openvino
 import pytest
 import torch
 from exporting import CONVNEXT, SHALLOW_VIT, Exports, code_of, least_cosine, photograph, some_slow, tokens_of
+from making import make_corpus
 
 from eupe.export.config import ExportConfig
 from eupe.export.job import export
@@ -40,3 +44,36 @@ def test_half_the_bytes_for_any_size(tmp_path: Path) -> None:
         expected = encoder(pixels).dense
     assert least_cosine(torch.from_numpy(answer["dense"]), expected) > 0.999
     assert "INFERENCE_PRECISION_HINT" in (out / "README.md").read_text()
+
+
+def test_eight_bits_calibrated_on_pictures_that_are_given(tmp_path: Path, run_eupe: Callable[..., Any]) -> None:
+    """Weights and products are in int8 as OpenVINO itself reads the file; stdout is JSON alone."""
+    run, out = Exports(tmp_path, "openvino").run(CONVNEXT), tmp_path / "out"
+    own = make_corpus(tmp_path / "own", count=9, classes=3)
+    words = ("--format", "openvino", "--precision", "int8", "--calibrate", own, "--json")
+    outcome = run_eupe("export", run, *words, "--out", out)
+    assert outcome.code == 0, outcome.err
+    notes = json.loads(outcome.out)["notes"]
+    assert any("static was kept (least cosine on 4 of your pictures" in note for note in notes)
+    model = openvino.Core().read_model(out / "model.xml")
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    in_int8 = [node for node in constants if node.get_element_type() == openvino.Type.i8]
+    encoder = load_encoder(run).eval()
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    assert sum(math.prod(node.get_output_shape(0)) for node in in_int8) > 0.9 * count
+    assert (out / "model.bin").stat().st_size < 0.4 * 4 * count
+    assert sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) > 5, "of activations"
+    pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    answer = openvino.Core().compile_model(model, "CPU")({"pixels": pixels.numpy()})
+    with torch.inference_mode():
+        expected = encoder(pixels).dense
+    assert 0.9 < least_cosine(torch.from_numpy(answer["dense"]), expected) < 0.9999
+
+
+def test_eight_bits_in_the_file_alone_where_products_in_int8_go_astray(tmp_path: Path) -> None:
+    run, out = Exports(tmp_path, "openvino").run("test_efficientnet"), tmp_path / "out"
+    report = export(ExportConfig(run=run, out=out, format="openvino", precision="int8"))
+    assert "weights was kept" in report.notes[0] and "and computes in float32" in report.notes[0]
+    count = sum(parameter.numel() for parameter in load_encoder(run).parameters())
+    assert (out / "model.bin").stat().st_size < 0.45 * 4 * count
+    assert report.outputs["dense"]["least"] > 0.99
