@@ -15,7 +15,7 @@ import eupe
 import eupe.cli.language  # adds its verbs to `eval_app`
 from eupe.cli.console import err, escaped, out
 from eupe.cli.evaluate import eval_app
-from eupe.cli.export import export_run
+from eupe.cli.export import ExportOrCheck, export_run
 from eupe.cli.extract import extract
 from eupe.cli.finetune import finetune
 from eupe.cli.index import index
@@ -36,7 +36,7 @@ app.add_typer(store_app, name="store")
 for verb in (index, extract, plan, train, finetune):
     app.command()(verb)
 app.command()(students)
-app.command("export")(export_run)
+app.command("export", cls=ExportOrCheck)(export_run)
 app.command("run")(run_recipe)
 app.command()(viz)
 

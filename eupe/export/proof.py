@@ -61,7 +61,8 @@ class Proof:
     """Worst agreement of each output over the sizes."""
     torch_ms: float
     """Median time of one picture with the run's student in PyTorch, on this machine's CPU."""
-    exported_ms: float
+    exported_ms: float | None
+    """None if the export does not run on this system; `outputs` is empty then."""
 
 
 def prove(
@@ -80,31 +81,49 @@ def prove(
         want = _asked(reference, pixels, cycle([REFERENCE_BATCH]))
         got = _asked(exported, pixels, cycle(BATCHES))
         likenesses.append(compare(want, got))
-    one = torch.zeros(1, 3, *sizes[0])
     return Proof(
         num_pictures=num_pictures,
         sizes=tuple(sizes),
         outputs={name: worst([found[name] for found in likenesses]) for name in likenesses[0]},
-        torch_ms=1000 * statistics.median(time_passes(reference, one, TIMED)),
-        exported_ms=1000 * statistics.median(time_passes(exported, one, TIMED)),
+        torch_ms=_median_ms(reference, sizes[0]),
+        exported_ms=_median_ms(exported, sizes[0]),
     )
+
+
+def time_alone(reference: ForwardFunction, size: int) -> Proof:
+    """Return a proof without outputs, for an export that does not run on this system."""
+    return Proof(0, ((size, size),), {}, torch_ms=_median_ms(reference, (size, size)), exported_ms=None)
+
+
+def _median_ms(forward: ForwardFunction, size: tuple[int, int]) -> float:
+    """Return the median time of one picture in milliseconds."""
+    return 1000 * statistics.median(time_passes(forward, torch.zeros(1, 3, *size), TIMED))
 
 
 def require_sameness(proof: Proof, precision: str, what: str) -> None:
     """Raise ConformanceError, naming the outputs, if any differ too much from the run's."""
+    if said := differences(proof.outputs, precision):
+        raise ConformanceError(
+            f"{what} was reloaded, and its outputs for {proof.num_pictures} pictures differ from its run's, so the "
+            f"export was removed: {said}"
+        )
+
+
+def differences(outputs: Mapping[str, Likeness], precision: str) -> str:
+    """Return words for the outputs that differ too much from the run's, and for what is required; empty if none do."""
     least, stretched, astray = LEAST[precision], MOST_STRETCHED[precision], MOST_ASTRAY[precision]
     wrong = [
         f"{name} (least cosine {found.least:.6f}, length off by {found.stretched:.2%}, error {found.astray:.2%})"
-        for name, found in proof.outputs.items()
+        for name, found in outputs.items()
         # `not` around all of it, so that NaN fails
         if not (found.least >= least and found.stretched <= stretched and found.astray <= astray)
     ]
-    if wrong:
-        raise ConformanceError(
-            f"{what} was reloaded, and its outputs for {proof.num_pictures} pictures differ from its run's, so the "
-            f"export was removed: {', '.join(wrong)}; required are cosines of at least {least:g}, lengths within "
-            f"{stretched:.0%}, and errors within {astray:.0%} of the differences between pictures"
-        )
+    if not wrong:
+        return ""
+    return (
+        f"{', '.join(wrong)}; required are cosines of at least {least:g}, lengths within {stretched:.0%}, and errors "
+        f"within {astray:.0%} of the differences between pictures"
+    )
 
 
 def compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> dict[str, Likeness]:
@@ -115,7 +134,7 @@ def compare(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> dict[str, 
     shapes, theirs = ({name: tuple(value.shape) for name, value in outputs.items()} for outputs in (want, got))
     if shapes != theirs:
         raise ConformanceError(
-            f"the outputs of an export have other names or shapes than its run's: got {theirs}, expected {shapes}"
+            f"the outputs have other names or shapes than its run's: got {theirs}, expected {shapes}"
         )
     return {name: _likeness(value.double(), got[name].double()) for name, value in want.items()}
 
