@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOORS := $(abspath $(VENV)/floors)
-EXECUTORCH := $(abspath $(VENV)/executorch)
+EDGE := $(abspath $(VENV)/edge)
 PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 export HF_HUB_OFFLINE := 1
@@ -19,9 +19,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # processes themselves, are at most two at a time. One thread each: the processes take all cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: demo environments test test-slow test-floors test-executorch lint types check clean
+.PHONY: demo environments test test-slow test-floors test-edge lint types check clean
 
-environments: $(STAMP) $(FLOORS)/.installed $(EXECUTORCH)/.installed
+environments: $(STAMP) $(FLOORS)/.installed $(EDGE)/.installed
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
@@ -39,8 +39,8 @@ test-floors: $(STAMP) $(FLOORS)/.installed
 		tests/extract/test_job.py::test_a_job_on_ray_makes_the_store_that_one_process_makes \
 		"tests/teachers/test_verify_cards.py::test_real_weights"
 
-test-executorch: $(EXECUTORCH)/.installed
-	$(EXECUTORCH)/bin/python -m pytest tests/export/test_executorch_files.py
+test-edge: $(EDGE)/.installed
+	$(EDGE)/bin/python -m pytest tests/export/test_edge_files.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -50,7 +50,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-check: lint types test test-slow test-floors test-executorch
+check: lint types test test-slow test-floors test-edge
 
 # Python compiles a module when it is first imported; pip would compile all of them, which takes as long as unpacking them.
 $(VENV)/.made:
@@ -69,12 +69,12 @@ $(FLOORS)/.installed: pyproject.toml | $(VENV)/.made
 		$$($(BIN)/python tests/floors.py torch)
 	touch $@
 
-# ExecuTorch brings a package that makes every import of Transformers print warnings, so it has an environment of its own,
-# on top of the first.
-$(EXECUTORCH)/.installed: $(STAMP)
-	$(PYTHON) -m venv $(EXECUTORCH)
-	echo "import site; site.addsitedir('$$($(BIN)/python $(PACKAGES))')" > $$($(EXECUTORCH)/bin/python $(PACKAGES))/first.pth
-	$(EXECUTORCH)/bin/python -m pip install --quiet --no-compile --editable '.[executorch]'
+# ExecuTorch brings a package that makes every import of Transformers print warnings, and LiteRT needs an older
+# typing_extensions, so the runtimes of phones have an environment of their own, on top of the first.
+$(EDGE)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(EDGE)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PACKAGES))')" > $$($(EDGE)/bin/python $(PACKAGES))/first.pth
+	$(EDGE)/bin/python -m pip install --quiet --no-compile --editable '.[executorch,litert,coreml]'
 	touch $@
 
 clean:

@@ -157,6 +157,6 @@ _UMASK = _umask()
 """Umask, read once while there is one thread: it cannot be read without changing it."""
 
 
-def share(file: Path) -> None:
-    """Give a file the mode of this process's new files; safetensors writes with 0600."""
-    file.chmod(0o666 & ~_UMASK)
+def share(path: Path) -> None:
+    """Give a file or a folder the mode of this process's new ones; safetensors writes with 0600."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)

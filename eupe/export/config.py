@@ -10,11 +10,21 @@ from eupe.errors import ConfigError
 from eupe.models.encoder_spec import near
 
 TIMM, HF, ONNX, OPENVINO, EXECUTORCH = "timm", "hf", "onnx", "openvino", "executorch"
-FORMATS = (TIMM, HF, ONNX, OPENVINO, EXECUTORCH)
-GRAPHS = (ONNX, OPENVINO)
-"""Formats of which the precision can be chosen, and whether the size is fixed."""
+LITERT, COREML = "litert", "coreml"
 FP32, FP16, INT8 = "fp32", "fp16", "int8"
 PRECISIONS = (FP32, FP16, INT8)
+FORMATS = {
+    TIMM: (FP32,),
+    HF: (FP32,),
+    ONNX: PRECISIONS,
+    OPENVINO: PRECISIONS,
+    EXECUTORCH: (FP32,),
+    LITERT: PRECISIONS,
+    COREML: (FP32, FP16),
+}
+"""Precisions of each format."""
+DYNAMIC_SIZE = (ONNX, OPENVINO)
+"""Formats whose graphs can take inputs of any size."""
 ALL = "all"
 
 
@@ -31,7 +41,7 @@ class ExportConfig:
     heads: tuple[str, ...] = ()
     """Names of the targets whose heads are exported too, or `all`."""
     precision: str = FP32
-    """Precision of the graph; ONNX and OpenVINO support fp32, fp16 and int8, others fp32."""
+    """Precision of the graph; `FORMATS` has those of each format."""
     calibrate: AnyPath | None = None
     """Pictures that the int8 ranges are calibrated on; None for generated pictures."""
     dynamic_size: bool = False
@@ -46,10 +56,16 @@ class ExportConfig:
             raise ConfigError(f"--precision {self.precision} is unknown; use {', '.join(PRECISIONS)}")
         if self.size is not None and self.size < 1:
             raise ConfigError(f"--size must be at least 1 pixel, got {self.size}")
-        idle = {"--precision": self.precision != FP32, "--dynamic-size": self.dynamic_size}
-        if self.format not in GRAPHS and (given := [name for name, is_given in idle.items() if is_given]):
+        if self.precision not in FORMATS[self.format]:
+            others = [name for name, precisions in FORMATS.items() if self.precision in precisions]
             raise ConfigError(
-                f"{given[0]} is only for --format {' and '.join(GRAPHS)}; --format {self.format} does not support it"
+                f"--precision {self.precision} is only for --format {', '.join(others)}; --format {self.format} takes "
+                f"{', '.join(FORMATS[self.format])}"
+            )
+        if self.dynamic_size and self.format not in DYNAMIC_SIZE:
+            raise ConfigError(
+                f"--dynamic-size is only for --format {' and '.join(DYNAMIC_SIZE)}; --format {self.format} does not "
+                "support it"
             )
         if self.calibrate is not None and self.precision != INT8:
             raise ConfigError(f"--calibrate is only for --precision {INT8}; {self.precision} needs no calibration")

@@ -18,10 +18,18 @@ from eupe.common.locks import unfinished
 from eupe.common.reading import read_json
 from eupe.corpus.index import open_corpus
 from eupe.errors import ConfigError, ConformanceError, EupeError, StorageError
-from eupe.export import executorch_files, hf_files, onnx_files, openvino_files, timm_files
-from eupe.export.config import EXECUTORCH, HF, INT8, ONNX, OPENVINO, TIMM, ExportConfig
+from eupe.export import (
+    coreml_files,
+    executorch_files,
+    hf_files,
+    litert_files,
+    onnx_files,
+    openvino_files,
+    timm_files,
+)
+from eupe.export.config import COREML, EXECUTORCH, HF, INT8, LITERT, ONNX, OPENVINO, TIMM, ExportConfig
 from eupe.export.model_card import write_card
-from eupe.export.proof import Proof, prove, require_sameness
+from eupe.export.proof import Proof, prove, require_sameness, time_alone
 from eupe.export.source import ForwardFunction, Source, Written, open_source
 from eupe.models.hub import brief
 
@@ -45,10 +53,10 @@ class ExportReport:
     size: int
     precision: str
     outputs: dict[str, dict[str, float]]
-    """Agreement by output, see `eupe.export.proof.Likeness`."""
+    """Agreement by output, see `eupe.export.proof.Likeness`; empty if the format does not run on this system."""
     num_pictures: int
     torch_ms: float
-    exported_ms: float
+    exported_ms: float | None
     num_bytes: int
     licences: dict[str, str]
     """Licences by the model that the student learned from, including the teachers of proxies."""
@@ -58,9 +66,12 @@ class ExportReport:
 @dataclass(frozen=True)
 class _Format:
     write: Callable[[Source, ExportConfig, Path], Written]
-    reopen: Callable[[Source, Path], ForwardFunction]
+    reopen: Callable[[Source, Path], ForwardFunction] | None
+    """Loads the model as a user would; None if it does not run on this system."""
     require_packages: Callable[[str], None] = lambda precision: None
     """Raises ConfigError if a package is missing that the format needs for a precision."""
+    check_file: Callable[[Source, Path], None] = lambda source, folder: None
+    """Raises ConformanceError if a file that cannot be run here is wrong."""
 
 
 FORMATS = {
@@ -69,6 +80,8 @@ FORMATS = {
     ONNX: _Format(onnx_files.write, onnx_files.reopen, onnx_files.require_packages),
     OPENVINO: _Format(openvino_files.write, openvino_files.reopen, openvino_files.require_packages),
     EXECUTORCH: _Format(executorch_files.write, executorch_files.reopen, executorch_files.require_packages),
+    LITERT: _Format(litert_files.write, litert_files.reopen, litert_files.require_packages),
+    COREML: _Format(coreml_files.write, None, coreml_files.require_packages, coreml_files.check_file),
 }
 
 
@@ -93,7 +106,9 @@ def export(config: ExportConfig) -> ExportReport:
             (folder / LABELS_FILE).write_text(labels, encoding="utf-8", errors="replace")
         text = write_card(source, config, written, proof)
         (folder / CARD_FILE).write_text(text, encoding="utf-8", errors="replace")
-        files = {file.name: file.stat().st_size for file in folder.iterdir()}
+        files = {
+            file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()
+        }
         report = ExportReport(
             out=str(config.out),
             cached=False,
@@ -111,8 +126,8 @@ def export(config: ExportConfig) -> ExportReport:
             notes=list(written.notes),
         )
         _keep(folder / RECORD_FILE, asked, report, proof, files)
-        for file in folder.iterdir():
-            share(file)
+        for path in folder.rglob("*"):
+            share(path)
         publish(folder, config.out.absolute())  # last: a directory that has this name is complete
     return report
 
@@ -148,12 +163,16 @@ def _proven(source: Source, config: ExportConfig, folder: Path) -> Proof:
 
 
 def _held_against_the_run(source: Source, config: ExportConfig, folder: Path, what: str) -> Proof:
-    """Reload the model in the folder and compare it with the run.
+    """Reload the model in the folder and compare it with the run; check the file alone if it does not run here.
 
     Raises: ConformanceError if it cannot be run or differs.
     """
+    form = FORMATS[config.format]
     try:
-        exported = FORMATS[config.format].reopen(source, folder)
+        if form.reopen is None:
+            form.check_file(source, folder)
+            return time_alone(source.reference, source.size)
+        exported = form.reopen(source, folder)
         proof = prove(source.reference, exported, source.encoder.spec, _sizes(source, config))
     except EupeError:
         raise

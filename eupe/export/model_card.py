@@ -106,6 +106,8 @@ def _preparation(source: Source) -> str:
 
 
 def _proof(proof: Proof, precision: str) -> str:
+    if proof.exported_ms is None:
+        return "The export was not run: its runtime does not exist for the system that exported it.\n"
     wanted = "reported, not guaranteed" if precision == INT8 else f"at least {LEAST[precision]:g}"
     rows = [
         (f"`{name}`", f"{found.least:.6f}", f"{found.mean:.6f}", f"{found.stretched:.2%}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eupe.export.config import EXECUTORCH, HF, ONNX, OPENVINO, TIMM, ExportConfig
+from eupe.export.config import COREML, EXECUTORCH, HF, LITERT, ONNX, OPENVINO, TIMM, ExportConfig
+from eupe.export.coreml_files import output_names
 from eupe.export.hf_files import native_of
 from eupe.export.source import Source
 from eupe.export.timm_files import dense_lines
@@ -127,7 +128,6 @@ def _onnx(source: Source) -> tuple[list[str], list[str]]:
 
 
 def _openvino(source: Source) -> tuple[list[str], list[str]]:
-    heads = _variables(source)
     once = [
         "import numpy as np",
         "import openvino",
@@ -136,13 +136,43 @@ def _openvino(source: Source) -> tuple[list[str], list[str]]:
         'in_float32 = {"INFERENCE_PRECISION_HINT": "f32"}',
         'model = openvino.Core().compile_model(f"{DIR}/model.xml", "CPU", in_float32)',
     ]
-    each = [
-        *_prepared(source),
-        'answers = model({"pixels": pixels})',
-        'summary, dense = answers["summary"], answers["dense"]',
-        *([f"{heads} = [answers[name] for name in {list(source.heads)}]"] if source.heads else []),
+    return once, [*_prepared(source), 'answers = model({"pixels": pixels})', *_named_answers(source)]
+
+
+def _litert(source: Source) -> tuple[list[str], list[str]]:
+    once = [
+        "import numpy as np",
+        "from ai_edge_litert.interpreter import Interpreter",
+        "from PIL import Image",
+        "",
+        'model = Interpreter(model_path=f"{DIR}/model.tflite").get_signature_runner()',
     ]
-    return once, each
+    return once, [*_prepared(source), "answers = model(pixels=pixels)", *_named_answers(source)]
+
+
+def _coreml(source: Source) -> tuple[list[str], list[str]]:
+    once = [
+        "import coremltools",
+        "import numpy as np",
+        "from PIL import Image",
+        "",
+        'model = coremltools.models.MLModel(f"{DIR}/model.mlpackage")',
+    ]
+    _, _, *heads = output_names(source)
+    return once, [*_prepared(source), 'answers = model.predict({"pixels": pixels})', *_named_answers(source, heads)]
+
+
+def _named_answers(source: Source, heads: Sequence[str] | None = None) -> list[str]:
+    """Return lines of code that take the outputs from `answers`, by name.
+
+    Args:
+        heads: names of the heads' outputs in the file; None if they are the source's.
+    """
+    names = list(source.heads) if heads is None else list(heads)
+    return [
+        'summary, dense = answers["summary"], answers["dense"]',
+        *([f"{_variables(source)} = [answers[name] for name in {names}]"] if names else []),
+    ]
 
 
 def _executorch(source: Source) -> tuple[list[str], list[str]]:
@@ -179,5 +209,13 @@ def _prepared(source: Source) -> list[str]:
     ]
 
 
-WRITERS = {TIMM: _timm, HF: _hf, ONNX: _onnx, OPENVINO: _openvino, EXECUTORCH: _executorch}
+WRITERS = {
+    TIMM: _timm,
+    HF: _hf,
+    ONNX: _onnx,
+    OPENVINO: _openvino,
+    EXECUTORCH: _executorch,
+    LITERT: _litert,
+    COREML: _coreml,
+}
 """Per format: the lines that load the export, and those that run it on a picture."""

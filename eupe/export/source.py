@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from eupe.common.kinds import WEIGHTS_FILE
 from eupe.errors import ConfigError, RunError, TeacherError
 from eupe.evaluate.licences import Origin, origins
-from eupe.export.config import EXECUTORCH, HF, ONNX, OPENVINO, TIMM, ExportConfig
+from eupe.export.config import FORMATS, HF, TIMM, ExportConfig
 from eupe.export.heads import chosen, folded
 from eupe.finetune.config import CLASSIFY
 from eupe.finetune.job import ASKED_FILE
@@ -28,6 +28,8 @@ from eupe.train.init import laid_out
 from eupe.train.predict import load_predictors
 from eupe.train.run_spec import HEADS_FILE, NORMS_FILE, RunSpec, finished_run_spec
 
+GRAPH_FORMATS = ", ".join(name for name in FORMATS if name not in (TIMM, HF))
+"""Formats of a graph, which needs no code of the student, in words."""
 ForwardFunction = Callable[[Tensor], dict[str, Tensor]]
 """A function from normalised float32 pixels [B, 3, H, W] to outputs by name: `summary` [B, Ds], `dense` [B, h, w, D],
 `TARGET.KIND` of each head of a run, and of a fine-tuned model `logits` [B, C] or [B, h, w, C], or `depth` [B, h, w, 1].
@@ -131,10 +133,10 @@ def _finetuned(config: ExportConfig) -> Source:
     if config.heads:
         raise ConfigError(f"--heads is for the targets of a run; the head of {config.run} is exported in any case")
     if config.format == HF or (config.format == TIMM and facts.task != CLASSIFY):
-        instead = f" or {TIMM}" if facts.task == CLASSIFY else ""
+        instead = f", {TIMM}" if facts.task == CLASSIFY else ""
         raise ConfigError(
             f"--format {config.format} has no place for the head of {config.run}, which was fine-tuned to "
-            f"{facts.task}; give --format {ONNX}, {OPENVINO}, {EXECUTORCH}{instead}"
+            f"{facts.task}; give --format {GRAPH_FORMATS}{instead}"
         )
     kind, output = KINDS[facts.task], OUTPUTS[facts.task]
     last = (head if facts.task == CLASSIFY else ChannelsLast(head)).requires_grad_(False)
@@ -174,7 +176,7 @@ def _require_a_place(trained: Encoder, config: ExportConfig) -> None:
         raise ConfigError(
             f"--format {config.format} is for students of timm; the weights of {trained.spec.arch} are in "
             f"{config.run / WEIGHTS_FILE} by the names of its own tensors, for its own code; for a graph that needs "
-            f"none of it, give --format {ONNX}, {OPENVINO} or {EXECUTORCH}"
+            f"none of it, give --format {GRAPH_FORMATS}"
         )
 
 

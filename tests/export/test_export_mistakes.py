@@ -37,10 +37,17 @@ def refused(run_eupe: Run, out: Path, *words: object) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--format", "tim"], "--format tim is unknown; did you mean timm?; use timm, hf, onnx, openvino, executorch"),
+        (
+            ["--format", "tim"],
+            "--format tim is unknown; did you mean timm?; use timm, hf, onnx, openvino, executorch, litert, coreml",
+        ),
         (["--format", "timm", "--size", 65], "its patch is 16 pixels and must divide the size; use 64 or 80"),
         (["--format", "timm", "--heads", "dino"], "--heads dino is not a target of the run; "),
-        (["--format", "timm", "--precision", "fp16"], "--precision is only for --format onnx"),
+        (
+            ["--format", "timm", "--precision", "fp16"],
+            "--precision fp16 is only for --format onnx, openvino, litert, coreml; --format timm takes fp32",
+        ),
+        (["--format", "coreml", "--precision", "int8"], "--format coreml takes fp32, fp16"),
         (["--format", "hf", "--dynamic-size"], "--dynamic-size is only for --format onnx"),
         (["--format", "onnx", "--calibrate", "photos"], "--calibrate is only for --precision int8"),
         (["--format", "timm", "--size", 0], "--size must be at least 1 pixel, got 0"),
@@ -120,6 +127,12 @@ def test_the_same_export_is_a_cache_hit_and_another_is_refused(run: Path, tmp_pa
             "nncf",
             "--format openvino needs OpenVINO and NNCF: pip install 'eupe[openvino]'",
         ),
+        (
+            "litert",
+            "ai_edge_litert.interpreter",
+            "--format litert needs LiteRT: pip install 'eupe[litert]'",
+        ),
+        ("coreml", "coremltools", "--format coreml needs coremltools: pip install 'eupe[coreml]'"),
         ("executorch", "executorch.exir", "--format executorch needs ExecuTorch: pip install 'eupe[executorch]'"),
     ],
 )

@@ -96,7 +96,7 @@ def test_formats_without_a_place_for_a_head_are_refused(
     several = shutil.copytree(classify.parent, tmp_path / "several")
     shutil.copytree(classify, several / "weights-1-1")
     cases = [
-        ((classify, "--format", "hf"), "or timm"),
+        ((classify, "--format", "hf"), ", timm"),
         ((segment, "--format", "timm"), "fine-tuned to segment; give --format onnx"),
         ((classify, "--format", "onnx", "--heads", "all"), "--heads is for the targets of a run"),
         ((several, "--format", "onnx"), "holds 2 fine-tuned models; give one of them"),
