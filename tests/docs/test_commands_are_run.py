@@ -85,6 +85,12 @@ TRIPS = {
         says={"eupe teachers": "dinov2-s", "eupe store ls": "100.0%", "eupe store verify": "is whole"},
         leaves=("runs/tiny/evaluations.jsonl", "tiny-hf/README.md"),
     ),
+    "docs/edge.md": Trip(
+        takes=("runs/tiny", "photos"),
+        files={"compare.py": listing("docs/edge.md", "py")},
+        says={"eupe export check runs/tiny --outputs": "summary"},
+        leaves=("edge-onnx/model.onnx", "edge-ov/model.bin", "pixels.npy", "outputs.npz"),
+    ),
     "docs/evaluate.md": Trip(
         takes=(
             *("photos", "imagenet", "ADEChallengeData2016", "nyu", "SPair-71k", "teachers.jsonl"),

@@ -17,11 +17,16 @@ PATIENCE_S = 600
 """For one command."""
 
 _INSTALLS = "installs from the package index what the tests are run with"
+_EDGE = tuple(f"--format {form} " for form in ("executorch", "litert", "coreml"))
 NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "make demo"): "ten minutes; its steps are those of docs/quickstart.md and tests/pipeline/",
     ("README.md", "make test"): "runs the tests",
     ("README.md", "eupe teachers verify"): "minutes; tests/teachers/ does it row by row, docs/teachers.md with a name",
-    ("docs/export.md", "eupe export runs/tiny --format executorch --out tiny-pte"): "`make test-executorch` does it",
+    **{
+        ("docs/edge.md", command): "`make test-edge` does it"
+        for command in commands("docs/edge.md")
+        if any(form in command for form in _EDGE)
+    },
     ("docs/pipelines.md", "eupe run desk"): "is `make demo`",
     ("docs/quickstart.md", "python3 -m venv .venv && . .venv/bin/activate"): _INSTALLS,
     ("docs/quickstart.md", "pip install torch torchvision && pip install -e '.[demo,export]'"): _INSTALLS,
