@@ -90,6 +90,6 @@ def check_runtime(
         raise ConfigError("`eupe export check` needs either --inputs, for a file to create, or --outputs, to compare")
     if inputs is not None:
         finish(dataclasses.asdict(write_inputs(run, inputs, size=size)), as_json)
-    else:
+    elif outputs is not None:
         report = check_outputs(run, outputs, size=size, heads=tuple(heads or ()), precision=precision)
         finish(dataclasses.asdict(report), as_json)

@@ -78,7 +78,7 @@ def check_outputs(
     """
     source = _source(run, size, heads, precision)
     pixels = _pixels(source)
-    parts = [source.reference(batch) for batch in pixels.split(REFERENCE_BATCH)]
+    parts = [source.reference(batch) for batch in torch.split(pixels, REFERENCE_BATCH)]
     want = {name: torch.cat([part[name] for part in parts]) for name in source.outputs}
     given = _read(path)
     got = {name: torch.from_numpy(given[name].astype(np.float32)) for name in source.outputs if name in given}

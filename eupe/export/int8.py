@@ -112,7 +112,7 @@ def keep_best(
 
 def _likeness(source: Source, forward: ForwardFunction, pictures: Tensor) -> Likeness:
     """Return the worst agreement of all outputs with the run's."""
-    answers = [(source.reference(pixels), forward(pixels)) for pixels in pictures.split(BATCH)]
+    answers = [(source.reference(pixels), forward(pixels)) for pixels in torch.split(pictures, BATCH)]
     sides = zip(*answers, strict=True)
     want, got = ({name: torch.cat([each[name] for each in side]) for name in side[0]} for side in sides)
     return worst(list(compare(want, got).values()))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from eupe.common.storage import AnyPath
@@ -39,7 +40,7 @@ def quantise(path: Path, source: Source, ask: Callable[[Path], ForwardFunction],
     whole_bytes = prepared.stat().st_size
     require_smaller(ways[WEIGHTS].stat().st_size / whole_bytes, source)
     pictures = calibration_pictures(source, calibrate)
-    _quantise_arithmetic(prepared, ways[DYNAMIC], ways[STATIC], _Reader(pictures.ranging.split(BATCH)))
+    _quantise_arithmetic(prepared, ways[DYNAMIC], ways[STATIC], _Reader(torch.split(pictures.ranging, BATCH)))
     best, note = keep_best(source, ways, whole_bytes, ask, pictures)
     ways[best].replace(path)
     for leftover in (prepared, *ways.values()):

@@ -74,7 +74,7 @@ def _quantise(path: Path, workspace: Path, source: Source, calibrate: AnyPath | 
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
     pictures = calibration_pictures(source, calibrate)
-    batches = [pixels.numpy() for pixels in pictures.ranging.split(BATCH)]
+    batches = [pixels.numpy() for pixels in torch.split(pictures.ranging, BATCH)]
     # 7 bits in all weights that are multiplied in int8, because 8-bit products overflow on CPUs without VNNI
     narrow = AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE)
     quantise: dict[str, Callable[[Any], Any]] = {
