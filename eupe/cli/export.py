@@ -86,10 +86,10 @@ def check_runtime(
     """Write pictures for any runtime, or compare the outputs that it gives for them with the run's student."""
     from eupe.export.check import check_outputs, write_inputs
 
-    if (inputs is None) == (outputs is None):
-        raise ConfigError("`eupe export check` needs either --inputs, for a file to create, or --outputs, to compare")
-    if inputs is not None:
+    if inputs is not None and outputs is None:
         finish(dataclasses.asdict(write_inputs(run, inputs, size=size)), as_json)
-    elif outputs is not None:
+    elif outputs is not None and inputs is None:
         report = check_outputs(run, outputs, size=size, heads=tuple(heads or ()), precision=precision)
         finish(dataclasses.asdict(report), as_json)
+    else:
+        raise ConfigError("`eupe export check` needs either --inputs, for a file to create, or --outputs, to compare")
