@@ -32,7 +32,7 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast a model learns."""
+    """Length and rate of a training."""
 
     steps: int
     batch_size: int

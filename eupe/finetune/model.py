@@ -42,7 +42,7 @@ KINDS = {CLASSIFY: SUMMARY, SEGMENT: DENSE, DEPTH: DENSE}
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFacts:
-    """What is known of a fine-tuned model beside its tensors."""
+    """Facts about a fine-tuned model, beside its tensors."""
 
     task: str
     classes: tuple[str, ...]

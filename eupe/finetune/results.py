@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Gain:
-    """How much better weights are than random ones, for pairs of the same seed; above 0 is better."""
+    """The advantage of weights over random ones, for pairs of the same seed; above 0 is better."""
 
     label_share: float
     by: Spread

@@ -60,7 +60,7 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model scores on the judged pictures."""
+    """Scores of a model on the judged pictures, and its mistakes."""
 
     scores: dict[str, float]
     """By measure; the first is compared."""
