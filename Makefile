@@ -19,9 +19,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # processes themselves, are at most two at a time. One thread each: the processes take all cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: demo environments test test-slow test-floors test-edge lint types check clean
+.PHONY: demo environments edge test test-slow test-floors test-edge lint types check clean
 
-environments: $(STAMP) $(FLOORS)/.installed $(EDGE)/.installed
+environments: $(STAMP) $(FLOORS)/.installed
+
+edge: $(EDGE)/.installed
 
 demo: $(STAMP)
 	$(BIN)/python -m demo
