@@ -11,7 +11,6 @@ from eupe.errors import ConfigError
 CLASSIFY, SEGMENT, DEPTH = TASKS = ("classify", "segment", "depth")
 MOST_SEEDS = 30
 """Largest number of seeds, for which `eupe.finetune.results` knows the interval."""
-LR_FROM_WEIGHTS, LR_FROM_SCRATCH = 3e-4, 1e-3
 USUAL_SCALE = "0.35,1"
 
 
@@ -57,12 +56,7 @@ class FinetuneConfig:
         least=0,
     )
     batch_size: int = option(32, "Pictures per update.", least=2)
-    lr: float | None = option(
-        None,
-        "Peak learning rate of AdamW.",
-        unset=f"{LR_FROM_WEIGHTS:g} from weights, {LR_FROM_SCRATCH:g} from random ones",
-        above=0,
-    )
+    lr: float = option(1e-3, "Peak learning rate of AdamW, of encoder and head.", above=0)
     weight_decay: float = option(0.05, "Weight decay of AdamW.", least=0)
     scale: str | None = option(
         None,

@@ -23,7 +23,7 @@ from eupe.common.reading import read_json
 from eupe.common.storage import StoragePath
 from eupe.errors import ConfigError, RunError, StorageError
 from eupe.evaluate.splits import few_pictures
-from eupe.finetune.config import LR_FROM_SCRATCH, LR_FROM_WEIGHTS, FinetuneConfig
+from eupe.finetune.config import FinetuneConfig
 from eupe.finetune.loop import Schedule, fine_tune
 from eupe.finetune.model import FineTuned, TaskFacts, save_model
 from eupe.finetune.results import Gain, Row, Trial, gains, rows
@@ -248,14 +248,13 @@ def _steps(config: FinetuneConfig, task: Task) -> int:
 
 
 def _schedule(config: FinetuneConfig, start: Start, steps: int, seed: int) -> Schedule:
-    from_weights = start.name == WEIGHTS
     return Schedule(
         steps=steps,
         batch_size=config.batch_size,
-        lr=config.lr or (LR_FROM_WEIGHTS if from_weights else LR_FROM_SCRATCH),
+        lr=config.lr,
         weight_decay=config.weight_decay,
         seed=seed,
-        freeze_batch_norms=from_weights,
+        freeze_batch_norms=start.name == WEIGHTS,
     )
 
 

@@ -186,6 +186,8 @@ def test_tokens_without_a_known_prefix_are_laid_out_as_the_last_stage_has_them(a
         torch.testing.assert_close(tokens.summary, encoder.model.forward_head(features, pre_logits=True))
     assert encoder.spec.dense == "last_stage"
     check_student(arch, [size], views=2)
+    with pytest.raises(ConfigError, match="neither patch tokens with a known prefix nor a feature map"):
+        timm_tokens(encoder.model, pixels(size), summary="pooled", dense="raw")
 
 
 @pytest.mark.parametrize(

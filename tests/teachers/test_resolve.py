@@ -90,7 +90,6 @@ def test_open_clip_native_and_trunk() -> None:
     [
         ("timm:vit_tny_patch16_224", "did you mean vit_tiny_patch16_224"),
         ("timm:vit_tiny_patch16_224.nonsense", "vit_tiny_patch16_224.augreg_in21k"),
-        ("timm:mixer_s32_224", "neither patch tokens"),
         ("timm:vit_large_patch14_clip_224.openai", "use timm:vit_large_patch14_clip_quickgelu_224.openai"),
         ("open_clip:ViT-L-14@openai", "use open_clip:ViT-L-14-quickgelu@openai"),
         ("open_clip:ViT-B-16@dfn2b", "use open_clip:ViT-B-16-quickgelu@dfn2b"),

@@ -13,7 +13,7 @@ from warm import LIBRARIES
 
 from eupe.store import Store
 
-KILLS = 20
+KILLS = 12
 KILLED_AGAIN_AND_AGAIN = """
 import importlib, os, random, signal, sys, time
 from dataclasses import replace
@@ -55,7 +55,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(started(replace(config, resume=True)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twenty_times_equals_the_uninterrupted_one_bit_for_bit(
+def test_a_run_that_is_killed_twelve_times_equals_the_uninterrupted_one_bit_for_bit(
     tiny_store: Store, tmp_path: Path
 ) -> None:
     runs = [tmp_path / "whole", tmp_path / "broken"]
