@@ -38,7 +38,7 @@ def test_a_classifier_learns_and_its_files_alone_answer_so(
     run: Path, data: Path, tmp_path: Path, run_eupe: Callable[..., Any]
 ) -> None:
     """What the report says is what timm's model and the head's matrix say of the judged pictures, one by one."""
-    done = run_eupe("finetune", run, "--data", data, "--out", tmp_path / "out", "--epochs", 6, "--json")
+    done = run_eupe("finetune", run, "--data", data, "--out", tmp_path / "out", "--epochs", 6, "--lr", 3e-4, "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
     (trial,) = report["trials"]
