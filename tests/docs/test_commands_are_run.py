@@ -86,7 +86,7 @@ TRIPS = {
         leaves=("runs/tiny/evaluations.jsonl", "tiny-hf/README.md"),
     ),
     "docs/edge.md": Trip(
-        takes=("runs/tiny", "photos"),
+        takes=("runs/small=runs/tiny", "photos"),
         files={"compare.py": listing("docs/edge.md", "py")},
         says={"eupe export check runs/tiny --outputs": "summary"},
         leaves=("edge-onnx/model.onnx", "edge-ov/model.bin", "pixels.npy", "outputs.npz"),
@@ -114,7 +114,7 @@ TRIPS = {
         leaves=("tiny-timm/README.md", "tiny-timm/export.json", "tiny-onnx/model.onnx", "weights.safetensors"),
     ),
     "docs/finetune.md": Trip(
-        takes=("runs/tiny", "labelled", "ADEChallengeData2016", "nyu"),
+        takes=("runs/small=runs/tiny", "labelled", "ADEChallengeData2016", "nyu"),
         smaller={
             "eupe finetune": "eupe finetune --epochs 0.5",
             "--seeds 3": "--seeds 2",
