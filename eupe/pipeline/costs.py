@@ -20,11 +20,11 @@ from eupe.extract.plan_on_paper import NOMINAL_SHARES, stored_bytes_per_view
 from eupe.models.encoder import encoder_spec
 from eupe.models.encoder_spec import EncoderSpec, load_encoder_spec
 from eupe.models.outside import require_trust
-from eupe.models.pretrained import pretrained_licence
+from eupe.models.pretrained import has_tag, pretrained_licence
 from eupe.pipeline.inputs import Inputs
 from eupe.pipeline.planned_steps import PlannedStep
 from eupe.pipeline.recipe import Problems
-from eupe.pipeline.steps import RUN, Ref, Word
+from eupe.pipeline.steps import RUN, TUNED, Ref, Word
 from eupe.store import open_store
 from eupe.store.layout import StoreSpec
 from eupe.store.precision import FP16, parse_precision
@@ -127,6 +127,9 @@ class Costs:
             return None
         params = step.verb.parsed(planned.words[len(step.verb.name.split()) :])
         try:
+            if step.makes == TUNED:
+                self._start(params)
+                return None
             if step.makes == RUN:
                 self._students[step.name] = self._student(planned, params)
                 return self._run(planned, params)
@@ -184,6 +187,12 @@ class Costs:
     def _teacher(self, planned: PlannedStep, words: str) -> TeacherSpec:
         (word,) = planned.step.options["teacher"]
         return as_teacher(self._students[word.step], words) if isinstance(word, Ref) else resolve_teacher(words)
+
+    def _start(self, params: Mapping[str, Any]) -> None:
+        """Note the library's weights that a fine-tuning starts from, if any."""
+        subject = params["subject"]
+        if params["pretrained"] or has_tag(subject):
+            self._note(subject, pretrained_licence(subject))
 
     def _note(self, name: str, licence: str) -> None:
         """Note a teacher or other weights; in place of a run, what is behind it."""

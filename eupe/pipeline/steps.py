@@ -147,7 +147,7 @@ def _outside(option: str, word: str) -> str | None:
         option == "init" and "/" in word
     ):  # weights that are not there yet, like those of teachers; a step has no such name
         return None
-    if option == "subject" and (is_outside(word) or is_model(word.partition(".")[0])):
+    if option == "subject" and (is_outside(word) or is_model(word)):
         return None
     if option not in ("teacher", "items", "subjects"):
         return f"there is no file or folder {word}, either"

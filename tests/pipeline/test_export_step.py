@@ -98,7 +98,7 @@ steps:
     assert "cached" in row and "summary least 1" in row
 
 
-def test_a_run_is_fine_tuned_and_the_model_exported_both_named_after_their_keys() -> None:
+def test_a_run_is_fine_tuned_and_the_model_exported_both_named_after_their_keys(run_eupe: Callable[..., Any]) -> None:
     recipe = (
         RECIPE
         + """
@@ -116,5 +116,9 @@ def test_a_run_is_fine_tuned_and_the_model_exported_both_named_after_their_keys(
     ]
     assert str(tuned.output) in steps["app"].command()
     assert plan(recipe.replace("epochs: 2", "epochs: 3"))["app"].key != steps["app"].key
+    Path("tuned.yaml").write_text(recipe)
+    shown = run_eupe("run", "tuned.yaml", "--dry-run")
+    assert shown.code == 0, shown.err
+    assert "resnet18.a1_in1k apache-2.0" in shown.out, "weights that a fine-tuning starts from have a licence, too"
     (told,) = problems_of(recipe.replace("resnet18.a1_in1k", "studnet"))
     assert "there is no earlier step 'studnet'; did you mean student?" in told
