@@ -136,7 +136,7 @@ def _licences(origins: Sequence[Origin]) -> str:
 def _tuning(source: Source) -> str:
     assert source.facts is not None
     chosen = {"start": source.facts.start, **source.facts.data, **source.facts.settings}
-    rows = [(name, json.dumps(value)) for name, value in chosen.items() if value not in (None, False)]
+    rows = [(name, json.dumps(value)) for name, value in chosen.items() if value is not None and value is not False]
     return _table(("option", "value"), rows)
 
 

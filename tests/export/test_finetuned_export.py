@@ -71,6 +71,7 @@ def test_the_code_on_the_card_answers_as_the_model_does(
     assert torch.allclose(got, wanted, atol=near, rtol=near)
     classes = json.loads((model / "task.json").read_text())["classes"]
     card = (out / "README.md").read_text()
+    assert "| seed | 0 |" in card
     if task == "depth":
         assert not (out / "labels.txt").exists()
         assert said["answer"].shape == tuple(wanted.shape[1:3])
