@@ -183,8 +183,9 @@ def _made(
         curve.append({"step": 0, **probe.scores})
     begun = time.perf_counter()
     judged = _learn(model, task, places, _schedule(config, start, steps, seed), curve, on_step) if steps else probe
-    if judged is None:
+    if judged is None:  # neither a probe nor a step
         judged = task.judge(model.eval().head, model.encode)
+        curve.append({"step": 0, **judged.scores})
     seconds = time.perf_counter() - begun
     facts = TaskFacts(
         task=task.name,

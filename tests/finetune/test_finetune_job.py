@@ -128,11 +128,16 @@ def test_batch_norms_of_given_weights_keep_their_statistics(data: Path, tmp_path
 
 
 def test_a_students_name_starts_from_random_weights_and_pretrained_from_its_librarys(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_eupe: Callable[..., Any]
 ) -> None:
     scratch = tuned("test_vit", data, tmp_path / "scratch", size=64)
     assert scratch.starts == {"scratch": "random weights"}
     assert scratch.trials[0].probe is None
+    untrained = run_eupe(
+        "finetune", "test_vit", "--size", 64, "--data", data, "--epochs", 0, "--out", tmp_path / "none"
+    )
+    assert untrained.code == 0, untrained.err
+    assert "page: " in untrained.out
     kept = cached_timm(tmp_path, "test_resnet.r160_in1k", monkeypatch)
     pretrained = tuned("test_resnet.r160_in1k", data, tmp_path / "pretrained", size=64, epochs=0)
     assert list(pretrained.starts) == ["weights"]
