@@ -265,7 +265,7 @@ def _known(folder: Path) -> Trial:
     Raises: RunError if it is damaged.
     """
     try:
-        return Trial(**{**_read(folder / JUDGED_FILE)["trial"], "folder": str(folder), "cached": True})
+        return Trial(**{**read_judged(folder)["trial"], "folder": str(folder), "cached": True})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{folder} holds no readable {JUDGED_FILE} ({error}); remove the folder to train again"
@@ -275,19 +275,14 @@ def _known(folder: Path) -> Trial:
 def read_judged(folder: Path) -> Mapping[str, Any]:
     """Return what `Judged` and `Trial` held of a fine-tuned model.
 
-    Raises: RunError if it is damaged.
+    Raises: OSError, ValueError if it cannot be read.
     """
-    _known(folder)
-    return _read(folder / JUDGED_FILE)
+    return dict(read_json(folder / JUDGED_FILE))
 
 
 def read_curve(folder: Path) -> Iterator[dict[str, float]]:
     """Yield the points of a model's curve: a step, with its loss or its scores."""
     yield from map(json.loads, (folder / CURVE_FILE).read_text().splitlines())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(read_json(path))
 
 
 def _write(path: Path, plain: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from eupe.common.prefetch import map_ahead
 from eupe.corpus.views import render_view
@@ -22,7 +21,8 @@ from eupe.errors import TrainingError
 from eupe.evaluate.dense_probe import BATCHES_AHEAD, drawn
 from eupe.finetune.model import FineTuned
 from eupe.finetune.tasks import Task
-from eupe.train.trainer import learning_rate
+from eupe.models.encoder import keep_batch_norms
+from eupe.train.trainer import ENCODER, HEADS, adamw_of, learning_rate
 
 WARMUP = 0.05
 """Share of the steps in which the learning rate rises."""
@@ -59,10 +59,13 @@ def fine_tune(
     Raises: TrainingError before an update that is not finite; CorpusError if a picture or its truth cannot be read.
     """
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(_groups(model, how.weight_decay), lr=how.lr)
+    parts = {ENCODER: model.encoder, HEADS: model.head}
+    optimizer = adamw_of(parts, lr=how.lr, weight_decay=how.weight_decay)
     warmup = round(WARMUP * how.steps)
     for step, (views, truth) in enumerate(random_batches(task, places, how, size=model.encoder.spec.size)):
-        _set_training(model, how)
+        model.train()  # `on_step` may have judged it
+        if how.freeze_batch_norms:
+            keep_batch_norms(model.encoder)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, peak=how.lr, warmup_steps=warmup, total_steps=how.steps)
         loss = task.loss(model(views.to(device)), truth.to(device))
@@ -99,20 +102,3 @@ def random_batches(task: Task, places: Sequence[int], how: Schedule, *, size: in
     order = enumerate(drawn(len(places), how.batch_size, how.steps, seed=how.seed))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from map_ahead(pool, load, order, ahead=BATCHES_AHEAD)
-
-
-def _set_training(model: FineTuned, how: Schedule) -> None:
-    model.train()
-    if how.freeze_batch_norms:
-        for module in model.encoder.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-
-
-def _groups(model: FineTuned, weight_decay: float) -> list[dict[str, object]]:
-    """Return the optimizer's groups: biases, norms and scales do not decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]

@@ -248,4 +248,14 @@ def on_paper(arch: str) -> nn.Module:
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Return whether a model's output for a view depends, in training, on the other views of the batch."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+    return bool(_batch_norms(model))
+
+
+def keep_batch_norms(model: nn.Module) -> None:
+    """Put a model's batch norms into evaluation mode: they use their running statistics, and leave them as they are."""
+    for norm in _batch_norms(model):
+        norm.eval()
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]

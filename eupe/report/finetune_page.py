@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -55,7 +55,7 @@ class WrongPicture:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """What the page shows of one model."""
+    """The page's section on one model."""
 
     title: str
     confusion: list[list[float]]
@@ -112,14 +112,12 @@ def _charts(report: FinetuneReport) -> list[tuple[str, Markup]]:
 def _section(trial: Trial, report: FinetuneReport, task: Task) -> ModelSection:
     folder = Path(trial.folder)
     judged = read_judged(folder)
-    encoder, head, _ = load_model(folder)
-    model = FineTuned(encoder, head, task.name, pick_device()).eval()
     counts = np.array(judged["confusion"], dtype=np.int64)
     return ModelSection(
         f"{report.starts[trial.start]}, {trial.label_share:.4g} of the labels, seed {trial.seed}",
         shares_of(counts).tolist() if 0 < len(counts) <= MOST_CLASSES else [],
         mistakes(counts, task.classes),
-        [WrongPicture(each["key"], each["words"], _shown(model, task, each["picture"])) for each in judged["worst"]],
+        _wrong(folder, task, judged["worst"]),
     )
 
 
@@ -140,15 +138,22 @@ def mistakes(counts_CC: NDArray[np.int64], classes: Sequence[str]) -> list[Mista
     return [Mistake(classes[i], classes[j], int(wrong[i, j]), float(shares[i, j])) for i, j in pairs if wrong[i, j]]
 
 
-def _shown(model: FineTuned, task: Task, i: int) -> list[NDArray[np.uint8]]:
-    """Return a judged picture, and for dense tasks its truth and the model's answer in colours."""
+def _wrong(folder: Path, task: Task, worst: Sequence[Mapping[str, Any]]) -> list[WrongPicture]:
+    """Return the worst pictures of a model; for dense tasks with their truth and the model's answer in colours."""
+    shown = [[_picture(task, each["picture"])] for each in worst]
+    if isinstance(task, Dense):
+        encoder, head, _ = load_model(folder)
+        model = FineTuned(encoder, head, task.name, pick_device()).eval()
+        for pictures, each in zip(shown, worst, strict=True):
+            maps = task.truth_and_answer(model.head, model.encode, each["picture"])
+            pictures += [_small(coloured) for coloured in _coloured(*maps, num_classes=len(task.classes))]
+    return [WrongPicture(each["key"], each["words"], pictures) for each, pictures in zip(worst, shown, strict=True)]
+
+
+def _picture(task: Task, i: int) -> NDArray[np.uint8]:
     image = task.judged.image(i)
     (view,) = whole(*image.size)
-    shown = [render_view(image, view, SHOWN_PX)]
-    if isinstance(task, Dense):
-        maps = task.truth_and_answer(model.head, model.encode, i)
-        shown += [_small(coloured) for coloured in _coloured(*maps, num_classes=len(task.classes))]
-    return shown
+    return render_view(image, view, SHOWN_PX)
 
 
 def _coloured(truth_HW: NDArray[Any], answer_HW: NDArray[Any], *, num_classes: int) -> list[NDArray[np.uint8]]:

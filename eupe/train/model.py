@@ -13,10 +13,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from eupe.common.compute import Tokens, autocast, compute_dtype, normalise
-from eupe.models.encoder import Encoder, build_encoder
+from eupe.models.encoder import Encoder, build_encoder, keep_batch_norms
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.train.config import BANK_SIZE, BANK_TEMPERATURE, FROZEN_NORMS
 from eupe.train.losses import dense_loss, draws, keep_teachers, match_grids, summary_loss
@@ -128,9 +127,7 @@ class Distiller(nn.Module):
         if self.encoder_frozen:
             self.encoder.eval()
         if self.batch_norms_frozen:
-            for module in self.encoder.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            keep_batch_norms(self.encoder)
         return self
 
     @property

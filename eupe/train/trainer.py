@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,24 +291,29 @@ def freeze_unused(distiller: Distiller) -> None:
 
 
 def adamw(distiller: Distiller, spec: RunSpec) -> torch.optim.Optimizer:
+    """Build the optimizer of encoder and heads, which have learning rates of their own; see `adamw_of`."""
+    parts = {ENCODER: distiller.encoder, HEADS: distiller.heads}
+    return adamw_of(parts, lr=spec.config["lr"], weight_decay=spec.config["weight_decay"])
+
+
+def adamw_of(parts: Mapping[str, nn.Module], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Build AdamW with weight decay for all parameters but biases, norms and scales.
 
     It applies to matrices and to class, register and position tokens, that is, to parameters of more than one axis.
 
-    Each group has the name of its part, encoder or heads, which have learning rates of their own.
+    Each group has the name of its part.
 
     Source: the parameter groups of DINOv2 and DINOv3, which decay all but biases, norms and LayerScale.
     """
     groups: list[dict[str, Any]] = []
     # in this order: checkpoints number the parameters of all groups
     for decayed in (True, False):
-        for part, module in ((ENCODER, distiller.encoder), (HEADS, distiller.heads)):
+        for part, module in parts.items():
             parameters = [p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == decayed]
-            decay = spec.config["weight_decay"] if decayed else 0.0
-            groups.append({"params": parameters, "weight_decay": decay, PART: part})
+            groups.append({"params": parameters, "weight_decay": weight_decay if decayed else 0.0, PART: part})
     # On a GPU, PyTorch chooses a fast way itself; on a CPU, the default takes twice as long.
-    on_cpu = all(parameter.device.type == "cpu" for parameter in distiller.parameters())
-    return torch.optim.AdamW(groups, lr=spec.config["lr"], fused=True if on_cpu else None)
+    on_cpu = all(parameter.device.type == "cpu" for module in parts.values() for parameter in module.parameters())
+    return torch.optim.AdamW(groups, lr=lr, fused=True if on_cpu else None)
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
