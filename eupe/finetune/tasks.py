@@ -23,14 +23,14 @@ from eupe.corpus.views import NEUTRAL, ViewParams, draw_colours, draw_view, pars
 from eupe.errors import ConfigError
 from eupe.evaluate.dense_probe import Training, predictions, resized, train_head, view_of
 from eupe.evaluate.depth import TRAINING as DEPTH_TRAINING
-from eupe.evaluate.depth import depth_measures, open_depth
+from eupe.evaluate.depth import DepthMaps, depth_measures, open_depth
 from eupe.evaluate.encode import EncodedViews
 from eupe.evaluate.judged_pictures import CropFunction, Pictures, centre, windows
-from eupe.evaluate.layouts import Mapped, depth_unit
+from eupe.evaluate.layouts import depth_unit
 from eupe.evaluate.linear import fit_logistic, learned_and_judged
 from eupe.evaluate.masks import read_code
 from eupe.evaluate.segment import TRAINING as SEGMENT_TRAINING
-from eupe.evaluate.segment import mean_iou, open_masks, pixel_accuracy, segmentation_loss
+from eupe.evaluate.segment import Masks, mean_iou, open_masks, pixel_accuracy, segmentation_loss
 from eupe.evaluate.splits import labelled_splits, order_labels, require_classes, tell_protocol
 from eupe.finetune.config import CLASSIFY, DEPTH, SEGMENT, USUAL_SCALE, FinetuneConfig
 from eupe.finetune.model import make_head
@@ -204,8 +204,12 @@ class Dense(Task):
 
     training: ClassVar[Training]
     """How the linear probe is trained, apart from the number of steps."""
-    _parts: tuple[Mapped, Mapped]
-    """The training pictures and the judged ones, with their maps."""
+
+    def __init__(self, config: FinetuneConfig, data: Masks | DepthMaps) -> None:
+        super().__init__(config)
+        self._data = data
+        self.learned, self.judged = data.train.pictures, data.val.pictures
+        self.groups = [""] * len(self.learned)
 
     def probe(self, encode: Encode, spec: EncoderSpec, places: Sequence[int], *, steps: int, seed: int) -> nn.Module:
         """Return a head that was trained on fixed tokens; see `eupe.evaluate.dense_probe`."""
@@ -213,35 +217,27 @@ class Dense(Task):
         return train_head(
             lambda _: self.make_head(spec),
             seen,
-            lambda i: self._read(places[i]),
+            lambda i: self._data.read_train(places[i]),
             self._loss_of_views,
             replace(self.training, steps=max(1, steps), seed=seed),
         )
 
     def truths(self) -> Iterator[Iterable[str]]:
-        for part in self._parts:
+        for part in (self._data.train, self._data.val):
             yield (hashlib.sha256(file.read_bytes()).hexdigest() for file in part.maps)
 
     def truth(self, i: int, view: ViewParams, size: int) -> NDArray[Any]:
-        return view_of(self._read(i), view, size)
+        return view_of(self._data.read_train(i), view, size)
 
     @torch.inference_mode()
     def truth_and_answer(self, head: nn.Module, encode: Encode, i: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return the truth of a judged picture, and what a model says of every pixel, [H, W] both."""
         seen = encode(self.judged.pick([i]), windows)
-        ((said, truth),) = predictions(head, seen, lambda _: self._read_judged(i))
+        ((said, truth),) = predictions(head, seen, lambda _: self._data.read_val(i))
         return truth, self._answer(said).cpu().numpy()
 
     def loss(self, said: Tensor, truth: Tensor) -> Tensor:
         return self._loss_of_views(resized(said, truth.shape[1:]), truth)
-
-    @abstractmethod
-    def _read(self, i: int) -> NDArray[Any]:
-        """Read the map of a training picture, [H, W]."""
-
-    @abstractmethod
-    def _read_judged(self, i: int) -> NDArray[Any]:
-        """Read the map of a judged picture, [H, W]."""
 
     @abstractmethod
     def _answer(self, said_CHW: Tensor) -> Tensor:
@@ -259,22 +255,13 @@ class Segment(Dense):
     training = SEGMENT_TRAINING
 
     def __init__(self, config: FinetuneConfig) -> None:
-        super().__init__(config)
         self._masks = open_masks(Path(config.data), read_code(config.mask_values, config.mask_ignore))
-        self._parts = (self._masks.train, self._masks.val)
-        self.learned, self.judged = (part.pictures for part in self._parts)
-        self.groups = [""] * len(self.learned)
+        super().__init__(config, self._masks)
         self.classes = self._masks.names
         self.notes = (
             f"judged: {len(self.judged):,} pictures of {self._masks.val.name}, by {len(self.learned):,} of "
             f"{self._masks.train.name}; {len(self.classes):,} classes (values {self._masks.classes.told})",
         )
-
-    def _read(self, i: int) -> NDArray[Any]:
-        return self._masks.read_train(i)
-
-    def _read_judged(self, i: int) -> NDArray[Any]:
-        return self._masks.read_val(i)
 
     def _answer(self, said_CHW: Tensor) -> Tensor:
         return said_CHW.argmax(dim=0)
@@ -300,14 +287,11 @@ class Depth(Dense):
     lower_is_better = True
 
     def __init__(self, config: FinetuneConfig) -> None:
-        super().__init__(config)
         unit = None if config.depth_unit is None else depth_unit(config.depth_unit)
         self._maps = open_depth(Path(config.data), unit=unit, max_m=config.max_depth)
+        super().__init__(config, self._maps)
         self.max_m = config.max_depth
         self._flip = config.flip
-        self._parts = (self._maps.train, self._maps.val)
-        self.learned, self.judged = (part.pictures for part in self._parts)
-        self.groups = [""] * len(self.learned)
         self.notes = tuple(self._maps.notes)
 
     def _crop(self, i: int, k: int, width: int, height: int, *, seed: int) -> ViewParams:
@@ -316,12 +300,6 @@ class Depth(Dense):
         side = min(width, height)
         x, y = (int(random.integers(0, length - side + 1)) for length in (width, height))
         return ViewParams((x, y, x + side, y + side), bool(random.random() < self._flip), NEUTRAL)
-
-    def _read(self, i: int) -> NDArray[Any]:
-        return self._maps.read_train(i)
-
-    def _read_judged(self, i: int) -> NDArray[Any]:
-        return self._maps.read_val(i)
 
     def _answer(self, said_CHW: Tensor) -> Tensor:
         return said_CHW[0]
