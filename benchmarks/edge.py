@@ -48,7 +48,7 @@ class ExportedSubject(EncoderSubject):
 
 @dataclass(frozen=True)
 class Cost:
-    """What was measured of one export of one run, or of the run in PyTorch."""
+    """The measurements of one export of one run, or of the run in PyTorch."""
 
     format: str
     precision: str

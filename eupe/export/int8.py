@@ -25,7 +25,7 @@ MOST = 256
 """Maximum number of the user's pictures; half of them for ranges, half for comparison."""
 BATCH = 4
 DYNAMIC, STATIC, WEIGHTS = "dynamic", "static", "weights"
-"""Methods: arithmetic in int8, with the ranges of activations from each input or from calibration pictures; int8 for
+"""Methods: computation in int8, with the ranges of activations from each input or from calibration pictures; int8 for
 the weights in the file alone."""
 MOST_ASTRAY_KEPT = 0.8 * MOST_ASTRAY[INT8]
 """Largest error of a method that computes in int8; below an export's limit, because the proof has other pictures."""

@@ -73,7 +73,7 @@ _INTERPOLATE = {"interpolate_pos_encoding": True}
 
 
 def _frames(config: Any, pixels_BCHW: Tensor) -> dict[str, Tensor]:
-    """Return each picture as the shortest video that the model takes: equal frames, as many as a tubelet is long."""
+    """Return each picture as the shortest video that the model takes: one tubelet of equal frames."""
     return {"pixel_values_videos": pixels_BCHW.unsqueeze(1).repeat(1, config.tubelet_size, 1, 1, 1)}
 
 
@@ -149,7 +149,7 @@ FAMILIES: dict[str, Family] = {
         takes_other_sizes=False,
         inputs=_frames,
         run={"skip_predictor": True},
-        note="a picture is a video of equal frames, as many as a tubelet is long; the summary is the tokens' mean",
+        note="a picture is a video of one tubelet, whose frames are equal; the summary is the tokens' mean",
     ),
     "sam3_vit_model": Family(
         model_class="Sam3ViTModel",

@@ -61,7 +61,7 @@ def test_outputs_of_a_runtime_pass_or_fail(graphs: Exports, tmp_path: Path, run_
 
 
 def as_trtexec(outputs: dict[str, np.ndarray[Any, Any]]) -> str:
-    """As `trtexec --exportOutput` writes it."""
+    """A file like those of `trtexec --exportOutput`."""
     rows = (
         {"name": name, "dimensions": "x".join(map(str, value.shape)), "values": value.ravel().tolist()}
         for name, value in outputs.items()

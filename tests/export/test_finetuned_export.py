@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def answers(model: Path, picture: Path) -> Any:
-    """What encoder and head answer, without any export."""
+    """The answer of encoder and head, without any export."""
     encoder, head, facts = load_model(model)
     with torch.inference_mode():
         tokens = encoder(normalise(centre_view(picture, SIZE), encoder.spec.mean, encoder.spec.std))
