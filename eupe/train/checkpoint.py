@@ -130,7 +130,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int, dtype:
 
     Raises: StorageError.
     """
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    contiguous = _apart({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     facts = {"step": str(step), CHECKSUM: checksum(contiguous, step)} | ({DTYPE: dtype} if dtype else {})
     try:
         with replacing(path) as unfinished:
@@ -139,6 +139,20 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, step: int, dtype:
             share(unfinished)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path} cannot be written: {error}; free some space and resume with --resume") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with copies of those that lie in the memory of another, as layers that share weights have.
+
+    A safetensors file cannot hold one tensor under two names.
+    """
+    seen: set[int] = set()
+    apart = {}
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        apart[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return apart
 
 
 def steps_kept(run: Path) -> list[int]:

@@ -235,3 +235,15 @@ def test_a_writer_killed_at_any_moment_leaves_only_whole_checkpoints(tmp_path: P
             assert all((value == step).all() for value in kept.values())
             with safe_open(path, "pt") as file:
                 assert file.metadata() == {"step": str(step), DTYPE: "fp32", CHECKSUM: checksum(kept, step)}
+
+
+def test_layers_that_share_weights_are_saved_whole(tmp_path: Path) -> None:
+    """CoaT's parallel blocks share their MLPs, and a safetensors file cannot hold one tensor under two names."""
+    shared = torch.arange(6.0).reshape(2, 3)
+    tensors = {"a": shared, "b": shared, "row": shared[1], "c": torch.ones(2)}
+
+    save_tensors(tensors, tmp_path / "x.safetensors", step=1)
+
+    saved = load_file(tmp_path / "x.safetensors")
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[name], value) for name, value in tensors.items())
