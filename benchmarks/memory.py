@@ -36,7 +36,6 @@ from eupe.extract.load import WorkUnit
 from eupe.extract.parts import part_task
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import PartExtractor, Worker
-from eupe.store.layout import bytes_per_view
 from eupe.store.writer import VECTORS_PER_JOB, create_store
 
 TINY, SIZE = "test_vit", 64
@@ -101,7 +100,7 @@ def full_parts(folder: Path, num_parts: int) -> list[float]:
     )
     before = peak_mb()
     make_parts(extractor, corpus, folder, num_parts)
-    one_part = spec.samples_per_part * spec.num_views * bytes_per_view(spec.grids, teacher.spec.dense_dim, 0)
+    one_part = spec.samples_per_part * spec.num_views * spec.bytes_per_view
     decoded = UNITS_IN_FLIGHT * extractor.samples_ahead * spec.num_views * 3 * DINOV2.size**2
     coded = 2 * (os.cpu_count() or 1) * VECTORS_PER_JOB * 2 * teacher.spec.dense_dim
     return [before, peak_mb(), one_part / 1e6, (decoded + coded) / 1e6]

@@ -15,7 +15,7 @@ from eupe.cli.options import Json
 from eupe.cli.teachers import NEAR_FP32
 from eupe.corpus.choice import Choice
 from eupe.errors import ConfigError, IncompleteError
-from eupe.extract.config import ExtractConfig, ViewOptions
+from eupe.extract.config import ExtractConfig, ViewOptions, parse_layers
 
 if TYPE_CHECKING:
     from eupe.common.progress import Reporter
@@ -60,7 +60,7 @@ def configs_given(given: Mapping[str, Any]) -> list[ExtractConfig]:
         tokens=tuple(given["tokens"].split(",")),
     )
     shared = dataclasses.replace(shared, sizes=tuple(sorted(set(shared.sizes))))
-    return _of_each(shared, given["teacher"], given["out"], given["weights"], given["weights_key"])
+    return _of_each(shared, given["teacher"], given["out"], given["weights"], given["weights_key"], given["layers"])
 
 
 def _print_report(report: ExtractReport) -> None:
@@ -129,6 +129,7 @@ def _of_each(
     places: list[str] | None,
     weights: list[str] | None,
     weights_key: list[str] | None,
+    layers: list[str] | None,
 ) -> list[ExtractConfig]:
     """Return one configuration per teacher.
 
@@ -137,9 +138,10 @@ def _of_each(
     outs = _one_each("--out", places, teachers)
     files = [None if file in (None, "hub") else Path(file) for file in _one_each("--weights", weights, teachers)]
     keys = [None if key in (None, "auto") else key for key in _one_each("--weights-key", weights_key, teachers)]
+    numbers = [() if each is None else parse_layers(each) for each in _one_each("--layers", layers, teachers)]
     return [
-        dataclasses.replace(shared, teacher=name, out=place, weights=file, weights_key=key)
-        for name, place, file, key in zip(teachers, outs, files, keys, strict=True)
+        dataclasses.replace(shared, teacher=name, out=place, weights=file, weights_key=key, layers=chosen)
+        for name, place, file, key, chosen in zip(teachers, outs, files, keys, numbers, strict=True)
     ]
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from eupe.extract.plan_on_paper import PaperEstimate
 
 PRECISIONS = "bitround:B is fp16 rounded to B bits of mantissa, which compresses better; int8 is one byte per channel"
-ON_PAPER = ("teacher", "num_images", "out", "sizes", "views", "tokens", "precision", "grid")
+ON_PAPER = ("teacher", "num_images", "out", "sizes", "views", "tokens", "precision", "grid", "layers")
 """Options that have an effect on a plan on paper."""
 
 
@@ -101,6 +101,7 @@ def _reckon(given: Mapping[str, Any], as_json: bool) -> None:
             tokens=config.tokens,
             precision=config.precision,
             grid=config.grid,
+            layers=config.layers,
             out=places[0] if places else None,
         )
     )

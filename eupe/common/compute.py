@@ -6,8 +6,8 @@ the dense grid, D width of a dense token, Ds width of the summary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -101,6 +101,8 @@ class Tokens:
     """[B, Ds]; None if the encoder has no summary."""
     dense: Tensor
     """[B, h, w, D], row by row from the top left."""
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    """Dense maps [B, h', w', D'] of the earlier layers that were asked for, by the layer's number from 1."""
 
 
 def fastest_format(model: nn.Module) -> torch.memory_format:

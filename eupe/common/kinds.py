@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 SummaryKind = Literal["cls", "cls_concat", "cls_mean", "attention_pool", "projected", "mean", "pooled", "own", "none"]
@@ -15,6 +16,17 @@ DenseKind = Literal["normed", "raw", "last_stage"]
 """Source of the dense tokens: `normed`, after the model's final norm; `raw`, as the library's feature forward gives
 them, if the model has no final norm; `last_stage`, a CNN's last stage before its head convolution, or that of a model
 whose features are no map."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Shape of the dense map that a layer of an encoder gives, whatever the size of its input."""
+
+    dim: int
+    """Channels of a token."""
+    patch: int
+    """Pixels of input per cell, along either side."""
+
 
 LOCAL_DIR = "local-dir:"
 """Prefix of a directory's path, which timm takes in place of an architecture."""

@@ -18,8 +18,9 @@ from torch import Tensor
 from eupe.common.storage import StoragePath
 from eupe.errors import ConfigError
 from eupe.store import Store
+from eupe.store.features import StoredFeatures
 from eupe.store.layout import DENSE, KINDS, SUMMARY
-from eupe.store.reader import PendingFeatures, StoredFeatures
+from eupe.store.reader import PendingFeatures
 from eupe.train.sampling import Views
 from eupe.train.targets import TargetSet
 

@@ -264,5 +264,4 @@ def _drift(store: Store, path: str, batches: list[Compared]) -> Drift:
         np.concatenate([by_path[path] for by_path in sides])
         for sides in ([b.standardised for b in batches], [b.plain for b in batches])
     )
-    precision = store.spec.precision[path.rpartition("/")[2]]
-    return Drift(path, precision, len(plain), Cosines.of(standardised), Cosines.of(plain))
+    return Drift(path, store.spec.precision_of(path), len(plain), Cosines.of(standardised), Cosines.of(plain))

@@ -18,7 +18,7 @@ from eupe.errors import ConfigError, TeacherError
 from eupe.extract.load import PartTask
 from eupe.extract.parts import samples_of
 from eupe.extract.worker import single_threads
-from eupe.store.layout import DENSE, SUMMARY, StoreSpec, arrays
+from eupe.store.layout import DENSE, SUMMARY, StoreSpec, arrays, kind_of, token_of
 from eupe.store.precision import CANDIDATES, FP16, INT8, Calibration, Fidelity, cosines, encode
 from eupe.store.reader import NOT_FINITE
 from eupe.store.shard import chunks_of, encode_chunk
@@ -85,14 +85,13 @@ def measure(
         assert len(valid), "see require_features"
         num_views = valid.shape[0] * valid.shape[1]
         calibrations[path] = Calibration.of(valid)
-        tried = candidates[path.rpartition("/")[2]]
+        tried = candidates[token_of(kind_of(path))]
         fidelity[path] = {p: _try(spec, path, valid, p, calibrations[path]) for p in tried}
     return Measured(calibrations, fidelity, num_views)
 
 
 def _try(spec: StoreSpec, path: str, values: NDArray[np.float16], precision: str, calibration: Calibration) -> Fidelity:
-    kind = path.rpartition("/")[2]
-    as_if = replace(spec, precision={**spec.precision, kind: precision})
+    as_if = replace(spec, precision={**spec.precision, token_of(kind_of(path)): precision})
     layout = next(layout for layout in arrays(as_if) if layout.path == path)
     kept = cosines(values.reshape(-1, values.shape[-1]), precision, calibration)
     chunks = chunks_of(encode(values, precision, calibration), layout)
@@ -114,7 +113,7 @@ def settle(spec: StoreSpec, measured: Measured, fidelity: float | None) -> Store
     precision = dict(spec.precision)
     if fidelity is not None:
         precision = {kind: _cheapest(measured, kind, fidelity) for kind in spec.tokens}
-    int8 = [path for path in measured.calibrations if precision[path.rpartition("/")[2]] == INT8]
+    int8 = [path for path in measured.calibrations if precision[token_of(kind_of(path))] == INT8]
     noted: dict[str, Any] = {
         "num_views": measured.num_views,
         "measured": {path: {p: asdict(f) for p, f in tried.items()} for path, tried in measured.fidelity.items()},
@@ -129,7 +128,7 @@ def settle(spec: StoreSpec, measured: Measured, fidelity: float | None) -> Store
 
 def _cheapest(measured: Measured, kind: str, fidelity: float) -> str:
     """Return the precision with the fewest bytes that keeps the fidelity at every size; fp16 always qualifies."""
-    tried = [by for path, by in measured.fidelity.items() if path.endswith(f"/{kind}")]
+    tried = [by for path, by in measured.fidelity.items() if token_of(kind_of(path)) == kind]
     kept = [p for p in CANDIDATES if p == FP16 or all(by[p].p5 >= fidelity for by in tried)]
     return min(kept, key=lambda p: sum(by[p].share for by in tried))
 

@@ -93,6 +93,16 @@ class ExtractConfig:
     """By default the teacher's native size."""
     views: ViewSpec = field(default_factory=_centre, metadata={PARTS: ViewOptions})
     tokens: tuple[str, ...] = option(("summary", "dense"), "summary, dense, or both.", typed=str)
+    layers: tuple[int, ...] = option(
+        (),
+        "Also store the dense maps of these layers, as 6,9: blocks of a ViT, stages of others, counted from 1. One per "
+        "teacher; 'none' for a teacher without.",
+        typed=str,
+        unset="the last map only",
+        each=True,
+        may_differ=True,
+    )
+    """Beside the last map, which `tokens` asks for."""
     precision: str = option(
         "fp16", "Stored precision: fp16, bitround:B, int8, or one per kind: dense=int8,summary=fp16."
     )
@@ -145,6 +155,22 @@ class ExtractConfig:
         "Recompute the parts that hold pictures without features.",
         indifferent="repairs the existing store",
     )
+
+
+def parse_layers(words: str) -> tuple[int, ...]:
+    """Return the numbers of layers in `6,9`; none for `none`.
+
+    Raises: ConfigError.
+    """
+    if words == "none":
+        return ()
+    try:
+        numbers = tuple(int(word) for word in words.split(","))
+    except ValueError:
+        numbers = (0,)
+    if min(numbers) < 1:
+        raise ConfigError(f"--layers takes numbers of layers from 1, as 6,9, or none; got {words!r}")
+    return numbers
 
 
 def require_in_range(config: ExtractConfig) -> None:

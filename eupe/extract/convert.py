@@ -29,7 +29,7 @@ from eupe.extract.calibrate import candidates, measure, sample_places, settle
 from eupe.extract.parts import converted_spec
 from eupe.extract.worker import pool_cells, to_fp16
 from eupe.store import Store, open_store
-from eupe.store.layout import DENSE, StoreSpec, samples_per_part, segment_name
+from eupe.store.layout import StoreSpec, samples_per_part, segment_name
 from eupe.store.precision import FP16
 from eupe.store.reader import ROOT_DOCUMENT, VIEWS_PER_READ, read_part_metadata
 from eupe.store.writer import (
@@ -114,7 +114,7 @@ def convert(
 def _in_parts(before: StoreSpec, spec: StoreSpec) -> StoreSpec:
     """Return the spec of a conversion with the number of samples in a part, and the libraries that write it."""
     per_part = before.samples_per_part
-    if spec.grids != before.grids:
+    if (spec.grids, spec.layers) != (before.grids, before.layers):
         # the number that extraction takes, but no fewer than the source's, so that none of its parts is divided
         per_part = max(per_part, samples_per_part(before.corpus["segments"][0], spec.bytes_per_sample))
     return replace(spec, samples_per_part=per_part, versions=_with_writers(before.versions))
@@ -241,16 +241,14 @@ def _measured(source: Store, samples: pa.Table, spec: StoreSpec) -> StoreSpec:
 
 def _lost_before(spec: StoreSpec, path: str) -> dict[str, Mapping[str, float]]:
     """Return what a store records of an array's precision, by that precision; empty for fp16, which loses nothing."""
-    precision, kept = spec.precision[path.rpartition("/")[2]], spec.measured_fidelity(path)
+    precision, kept = spec.precision_of(path), spec.measured_fidelity(path)
     return {} if precision == FP16 or kept is None else {precision: kept}
 
 
 def _stays(before: StoreSpec, after: StoreSpec, path: str) -> bool:
     """Return whether an array that lost something already is stored as it was."""
-    size, _, kind = path.partition("/")
-    place = before.sizes.index(int(size))
-    pooled = kind == DENSE and before.grids[place] != after.grids[place]
-    return before.precision[kind] == after.precision[kind] != FP16 and not pooled
+    pooled = before.shape(path) != after.shape(path)
+    return before.precision_of(path) == after.precision_of(path) != FP16 and not pooled
 
 
 def _converted(source: Store, samples: pa.Table, spec: StoreSpec, part: int) -> Part:
@@ -287,9 +285,8 @@ def _converted(source: Store, samples: pa.Table, spec: StoreSpec, part: int) -> 
 
 def _features(source: Store, spec: StoreSpec, path: str, rows: Sequence[int]) -> NDArray[Any]:
     """Return the features of one array, before they are coded; int8 that is not pooled is returned as stored."""
-    size, _, kind = path.partition("/")
-    grid = spec.grids[spec.sizes.index(int(size))] if kind == DENSE else None
-    return _gathered(partial(_read_pooled, source, path, grid), rows, spec.num_views)
+    grid, *others = spec.shape(path)
+    return _gathered(partial(_read_pooled, source, path, grid if others else None), rows, spec.num_views)
 
 
 def _read_pooled(source: Store, path: str, grid: int | None, rows: Sequence[int], views: Sequence[int]) -> NDArray[Any]:

@@ -22,11 +22,11 @@ from eupe.extract.actors import JobActors, require_cluster
 from eupe.extract.calibrate import settle
 from eupe.extract.config import STORES, ExtractConfig, require_in_range
 from eupe.extract.dispatch import Status, run_parts
-from eupe.extract.parts import require_common_sizes, shape_of, store_spec
+from eupe.extract.parts import layers_of, require_common_sizes, shape_of, store_spec
 from eupe.models.checkpoints import require_readable
 from eupe.store import Store, open_store
 from eupe.store.catalogue import find_store
-from eupe.store.layout import DENSE, SUMMARY, StoreSpec, bytes_per_view, segment_name
+from eupe.store.layout import StoreSpec, segment_name
 from eupe.store.precision import FP16, parse_precision
 from eupe.store.reader import ROOT_DOCUMENT
 from eupe.store.writer import (
@@ -279,6 +279,8 @@ def wanted_spec(
         precision=config.precision,
         grid=config.grid,
         pixels=config.pixels,
+        layers=config.layers,
+        weights=config.weights,
     )
 
 
@@ -313,8 +315,9 @@ def checked(config: ExtractConfig, teacher: TeacherSpec) -> TeacherSpec:
 
     Raises: ConfigError, TeacherError.
     """
-    _, _, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
+    sizes, _, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
     parse_precision(config.precision, kept)
+    layers_of(teacher, config.layers, sizes=sizes, tokens=kept, grid=config.grid, weights=config.weights)
     require_in_range(config)
     if config.ray_address is None:  # on a cluster, the workers' machines decide
         compute_dtype(config.dtype, pick_device())
@@ -419,8 +422,6 @@ def _report(
     store: Store, corpus: Corpus, *, seconds: float, views_per_s: float | None, normalised_by: str
 ) -> ExtractReport:
     spec = store.spec
-    dense_dim = int(spec.teacher["dense_dim"]) if DENSE in spec.tokens else 0
-    summary_dim = int(spec.teacher["summary_dim"]) if SUMMARY in spec.tokens else 0
     num_views = spec.num_samples * spec.num_views
     failures = {reason: len(keys) for reason, keys in store.failures.items()}
     return ExtractReport(
@@ -434,7 +435,7 @@ def _report(
         clipped_values=store.clipped.count,
         clipped_arrays=store.clipped.paths,
         stored_bytes=store.stored_bytes,
-        raw_bytes=num_views * bytes_per_view(spec.grids, dense_dim, summary_dim),
+        raw_bytes=num_views * spec.bytes_per_view,
         seconds=seconds,
         views_per_s=views_per_s,
         forward=spec.forward,

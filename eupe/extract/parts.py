@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from eupe.common.kinds import LayerShape
 from eupe.corpus.index import Corpus
 from eupe.corpus.pictures import insides
 from eupe.corpus.views import ViewSpec
-from eupe.errors import ConfigError
+from eupe.errors import ConfigError, TeacherError
 from eupe.extract.load import PartTask, Sample, WorkUnit
 from eupe.store.layout import DENSE, KINDS, SUMMARY, StoreSpec, samples_per_part
 from eupe.store.precision import parse_precision, require_convertible
 from eupe.store.writer import installed_versions
 from eupe.teachers.spec import TeacherSpec
+from eupe.teachers.teacher import teacher_layers
 
 
 def store_spec(
@@ -31,6 +35,8 @@ def store_spec(
     precision: str = "fp16",
     grid: int | None = None,
     pixels: bool = False,
+    layers: Sequence[int] = (),
+    weights: Path | None = None,
 ) -> StoreSpec:
     """Return the spec of a store of this teacher over this corpus.
 
@@ -40,6 +46,7 @@ def store_spec(
         precision: as `--precision` takes it.
         pixels: keep the views themselves as well.
         grid: cells along one side to which dense maps are pooled; None for the teacher's own grid.
+        layers, weights: earlier layers whose maps are stored as well; see `layers_of`.
     Raises: TeacherError for a size that the patch does not divide; ConfigError if nothing is left to store, or for a
         grid to which a map cannot be pooled.
     """
@@ -60,6 +67,7 @@ def store_spec(
         precision=parse_precision(precision, kept),
         pixels=pixels,
         versions=installed_versions(),
+        layers=layers_of(teacher, layers, sizes=sizes, tokens=kept, grid=grid, weights=weights),
     )
     return replace(spec, samples_per_part=samples_per_part(len(corpus), spec.bytes_per_sample))
 
@@ -78,12 +86,64 @@ def converted_spec(before: StoreSpec, precision: str, grid: int | None, *, where
         raise ConfigError(f"--grid {grid} pools dense maps, of which {where} has none; leave it out")
     sides = zip(before.sizes, before.grids, strict=True)
     grids = tuple(_pooled_grid(own, grid, of=f"{where} at {size} px") for size, own in sides)
-    if (wanted, grids) == (before.precision, before.grids):
+    layers = {
+        number: {
+            **layer,
+            "grids": tuple(
+                _pooled_grid(own, grid, of=f"layer {number} of {where} at {size} px")
+                for size, own in zip(before.sizes, layer["grids"], strict=True)
+            ),
+        }
+        for number, layer in before.layers.items()
+    }
+    if (wanted, grids, layers) == (before.precision, before.grids, before.layers):
         raise ConfigError(
             f"{where} has this precision and grid already ({precision}, {'+'.join(map(str, grids))}); give another "
             "--precision or --grid"
         )
-    return replace(before, precision=wanted, grids=grids, calibration={}, fidelity={})
+    return replace(before, precision=wanted, grids=grids, layers=layers, calibration={}, fidelity={})
+
+
+def layers_of(
+    teacher: TeacherSpec,
+    numbers: Sequence[int],
+    *,
+    sizes: tuple[int, ...],
+    tokens: Sequence[str],
+    grid: int | None,
+    weights: Path | None = None,
+    shapes: Sequence[LayerShape] = (),
+) -> dict[str, dict[str, Any]]:
+    """Return the layers to store beside the last map, as `StoreSpec.layers`; the last layer is that map itself.
+
+    Args:
+        numbers: of the layers, from 1.
+        sizes, tokens, grid: as `store_spec`.
+        weights: local weights of the teacher.
+        shapes: of all of the teacher's layers, if they are known.
+    Raises: TeacherError for a teacher that gives no layers, or lacks one; ConfigError if the last map is not stored,
+        for a grid to which a map cannot be pooled, or a size that a layer's cells do not tile.
+    """
+    if not numbers:
+        return {}
+    if DENSE not in tokens:
+        raise ConfigError("--layers stores dense maps beside the last one; give --tokens summary,dense or dense")
+    shapes = shapes or teacher_layers(teacher, weights=weights)
+    if lacking := sorted(set(numbers) - set(range(1, len(shapes) + 1))):
+        raise TeacherError(
+            f"teacher {teacher.name} has layers 1 to {len(shapes)}, not {', '.join(map(str, lacking))}; give others "
+            "with --layers"
+        )
+    layers = {}
+    for number in sorted({*numbers} - {len(shapes)}):
+        shape, grids = shapes[number - 1], []
+        for size in sizes or (teacher.native_size,):
+            of = f"layer {number} of {teacher.name} at {size} px"
+            if size % shape.patch:
+                raise ConfigError(f"{of} has cells of {shape.patch} px, which do not tile it; give another --size")
+            grids.append(_pooled_grid(size // shape.patch, grid, of=of))
+        layers[str(number)] = {"of": len(shapes), "dim": shape.dim, "grids": tuple(grids)}
+    return layers
 
 
 def shape_of(

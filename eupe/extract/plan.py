@@ -6,6 +6,7 @@ takes neither weights nor pictures is in `plan_on_paper`.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ from eupe.extract.plan_on_paper import Need, free_bytes, nearest_folder, need_of
 from eupe.extract.process import prepare_process
 from eupe.extract.worker import PartExtractor
 from eupe.store import Store, open_store
-from eupe.store.layout import DENSE, SUMMARY, StoreSpec, arrays, differences
+from eupe.store.layout import StoreSpec, arrays, differences, kind_of
 from eupe.store.precision import FP16, INT8
 from eupe.store.reader import ROOT_DOCUMENT
 from eupe.store.shard import bytes_of_index
@@ -326,12 +327,7 @@ def _estimate(
 ) -> Estimate:
     num_views = spec.num_samples * spec.num_views
     on_gpu = device == "cuda"
-    dims = {SUMMARY: int(spec.teacher["summary_dim"]), DENSE: int(spec.teacher["dense_dim"])}
-    raw = {
-        f"{size}/{kind}": 2 * dims[kind] * (grid * grid if kind == DENSE else 1)
-        for size, grid in zip(spec.sizes, spec.grids, strict=True)
-        for kind in spec.tokens
-    }
+    raw = {path: 2 * math.prod(spec.shape(path)) for path in spec.feature_paths}
     stored = num_views * chunks_per_view + bytes_of_indexes(spec)
     choices = tuple(
         Choice(path, precision, kept.share, round(num_views * raw[path] * kept.share), kept.p5, kept.mean)
@@ -342,7 +338,7 @@ def _estimate(
         stored,
         num_samples=spec.num_samples,
         per_part=spec.samples_per_part,
-        dims=[dims[path.rpartition("/")[2]] for path in spec.feature_paths],
+        dims=[spec.dim(kind_of(path)) for path in spec.feature_paths],
     )
     place = place_of_store(config)
     views_per_s = rates.pipeline(on_gpu=on_gpu)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from eupe.common.kinds import LayerShape
 from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
-from eupe.extract.parts import require_common_sizes, shape_of
-from eupe.store.layout import DENSE, KINDS, SUMMARY, bytes_per_view, samples_per_part
+from eupe.extract.parts import layers_of, require_common_sizes, shape_of
+from eupe.store.layout import KINDS, StoreSpec, kind_of, samples_per_part
 from eupe.store.precision import FP16, INT8, parse_precision
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
@@ -41,6 +43,7 @@ class PaperConfig:
     tokens: tuple[str, ...] = KINDS
     precision: str = FP16
     grid: int | None = None
+    layers: tuple[int, ...] = ()
     out: AnyPath | None = None
     """Folder for all the stores; None to skip the check for free space."""
 
@@ -92,12 +95,12 @@ def estimate_on_paper(config: PaperConfig) -> PaperEstimate:
     return PaperEstimate(config.num_images, num_views, config.precision, plans, need, free)
 
 
-def stored_bytes_per_view(teacher: TeacherSpec, grid: int, precision: Mapping[str, str]) -> tuple[int, float]:
-    """Return the bytes of one view at one size, on paper: as raw fp16, and as stored with nominal shares.
+def stored_bytes_per_view(spec: StoreSpec, precision: Mapping[str, str]) -> tuple[int, float]:
+    """Return the bytes of one view at all sizes, on paper: as raw fp16, and as stored with nominal shares.
 
     Args:
-        grid: cells along one side of the stored map.
-        precision: kind of token to precision, for the kinds that are stored.
+        spec: of the store; its corpus is not used.
+        precision: kind of token to precision, which may be others than the spec's.
     Raises: ConfigError for a precision without a nominal share.
     """
     if unknown := set(precision.values()) - set(NOMINAL_SHARES):
@@ -105,30 +108,68 @@ def stored_bytes_per_view(teacher: TeacherSpec, grid: int, precision: Mapping[st
             f"--precision {sorted(unknown)[0]} has no nominal share for a plan on paper; give one of "
             f"{', '.join(NOMINAL_SHARES)}, or --corpus to measure it"
         )
-    dims = {SUMMARY: (0, teacher.summary_dim), DENSE: (teacher.dense_dim, 0)}
-    raw = {kind: bytes_per_view((grid,), *dims[kind]) for kind in precision}
-    return sum(raw.values()), sum(raw[kind] * NOMINAL_SHARES[word] for kind, word in precision.items())
+    as_if = replace(spec, precision=precision)
+    raw = {path: 2 * math.prod(spec.shape(path)) for path in spec.feature_paths}
+    return sum(raw.values()), sum(num * NOMINAL_SHARES[as_if.precision_of(path)] for path, num in raw.items())
+
+
+def paper_spec(
+    teacher: TeacherSpec,
+    *,
+    views: ViewSpec,
+    sizes: tuple[int, ...],
+    tokens: tuple[str, ...],
+    precision: str,
+    grid: int | None,
+    layers: Sequence[int],
+    shapes: Sequence[LayerShape] = (),
+    pixels: bool = False,
+) -> StoreSpec:
+    """Return the spec of a store without its corpus; the arguments are those of an extraction.
+
+    Args:
+        shapes: see `layers_of`.
+    Raises: as `shape_of`, `parse_precision`, `layers_of`.
+    """
+    sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=grid)
+    return StoreSpec(
+        teacher=teacher.to_json(),
+        corpus={},
+        views=views.to_json(),
+        sizes=sizes,
+        grids=grids,
+        tokens=kept,
+        samples_per_part=1,
+        precision=parse_precision(precision, kept),
+        pixels=pixels,
+        layers=layers_of(teacher, layers, sizes=sizes, tokens=kept, grid=grid, shapes=shapes),
+    )
 
 
 def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
-    sizes, grids, kept = shape_of(teacher, sizes=config.sizes, tokens=config.tokens, grid=config.grid)
-    dims = {SUMMARY: teacher.summary_dim, DENSE: teacher.dense_dim}
-    precision = parse_precision(config.precision, kept)
-    both = [stored_bytes_per_view(teacher, grid, precision) for grid in grids]
-    per_view, stored = sum(raw for raw, _ in both), sum(share for _, share in both)
+    spec = paper_spec(
+        teacher,
+        views=config.views,
+        sizes=config.sizes,
+        tokens=config.tokens,
+        precision=config.precision,
+        grid=config.grid,
+        layers=config.layers,
+    )
+    per_view, stored = stored_bytes_per_view(spec, spec.precision)
     num_views = config.num_images * config.views.num_views
     per_part = samples_per_part(config.num_images, config.views.num_views * per_view)
     return PaperTeacher(
         teacher=teacher.name,
-        sizes=sizes,
-        grids=grids,
+        sizes=spec.sizes,
+        grids=spec.grids,
         raw_bytes_per_view=per_view,
         raw_bytes=num_views * per_view,
         need=need_of(
             num_views * stored,
             num_samples=config.num_images,
             per_part=per_part,
-            dims=[dims[kind] for kind in kept] * len(sizes),
+            dims=[spec.dim(kind_of(path)) for path in spec.feature_paths],
         ),
         choices={p: round(num_views * per_view * share) for p, share in NOMINAL_SHARES.items()},
     )

@@ -309,6 +309,7 @@ def _extraction(config: RepairConfig, store: Store, teacher: TeacherSpec, pictur
         sizes=spec.sizes,
         views=ViewSpec.from_json(spec.views),
         tokens=spec.tokens,
+        layers=tuple(map(int, spec.layers)),
         dtype=spec.teacher["dtype"],
         batch_size=config.batch_size,
         workers=config.workers,

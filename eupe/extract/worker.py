@@ -27,7 +27,7 @@ from eupe.errors import TeacherError
 from eupe.extract.count import counter
 from eupe.extract.isolate import find_crashing
 from eupe.extract.load import LoadedSample, Loader, PartTask, Sample, WorkUnit
-from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path
+from eupe.store.layout import DENSE, SUMMARY, StoreSpec, feature_path, layer_kind
 from eupe.store.precision import FP16_MAX
 from eupe.store.reader import NOT_FINITE
 from eupe.store.writer import Part, Row, StoreWriter, installed_versions
@@ -284,13 +284,8 @@ class PartBuffers:
         self._num_nonfinite = 0
         self._sizes = spec.sizes
         self._pixels = {side: np.zeros((n, k, side, side, 3), np.uint8) for side in spec.sizes if spec.pixels}
-        for size, grid in zip(spec.sizes, spec.grids, strict=True):
-            shapes = {
-                SUMMARY: (n, k, spec.teacher["summary_dim"]),
-                DENSE: (n, k, grid, grid, spec.teacher["dense_dim"]),
-            }
-            for kind in spec.tokens:
-                self._features[feature_path(size, kind)] = np.full(shapes[kind], np.nan, np.float16)
+        for path in spec.feature_paths:
+            self._features[path] = np.full((n, k, *spec.shape(path)), np.nan, np.float16)
 
     def take(self, sample: LoadedSample) -> list[RenderedView]:
         """Record the next sample's row and view parameters; return its views for the teacher."""
@@ -399,6 +394,7 @@ class Forward:
         """
         self.teacher = teacher
         self._spec = spec
+        self._layers = tuple(map(int, spec.layers))
         self.batch_size = batch_size
         """Size of the next batch; halved when the device runs out of memory."""
         self._on_gpu = teacher.device.type == "cuda"
@@ -422,17 +418,17 @@ class Forward:
 
     def _tokens(self, views: Sequence[dict[int, NDArray[np.uint8]]]) -> list[Fp16Tokens]:
         fp16_tokens: list[Fp16Tokens] = []
-        for size, grid in zip(self._spec.sizes, self._spec.grids, strict=True):
+        for size in self._spec.sizes:
             pixels = torch.from_numpy(np.stack([view[size] for view in views]))
             # only a copy from pinned memory to the GPU runs without the host waiting
-            fp16_tokens += self._pieces(pixels.pin_memory() if self._on_gpu else pixels, size, grid)
+            fp16_tokens += self._pieces(pixels.pin_memory() if self._on_gpu else pixels, size)
         return fp16_tokens
 
-    def _pieces(self, pixels: Tensor, size: int, grid: int) -> list[Fp16Tokens]:
+    def _pieces(self, pixels: Tensor, size: int) -> list[Fp16Tokens]:
         """Return the tokens of pixels [B, S, S, 3], in pieces that fit into memory."""
         try:
             pieces, fitting = run_in_batches(
-                lambda start, stop: self._fp16_tokens(pixels[start:stop], start, size, grid),
+                lambda start, stop: self._fp16_tokens(pixels[start:stop], start, size),
                 len(pixels),
                 self.batch_size,
             )
@@ -446,13 +442,17 @@ class Forward:
         self.batch_size = min(self.batch_size, fitting)
         return [fp16_tokens for piece in pieces for fp16_tokens in piece]
 
-    def _fp16_tokens(self, pixels: Tensor, start: int, size: int, grid: int) -> list[Fp16Tokens]:
-        tokens = self.teacher(pixels)
+    def _fp16_tokens(self, pixels: Tensor, start: int, size: int) -> list[Fp16Tokens]:
+        tokens = self.teacher(pixels, self._layers)
+        given = {SUMMARY: tokens.summary, DENSE: tokens.dense}
+        given |= {layer_kind(number): dense for number, dense in tokens.layers.items()}
         fp16_tokens = []
-        for kind in self._spec.tokens:
-            values = tokens.summary if kind == SUMMARY else pool_cells(tokens.dense, grid)
+        for kind in self._spec.kinds:
+            path, values = feature_path(size, kind), given[kind]
             assert values is not None
-            fp16_tokens.append(Fp16Tokens(feature_path(size, kind), start, *map(_to_host, to_fp16(values))))
+            if kind != SUMMARY:
+                values = pool_cells(values, self._spec.shape(path)[0])
+            fp16_tokens.append(Fp16Tokens(path, start, *map(_to_host, to_fp16(values))))
         return fp16_tokens
 
 

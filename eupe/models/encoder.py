@@ -16,18 +16,27 @@ from torch import Tensor, nn
 
 from eupe.common.compute import Tokens
 from eupe.common.files import replacing, share, write_file
-from eupe.common.kinds import STUDENT_FILE, WEIGHTS_FILE
+from eupe.common.kinds import STUDENT_FILE, WEIGHTS_FILE, LayerShape
 from eupe.errors import ConfigError, RunError, StorageError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly
 from eupe.models.encoder_spec import EncoderSpec, load_encoder_spec
 from eupe.models.meta import built_on_meta
-from eupe.models.outside import OWN_SIDE, build_outside, is_outside, outside_spec, outside_tokens, require_trust
+from eupe.models.outside import (
+    OWN_SIDE,
+    build_outside,
+    is_outside,
+    outside_layers,
+    outside_spec,
+    outside_tokens,
+    require_trust,
+)
 from eupe.models.timm_models import (
     brief,
     create_timm,
     dense_kind,
     remembered,
     summary_kind,
+    timm_layers,
     timm_on_paper,
     timm_spec,
     timm_tokens,
@@ -47,11 +56,15 @@ class Encoder(nn.Module):
         self.spec = spec
         self.model = model
 
-    def forward(self, pixels_BCHW: Tensor) -> Tokens:
-        """Return the tokens of normalised float pixels, in the dtype that the model computes in."""
+    def forward(self, pixels_BCHW: Tensor, layers: Sequence[int] = ()) -> Tokens:
+        """Return the tokens of normalised float pixels, in the dtype that the model computes in.
+
+        Args:
+            layers: numbers of the layers whose maps are wanted as well; see `encoder_layers`.
+        """
         if self.spec.origin is not None:
-            return outside_tokens(self.model, pixels_BCHW, self.spec)
-        return timm_tokens(self.model, pixels_BCHW, summary=self.spec.summary, dense=self.spec.dense)
+            return outside_tokens(self.model, pixels_BCHW, self.spec, layers)
+        return timm_tokens(self.model, pixels_BCHW, summary=self.spec.summary, dense=self.spec.dense, layers=layers)
 
 
 def build_encoder(arch: str, *, size: int, known: EncoderSpec | None = None) -> Encoder:
@@ -81,6 +94,24 @@ def encoder_spec(arch: str, size: int) -> EncoderSpec:
         return timm_spec(arch, size)
     with torch.random.fork_rng(devices=[]):
         return build_encoder(arch, size=size).spec
+
+
+def encoder_layers(arch: str, size: int) -> list[LayerShape]:
+    """Return the shapes of the maps that a student's layers give, first to last; layers are numbered from 1.
+
+    Raises: ConfigError if there is no such student, it does not take the size, or it gives no layers.
+    """
+    if not is_outside(arch):
+        return _timm_layers(arch, size)
+    with torch.random.fork_rng(devices=[]):
+        return outside_layers(arch, build_outside(arch, size), size)
+
+
+@remembered
+def _timm_layers(arch: str, size: int) -> list[LayerShape]:
+    with built_on_meta():
+        model = create_timm(arch, size=size)
+    return timm_layers(model, size)
 
 
 def save_encoder(encoder: Encoder, directory: Path, *, weights: Mapping[str, Tensor] | None = None) -> None:

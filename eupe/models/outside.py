@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from eupe.common.compute import Tokens
-from eupe.common.kinds import LOCAL_DIR, TRUST_VARIABLE, SummaryKind
+from eupe.common.kinds import LOCAL_DIR, TRUST_VARIABLE, LayerShape, SummaryKind
 from eupe.errors import ConfigError
 from eupe.models.encoder_spec import EncoderSpec, near
 from eupe.models.hub import at_revision, hub_or_offline, named, quiet_transformers
@@ -137,12 +139,71 @@ def outside_spec(student: str, model: nn.Module, size: int, known: EncoderSpec |
     )
 
 
-def outside_tokens(model: nn.Module, pixels_BCHW: Tensor, spec: EncoderSpec) -> Tokens:
+def outside_tokens(model: nn.Module, pixels_BCHW: Tensor, spec: EncoderSpec, layers: Sequence[int] = ()) -> Tokens:
     """Return the tokens of normalised pixels.
 
+    Args:
+        layers: numbers of the layers whose maps are wanted as well; see `outside_layers`.
     Raises: ConfigError if the output is not laid out as the spec says.
     """
-    return tokens_of(_output(spec.arch, model, pixels_BCHW), pixels_BCHW, patch=spec.patch, prefix=spec.prefix_tokens)
+    output = _output(spec.arch, model, pixels_BCHW, layers=bool(layers))
+    tokens = tokens_of(output, pixels_BCHW, patch=spec.patch, prefix=spec.prefix_tokens)
+    if not layers:
+        return tokens
+    maps = _maps(output, pixels_BCHW, prefix=spec.prefix_tokens)
+    return replace(tokens, layers={number: maps[number - 1] for number in layers})
+
+
+def outside_layers(student: str, model: nn.Module, size: int) -> list[LayerShape]:
+    """Return the shapes of the maps that a student gives besides its last one: several maps, or hidden states.
+
+    Raises: ConfigError if it gives one map only, or its maps do not tile the input.
+    """
+    spec = outside_spec(student, model, size)
+    pixels = torch.zeros(1, 3, size, size)
+    model.eval()
+    with torch.inference_mode():
+        maps = _maps(_output(student, model, pixels, layers=True), pixels, prefix=spec.prefix_tokens)
+    sides = [each.shape[1] for each in maps]
+    if len(maps) < 2:
+        raise ConfigError(f"{student} gives its last map only, no layers; a function may return a list of several maps")
+    if any(size % side for side in sides):
+        raise ConfigError(f"the maps of {student} have {sides} cells along a side, which do not tile {size} px")
+    return [LayerShape(each.shape[-1], size // each.shape[1]) for each in maps]
+
+
+def _maps(output: Any, pixels_BCHW: Tensor, *, prefix: int) -> list[Tensor]:
+    """Return the maps [B, h, w, D] of a model's layers, first to last, as far as it returns them.
+
+    Those of Transformers' models are its hidden states after each layer, as they are, without a final norm.
+    """
+    several: Sequence[Tensor] = ()
+    if isinstance(output, Mapping):
+        several = output.get("hidden_states") or ()
+        several = several[1:]  # the first are the embeddings
+    else:
+        if isinstance(output, tuple | list) and len(output) == 2 and not _is_pyramid(output):
+            output = output[1]  # behind a summary
+        several = output if _is_pyramid(output) else ()
+    size = pixels_BCHW.shape[-1]
+    maps = []
+    for each in several:
+        if each.ndim == 3:
+            side = math.isqrt(each.shape[1] - prefix)
+            maps.append(each[:, prefix:].reshape(each.shape[0], side, side, -1))
+        elif each.shape[-1] == each.shape[-2] <= size:
+            maps.append(each.permute(0, 2, 3, 1))
+    return maps
+
+
+def _is_pyramid(output: Any) -> bool:
+    """Return whether a model returned several maps [B, D, h, w], none with more cells than the one before it."""
+    if not isinstance(output, tuple | list) or len(output) < 2:
+        return False
+    if not all(isinstance(each, Tensor) and each.ndim == 4 for each in output):
+        return False
+    sides = [each.shape[-1] for each in output]
+    return sides == sorted(sides, reverse=True)
 
 
 def tokens_of(output: Any, pixels_BCHW: Tensor, *, patch: int, prefix: int) -> Tokens:
@@ -150,7 +211,8 @@ def tokens_of(output: Any, pixels_BCHW: Tensor, *, patch: int, prefix: int) -> T
 
     Args:
         output: a map [B, D, h, w]; or tokens [B, prefix + h w, D], whose first one is the summary if there is a prefix;
-            or a pair of a summary [B, Ds] and one of these. Without a summary, the mean of the map is taken.
+            or several maps, the finest first, of which the last is taken; or a pair of a summary [B, Ds] and one of
+            these. Without a summary, the mean of the map is taken.
         patch: pixels per cell, along either side.
     Raises: ConfigError for anything else.
     """
@@ -181,11 +243,13 @@ def _parts(output: Any) -> tuple[Tensor | None, Tensor]:
     summary = None
     if isinstance(output, tuple | list) and len(output) == 2 and isinstance(output[0], Tensor) and output[0].ndim == 2:
         summary, output = output
+    if _is_pyramid(output):
+        output = output[-1]
     if isinstance(output, Tensor) and output.ndim in (3, 4) and output.is_floating_point():
         return summary, output
     raise ConfigError(
-        f"the student returns {_described(output)}; give a map [B, D, h, w], tokens [B, N, D], or a pair of a summary "
-        "[B, D] and one of these"
+        f"the student returns {_described(output)}; give a map [B, D, h, w], several of them, the finest first, "
+        "tokens [B, N, D], or a pair of a summary [B, D] and one of these"
     )
 
 
@@ -199,9 +263,10 @@ def _described(output: Any) -> str:
     return f"a {type(output).__name__}"
 
 
-def _output(student: str, model: nn.Module, pixels: Tensor) -> Any:
+def _output(student: str, model: nn.Module, pixels: Tensor, *, layers: bool = False) -> Any:
     if student.startswith(HF):
-        return model(pixel_values=pixels, **({"interpolate_pos_encoding": True} if _interpolates(model) else {}))
+        options = {"interpolate_pos_encoding": True} if _interpolates(model) else {}
+        return model(pixel_values=pixels, **options, **({"output_hidden_states": True} if layers else {}))
     output = model(pixels)
     return next(iter(output.values())) if student.startswith(TORCHVISION) else output
 

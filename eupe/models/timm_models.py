@@ -6,7 +6,7 @@ h w cells of the dense grid, D width of a dense token, Ds width of the summary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import eupe.models.proxy  # noqa: F401 - registers its architectures with timm
 from eupe.common.compute import Tokens
-from eupe.common.kinds import LOCAL_DIR, DenseKind, SummaryKind
+from eupe.common.kinds import LOCAL_DIR, DenseKind, LayerShape, SummaryKind
 from eupe.errors import ConfigError
 from eupe.models.encoder_spec import EncoderSpec, near
 from eupe.models.meta import built_on_meta
@@ -44,7 +44,13 @@ def remembered(answer: Question) -> Question:
 
 
 def timm_tokens(
-    model: Any, pixels_BCHW: Tensor, *, summary: SummaryKind, dense: DenseKind, class_tokens: int = 1
+    model: Any,
+    pixels_BCHW: Tensor,
+    *,
+    summary: SummaryKind,
+    dense: DenseKind,
+    class_tokens: int = 1,
+    layers: Sequence[int] = (),
 ) -> Tokens:
     """Return summary and dense tokens of any timm model, through `forward_features`, never `forward`.
 
@@ -55,10 +61,11 @@ def timm_tokens(
             `forward_head(...)` of a model that was built with its projection as the classifier.
         dense: "normed" includes ConvNeXt's norm, which timm keeps in the head, behind the pooling.
         class_tokens: number of leading prefix tokens that "cls_concat" concatenates.
+        layers: numbers of the layers whose maps are wanted as well; see `timm_layers`.
     Returns: Tokens in the dtype that the model computes in.
     Raises: ConfigError if the model lacks the requested kind, or its features are neither tokens nor a map.
     """
-    features, last_stage = _features(model, pixels_BCHW, dense)
+    features, last_stage, maps = _features(model, pixels_BCHW, dense, layers)
     _check_summary(model, features, summary)
     if last_stage is None and features.ndim == 3:
         prefix = model.num_prefix_tokens
@@ -66,7 +73,33 @@ def timm_tokens(
         dense_BhwD = features[:, prefix:].reshape(features.shape[0], *grid, -1)  # tracers make len() a constant
     else:
         dense_BhwD = _map_to_BhwD(model, features, dense) if last_stage is None else last_stage.permute(0, 2, 3, 1)
-    return Tokens(summary=_summary(model, features, dense_BhwD, summary, class_tokens), dense=dense_BhwD)
+    return Tokens(
+        summary=_summary(model, features, dense_BhwD, summary, class_tokens),
+        dense=dense_BhwD,
+        layers={number: maps[number].permute(0, 2, 3, 1) for number in layers},
+    )
+
+
+def timm_layers(model: Any, size: int) -> list[LayerShape]:
+    """Return the shapes of the maps that a timm model's layers give, first to last.
+
+    A layer is a block of a ViT, whose tokens go through the model's final norm as those of the last one do, or a stage
+    of any other model, as timm's `features_only` gives it.
+
+    Args:
+        model: a model that was built for the size on the meta device.
+        size: side of the square input in pixels.
+    Raises: ConfigError for a model that does not give its layers, or whose layers do not tile the input.
+    """
+    name = type(model).__name__
+    if not hasattr(model, "forward_intermediates"):
+        raise ConfigError(f"timm's {name} gives its last map only, no layers")
+    with torch.device("meta"), torch.no_grad():
+        maps = _intermediates(model.eval(), torch.zeros(1, 3, size, size), indices=None)[1]
+    sides = [tuple(each.shape[-2:]) for each in maps]
+    if any(h != w or size % h for h, w in sides):
+        raise ConfigError(f"the layers of timm's {name} give maps of {sides} cells, which do not tile {size} px")
+    return [LayerShape(each.shape[1], size // each.shape[-1]) for each in maps]
 
 
 @remembered
@@ -271,23 +304,44 @@ def dense_kind(model: Any) -> DenseKind:
     return "last_stage" if model.num_features > model.feature_info[-1]["num_chs"] else "raw"
 
 
-def _features(model: Any, pixels_BCHW: Tensor, dense: DenseKind) -> tuple[Any, Tensor | None]:
-    """Return the library's features, and the last stage's map [B, D, h, w] if that is the requested dense kind.
+def _features(
+    model: Any, pixels_BCHW: Tensor, dense: DenseKind, layers: Sequence[int]
+) -> tuple[Any, Tensor | None, dict[int, Tensor]]:
+    """Return the library's features, the last stage's map if that is the requested dense kind, and maps of layers.
 
-    With such a map, the features may be anything that the library's head takes.
+    With such a map, the features may be anything that the library's head takes. Maps are [B, D, h, w].
     """
     has_tokens = hasattr(model, "num_prefix_tokens")
+    numbers, maps = sorted(set(layers)), {}
     if dense == "last_stage" and not has_tokens:
-        features, (last_stage,) = model.forward_intermediates(pixels_BCHW, indices=1)
-        return features, last_stage
-    features = model.forward_features(pixels_BCHW)
+        indices = [number - 1 for number in numbers]
+        features, (*found, last_stage) = _intermediates(
+            model, pixels_BCHW, indices=[*indices, len(model.feature_info) - 1] if layers else 1
+        )
+        return features, last_stage, dict(zip(numbers, found, strict=True))
+    if layers:
+        features, found = _intermediates(model, pixels_BCHW, indices=[number - 1 for number in numbers])
+        maps = dict(zip(numbers, found, strict=True))
+    else:
+        features = model.forward_features(pixels_BCHW)
     is_tokens = isinstance(features, Tensor) and features.ndim == 3 and has_tokens
     is_map = isinstance(features, Tensor) and features.ndim == 4
     if not is_tokens and not is_map:
         raise ConfigError(f"{type(model).__name__} gives neither patch tokens with a known prefix nor a feature map")
     if is_tokens and dense != dense_kind(model):
         raise ConfigError(f"{type(model).__name__} has no {dense!r} dense tokens, only {dense_kind(model)!r}")
-    return features, None
+    return features, None, maps
+
+
+def _intermediates(model: Any, pixels_BCHW: Tensor, *, indices: Any) -> tuple[Any, list[Tensor]]:
+    """Return a model's features and the maps [B, D, h, w] of its layers by timm's own method.
+
+    Args:
+        indices: places of the layers, from 0; a number for that many last ones, None for all.
+    """
+    normed = hasattr(model, "num_prefix_tokens")  # a ViT's final norm fits all of its blocks
+    found: tuple[Any, list[Tensor]] = model.forward_intermediates(pixels_BCHW, indices=indices, norm=normed)
+    return found
 
 
 def _map_to_BhwD(model: Any, feature_map: Tensor, dense: DenseKind) -> Tensor:

@@ -7,17 +7,19 @@ teacher that an earlier step trains, the spec of its student's architecture is u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from eupe.common.kinds import LayerShape
 from eupe.corpus.views import parse_views
 from eupe.errors import EupeError
 from eupe.evaluate.licences import UNKNOWN, Origin, origins_behind
 from eupe.evaluate.open_run import is_run
-from eupe.extract.parts import converted_spec, shape_of
-from eupe.extract.plan_on_paper import NOMINAL_SHARES, stored_bytes_per_view
-from eupe.models.encoder import encoder_spec
+from eupe.extract.config import parse_layers
+from eupe.extract.parts import converted_spec
+from eupe.extract.plan_on_paper import NOMINAL_SHARES, paper_spec, stored_bytes_per_view
+from eupe.models.encoder import encoder_layers, encoder_spec
 from eupe.models.encoder_spec import EncoderSpec, load_encoder_spec
 from eupe.models.outside import require_trust
 from eupe.models.pretrained import has_tag, pretrained_licence
@@ -27,13 +29,14 @@ from eupe.pipeline.recipe import Problems
 from eupe.pipeline.steps import RUN, TUNED, Ref, Word
 from eupe.store import open_store
 from eupe.store.layout import StoreSpec
-from eupe.store.precision import FP16, parse_precision
+from eupe.store.precision import FP16
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.run_adapter import OWN_LICENCE, as_teacher
 from eupe.teachers.spec import TeacherSpec
+from eupe.train.advice import passes
 from eupe.train.config import TrainConfig
 from eupe.train.option_files import configs_given
-from eupe.train.run_spec import is_pretrained, passes
+from eupe.train.run_spec import is_pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +96,11 @@ def _cost(spec: StoreSpec, num_images: int | None) -> StoreCost:
     """Return the estimated cost of a store; the corpus in its spec is not used."""
     at_most = "asked" in spec.fidelity or bool(set(spec.precision.values()) - set(NOMINAL_SHARES))
     precision = dict.fromkeys(spec.tokens, FP16) if at_most else spec.precision
-    teacher = TeacherSpec.from_json(spec.teacher)
     pixels = sum(3 * size * size for size in spec.sizes) if spec.pixels else 0
     return StoreCost(
         num_images=num_images,
         views_per_image=spec.num_views,
-        bytes_per_view=sum(stored_bytes_per_view(teacher, grid, precision)[1] for grid in spec.grids) + pixels,
+        bytes_per_view=stored_bytes_per_view(spec, precision)[1] + pixels,
         sizes=spec.sizes,
         at_most=at_most or bool(pixels),
     )
@@ -149,7 +151,7 @@ class Costs:
             self._note(teacher.name, teacher.licence)
         sizes = tuple(sorted(set(params["sizes"] or ())))
         tokens = tuple(params["tokens"].split(","))
-        sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=params["grid"])
+        layers = [number for words in params["layers"] or () for number in parse_layers(words)]
         views = parse_views(
             params["views"],
             seed=params["seed"],
@@ -157,19 +159,27 @@ class Costs:
             ratio=params["ratio"],
             photometric=params["photometric"],
         )
-        spec = StoreSpec(
-            teacher=teacher.to_json(),
-            corpus={},
-            views=views.to_json(),
+        spec = paper_spec(
+            teacher,
+            views=views,
             sizes=sizes,
-            grids=grids,
-            tokens=kept,
-            samples_per_part=1,
-            precision=parse_precision(params["precision"], kept),
+            tokens=tokens,
+            precision=params["precision"],
+            grid=params["grid"],
+            layers=layers,
+            shapes=self._layers(planned) if layers else [],
             pixels=params["pixels"],
-            fidelity={} if params["fidelity"] is None else {"asked": params["fidelity"]},
         )
-        return spec, self._count(planned, params)
+        fidelity = {} if params["fidelity"] is None else {"asked": params["fidelity"]}
+        return replace(spec, fidelity=fidelity), self._count(planned, params)
+
+    def _layers(self, planned: PlannedStep) -> list[LayerShape]:
+        """Return the shapes of a teacher's layers if an earlier step trains it; its run may not be there yet."""
+        word = planned.step.options["teacher"][0]
+        if not isinstance(word, Ref):
+            return []
+        student = self._students[word.step]
+        return encoder_layers(student.arch, student.size)
 
     def _converted(self, planned: PlannedStep, params: Mapping[str, Any]) -> tuple[StoreSpec, int | None]:
         """Return the same of a store that is converted from an earlier step's, or from one outside the pipeline.

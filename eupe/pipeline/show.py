@@ -18,7 +18,7 @@ from eupe.pipeline.execute import Result
 from eupe.pipeline.planned_steps import PlannedStep
 from eupe.pipeline.prepare import Prepared
 from eupe.teachers.spec import is_permissive
-from eupe.train.run_spec import MOST_PASSES, passes_note
+from eupe.train.advice import MOST_PASSES, passes_note
 
 HEADLINES: Mapping[str, Sequence[str]] = {
     "extract": ("num_views", "stored_bytes", "num_failed"),

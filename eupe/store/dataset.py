@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from eupe.errors import StoreError
-from eupe.store.reader import Features, Store
+from eupe.store.features import Features
+from eupe.store.reader import Store
 
 
 class StoreDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from eupe.errors import ConfigError, FormatVersionError, StoreError
 from eupe.store.precision import INT8, INT8_FILL, Calibration, is_calibration, require_known, stored_channels
 from eupe.store.stats import NORM_BINS
 
-FORMAT = 1
+FORMAT = 2
+"""The newest format; a store without layers has format 1, which is the same without them."""
 ATTRIBUTE = "eupe"
 
 PART_BYTES = 128 * 2**20
@@ -41,6 +43,7 @@ SUMMARY, DENSE = "summary", "dense"
 PIXELS = "pixels"
 PHOTOMETRIC = "photometric"
 KINDS = (SUMMARY, DENSE)
+"""Kinds of token that `--tokens` takes: summaries, and the teacher's last dense map. A layer is a kind of its own."""
 DESCRIPTIVE = ("name", "model", "note", "licence", "native_size")
 """Fields of a teacher's spec that do not decide its features."""
 
@@ -67,6 +70,10 @@ class StoreSpec:
     """Precision of each kind of token: `fp16`, `bitround:B` or `int8`."""
     pixels: bool = False
     """True if the rendered views are stored beside their features, at every size."""
+    layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Dense maps of earlier layers, by the layer's number from 1: `of`, the number of layers that the teacher has,
+    `dim`, the map's channels, and `grids`, its cells along one side at each size. Empty if only the last map is
+    stored."""
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """Calibration that each int8 array is coded by (`Calibration.to_json`), by the array's path."""
     fidelity: Mapping[str, Any] = field(default_factory=dict)
@@ -97,9 +104,36 @@ class StoreSpec:
     @property
     def bytes_per_sample(self) -> int:
         """Return the bytes of one sample's raw fp16 features at all sizes, and of its pixels if they are kept."""
-        dims = [int(self.teacher[f"{kind}_dim"]) if kind in self.tokens else 0 for kind in (DENSE, SUMMARY)]
         pixels = sum(3 * size * size for size in self.sizes) if self.pixels else 0
-        return self.num_views * (bytes_per_view(self.grids, *dims) + pixels)
+        return self.num_views * (self.bytes_per_view + pixels)
+
+    @property
+    def bytes_per_view(self) -> int:
+        """Return the bytes of one view's raw fp16 features at all sizes."""
+        return sum(2 * math.prod(self.shape(path)) for path in self.feature_paths)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Return the kinds of feature array at each size: those of `tokens`, then `dense-6` for layer 6."""
+        return (*self.tokens, *map(layer_kind, self.layers))
+
+    def dim(self, kind: str) -> int:
+        """Return the number of channels of a kind."""
+        number = layer_of(kind)
+        return int(self.teacher[f"{kind}_dim"] if number is None else self.layers[number]["dim"])
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Return the shape of one view's features in an array, before they are coded: (Ds,) or (g, g, D)."""
+        size, _, kind = path.partition("/")
+        if kind == SUMMARY:
+            return (self.dim(kind),)
+        number, place = layer_of(kind), self.sizes.index(int(size))
+        grid = self.grids[place] if number is None else self.layers[number]["grids"][place]
+        return (grid, grid, self.dim(kind))
+
+    def precision_of(self, path: str) -> str:
+        """Return the precision of a feature array; layers have that of the last dense map."""
+        return self.precision[token_of(kind_of(path))]
 
     @property
     def num_rows(self) -> int:
@@ -139,7 +173,7 @@ class StoreSpec:
     @property
     def feature_paths(self) -> list[str]:
         """Return the paths of the feature arrays: `224/summary`, `224/dense`, ..."""
-        return [feature_path(size, kind) for size in self.sizes for kind in self.tokens]
+        return [feature_path(size, kind) for size in self.sizes for kind in self.kinds]
 
     def array_calibration(self, path: str) -> Calibration | None:
         """Return the calibration that an int8 array is coded by; None for other arrays."""
@@ -148,14 +182,16 @@ class StoreSpec:
     def measured_fidelity(self, path: str) -> Mapping[str, float] | None:
         """Return what was measured of an array's precision: `mean`, `p5` and `share`; None if nothing was."""
         measured = self.fidelity.get("measured", {}).get(path, {})
-        found: Mapping[str, float] | None = measured.get(self.precision[path.rpartition("/")[2]])
+        found: Mapping[str, float] | None = measured.get(self.precision_of(path))
         return found
 
     def to_json(self) -> dict[str, Any]:
         plain = to_plain(self)
-        if not self.forward:  # the first stores lack it, and `verify` compares with this
-            del plain["forward"]
-        return {"format": FORMAT, **plain}
+        # stores without these lack the words as well, and `verify` compares with this
+        for name in ("forward", "layers"):
+            if not plain[name]:
+                del plain[name]
+        return {"format": FORMAT if self.layers else FORMAT - 1, **plain}
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the content; equal identities are a cache hit."""
@@ -176,10 +212,10 @@ class StoreSpec:
         if "format" not in attributes:
             raise StoreError(f"{where} is a Zarr group but not a feature store (its attributes lack eupe.format)")
         # before anything else: another format may have other fields
-        if attributes["format"] != FORMAT:
+        if attributes["format"] not in range(1, FORMAT + 1):
             raise FormatVersionError(
-                f"{where} is written in format {attributes['format']}, this version of eupe reads format {FORMAT}; "
-                "upgrade eupe"
+                f"{where} is written in format {attributes['format']}, this version of eupe reads formats 1 to "
+                f"{FORMAT}; upgrade eupe"
             )
         fields = from_plain({name: value for name, value in attributes.items() if name != "format"})
         try:
@@ -201,7 +237,7 @@ class StoreSpec:
 
 def _impossible(spec: StoreSpec) -> Iterator[str]:
     """Yield what is impossible in a specification; an untrusted file is checked before its numbers are used."""
-    for name in ("teacher", "corpus", "views", "precision", "calibration", "fidelity", "forward", "versions"):
+    for name in ("teacher", "corpus", "views", "precision", "calibration", "fidelity", "forward", "versions", "layers"):
         if not isinstance(getattr(spec, name), Mapping):
             yield f"{name} is {getattr(spec, name)!r:.80}, not an object"
             return
@@ -234,6 +270,21 @@ def _impossible(spec: StoreSpec) -> Iterator[str]:
             yield f"{name} is {value!r:.80}, not a string"
     if not isinstance(spec.pixels, bool):
         yield f"pixels is {spec.pixels!r:.80}, not true or false"
+    yield from _impossible_layers(spec)
+
+
+def _impossible_layers(spec: StoreSpec) -> Iterator[str]:
+    if spec.layers and DENSE not in spec.tokens:
+        yield "layers are stored without the last dense map"
+    for number, layer in spec.layers.items():
+        said = layer if isinstance(layer, Mapping) else {}
+        of, dim, grids = (said.get(name) for name in ("of", "dim", "grids"))
+        if re.fullmatch(r"[1-9]\d{0,3}", number) is None or not _is_count(of) or int(number) >= int(of or 0):
+            yield f"layers.{number:.20} of {of!r:.80} is not a layer before the last one"
+        if not _is_count(dim) or int(dim or 0) > MAX_CHANNELS:
+            yield f"layers.{number:.20}.dim is {dim!r:.80}, not a valid number of channels"
+        if not isinstance(grids, list | tuple) or len(grids) != len(spec.sizes) or not all(map(_is_count, grids)):
+            yield f"layers.{number:.20}.grids is {grids!r:.80}, not a positive integer for each size"
 
 
 def _is_count(value: object) -> bool:
@@ -249,10 +300,9 @@ def _too_large(spec: StoreSpec) -> Iterator[str]:
         if math.prod(layout.chunk) * np.dtype(layout.dtype).itemsize > MAX_CHUNK_BYTES:
             yield f"a chunk of {layout.path} has shape {list(layout.chunk)}, more than {MAX_CHUNK_BYTES} bytes"
     for path in spec.feature_paths:
-        kind = path.rpartition("/")[2]
-        if (spec.precision[kind] == INT8) != (path in spec.calibration):
+        if (spec.precision_of(path) == INT8) != (path in spec.calibration):
             yield f"calibration and precision of {path} contradict each other"
-        elif path in spec.calibration and not is_calibration(spec.calibration[path], spec.teacher[f"{kind}_dim"]):
+        elif path in spec.calibration and not is_calibration(spec.calibration[path], spec.dim(kind_of(path))):
             yield f"calibration of {path} does not fit its channels"
 
 
@@ -292,11 +342,6 @@ def _power_of_two(bound: int) -> int:
     return 1 << max(bound.bit_length() - 1, 0)
 
 
-def bytes_per_view(grids: tuple[int, ...], dense_dim: int, summary_dim: int) -> int:
-    """Return the bytes of one view's raw fp16 features at all sizes; a dimension of 0 leaves that kind out."""
-    return sum(2 * (grid * grid * dense_dim + summary_dim) for grid in grids)
-
-
 @dataclass(frozen=True)
 class ArrayLayout:
     """Layout of one array of a store, as Zarr sees it."""
@@ -319,6 +364,26 @@ class ArrayLayout:
 
 def feature_path(size: int, kind: str) -> str:
     return f"{size}/{kind}"
+
+
+def kind_of(path: str) -> str:
+    """Return the kind of a feature array from its path."""
+    return path.rpartition("/")[2]
+
+
+def layer_kind(number: int | str) -> str:
+    """Return the kind of the dense map of an earlier layer: `dense-6`."""
+    return f"{DENSE}-{number}"
+
+
+def layer_of(kind: str) -> str | None:
+    """Return the number of the layer that a kind is the map of; None for summaries and the last map."""
+    return kind.removeprefix(f"{DENSE}-") if kind.startswith(f"{DENSE}-") else None
+
+
+def token_of(kind: str) -> str:
+    """Return `summary` or `dense`: what a token of this kind is, whatever its layer."""
+    return SUMMARY if kind == SUMMARY else DENSE
 
 
 def part_name(part: int) -> str:
@@ -347,11 +412,10 @@ def arrays(spec: StoreSpec) -> list[ArrayLayout]:
         values = len(Photometric._fields)
         shapes = ((n, k, values), (p, k, values), (p, k, values))
         layouts.append(ArrayLayout(PHOTOMETRIC, *shapes, "float32", (*sv, "parameter"), fill=float("nan")))
-    for size, grid in zip(spec.sizes, spec.grids, strict=True):
-        if SUMMARY in spec.tokens:
-            layouts.append(_summaries(spec, feature_path(size, SUMMARY)))
-        if DENSE in spec.tokens:
-            layouts.append(_dense_maps(spec, feature_path(size, DENSE), grid))
+    for size in spec.sizes:
+        paths = [feature_path(size, kind) for kind in spec.kinds]
+        layouts += [_summaries(spec, path) for path in paths if kind_of(path) == SUMMARY]
+        layouts += [_dense_maps(spec, path) for path in paths if kind_of(path) != SUMMARY]
         if spec.pixels:
             layouts.append(_pixels(spec, size))
     return layouts
@@ -360,13 +424,12 @@ def arrays(spec: StoreSpec) -> list[ArrayLayout]:
 def statistics_shapes(spec: StoreSpec) -> dict[str, tuple[int, ...]]:
     """Return the shape of each array of the statistics, by its path below `stats/`."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for size, grid in zip(spec.sizes, spec.grids, strict=True):
-        for kind in spec.tokens:
-            path, dim = feature_path(size, kind), int(spec.teacher[f"{kind}_dim"])
-            shapes |= {f"{path}/count": (), f"{path}/mean": (dim,), f"{path}/std": (dim,)}
-            shapes |= {f"{path}/cov": (dim, dim), f"{path}/norms": (NORM_BINS,)}
-            if kind == DENSE:
-                shapes[f"{path}/outliers"] = (grid, grid)
+    for path in spec.feature_paths:
+        *grid, dim = spec.shape(path)
+        shapes |= {f"{path}/count": (), f"{path}/mean": (dim,), f"{path}/std": (dim,)}
+        shapes |= {f"{path}/cov": (dim, dim), f"{path}/norms": (NORM_BINS,)}
+        if grid:
+            shapes[f"{path}/outliers"] = tuple(grid)
     return shapes
 
 
@@ -381,7 +444,7 @@ def _pixels(spec: StoreSpec, size: int) -> ArrayLayout:
 def _summaries(spec: StoreSpec, path: str) -> ArrayLayout:
     n, k, p = spec.num_rows, spec.num_views, spec.samples_per_part
     precision = spec.precision[SUMMARY]
-    channels = stored_channels(precision, int(spec.teacher["summary_dim"]))
+    channels = stored_channels(precision, spec.dim(SUMMARY))
     # two bytes a channel whatever the dtype, as FORMAT.md says
     rows = min(p, _power_of_two(SUMMARY_CHUNK_BYTES // (2 * k * channels)))
     return ArrayLayout(
@@ -396,10 +459,10 @@ def _summaries(spec: StoreSpec, path: str) -> ArrayLayout:
     )
 
 
-def _dense_maps(spec: StoreSpec, path: str, grid: int) -> ArrayLayout:
+def _dense_maps(spec: StoreSpec, path: str) -> ArrayLayout:
     n, k, p = spec.num_rows, spec.num_views, spec.samples_per_part
-    precision = spec.precision[DENSE]
-    maps = (grid, grid, stored_channels(precision, int(spec.teacher["dense_dim"])))
+    precision, (*grid, dim) = spec.precision_of(path), spec.shape(path)
+    maps = (*grid, stored_channels(precision, dim))
     return ArrayLayout(
         path,
         (n, k, *maps),

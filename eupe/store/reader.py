@@ -24,9 +24,9 @@ from eupe.common.kinds import RUN_FILES
 from eupe.common.reading import parse_json
 from eupe.common.storage import StoragePath
 from eupe.corpus.own_table import read_own_table
-from eupe.corpus.views import NEUTRAL, Photometric, ViewParams
 from eupe.errors import ConfigError, PartCorruptError, StoreError
 from eupe.store.backends import Array, LocalViews, open_array, read_result
+from eupe.store.features import Clipped, Features, StoredFeatures, StoredViews
 from eupe.store.layout import (
     ATTRIBUTE,
     DENSE,
@@ -36,6 +36,9 @@ from eupe.store.layout import (
     StoreSpec,
     arrays,
     feature_path,
+    kind_of,
+    layer_kind,
+    layer_of,
     part_name,
     statistics_shapes,
 )
@@ -67,61 +70,6 @@ ROW_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class StoredViews:
-    """Parameters by which B views were made."""
-
-    boxes: NDArray[np.int32]
-    """[B, 4], x0 y0 x1 y1 in pixels of the upright picture."""
-    flips: NDArray[np.bool_]
-    """[B]"""
-    photometric: NDArray[np.float32] | None
-    """[B, 8], see `eupe.corpus.views.Photometric`; None if the store's views are not recoloured."""
-
-    @property
-    def params(self) -> list[ViewParams]:
-        """Return the B views' parameters as `eupe.corpus.views.render_view` takes them."""
-        colours = [NEUTRAL] * len(self.flips)
-        if self.photometric is not None:
-            colours = [Photometric(*values) for values in self.photometric.tolist()]
-        boxes = [(x0, y0, x1, y1) for x0, y0, x1, y1 in self.boxes.tolist()]
-        return [ViewParams(*view) for view in zip(boxes, self.flips.tolist(), colours, strict=True)]
-
-    def first_difference(self, other: StoredViews) -> int | None:
-        """Return the index of the first view whose parameters differ in `other`; None if all are the same."""
-        pairs = zip(self.params, other.params, strict=True)
-        return next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
-
-
-@dataclass(frozen=True)
-class StoredFeatures(StoredViews):
-    """Parameters and features of B views at one size, as stored and not yet decoded."""
-
-    summary: Tokens | None = None
-    """[B, Ds]"""
-    dense: Tokens | None = None
-    """[B, h, w, D]"""
-
-
-@dataclass(frozen=True)
-class Features(StoredViews):
-    """Parameters and decoded features of B views at one size."""
-
-    summary: NDArray[Any] | None = None
-    """[B, Ds], float16, or float32 if stored as int8."""
-    dense: NDArray[Any] | None = None
-    """[B, h, w, D], float16, or float32 if stored as int8."""
-
-
-@dataclass(frozen=True)
-class Clipped:
-    """Values beyond float16's range, stored as its largest value, 65,504."""
-
-    count: int
-    paths: tuple[str, ...]
-    """Feature arrays that may hold such values: those with tokens whose norm is large enough."""
-
-
 class PendingFeatures:
     """Reads in progress; `result()` waits for them."""
 
@@ -136,9 +84,11 @@ class PendingFeatures:
         Raises: PartCorruptError if bytes are missing or fail their checksum.
         """
         values = {name: read_result(future, self._store.path) for name, future in self._futures.items()}
-        for kind in values.keys() & {SUMMARY, DENSE}:
-            values[kind] = self._store.tokens(feature_path(self._size, kind), values[kind])
-        return StoredFeatures(values.pop("boxes"), values.pop("flips"), values.pop(PHOTOMETRIC, None), **values)
+        views = (values.pop("boxes"), values.pop("flips"), values.pop(PHOTOMETRIC, None))
+        # what is left are features, by kind
+        read = {kind: self._store.tokens(feature_path(self._size, kind), each) for kind, each in values.items()}
+        layers = {number: tokens for kind, tokens in read.items() if (number := layer_of(kind)) is not None}
+        return StoredFeatures(*views, read.get(SUMMARY), read.get(DENSE), layers)
 
     def result(self) -> Features:
         """Wait for the reads and return the decoded features.
@@ -147,7 +97,8 @@ class PendingFeatures:
         """
         stored = self.stored()
         summary, dense = (None if t is None else t.decode() for t in (stored.summary, stored.dense))
-        return Features(stored.boxes, stored.flips, stored.photometric, summary, dense)
+        layers = {number: tokens.decode() for number, tokens in stored.layers.items()}
+        return Features(stored.boxes, stored.flips, stored.photometric, summary, dense, layers)
 
 
 @dataclass(frozen=True)
@@ -314,8 +265,8 @@ class Store:
         except KeyError as error:
             raise StoreError(f"{self.path} has no features of {error}; `eupe store info` lists the failures") from error
 
-    def items(self, *, size: int | None = None) -> Iterator[tuple[str, Features]]:
-        """Yield every key with the features of its views, [K, ...], in row order.
+    def items(self, *, size: int | None = None, layers: Sequence[str] = ()) -> Iterator[tuple[str, Features]]:
+        """Yield every key with the features of its views, [K, ...], in row order; the arguments are those of `read`.
 
         Raises: PartCorruptError.
         """
@@ -326,7 +277,7 @@ class Store:
         for start in range(0, len(every_key), per_read):
             keys = every_key[start : start + per_read]
             rows = [row for row in self.rows(keys) for _ in range(k)]
-            pending.append((keys, self.read_async(rows, list(range(k)) * len(keys), size=size)))
+            pending.append((keys, self.read_async(rows, list(range(k)) * len(keys), size=size, layers=layers)))
             if len(pending) > 1:  # the next read proceeds while the caller uses this one
                 yield from _by_key(*pending.popleft(), k)
         for keys, features in pending:
@@ -350,7 +301,7 @@ class Store:
         return _with_rows(table, rows.start)
 
     def stats(self, size: int, kind: str) -> ChannelStats:
-        """Return mean and standard deviation of `summary` or `dense` at a size.
+        """Return mean and standard deviation of a kind of token at a size: `summary`, `dense`, or `dense-6`.
 
         Raises: StoreError if the store is not finished; PartCorruptError.
         """
@@ -361,13 +312,13 @@ class Store:
         )
 
     def full_stats(self, size: int, kind: str) -> FullStats:
-        """Return all statistics of `summary` or `dense` at a size.
+        """Return all statistics of a kind of token at a size, as `stats` takes it.
 
         Raises: StoreError if the store is not finished; PartCorruptError.
         """
         name, simple = feature_path(size, kind), self.stats(size, kind)
         cov, norms = (self.statistic(f"{name}/{s}") for s in ("cov", "norms"))
-        outliers = self.statistic(f"{name}/outliers") if kind == DENSE else None
+        outliers = self.statistic(f"{name}/outliers") if kind != SUMMARY else None
         return FullStats(simple.count, simple.mean, simple.std, cov, norms, outliers)
 
     def merged_moments(self, name: str) -> Moments:
@@ -391,20 +342,26 @@ class Store:
         shape = statistics_shapes(self.spec)[path]
         return read_result(open_array(self.path, f"{STATS}/{path}", shape).read(), self.path)
 
-    def read(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> Features:
+    def read(
+        self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None, layers: Sequence[str] = ()
+    ) -> Features:
         """Read the features of B views, in the given order.
 
         Args:
             rows, views: [B] each; indices along the first two axes.
             size: one of `spec.sizes`; the first by default.
+            layers: numbers of the layers to read as well, of `spec.layers`; no byte of the others is read.
         Raises: PartCorruptError; IndexError for a row or view that the store does not have.
         """
-        return self.read_async(rows, views, size=size).result()
+        return self.read_async(rows, views, size=size, layers=layers).result()
 
-    def read_async(self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None) -> PendingFeatures:
+    def read_async(
+        self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None, layers: Sequence[str] = ()
+    ) -> PendingFeatures:
         """Start a `read`, and return without waiting for it."""
         size = self.spec.sizes[0] if size is None else size
-        paths = {kind: feature_path(size, kind) for kind in (SUMMARY, DENSE) if kind in self.spec.tokens}
+        kinds = (*self.spec.tokens, *map(layer_kind, layers))
+        paths = {kind: feature_path(size, kind) for kind in kinds}
         futures = {name: self._begin(path, rows, views) for name, path in paths.items()}
         return PendingFeatures(self, size, self._begin_views(rows, views) | futures)
 
@@ -461,9 +418,9 @@ class Store:
 
     def tokens(self, path: str, stored: NDArray[Any]) -> Tokens:
         """Return what was read of a feature array; dense maps come channel first and are transposed without a copy."""
-        kind = path.rpartition("/")[2]
-        turned = np.moveaxis(stored, -3, -1) if kind == DENSE else stored
-        return Tokens(turned, self.spec.precision[kind], self._calibrations[path])
+        kind = kind_of(path)
+        turned = stored if kind == SUMMARY else np.moveaxis(stored, -3, -1)
+        return Tokens(turned, self.spec.precision_of(path), self._calibrations[path])
 
     def _begin(self, path: str, rows: Sequence[int], views: Sequence[int]) -> Any:
         """Start to read views of an array.
@@ -493,8 +450,9 @@ def _by_key(keys: Sequence[str], pending: PendingFeatures, num_views: int) -> It
     for i, key in enumerate(keys):
         views = slice(i * num_views, (i + 1) * num_views)
         optional = (features.photometric, features.summary, features.dense)
-        cut = (None if x is None else x[views] for x in optional)
-        yield key, Features(features.boxes[views], features.flips[views], *cut)
+        photometric, summary, dense = (None if x is None else x[views] for x in optional)
+        layers = {number: maps[views] for number, maps in features.layers.items()}
+        yield key, Features(features.boxes[views], features.flips[views], photometric, summary, dense, layers)
 
 
 def open_store(path: str | Path | StoragePath) -> Store:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from eupe.store.layout import StoreSpec, bytes_per_view, feature_path
+from eupe.store.layout import StoreSpec, feature_path
 from eupe.store.reader import Store
 from eupe.store.stats import FullStats
 
@@ -148,9 +148,8 @@ class StoreSummary:
     def stored_share(self) -> float:
         """Return the stored bytes as a share of the same features in raw float16."""
         spec = self.spec
-        dims = [int(spec.teacher[f"{kind}_dim"]) if kind in spec.tokens else 0 for kind in ("dense", "summary")]
         views = (spec.num_samples - self.num_failed) * spec.num_views
-        return self.stored_bytes / (views * bytes_per_view(spec.grids, *dims))
+        return self.stored_bytes / (views * spec.bytes_per_view)
 
     def to_json(self) -> dict[str, Any]:
         """Return all numbers except the covariances."""
@@ -179,7 +178,7 @@ def summarise(store: Store) -> StoreSummary:
     """
     spec = store.spec
     tokens = tuple(
-        _token_summary(spec, size, kind, store.full_stats(size, kind)) for size in spec.sizes for kind in spec.tokens
+        _token_summary(spec, size, kind, store.full_stats(size, kind)) for size in spec.sizes for kind in spec.kinds
     )
     totals = store.totals
     return StoreSummary(

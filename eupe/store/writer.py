@@ -28,14 +28,15 @@ from eupe.common.storage import StoragePath
 from eupe.errors import IncompleteError, SpecMismatchError, StoreError
 from eupe.store.layout import (
     ATTRIBUTE,
-    DENSE,
     PHOTOMETRIC,
     PIXELS,
+    SUMMARY,
     ArrayLayout,
     StoreSpec,
     arrays,
     differences,
     feature_path,
+    kind_of,
     moments_name,
     part_name,
 )
@@ -267,14 +268,13 @@ class StoreWriter:
 
     def _write_features(self, path: str, part: Part, objects: dict[str, tuple[int, int]]) -> Counted:
         layout = self._layouts[path]
-        kind = path.rpartition("/")[2]
         chunks = chunks_of(part.features[path], layout)
         vectors_per_chunk = chunks[0].size // chunks[0].shape[-1]
         per_job = max(1, VECTORS_PER_JOB // vectors_per_chunk)
         code = partial(
             _code_chunks,
             layout=layout,
-            precision=self.spec.precision[kind],
+            precision=self.spec.precision_of(path),
             calibration=self._calibrations[path],
             count=self._count,
         )
@@ -298,7 +298,7 @@ class StoreWriter:
         facts = {
             "objects": {key: {"bytes": size, "crc32": f"{crc:08x}"} for key, (size, crc) in objects.items()},
             "norms": {path: c.norms.tolist() for path, c in counted.items()},
-            "outliers": {path: c.outliers.tolist() for path, c in counted.items() if path.endswith(DENSE)},
+            "outliers": {path: c.outliers.tolist() for path, c in counted.items() if kind_of(path) != SUMMARY},
             "num_clipped": part.num_clipped,
             "num_nonfinite": part.num_nonfinite,
             "versions": dict(part.versions),
@@ -387,7 +387,7 @@ def _write_statistics(store: Store) -> None:
             "cov": total.covariance,
             "norms": np.sum([part["norms"][name] for part in facts], axis=0),
         }
-        if name.endswith(DENSE):
+        if kind_of(name) != SUMMARY:
             statistics["outliers"] = np.sum([part["outliers"][name] for part in facts], axis=0)
         values |= {f"{name}/{statistic}": array for statistic, array in statistics.items()}
     documents = statistics_documents(values, totals_of(facts))

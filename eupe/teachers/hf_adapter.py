@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from eupe.common.compute import Tokens
-from eupe.common.kinds import LOCAL_DIR, DenseKind, SummaryKind
-from eupe.errors import TeacherError
+from eupe.common.kinds import LOCAL_DIR, DenseKind, LayerShape, SummaryKind
+from eupe.errors import ConfigError, TeacherError
 from eupe.models.checkpoints import (
     ADAPTER_FILE,
     describe_misfits,
@@ -56,6 +56,8 @@ class Family:
     patch: Callable[[Any], int] = lambda config: _side(config, "patch_size")
     width: Callable[[Any], int] = lambda config: int(config.hidden_size)
     size: Callable[[Any], int] = lambda config: _side(config, "image_size")
+    final_norm: str = ""
+    """Name of the norm that a layer's tokens go through; empty if the library's hidden states are no layers' maps."""
     inside: str = ""
     """Names of the tensors' place in the checkpoints of larger models, as a pattern; nothing else of these is used."""
     takes_other_sizes: bool = True
@@ -83,6 +85,7 @@ FAMILIES: dict[str, Family] = {
         summary="cls",
         dense="normed",
         normalisation=IMAGENET,
+        final_norm="layernorm",
         note="off its own grid the position table is resampled without antialiasing, unlike timm's",
     ),
     "dinov2_with_registers": Family(
@@ -90,6 +93,7 @@ FAMILIES: dict[str, Family] = {
         summary="cls",
         dense="normed",
         normalisation=IMAGENET,
+        final_norm="layernorm",
         prefix=lambda config: 1 + int(config.num_register_tokens),
     ),
     "dinov3_vit": Family(
@@ -97,6 +101,7 @@ FAMILIES: dict[str, Family] = {
         summary="cls",
         dense="normed",
         normalisation=IMAGENET,
+        final_norm="norm",
         prefix=lambda config: 1 + int(config.num_register_tokens),
     ),
     "dinov3_convnext": Family(
@@ -112,6 +117,7 @@ FAMILIES: dict[str, Family] = {
         summary="cls",
         dense="normed",
         normalisation=OPENAI,
+        final_norm="post_layernorm",
         run=_INTERPOLATE,
         note="patch tokens pass post_layernorm, as in open_clip and timm; the library's last_hidden_state has not",
     ),
@@ -120,6 +126,7 @@ FAMILIES: dict[str, Family] = {
         summary="attention_pool",
         dense="normed",
         normalisation=HALF,
+        final_norm="post_layernorm",
         prefix=lambda config: 0,
         run=_INTERPOLATE,
     ),
@@ -136,6 +143,7 @@ FAMILIES: dict[str, Family] = {
         summary="cls",
         dense="normed",
         normalisation=OPENAI,
+        final_norm="post_layernorm",
         run=_INTERPOLATE,
         note="patch tokens pass post_layernorm, as in open_clip and timm; the library's last_hidden_state has not",
     ),
@@ -166,6 +174,7 @@ FAMILIES: dict[str, Family] = {
         summary="cls",
         dense="normed",
         normalisation=HALF,
+        final_norm="layernorm",
         build={"add_pooling_layer": False},
         run=_INTERPOLATE,
     ),
@@ -269,15 +278,19 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
     return _library_class(family.model_class)(config, **family.build)
 
 
-def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
+def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor, layers: Sequence[int] = ()) -> Tokens:
     """Return the tokens of normalised pixels.
 
     CLIP's dense tokens go through `post_layernorm`, which the library applies to the class token only. They then equal
     those of open_clip and timm.
     """
     family = FAMILIES[model.config.model_type]
-    output = model(**family.inputs(model.config, pixels_BCHW), **family.run)
+    run = {**family.run, "output_hidden_states": True} if layers else family.run
+    output = model(**family.inputs(model.config, pixels_BCHW), **run)
     grid = (pixels_BCHW.shape[-2] // spec.patch, pixels_BCHW.shape[-1] // spec.patch)
+    # the first hidden state is the embedding, so layer 1 is the one after it
+    states = {number: getattr(model, family.final_norm)(output.hidden_states[number]) for number in layers}
+    maps = {number: state[:, spec.prefix_tokens :].unflatten(1, grid) for number, state in states.items()}
     if model.config.model_type == "radio":
         return Tokens(summary=output.summary, dense=output.features.unflatten(1, grid))
     hidden = output.last_hidden_state
@@ -288,7 +301,18 @@ def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
         return Tokens(summary=None, dense=dense.unflatten(1, grid))
     pooled = {"attention_pool": lambda: output.pooler_output, "mean": lambda: dense.mean(1)}
     summary = pooled.get(spec.summary, lambda: hidden[:, 0])()
-    return Tokens(summary=summary, dense=dense.unflatten(1, grid))
+    return Tokens(summary=summary, dense=dense.unflatten(1, grid), layers=maps)
+
+
+def layers(spec: TeacherSpec, *, weights: Path | None = None) -> list[LayerShape]:
+    """Return the shapes of the maps of a model's layers, from its configuration.
+
+    Raises: ConfigError for a model whose hidden states are not those of a plain ViT.
+    """
+    config = _vision_config(_config_source(spec, weights), weights)
+    if not FAMILIES[config.model_type].final_norm:
+        raise ConfigError(f"a {config.model_type} gives its last map only")
+    return [LayerShape(spec.dense_dim, spec.patch)] * int(config.num_hidden_layers)
 
 
 def _vision_config(source: str, weights: Path | None = None) -> Any:

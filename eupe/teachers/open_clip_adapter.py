@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 from eupe.common.compute import Tokens
+from eupe.common.kinds import LayerShape
 from eupe.errors import ConfigError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
 from eupe.models.encoder_spec import near
 from eupe.models.hub import quiet_open_clip
-from eupe.models.timm_models import create_timm, timm_spec, timm_tokens
+from eupe.models.meta import built_on_meta
+from eupe.models.timm_models import create_timm, timm_layers, timm_spec, timm_tokens
 from eupe.teachers.spec import TeacherSpec, encoder_fields
 from eupe.teachers.weights import hub_errors
 
@@ -93,18 +96,31 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
     return _prepared(_random(arch).visual, spec)
 
 
-def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
+def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor, layers: Sequence[int] = ()) -> Tokens:
     """Return the tokens of normalised pixels.
 
     All tokens of open_clip's own ViT pass `ln_post`; its summary is projected if the spec says so. Off its own grid
     its position table is resampled, as open_clip does when it loads weights for another size.
     """
     if hasattr(model, "num_features"):
-        return timm_tokens(model, pixels_BCHW, summary=spec.summary, dense=spec.dense)
+        return timm_tokens(model, pixels_BCHW, summary=spec.summary, dense=spec.dense, layers=layers)
     grid = (pixels_BCHW.shape[-2] // spec.patch, pixels_BCHW.shape[-1] // spec.patch)
     table = _resampled(model.positional_embedding, model.grid_size, grid)
     summary, dense = functional_call(model, {"positional_embedding": table}, (pixels_BCHW,))
     return Tokens(summary=summary, dense=dense.unflatten(1, grid))
+
+
+def layers(spec: TeacherSpec, *, weights: Path | None = None) -> list[LayerShape]:
+    """Return the shapes of the maps of a timm trunk's layers.
+
+    Raises: ConfigError for open_clip's own towers.
+    """
+    vision = _architecture(spec.model.partition("@")[0])["vision_cfg"]
+    if "timm_model_name" not in vision:
+        raise ConfigError("open_clip's own towers give their last map only; timm has many of them, as timm:ARCH")
+    with built_on_meta():
+        model = create_timm(vision["timm_model_name"], size=vision["image_size"])
+    return timm_layers(model, vision["image_size"])
 
 
 def _random(arch: str) -> Any:

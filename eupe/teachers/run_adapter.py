@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from eupe.common.compute import Tokens
+from eupe.common.kinds import LayerShape
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
-from eupe.models.encoder import Encoder, build_encoder, load_encoder
+from eupe.models.encoder import Encoder, build_encoder, encoder_layers, load_encoder
 from eupe.models.encoder_spec import EncoderSpec, load_encoder_spec
 from eupe.models.outside import require_trust
 from eupe.teachers.spec import TeacherSpec, encoder_fields
@@ -59,7 +61,14 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Encoder:
     return build_encoder(encoder.arch, size=encoder.size, known=encoder)
 
 
-def tokens(model: nn.Module, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
+def tokens(model: nn.Module, spec: TeacherSpec, pixels_BCHW: Tensor, layers: Sequence[int] = ()) -> Tokens:
     """Return the tokens of normalised pixels."""
-    result: Tokens = model(pixels_BCHW)
+    result: Tokens = model(pixels_BCHW, layers)
     return result
+
+
+def layers(spec: TeacherSpec, *, weights: Path | None = None) -> list[LayerShape]:
+    """Return the shapes of the maps of the layers of the run's student."""
+    encoder = load_encoder_spec(Path(spec.model))
+    require_trust(encoder.arch, spec.model)
+    return encoder_layers(encoder.arch, encoder.size)

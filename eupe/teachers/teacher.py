@@ -1,13 +1,14 @@
 """A loaded teacher: uint8 pictures in, float32 tokens out, whatever library it comes from.
 
-Each adapter module has three functions: `load(spec, weights=, key=, sizes=)` returns the library's own encoder on the
-CPU, `build(spec, sizes=)` returns the same with random weights, `tokens(model, spec, pixels_BCHW)` runs it. Everything
-else that teachers have in common is here.
+Each adapter module has four functions: `load(spec, weights=, key=, sizes=)` returns the library's own encoder on the
+CPU, `build(spec, sizes=)` returns the same with random weights, `tokens(model, spec, pixels_BCHW, layers)` runs it,
+`layers(spec, weights=)` says which layers it has. Everything else that teachers have in common is here.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from eupe.common.compute import Tokens, autocast, fastest_format, normalise
-from eupe.errors import TeacherError
+from eupe.common.kinds import LayerShape
+from eupe.errors import ConfigError, TeacherError
 from eupe.models.checkpoints import require_readable, weights_digest
 from eupe.teachers.spec import Backend, TeacherSpec
 from eupe.teachers.weights import file_digest
@@ -52,9 +54,11 @@ class Teacher:
         return replace(self, module=self.module.to(memory_format=memory_format), memory_format=memory_format)
 
     @torch.inference_mode()
-    def __call__(self, views_u8_BHWC: Tensor) -> Tokens:
+    def __call__(self, views_u8_BHWC: Tensor, layers: Sequence[int] = ()) -> Tokens:
         """Return the tokens of square uint8 RGB pictures [B, S, S, 3], which may be on any device.
 
+        Args:
+            layers: numbers of the layers whose maps are wanted as well; see `teacher_layers`.
         Returns: float32 tokens on the teacher's device.
         Raises: TeacherError if S is not a multiple of the patch, or the model's output does not match its spec.
         """
@@ -65,17 +69,36 @@ class Teacher:
             self.spec.std,
             memory_format=self.memory_format,
         )
-        tokens = self.encode(pixels)
+        tokens = self.encode(pixels, layers)
         _check_shapes(tokens, self.spec, len(views_u8_BHWC), grid)
         summary = None if tokens.summary is None else tokens.summary.float()
-        return Tokens(summary=summary, dense=tokens.dense.float())
+        maps = {number: each.float() for number, each in tokens.layers.items()}
+        return Tokens(summary=summary, dense=tokens.dense.float(), layers=maps)
 
-    def encode(self, pixels_BCHW: Tensor) -> Tokens:
+    def encode(self, pixels_BCHW: Tensor, layers: Sequence[int] = ()) -> Tokens:
         """Return the tokens of normalised pixels on its device, in its compute dtype: the encoder and nothing else."""
         adapter = importlib.import_module(_ADAPTERS[self.spec.backend])
         with autocast(self.dtype, self.device):
-            tokens: Tokens = adapter.tokens(self.module, self.spec, pixels_BCHW)
+            tokens: Tokens = adapter.tokens(self.module, self.spec, pixels_BCHW, layers)
         return tokens
+
+
+def teacher_layers(spec: TeacherSpec, *, weights: Path | None = None) -> list[LayerShape]:
+    """Return the shapes of the maps that a teacher's layers give, first to last; layers are numbered from 1.
+
+    A layer is a block of a ViT, whose tokens go through the final norm as the last ones do (`get_intermediate_layers`
+    of DINOv2 and DINOv3), or a stage of any other model. The last layer's map is the teacher's `dense` itself.
+
+    Args:
+        weights: local weights, whose configuration is read where a library keeps it beside them.
+    Raises: TeacherError for a teacher that gives its last map only.
+    """
+    adapter = importlib.import_module(_ADAPTERS[spec.backend])
+    try:
+        shapes: list[LayerShape] = adapter.layers(spec, weights=weights)
+    except ConfigError as error:
+        raise TeacherError(f"--layers does not work for teacher {spec.name}: {error}") from error
+    return shapes
 
 
 def load_teacher(

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from eupe.common.compute import Tokens
-from eupe.common.kinds import HF_HUB, LOCAL_DIR
+from eupe.common.kinds import HF_HUB, LOCAL_DIR, LayerShape
 from eupe.errors import ConfigError, TeacherError
 from eupe.models.checkpoints import load_state_dict_strictly, read_checkpoint
 from eupe.models.hub import at_revision, brief
 from eupe.models.meta import built_on_meta
 from eupe.models.pretrained import UNKNOWN, hub_licence
-from eupe.models.timm_models import create_timm, remembered, timm_config, timm_spec, timm_tokens
+from eupe.models.timm_models import create_timm, remembered, timm_config, timm_layers, timm_spec, timm_tokens
 from eupe.teachers.preprocess import timm_folder
 from eupe.teachers.registry import REGISTRY
 from eupe.teachers.spec import TeacherSpec, encoder_fields
@@ -85,10 +85,19 @@ def build(spec: TeacherSpec, *, sizes: tuple[int, ...]) -> Any:
     return _built(spec, _build_size(spec, sizes))
 
 
-def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor) -> Tokens:
+def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor, layers: Sequence[int] = ()) -> Tokens:
     """Return the tokens of normalised pixels."""
     class_tokens = spec.summary_dim // spec.dense_dim
-    return timm_tokens(model, pixels_BCHW, summary=spec.summary, dense=spec.dense, class_tokens=class_tokens)
+    return timm_tokens(
+        model, pixels_BCHW, summary=spec.summary, dense=spec.dense, class_tokens=class_tokens, layers=layers
+    )
+
+
+def layers(spec: TeacherSpec, *, weights: Path | None = None) -> list[LayerShape]:
+    """Return the shapes of the maps of a model's layers."""
+    with built_on_meta():
+        model = _built(spec, None)
+    return timm_layers(model, spec.native_size)
 
 
 def _build_size(spec: TeacherSpec, sizes: tuple[int, ...]) -> int | None:

@@ -150,6 +150,14 @@ class TrainConfig:
     weight: tuple[str, ...] = option(
         (), "TARGET=W or TARGET/KIND=W (dinov2-s/dense=2): factor of a loss.", unset="1", may_differ=True
     )
+    layers: tuple[str, ...] = option(
+        (),
+        "Maps of earlier layers to learn from, besides the last: 6,9 of the teacher's; 6=3 with the student's layer 3; "
+        "TARGET/6 of one target; none.",
+        unset="all that the stores have, each by the student's layer with cells nearest in size",
+        may_differ=True,
+    )
+    """`LAYER` may be `last`, the teacher's last map, for another of the student's maps than its last."""
     normalise: str = option(
         STANDARD,
         "Normalisation of the targets: standard, phi-s or none.",

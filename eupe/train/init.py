@@ -25,6 +25,7 @@ from eupe.models.checkpoints import (
 from eupe.models.encoder import Encoder, build_encoder
 from eupe.models.encoder_spec import load_encoder_spec
 from eupe.models.pretrained import library_weights
+from eupe.train.layers import LAYERS
 from eupe.train.run_spec import HEADS_FILE, finished_run_spec, same_teachers
 
 PATCHES = "patch_embed.proj.weight"
@@ -78,7 +79,9 @@ def init_from_run(
     theirs = _heads(read_tensors(run / HEADS_FILE))
     ours = {f"{i}.{kind}": head for i, pair in enumerate(heads) for kind, head in pair.named_children()}
     sources = {
-        f"{i}.{kind}": f"{j}.{kind}" for i, j in same_teachers(targets, known).items() for kind in ("summary", "dense")
+        f"{i}.{kind}": f"{j}.{kind}"
+        for i, j in same_teachers(targets, known).items()
+        for kind in ("summary", "dense", LAYERS)
     }
     sources = {
         name: source

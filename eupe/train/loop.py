@@ -22,13 +22,14 @@ from eupe.common.reading import read_json
 from eupe.common.signals import stop_signals
 from eupe.common.storage import StoragePath
 from eupe.errors import ConfigError, EupeError, IncompleteError, RunError, StorageError
+from eupe.train.advice import advice
 from eupe.train.checkpoint import steps_kept
 from eupe.train.config import TrainConfig
 from eupe.train.dense_maps import SHOWN_VIEWS, dense_maps, draw_maps
 from eupe.train.log import METRICS_FILE, Rates, RunLog, TrainStatus, require_wandb
 from eupe.train.option_files import OPTIONS_FILE, write_options
 from eupe.train.parallel import World
-from eupe.train.run_spec import CONFIG_FILE, REPORT_FILE, RunSpec, advice, holdout_by, method_of, resolve, target_names
+from eupe.train.run_spec import CONFIG_FILE, REPORT_FILE, RunSpec, holdout_by, method_of, resolve, target_names
 from eupe.train.sampling import Views
 from eupe.train.stream import Meter, open_corpora, stream, training_requests
 from eupe.train.targets import Batch, Request, TargetSet

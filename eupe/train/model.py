@@ -5,7 +5,7 @@ The heads are not part of the exported student.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from eupe.common.compute import Tokens, autocast, compute_dtype, normalise
 from eupe.models.encoder import Encoder, build_encoder, keep_batch_norms
-from eupe.store.layout import DENSE, SUMMARY
+from eupe.store.layout import DENSE, KINDS, SUMMARY, layer_kind
 from eupe.train.config import BANK_SIZE, BANK_TEMPERATURE, FROZEN_NORMS
+from eupe.train.layers import LAST, LAYERS, Pair, pairs_of
 from eupe.train.losses import dense_loss, draws, keep_teachers, match_grids, summary_loss
 from eupe.train.normalise import Normaliser, normalisers
 from eupe.train.relations import BANK, RELATIONS, related, summary_bank
@@ -41,19 +42,34 @@ class AdapterHead(nn.Sequential):
 
 
 class TargetHeads(nn.Module):
-    """The heads of one target, one for the summary and one for dense tokens; a width of 0 leaves that head out."""
+    """The heads of one target: for the summary, for dense tokens, and for each map of an earlier layer.
 
-    def __init__(self, student: tuple[int, int], target: tuple[int, int], hidden_dim: int) -> None:
+    A width of 0 leaves that head out.
+    """
+
+    def __init__(
+        self, student: tuple[int, int], target: tuple[int, int], hidden_dim: int, pairs: Sequence[Pair] = ()
+    ) -> None:
         """Build the heads; `student` and `target` are (summary width, dense width)."""
         super().__init__()
+        self.pairs = pairs
         self.summary = AdapterHead(student[0], hidden_dim, target[0]) if target[0] else None
         self.dense = AdapterHead(student[1], hidden_dim, target[1]) if target[1] else None
+        heads = {pair.name: AdapterHead(pair.width, hidden_dim, pair.dim) for pair in pairs}
+        # without pairs no module at all, so that the other heads are numbered as ever
+        self.layers = nn.ModuleDict(heads) if heads else None
 
     def forward(self, tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
         """Predict the target's summary [B, Ds] and dense tokens [B, h, w, D], on the student's grid."""
         summary = None if self.summary is None else self.summary(tokens.summary)
         dense = None if self.dense is None else self.dense(tokens.dense)
         return summary, dense
+
+    def layer_maps(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Predict the target's maps [B, h, w, D] of each pair, by its name, on the grid of the student's layer."""
+        if self.layers is None:
+            return {}
+        return {pair.name: self.layers[pair.name](tokens.layers[pair.student]) for pair in self.pairs}
 
 
 Predictions = list[tuple[Tensor | None, Tensor | None]]
@@ -96,9 +112,14 @@ class Distiller(nn.Module):
         self.encoder = encoder
         widths = (encoder.spec.summary_dim, encoder.spec.dense_dim)
         self.heads = nn.ModuleList(
-            TargetHeads(widths, (target["summary_dim"], target["dense_dim"]), spec.config["head_width"])
+            TargetHeads(
+                widths, (target["summary_dim"], target["dense_dim"]), spec.config["head_width"], pairs_of(target)
+            )
             for target in spec.targets
         )
+        self.pairs = [pairs_of(target) for target in spec.targets]
+        """Per target: which maps of the student learn from which of its layers."""
+        self._layers = sorted({pair.student for pairs in self.pairs for pair in pairs})
         self.norms = norms
         self.banks = banks or [{} for _ in norms]
         self.dtype = dtype
@@ -111,6 +132,11 @@ class Distiller(nn.Module):
         self._config = spec.config
         self._weights = loss_weights(spec)
         self._relations = {name: weight for name in RELATIONS if (weight := spec.config.get(name))}
+        # all pairs of a target together weigh as much as one kind of token
+        self._factors = [
+            weights | self._relations | {pair.name: weights[LAYERS] / len(pairs) for pair in pairs}
+            for weights, pairs in zip(self._weights, self.pairs, strict=True)
+        ]
 
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
         """Lay out the encoder's weights and inputs in a memory format, which changes its speed and its rounding."""
@@ -133,34 +159,48 @@ class Distiller(nn.Module):
     @property
     def kinds(self) -> list[list[str]]:
         """Return, per target, the kinds of token that it has."""
-        return [list(weights) for weights in self._weights]
+        return [[kind for kind in weights if kind in KINDS] for weights in self._weights]
 
     def predict(self, pixels_u8_BSSC: Tensor) -> Predictions:
         """Predict every target's tokens from views."""
-        return self._tokens_and_predictions(pixels_u8_BSSC)[1]
-
-    def _tokens_and_predictions(self, pixels_u8_BSSC: Tensor) -> tuple[Tokens, Predictions]:
-        spec = self.encoder.spec
         with autocast(self.dtype, pixels_u8_BSSC.device):
-            pixels = normalise(pixels_u8_BSSC, spec.mean, spec.std, memory_format=self.memory_format)
-            tokens = self.encoder(pixels)
-            return tokens, [head(tokens) for head in self.heads]
+            tokens = self._tokens(pixels_u8_BSSC)
+            return [head(tokens) for head in self.heads]
+
+    def _tokens(self, pixels_u8_BSSC: Tensor, layers: Sequence[int] = ()) -> Tokens:
+        spec = self.encoder.spec
+        pixels = normalise(pixels_u8_BSSC, spec.mean, spec.std, memory_format=self.memory_format)
+        # as one argument where there is no other: a compiled encoder is compiled for what it gets
+        tokens: Tokens = self.encoder(pixels, layers) if layers else self.encoder(pixels)
+        return tokens
+
+    def _predicted(self, pixels_u8_BSSC: Tensor) -> tuple[Tokens, Predictions, list[dict[str, Tensor]]]:
+        """Return the student's tokens, and per target the predictions of its tokens, and of maps of its layers."""
+        with autocast(self.dtype, pixels_u8_BSSC.device):
+            tokens = self._tokens(pixels_u8_BSSC, self._layers)
+            maps = [heads.layer_maps(tokens) for heads in self.heads if isinstance(heads, TargetHeads)]
+            return tokens, [heads(tokens) for heads in self.heads], maps
 
     def forward(self, batch: Batch) -> Losses:
         """Compute the losses of a batch on this device."""
-        tokens, predictions = self._tokens_and_predictions(batch.pixels)
+        tokens, predictions, maps = self._predicted(batch.pixels)
         per_view = []
-        for prediction, target, norms, banks in zip(predictions, batch.targets, self.norms, self.banks, strict=True):
+        for i, (prediction, target, norms, banks) in enumerate(
+            zip(predictions, batch.targets, self.norms, self.banks, strict=True)
+        ):
             teacher = normalised(target, norms[target.size])
             losses = target_losses(prediction, teacher)
+            losses |= {
+                pair.name: dense_loss(*match_grids(maps[i][pair.name], teacher[pair.kind])) for pair in self.pairs[i]
+            }
             if self._relations:
                 bank, heat = banks.get(target.size), self._config["bank_temperature"] or BANK_TEMPERATURE
                 losses |= related(self._relations, tokens, prediction[0], teacher, bank, temperature=heat)
             per_view.append(losses)
         weighted_TB = torch.stack(
             [
-                torch.stack([(weights | self._relations)[name] * loss_B for name, loss_B in losses.items()]).sum(dim=0)
-                for losses, weights in zip(per_view, self._weights, strict=True)
+                torch.stack([weights[name] * loss_B for name, loss_B in losses.items()]).sum(dim=0)
+                for losses, weights in zip(per_view, self._factors, strict=True)
             ]
         )
         if self._config["drop"]:
@@ -183,10 +223,17 @@ def build_distiller(spec: RunSpec, targets: TargetSet, device: torch.device) -> 
     encoder = build_encoder(spec.config["student"], size=spec.size)
     norms = [
         {
-            size: normalisers(store, size, device, spec.config["normalise"], floored=method_of(spec) > 1)
+            size: normalisers(
+                store,
+                size,
+                device,
+                spec.config["normalise"],
+                floored=method_of(spec) > 1,
+                layers={pair.layer for pair in pairs_of(target)} - {LAST},
+            )
             for size in sizes
         }
-        for store, sizes in zip(targets.stores, spec.target_sizes, strict=True)
+        for store, sizes, target in zip(targets.stores, spec.target_sizes, spec.targets, strict=True)
     ]
     dtype = compute_dtype(spec.config["dtype"], device)
     banks = summary_banks(spec, targets, norms) if spec.config.get(BANK) else None
@@ -211,6 +258,7 @@ def summary_banks(spec: RunSpec, targets: TargetSet, norms: list[dict[int, dict[
 def normalised(target: TargetBatch, norms: dict[str, Normaliser]) -> dict[str, Tensor]:
     """Return a target's tokens as the losses compare them, by kind: [B, Ds] and [B, h, w, D]."""
     stored = {SUMMARY: target.summary, DENSE: target.dense}
+    stored |= {layer_kind(number): tokens for number, tokens in target.layers.items()}
     return {kind: norms[kind](tokens) for kind, tokens in stored.items() if tokens is not None}
 
 

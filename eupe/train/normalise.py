@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from eupe.errors import ConfigError
 from eupe.store import Store
+from eupe.store.layout import layer_kind
 from eupe.train.config import NONE, NORMALISATIONS, PHI_S, STANDARD
 from eupe.train.targets import TargetTokens
 
@@ -64,7 +66,13 @@ def _linear_fp32(tokens: Tensor, matrix_DD: Tensor) -> Tensor:
 
 
 def normalisers(
-    store: Store, size: int, device: torch.device, how: str, *, floored: bool = True
+    store: Store,
+    size: int,
+    device: torch.device,
+    how: str,
+    *,
+    floored: bool = True,
+    layers: Collection[str] = (),
 ) -> dict[str, Normaliser]:
     """Build the normalisers of a store's features at one size, by kind of token.
 
@@ -72,10 +80,11 @@ def normalisers(
         how: `standard`, each channel minus its mean, over its standard deviation (1 for a channel that never changes);
             `phi-s`, see `phi_s`; `none`, the teacher's values as they are.
         floored: whether `LEAST_STD` applies to `standard`; it does not in runs of method 1.
+        layers: numbers of the layers whose maps are normalised as well.
     Raises: ConfigError if `how` is unknown, or `phi-s` does not support a width; StoreError, PartCorruptError.
     """
     made = {}
-    for kind in store.spec.tokens:
+    for kind in (*store.spec.tokens, *map(layer_kind, layers)):
         stats, rotation = store.stats(size, kind), None
         centre, scale = stats.mean, np.where(stats.std > 0, stats.std, 1.0)
         if floored and stats.std.any():

@@ -18,6 +18,7 @@ from eupe.models.checkpoints import load_state_dict_strictly, read_tensors
 from eupe.models.encoder_spec import load_encoder_spec
 from eupe.models.meta import built_on_meta
 from eupe.store.layout import KINDS
+from eupe.train.layers import LAYERS
 from eupe.train.model import AdapterHead
 from eupe.train.normalise import Normaliser
 from eupe.train.run_spec import HEADS_FILE, NORMS_FILE, REPORT_FILE, finished_run_spec, target_names
@@ -134,7 +135,7 @@ def norm_tensors(norms: Sequence[Mapping[str, Normaliser]], gains: Gains) -> dic
     """
     tensors: dict[str, Tensor] = {}
     for i, (kinds, factors) in enumerate(zip(norms, gains, strict=True)):
-        for kind, norm in kinds.items():
+        for kind, norm in ((kind, norm) for kind, norm in kinds.items() if kind in factors):
             found = {**vars(norm), "gain": torch.tensor(factors[kind], dtype=torch.float32)}
             tensors |= {f"{i}.{kind}.{name}": value for name, value in found.items() if value is not None}
     return tensors
@@ -143,7 +144,12 @@ def norm_tensors(norms: Sequence[Mapping[str, Normaliser]], gains: Gains) -> dic
 def _of(tensors: Mapping[str, Tensor], target: int) -> dict[tuple[str, str], Tensor]:
     """Return the tensors of one target, by kind and name."""
     parts = {name: name.split(".", 2) for name in tensors}
-    return {(kind, rest): tensors[name] for name, (number, kind, rest) in parts.items() if number == str(target)}
+    # heads of layers serve training alone
+    return {
+        (kind, rest): tensors[name]
+        for name, (number, kind, rest) in parts.items()
+        if number == str(target) and kind != LAYERS
+    }
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,10 @@ from eupe.common.kinds import WEIGHTS_FILE
 from eupe.common.option import options_of
 from eupe.common.reading import read_json
 from eupe.errors import ConfigError, RunError
-from eupe.models.encoder import check_student, has_batch_norm, on_paper
+from eupe.models.encoder import check_student, encoder_layers, has_batch_norm, on_paper
 from eupe.models.encoder_spec import load_encoder_spec, near, why_no_run
 from eupe.models.outside import is_factory, require_trust, source_digest
 from eupe.models.pretrained import has_tag, library_weights
-from eupe.models.timm_models import has_rope
 from eupe.store import Store
 from eupe.store.layout import KINDS
 from eupe.train.config import (
@@ -34,6 +34,7 @@ from eupe.train.config import (
     TrainConfig,
     parse_mix,
 )
+from eupe.train.layers import LAYERS, chosen_pairs, pairs_of, require_same_layers
 from eupe.train.relations import RELATIONS
 from eupe.train.targets import HoldoutBy, TargetSet
 
@@ -41,8 +42,6 @@ CONFIG_FILE = "config.json"
 HEADS_FILE = "heads.safetensors"
 NORMS_FILE = "norms.safetensors"
 REPORT_FILE = "report.json"
-MOST_PASSES = 100
-"""Passes over each stored view above which the command warns; the paper draws new crops at each step."""
 METHOD = "method"
 """Key in a spec's `config`: the version of the training method beyond the options; 1 if the spec has no such key.
 
@@ -194,7 +193,7 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunSpec:
             _require_same_teacher(store, first)
             _require_sizes(store, wanted)
     mixes = parse_mix(config.mix, num_targets=len(config.targets))
-    specs = tuple(target_spec(store) for store in targets.stores)
+    specs = _target_specs(config.layers, corpora, student=student, size=sizes[0], target_sizes=target_sizes)
     _require_tokens_for_relations(config, specs)
     decisive = {
         name: getattr(config, name)
@@ -207,6 +206,8 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunSpec:
         "size": sizes,
         "target_size": target_sizes,
         "weight": parse_weights(config.weight, specs),
+        # None, because the specs of runs from before it have no such key and must still compare equal
+        LAYERS: [[pair.name for pair in pairs_of(spec)] for spec in specs] if any(map(pairs_of, specs)) else None,
         "init": None if config.init is None else _digest(config.init),
         "pretrained": library_weights(student, sizes[0]).digest if is_pretrained(config) else None,
         "source": source_digest(student) if is_factory(student) else None,
@@ -233,6 +234,30 @@ def resolve(config: TrainConfig, corpora: Sequence[TargetSet]) -> RunSpec:
         total_steps=_total_steps(config, corpora, mixes),
         versions=library_versions(),
     )
+
+
+def _target_specs(
+    layers: Sequence[str],
+    corpora: Sequence[TargetSet],
+    *,
+    student: str,
+    size: int,
+    target_sizes: Sequence[Sequence[int]],
+) -> tuple[dict[str, Any], ...]:
+    """Return the targets' entries in the run spec, each with its pairs of layers if there are any.
+
+    Raises: ConfigError as `chosen_pairs`; if mixed-in stores lack a layer.
+    """
+    stores = corpora[0].stores
+    specs = [target_spec(store) for store in stores]
+    names, firsts = target_names(specs), [sizes[0] for sizes in target_sizes]
+    shapes = partial(encoder_layers, student, size)
+    pairs = chosen_pairs(layers, stores, names, firsts, student=student, size=size, shapes=shapes)
+    # only where there are pairs: specs without them are as they were before there were any
+    specs = [{**spec, LAYERS: each} if each else spec for spec, each in zip(specs, pairs, strict=True)]
+    for corpus in corpora[1:]:
+        require_same_layers(corpus.stores, stores, specs)
+    return tuple(specs)
 
 
 def begun_method(run: Path) -> int:
@@ -304,10 +329,12 @@ def has_fresh_heads(init: Path, targets: Sequence[Mapping[str, Any]], head_width
         return True
     known = read_run_spec(init)
     sources = same_teachers(targets, known.targets)
-    return known.config.get("head_width") != head_width or any(
-        i not in sources or target[f"{kind}_dim"] not in (0, known.targets[sources[i]].get(f"{kind}_dim"))
+    if known.config.get("head_width") != head_width or len(sources) < len(targets):
+        return True
+    return any(
+        pairs_of(target) not in ([], pairs_of(known.targets[sources[i]]))
+        or any(target[f"{kind}_dim"] not in (0, known.targets[sources[i]].get(f"{kind}_dim")) for kind in KINDS)
         for i, target in enumerate(targets)
-        for kind in KINDS
     )
 
 
@@ -372,53 +399,6 @@ def _batch_norm_views(config: TrainConfig) -> int:
 def nearest_size(store: Store, size: int) -> int:
     """Return the size of a store that is nearest to `size` px; the larger of two equally near ones."""
     return min(store.spec.sizes, key=lambda each: (abs(each - size), -each))
-
-
-def advice(config: TrainConfig, spec: RunSpec, corpora: Sequence[TargetSet]) -> list[str]:
-    """Return what the user may not have intended, one sentence each, such as targets of another size."""
-    notes = []
-    for target, sizes in zip(spec.targets, spec.target_sizes, strict=True):
-        if not config.target_size and list(sizes) != [spec.size]:
-            notes.append(
-                f"{target['path']} has no features at the student's {spec.size} px; the student learns from those at "
-                f"{sizes[0]} px"
-            )
-    if config.rope_rescale is not None and not has_rope(on_paper(spec.config["student"])):
-        notes.append(f"{spec.config['student']} has no rotary position embedding, so --rope-rescale changes nothing")
-    if any(getattr(config, name) is None and spec.config[name] is not None for name in PROTECTION):
-        notes.append(
-            f"the encoder starts from {config.init or 'pretrained weights'}, but heads start from random weights, "
-            f"whose gradients could ruin it: it is frozen in the first {frozen_steps(spec)} of {spec.total_steps} "
-            f"steps, and then trained at {encoder_lr_mult(spec):g} of the learning rate, with "
-            f"{spec.config['batch_norms'] or RUNNING_NORMS} batch norms (--freeze-encoder, --encoder-lr-mult, "
-            "--batch-norms)"
-        )
-    if config.init is not None and is_run(config.init):
-        before = read_run_spec(config.init)
-        fewer = before.config.get("holdout", 0) < spec.config["holdout"]
-        if fewer or holdout_by(method_of(before)) != holdout_by(method_of(spec)):
-            notes.append(
-                f"{config.init} held out other pictures, so it may have been trained on some that are held out here, "
-                "and what is measured on them may be too good"
-            )
-    shares = [1 - sum(mixed["share"] for mixed in spec.mix), *(mixed["share"] for mixed in spec.mix)]
-    for corpus, share in zip(corpora, shares, strict=True):
-        times = passes(spec.total_steps * config.batch_size * share, len(corpus.training) * corpus.num_views)
-        notes.append(passes_note(f"each stored view of {corpus.stores[0].path}", times))
-    return notes
-
-
-def passes(num_seen: float, num_stored: int) -> float:
-    """Return how often training sees each stored view, at least 1."""
-    return max(1.0, num_seen / max(1, num_stored))
-
-
-def passes_note(views: str, times: float) -> str:
-    """Return how often training sees some views, with what to do if that is too often."""
-    note = f"{views} will be seen about {times:,.0f} times"
-    if times > MOST_PASSES:
-        note += f"; more than {MOST_PASSES} times teaches little new: extract with more views (rrc:K), or train less"
-    return note
 
 
 def is_pretrained(config: TrainConfig) -> bool:
@@ -540,8 +520,8 @@ def parse_weights(words: Sequence[str], targets: Sequence[Mapping[str, Any]]) ->
     weights = {
         f"{name}/{kind}": 1.0
         for name, target in zip(names, targets, strict=True)
-        for kind in KINDS
-        if target[f"{kind}_dim"]
+        for kind in (*KINDS, LAYERS)
+        if target.get(LAYERS if kind == LAYERS else f"{kind}_dim")
     }
     for word in words:
         name, _, number = word.rpartition("=")

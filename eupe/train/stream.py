@@ -12,6 +12,7 @@ import torch
 
 from eupe.common.prefetch import map_ahead
 from eupe.train.config import TrainConfig, parse_mix
+from eupe.train.layers import LAST, pairs_of
 from eupe.train.log import Rates
 from eupe.train.parallel import World
 from eupe.train.run_spec import RunSpec, begun_method, holdout_by, method_of
@@ -63,6 +64,7 @@ def training_requests(
 ) -> Iterator[Request]:
     """Yield what one worker trains on from a step to the end, each step in `num_microbatches` microbatches."""
     mix, config = mix_of(spec, corpora), spec.config
+    layers = tuple(tuple(sorted({p.layer for p in pairs_of(target)} - {LAST})) for target in spec.targets)
     choices, colours_by_view = [config["size"], *spec.target_sizes], method_of(spec) > 1
     for step in range(first_step, spec.total_steps):
         corpus, views = mix.batch(step, batch_size=config["batch_size"], rank=world.rank, world=world.size)
@@ -73,6 +75,7 @@ def training_requests(
                 views=views[start : start + length],
                 size=size,
                 target_sizes=tuple(target_sizes),
+                layers=layers,
                 corpus=corpus,
                 step=step,
                 first=world.rank * len(views) + start,

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -25,9 +25,10 @@ from eupe.corpus.sources import corpus_root
 from eupe.corpus.views import Photometric, apply_photometric, draw_colours, render_view, view_digest
 from eupe.errors import ConfigError, CorpusError
 from eupe.store import Store, open_store
+from eupe.store.features import StoredFeatures
 from eupe.store.places import with_places
 from eupe.store.precision import Tokens
-from eupe.store.reader import PendingPixels, StoredFeatures
+from eupe.store.reader import PendingPixels
 from eupe.train.sampling import Views
 
 
@@ -108,6 +109,8 @@ class TargetBatch:
     """[B, Ds] once decoded; Ds is the summary's width."""
     dense: TargetTokens | None
     """[B, h, w, D] once decoded."""
+    layers: Mapping[str, TargetTokens] = field(default_factory=dict)
+    """[B, h, w, D] once decoded, of each layer that was asked for, by its number."""
 
     def to(self, device: torch.device) -> TargetBatch:
         return self._each(lambda tokens: tokens.to(device))
@@ -116,10 +119,13 @@ class TargetBatch:
         return self._each(TargetTokens.pinned)
 
     def tensors(self) -> list[Tensor]:
-        return [x for tokens in (self.summary, self.dense) if tokens is not None for x in tokens.tensors()]
+        each = (self.summary, self.dense, *self.layers.values())
+        return [x for tokens in each if tokens is not None for x in tokens.tensors()]
 
     def _each(self, move: Callable[[TargetTokens], TargetTokens]) -> TargetBatch:
-        return TargetBatch(self.size, *(None if t is None else move(t) for t in (self.summary, self.dense)))
+        layers = {number: move(tokens) for number, tokens in self.layers.items()}
+        summary, dense = (None if tokens is None else move(tokens) for tokens in (self.summary, self.dense))
+        return TargetBatch(self.size, summary, dense, layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +137,8 @@ class Request:
     """Side of the student's input in pixels."""
     target_sizes: tuple[int, ...] = ()
     """Size of each store's features; each store's first size if empty."""
+    layers: tuple[tuple[str, ...], ...] = ()
+    """Numbers of the layers to read from each store; none if empty."""
     corpus: int = 0
     step: int = 0
     first: int = 0
@@ -263,10 +271,11 @@ class TargetSet:
         """
         samples, numbers = request.views[:, 0], request.views[:, 1]
         sizes = request.target_sizes or tuple(store.spec.sizes[0] for store in self.stores)
+        layers = request.layers or [()] * len(self.stores)
         # begun first, so that features are read while pictures are decoded
         pending = [
-            store.read_async(rows[samples].tolist(), numbers.tolist(), size=size)
-            for store, rows, size in zip(self.stores, self._rows, sizes, strict=True)
+            store.read_async(rows[samples].tolist(), numbers.tolist(), size=size, layers=wanted)
+            for store, rows, size, wanted in zip(self.stores, self._rows, sizes, layers, strict=True)
         ]
         kept = self._begin_pixels(request.views, request.size)
         images = None if kept is not None else pool.map(self.read_image, samples.tolist())
@@ -282,7 +291,13 @@ class TargetSet:
             views = pool.map(apply_photometric, views, map(partial(_student_colours, request), keys, numbers.tolist()))
         pixels = torch.from_numpy(views if isinstance(views, np.ndarray) else np.stack(list(views)))
         targets = tuple(
-            TargetBatch(size, _target(f.summary), _target(f.dense)) for size, f in zip(sizes, features, strict=True)
+            TargetBatch(
+                size,
+                _target(f.summary),
+                _target(f.dense),
+                {number: TargetTokens.of(tokens) for number, tokens in f.layers.items()},
+            )
+            for size, f in zip(sizes, features, strict=True)
         )
         return Batch(request, pixels, targets, keys)
 

@@ -22,10 +22,11 @@ from eupe.common.compute import normalise
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError, RunError
 from eupe.store import Store
+from eupe.train.advice import MOST_PASSES, advice
 from eupe.train.config import TrainConfig
 from eupe.train.loop import train, train_together
 from eupe.train.parallel import World
-from eupe.train.run_spec import METHOD, MOST_PASSES, NEWEST_METHOD, advice, read_run_spec, resolve
+from eupe.train.run_spec import METHOD, NEWEST_METHOD, read_run_spec, resolve
 from eupe.train.stream import open_corpora
 from eupe.train.targets import Request, is_held_out, open_targets
 from eupe.train.trainer import Trainer, synchronised
