@@ -54,6 +54,18 @@ def own_net() -> nn.Module:
     return nn.Conv2d(3, 8, 16, 16)
 
 
+class OwnPyramid(nn.Module):
+    """A student of several maps, of strides 8 and 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, 6, 8, 8), nn.Conv2d(6, 10, 2, 2)
+
+    def forward(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        fine = self.fine(pixels_BCHW)
+        return [fine, self.coarse(fine)]
+
+
 def random_weights(arch: str, path: Path, seed: int = 0) -> Path:
     """A timm model's weights, drawn at random, as a file."""
     with torch.random.fork_rng(devices=[]):
@@ -78,6 +90,7 @@ def make_store(
     pixels: bool = False,
     batch_size: int = BATCH,
     tokens: tuple[str, ...] = ("summary", "dense"),
+    layers: tuple[int, ...] = (),
 ) -> Store:
     """A finished store, made in this process."""
     spec = resolve_teacher(teacher)
@@ -93,6 +106,7 @@ def make_store(
         precision=precision,
         grid=grid,
         pixels=pixels,
+        layers=layers,
     )
     plan = replace(plan, forward={"batch_size": batch_size})
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]

@@ -314,11 +314,11 @@ def _features(
     has_tokens = hasattr(model, "num_prefix_tokens")
     numbers, maps = sorted(set(layers)), {}
     if dense == "last_stage" and not has_tokens:
-        indices = [number - 1 for number in numbers]
-        features, (*found, last_stage) = _intermediates(
-            model, pixels_BCHW, indices=[*indices, len(model.feature_info) - 1] if layers else 1
-        )
-        return features, last_stage, dict(zip(numbers, found, strict=True))
+        last = len(model.feature_info)
+        numbers = sorted({*numbers, last})
+        indices = [number - 1 for number in numbers] if layers else 1
+        features, found = _intermediates(model, pixels_BCHW, indices=indices)
+        return features, found[-1], dict(zip(numbers, found, strict=True))
     if layers:
         features, found = _intermediates(model, pixels_BCHW, indices=[number - 1 for number in numbers])
         maps = dict(zip(numbers, found, strict=True))

@@ -128,8 +128,8 @@ def matched(layer: str, grid: int, store: Store, shapes: Sequence[LayerShape], s
     """
     distances = [abs(math.log2(size / shape.patch / grid)) for shape in shapes]
     nearest = [i for i, distance in enumerate(distances, 1) if distance < min(distances) + 1e-6]
-    depth = 1.0 if layer == LAST else int(layer) / store.spec.layers[layer]["of"]
-    return min(nearest, key=lambda i: abs(i / len(shapes) - depth))
+    number, of = (1, 1) if layer == LAST else (int(layer), store.spec.layers[layer]["of"])
+    return min(nearest, key=lambda i: abs(i * of - number * len(shapes)))  # in whole numbers, so that ties are ties
 
 
 def require_same_layers(stores: Sequence[Store], first: Sequence[Store], targets: Sequence[Mapping[str, Any]]) -> None:

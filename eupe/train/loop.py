@@ -91,7 +91,7 @@ def train_together(
 
     Args:
         on_status: called with a student's index among the configs, and its status.
-        on_note: called before the first step with what the user may not have intended; see `run_spec.advice`.
+        on_note: called before the first step with what the user may not have intended; see `eupe.train.advice`.
     Raises: as `train`; ConfigError if the students need different streams.
     """
     _require_one_stream(configs)
