@@ -27,6 +27,7 @@ from eupe.cli.options import (
     local_weights,
 )
 from eupe.errors import ConfigError
+from eupe.extract.config import parse_layers
 
 if TYPE_CHECKING:
     from eupe.evaluate.dense_probe import Training
@@ -51,6 +52,13 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Number of pictures to ta
 Neighbours = Annotated[
     int | None,
     typer.Option(help="Number of neighbours of the mutual-neighbour measure. Default: 10, or all if there are fewer."),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        help="Judge the maps of these layers side by side, on the finest of their grids, as 3,4,5: stages of a CNN, "
+        "blocks of a ViT. Default: the last map."
+    ),
 ]
 Scratch = Annotated[
     Path | None,
@@ -314,6 +322,7 @@ def eval_segment(
         typer.Option(help="Mask values or colours that mean no class. Default: 255 with masks/, 0 with annotations/."),
     ] = None,
     size: Size = None,
+    layers: Layers = None,
     steps: Steps = None,
     batch_size: BatchSize = None,
     lr: Rate = None,
@@ -339,7 +348,7 @@ def eval_segment(
             subject, data=data, size=size, training=how, code=code, limit=limit, scratch=scratch, on_step=on_step
         )
 
-    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge, layers=layers)
 
 
 @eval_app.command("depth")
@@ -360,6 +369,7 @@ def eval_depth(
         ),
     ] = None,
     size: Size = None,
+    layers: Layers = None,
     steps: Steps = None,
     batch_size: BatchSize = None,
     lr: Rate = None,
@@ -394,7 +404,7 @@ def eval_depth(
             on_step=on_step,
         )
 
-    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge, layers=layers)
 
 
 @eval_app.command("correspond")
@@ -408,6 +418,7 @@ def eval_correspond(
         typer.Option(help="Greatest distance of a correct match, as a share of the longer side of the target's box."),
     ] = 0.1,
     size: Size = None,
+    layers: Layers = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of pairs to take, the first ones.")] = None,
     scratch: Scratch = None,
     weights: LocalWeights = None,
@@ -424,7 +435,7 @@ def eval_correspond(
     def judge(subject: Subject, on_step: OnStep) -> Result:
         return correspond(subject, data=data, size=size, alpha=alpha, limit=limit, scratch=scratch, on_step=on_step)
 
-    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge)
+    judge_each(subjects, weights, weights_key, untrained, features, features_gb, results, as_json, judge, layers=layers)
 
 
 @eval_app.command("report")
@@ -502,6 +513,8 @@ def judge_each(
     results: Path | None,
     as_json: bool,
     judge: Callable[[Subject, OnStep], Result],
+    *,
+    layers: str | None = None,
 ) -> None:
     """Judge every subject and print a row for each; a result is kept as soon as it is known."""
     from eupe.common.compute import is_out_of_memory
@@ -511,7 +524,10 @@ def judge_each(
 
     require_place(results)
     keys, kept = local_keys(weights_key), _kept_features(features, features_gb)
-    subjects = open_subjects(words, local_weights(weights, words), keys=keys, untrained=untrained, features=kept)
+    numbers = () if layers is None else parse_layers(layers)
+    subjects = open_subjects(
+        words, local_weights(weights, words), keys=keys, untrained=untrained, features=kept, layers=numbers
+    )
     require_place(results, (subject.name for subject in subjects if subject.kind == "run"))
     found = []
     with report_progress(err, "steps", quiet=as_json) as progress:

@@ -5,9 +5,8 @@ Shapes: V views, h w cells of the dense grid, D width of a dense token, Ds width
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from eupe.store import Store, open_store
 from eupe.store.layout import DENSE, SUMMARY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
-from eupe.teachers.teacher import Teacher, build_teacher, load_teacher
+from eupe.teachers.teacher import Teacher, build_teacher, load_teacher, teacher_layers
 
 PIXELS = "pixels"
 PIXEL_PATCH = 16
@@ -169,6 +168,8 @@ class EncoderSubject:
     """Key of its tensors in a weights file of several models."""
     features: FeatureCache | None = field(default=None, repr=False, compare=False)
     """Tokens that are kept between evaluations; None to keep none."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers whose maps are judged, side by side on the finest of their grids; none for the last map."""
 
     @property
     def kind(self) -> str:
@@ -185,7 +186,8 @@ class EncoderSubject:
 
     def protocol(self, size: int) -> dict[str, object]:
         """Return what decides the features, apart from the pictures."""
-        return {"size": size, "dtype": dtype_name(compute_dtype("auto", pick_device()))}
+        said: dict[str, object] = {"size": size, "dtype": dtype_name(compute_dtype("auto", pick_device()))}
+        return said | ({"layers": list(self.layers)} if self.layers else {})
 
     def require(self, kind: str) -> None:
         """Raise ConfigError if the encoder has no tokens of a kind."""
@@ -211,7 +213,7 @@ class EncoderSubject:
                 kinds=kinds,
                 size=size,
                 crop=crop,
-                cells=(self.spec.grid(size), self.spec.dense_dim),
+                cells=self._cells(size),
                 scratch=scratch,
                 of=self.name,
             )
@@ -231,11 +233,28 @@ class EncoderSubject:
 
         Raises: TeacherError, RunError if the encoder cannot be loaded.
         """
-        return self._teacher(size)(torch.from_numpy(views_u8_VSSC))
+        tokens = self._teacher(size)(torch.from_numpy(views_u8_VSSC), self.layers)
+        if not self.layers:
+            return tokens
+        return replace(tokens, dense=side_by_side([tokens.layers[number] for number in self.layers]))
+
+    def _cells(self, size: int) -> tuple[int, int]:
+        """Return the cells along one side of the map that is judged, and its channels.
+
+        Raises: ConfigError for a layer that the encoder lacks.
+        """
+        if not self.layers:
+            return self.spec.grid(size), self.spec.dense_dim
+        shapes = teacher_layers(self.spec, weights=self.weights)
+        if lacking := sorted(set(self.layers) - set(range(1, len(shapes) + 1))):
+            raise ConfigError(f"{self.name} has layers 1 to {len(shapes)}, not {lacking[0]}; give others with --layers")
+        chosen = [shapes[number - 1] for number in self.layers]
+        return size // min(shape.patch for shape in chosen), sum(shape.dim for shape in chosen)
 
     def _digest(self, size: int) -> str:
         if size not in self._digests:
-            self._digests[size] = encoder_digest(self._teacher(size))
+            of = f" layers {self.layers}" if self.layers else ""
+            self._digests[size] = encoder_digest(self._teacher(size)) + of
         return self._digests[size]
 
     @cached_property
@@ -318,6 +337,21 @@ class PixelSubject:
 Subject = StoreSubject | EncoderSubject | PixelSubject
 
 
+def side_by_side(maps_BhwD: Sequence[Tensor]) -> Tensor:
+    """Return several maps as one [B, h, w, sum of D] on the finest of their grids; coarser ones are interpolated.
+
+    Source: the linear probes of DINOv2 (arXiv 2304.07193) on the concatenated tokens of several layers.
+    """
+    side = max(each.shape[1] for each in maps_BhwD)
+    alike = [
+        each
+        if each.shape[1] == side
+        else F.interpolate(each.permute(0, 3, 1, 2), size=(side, side), mode="bilinear").permute(0, 2, 3, 1)
+        for each in maps_BhwD
+    ]
+    return torch.cat(alike, dim=-1)
+
+
 def require_one_view(subject: Subject, encoded: EncodedViews, pictures: Pictures, *, views: str) -> None:
     """Raise StoreError if a store holds several views of each picture; the message names the `--views` to use."""
     if len(encoded) != len(pictures):
@@ -355,6 +389,7 @@ def open_subjects(
     keys: Mapping[str, str] | None = None,
     untrained: bool = False,
     features: FeatureCache | None = None,
+    layers: tuple[int, ...] = (),
 ) -> list[Subject]:
     """Open each word as a store, a run, a teacher or `pixels`; no weights are loaded yet.
 
@@ -363,7 +398,9 @@ def open_subjects(
         keys: key of a teacher's tensors in a weights file of several models, by the same word.
         untrained: add the same with random weights after every run and teacher.
         features: tokens of runs and teachers that are kept between evaluations.
-    Raises: ConfigError if there is no word, one is none of these, or weights are not for a teacher; StoreError or
+        layers: see `EncoderSubject.layers`.
+    Raises: ConfigError if there is no word, one is none of these, weights are not for a teacher, or layers are asked of
+        a store; StoreError or
         RunError if a store or run is damaged or unfinished.
     """
     if not words:
@@ -373,9 +410,13 @@ def open_subjects(
     opened: list[Subject] = []
     for word in words:
         subject = _open(word, weights.get(word), (keys or {}).get(word), features)
+        if layers and isinstance(subject, StoreSubject):
+            raise ConfigError(f"--layers chooses among the maps of an encoder, and {word} is a store; give its teacher")
+        if layers and isinstance(subject, EncoderSubject):
+            subject = replace(subject, layers=layers)
         opened.append(subject)
         if untrained and isinstance(subject, EncoderSubject):
-            opened.append(dataclasses.replace(subject, untrained=True))
+            opened.append(replace(subject, untrained=True))
     teachers = {subject.name for subject in opened if subject.kind == "teacher"}
     if misplaced := sorted(set(weights) - teachers):
         raise ConfigError(f"weights are given for {misplaced[0]}, which is not a teacher among {', '.join(words)}")
