@@ -69,8 +69,15 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "scenes", *made, *also], check=True)
     prepare_assets(ASSETS)
     store = given.folder / "dinov2.zarr"
-    corpus = ("--corpus", pictures, "--include", "classification/train/*", "--include", "segmentation/images/training/*")
-    weights = ASSETS / "weights" / "dinov2-small" / "model.safetensors"
+    corpus = (
+        "--corpus",
+        pictures,
+        "--include",
+        "classification/train/*",
+        "--include",
+        "segmentation/images/training/*",
+    )
+    weights = ASSETS / "weights" / "dinov2-small"
     views = ("--size", 112, "--views", "rrc:12", "--layers", "6,9")
     eupe("extract", "--teacher", "dinov2-s", "--weights", weights, *corpus, *views, "--out", store)
     kept = given.folder / "scores.jsonl"

@@ -37,12 +37,12 @@ def students(
     if name is not None:
         out.print_json(data=_plain(facts[0]))
         return
-    table = Table("name", "parameters", "stride", "own size", "takes", "dense", "summary", "weights", box=None)
+    table = Table("name", "parameters", "strides", "own size", "takes", "dense", "summary", "weights", box=None)
     for each in facts:
         spec = each.spec
         licences = sorted(set(each.weights.values()))
         weights = f"{len(each.weights)}: {', '.join(licences)}" if each.weights else "none"
-        cells = (f"{each.num_parameters / 1e6:.1f}M", spec.patch, spec.size, each.sizes, spec.dense_dim)
+        cells = (f"{each.num_parameters / 1e6:.1f}M", each.strides, spec.size, each.sizes, spec.dense_dim)
         table.add_row(spec.arch, *map(str, cells), f"{spec.summary_dim} {spec.summary}", weights)
     show(table)
     out.print(
@@ -55,4 +55,10 @@ def students(
 def _plain(facts: StudentFacts) -> dict[str, Any]:
     spec = facts.spec.to_json()
     spec.pop("origin", None)
-    return {**spec, "num_parameters": facts.num_parameters, "sizes": facts.sizes, "weights": facts.weights}
+    layers = [{"layer": i, "stride": each.patch, "dim": each.dim} for i, each in enumerate(facts.layers, 1)]
+    return spec | {
+        "num_parameters": facts.num_parameters,
+        "sizes": facts.sizes,
+        "layers": layers,
+        "weights": facts.weights,
+    }

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import timm
 import torch
 
+from eupe.common.kinds import LayerShape
 from eupe.errors import ConfigError
-from eupe.models.encoder import build_encoder, on_paper
+from eupe.models.encoder import build_encoder, encoder_layers, on_paper
 from eupe.models.encoder_spec import EncoderSpec
 from eupe.models.outside import OWN_SIDE, is_outside
 from eupe.models.timm_models import timm_config, timm_spec
@@ -44,6 +45,13 @@ class StudentFacts:
     """The input sizes that it takes, in words."""
     weights: dict[str, str]
     """Licences by the names of pretrained weights; `--student NAME` of one of these starts from them."""
+    layers: list[LayerShape]
+    """Shapes of the maps of its layers, first to last; empty if it gives its last map only."""
+
+    @property
+    def strides(self) -> str:
+        """Return the pixels per cell of its layers' maps, each stride once, in words."""
+        return " ".join(dict.fromkeys(str(layer.patch) for layer in self.layers)) or str(self.spec.patch)
 
 
 def student_facts(name: str, size: int | None = None) -> StudentFacts:
@@ -57,10 +65,23 @@ def student_facts(name: str, size: int | None = None) -> StudentFacts:
         with torch.random.fork_rng(devices=[]):
             encoder = build_encoder(name, size=size or OWN_SIDE)
         count = sum(parameter.numel() for parameter in encoder.model.parameters())
-        return StudentFacts(encoder.spec, count, f"{encoder.spec.size}; others are tried when training begins", {})
+        return StudentFacts(
+            encoder.spec,
+            count,
+            f"{encoder.spec.size}; others are tried when training begins",
+            {},
+            _layers(encoder.spec),
+        )
     spec = timm_spec(name, size)
     count = sum(parameter.numel() for parameter in on_paper(name).parameters())
-    return StudentFacts(spec, count, _sizes(name, spec), _weights(name))
+    return StudentFacts(spec, count, _sizes(name, spec), _weights(name), _layers(spec))
+
+
+def _layers(spec: EncoderSpec) -> list[LayerShape]:
+    try:
+        return encoder_layers(spec.arch, spec.size)
+    except ConfigError:
+        return []
 
 
 def _sizes(name: str, spec: EncoderSpec) -> str:

@@ -193,9 +193,12 @@ TRIPS = {
     ),
     "docs/store.md": Trip(takes=("store/dinov2.zarr=store/dinov2-s.zarr",), says={"eupe store convert": "done; "}),
     "docs/students.md": Trip(
-        takes=("imagenet", "store/proxy.zarr"),
+        takes=("imagenet", "store/proxy.zarr", "photos", "runs/proxy=runs/tiny", "ADEChallengeData2016"),
         files={"nets.py": listing("docs/students.md", "py")},
         smaller={
+            "--layers 12,18": "--layers 2,4",
+            "--layers 12=3,18=4": "--layers 2=3,4=4",
+            "eupe eval segment": "eupe eval segment --steps 2 --size 64",
             "--epochs 10": STEPS,
             "resnet18.a1_in1k": "test_vit.r160_in1k",
             "--size 224": "--size 56",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +140,10 @@ def test_what_gives_one_map_only_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with pytest.raises(ConfigError, match=said):
             encoder_layers(arch, 224)
+
+
+def test_the_list_of_students_shows_their_layers(run_eupe: Callable[..., Any]) -> None:
+    said = json.loads(run_eupe("students", "mobilenetv4_conv_small", "--json").out)
+    (said,) = said if isinstance(said, list) else [said]
+    assert [(each["layer"], each["stride"]) for each in said["layers"]] == [(1, 2), (2, 4), (3, 8), (4, 16), (5, 32)]
+    assert [each["dim"] for each in said["layers"]] == [32, 32, 64, 96, 960]

@@ -248,7 +248,9 @@ def test_a_run_with_layers_resumes_and_begins_the_next(vit_store: Store, tmp_pat
     # a head for another pair is fresh, and so the encoder is protected
     other = replace(follows, out=tmp_path / "other", layers=("2=1",))
     assert spec_of(other).config["freeze_encoder"] is not None
-    assert any("layer 2 teaches the student's layer 1" in note for note in advice(other, spec_of(other), open_corpora(other)))
+    assert any(
+        "layer 2 teaches the student's layer 1" in note for note in advice(other, spec_of(other), open_corpora(other))
+    )
 
 
 def _metrics(run: Path) -> list[dict[str, dict[str, float]]]:
