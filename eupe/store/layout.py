@@ -85,6 +85,11 @@ class StoreSpec:
     """Versions of the libraries that made the store; recorded, not compared."""
 
     @property
+    def format(self) -> int:
+        """Return the number of the format that the store is written in."""
+        return FORMAT if self.layers else FORMAT - 1
+
+    @property
     def num_samples(self) -> int:
         return self._sample_ends[-1] if self._sample_ends else 0
 
@@ -191,7 +196,7 @@ class StoreSpec:
         for name in ("forward", "layers"):
             if not plain[name]:
                 del plain[name]
-        return {"format": FORMAT if self.layers else FORMAT - 1, **plain}
+        return {"format": self.format, **plain}
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide the content; equal identities are a cache hit."""
@@ -222,7 +227,10 @@ class StoreSpec:
             spec = cls(**fields)
         except TypeError as error:
             raise StoreError(f"{where} has a damaged specification: {error}") from error
-        if wrong := next(_impossible(spec), None):
+        wrong = next(_impossible(spec), None)
+        if wrong is None and spec.format != attributes["format"]:
+            wrong = f"format {attributes['format']} {'with' if spec.layers else 'without'} layers"
+        if wrong:
             raise StoreError(f"{where} has a damaged specification: {wrong}; fetch the store again, or make it again")
         try:
             for precision in spec.precision.values():
@@ -309,6 +317,8 @@ def _too_large(spec: StoreSpec) -> Iterator[str]:
 def differences(stored: StoreSpec, asked: StoreSpec) -> list[str]:
     """Return the differences between two specs, one phrase each; empty for a cache hit."""
     old, new = _flat(stored.identity()), _flat(asked.identity())
+    # follows from the layers, which are named already
+    del old["format"], new["format"]
     return [
         f"{name}: stored {old.get(name, 'nothing')}, requested {new.get(name, 'nothing')}"
         for name in sorted({*old, *new})

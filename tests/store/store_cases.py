@@ -40,11 +40,15 @@ def make_spec(
     tokens: tuple[str, ...] = ("summary", "dense"),
     summary_dim: int = 5,
     dense_dim: int = 6,
+    layers: Mapping[str, int] | None = None,
 ) -> StoreSpec:
+    """A specification; `layers` are numbers of layers of 12 and their channels, their maps one cell wider."""
     grids = {32: 2, 48: 3} if grids is None else grids
     precision = {kind: (precision or {}).get(kind, "fp16") for kind in tokens}
     dims = {"summary": summary_dim, "dense": dense_dim}
-    int8 = [(size, kind) for size in grids for kind in tokens if precision[kind] == "int8"]
+    dims |= {f"dense-{number}": dim for number, dim in (layers or {}).items()}
+    kinds = [*tokens, *(kind for kind in dims if "-" in kind)]
+    int8 = [(size, kind) for size in grids for kind in kinds if precision[kind.partition("-")[0]] == "int8"]
     return StoreSpec(
         teacher={
             "name": "toy",
@@ -65,6 +69,10 @@ def make_spec(
         tokens=tokens,
         samples_per_part=samples_per_part,
         precision=precision,
+        layers={
+            number: {"of": 12, "dim": dim, "grids": [grid + 1 for grid in grids.values()]}
+            for number, dim in (layers or {}).items()
+        },
         calibration={f"{size}/{kind}": make_calibration(dims[kind], size).to_json() for size, kind in int8},
         versions={"eupe": "0"},
     )
@@ -126,18 +134,18 @@ class Case:
         return {path: self._kept(path, values) for path, values in self.arrays.items()}
 
     def _kept(self, path: str, values: NDArray[Any]) -> NDArray[Any]:
-        precision = self.spec.precision.get(path.rpartition("/")[2], "fp16")
+        precision = self.spec.precision.get(path.rpartition("/")[2].partition("-")[0], "fp16")
         if precision == "fp16":
             return values
         if precision == "int8":
             return naive_int8(values, Calibration.from_json(self.spec.calibration[path]))
         return naive_bitround(values, int(precision.removeprefix("bitround:")))
 
-    def expected(self, rows: Sequence[int], views: Sequence[int], size: int) -> Arrays:
+    def expected(self, rows: Sequence[int], views: Sequence[int], size: int, layers: Sequence[str] = ()) -> Arrays:
         """Return what `Store.read` must give for rows and views, put together one view at a time."""
         sample_at = {place: sample for sample, place in enumerate(self.places)}
         paths = {"boxes": "boxes", "flips": "flips"}
-        paths |= {kind: f"{size}/{kind}" for kind in self.spec.tokens}
+        paths |= {kind: f"{size}/{kind}" for kind in (*self.spec.tokens, *(f"dense-{n}" for n in layers))}
         return {
             name: np.stack([self.kept[path][sample_at[row], view] for row, view in zip(rows, views, strict=True)])
             for name, path in paths.items()
@@ -199,13 +207,16 @@ def make_case(spec: StoreSpec, *, failed: Iterable[int] = (), seed: int = 0) -> 
         "flips": rng.random((n, k)) < 0.5,
         "digests": rng.integers(1, 2**64, (n, k), dtype=np.uint64),
     }
-    for size, grid in zip(spec.sizes, spec.grids, strict=True):
+    for place, (size, grid) in enumerate(zip(spec.sizes, spec.grids, strict=True)):
         shapes = {
             "summary": (n, k, spec.teacher["summary_dim"]),
             "dense": (n, k, grid, grid, spec.teacher["dense_dim"]),
         }
         for kind in spec.tokens:
             arrays[f"{size}/{kind}"] = finite_halves(rng, shapes[kind])
+        for number, layer in spec.layers.items():
+            side = layer["grids"][place]
+            arrays[f"{size}/dense-{number}"] = finite_halves(rng, (n, k, side, side, layer["dim"]))
     failed = set(failed)
     rows = [
         Row(f"folder ü/{i}.jpg", None, None, error="the file is empty")
@@ -242,7 +253,8 @@ def every_view(spec: StoreSpec, rows: Iterable[int]) -> tuple[list[int], list[in
 
 
 def as_arrays(features: Features) -> Arrays:
-    return {name: values for name, values in vars(features).items() if values is not None}
+    whole = {name: values for name, values in vars(features).items() if name != "layers" and values is not None}
+    return whole | {f"dense-{number}": maps for number, maps in features.layers.items()}
 
 
 def assert_same_bits(got: Arrays, expected: Arrays) -> None:
