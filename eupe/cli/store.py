@@ -46,6 +46,7 @@ def store_ls(directory: Annotated[str, typer.Argument(help="A directory of store
     )
     for e in entries:
         sizes, grids = ("+".join(map(str, numbers)) for numbers in (e.sizes, e.grids))
+        grids += f", layers {'+'.join(e.layers)}" if e.layers else ""
         cells = (e.name, e.teacher, e.views, sizes, grids, e.precision, e.num_samples)
         table.add_row(*map(str, cells), f"{e.stored_bytes / 1e6:.1f}", f"{e.complete:.1%}", e.licence)
     show(table)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from eupe.errors import ConfigError
 from eupe.report.charts import MAX_POINTS, Point, Series, heat_map, histogram, line_chart
 from eupe.report.page import count, make_place, render_template, write_whole
-from eupe.store.layout import DENSE
 from eupe.store.stats import OUTLIER_RATIO
 from eupe.store.summary import FIRST_COMPONENTS, StoreSummary, TokenSummary
 
@@ -151,6 +150,7 @@ def identity(summary: StoreSummary) -> Facts:
         ("pictures", _pictures(summary)),
         ("views", _views(summary)),
         ("sizes", ", ".join(f"{s} px ({_grid(g)})" for s, g in zip(spec.sizes, spec.grids, strict=True))),
+        *([("earlier layers", _layers(spec.layers))] if spec.layers else []),
         ("precision", ", ".join(f"{kind} {spec.precision[kind]}" for kind in spec.tokens)),
         ("fidelity measured", _fidelity(summary)),
         ("on disk", f"{_bytes(summary.stored_bytes)}, {summary.stored_share:.1%} of raw float16"),
@@ -173,6 +173,12 @@ def _views(summary: StoreSummary) -> str:
 
 def _grid(side: int) -> str:
     return f"{side} × {side} cells"
+
+
+def _layers(layers: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(
+        f"{number} of {layer['of']} ({', '.join(map(_grid, layer['grids']))})" for number, layer in layers.items()
+    )
 
 
 def _fidelity(summary: StoreSummary) -> str:
@@ -205,7 +211,7 @@ def token_facts(token: TokenSummary) -> Facts:
     if token.fidelity is not None:
         cosines = f"{token.fidelity['mean']:.6g} / {token.fidelity['p5']:.6g}"
         facts.insert(2, ("cosine to the teacher, mean / 5th percentile", cosines))
-    if token.kind == DENSE:
+    if token.outliers is not None:
         share = f"{token.outlier_share:.3%}" if token.outlier_share else "none"
         facts += [("outlier tokens‡", share), ("cell with most outliers (share of views)", outlier_place(token))]
     return facts

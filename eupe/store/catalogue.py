@@ -21,6 +21,8 @@ class StoreEntry:
     views: str
     sizes: tuple[int, ...]
     grids: tuple[int, ...]
+    layers: tuple[str, ...]
+    """Numbers of the earlier layers whose dense maps are stored, too."""
     precision: str
     num_samples: int
     stored_bytes: int
@@ -84,6 +86,7 @@ def describe(store: Store) -> StoreEntry:
         views=f"{views['policy']}:{views['num_views']}{colours}{seed}",
         sizes=spec.sizes,
         grids=spec.grids,
+        layers=tuple(spec.layers),
         precision=",".join(f"{kind}={spec.precision[kind]}" for kind in spec.tokens),
         num_samples=spec.num_samples,
         stored_bytes=store.stored_bytes,

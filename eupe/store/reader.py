@@ -334,6 +334,15 @@ class Store:
                 "run its `eupe extract` or `eupe store convert` again to resume"
             )
 
+    def require_layers(self, layers: Sequence[str]) -> None:
+        """Raise StoreError if the dense map of a layer is not stored."""
+        if lacking := [number for number in layers if number not in self.spec.layers]:
+            stored = f"those of {', '.join(self.spec.layers)}" if self.spec.layers else "only that of the last layer"
+            raise StoreError(
+                f"{self.path} lacks the dense maps of layers {', '.join(lacking)}, and has {stored}; `eupe extract "
+                "--layers` stores others"
+            )
+
     def statistic(self, path: str) -> Any:
         """Read one array below `stats/`, such as `224/dense/mean`.
 
@@ -351,7 +360,7 @@ class Store:
             rows, views: [B] each; indices along the first two axes.
             size: one of `spec.sizes`; the first by default.
             layers: numbers of the layers to read as well, of `spec.layers`; no byte of the others is read.
-        Raises: PartCorruptError; IndexError for a row or view that the store does not have.
+        Raises: PartCorruptError; StoreError for a layer, IndexError for a row or view that the store does not have.
         """
         return self.read_async(rows, views, size=size, layers=layers).result()
 
@@ -359,6 +368,7 @@ class Store:
         self, rows: Sequence[int], views: Sequence[int], *, size: int | None = None, layers: Sequence[str] = ()
     ) -> PendingFeatures:
         """Start a `read`, and return without waiting for it."""
+        self.require_layers(layers)
         size = self.spec.sizes[0] if size is None else size
         kinds = (*self.spec.tokens, *map(layer_kind, layers))
         paths = {kind: feature_path(size, kind) for kind in kinds}

@@ -160,6 +160,7 @@ class StoreSummary:
             "views": dict(spec.views),
             "sizes": list(spec.sizes),
             "grids": list(spec.grids),
+            "layers": {number: dict(layer) for number, layer in spec.layers.items()},
             "precision": dict(spec.precision),
             "pictures": spec.num_samples,
             "failed": self.num_failed,
@@ -196,7 +197,7 @@ def _token_summary(spec: StoreSpec, size: int, kind: str, stats: FullStats) -> T
     return TokenSummary(
         size=size,
         kind=kind,
-        precision=spec.precision[kind],
+        precision=spec.precision_of(feature_path(size, kind)),
         fidelity=spec.measured_fidelity(feature_path(size, kind)),
         count=stats.count,
         std=stats.std,
