@@ -23,6 +23,7 @@ def test_every_precision_has_its_fixture() -> None:
         "format1/fp16",
         "format1/bitround5",
         "format1/int8",
+        "format2/layers",
     }
 
 
@@ -35,10 +36,12 @@ def test_a_fixture_reads_as_it_was_written(path: Path) -> None:
     assert [row for row, word in zip(places, store.samples["status"].to_pylist(), strict=True) if word != "ok"] == [1]
     rows, views = np.repeat(places, 2).tolist(), [0, 1] * len(places)
     for size in store.spec.sizes:
-        features = store.read(rows, views, size=size)
+        features = store.read(rows, views, size=size, layers=tuple(store.spec.layers))
+        assert features.layers.keys() == ({"6"} if path.parent.name == "format2" else set())
         for name, got in (("boxes", features.boxes), ("flips", features.flips)):
             assert np.array_equal(got.reshape(expected[name].shape), expected[name])
-        for kind, ours in (("summary", features.summary), ("dense", features.dense)):
+        layers = [(f"dense-{number}", maps) for number, maps in features.layers.items()]
+        for kind, ours in (("summary", features.summary), ("dense", features.dense), *layers):
             wanted = expected[f"{size}/{kind}"]
             assert ours is not None and ours.dtype == wanted.dtype
             assert np.array_equal(ours.reshape(wanted.shape), wanted, equal_nan=True)
@@ -55,7 +58,8 @@ def by_the_specification(group: zarr.Group, path: str) -> NDArray[Any]:
     """A feature array, decoded as FORMAT.md tells it."""
     stored: NDArray[Any] = np.asarray(group[path])
     spec: Any = group.attrs["eupe"]
-    if spec["precision"][path.split("/")[1]] != "int8":
+    token, _, _ = path.split("/")[1].partition("-")
+    if spec["precision"][token] != "int8":
         return stored
     mean, std = (np.frombuffer(base64.b64decode(spec["calibration"][path][name]), "<f4") for name in ("mean", "std"))
     scale = np.ascontiguousarray(stored[..., -2:]).view("<f2").astype(np.float32)

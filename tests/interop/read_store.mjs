@@ -21,7 +21,8 @@ const UINT = {
 
 const root = zarr.root(new FileSystemStore(process.argv[2]));
 const { eupe } = (await zarr.open(root, { kind: "group" })).attrs;
-const features = eupe.sizes.flatMap((size) => eupe.tokens.map((kind) => `${size}/${kind}`));
+const kinds = [...eupe.tokens, ...Object.keys(eupe.layers ?? {}).map((number) => `dense-${number}`)];
+const features = eupe.sizes.flatMap((size) => kinds.map((kind) => `${size}/${kind}`));
 const statistics = ["count", "mean", "std", "cov", "norms"];
 const stats = features.flatMap((path) => statistics.map((name) => `stats/${path}/${name}`));
 
