@@ -91,7 +91,8 @@ def _reckon(given: Mapping[str, Any], as_json: bool) -> None:
     places = given["out"] or []
     if len(places) > 1:
         raise ConfigError("with --num-images, --out says where all the stores will be; give it once")
-    config = configs_given({**given, "out": None})[0]
+    configs = configs_given({**given, "out": None})
+    config = configs[0]
     on_paper = estimate_on_paper(
         PaperConfig(
             teachers=tuple(given["teacher"]),
@@ -101,7 +102,7 @@ def _reckon(given: Mapping[str, Any], as_json: bool) -> None:
             tokens=config.tokens,
             precision=config.precision,
             grid=config.grid,
-            layers=config.layers,
+            layers=tuple(each.layers for each in configs),
             out=places[0] if places else None,
         )
     )

@@ -337,7 +337,7 @@ class ExtractActor:
             noted: dict[str, Any] = {"batch_size": asked or fastest_batch(teacher, spec.sizes)}
             if teacher.dtype != torch.float32:
                 pixels = self._some_views(self._extractor(i, spec), task)
-                if cosines := cosine_to_fp32(teacher, pixels):
+                if cosines := cosine_to_fp32(teacher, pixels, tuple(map(int, spec.layers))):
                     noted["cosine_to_fp32"] = cosines
             if teacher.device.type == "cuda":
                 torch.cuda.empty_cache()  # workers that share the device need what the largest batch took

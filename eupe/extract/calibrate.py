@@ -18,7 +18,7 @@ from eupe.errors import ConfigError, TeacherError
 from eupe.extract.load import PartTask
 from eupe.extract.parts import samples_of
 from eupe.extract.worker import single_threads
-from eupe.store.layout import DENSE, SUMMARY, StoreSpec, arrays, kind_of, token_of
+from eupe.store.layout import DENSE, SUMMARY, StoreSpec, arrays, kind_of, layer_kind, token_of
 from eupe.store.precision import CANDIDATES, FP16, INT8, Calibration, Fidelity, cosines, encode
 from eupe.store.reader import NOT_FINITE
 from eupe.store.shard import chunks_of, encode_chunk
@@ -167,17 +167,20 @@ def _seconds(teacher: Teacher, sizes: Sequence[int], batch: int) -> float:
     return time.perf_counter() - began
 
 
-def cosine_to_fp32(teacher: Teacher, pixels: Tensor) -> dict[str, float]:
+def cosine_to_fp32(teacher: Teacher, pixels: Tensor, layers: Sequence[int] = ()) -> dict[str, float]:
     """Measure how near a teacher's tokens are to its own in float32, view by view over pixels [B, S, S, 3].
 
+    Args:
+        layers: numbers of the layers whose maps are stored as well.
     Returns: kind of token to its lowest cosine; empty if there are no views, or no memory for one in float32.
     """
     exactly = replace(teacher, dtype=torch.float32)
     least: dict[str, float] = {}
     try:
         for view in pixels[:, None]:
-            exact, fast = exactly(view), teacher(view)
+            exact, fast = exactly(view, layers), teacher(view, layers)
             pairs = {SUMMARY: (exact.summary, fast.summary), DENSE: (exact.dense, fast.dense)}
+            pairs |= {layer_kind(number): (exact.layers[number], fast.layers[number]) for number in layers}
             for kind, (a, b) in pairs.items():
                 if a is not None and b is not None:
                     # NaN, as after an overflow, must not pass for agreement

@@ -89,10 +89,10 @@ def converted_spec(before: StoreSpec, precision: str, grid: int | None, *, where
     layers = {
         number: {
             **layer,
-            "grids": tuple(
+            "grids": [
                 _pooled_grid(own, grid, of=f"layer {number} of {where} at {size} px")
                 for size, own in zip(before.sizes, layer["grids"], strict=True)
-            ),
+            ],
         }
         for number, layer in before.layers.items()
     }
@@ -142,7 +142,8 @@ def layers_of(
             if size % shape.patch:
                 raise ConfigError(f"{of} has cells of {shape.patch} px, which do not tile it; give another --size")
             grids.append(_pooled_grid(size // shape.patch, grid, of=of))
-        layers[str(number)] = {"of": len(shapes), "dim": shape.dim, "grids": tuple(grids)}
+        # a list, as JSON gives it back: `differences` compares the two
+        layers[str(number)] = {"of": len(shapes), "dim": shape.dim, "grids": grids}
     return layers
 
 

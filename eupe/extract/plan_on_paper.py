@@ -43,7 +43,8 @@ class PaperConfig:
     tokens: tuple[str, ...] = KINDS
     precision: str = FP16
     grid: int | None = None
-    layers: tuple[int, ...] = ()
+    layers: tuple[tuple[int, ...], ...] = ()
+    """Layers of each teacher; empty if none of them stores any."""
     out: AnyPath | None = None
     """Folder for all the stores; None to skip the check for free space."""
 
@@ -87,7 +88,8 @@ def estimate_on_paper(config: PaperConfig) -> PaperEstimate:
         raise ConfigError(f"--num-images must be at least 1, got {config.num_images}")
     teachers = [resolve_teacher(name) for name in config.teachers]
     require_common_sizes(teachers, config.sizes)
-    plans = tuple(_paper_teacher(config, teacher) for teacher in teachers)
+    layers = config.layers or [()] * len(teachers)
+    plans = tuple(_paper_teacher(config, *each) for each in zip(teachers, layers, strict=True))
     need = Need(sum(plan.need.stored for plan in plans), sum(plan.need.peak for plan in plans))
     free = None if config.out is None else free_bytes(StoragePath.of(config.out))
     require_room(need, free, str(config.out))
@@ -146,7 +148,7 @@ def paper_spec(
     )
 
 
-def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
+def _paper_teacher(config: PaperConfig, teacher: TeacherSpec, layers: Sequence[int]) -> PaperTeacher:
     spec = paper_spec(
         teacher,
         views=config.views,
@@ -154,7 +156,7 @@ def _paper_teacher(config: PaperConfig, teacher: TeacherSpec) -> PaperTeacher:
         tokens=config.tokens,
         precision=config.precision,
         grid=config.grid,
-        layers=config.layers,
+        layers=layers,
     )
     per_view, stored = stored_bytes_per_view(spec, spec.precision)
     num_views = config.num_images * config.views.num_views

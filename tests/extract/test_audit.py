@@ -58,7 +58,9 @@ def recommit(store: Store, **changes: Any) -> None:
     rows, views = np.repeat(np.arange(24), 2).tolist(), [0, 1] * 24
     stored = store.read(rows, views)
     arrays = {
-        name: values.reshape(24, 2, *values.shape[1:]) for name, values in vars(stored).items() if values is not None
+        name: values.reshape(24, 2, *values.shape[1:])
+        for name, values in vars(stored).items()
+        if name != "layers" and values is not None
     }
     part = Part(
         0,

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -42,14 +42,14 @@ class Observed:
         self._lock = threading.Lock()
         forward = Teacher.__call__
 
-        def observed(teacher: Teacher, pixels: Tensor) -> Tokens:
+        def observed(teacher: Teacher, pixels: Tensor, layers: Sequence[int] = ()) -> Tokens:
             with self._lock:
                 self.threads.add(threading.get_ident())
                 self.torch_threads.add(torch.get_num_threads())
                 self._now += 1
                 self.at_once = max(self.at_once, self._now)
             time.sleep(0.1)  # so that batches that may overlap do
-            tokens = forward(teacher, pixels)
+            tokens = forward(teacher, pixels, layers)
             with self._lock:
                 self._now -= 1
             return tokens

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ class Cramped:
         self.batches: list[int] = []
         self.clock_s = 0.0
 
-    def __call__(self, pixels: Tensor) -> Tokens:
+    def __call__(self, pixels: Tensor, layers: Sequence[int] = ()) -> Tokens:
         self.batches.append(len(pixels))
         if len(pixels) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -50,7 +51,7 @@ class Broken:
 
     dtype: torch.dtype = torch.float16
 
-    def __call__(self, pixels: Tensor) -> Tokens:
+    def __call__(self, pixels: Tensor, layers: Sequence[int] = ()) -> Tokens:
         value = 1.0 if self.dtype == torch.float32 else float("nan")
         return Tokens(summary=None, dense=torch.full((len(pixels), 1, 1, 4), value))
 
@@ -146,5 +147,6 @@ def test_the_cosine_to_fp32_is_that_of_the_arithmetic(teacher: Teacher) -> None:
     assert cosine_to_fp32(teacher, pixels) == pytest.approx({"summary": 1.0, "dense": 1.0}, abs=1e-6)
     assert cosine_to_fp32(teacher, pixels[:0]) == {}
     assert cosine_to_fp32(Broken(), pixels[:1])["dense"] == -1, "NaN is near nothing"  # type: ignore[arg-type]
-    rough = cosine_to_fp32(replace(teacher, dtype=torch.bfloat16), pixels)
+    rough = cosine_to_fp32(replace(teacher, dtype=torch.bfloat16), pixels, (2, 5))
+    assert rough.keys() == {"summary", "dense", "dense-2", "dense-5"}
     assert all(0.98 < cosine < 1 - 1e-6 for cosine in rough.values())

@@ -278,7 +278,7 @@ def test_stores_that_fit_one_by_one_but_not_together_are_refused(
 def test_a_device_too_small_for_one_view_is_one_sentence(
     error: Exception, tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(self: Teacher, pixels: Any) -> Any:
+    def no_memory(self: Teacher, pixels: Any, layers: Any = ()) -> Any:
         raise error
 
     monkeypatch.setattr(Teacher, "__call__", no_memory)
@@ -289,7 +289,7 @@ def test_a_device_too_small_for_one_view_is_one_sentence(
 def test_another_error_of_the_teacher_is_not_taken_for_too_little_memory(
     tiny_corpus: Path, tiny_weights: Path, run_eupe: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Teacher, pixels: Any) -> Any:
+    def broken(self: Teacher, pixels: Any, layers: Any = ()) -> Any:
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(Teacher, "__call__", broken)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ class Broken:
 
     device = torch.device("cpu")
 
-    def __call__(self, views: Tensor) -> Tokens:
+    def __call__(self, views: Tensor, layers: Sequence[int] = ()) -> Tokens:
         dense = torch.ones(len(views), 4, 4, 64)
         dense[0] = 1e5
         dense[1:2, 0, 0, 0] = torch.nan
@@ -275,7 +275,7 @@ class SomeBad:
     def __init__(self, summaries: list[float], dense: list[float]) -> None:
         self._summaries, self._dense = summaries, dense
 
-    def __call__(self, views: Tensor) -> Tokens:
+    def __call__(self, views: Tensor, layers: Sequence[int] = ()) -> Tokens:
         summary, dense = torch.zeros(len(views), 64), torch.ones(len(views), 4, 4, 64)
         summary[:, 7] = torch.tensor(self._summaries)
         dense[:, 1, 2, 3] = torch.tensor(self._dense)
