@@ -43,6 +43,7 @@ def test_an_option_makes_another_store_unless_its_field_says_why_not(
         "sizes": (64,),
         "views": TWO_CROPS,
         "tokens": ("dense",),
+        "layers": (2,),
         "precision": "int8",
         "dtype": "bf16",
         "include": ("class0/*",),

@@ -1,4 +1,4 @@
-"""Makes the fixtures of the released formats, each once. They are never made again: later versions must read these bytes.
+"""Makes the fixtures of released formats, once. They are never made again: later versions must read these bytes.
 
 PYTHONPATH=tests/store python tests/golden/make_golden.py
 """

@@ -82,9 +82,7 @@ def test_int8_layers_are_coded_by_their_own_calibration(coded: tuple[Case, Path]
     rows, views = every_view(case.spec, range(11))
     layers = open_store(path).read(rows, views, layers=("6", "9")).layers
     expected = case.expected(rows, views, 32, ("6", "9"))
-    assert_same_bits(
-        {f"dense-{n}": maps for n, maps in layers.items()}, {k: expected[k] for k in ("dense-6", "dense-9")}
-    )
+    assert_same_bits(dict(layers), {number: expected[f"dense-{number}"] for number in LAYERS})
     for number, maps in layers.items():
         calibration = case.spec.array_calibration(f"32/dense-{number}")
         assert calibration is not None and len(calibration.mean) == LAYERS[number]
@@ -101,9 +99,8 @@ def test_zarr_reads_layers_too(case: Case, whole: Path, coded: tuple[Case, Path]
         by_zarr = np.asarray(group[path])
         assert by_zarr.tobytes() == case.arrays[path].tobytes()
         stored: NDArray[Any] = np.asarray(lossy[path])
-        mean, std = (
-            np.frombuffer(base64.b64decode(spec["calibration"][path][name]), "<f4") for name in ("mean", "std")
-        )
+        coding = spec["calibration"][path]
+        mean, std = (np.frombuffer(base64.b64decode(coding[name]), "<f4") for name in ("mean", "std"))
         scale = np.ascontiguousarray(stored[..., -2:]).view("<f2").astype(np.float32)
         np.testing.assert_array_equal(stored[..., :-2] * scale * std + mean, coded[0].kept[path])
 
