@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,11 +22,13 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 from eupe.errors import ConfigError, DriftError
 from eupe.extract.audit import AuditConfig, audit, require_agreement
+from eupe.extract.calibrate import Measured, settle
 from eupe.extract.convert import convert
 from eupe.extract.plan_on_paper import NOMINAL_SHARES
 from eupe.extract.repair import RepairConfig, repair
 from eupe.extract.worker import pool_cells, to_fp16
 from eupe.store import Store, open_store
+from eupe.store.precision import CANDIDATES, Calibration, Fidelity
 from eupe.store.verify import verify
 
 Run = Callable[..., Any]
@@ -263,6 +266,16 @@ def test_fidelity_is_kept_by_layers_too(tmp_path: Path, corpus: Path, tiny_weigh
     dense = ("64/dense", "64/dense-2", "64/dense-5")
     assert made.spec.precision["dense"] != "fp16"
     assert all((kept := made.spec.measured_fidelity(path)) is not None and kept["p5"] >= 0.9995 for path in dense)
+
+
+def test_a_layer_that_needs_more_bits_decides(store: Store) -> None:
+    cheap = {p: Fidelity(mean=1.0, p5=1.0, share=1 / i) for i, p in enumerate(CANDIDATES, 1)}
+    dear = {p: replace(each, p5=0.9) if p != CANDIDATES[2] else each for p, each in cheap.items()}
+    calibrations = {path: Calibration.of(np.ones((2, 64))) for path in store.spec.feature_paths}
+    for demanding, chosen in ((None, CANDIDATES[-1]), ("64/dense-2", CANDIDATES[2]), ("64/dense", CANDIDATES[2])):
+        tried = {path: dear if path == demanding else cheap for path in store.spec.feature_paths}
+        settled = settle(store.spec, Measured(calibrations, tried, 2), 0.99)
+        assert settled.precision == {"summary": CANDIDATES[-1], "dense": chosen}
 
 
 def test_an_audit_compares_layers(copy: Path, tiny_weights: Path) -> None:
