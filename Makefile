@@ -31,8 +31,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -m "not slow" --maxprocesses 4
 
+# Only files that say slow are read; tests/conftest.py makes sure that these are all.
 test-slow: $(STAMP)
-	$(PYTEST) -m slow --maxprocesses 2
+	$(PYTEST) -m slow --maxprocesses 2 $$(grep -rl slow tests --include='test_*.py')
 
 # The oldest releases that pyproject.toml allows, ahead of those that are installed on the path.
 test-floors: $(STAMP) $(FLOORS)/.installed

@@ -27,7 +27,7 @@ WAYS = {
     "stages of strides 8 and 16 learn the teacher's blocks 6 and 9, too": "6=3,9=4",
 }
 JUDGED = {"strides 8, 16 and 32, side by side": "3,4,5", "stride 8 alone": "3"}
-MEASURE = {"segment": "miou", "depth": "rmse_m"}
+MEASURE = {"segment": "miou", "depth": "rmse"}
 
 
 def eupe(*words: object) -> Any:
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--pictures", type=Path, help="rendered pictures; made in FOLDER by default")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     pictures = given.pictures or given.folder / "rendered"

@@ -83,10 +83,10 @@ def fitting_size(arch: str) -> int:
     return timm_spec(arch, None).size
 
 
-def tried(file: str, archs: list[str], store: Path, folder: Path) -> Row:
-    """Train the smallest of a file's models for a step, export it to ONNX, and return its row."""
+def tried(file: str, archs: list[str], store: Path, folder: Path, *, format: str = "onnx") -> Row:
+    """Train the smallest of a file's models for a step, export it, and return its row."""
     arch, parameters = smallest(archs)
-    run, out = folder / "run", folder / "onnx"
+    run, out = folder / "run", folder / "export"
     for path in (run, out):
         shutil.rmtree(path, ignore_errors=True)
     row = Row(file, arch, parameters)
@@ -100,7 +100,7 @@ def tried(file: str, archs: list[str], store: Path, folder: Path) -> Row:
             )
         )  # fmt: skip
         settle(run)
-        report = export(ExportConfig(run=run, out=out, format="onnx"))
+        report = export(ExportConfig(run=run, out=out, format=format))
     except EupeError as error:
         return Row(file, arch, parameters, row.size, said=str(error))
     return Row(file, arch, parameters, size, cosine=min(found["least"] for found in report.outputs.values()))

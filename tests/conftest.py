@@ -60,6 +60,8 @@ settings.load_profile("repeatable")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, then those with many tests: few small ones are left for the end of a run."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
+    if unseen := [path.name for path in slow if "slow" not in path.read_text()]:
+        raise pytest.UsageError(f"`make test-slow` reads only files that say slow, which {', '.join(unseen)} does not")
     tests = Counter(item.path for item in items)
 
     def place(item: pytest.Item) -> tuple[bool, bool, int]:

@@ -43,7 +43,7 @@ from eupe.export.source import open_source
 from eupe.models.encoder import load_encoder
 from eupe.train.predict import load_predictors
 
-ARCHS = some_slow(CONVNEXT, slow=[SHALLOW_TEST_VIT, SHALLOW_VIT])
+ARCHS = some_slow(CONVNEXT, slow=[SHALLOW_VIT])
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def size_of(out: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [SHALLOW_TEST_VIT, CONVNEXT, SHALLOW_VIT])
+@pytest.mark.parametrize("arch", [CONVNEXT, SHALLOW_VIT])
 def test_half_precision_halves_the_file_and_keeps_the_tokens(arch: str, graphs: Exports, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(ExportConfig(run=graphs.run(arch), out=out, format="onnx", heads=("all",), precision="fp16"))
@@ -137,7 +137,7 @@ def test_half_precision_halves_the_file_and_keeps_the_tokens(arch: str, graphs: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["test_vit", CONVNEXT, SHALLOW_VIT])
+@pytest.mark.parametrize("arch", [CONVNEXT, SHALLOW_VIT])
 def test_eight_bits_say_how_near_they_come(arch: str, graphs: Exports, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = export(ExportConfig(run=graphs.run(arch), out=out, format="onnx", precision="int8"))

@@ -35,9 +35,8 @@ def verified(run_eupe: Run, *words: object) -> tuple[int, dict[str, Any]]:
 
 
 ONE_OF_EACH_KIND = [
-    *("dinov2-s", "dinov2-g", "dinov2-reg-b", "dinov3-7b", "eupe-convnext-t", "pe-core-g", "pe-lang-g"),
-    *("clip-l14", "siglip2-b-256", "radio-v4-h", "sam-b", "efficientnet-b0", "qwen3-vl-4b", "eva02-clip-b16-proj"),
-    "vjepa2-g-384",
+    *("dinov2-s", "dinov2-reg-b", "eupe-convnext-t", "pe-core-g", "pe-lang-g", "clip-l14", "siglip2-b-256"),
+    *("radio-v4-h", "eva02-clip-b16-proj", "vjepa2-g-384"),
 ]
 
 
@@ -81,11 +80,12 @@ def test_real_weights(name: str, folder: str, assets: Path, run_eupe: Run) -> No
 
 
 def test_bf16_against_fp32(assets: Path, run_eupe: Run) -> None:
-    """The bounds are what the real weights gave (least 0.99980 and 0.99997), with room for other kernels."""
-    code, report = verified(run_eupe, "dinov2-s", "--weights", assets / "weights" / "dinov2-small", "--dtype", "bf16")
+    """The bounds are what the real weights gave (least 0.9931 and 0.9855), with room for other kernels."""
+    weights = assets / "weights" / "efficientnet_lite0" / "model.safetensors"
+    code, report = verified(run_eupe, "efficientnet-lite0", "--weights", weights, "--dtype", "bf16")
     (row,) = report["teachers"]
     assert code == 0 and all(cosine["least"] > 0.9999999 for cosine in row["cosines"].values())
-    for kind, least in (("summary", 0.9998), ("dense", 0.999)):
+    for kind, least in (("summary", 0.985), ("dense", 0.97)):
         assert least < row["rounding"][kind]["least"] < row["rounding"][kind]["mean"] < 0.999995
 
 
