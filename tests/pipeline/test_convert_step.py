@@ -85,6 +85,23 @@ def test_it_costs_what_an_extraction_of_that_precision_and_grid_does(here: Path,
     assert costs["student"]["bytes_per_view"] == costs["small"]["bytes_per_view"]
 
 
+def test_layers_cost_what_they_take_and_a_conversion_keeps_them(here: Path, run_eupe: Callable[..., Any]) -> None:
+    layered = RECIPE.replace("size: 64}}", 'size: 64, layers: "2,5"}}')
+    (here / "r.yaml").write_text(
+        layered + '  own: {extract: {teacher: student, corpus: photos, size: 64, layers: "6"}}\n'
+    )
+    outcome = run_eupe("run", "r.yaml", "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    costs = {step["step"]: step["cost"] for step in json.loads(outcome.out)["steps"]}
+    assert costs["expert"]["bytes_per_view"] == pytest.approx(0.82 * 2 * (64 + 3 * 16 * 64))
+    assert costs["small"]["bytes_per_view"] == pytest.approx(0.43 * 2 * (64 + 3 * 4 * 64))
+    assert costs["own"]["bytes_per_view"] == pytest.approx(0.82 * 2 * (64 + 16 * 64))
+    (here / "r.yaml").write_text(layered.replace("2,5", "2,9"))
+    wrong = run_eupe("run", "r.yaml", "--dry-run")
+    assert wrong.code == 2
+    assert "steps.expert.extract: teacher timm:test_vit has layers 1 to 6, not 9" in " ".join(wrong.err.split())
+
+
 def test_what_the_store_will_not_hold_is_told_before_anything_runs(
     here: Path, tiny_store: Store, run_eupe: Callable[..., Any]
 ) -> None:
