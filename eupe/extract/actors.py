@@ -334,7 +334,8 @@ class ExtractActor:
         with self._loading:
             task = self._without_crashing(task, spec) if isolate else task
             teacher, asked = self._teacher(i), self._configs[i].batch_size
-            noted: dict[str, Any] = {"batch_size": asked or fastest_batch(teacher, spec.sizes)}
+            layers = tuple(map(int, spec.layers))
+            noted: dict[str, Any] = {"batch_size": asked or fastest_batch(teacher, spec.sizes, layers)}
             if teacher.dtype != torch.float32:
                 pixels = self._some_views(self._extractor(i, spec), task)
                 if cosines := cosine_to_fp32(teacher, pixels, tuple(map(int, spec.layers))):

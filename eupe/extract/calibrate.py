@@ -133,24 +133,24 @@ def _cheapest(measured: Measured, kind: str, fidelity: float) -> str:
     return min(kept, key=lambda p: sum(by[p].share for by in tried))
 
 
-def fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
+def fastest_batch(teacher: Teacher, sizes: Sequence[int], layers: Sequence[int] = ()) -> int:
     """Find the batch size beyond which the device gains little speed, runs out of memory, or takes too long.
 
     The size is a power of two. The search takes a few seconds, or as long as three passes of a single view.
     """
     if teacher.device.type == "cuda":
-        return _fastest_batch(teacher, sizes)
+        return _fastest_batch(teacher, sizes, layers)
     # on one core, as batches run on a CPU
     with single_threads(1) as core:
-        return core.submit(_fastest_batch, teacher, sizes).result()
+        return core.submit(_fastest_batch, teacher, sizes, layers).result()
 
 
-def _fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
+def _fastest_batch(teacher: Teacher, sizes: Sequence[int], layers: Sequence[int]) -> int:
     best, best_rate, batch = FIRST_BATCH, 0.0, FIRST_BATCH
     try:
-        view_s = min(_seconds(teacher, sizes, 1) for _ in range(TRIALS))
+        view_s = min(_seconds(teacher, sizes, 1, layers) for _ in range(TRIALS))
         while batch <= LARGEST_BATCH and batch * view_s <= TRIAL_SECONDS:
-            view_s = min(_seconds(teacher, sizes, batch) for _ in range(TRIALS)) / batch
+            view_s = min(_seconds(teacher, sizes, batch, layers) for _ in range(TRIALS)) / batch
             if 1 / view_s < best_rate * WORTHWHILE:
                 break
             best, best_rate, batch = batch, 1 / view_s, 2 * batch
@@ -160,10 +160,10 @@ def _fastest_batch(teacher: Teacher, sizes: Sequence[int]) -> int:
     return best
 
 
-def _seconds(teacher: Teacher, sizes: Sequence[int], batch: int) -> float:
+def _seconds(teacher: Teacher, sizes: Sequence[int], batch: int, layers: Sequence[int]) -> float:
     began = time.perf_counter()
     for size in sizes:
-        teacher(torch.zeros((batch, size, size, 3), dtype=torch.uint8)).dense.sum().item()  # waits for the GPU
+        teacher(torch.zeros((batch, size, size, 3), dtype=torch.uint8), layers).dense.sum().item()  # waits for the GPU
     return time.perf_counter() - began
 
 

@@ -374,7 +374,7 @@ def _timed_part(
     config: ExtractConfig, teacher: Teacher, spec: StoreSpec, root: StoragePath, task: PartTask
 ) -> tuple[Part, float, float]:
     """Return the sample's features, the seconds of decoding, and those of the forward passes."""
-    batch_size = config.batch_size or fastest_batch(teacher, spec.sizes)
+    batch_size = config.batch_size or fastest_batch(teacher, spec.sizes, tuple(map(int, spec.layers)))
     extractor = PartExtractor(teacher, spec, corpus_root=root, views=config.views, batch_size=batch_size)
     began = time.perf_counter()
     samples = list(extractor.load_ahead(task.samples))

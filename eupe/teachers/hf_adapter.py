@@ -307,9 +307,15 @@ def tokens(model: Any, spec: TeacherSpec, pixels_BCHW: Tensor, layers: Sequence[
 def layers(spec: TeacherSpec, *, weights: Path | None = None) -> list[LayerShape]:
     """Return the shapes of the maps of a model's layers, from its configuration.
 
+    That of a registry row is known without fetching it, see `build`.
+
     Raises: ConfigError for a model whose hidden states are not those of a plain ViT.
     """
-    config = _vision_config(_config_source(spec, weights), weights)
+    if weights is None and not spec.name.startswith("hf:"):
+        with built_on_meta():
+            config = build(spec, sizes=(spec.native_size,)).config
+    else:
+        config = _vision_config(_config_source(spec, weights), weights)
     if not FAMILIES[config.model_type].final_norm:
         raise ConfigError(f"a {config.model_type} gives its last map only")
     return [LayerShape(spec.dense_dim, spec.patch)] * int(config.num_hidden_layers)

@@ -15,6 +15,7 @@ from torch import Tensor
 from eupe.errors import TeacherError
 from eupe.models.encoder import build_encoder, save_encoder
 from eupe.teachers.own_forward import fill_at_random
+from eupe.teachers.registry import REGISTRY
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.teacher import load_teacher, teacher_layers
 
@@ -83,6 +84,12 @@ def test_timm_and_open_clips_trunks_give_their_layers(tmp_path: Path) -> None:
     assert not torch.allclose(tokens.layers[4], tokens.dense)
 
     assert len(teacher_layers(resolve_teacher("open_clip:ViT-B-16-SigLIP"))) == 12
+
+
+def test_rows_of_the_registry_need_no_hub_to_know_their_layers() -> None:
+    assert len(teacher_layers(REGISTRY["dinov2-s"])) == 12 and len(teacher_layers(REGISTRY["dinov3-s"])) == 12
+    with pytest.raises(TeacherError, match="a vjepa2 gives its last map only"):
+        teacher_layers(REGISTRY["vjepa2-l"])
 
 
 def test_a_teacher_without_layers_says_so(tmp_path: Path) -> None:
