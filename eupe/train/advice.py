@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from eupe.models.encoder import on_paper
 from eupe.models.timm_models import has_rope
 from eupe.train.config import RUNNING_NORMS, TrainConfig
-from eupe.train.layers import pairs_of
+from eupe.train.layers import LAST, pairs_of
 from eupe.train.run_spec import (
     PROTECTION,
     RunSpec,
@@ -29,7 +29,8 @@ def advice(config: TrainConfig, spec: RunSpec, corpora: Sequence[TargetSet]) -> 
     """Return what the user may not have intended, one sentence each, such as targets of another size."""
     notes = []
     notes += [
-        f"{name}: layer {pair.layer} teaches the student's layer {pair.student} (--layers)"
+        f"{name}: {'its last map' if pair.layer == LAST else f'layer {pair.layer}'} teaches the student's layer "
+        f"{pair.student} (--layers)"
         for name, target in zip(target_names(spec.targets), spec.targets, strict=True)
         for pair in pairs_of(target)
     ]
