@@ -33,6 +33,9 @@ from eupe.train.config import TrainConfig
 from eupe.train.loop import train
 
 SIDE = 64
+LEAST_COSINE = 0.9999
+MOST_PARAMETERS = 200_000_000
+"""Larger models are not tried: a step of one takes more memory than the machines have on which this is run."""
 PICTURES = 24
 TEACHER = "test_vit"
 
@@ -48,7 +51,11 @@ class Row:
     cosine: float | None = None
     """Least cosine between the exported and the trained student, over all tokens; None if it got no further."""
     said: str = ""
-    """The sentence with which it was refused."""
+    """The sentence with which it was refused, or why it was not tried."""
+
+    @property
+    def was_tried(self) -> bool:
+        return self.parameters <= MOST_PARAMETERS
 
 
 def files() -> dict[str, list[str]]:
@@ -90,6 +97,8 @@ def tried(file: str, archs: list[str], store: Path, folder: Path, *, format: str
     for path in (run, out):
         shutil.rmtree(path, ignore_errors=True)
     row = Row(file, arch, parameters)
+    if not row.was_tried:
+        return Row(file, arch, parameters, said="not tried: too large for this machine")
     try:
         size = fitting_size(arch)
         row = Row(file, arch, parameters, size)
@@ -149,8 +158,12 @@ def table(rows: list[Row]) -> str:
         f"| {row.said if row.cosine is None else f'{row.cosine:.6f}'} |"
         for row in sorted(rows, key=lambda row: row.file)
     ]
-    good = sum(row.cosine is not None for row in rows)
-    return "\n".join([*lines, "", f"{good} of {len(rows)} train a step and agree after export."])
+    judged = [row for row in rows if row.was_tried]
+    good = sum(row.cosine is not None and row.cosine >= LEAST_COSINE for row in judged)
+    sentence = f"{good} of {len(judged)} train a step and agree after export (least cosine {LEAST_COSINE} or more)."
+    if left := len(rows) - len(judged):
+        sentence += f" {left} too large to be tried."
+    return "\n".join([*lines, "", sentence])
 
 
 def main() -> None:

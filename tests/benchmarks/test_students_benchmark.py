@@ -37,4 +37,6 @@ def test_the_table_says_what_was_refused_and_counts_the_rest() -> None:
     rows = [Row("b", "net", 2_000_000, 64, 0.99999), Row("a", "odd", 1_000_000, said="it gives no map")]
     lines = table(rows).splitlines()
     assert lines[2:4] == ["| a | odd | 1.0M |  | it gives no map |", "| b | net | 2.0M | 64 | 0.999990 |"]
-    assert lines[-1] == "1 of 2 train a step and agree after export."
+    assert lines[-1] == "1 of 2 train a step and agree after export (least cosine 0.9999 or more)."
+    lines = table([*rows, Row("c", "giant", 10**9, said="not tried"), Row("d", "off", 9, 64, 0.9998)]).splitlines()
+    assert lines[-1].startswith("1 of 3 train") and lines[-1].endswith("1 too large to be tried.")
