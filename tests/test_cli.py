@@ -83,10 +83,10 @@ def test_a_store_of_a_newer_format_is_refused(
 ) -> None:
     store = make_store(tmp_path / "s.zarr", tiny_corpus, tiny_weights)
     group = zarr.open_group(store.path.local, mode="r+")
-    group.attrs["eupe"] = {**group.attrs["eupe"], "format": 2}  # type: ignore[dict-item]
+    group.attrs["eupe"] = {**group.attrs["eupe"], "format": 3}  # type: ignore[dict-item]
     outcome = run_eupe("train", "--targets", store.path, "--student", TINY_STUDENT, "--out", tmp_path / "r")
     assert outcome.code == 2
-    assert "written in format 2" in sentence(outcome)
+    assert "written in format 3" in sentence(outcome)
 
 
 def test_a_corpus_folder_that_cannot_be_read_is_named(tmp_path: Path, run_eupe: Run) -> None:

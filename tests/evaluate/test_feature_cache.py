@@ -58,9 +58,9 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         counted.passes.append((tuple(how["kinds"]), how["crop"].__name__, len(pictures)))
         return encode_views(pictures, encode, **how)
 
-    def run(teacher: Teacher, pixels: torch.Tensor) -> Tokens:
+    def run(teacher: Teacher, pixels: torch.Tensor, layers: Sequence[int] = ()) -> Tokens:
         counted.forwards += 1
-        return forward(teacher, pixels)
+        return forward(teacher, pixels, layers)
 
     monkeypatch.setattr(subject_module, "encode_views", encode)
     monkeypatch.setattr(Teacher, "encode", run)

@@ -125,7 +125,7 @@ def test_local_weights_decide_the_features(tmp_path: Path, monkeypatch: pytest.M
 def with_raw_patches(tokens: Callable[..., Tokens]) -> Callable[..., Tokens]:
     """Patch tokens ahead of the last norm: what a wrong `global_pool`, or no norm, gives."""
 
-    def broken(model: Any, spec: Any, pixels: Tensor) -> Tokens:
+    def broken(model: Any, spec: Any, pixels: Tensor, layers: object = ()) -> Tokens:
         right = tokens(model, spec, pixels)
         raw, prefixless = model.forward_intermediates(pixels, indices=1, norm=False)[1][0], right.summary
         return Tokens(summary=prefixless, dense=raw.permute(0, 2, 3, 1))
@@ -134,7 +134,7 @@ def with_raw_patches(tokens: Callable[..., Tokens]) -> Callable[..., Tokens]:
 
 
 def with_summary_of_the_first_register(tokens: Callable[..., Tokens]) -> Callable[..., Tokens]:
-    def broken(model: Any, spec: Any, pixels: Tensor) -> Tokens:
+    def broken(model: Any, spec: Any, pixels: Tensor, layers: object = ()) -> Tokens:
         return Tokens(summary=model.forward_features(pixels)[:, 1], dense=tokens(model, spec, pixels).dense)
 
     return broken
@@ -143,7 +143,7 @@ def with_summary_of_the_first_register(tokens: Callable[..., Tokens]) -> Callabl
 def with_registers_among_the_patches(tokens: Callable[..., Tokens]) -> Callable[..., Tokens]:
     """One prefix token too few is dropped, and the last patch instead."""
 
-    def broken(model: Any, spec: Any, pixels: Tensor) -> Tokens:
+    def broken(model: Any, spec: Any, pixels: Tensor, layers: object = ()) -> Tokens:
         right = tokens(model, spec, pixels)
         shifted = model.forward_features(pixels)[:, spec.prefix_tokens - 1 : -1]
         return Tokens(summary=right.summary, dense=shifted.reshape(right.dense.shape))
@@ -152,7 +152,7 @@ def with_registers_among_the_patches(tokens: Callable[..., Tokens]) -> Callable[
 
 
 def with_a_transposed_map(tokens: Callable[..., Tokens]) -> Callable[..., Tokens]:
-    def broken(model: Any, spec: Any, pixels: Tensor) -> Tokens:
+    def broken(model: Any, spec: Any, pixels: Tensor, layers: object = ()) -> Tokens:
         right = tokens(model, spec, pixels)
         return Tokens(summary=right.summary, dense=right.dense.transpose(1, 2))
 
@@ -232,7 +232,7 @@ def test_mistakes(run_eupe: Run, tmp_path: Path) -> None:
 def test_one_that_raises_is_a_failed_row_and_the_others_go_on(run_eupe: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_check, "REGISTRY", {name: REGISTRY[name] for name in ("eupe-t", "dinov2-s")})
     monkeypatch.setattr(library_check, "FULL_IN_REGISTRY", NEVER_FULL)
-    monkeypatch.setattr(timm_adapter, "tokens", lambda model, spec, pixels: {}["rope"])
+    monkeypatch.setattr(timm_adapter, "tokens", lambda model, spec, pixels, layers: {}["rope"])
     code, report = verified(run_eupe)
     assert code == 1
     assert {row["teacher"]: (row["agrees"], row["failure"]) for row in report["teachers"]} == {

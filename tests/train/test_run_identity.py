@@ -61,6 +61,7 @@ def with_and_without(name: str, config: TrainConfig, corpus: Path) -> tuple[Trai
         "target_size": (96,),
         "weight": (f"{TINY_TEACHER}/dense=2",),
         "dtype": "bf16",
+        "layers": ("last=3",),
     }
     config = replace(config, **needed.get(name, {}))
     return config, replace(config, **{name: special.get(name, another(name, config))})
