@@ -15,9 +15,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.features import ASSETS
+from benchmarks.study import interval
 from demo.assets import prepare_assets
 
 STUDENT, SIDE = "mobilenetv4_conv_small", 96
@@ -54,6 +56,28 @@ def scores(folder: Path, pictures: Path, store: Path, way: str, seed: int, steps
     return found
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return means over seeds as Markdown, with the mean difference to the last map alone over pairs of a seed.
+
+    ± is half the width of the 95% interval of that difference.
+    """
+    names = list(rows[0]["scores"])
+    lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    by = {(row["way"], row["seed"]): row["scores"] for row in rows}
+    seeds = sorted({seed for _, seed in by if all((way, seed) in by for way in WAYS)})
+    first = next(iter(WAYS))
+    for way in WAYS:
+        cells = []
+        for name in names:
+            cell = f"{mean(by[way, seed][name] for seed in seeds):.3f}"
+            if way != first:
+                gaps = [by[way, seed][name] - by[first, seed][name] for seed in seeds]
+                cell += f" ({mean(gaps):+.3f} ± {interval(gaps):.3f})"
+            cells.append(cell)
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Seeds: {', '.join(map(str, seeds))}."])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--folder", type=Path, required=True)
@@ -87,8 +111,10 @@ def main() -> None:
         for way in WAYS:
             if (way, seed, given.steps) not in there:
                 found = scores(given.folder, pictures, store, way, seed, given.steps)
+                rows.append({"way": way, "seed": seed, "steps": given.steps, "scores": found})
                 with kept.open("a") as file:
-                    file.write(json.dumps({"way": way, "seed": seed, "steps": given.steps, "scores": found}) + "\n")
+                    file.write(json.dumps(rows[-1]) + "\n")
+    print(table([row for row in rows if row["steps"] == given.steps]))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ TRIPS = {
     ),
     "docs/store.md": Trip(takes=("store/dinov2.zarr=store/dinov2-s.zarr",), says={"eupe store convert": "done; "}),
     "docs/students.md": Trip(
-        takes=("imagenet", "store/proxy.zarr", "photos", "runs/proxy=runs/tiny", "ADEChallengeData2016"),
+        takes=("imagenet", "store/proxy.zarr", "photos", "runs/proxy", "ADEChallengeData2016"),
         files={"nets.py": listing("docs/students.md", "py")},
         smaller={
             "--layers 12,18": "--layers 2,4",
