@@ -50,15 +50,54 @@ def store_spec(
     Raises: TeacherError for a size that the patch does not divide; ConfigError if nothing is left to store, or for a
         grid to which a map cannot be pooled.
     """
-    sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=grid)
-    spec = StoreSpec(
+    on_paper = paper_spec(
+        teacher,
+        views=views,
+        sizes=sizes,
+        tokens=tokens,
+        precision=precision,
+        grid=grid,
+        layers=layers,
+        weights=weights,
+        pixels=pixels,
+    )
+    spec = replace(
+        on_paper,
         teacher={
-            **teacher.to_json(),
+            **on_paper.teacher,
             "architecture": teacher.architecture,
             "weights_sha256": weights_sha256,
             "dtype": dtype,
         },
         corpus={"fingerprint": corpus.fingerprint, "segments": [len(corpus)], "root": str(corpus.root)},
+        versions=installed_versions(),
+    )
+    return replace(spec, samples_per_part=samples_per_part(len(corpus), spec.bytes_per_sample))
+
+
+def paper_spec(
+    teacher: TeacherSpec,
+    *,
+    views: ViewSpec,
+    sizes: tuple[int, ...],
+    tokens: tuple[str, ...],
+    precision: str,
+    grid: int | None,
+    layers: Sequence[int],
+    weights: Path | None = None,
+    shapes: Sequence[LayerShape] = (),
+    pixels: bool = False,
+) -> StoreSpec:
+    """Return the spec of a store without its corpus; the arguments are those of `store_spec`.
+
+    Args:
+        layers, weights, shapes: see `layers_of`.
+    Raises: as `shape_of`, `parse_precision`, `layers_of`.
+    """
+    sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=grid)
+    return StoreSpec(
+        teacher=teacher.to_json(),
+        corpus={},
         views=views.to_json(),
         sizes=sizes,
         grids=grids,
@@ -66,10 +105,8 @@ def store_spec(
         samples_per_part=1,
         precision=parse_precision(precision, kept),
         pixels=pixels,
-        versions=installed_versions(),
-        layers=layers_of(teacher, layers, sizes=sizes, tokens=kept, grid=grid, weights=weights),
+        layers=layers_of(teacher, layers, sizes=sizes, tokens=kept, grid=grid, weights=weights, shapes=shapes),
     )
-    return replace(spec, samples_per_part=samples_per_part(len(corpus), spec.bytes_per_sample))
 
 
 def converted_spec(before: StoreSpec, precision: str, grid: int | None, *, where: str) -> StoreSpec:

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from eupe.common.kinds import LayerShape
 from eupe.common.storage import AnyPath, StoragePath
 from eupe.corpus.views import ViewSpec
 from eupe.errors import ConfigError
-from eupe.extract.parts import layers_of, require_common_sizes, shape_of
+from eupe.extract.parts import paper_spec, require_common_sizes
 from eupe.store.layout import KINDS, StoreSpec, kind_of, samples_per_part
-from eupe.store.precision import FP16, INT8, parse_precision
+from eupe.store.precision import FP16, INT8
 from eupe.teachers.resolve import resolve_teacher
 from eupe.teachers.spec import TeacherSpec
 
@@ -113,39 +112,6 @@ def stored_bytes_per_view(spec: StoreSpec, precision: Mapping[str, str]) -> tupl
     as_if = replace(spec, precision=precision)
     raw = {path: 2 * math.prod(spec.shape(path)) for path in spec.feature_paths}
     return sum(raw.values()), sum(num * NOMINAL_SHARES[as_if.precision_of(path)] for path, num in raw.items())
-
-
-def paper_spec(
-    teacher: TeacherSpec,
-    *,
-    views: ViewSpec,
-    sizes: tuple[int, ...],
-    tokens: tuple[str, ...],
-    precision: str,
-    grid: int | None,
-    layers: Sequence[int],
-    shapes: Sequence[LayerShape] = (),
-    pixels: bool = False,
-) -> StoreSpec:
-    """Return the spec of a store without its corpus; the arguments are those of an extraction.
-
-    Args:
-        shapes: see `layers_of`.
-    Raises: as `shape_of`, `parse_precision`, `layers_of`.
-    """
-    sizes, grids, kept = shape_of(teacher, sizes=sizes, tokens=tokens, grid=grid)
-    return StoreSpec(
-        teacher=teacher.to_json(),
-        corpus={},
-        views=views.to_json(),
-        sizes=sizes,
-        grids=grids,
-        tokens=kept,
-        samples_per_part=1,
-        precision=parse_precision(precision, kept),
-        pixels=pixels,
-        layers=layers_of(teacher, layers, sizes=sizes, tokens=kept, grid=grid, shapes=shapes),
-    )
 
 
 def _paper_teacher(config: PaperConfig, teacher: TeacherSpec, layers: Sequence[int]) -> PaperTeacher:

@@ -181,10 +181,8 @@ def _maps(output: Any, pixels_BCHW: Tensor, *, prefix: int) -> list[Tensor]:
     if isinstance(output, Mapping):
         several = output.get("hidden_states") or ()
         several = several[1:]  # the first are the embeddings
-    else:
-        if isinstance(output, tuple | list) and len(output) == 2 and not _is_pyramid(output):
-            output = output[1]  # behind a summary
-        several = output if _is_pyramid(output) else ()
+    elif _is_pyramid(rest := _summary_and_rest(output)[1]):
+        several = rest
     size = pixels_BCHW.shape[-1]
     maps = []
     for each in several:
@@ -240,9 +238,7 @@ def _parts(output: Any) -> tuple[Tensor | None, Tensor]:
     if isinstance(output, Mapping):
         maps = output.get("feature_maps")
         output = maps[-1] if maps else output.get("last_hidden_state", output)
-    summary = None
-    if isinstance(output, tuple | list) and len(output) == 2 and isinstance(output[0], Tensor) and output[0].ndim == 2:
-        summary, output = output
+    summary, output = _summary_and_rest(output)
     if _is_pyramid(output):
         output = output[-1]
     if isinstance(output, Tensor) and output.ndim in (3, 4) and output.is_floating_point():
@@ -251,6 +247,13 @@ def _parts(output: Any) -> tuple[Tensor | None, Tensor]:
         f"the student returns {_described(output)}; give a map [B, D, h, w], several of them, the finest first, "
         "tokens [B, N, D], or a pair of a summary [B, D] and one of these"
     )
+
+
+def _summary_and_rest(output: Any) -> tuple[Tensor | None, Any]:
+    """Return the summary of a pair of a summary [B, D] and something else, and the other; None if it is no pair."""
+    if isinstance(output, tuple | list) and len(output) == 2 and isinstance(output[0], Tensor) and output[0].ndim == 2:
+        return output[0], output[1]
+    return None, output
 
 
 def _described(output: Any) -> str:

@@ -17,8 +17,8 @@ from eupe.errors import EupeError
 from eupe.evaluate.licences import UNKNOWN, Origin, origins_behind
 from eupe.evaluate.open_run import is_run
 from eupe.extract.config import parse_layers
-from eupe.extract.parts import converted_spec
-from eupe.extract.plan_on_paper import NOMINAL_SHARES, paper_spec, stored_bytes_per_view
+from eupe.extract.parts import converted_spec, paper_spec
+from eupe.extract.plan_on_paper import NOMINAL_SHARES, stored_bytes_per_view
 from eupe.models.encoder import encoder_layers, encoder_spec
 from eupe.models.encoder_spec import EncoderSpec, load_encoder_spec
 from eupe.models.outside import require_trust

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,12 @@ from eupe.store.precision import Calibration
 from eupe.store.verify import verify
 from eupe.store.writer import StoreWriter
 
+pytestmark = pytest.mark.usefixtures("without_waiting_for_the_disk")
+
 RECOLOURED = ViewSpec(policy="rrc", num_views=2, photometric="eupe")
 GRID = 2
 OPTIONS: dict[str, Any] = {"views": RECOLOURED, "sizes": (32, 64), "pixels": True}
 """Everything that a store can have; maps of 2 x 2 and of 4 x 4 cells."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_waiting_for_the_disk() -> Iterator[None]:
-    with mock.patch("eupe.common.files.sync"):
-        yield
 
 
 @pytest.fixture(scope="module")

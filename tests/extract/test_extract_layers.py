@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,13 @@ from eupe.store import Store, open_store
 from eupe.store.precision import CANDIDATES, Calibration, Fidelity
 from eupe.store.verify import verify
 
+pytestmark = pytest.mark.usefixtures("without_waiting_for_the_disk")
+
 Run = Callable[..., Any]
 LAYERS = (2, 5)
 """Of the six of the tiny teacher, whose maps are 4 x 4 cells of 64 channels."""
 OTHER, STAGE = "timm:test_efficientnet", 3
 """A teacher of five stages; at 64 px the third is a map of 8 x 8 cells of 32 channels, the last one of 2 x 2."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_waiting_for_the_disk() -> Iterator[None]:
-    with mock.patch("eupe.common.files.sync"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +85,7 @@ def least_cosine(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
 
 
 def test_stored_layers_are_those_of_timm(store: Store, tiny_weights: Path) -> None:
-    """On the stored pixels themselves, by timm's own model, loader and method; the difference is fp16's rounding."""
+    """timm's own model, loader and method get the stored pixels; the difference is fp16's rounding."""
     assert store.spec.layers == {str(number): {"of": 6, "dim": 64, "grids": [4]} for number in LAYERS}
     model = timm.create_model("test_vit", num_classes=0, img_size=TINY_SIZE).eval()
     load_checkpoint(model, str(tiny_weights), filter_fn=checkpoint_filter_fn)
@@ -179,7 +175,7 @@ def test_impossible_layers_are_one_sentence(
 def test_teachers_of_one_pass_have_layers_of_their_own(
     tmp_path: Path, corpus: Path, tiny_weights: Path, other_weights: Path, run_eupe: Run
 ) -> None:
-    """On Ray, against stores that one process makes alone."""
+    """Ray's stores are those that one process makes alone."""
     outs = [tmp_path / "a.zarr", tmp_path / "b.zarr", tmp_path / "c.zarr"]
     asked = words(corpus, tiny_weights, "--teacher", OTHER, "--weights", other_weights, "--layers", "2,5")
     asked += ["--layers", STAGE, "--teacher", "timm:test_vit", "--weights", tiny_weights, "--layers", "none"]
@@ -221,7 +217,7 @@ def test_a_damaged_layer_is_repaired_byte_for_byte(copy: Path, store: Store, tin
 def test_a_converted_store_is_the_one_that_extraction_makes(
     tmp_path: Path, store: Store, corpus: Path, tiny_weights: Path, precision: str, grid: int | None
 ) -> None:
-    """Where maps are pooled, extraction must pool what fp16 keeps of them for its bytes to be the same."""
+    """Bytes are the same if extraction pools what fp16 keeps of the maps, as a conversion does."""
     keeping = mock.patch("eupe.extract.worker.pool_cells", lambda dense, grid: pool_cells(to_fp16(dense)[0], grid))
     # in one part, as a conversion takes more samples to a part where each has fewer bytes
     make = make_parts if grid is None else make_store

@@ -47,12 +47,6 @@ def whole(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
-    """A copy of `whole` to be damaged."""
-    return shutil.copytree(whole, tmp_path / "copy.zarr")
-
-
 @pytest.fixture(scope="module")
 def coded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
     """The same with dense maps, and so layers, in int8. Not to be changed."""

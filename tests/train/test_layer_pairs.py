@@ -134,7 +134,7 @@ def test_a_student_of_one_map_says_so(vit_store: Store, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("student", ["mobilenetv4_conv_small", "repvit_m0_9", "convnext_atto", "test_vit"])
 def test_a_pair_trains_its_stage_and_what_is_before_it(student: str, vit_store: Store, tmp_path: Path) -> None:
-    """With all other losses off, parameters behind the paired layer have no gradient, and those of it have one."""
+    """Parameters behind the paired layer have no gradient if all other losses are off; those of it have one."""
     alone = ("timm:test_vit=0", "timm:test_vit/layers=1")
     table = None
     for number in range(1, len(encoder_layers(student, TINY_SIZE)) + 1):
@@ -156,7 +156,7 @@ def _moves(parameter: Tensor) -> bool:
 
 
 def test_the_loss_of_a_pair_is_the_naive_one(vit_store: Store, tmp_path: Path) -> None:
-    """From zarr's own reading, the statistics as they lie in the store, and the head's matrices."""
+    """It is computed from zarr's own reading, the statistics as they lie in the store, and the head's matrices."""
     config = tiny_config(vit_store.path, tmp_path, layers=("2=3,4=1",), batch_size=4)
     corpora = open_corpora(config)
     spec = resolve(config, corpora)
